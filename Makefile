@@ -1,0 +1,41 @@
+# make train: set up and run the reference trainer.  make test: set up, lint, check types, run the tests.
+# VENV=system uses the python on PATH and keeps the torch it has.
+VENV ?= .venv
+PYTHON ?= python3
+CONFIG ?=
+ARGS ?=
+
+ifeq ($(VENV),system)
+PY := $(PYTHON)
+READY :=
+else
+PY := $(VENV)/bin/python
+READY := $(VENV)/.ready
+endif
+
+.PHONY: setup train test lint bench clean
+setup: $(READY)
+
+# torch first and alone, at the pinned version: other packages would otherwise pull the newest CUDA build.
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt torch setuptools
+	$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[test]'
+	touch $@
+
+train: $(READY)
+	$(PY) -m grpo_fast.trainer train $(CONFIG) $(ARGS)
+
+lint: $(READY)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+test: $(READY) lint
+	$(PY) -m pytest $(ARGS)
+
+bench: $(READY)
+	$(PY) -m pytest benchmarks $(ARGS)
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,1 @@
+"""Adapters: one module per host library, each imported only when it is asked for."""

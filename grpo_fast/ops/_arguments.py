@@ -1,0 +1,149 @@
+"""Argument checks shared by the ops and losses: what is wrong, by name, with the offending value."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from grpo_fast.ops._backend import check_values
+
+LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def shape_of(x: Tensor) -> str:
+    return str(tuple(x.shape))
+
+
+def check_tensor(op: str, name: str, x: object) -> Tensor:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: {name}: want a tensor, got {type(x).__name__}")
+    return x
+
+
+def check_logits(op: str, logits: Tensor, ids: Tensor, ids_name: str) -> Tensor:
+    """`logits` as (B, T, V) without a copy; (N, V) becomes (1, N, V)."""
+    check_tensor(op, "logits", logits)
+    check_tensor(op, ids_name, ids)
+    if logits.dtype not in LOGITS_DTYPES:
+        raise TypeError(
+            f"{op}: logits: want float32, bfloat16 or float16, got {logits.dtype} "
+            "(grpo_fast.reference computes in any dtype)"
+        )
+    if logits.ndim not in (2, 3):
+        raise ValueError(f"{op}: logits: want (B, T, V) or (N, V), got {shape_of(logits)}")
+    if ids.shape != logits.shape[:-1]:
+        raise ValueError(
+            f"{op}: {ids_name}: want {tuple(logits.shape[:-1])}, one per row of logits "
+            f"{shape_of(logits)}, got {shape_of(ids)}"
+        )
+    if logits.shape[-1] == 0:
+        raise ValueError(f"{op}: logits: the vocabulary is empty, got {shape_of(logits)}")
+    if logits.stride(-1) != 1 and logits.shape[-1] > 1:
+        raise ValueError(
+            f"{op}: logits: the last dimension must be contiguous, got strides {logits.stride()}"
+        )
+    return logits if logits.ndim == 3 else logits[None]
+
+
+def check_ids(op: str, name: str, ids: Tensor, mask: Tensor | None, V: int) -> Tensor:
+    """(N,) int64 ids; where the mask is 0 they are never read and may be anything."""
+    if ids.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{op}: {name}: want int32 or int64, got {ids.dtype}")
+    if check_values(ids):
+        bad = (ids < 0) | (ids >= V)
+        if mask is not None:
+            bad &= mask.view(ids.shape)
+        if bad.any():
+            where = tuple(bad.nonzero()[0].tolist())
+            raise ValueError(
+                f"{op}: {name}: {ids[where].item()} at {where} is outside the vocabulary [0, {V})"
+            )
+    return ids.reshape(-1)
+
+
+def per_token(
+    op: str, name: str, x: Tensor | None, like: Tensor, dtype: torch.dtype = torch.float32
+) -> Tensor | None:
+    """`x`, of the shape of `like` (the ids), flattened to (N,) `dtype`."""
+    if x is None:
+        return None
+    check_tensor(op, name, x)
+    if x.shape != like.shape:
+        raise ValueError(f"{op}: {name}: want {tuple(like.shape)}, got {shape_of(x)}")
+    check_device(op, name, x, like)
+    check_floating(op, name, x)
+    return x.detach().reshape(-1).to(dtype)
+
+
+def check_floating(op: str, name: str, x: Tensor) -> None:
+    if x.dtype.is_complex:
+        raise TypeError(f"{op}: {name}: want real numbers, got {x.dtype}")
+
+
+def check_device(op: str, name: str, x: Tensor, like: Tensor) -> None:
+    if x.device != like.device:
+        raise ValueError(f"{op}: {name} is on {x.device}, the other arguments on {like.device}")
+
+
+def check_mask(op: str, mask: Tensor | None, like: Tensor) -> Tensor | None:
+    """(N,) bool: whether a token counts. Any nonzero number does."""
+    if mask is None:
+        return None
+    check_tensor(op, "mask", mask)
+    if mask.shape != like.shape:
+        raise ValueError(f"{op}: mask: want {tuple(like.shape)}, got {shape_of(mask)}")
+    check_device(op, "mask", mask, like)
+    return (mask.detach() != 0).reshape(-1)
+
+
+def check_temperature(
+    op: str, temperature: float | Tensor, like: Tensor, mask: Tensor | None
+) -> tuple[Tensor | None, float]:
+    """(per-token temperatures (N,) or None, 1 / the common temperature)."""
+    if isinstance(temperature, Tensor) and temperature.ndim > 0:
+        values = per_token(op, "temperature", temperature, like)
+        assert values is not None
+        if check_values(values):
+            bad = ~((values > 0) & (values < math.inf))
+            if mask is not None:
+                bad &= mask
+            if bad.any():
+                value = values[bad][0].item()
+                raise ValueError(f"{op}: temperature: want positive and finite, got {value}")
+        return values, 1.0
+    if isinstance(temperature, Tensor):  # 0-dim: stays on its device
+        if not check_values(temperature):
+            return temperature.detach().float().expand(like.numel()).contiguous(), 1.0
+        temperature = float(temperature)
+    if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
+        raise TypeError(f"{op}: temperature: want a number or a tensor, got {temperature!r}")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"{op}: temperature: want positive and finite, got {temperature}")
+    return None, 1.0 / temperature
+
+
+def check_cu_seqlens(op: str, cu_seqlens: Tensor, ids: Tensor) -> Tensor:
+    """(num_seqs + 1,) int boundaries: 0, ..., N, never decreasing."""
+    check_tensor(op, "cu_seqlens", cu_seqlens)
+    if ids.ndim != 1:
+        raise ValueError(
+            f"{op}: cu_seqlens describes packed (N,) tokens, but the ids are {shape_of(ids)}"
+        )
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{op}: cu_seqlens: want int32 or int64, got {cu_seqlens.dtype}")
+    if cu_seqlens.ndim != 1 or len(cu_seqlens) == 0:
+        raise ValueError(f"{op}: cu_seqlens: want (num_seqs + 1,), got {shape_of(cu_seqlens)}")
+    check_device(op, "cu_seqlens", cu_seqlens, ids)
+    if check_values(cu_seqlens):
+        ends: Sequence[int] = cu_seqlens.tolist()
+        if ends[0] != 0 or ends[-1] != len(ids):
+            raise ValueError(
+                f"{op}: cu_seqlens: must go from 0 to N = {len(ids)}, got {ends[0]} to {ends[-1]}"
+            )
+        for i in range(len(ends) - 1):
+            if ends[i + 1] < ends[i]:
+                raise ValueError(
+                    f"{op}: cu_seqlens: decreases from {ends[i]} to {ends[i + 1]} at {i + 1}"
+                )
+    return cu_seqlens

@@ -1,0 +1,132 @@
+"""The PyTorch path over rows of logits: in blocks that stay in the cache, in place, no (N, V) intermediate.
+
+The twin of `kernels/rows.py` and of the softmax part of `kernels/tiles.py`, in natural logarithms: with
+u = (z - max z) / temperature and e = exp(u), a block is turned into e once and the gradient is `e * factor`.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+BLOCK_ELEMENTS = 1 << 20  # 4 MB of float32
+
+
+class Statistics(NamedTuple):
+    """Of each row of a block; all (R,)."""
+
+    logp: Tensor
+    entropy: Tensor | None
+    top: Tensor  # max z
+    total: Tensor  # sum of e, the scored token included
+
+
+def row_blocks(*tensors: Tensor) -> Iterator[tuple[slice, list[Tensor]]]:
+    """(which of the N rows, those rows of each (B, T, V) tensor as (R, V) views), block by block."""
+    B, T, V = tensors[0].shape
+    step = max(1, BLOCK_ELEMENTS // V)
+    try:
+        flat = [x.view(B * T, V) for x in tensors]
+        groups = [(0, flat)]
+    except RuntimeError:  # strides that no single row stride describes: sequence by sequence
+        groups = [(b * T, [x[b] for x in tensors]) for b in range(B)]
+    for first, rows in groups:
+        for start in range(0, len(rows[0]), step):
+            stop = min(start + step, len(rows[0]))
+            yield slice(first + start, first + stop), [x[start:stop] for x in rows]
+
+
+def live_rows(mask: Tensor | None, rows: slice) -> Tensor | None:
+    """Indices within a block of the rows that count, or None where all do."""
+    if mask is None or bool(mask[rows].all()):
+        return None
+    return mask[rows].nonzero().squeeze(1)
+
+
+def exponentials(
+    z: Tensor, ids: Tensor, inv_temperature: float | Tensor, out: Tensor, want_entropy: bool
+) -> tuple[Tensor, Statistics, Tensor | None]:
+    """e of a block with the scored token's set to 0, the statistics of its rows, and u if entropy is wanted.
+
+    Args:
+        z: (R, V) logits. ids: (R,). inv_temperature: a number or (R,).
+        out: (R, V) float32 to work in; it may be z itself.
+    """
+    ids = ids[:, None]
+    z_y = z.gather(1, ids).float()
+    top = z.amax(1, keepdim=True).float()
+    u = scaled_difference(z, top, inv_temperature, out)
+    scale = inv_temperature[:, None] if isinstance(inv_temperature, Tensor) else inv_temperature
+    u_y = (z_y - top) * scale
+    kept_u = u.clone() if want_entropy else None
+    # The sum goes without the scored token: a confident row keeps the little that the others hold.
+    e = u.exp_().scatter_(1, ids, 0.0)
+    rest = e.sum(1, keepdim=True)
+    p_y = u_y.exp()
+    total = rest + p_y
+    log_total = torch.where(u_y == 0, rest.log1p(), total.log())
+    logp = (u_y - log_total).clamp(max=0)
+    entropy = None
+    if kept_u is not None:
+        products = torch.where(kept_u == -torch.inf, 0, kept_u).mul_(e).sum(1, keepdim=True)
+        products += torch.where(u_y == -torch.inf, 0, u_y) * p_y
+        entropy = (log_total - products / total).squeeze(1)
+    statistics = Statistics(logp.squeeze(1), entropy, top.squeeze(1), total.squeeze(1))
+    return e, statistics, kept_u
+
+
+def scaled_difference(
+    z: Tensor, top: Tensor, inv_temperature: float | Tensor, out: Tensor
+) -> Tensor:
+    """`(z - top) * inv_temperature` into `out`; top (R, 1)."""
+    if z.dtype == out.dtype:
+        torch.sub(z, top, out=out)
+    else:
+        out.copy_(z).sub_(top)
+    if isinstance(inv_temperature, Tensor):
+        return out.mul_(inv_temperature[:, None])
+    return out if inv_temperature == 1 else out.mul_(inv_temperature)
+
+
+def gradient(
+    e: Tensor,
+    u: Tensor | None,
+    ids: Tensor,
+    dlogp: Tensor,
+    dentropy: Tensor | None,
+    statistics: Statistics,
+    inv_temperature: float | Tensor,
+) -> Tensor:
+    """dL/dz of a block, written over `e`. dlogp, dentropy: (R,).
+
+    dz_v = (dlogp (1[v = y] - p_v) - dentropy p_v (log p_v + H)) / temperature
+    """
+    logp, entropy, _, total = statistics
+    factor = -dlogp / total
+    target = -dlogp * torch.expm1(logp)
+    if dentropy is not None:
+        assert entropy is not None
+        assert u is not None
+        factor = factor - dentropy * (entropy - total.log()) / total
+        tilt = -dentropy / total
+        target = target - dentropy * logp.exp() * torch.where(dentropy == 0, 0, logp + entropy)
+        u = torch.where(u == -torch.inf, 0, u)
+        e.mul_(u.mul_((tilt * inv_temperature)[:, None]).add_((factor * inv_temperature)[:, None]))
+    else:
+        e.mul_((factor * inv_temperature)[:, None])
+    e.scatter_(1, ids[:, None], (target * inv_temperature)[:, None])
+    # Select, not multiply: a row without gradient has none, whatever its logits hold.
+    still = dlogp == 0 if dentropy is None else (dlogp == 0) & (dentropy == 0)
+    if bool(still.any()):
+        e[still] = 0
+    return e
+
+
+def store(dblock: Tensor, live: Tensor | None, dz: Tensor) -> None:
+    """Put the gradient of a block's live rows in place, and zeros in the others."""
+    if live is not None:
+        dblock.zero_()
+        dblock[live] = dz.to(dblock.dtype)
+    elif dz is not dblock:
+        dblock.copy_(dz)

@@ -1,0 +1,242 @@
+"""What everything computes, in plain PyTorch: the specification, and the oracle of the tests.
+
+Correct in float64, gradients by autograd, no attention paid to speed or memory. Dimensions: B sequences,
+T completion tokens, N tokens when packed (sequences end to end, `cu_seqlens` their boundaries),
+V vocabulary entries. Per-token tensors are (B, T) or (N,).
+"""
+
+import torch
+from einops import rearrange, reduce
+from torch import Tensor
+
+from grpo_fast.objective import Objective
+
+
+def logprob(logits: Tensor, ids: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
+    """`log_softmax(logits / temperature)[ids]`, one value per row.
+
+    Args:
+        logits: (..., V).
+        ids: (...), each in [0, V).
+        temperature: positive; a number or a tensor (...).
+    """
+    return log_softmax(logits, temperature).gather(-1, ids[..., None].long()).squeeze(-1)
+
+
+def entropy(logits: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
+    """`-sum_v p_v log p_v` with p = softmax(logits / temperature), where 0 log 0 = 0.
+
+    Args:
+        logits: (..., V).
+        temperature: positive; a number or a tensor (...).
+    """
+    logp = log_softmax(logits, temperature)
+    # Banned tokens: p = 0 and log p = -inf. Select before multiplying, or 0 * inf poisons the row.
+    return -(logp.exp() * logp.masked_fill(logp == -torch.inf, 0)).sum(-1)
+
+
+def log_softmax(logits: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
+    if isinstance(temperature, Tensor):
+        temperature = temperature[..., None].to(logits.dtype)
+    return (logits / temperature).log_softmax(-1)
+
+
+def group_advantage(
+    rewards: Tensor,
+    *,
+    group_size: int | None = None,
+    group_ids: Tensor | None = None,
+    scale: str = "group",
+    eps: float = 1e-4,
+    unbiased: bool = True,
+) -> Tensor:
+    """`(rewards - mean of the group) / (std + eps)`; 0 where the rewards do not differ.
+
+    Args:
+        rewards: (B,).
+        group_size: sequences per prompt, consecutive; or
+        group_ids: (B,) labels; equal labels form a group of any size.
+        scale: std of the "group", of the whole "batch", or "none" (no division).
+    """
+    if group_ids is None:
+        group_ids = torch.arange(len(rewards), device=rewards.device) // (group_size or 1)
+    advantages = torch.zeros_like(rewards)
+    for label in group_ids.unique():
+        member = group_ids == label
+        group = rewards[member]
+        if group.max() > group.min():
+            spread = {"group": group, "batch": rewards}.get(scale)
+            std = spread.std(unbiased=unbiased) + eps if spread is not None else 1.0
+            advantages[member] = (group - group.mean()) / std
+    return advantages
+
+
+def policy_terms(
+    logps: Tensor,
+    advantages: Tensor,
+    objective: Objective,
+    old_logps: Tensor | None = None,
+    ref_logps: Tensor | None = None,
+    importance_weights: Tensor | None = None,
+) -> Tensor:
+    """The loss of each token before weighting: importance * surrogate + beta * KL.
+
+    Args:
+        logps, advantages, old_logps, ref_logps, importance_weights: the same shape. Without
+            `old_logps` the step is on policy: the ratio is 1, with the gradient of exp(logp).
+    """
+    ratio = (logps - (logps.detach() if old_logps is None else old_logps)).exp()
+    clipped = ratio.clamp(1 - objective.epsilon_low, 1 + objective.epsilon_high)
+    bounded = ratio if objective.delta is None else ratio.clamp(max=objective.delta)
+    loss = -torch.minimum(bounded * advantages, clipped * advantages)
+    if objective.dual_clip is not None:
+        ceiling = torch.minimum(loss, -objective.dual_clip * advantages)
+        loss = torch.where(advantages < 0, ceiling, loss)
+    if importance_weights is not None:
+        loss = loss * importance_weights
+    if objective.beta:
+        assert ref_logps is not None
+        loss = loss + objective.beta * kl_estimate(logps, ref_logps, ratio, objective.kl)
+    return loss
+
+
+def kl_estimate(logps: Tensor, ref_logps: Tensor, ratio: Tensor, kl: str) -> Tensor:
+    """The estimate of KL(policy || reference) from one sample per token."""
+    gap = ref_logps - logps
+    if kl == "k1":
+        return -gap
+    if kl == "abs":
+        return gap.abs()
+    if kl == "k2":
+        return gap.square() / 2
+    k3 = gap.exp() - gap - 1
+    return ratio * k3 if kl == "k3_unbiased" else k3
+
+
+def sequence_of_token(cu_seqlens: Tensor, N: int) -> Tensor:
+    """(N,) index of the sequence each packed token belongs to."""
+    position = torch.arange(N, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
+    return torch.searchsorted(cu_seqlens[1:].contiguous(), position, right=True)
+
+
+def reduction_weights(
+    mask: Tensor,
+    objective: Objective,
+    num_items: float | Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """w_t of each token, so that the loss is `sum_t w_t * loss_t`; 0 where `mask` is False.
+
+    Args:
+        mask: (B, T) or (N,) bool.
+        num_items: the denominator of "token_mean" in place of the number of live tokens.
+        cu_seqlens: (B + 1,) where `mask` is packed.
+    """
+    num_sequences = len(mask) if cu_seqlens is None else len(cu_seqlens) - 1
+    if objective.reduction == "token_mean":
+        items = mask.sum() if num_items is None else num_items
+        items = items.to(dtype) if isinstance(items, Tensor) else torch.tensor(items, dtype=dtype)
+        weight = 1 / items.to(mask.device, non_blocking=True).clamp(min=1)
+    elif objective.reduction == "sequence_mean":
+        if cu_seqlens is None:
+            length = reduce(mask.to(dtype), "b t -> b 1", "sum")
+        else:  # differences of a running count: exact, and no atomics
+            count = torch.nn.functional.pad(mask.cumsum(0), (1, 0))[cu_seqlens.long()]
+            length = count.diff()[sequence_of_token(cu_seqlens, len(mask))].to(dtype)
+        weight = 1 / (length.clamp(min=1) * max(num_sequences, 1))
+    else:
+        tokens = objective.max_length if objective.reduction == "fixed_length" else 1
+        weight = torch.full((), 1 / (max(num_sequences, 1) * (tokens or 1)), dtype=dtype)
+        weight = weight.to(mask.device)
+    return torch.where(mask, weight, torch.zeros_like(weight))
+
+
+def grpo_loss(
+    logits: Tensor,
+    completion_ids: Tensor,
+    *,
+    advantages: Tensor | None = None,
+    rewards: Tensor | None = None,
+    group_size: int | None = None,
+    mask: Tensor | None = None,
+    old_logps: Tensor | None = None,
+    ref_logps: Tensor | None = None,
+    importance_weights: Tensor | None = None,
+    token_weights: Tensor | None = None,
+    num_items: float | Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    objective: Objective | None = None,
+) -> Tensor:
+    """The loss of `grpo_fast.loss.grpo_loss`, 0-dim, with the same arguments."""
+    objective = objective or Objective()
+    keep = torch.ones_like(completion_ids, dtype=torch.bool) if mask is None else mask != 0
+    # Padding may hold anything, NaN included: it is replaced before any arithmetic.
+    logits = torch.where(rearrange(keep, "... -> ... 1"), logits, torch.zeros_like(logits))
+    ids = completion_ids.masked_fill(~keep, 0)
+    logps = logprob(logits, ids, temperature)
+    return policy_loss(
+        logps,
+        advantages=group_advantage(rewards.to(logps), group_size=group_size)
+        if rewards is not None
+        else advantages,
+        mask=keep,
+        old_logps=old_logps,
+        ref_logps=ref_logps,
+        importance_weights=importance_weights,
+        token_weights=token_weights,
+        entropy=entropy(logits, temperature) if objective.entropy_coef else None,
+        num_items=num_items,
+        cu_seqlens=cu_seqlens,
+        objective=objective,
+    )
+
+
+def policy_loss(
+    logps: Tensor,
+    *,
+    advantages: Tensor | None,
+    mask: Tensor | None = None,
+    old_logps: Tensor | None = None,
+    ref_logps: Tensor | None = None,
+    importance_weights: Tensor | None = None,
+    token_weights: Tensor | None = None,
+    entropy: Tensor | None = None,
+    num_items: float | Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    objective: Objective | None = None,
+) -> Tensor:
+    """The loss of `grpo_fast.loss.policy_loss`, 0-dim, with the same arguments."""
+    objective = objective or Objective()
+    keep = torch.ones_like(logps, dtype=torch.bool) if mask is None else mask != 0
+
+    def per_token(x: Tensor | None) -> Tensor | None:
+        """`x` broadcast to one value per token, and 0 where the token is masked."""
+        if x is None:
+            return None
+        if cu_seqlens is not None and len(x) != len(logps):
+            x = x.reshape(-1)[sequence_of_token(cu_seqlens, len(logps))]
+        elif x.ndim < logps.ndim:
+            x = rearrange(x, "b -> b 1")
+        return torch.where(keep, x.to(logps), torch.zeros_like(logps))
+
+    logps = torch.where(keep, logps, torch.zeros_like(logps))
+    advantages = per_token(advantages)
+    assert advantages is not None
+    loss = policy_terms(
+        logps,
+        advantages,
+        objective,
+        per_token(old_logps),
+        per_token(ref_logps),
+        per_token(importance_weights),
+    )
+    if objective.entropy_coef:
+        bonus = per_token(entropy)
+        assert bonus is not None
+        loss = loss - objective.entropy_coef * bonus
+    weights = reduction_weights(keep, objective, num_items, cu_seqlens, logps.dtype)
+    if token_weights is not None:
+        weights = weights * per_token(token_weights)
+    return (weights * loss).sum()

@@ -1,0 +1,328 @@
+"""From logits to the GRPO loss and its gradient, in one launch.
+
+    logp, H   as in `logprob`                                            per row of (B, T, V) logits
+    A         given, or the z-score of the group's rewards               `tiles.standard_score`
+    l         w (importance * surrogate(logp, old, A) + beta KL(logp, ref) - entropy_coef H)
+    c, e      dl/dlogp, dl/dH
+    dz_v      (c (1[v = y] - p_v) - e p_v (log p_v + H)) / temperature
+
+The coefficient of a row is known as soon as its log-prob is, so the gradient is taken while the row is still in
+the cache. Bytes, at w per logit: N V w read from memory, N V w read again from the cache, N V w written; rows with
+c = e = 0 are read once and written once, masked rows are written only.
+
+A program owns a row, or a part of one until the last part to arrive takes over (`rows`). `dlogits` may be `logits`:
+a row is rewritten after all of it has been read.
+"""
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+
+from grpo_fast.kernels.group_advantage import block_size, group_moments
+from grpo_fast.kernels.policy_loss import bounds
+from grpo_fast.kernels.rows import (
+    arrive,
+    combine_parts,
+    inverse_temperature,
+    read_statistics,
+    row_offset,
+    schedule,
+    write_dlogits,
+    write_zeros,
+)
+from grpo_fast.kernels.tiles import (
+    LOG2E,
+    dlogits_factors,
+    dlogits_target,
+    include_target,
+    policy_terms,
+    standard_score,
+)
+
+SCORE_EPS = 1e-4  # of the z-score taken in the launch: TRL's and the paper code's
+
+
+@triton.jit
+def load_or(ptr, row, default):
+    """The value of a row, or `default` where there is no such tensor."""
+    if ptr is not None:
+        return tl.load(ptr + row).to(tl.float32)
+    return default
+
+
+@triton.jit
+def load_advantage(
+    advantages_ptr, rewards_ptr, sequence_ptr, row, T_len, G, eps, BLOCK_G: tl.constexpr
+):
+    """The advantage of a row: its own, or the z-score of its sequence's reward in the group."""
+    if rewards_ptr is None:
+        return tl.load(advantages_ptr + row).to(tl.float32)
+    sequence = row // T_len
+    if sequence_ptr is not None:
+        sequence = tl.load(sequence_ptr + row)
+    first = sequence // G * G
+    mean, squares, count, differ = group_moments(
+        rewards_ptr, None, 0, first, first + G, BLOCK_G
+    )
+    reward = tl.load(rewards_ptr + sequence)
+    return standard_score(reward, mean, squares, count, differ, eps, UNBIASED=True)
+
+
+@triton.jit(do_not_specialize=["T_len", "G"])
+def _grpo_kernel(
+    logits_ptr,  # (B, T, V)
+    ids_ptr,  # (N,)
+    mask_ptr,  # (N,) bool, or None
+    weight_ptr,  # (N,) fp32
+    advantages_ptr,  # (N,) fp32, or None
+    rewards_ptr,  # (B,) fp32, or None
+    sequence_ptr,  # (N,) int64, or None: row // T_len
+    old_logp_ptr,  # (N,) fp32, or None: on policy
+    ref_logp_ptr,  # (N,) fp32, or None
+    importance_ptr,  # (N,) fp32, or None: 1
+    temperature_ptr,  # (N,) fp32, or None
+    dlogits_ptr,  # (B, T, V)
+    loss_ptr,  # (N,) fp32
+    logp_ptr,  # (N,) fp32
+    entropy_ptr,  # (N,) fp32, or None
+    kl_ptr,  # (N,) fp32, or None
+    clip_ptr,  # (N,) int8
+    partial_ptr,  # (N, parts, 3) fp32, or None
+    arrived_ptr,  # (N,) int32, zeros, or None
+    stride_b,
+    stride_t,
+    dstride_b,
+    dstride_t,
+    T_len,
+    V,
+    parts,
+    columns,
+    G,
+    inv_temperature,
+    epsilon_low,
+    epsilon_high,
+    delta,
+    dual_clip,
+    beta,
+    entropy_coef,
+    score_eps,
+    KL: tl.constexpr,
+    K: tl.constexpr,
+    T: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_PARTS: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
+    HAS_ENTROPY: tl.constexpr = entropy_ptr is not None
+    HAS_REF: tl.constexpr = ref_logp_ptr is not None
+    pid = tl.program_id(0)
+    row = (pid // parts).to(tl.int64)
+    part = pid % parts
+    row_ptr = logits_ptr + row_offset(row, T_len, stride_b, stride_t)
+    drow_ptr = dlogits_ptr + row_offset(row, T_len, dstride_b, dstride_t)
+    start = part * columns
+    stop = tl.minimum(start + columns, V)
+    live = True
+    if mask_ptr is not None:
+        live = tl.load(mask_ptr + row) != 0
+    if live:
+        target = tl.load(ids_ptr + row).to(tl.int32)
+        inv_temperature = inverse_temperature(temperature_ptr, row, inv_temperature)
+        scale = inv_temperature * LOG2E
+        m, s, t = read_statistics(row_ptr, target, scale, start, stop, K, T, HAS_ENTROPY)
+        last = True
+        if SPLIT:
+            last = arrive(partial_ptr, arrived_ptr, row, part, parts, m, s, t)
+        if last:
+            if SPLIT:
+                m, s, t = combine_parts(partial_ptr, row, parts, BLOCK_PARTS, HAS_ENTROPY)
+            z = tl.load(row_ptr + target).to(tl.float32)
+            m, s, log2_s, logp, entropy = include_target(m, s, t, z, scale)
+            advantage = load_advantage(
+                advantages_ptr, rewards_ptr, sequence_ptr, row, T_len, G, score_eps, BLOCK_G
+            )
+            loss, dlogp, kl, clip = policy_terms(
+                logp,
+                load_or(old_logp_ptr, row, logp),
+                load_or(ref_logp_ptr, row, 0.0),
+                advantage,
+                load_or(importance_ptr, row, 1.0),
+                epsilon_low,
+                epsilon_high,
+                delta,
+                dual_clip,
+                beta,
+                KL,
+                HAS_REF,
+            )
+            weight = tl.load(weight_ptr + row)
+            dentropy = 0.0
+            if HAS_ENTROPY:
+                loss -= entropy_coef * entropy
+                dentropy = -entropy_coef * weight
+                tl.store(entropy_ptr + row, entropy)
+            # Select, not multiply: a token without weight has no say, whatever its loss is.
+            loss = tl.where(weight == 0, 0.0, weight * loss)
+            dlogp = tl.where(weight == 0, 0.0, weight * dlogp)
+            tl.store(loss_ptr + row, loss)
+            tl.store(logp_ptr + row, logp)
+            tl.store(clip_ptr + row, clip.to(tl.int8))
+            if HAS_REF:
+                tl.store(kl_ptr + row, kl)
+            if (dlogp != 0) | (dentropy != 0):
+                k0, k1 = dlogits_factors(dlogp, dentropy, entropy, s, log2_s, inv_temperature)
+                dtarget = dlogits_target(dlogp, dentropy, entropy, logp, inv_temperature)
+                write_dlogits(
+                    row_ptr, drow_ptr, target, dtarget, scale, m, k0, k1, 0, V, K, T, HAS_ENTROPY
+                )
+            else:
+                write_zeros(drow_ptr, 0, V, K, T)
+    else:
+        write_zeros(drow_ptr, start, stop, K, T)
+        if part == 0:
+            tl.store(loss_ptr + row, 0.0)
+            tl.store(logp_ptr + row, 0.0)
+            tl.store(clip_ptr + row, 0)
+            if HAS_ENTROPY:
+                tl.store(entropy_ptr + row, 0.0)
+            if HAS_REF:
+                tl.store(kl_ptr + row, 0.0)
+
+
+@triton.jit(do_not_specialize=["T_len"])
+def _scale_rows_kernel(
+    factor_ptr,  # (N,) fp32
+    x_ptr,  # (B, T, V), scaled in place
+    stride_factor,
+    stride_b,
+    stride_t,
+    T_len,
+    V,
+    parts,
+    columns,
+    K: tl.constexpr,
+    T: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    row = (pid // parts).to(tl.int64)
+    factor = tl.load(factor_ptr + row * stride_factor)
+    if factor != 1.0:  # decided on the device: asking from the host would be a sync
+        offs = tl.arange(0, K)[:, None] * T + tl.arange(0, T)[None, :]
+        x_ptr += row_offset(row, T_len, stride_b, stride_t)
+        start = (pid % parts) * columns
+        stop = tl.minimum(start + columns, V)
+        for base in range(start, stop, K * T):
+            keep = offs < stop - base
+            x = tl.load(x_ptr + base + offs, mask=keep).to(tl.float32)
+            # A row of zeros stays one, also under a factor of inf.
+            x = tl.where(x == 0, 0.0, x * factor)
+            tl.store(x_ptr + base + offs, x.to(x_ptr.dtype.element_ty), mask=keep)
+
+
+def grpo_fwd_bwd(
+    logits,
+    ids,
+    mask,
+    weight,
+    advantages,
+    rewards,
+    group_size,
+    sequence,
+    old_logp,
+    ref_logp,
+    importance,
+    temperature,
+    inv_temperature,
+    objective,
+    dlogits,
+):
+    """Launch the kernel, `dlogits` (B, T, V) being written (it may be `logits`).
+
+    Args:
+        logits: (B, T, V), the last dimension contiguous.
+        ids, mask, weight, advantages, sequence, old_logp, ref_logp, importance, temperature: (N,)
+            contiguous, or None as the kernel allows. rewards: (num_sequences,).
+        objective: a `grpo_fast.Objective`.
+
+    Returns:
+        loss, logp, entropy (or None), kl (or None): (N,) fp32; clip: (N,) int8.
+    """
+    B, T_len, V = logits.shape
+    N = B * T_len
+    new = functools.partial(torch.empty, device=logits.device, dtype=torch.float32)
+    loss, logp = new(N), new(N)
+    entropy = new(N) if objective.entropy_coef else None
+    kl = new(N) if ref_logp is not None else None
+    clip = new(N, dtype=torch.int8)
+    plan = schedule(V)
+    if N:
+        _grpo_kernel[(N * plan.parts,)](
+            logits_ptr=logits,
+            ids_ptr=ids,
+            mask_ptr=mask,
+            weight_ptr=weight,
+            advantages_ptr=advantages,
+            rewards_ptr=rewards,
+            sequence_ptr=sequence,
+            old_logp_ptr=old_logp,
+            ref_logp_ptr=ref_logp,
+            importance_ptr=importance,
+            temperature_ptr=temperature,
+            dlogits_ptr=dlogits,
+            loss_ptr=loss,
+            logp_ptr=logp,
+            entropy_ptr=entropy,
+            kl_ptr=kl,
+            clip_ptr=clip,
+            **plan.meeting_point(N, logits.device),
+            stride_b=logits.stride(0),
+            stride_t=logits.stride(1),
+            dstride_b=dlogits.stride(0),
+            dstride_t=dlogits.stride(1),
+            T_len=T_len,
+            V=V,
+            parts=plan.parts,
+            columns=plan.columns,
+            G=group_size,
+            inv_temperature=inv_temperature,
+            **bounds(objective),
+            beta=objective.beta,
+            entropy_coef=objective.entropy_coef,
+            score_eps=SCORE_EPS,
+            KL=objective.kl,
+            K=plan.K,
+            T=plan.T,
+            BLOCK_G=block_size(group_size),
+            BLOCK_PARTS=plan.block_parts,
+            SPLIT=plan.split,
+            num_warps=plan.num_warps,
+        )
+    return loss, logp, entropy, kl, clip
+
+
+def scale_rows(factor, x):
+    """`x *= factor[:, None]` in place, without touching the rows whose factor is 1.
+
+    Args:
+        factor: (N,) fp32, any stride: an expanded scalar has 0.
+        x: (B, T, V), the last dimension contiguous, N = B T.
+    """
+    B, T_len, V = x.shape
+    plan = schedule(V)
+    if x.numel():
+        _scale_rows_kernel[(B * T_len * plan.parts,)](
+            factor_ptr=factor,
+            x_ptr=x,
+            stride_factor=factor.stride(0),
+            stride_b=x.stride(0),
+            stride_t=x.stride(1),
+            T_len=T_len,
+            V=V,
+            parts=plan.parts,
+            columns=plan.columns,
+            K=plan.K,
+            T=plan.T,
+            num_warps=plan.num_warps,
+        )

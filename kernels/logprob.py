@@ -1,0 +1,225 @@
+"""Log-probability of one token per row of logits, and the entropy of the row, without a softmax in memory.
+
+    s       = z / temperature                                   (B, T, V)
+    logp    = s[y] - logsumexp(s),   H = logsumexp(s) - sum_v p_v s_v
+    dz_v    = (dlogp (1[v = y] - p_v) - dH p_v (log p_v + H)) / temperature
+
+Bytes, at w per logit: the forward reads N V w; the backward reads N V w and writes N V w, rows whose upstream
+gradient is 0 are written only. Masked rows are not read at all.
+
+A program owns a row, or a part of one (`rows.schedule`). m and s (log2 units, `tiles`) are kept for the backward.
+"""
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+
+from grpo_fast.kernels.rows import (
+    arrive,
+    combine_parts,
+    inverse_temperature,
+    read_statistics,
+    row_offset,
+    schedule,
+    write_dlogits,
+    write_zeros,
+)
+from grpo_fast.kernels.tiles import (
+    LOG2E,
+    dlogits_factors,
+    dlogits_target,
+    include_target,
+)
+
+
+@triton.jit(do_not_specialize=["T_len"])
+def _logprob_fwd_kernel(
+    logits_ptr,  # (B, T, V)
+    ids_ptr,  # (N,)
+    mask_ptr,  # (N,) bool, or None
+    temperature_ptr,  # (N,) fp32, or None
+    logp_ptr,  # (N,) fp32
+    entropy_ptr,  # (N,) fp32, or None
+    m_ptr,  # (N,) fp32
+    s_ptr,  # (N,) fp32
+    partial_ptr,  # (N, parts, 3) fp32, or None
+    arrived_ptr,  # (N,) int32, zeros, or None
+    stride_b,
+    stride_t,
+    T_len,
+    V,
+    parts,
+    columns,
+    inv_temperature,
+    K: tl.constexpr,
+    T: tl.constexpr,
+    BLOCK_PARTS: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
+    HAS_ENTROPY: tl.constexpr = entropy_ptr is not None
+    pid = tl.program_id(0)
+    row = (pid // parts).to(tl.int64)
+    part = pid % parts
+    live = True
+    if mask_ptr is not None:
+        live = tl.load(mask_ptr + row) != 0
+    if live:
+        row_ptr = logits_ptr + row_offset(row, T_len, stride_b, stride_t)
+        target = tl.load(ids_ptr + row).to(tl.int32)
+        scale = inverse_temperature(temperature_ptr, row, inv_temperature) * LOG2E
+        start = part * columns
+        stop = tl.minimum(start + columns, V)
+        m, s, t = read_statistics(row_ptr, target, scale, start, stop, K, T, HAS_ENTROPY)
+        last = True
+        if SPLIT:
+            last = arrive(partial_ptr, arrived_ptr, row, part, parts, m, s, t)
+        if last:
+            if SPLIT:
+                m, s, t = combine_parts(partial_ptr, row, parts, BLOCK_PARTS, HAS_ENTROPY)
+            z = tl.load(row_ptr + target).to(tl.float32)
+            m, s, _, logp, entropy = include_target(m, s, t, z, scale)
+            tl.store(logp_ptr + row, logp)
+            tl.store(m_ptr + row, m)
+            tl.store(s_ptr + row, s)
+            if HAS_ENTROPY:
+                tl.store(entropy_ptr + row, entropy)
+    elif part == 0:
+        tl.store(logp_ptr + row, 0.0)
+        tl.store(m_ptr + row, 0.0)
+        tl.store(s_ptr + row, 1.0)
+        if HAS_ENTROPY:
+            tl.store(entropy_ptr + row, 0.0)
+
+
+@triton.jit(do_not_specialize=["T_len"])
+def _logprob_bwd_kernel(
+    dlogp_ptr,  # (N,) fp32
+    dentropy_ptr,  # (N,) fp32, or None
+    logits_ptr,  # (B, T, V)
+    ids_ptr,  # (N,)
+    mask_ptr,  # (N,) bool, or None
+    temperature_ptr,  # (N,) fp32, or None
+    logp_ptr,  # (N,) fp32
+    entropy_ptr,  # (N,) fp32, or None
+    m_ptr,  # (N,) fp32
+    s_ptr,  # (N,) fp32
+    dlogits_ptr,  # (B, T, V), contiguous
+    stride_b,
+    stride_t,
+    T_len,
+    V,
+    parts,
+    columns,
+    inv_temperature,
+    K: tl.constexpr,
+    T: tl.constexpr,
+):
+    HAS_ENTROPY: tl.constexpr = dentropy_ptr is not None
+    pid = tl.program_id(0)
+    row = (pid // parts).to(tl.int64)
+    start = (pid % parts) * columns
+    stop = tl.minimum(start + columns, V)
+    drow_ptr = dlogits_ptr + row * V
+    dlogp = tl.load(dlogp_ptr + row)
+    dentropy = 0.0
+    entropy = 0.0
+    if HAS_ENTROPY:
+        dentropy = tl.load(dentropy_ptr + row)
+        entropy = tl.load(entropy_ptr + row)
+    live = (dlogp != 0) | (dentropy != 0)
+    if mask_ptr is not None:
+        live = live & (tl.load(mask_ptr + row) != 0)
+    if live:
+        row_ptr = logits_ptr + row_offset(row, T_len, stride_b, stride_t)
+        target = tl.load(ids_ptr + row).to(tl.int32)
+        inv_temperature = inverse_temperature(temperature_ptr, row, inv_temperature)
+        logp = tl.load(logp_ptr + row)
+        m = tl.load(m_ptr + row)
+        s = tl.load(s_ptr + row)
+        k0, k1 = dlogits_factors(dlogp, dentropy, entropy, s, tl.log2(s), inv_temperature)
+        dtarget = dlogits_target(dlogp, dentropy, entropy, logp, inv_temperature)
+        scale = inv_temperature * LOG2E
+        write_dlogits(
+            row_ptr, drow_ptr, target, dtarget, scale, m, k0, k1, start, stop, K, T, HAS_ENTROPY
+        )
+    else:
+        write_zeros(drow_ptr, start, stop, K, T)
+
+
+def logprob_fwd(logits, ids, mask, temperature, inv_temperature, with_entropy):
+    """Launch the forward kernel.
+
+    Args:
+        logits: (B, T, V), the last dimension contiguous.
+        ids, mask, temperature: (N,) contiguous; the last two may be None.
+
+    Returns:
+        logp, entropy (or None), m, s: (N,) fp32.
+    """
+    B, T_len, V = logits.shape
+    N = B * T_len
+    new = functools.partial(torch.empty, device=logits.device, dtype=torch.float32)
+    logp, m, s = new(N), new(N), new(N)
+    entropy = new(N) if with_entropy else None
+    plan = schedule(V)
+    if N:
+        _logprob_fwd_kernel[(N * plan.parts,)](
+            logits_ptr=logits,
+            ids_ptr=ids,
+            mask_ptr=mask,
+            temperature_ptr=temperature,
+            logp_ptr=logp,
+            entropy_ptr=entropy,
+            m_ptr=m,
+            s_ptr=s,
+            **plan.meeting_point(N, logits.device),
+            stride_b=logits.stride(0),
+            stride_t=logits.stride(1),
+            T_len=T_len,
+            V=V,
+            parts=plan.parts,
+            columns=plan.columns,
+            inv_temperature=inv_temperature,
+            K=plan.K,
+            T=plan.T,
+            BLOCK_PARTS=plan.block_parts,
+            SPLIT=plan.split,
+            num_warps=plan.num_warps,
+        )
+    return logp, entropy, m, s
+
+
+def logprob_bwd(
+    dlogp, dentropy, logits, ids, mask, temperature, inv_temperature, logp, entropy, m, s
+):
+    """Launch the backward kernel. Returns dlogits, (B, T, V) contiguous, in the dtype of `logits`."""
+    B, T_len, V = logits.shape
+    dlogits = torch.empty((B, T_len, V), device=logits.device, dtype=logits.dtype)
+    plan = schedule(V)
+    if dlogits.numel():
+        _logprob_bwd_kernel[(B * T_len * plan.parts,)](
+            dlogp_ptr=dlogp,
+            dentropy_ptr=dentropy,
+            logits_ptr=logits,
+            ids_ptr=ids,
+            mask_ptr=mask,
+            temperature_ptr=temperature,
+            logp_ptr=logp,
+            entropy_ptr=entropy,
+            m_ptr=m,
+            s_ptr=s,
+            dlogits_ptr=dlogits,
+            stride_b=logits.stride(0),
+            stride_t=logits.stride(1),
+            T_len=T_len,
+            V=V,
+            parts=plan.parts,
+            columns=plan.columns,
+            inv_temperature=inv_temperature,
+            K=plan.K,
+            T=plan.T,
+            num_warps=plan.num_warps,
+        )
+    return dlogits

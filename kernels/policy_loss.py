@@ -1,0 +1,221 @@
+"""The objective on log-probs, and the statistics of a step.
+
+    ratio = exp(logp - old)
+    loss  = w (importance * surrogate(ratio, A) + beta KL(logp, ref)),  dlogp = dloss/dlogp
+
+`_policy_loss_kernel` computes both per token; formulas in `tiles`. `_token_statistics_kernel` reduces what a step
+produced to one vector, in fixed order. Bytes: every argument once.
+
+A program owns BLOCK tokens; of the statistics, the last program to arrive adds up those of all.
+"""
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+
+from grpo_fast.kernels.tiles import CLIP_DUAL, CLIP_HIGH, CLIP_LOW, policy_terms
+
+BLOCK = 1024
+NUM_STATISTICS = 16  # the layout is named in `grpo_fast.ops.policy_loss.STATISTICS`
+
+
+def bounds(objective):
+    """The clip bounds of an objective as the kernels take them: infinite where there is none."""
+    return {
+        "epsilon_low": objective.epsilon_low,
+        "epsilon_high": objective.epsilon_high,
+        "delta": float("inf") if objective.delta is None else objective.delta,
+        "dual_clip": float("inf") if objective.dual_clip is None else objective.dual_clip,
+    }
+
+
+@triton.jit
+def load_tokens(ptr, offs, keep, default):
+    """Values of tokens as fp32; `default` where not kept, or where there is no such tensor."""
+    if ptr is not None:
+        return tl.load(ptr + offs, mask=keep, other=default).to(tl.float32)
+    return tl.full(offs.shape, default, tl.float32)
+
+
+@triton.jit(do_not_specialize=["N"])
+def _policy_loss_kernel(
+    logp_ptr,  # (N,)
+    mask_ptr,  # (N,) bool, or None
+    weight_ptr,  # (N,) fp32
+    advantages_ptr,  # (N,) fp32
+    old_logp_ptr,  # (N,) fp32, or None: on policy
+    ref_logp_ptr,  # (N,) fp32, or None
+    importance_ptr,  # (N,) fp32, or None: 1
+    loss_ptr,  # (N,) fp32
+    dlogp_ptr,  # (N,) fp32
+    kl_ptr,  # (N,) fp32, or None
+    clip_ptr,  # (N,) int8
+    N,
+    epsilon_low,
+    epsilon_high,
+    delta,
+    dual_clip,
+    beta,
+    KL: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    HAS_REF: tl.constexpr = ref_logp_ptr is not None
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    there = offs < N
+    live = there
+    if mask_ptr is not None:
+        live = there & (tl.load(mask_ptr + offs, mask=there, other=0) != 0)
+    weight = tl.load(weight_ptr + offs, mask=live, other=0.0)
+    logp = load_tokens(logp_ptr, offs, live, 0.0)
+    old_logp = logp
+    if old_logp_ptr is not None:
+        old_logp = load_tokens(old_logp_ptr, offs, live, 0.0)
+    loss, dlogp, kl, clip = policy_terms(
+        logp,
+        old_logp,
+        load_tokens(ref_logp_ptr, offs, live, 0.0),
+        load_tokens(advantages_ptr, offs, live, 0.0),
+        load_tokens(importance_ptr, offs, live, 1.0),
+        epsilon_low,
+        epsilon_high,
+        delta,
+        dual_clip,
+        beta,
+        KL,
+        HAS_REF,
+    )
+    # Select, not multiply: a token without weight has no say, whatever its loss is.
+    tl.store(loss_ptr + offs, tl.where(weight == 0, 0.0, weight * loss), mask=there)
+    tl.store(dlogp_ptr + offs, tl.where(weight == 0, 0.0, weight * dlogp), mask=there)
+    tl.store(clip_ptr + offs, clip.to(tl.int8), mask=there)
+    if HAS_REF:
+        tl.store(kl_ptr + offs, kl, mask=there)
+
+
+@triton.jit(do_not_specialize=["N", "programs"])
+def _token_statistics_kernel(
+    mask_ptr,  # (N,) bool, or None
+    loss_ptr,  # (N,) fp32
+    logp_ptr,  # (N,)
+    old_logp_ptr,  # (N,) fp32, or None
+    importance_ptr,  # (N,) fp32, or None
+    kl_ptr,  # (N,) fp32, or None
+    entropy_ptr,  # (N,) fp32, or None
+    clip_ptr,  # (N,) int8
+    partial_ptr,  # (programs, 16) fp32
+    arrived_ptr,  # (1,) int32, zero
+    statistics_ptr,  # (16,) fp32
+    N,
+    programs,
+    BLOCK: tl.constexpr,
+    FOLD: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    offs = pid.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    live = offs < N
+    if mask_ptr is not None:
+        live = live & (tl.load(mask_ptr + offs, mask=live, other=0) != 0)
+    one = live.to(tl.float32)
+    d = tl.zeros([BLOCK], tl.float32)
+    if old_logp_ptr is not None:
+        d = load_tokens(logp_ptr, offs, live, 0.0) - load_tokens(old_logp_ptr, offs, live, 0.0)
+    ratio = tl.exp(d)
+    clip = tl.load(clip_ptr + offs, mask=live, other=0).to(tl.int32)
+    importance = load_tokens(importance_ptr, offs, live, 1.0)
+    outside = (importance < 0.5) | (importance > 2.0)
+    rho = tl.where(live, ratio * importance, 0.0)
+
+    slot_ptr = partial_ptr + pid * 16
+    tl.store(slot_ptr + 0, tl.sum(one))
+    tl.store(slot_ptr + 1, tl.sum(load_tokens(loss_ptr, offs, live, 0.0)))
+    tl.store(slot_ptr + 2, tl.sum(tl.where(live, ratio, 0.0)))
+    tl.store(slot_ptr + 3, tl.sum(-d))
+    tl.store(slot_ptr + 4, tl.sum(tl.where(live, ratio - 1.0 - d, 0.0)))
+    tl.store(slot_ptr + 5, tl.sum(((clip & CLIP_LOW) != 0).to(tl.float32)))
+    tl.store(slot_ptr + 6, tl.sum(((clip & CLIP_HIGH) != 0).to(tl.float32)))
+    tl.store(slot_ptr + 7, tl.sum(((clip & CLIP_DUAL) != 0).to(tl.float32)))
+    tl.store(slot_ptr + 8, tl.sum(load_tokens(kl_ptr, offs, live, 0.0)))
+    tl.store(slot_ptr + 9, tl.sum(load_tokens(entropy_ptr, offs, live, 0.0)))
+    tl.store(slot_ptr + 10, tl.sum(tl.where(live, importance, 0.0)))
+    tl.store(slot_ptr + 11, tl.sum((live & outside).to(tl.float32)))
+    tl.store(slot_ptr + 12, tl.sum(rho))
+    tl.store(slot_ptr + 13, tl.sum(rho * rho))
+    tl.store(slot_ptr + 14, tl.min(tl.where(live, ratio, float("inf"))))
+    tl.store(slot_ptr + 15, tl.max(tl.where(live, ratio, -float("inf"))))
+    tl.debug_barrier()  # the stores of all threads come before the counter of one
+    if tl.atomic_add(arrived_ptr, 1, sem="acq_rel", scope="gpu") == programs - 1:
+        column = tl.arange(0, 16)[None, :]
+        total = tl.zeros([16], tl.float32)
+        least = tl.full([16], float("inf"), tl.float32)
+        most = tl.full([16], -float("inf"), tl.float32)
+        for base in range(0, programs, FOLD):
+            rows = base + tl.arange(0, FOLD)[:, None]
+            there = (rows < programs) & (column < 16)
+            # volatile: other programs wrote these, the cache of this one may be stale
+            part = tl.load(partial_ptr + rows * 16 + column, mask=there, other=0.0, volatile=True)
+            total += tl.sum(part, axis=0)
+            least = tl.minimum(least, tl.min(tl.where(there, part, float("inf")), axis=0))
+            most = tl.maximum(most, tl.max(tl.where(there, part, -float("inf")), axis=0))
+        column = tl.arange(0, 16)
+        total = tl.where(column == 14, least, tl.where(column == 15, most, total))
+        tl.store(statistics_ptr + column, total)
+
+
+def policy_loss_fwd(
+    logp, mask, weight, advantages, old_logp, ref_logp, importance, objective
+):
+    """Launch the loss kernel on (N,) tensors. Returns loss, dlogp, kl (or None), fp32, and clip, int8."""
+    N = len(logp)
+    new = functools.partial(torch.empty, N, device=logp.device, dtype=torch.float32)
+    loss, dlogp, clip = new(), new(), new(dtype=torch.int8)
+    kl = new() if ref_logp is not None else None
+    if N:
+        _policy_loss_kernel[(triton.cdiv(N, BLOCK),)](
+            logp_ptr=logp,
+            mask_ptr=mask,
+            weight_ptr=weight,
+            advantages_ptr=advantages,
+            old_logp_ptr=old_logp,
+            ref_logp_ptr=ref_logp,
+            importance_ptr=importance,
+            loss_ptr=loss,
+            dlogp_ptr=dlogp,
+            kl_ptr=kl,
+            clip_ptr=clip,
+            N=N,
+            **bounds(objective),
+            beta=objective.beta,
+            KL=objective.kl,
+            BLOCK=BLOCK,
+            num_warps=4,
+        )
+    return loss, dlogp, kl, clip
+
+
+def token_statistics_fwd(mask, loss, logp, old_logp, importance, kl, entropy, clip):
+    """Launch the statistics kernel on (N,) tensors, N > 0. Returns (16,) fp32."""
+    N = len(logp)
+    programs = triton.cdiv(N, BLOCK)
+    new = functools.partial(torch.empty, device=logp.device, dtype=torch.float32)
+    statistics = new(NUM_STATISTICS)
+    _token_statistics_kernel[(programs,)](
+        mask_ptr=mask,
+        loss_ptr=loss,
+        logp_ptr=logp,
+        old_logp_ptr=old_logp,
+        importance_ptr=importance,
+        kl_ptr=kl,
+        entropy_ptr=entropy,
+        clip_ptr=clip,
+        partial_ptr=new(programs, NUM_STATISTICS),
+        arrived_ptr=torch.zeros(1, device=logp.device, dtype=torch.int32),
+        statistics_ptr=statistics,
+        N=N,
+        programs=programs,
+        BLOCK=BLOCK,
+        FOLD=64,
+        num_warps=4,
+    )
+    return statistics

@@ -1,0 +1,192 @@
+"""Streaming one row of logits: the loads and stores that every kernel on (B, T, V) logits shares.
+
+A row is read in tiles [K, T]. T = 8 * (threads of a program), 16 bytes of bfloat16 per lane, so that the
+softmax fold along K stays in registers: no barrier and no shuffle in the hot loop.
+
+Two schedules. Up to `MAX_V_PER_PROGRAM` entries one program owns a row. Above, `S` programs read a part of
+the row each and store partial statistics; the last to arrive combines them, in fixed order, and goes on
+alone: nobody waits, nobody spins, and the order of arrival does not reach the result. The schedule depends on
+V alone, so a row's result does not depend on the batch around it.
+"""
+
+import dataclasses
+
+import torch
+import triton
+import triton.language as tl
+
+from grpo_fast.kernels.tiles import LOWEST, dlogits_tile, fold_softmax, reduce_softmax
+
+MAX_V_PER_PROGRAM = 32_768
+PARTS = 16  # how many programs share a long row, at most
+STATISTICS = 3  # m, s, t
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """How the kernels walk over a row of V entries: `parts` programs of `columns` entries each."""
+
+    parts: int
+    columns: int
+    K: int
+    T: int
+    num_warps: int
+
+    @property
+    def split(self) -> bool:
+        return self.parts > 1
+
+    @property
+    def block_parts(self) -> int:
+        return triton.next_power_of_2(self.parts)
+
+    def meeting_point(self, N, device) -> dict[str, torch.Tensor | None]:
+        """Where the parts of N rows leave their statistics and count themselves."""
+        if not self.split:
+            return {"partial_ptr": None, "arrived_ptr": None}
+        partial = torch.empty(N, self.parts, STATISTICS, device=device, dtype=torch.float32)
+        arrived = torch.zeros(N, device=device, dtype=torch.int32)
+        return {"partial_ptr": partial, "arrived_ptr": arrived}
+
+
+def schedule(V: int) -> Schedule:
+    """The schedule for rows of V entries."""
+    warps = 4 if torch.version.hip else 8  # a wavefront has 64 lanes there: 256 threads either way
+    if V <= 1024:
+        return Schedule(parts=1, columns=V, K=1, T=1024, num_warps=warps // 2)
+    K, T = 4, 2048
+    if V <= MAX_V_PER_PROGRAM:
+        return Schedule(parts=1, columns=V, K=K, T=T, num_warps=warps)
+    tiles = triton.cdiv(V, K * T)
+    columns = triton.cdiv(tiles, PARTS) * K * T
+    return Schedule(parts=triton.cdiv(V, columns), columns=columns, K=K, T=T, num_warps=warps)
+
+
+@triton.jit
+def tile_offsets(K: tl.constexpr, T: tl.constexpr):
+    return tl.arange(0, K)[:, None] * T + tl.arange(0, T)[None, :]  # [K, T]
+
+
+@triton.jit
+def read_statistics(
+    row_ptr, target, scale, start, stop, K: tl.constexpr, T: tl.constexpr, HAS_ENTROPY: tl.constexpr
+):
+    """(m, s, t) of columns [start, stop) of a row without column `target`."""
+    BLOCK: tl.constexpr = K * T
+    offs = tile_offsets(K, T)
+    m = tl.full([T], LOWEST, tl.float32)
+    s = tl.zeros([T], tl.float32)
+    t = tl.zeros([T], tl.float32)
+    full = (stop - start) // BLOCK
+    target_tile = (target - start) // BLOCK
+    for i in range(0, full):
+        base = start + i * BLOCK
+        # A second pass often follows: ask the cache to keep the row.
+        z = tl.load(row_ptr + base + offs, eviction_policy="evict_last").to(tl.float32)
+        if i == target_tile:  # the same for all threads: one compare per tile, not per element
+            z = tl.where(offs == target - base, -float("inf"), z)
+        m, s, t = fold_softmax(m, s, t, z, scale, HAS_ENTROPY)
+    base = start + full * BLOCK
+    if base < stop:
+        keep = (offs < stop - base) & (offs != target - base)
+        z = tl.load(
+            row_ptr + base + offs, mask=keep, other=-float("inf"), eviction_policy="evict_last"
+        )
+        m, s, t = fold_softmax(m, s, t, z.to(tl.float32), scale, HAS_ENTROPY)
+    return reduce_softmax(m, s, t, HAS_ENTROPY)
+
+
+@triton.jit
+def arrive(partial_ptr, arrived_ptr, row, part, parts, m, s, t):
+    """Store the statistics of one part of a row; True for the last part to arrive."""
+    slot_ptr = partial_ptr + (row * parts + part) * 3
+    tl.store(slot_ptr, m)
+    tl.store(slot_ptr + 1, s)
+    tl.store(slot_ptr + 2, t)
+    tl.debug_barrier()  # the stores of all threads come before the counter of one
+    return tl.atomic_add(arrived_ptr + row, 1, sem="acq_rel", scope="gpu") == parts - 1
+
+
+@triton.jit
+def combine_parts(
+    partial_ptr, row, parts, BLOCK_PARTS: tl.constexpr, HAS_ENTROPY: tl.constexpr
+):
+    """The statistics of a whole row from those of its parts, in the order of the parts."""
+    part = tl.arange(0, BLOCK_PARTS)
+    slot_ptr = partial_ptr + (row * parts + part) * 3
+    there = part < parts
+    # volatile: other programs wrote these, the cache of this one may be stale
+    m = tl.load(slot_ptr, mask=there, other=LOWEST, volatile=True)
+    s = tl.load(slot_ptr + 1, mask=there, other=0.0, volatile=True)
+    t = tl.load(slot_ptr + 2, mask=there, other=0.0, volatile=True)
+    return reduce_softmax(m, s, t, HAS_ENTROPY)
+
+
+@triton.jit
+def write_dlogits(
+    row_ptr,
+    drow_ptr,
+    target,
+    dtarget,
+    scale,
+    m,
+    k0,
+    k1,
+    start,
+    stop,
+    K: tl.constexpr,
+    T: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr,
+):
+    """Columns [start, stop) of the gradient of a row; `drow_ptr` may be `row_ptr`.
+
+    From back to front: what the first pass read last is still in the cache.
+    """
+    BLOCK: tl.constexpr = K * T
+    offs = tile_offsets(K, T)
+    full = (stop - start) // BLOCK
+    base = start + full * BLOCK
+    if base < stop:
+        keep = offs < stop - base
+        z = tl.load(row_ptr + base + offs, mask=keep, other=-float("inf")).to(tl.float32)
+        dz = dlogits_tile(z, scale, m, k0, k1, HAS_ENTROPY)
+        dz = tl.where(offs == target - base, dtarget, dz)
+        tl.store(drow_ptr + base + offs, dz.to(drow_ptr.dtype.element_ty), mask=keep)
+    target_tile = (target - start) // BLOCK
+    for i in range(0, full):
+        tile = full - 1 - i
+        base = start + tile * BLOCK
+        z = tl.load(row_ptr + base + offs).to(tl.float32)
+        dz = dlogits_tile(z, scale, m, k0, k1, HAS_ENTROPY)
+        if tile == target_tile:
+            dz = tl.where(offs == target - base, dtarget, dz)
+        tl.store(drow_ptr + base + offs, dz.to(drow_ptr.dtype.element_ty))
+
+
+@triton.jit
+def write_zeros(drow_ptr, start, stop, K: tl.constexpr, T: tl.constexpr):
+    """Columns [start, stop) of a row without gradient: written without being read."""
+    BLOCK: tl.constexpr = K * T
+    offs = tile_offsets(K, T)
+    zeros = tl.zeros([K, T], tl.float32).to(drow_ptr.dtype.element_ty)
+    full = (stop - start) // BLOCK
+    for i in range(0, full):
+        tl.store(drow_ptr + start + i * BLOCK + offs, zeros)
+    base = start + full * BLOCK
+    if base < stop:
+        tl.store(drow_ptr + base + offs, zeros, mask=offs < stop - base)
+
+
+@triton.jit
+def row_offset(row, T_len, stride_b, stride_t):
+    """Where row (b, t) = divmod(row, T_len) starts. int64: B * T * V passes 2**31 for any real batch."""
+    row = row.to(tl.int64)
+    return (row // T_len) * stride_b + (row % T_len) * stride_t
+
+
+@triton.jit
+def inverse_temperature(temperature_ptr, row, inv_temperature):
+    """1 / temperature of a row: its own where there is one per token, else the common one."""
+    if temperature_ptr is not None:
+        return 1.0 / tl.load(temperature_ptr + row)
+    return inv_temperature

@@ -1,0 +1,197 @@
+"""Pure maths on loaded tiles: no loads, no stores. One home for each formula, shared by all kernels.
+
+Softmax statistics are kept in log2 units: with x = z * scale, scale = log2(e) / temperature,
+
+    m  maximum of x            s  sum of 2^(x - m)            t  sum of 2^(x - m) (x - m)
+
+and always over the entries other than the scored token; `include_target` adds that one at the end. A
+confident row then keeps what it would lose by rounding 1 + tiny to 1: log p = -log1p(rest) and
+1 - p = -expm1(log p) are exact to float32 however small the rest is.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+# Where a running maximum starts. Finite, so that a tile of -inf logits gives 2^(-inf) = 0 and no NaN.
+LOWEST = tl.constexpr(-1.0e30)
+# 2^-150 is 0 in float32: the cap makes 0 * log2(0) come out as 0 and not as NaN.
+LOG2_ZERO = tl.constexpr(-150.0)
+
+# Bits of the clip flags: why the surrogate of a token passes no gradient (or is bounded).
+CLIP_LOW = tl.constexpr(1)
+CLIP_HIGH = tl.constexpr(2)
+CLIP_DUAL = tl.constexpr(4)
+
+
+@triton.jit
+def fold_softmax(m, s, t, z, scale, HAS_ENTROPY: tl.constexpr):
+    """Fold a tile `z` [K, T] into the lane-wise statistics m, s, t [T]."""
+    m_new = tl.maximum(m, tl.max(z, axis=0) * scale)
+    u = tl.fma(z, scale, -m_new[None, :])  # one rounding: the offset m_new cancels exactly later on
+    e = tl.exp2(u)
+    shrink = tl.exp2(m - m_new)
+    if HAS_ENTROPY:
+        t = shrink * (t + (m - m_new) * s) + tl.sum(e * tl.maximum(u, LOG2_ZERO), axis=0)
+    return m_new, s * shrink + tl.sum(e, axis=0), t
+
+
+@triton.jit
+def reduce_softmax(m, s, t, HAS_ENTROPY: tl.constexpr):
+    """Combine the statistics of all lanes (or of all parts of a row) into scalars."""
+    total = tl.max(m, axis=0)
+    shrink = tl.exp2(m - total)
+    if HAS_ENTROPY:
+        t_total = tl.sum(shrink * (t + (m - total) * s), axis=0)
+    else:
+        t_total = 0.0
+    return total, tl.sum(s * shrink, axis=0), t_total
+
+
+@triton.jit
+def log2_1p(x):
+    """log2(1 + x) for x >= 0, accurate for small x, whatever the accuracy of the hardware's log2."""
+    # atanh series: log(1 + x) = 2 (w + w^3/3 + w^5/5 + ...), w = x / (2 + x) <= 1/9 for x <= 1/4.
+    w = x / (2.0 + x)
+    w2 = w * w
+    series = 1.0 + w2 * (1 / 3 + w2 * (1 / 5 + w2 * (1 / 7 + w2 * (1 / 9))))
+    return tl.where(x <= 0.25, 2.0 * LOG2E * w * series, tl.log2(1.0 + x))
+
+
+@triton.jit
+def one_minus_exp(x):
+    """1 - exp(x) for x <= 0, accurate for small x: 1 - p of a token whose log-prob is x."""
+    a = -x
+    series = 1.0 - a / 5 * (1.0 - a / 6 * (1.0 - a / 7))
+    series = a * (1.0 - a / 2 * (1.0 - a / 3 * (1.0 - a / 4 * series)))
+    return tl.where(a <= 0.5, series, 1.0 - tl.exp(x))
+
+
+@triton.jit
+def include_target(m, s, t, z, scale):
+    """Add the scored token, whose logit is z, to the statistics m, s, t of the others.
+
+    Returns (m, s, log2 s) of the whole row, then its log p and entropy in nats.
+    """
+    top = tl.maximum(m, z * scale)
+    u = tl.fma(z, scale, -top)  # rounded as every other entry was: see fold_softmax
+    p = tl.exp2(u)
+    rest = s * tl.exp2(m - top)
+    total = rest + p
+    # The token on top: everything relative to its own p, so that a small rest survives.
+    confident = m <= z * scale
+    surprise = tl.where(confident, log2_1p(rest / p), tl.log2(total) - u)
+    log2_total = tl.where(confident, surprise + u, tl.log2(total))
+    t_total = tl.exp2(m - top) * (t + (m - top) * s) + p * tl.maximum(u, LOG2_ZERO)
+    entropy = (log2_total - t_total / total) * LN2
+    return top, total, log2_total, tl.minimum(-surprise, 0.0) * LN2, entropy
+
+
+@triton.jit
+def dlogits_factors(dlogp, dentropy, entropy, total, log2_total, inv_temperature):
+    """(k0, k1) such that dL/dz_j = e_j (k0 + k1 u_j) with u_j = x_j - m, e_j = 2^u_j, for j not scored.
+
+    From dL/ds_j = p_j (-dlogp - dentropy (log p_j + H)), log p_j = ln 2 (u_j - log2 total).
+    """
+    k = inv_temperature / total
+    return (-dlogp - dentropy * (entropy - LN2 * log2_total)) * k, -dentropy * LN2 * k
+
+
+@triton.jit
+def dlogits_target(dlogp, dentropy, entropy, logp, inv_temperature):
+    """dL/dz at the scored token."""
+    by_entropy = tl.where(dentropy == 0, 0.0, dentropy * tl.exp(logp) * (logp + entropy))
+    return (dlogp * one_minus_exp(logp) - by_entropy) * inv_temperature
+
+
+@triton.jit
+def dlogits_tile(z, scale, m, k0, k1, HAS_ENTROPY: tl.constexpr):
+    """dL/dz of a tile of logits from the statistics and factors of its row."""
+    u = tl.fma(z, scale, -m)
+    e = tl.exp2(u)
+    if HAS_ENTROPY:
+        return e * tl.fma(tl.maximum(u, LOG2_ZERO), k1, k0)
+    return e * k0
+
+
+@triton.jit
+def clip_surrogate(ratio, advantage, epsilon_low, epsilon_high, delta, dual_clip):
+    """PPO's clipped surrogate: (loss, dloss/dlogp, clip flags). An infinite bound is no bound."""
+    low = 1.0 - epsilon_low
+    high = 1.0 + epsilon_high
+    free = tl.minimum(ratio, delta) * advantage
+    clipped = tl.minimum(tl.maximum(ratio, low), high) * advantage
+    loss = -tl.minimum(free, clipped)
+    # Where both branches agree (inside the clip range) either gradient is right: they are the same.
+    inside = tl.where(free <= clipped, ratio <= delta, (ratio >= low) & (ratio <= high))
+    dual = (advantage < 0) & (-dual_clip * advantage < loss)
+    loss = tl.where(dual, -dual_clip * advantage, loss)
+    # Select, not multiply: the ratio may be inf where no gradient passes.
+    passes = inside & (dual == 0) & (advantage != 0)
+    dlogp = tl.where(passes, -ratio * advantage, 0.0)
+    clip = tl.where((ratio < low) & (advantage < 0), CLIP_LOW, 0)
+    clip += tl.where((ratio > high) & (advantage > 0), CLIP_HIGH, 0)
+    clip += tl.where((ratio > tl.minimum(delta, dual_clip)) & (advantage < 0), CLIP_DUAL, 0)
+    return tl.where(advantage == 0, 0.0, loss), dlogp, clip
+
+
+@triton.jit
+def kl_terms(logp, ref_logp, ratio, KL: tl.constexpr):
+    """(KL estimate, d/dlogp) from q = ref_logp - logp."""
+    gap = ref_logp - logp
+    if KL == "k1":
+        kl = -gap
+        dkl = gap * 0.0 + 1.0
+    elif KL == "abs":
+        kl = tl.abs(gap)
+        dkl = tl.where(gap > 0, -1.0, tl.where(gap < 0, 1.0, 0.0))
+    elif KL == "k2":
+        kl = 0.5 * gap * gap
+        dkl = -gap
+    else:
+        kl = tl.exp(gap) - gap - 1.0
+        dkl = 1.0 - tl.exp(gap)
+        if KL == "k3_unbiased":
+            # d(r k3)/dlogp = r (1 - e^q) + r (e^q - q - 1) = -r q
+            kl = ratio * kl
+            dkl = -ratio * gap
+    return kl, dkl
+
+
+@triton.jit
+def policy_terms(
+    logp,
+    old_logp,
+    ref_logp,
+    advantage,
+    importance,
+    epsilon_low,
+    epsilon_high,
+    delta,
+    dual_clip,
+    beta,
+    KL: tl.constexpr,
+    HAS_REF: tl.constexpr,
+):
+    """(loss, dloss/dlogp, KL, clip flags) of tokens, before the reduction's weight."""
+    ratio = tl.exp(logp - old_logp)
+    loss, dlogp, clip = clip_surrogate(
+        ratio, advantage, epsilon_low, epsilon_high, delta, dual_clip
+    )
+    loss *= importance
+    dlogp *= importance
+    kl = logp * 0.0
+    if HAS_REF:
+        kl, dkl = kl_terms(logp, ref_logp, ratio, KL)
+        loss += tl.where(beta == 0, 0.0, beta * kl)
+        dlogp += tl.where(beta == 0, 0.0, beta * dkl)
+    return loss, dlogp, kl, clip
+
+
+@triton.jit
+def standard_score(reward, mean, squares, count, differ, eps, UNBIASED: tl.constexpr):
+    """`(reward - mean) / (std + eps)`; exactly 0 where the rewards do not differ."""
+    freedom = tl.maximum(count - 1.0, 1.0) if UNBIASED else count
+    score = (reward - mean) / (tl.sqrt(squares / freedom) + eps)
+    return tl.where(differ, score, 0.0)
