@@ -139,7 +139,9 @@ def grpo_loss(
     else:
         loss, logp, entropy, kl, clip, _ = grpo(logits3, *arguments)
     has_entropy = objective.entropy_coef != 0
-    return _output(op, completion_ids, loss, logp, entropy if has_entropy else None, kl, clip, tokens)
+    return _output(
+        op, completion_ids, loss, logp, entropy if has_entropy else None, kl, clip, tokens
+    )
 
 
 def policy_loss(
@@ -180,7 +182,9 @@ def policy_loss(
     if logps.ndim not in (1, 2):
         raise ValueError(f"{op}: logps: want (B, T) or (N,), got {_arguments.shape_of(logps)}")
     if objective.entropy_coef and entropy is None:
-        raise ValueError(f"{op}: entropy: needed, since objective.entropy_coef={objective.entropy_coef}")
+        raise ValueError(
+            f"{op}: entropy: needed, since objective.entropy_coef={objective.entropy_coef}"
+        )
     if entropy is not None and entropy.shape != logps.shape:
         raise ValueError(
             f"{op}: entropy: want {tuple(logps.shape)}, got {_arguments.shape_of(entropy)}"
@@ -238,13 +242,15 @@ def _forward_only(
     inv_temperature: float,
     objective: Objective,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The values of `grpo` without a gradient: the logits are read once and nothing of their size is written."""
+    """The values of `grpo` without a gradient: one read of the logits, nothing of their size written."""
     logp, entropy, _, _ = logprob_fwd(
         logits, ids, tokens.mask, temperature, inv_temperature, objective.entropy_coef != 0
     )
     if tokens.advantages is None:
         assert tokens.rewards is not None
-        score = group_advantage_fwd(tokens.rewards, tokens.group_size, None, "group", SCORE_EPS, True)
+        score = group_advantage_fwd(
+            tokens.rewards, tokens.group_size, None, "group", SCORE_EPS, True
+        )
         if tokens.sequence is not None:
             score = score[tokens.sequence]
         else:
@@ -294,7 +300,9 @@ def fold_statistics(gathered: Tensor) -> Tensor:
             f"fold_statistics: gathered: want (n, {len(STATISTICS)}), "
             f"got {_arguments.shape_of(gathered)}"
         )
-    return torch.cat([gathered[:, :-2].sum(0), gathered[:, -2].amin(0, True), gathered[:, -1].amax(0, True)])
+    return torch.cat(
+        [gathered[:, :-2].sum(0), gathered[:, -2].amin(0, True), gathered[:, -1].amax(0, True)]
+    )
 
 
 def metrics_from(statistics: Tensor) -> dict[str, Tensor]:
@@ -356,10 +364,10 @@ def _check_tokens(
         raise TypeError(f"{op}: objective: want an Objective, got {objective!r}")
     if cu_seqlens is not None:
         cu_seqlens = _arguments.check_cu_seqlens(op, cu_seqlens, like)
-    elif like.ndim == 1:  # packed tokens without boundaries are one sequence
-        cu_seqlens = torch.tensor([0, len(like)], device=like.device)
     sequence = None if cu_seqlens is None else reference.sequence_of_token(cu_seqlens, len(like))
-    num_sequences = len(like) if cu_seqlens is None else len(cu_seqlens) - 1
+    # Packed tokens without boundaries are one sequence.
+    rows = like[None] if like.ndim == 1 and cu_seqlens is None else like
+    num_sequences = len(rows) if cu_seqlens is None else len(cu_seqlens) - 1
     if (advantages is None) == (rewards is None):
         raise ValueError(
             f"{op}: give either advantages or rewards with group_size, "
@@ -386,15 +394,17 @@ def _check_tokens(
         if x.shape != like.shape:
             _arguments.check_device(op, name, x, like)
             x = x.reshape(-1)
-            x = x[:, None].expand(like.shape) if sequence is None else x[sequence]
+            x = x[:, None].expand(rows.shape) if sequence is None else x[sequence]
+            x = x.reshape(like.shape)
         return _arguments.per_token(op, name, x, like)
 
     live = torch.ones(like.numel(), dtype=torch.bool, device=like.device) if mask is None else mask
     weight = reference.reduction_weights(
-        live.view(like.shape), objective, _check_num_items(op, num_items, objective), cu_seqlens
+        live.view(rows.shape), objective, _check_num_items(op, num_items, objective), cu_seqlens
     ).reshape(-1)
     if token_weights is not None:
         extra = _arguments.per_token(op, "token_weights", token_weights, like)
+        assert extra is not None
         weight = torch.where(live, weight * extra, 0)
     return _Tokens(
         mask,

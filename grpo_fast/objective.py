@@ -1,8 +1,8 @@
 """`Objective`: what is optimised, as one frozen, validated value."""
 
+import ast
 import dataclasses
 import functools
-import json
 import math
 from typing import Any, Literal, get_args
 
@@ -85,8 +85,8 @@ class Objective:
         for name in ("epsilon_low", "epsilon_high", "delta", "dual_clip", "beta", "entropy_coef"):
             if getattr(self, name) is not None:  # an int would compile a kernel of its own
                 object.__setattr__(self, name, float(getattr(self, name)))
-        options = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init}
-        object.__setattr__(self, "key", json.dumps(options))
+        options = tuple(getattr(self, name) for name in OPTIONS)
+        object.__setattr__(self, "key", repr(options))
 
     @staticmethod
     def preset(name: str, **overrides: Any) -> "Objective":
@@ -107,8 +107,10 @@ class Objective:
     @functools.lru_cache(maxsize=256)
     def from_key(key: str) -> "Objective":
         """The objective whose `key` this is."""
-        return Objective(**json.loads(key))
+        return Objective(**dict(zip(OPTIONS, ast.literal_eval(key), strict=True)))
 
+
+OPTIONS = tuple(field.name for field in dataclasses.fields(Objective) if field.init)
 
 PRESETS: dict[str, dict[str, Any]] = {
     "grpo": {"reduction": "sequence_mean", "beta": 0.04, "kl": "k3"},
@@ -123,9 +125,7 @@ def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name}={value!r} is unknown; choose from {', '.join(choices)}")
 
 
-def _check_number(
-    name: str, value: object, low: float | None = None, strict: bool = False
-) -> None:
+def _check_number(name: str, value: object, low: float | None = None, strict: bool = False) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: want a number, got {value!r} ({type(value).__name__})")
     if not math.isfinite(value):

@@ -133,11 +133,14 @@ def reduction_weights(
         num_items: the denominator of "token_mean" in place of the number of live tokens.
         cu_seqlens: (B + 1,) where `mask` is packed.
     """
+    if mask.ndim == 1 and cu_seqlens is None:  # packed tokens without boundaries are one sequence
+        return reduction_weights(mask[None], objective, num_items, None, dtype)[0]
     num_sequences = len(mask) if cu_seqlens is None else len(cu_seqlens) - 1
     if objective.reduction == "token_mean":
         items = mask.sum() if num_items is None else num_items
-        items = items.to(dtype) if isinstance(items, Tensor) else torch.tensor(items, dtype=dtype)
-        weight = 1 / items.to(mask.device, non_blocking=True).clamp(min=1)
+        if not isinstance(items, Tensor):  # filled on the device: a copy from the host could wait
+            items = torch.full((), items, dtype=dtype, device=mask.device)
+        weight = 1 / items.to(mask.device, dtype, non_blocking=True).clamp(min=1)
     elif objective.reduction == "sequence_mean":
         if cu_seqlens is None:
             length = reduce(mask.to(dtype), "b t -> b 1", "sum")
@@ -147,8 +150,8 @@ def reduction_weights(
         weight = 1 / (length.clamp(min=1) * max(num_sequences, 1))
     else:
         tokens = objective.max_length if objective.reduction == "fixed_length" else 1
-        weight = torch.full((), 1 / (max(num_sequences, 1) * (tokens or 1)), dtype=dtype)
-        weight = weight.to(mask.device)
+        share = 1 / (max(num_sequences, 1) * (tokens or 1))
+        weight = torch.full((), share, dtype=dtype, device=mask.device)
     return torch.where(mask, weight, torch.zeros_like(weight))
 
 
@@ -215,10 +218,12 @@ def policy_loss(
         """`x` broadcast to one value per token, and 0 where the token is masked."""
         if x is None:
             return None
-        if cu_seqlens is not None and len(x) != len(logps):
-            x = x.reshape(-1)[sequence_of_token(cu_seqlens, len(logps))]
-        elif x.ndim < logps.ndim:
-            x = rearrange(x, "b -> b 1")
+        if x.shape != logps.shape:  # one per sequence
+            x = x.reshape(-1)
+            if cu_seqlens is not None:
+                x = x[sequence_of_token(cu_seqlens, len(logps))]
+            elif logps.ndim == 2:
+                x = rearrange(x, "b -> b 1")
         return torch.where(keep, x.to(logps), torch.zeros_like(logps))
 
     logps = torch.where(keep, logps, torch.zeros_like(logps))
@@ -238,5 +243,7 @@ def policy_loss(
         loss = loss - objective.entropy_coef * bonus
     weights = reduction_weights(keep, objective, num_items, cu_seqlens, logps.dtype)
     if token_weights is not None:
-        weights = weights * per_token(token_weights)
+        extra = per_token(token_weights)
+        assert extra is not None
+        weights = weights * extra
     return (weights * loss).sum()

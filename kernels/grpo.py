@@ -47,9 +47,10 @@ SCORE_EPS = 1e-4  # of the z-score taken in the launch: TRL's and the paper code
 @triton.jit
 def load_or(ptr, row, default):
     """The value of a row, or `default` where there is no such tensor."""
+    value = default
     if ptr is not None:
-        return tl.load(ptr + row).to(tl.float32)
-    return default
+        value = tl.load(ptr + row).to(tl.float32)
+    return value
 
 
 @triton.jit
@@ -57,17 +58,20 @@ def load_advantage(
     advantages_ptr, rewards_ptr, sequence_ptr, row, T_len, G, eps, BLOCK_G: tl.constexpr
 ):
     """The advantage of a row: its own, or the z-score of its sequence's reward in the group."""
+    # No early return: Triton compiles what follows one, even where the condition is a constant.
     if rewards_ptr is None:
-        return tl.load(advantages_ptr + row).to(tl.float32)
-    sequence = row // T_len
-    if sequence_ptr is not None:
-        sequence = tl.load(sequence_ptr + row)
-    first = sequence // G * G
-    mean, squares, count, differ = group_moments(
-        rewards_ptr, None, 0, first, first + G, BLOCK_G
-    )
-    reward = tl.load(rewards_ptr + sequence)
-    return standard_score(reward, mean, squares, count, differ, eps, UNBIASED=True)
+        advantage = tl.load(advantages_ptr + row).to(tl.float32)
+    else:
+        sequence = row // T_len
+        if sequence_ptr is not None:
+            sequence = tl.load(sequence_ptr + row)
+        first = sequence // G * G
+        mean, squares, count, differ = group_moments(
+            rewards_ptr, None, 0, first, first + G, BLOCK_G
+        )
+        reward = tl.load(rewards_ptr + sequence)
+        advantage = standard_score(reward, mean, squares, count, differ, eps, UNBIASED=True)
+    return advantage
 
 
 @triton.jit(do_not_specialize=["T_len", "G"])
@@ -297,7 +301,7 @@ def grpo_fwd_bwd(
             BLOCK_G=block_size(group_size),
             BLOCK_PARTS=plan.block_parts,
             SPLIT=plan.split,
-            num_warps=plan.num_warps,
+            **plan.options(logits.device),
         )
     return loss, logp, entropy, kl, clip
 

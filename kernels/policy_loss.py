@@ -35,8 +35,10 @@ def bounds(objective):
 def load_tokens(ptr, offs, keep, default):
     """Values of tokens as fp32; `default` where not kept, or where there is no such tensor."""
     if ptr is not None:
-        return tl.load(ptr + offs, mask=keep, other=default).to(tl.float32)
-    return tl.full(offs.shape, default, tl.float32)
+        values = tl.load(ptr + offs, mask=keep, other=default).to(tl.float32)
+    else:
+        values = tl.full(offs.shape, default, tl.float32)
+    return values
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -163,9 +165,7 @@ def _token_statistics_kernel(
         tl.store(statistics_ptr + column, total)
 
 
-def policy_loss_fwd(
-    logp, mask, weight, advantages, old_logp, ref_logp, importance, objective
-):
+def policy_loss_fwd(logp, mask, weight, advantages, old_logp, ref_logp, importance, objective):
     """Launch the loss kernel on (N,) tensors. Returns loss, dlogp, kl (or None), fp32, and clip, int8."""
     N = len(logp)
     new = functools.partial(torch.empty, N, device=logp.device, dtype=torch.float32)

@@ -10,6 +10,7 @@ V alone, so a row's result does not depend on the batch around it.
 """
 
 import dataclasses
+import functools
 
 import torch
 import triton
@@ -18,8 +19,17 @@ import triton.language as tl
 from grpo_fast.kernels.tiles import LOWEST, dlogits_tile, fold_softmax, reduce_softmax
 
 MAX_V_PER_PROGRAM = 32_768
+WARP_SIZE = 64 if torch.version.hip else 32
 PARTS = 16  # how many programs share a long row, at most
 STATISTICS = 3  # m, s, t
+
+
+@functools.cache
+def cuda_generation(device) -> int:
+    """The first number of the compute capability; 0 where there is none."""
+    if device.type != "cuda" or torch.version.hip:
+        return 0
+    return torch.cuda.get_device_capability(device)[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +50,15 @@ class Schedule:
     def block_parts(self) -> int:
         return triton.next_power_of_2(self.parts)
 
+    def options(self, device) -> dict[str, int]:
+        """How to compile a kernel that reads rows."""
+        options = {"num_warps": self.num_warps}
+        if generation := cuda_generation(device):
+            # 64 let 4 programs of 256 threads share a multiprocessor, which loads for some while others are
+            # between their loops. Blackwell computes on pairs of registers and would spill: 80, for 3.
+            options["maxnreg"] = 64 if generation < 10 else 80
+        return options
+
     def meeting_point(self, N, device) -> dict[str, torch.Tensor | None]:
         """Where the parts of N rows leave their statistics and count themselves."""
         if not self.split:
@@ -51,10 +70,9 @@ class Schedule:
 
 def schedule(V: int) -> Schedule:
     """The schedule for rows of V entries."""
-    warps = 4 if torch.version.hip else 8  # a wavefront has 64 lanes there: 256 threads either way
     if V <= 1024:
-        return Schedule(parts=1, columns=V, K=1, T=1024, num_warps=warps // 2)
-    K, T = 4, 2048
+        return Schedule(parts=1, columns=V, K=1, T=1024, num_warps=128 // WARP_SIZE)
+    K, T, warps = 4, 2048, 256 // WARP_SIZE
     if V <= MAX_V_PER_PROGRAM:
         return Schedule(parts=1, columns=V, K=K, T=T, num_warps=warps)
     tiles = triton.cdiv(V, K * T)
@@ -68,31 +86,46 @@ def tile_offsets(K: tl.constexpr, T: tl.constexpr):
 
 
 @triton.jit
+def tile_plan(target, start, stop, BLOCK: tl.constexpr):
+    """Which tiles of columns [start, stop) need care: the target's, and one that is not full.
+
+    Returns (full, skip, count, step): of the first `full` tiles all but `skip` are full and without the
+    target; the others are range(skip, count, step).
+    """
+    full = (stop - start) // BLOCK
+    count = tl.cdiv(stop - start, BLOCK)
+    there = (target >= start) & (target < start + full * BLOCK)
+    skip = tl.where(there, (target - start) // BLOCK, full)
+    return full, skip, count, tl.maximum(full - skip, 1)
+
+
+@triton.jit
 def read_statistics(
     row_ptr, target, scale, start, stop, K: tl.constexpr, T: tl.constexpr, HAS_ENTROPY: tl.constexpr
 ):
     """(m, s, t) of columns [start, stop) of a row without column `target`."""
     BLOCK: tl.constexpr = K * T
+    HALF: tl.constexpr = (K + 1) // 2
     offs = tile_offsets(K, T)
     m = tl.full([T], LOWEST, tl.float32)
     s = tl.zeros([T], tl.float32)
     t = tl.zeros([T], tl.float32)
-    full = (stop - start) // BLOCK
-    target_tile = (target - start) // BLOCK
-    for i in range(0, full):
-        base = start + i * BLOCK
+    full, skip, count, step = tile_plan(target, start, stop, BLOCK)
+    for i in range(0, full - (skip < full).to(tl.int32)):
+        base = start + (i + (i >= skip).to(tl.int32)) * BLOCK
         # A second pass often follows: ask the cache to keep the row.
         z = tl.load(row_ptr + base + offs, eviction_policy="evict_last").to(tl.float32)
-        if i == target_tile:  # the same for all threads: one compare per tile, not per element
-            z = tl.where(offs == target - base, -float("inf"), z)
         m, s, t = fold_softmax(m, s, t, z, scale, HAS_ENTROPY)
-    base = start + full * BLOCK
-    if base < stop:
-        keep = (offs < stop - base) & (offs != target - base)
-        z = tl.load(
-            row_ptr + base + offs, mask=keep, other=-float("inf"), eviction_policy="evict_last"
-        )
-        m, s, t = fold_softmax(m, s, t, z.to(tl.float32), scale, HAS_ENTROPY)
+    half = tile_offsets(HALF, T)
+    for tile in range(skip, count, step):
+        first = start + tile * BLOCK
+        for base in range(first, tl.minimum(first + BLOCK, stop), HALF * T):
+            keep = half < stop - base  # the target is cut out after the load, which then stays 128-bit
+            z = tl.load(
+                row_ptr + base + half, mask=keep, other=-float("inf"), eviction_policy="evict_last"
+            ).to(tl.float32)
+            z = tl.where(half == target - base, -float("inf"), z)
+            m, s, t = fold_softmax(m, s, t, z, scale, HAS_ENTROPY)
     return reduce_softmax(m, s, t, HAS_ENTROPY)
 
 
@@ -108,9 +141,7 @@ def arrive(partial_ptr, arrived_ptr, row, part, parts, m, s, t):
 
 
 @triton.jit
-def combine_parts(
-    partial_ptr, row, parts, BLOCK_PARTS: tl.constexpr, HAS_ENTROPY: tl.constexpr
-):
+def combine_parts(partial_ptr, row, parts, BLOCK_PARTS: tl.constexpr, HAS_ENTROPY: tl.constexpr):
     """The statistics of a whole row from those of its parts, in the order of the parts."""
     part = tl.arange(0, BLOCK_PARTS)
     slot_ptr = partial_ptr + (row * parts + part) * 3
@@ -143,23 +174,24 @@ def write_dlogits(
     From back to front: what the first pass read last is still in the cache.
     """
     BLOCK: tl.constexpr = K * T
+    HALF: tl.constexpr = (K + 1) // 2
     offs = tile_offsets(K, T)
-    full = (stop - start) // BLOCK
-    base = start + full * BLOCK
-    if base < stop:
-        keep = offs < stop - base
-        z = tl.load(row_ptr + base + offs, mask=keep, other=-float("inf")).to(tl.float32)
-        dz = dlogits_tile(z, scale, m, k0, k1, HAS_ENTROPY)
-        dz = tl.where(offs == target - base, dtarget, dz)
-        tl.store(drow_ptr + base + offs, dz.to(drow_ptr.dtype.element_ty), mask=keep)
-    target_tile = (target - start) // BLOCK
-    for i in range(0, full):
-        tile = full - 1 - i
-        base = start + tile * BLOCK
+    full, skip, count, step = tile_plan(target, start, stop, BLOCK)
+    half = tile_offsets(HALF, T)
+    for tile in range(skip, count, step):
+        first = start + tile * BLOCK
+        for base in range(first, tl.minimum(first + BLOCK, stop), HALF * T):
+            keep = half < stop - base
+            z = tl.load(row_ptr + base + half, mask=keep, other=-float("inf")).to(tl.float32)
+            dz = dlogits_tile(z, scale, m, k0, k1, HAS_ENTROPY)
+            dz = tl.where(half == target - base, dtarget, dz)
+            tl.store(drow_ptr + base + half, dz.to(drow_ptr.dtype.element_ty), mask=keep)
+    rest = full - (skip < full).to(tl.int32)
+    for i in range(0, rest):
+        tile = rest - 1 - i
+        base = start + (tile + (tile >= skip).to(tl.int32)) * BLOCK
         z = tl.load(row_ptr + base + offs).to(tl.float32)
         dz = dlogits_tile(z, scale, m, k0, k1, HAS_ENTROPY)
-        if tile == target_tile:
-            dz = tl.where(offs == target - base, dtarget, dz)
         tl.store(drow_ptr + base + offs, dz.to(drow_ptr.dtype.element_ty))
 
 
@@ -186,7 +218,8 @@ def row_offset(row, T_len, stride_b, stride_t):
 
 @triton.jit
 def inverse_temperature(temperature_ptr, row, inv_temperature):
-    """1 / temperature of a row: its own where there is one per token, else the common one."""
+    """1 / temperature of a row, fp32: its own where there is one per token, else the common one."""
     if temperature_ptr is not None:
-        return 1.0 / tl.load(temperature_ptr + row)
-    return inv_temperature
+        inv_temperature = 1.0 / tl.load(temperature_ptr + row)
+    # The interpreter would go on in float64 in some kernels, and their log-probs differ in the last bit.
+    return tl.full([], inv_temperature, tl.float32)

@@ -125,8 +125,9 @@ def clip_surrogate(ratio, advantage, epsilon_low, epsilon_high, delta, dual_clip
     loss = -tl.minimum(free, clipped)
     # Where both branches agree (inside the clip range) either gradient is right: they are the same.
     inside = tl.where(free <= clipped, ratio <= delta, (ratio >= low) & (ratio <= high))
-    dual = (advantage < 0) & (-dual_clip * advantage < loss)
-    loss = tl.where(dual, -dual_clip * advantage, loss)
+    ceiling = -tl.where(advantage < 0, dual_clip, 0.0) * advantage
+    dual = (advantage < 0) & (ceiling < loss)
+    loss = tl.where(dual, ceiling, loss)
     # Select, not multiply: the ratio may be inf where no gradient passes.
     passes = inside & (dual == 0) & (advantage != 0)
     dlogp = tl.where(passes, -ratio * advantage, 0.0)

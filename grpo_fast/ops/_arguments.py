@@ -59,7 +59,7 @@ def check_ids(op: str, name: str, ids: Tensor, mask: Tensor | None, V: int) -> T
             raise ValueError(
                 f"{op}: {name}: {ids[where].item()} at {where} is outside the vocabulary [0, {V})"
             )
-    return ids.reshape(-1)
+    return ids.reshape(-1).contiguous()
 
 
 def per_token(
@@ -73,7 +73,7 @@ def per_token(
         raise ValueError(f"{op}: {name}: want {tuple(like.shape)}, got {shape_of(x)}")
     check_device(op, name, x, like)
     check_floating(op, name, x)
-    return x.detach().reshape(-1).to(dtype)
+    return x.detach().reshape(-1).to(dtype).contiguous()  # reshape may leave a stride of 0
 
 
 def check_floating(op: str, name: str, x: Tensor) -> None:
@@ -94,7 +94,7 @@ def check_mask(op: str, mask: Tensor | None, like: Tensor) -> Tensor | None:
     if mask.shape != like.shape:
         raise ValueError(f"{op}: mask: want {tuple(like.shape)}, got {shape_of(mask)}")
     check_device(op, "mask", mask, like)
-    return (mask.detach() != 0).reshape(-1)
+    return (mask.detach() != 0).reshape(-1).contiguous()
 
 
 def check_temperature(

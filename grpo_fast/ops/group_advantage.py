@@ -108,7 +108,9 @@ def group_advantage(
     """
     op = "group_advantage"
     if (group_size is None) == (group_ids is None):
-        raise ValueError(f"{op}: give either group_size or group_ids, got {group_size=}, {group_ids=}")
+        raise ValueError(
+            f"{op}: give either group_size or group_ids, got {group_size=}, {group_ids=}"
+        )
     rewards = check_rewards(op, rewards, group_size)
     if scale not in SCALES:
         raise ValueError(f"{op}: scale={scale!r} is unknown; choose from {', '.join(SCALES)}")

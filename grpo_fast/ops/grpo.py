@@ -72,8 +72,8 @@ def _grpo_rows(
             objective=objective,
             dlogits=dlogits,
         )
-        empty = loss.new_empty(0)
-        return Outputs(loss, logp, empty if entropy is None else entropy, empty if kl is None else kl, clip)
+        entropy = loss.new_empty(0) if entropy is None else entropy
+        return Outputs(loss, logp, entropy, loss.new_empty(0) if kl is None else kl, clip)
     N, T = ids.numel(), logits.shape[1]
     if advantages is None:
         assert rewards is not None
@@ -251,6 +251,7 @@ def _hand_over(ctx: Any, dloss: Tensor) -> Tensor:
     return dlogits
 
 
+@torch.autograd.function.once_differentiable
 def _backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple:
     return (None if dloss is None else _hand_over(ctx, dloss), *(None,) * 13)
 
@@ -262,7 +263,7 @@ class _Overwrite(torch.autograd.Function):
     """`grpo_` with a gradient: a custom operator that mutates its input cannot have one of its own."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, *arguments: Any) -> tuple[Tensor, ...]:  # type: ignore[override]
+    def forward(ctx: Any, logits: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
         ctx.dlogits = logits.detach()
         outputs = grpo_(ctx.dlogits, *arguments)
         ctx.mark_non_differentiable(*outputs[1:])
@@ -271,7 +272,7 @@ class _Overwrite(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple:  # type: ignore[override]
+    def backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple:
         return (None if dloss is None else _hand_over(ctx, dloss), *(None,) * 13)
 
 
@@ -282,12 +283,12 @@ class _Destroyed(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, logits: Tensor) -> Tensor:
         ctx.mark_dirty(logits)
         return logits
 
     @staticmethod
-    def backward(ctx: Any, _: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, _: Tensor) -> Tensor:
         raise RuntimeError(DESTROYED)
 
 

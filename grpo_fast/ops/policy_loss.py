@@ -39,9 +39,9 @@ def policy_terms(
     importance: Tensor | None,
     objective: Objective,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """(loss, dloss/dlogp, KL or None, clip flags) of tokens before weighting: the twin of `tiles.policy_terms`.
+    """(loss, dloss/dlogp, KL or None, clip flags) of tokens before weighting.
 
-    In closed form, so that it can run inside an operator, where autograd does not record.
+    The twin of `tiles.policy_terms`. In closed form, so that it can run inside an operator, where autograd does not record.
     """
     low, high = 1 - objective.epsilon_low, 1 + objective.epsilon_high
     ratio = torch.ones_like(logp) if old_logp is None else (logp - old_logp).exp()
@@ -121,7 +121,9 @@ def policy_loss_fwd(
     values = [live(x) for x in (logp, old_logp, ref_logp, advantages, importance)]
     assert values[0] is not None
     assert values[3] is not None
-    loss, dlogp, kl, clip = policy_terms(values[0], values[1], values[2], values[3], values[4], terms)
+    loss, dlogp, kl, clip = policy_terms(
+        values[0], values[1], values[2], values[3], values[4], terms
+    )
     weight = weight if mask is None else torch.where(mask, weight, 0)
     return weigh(weight, loss), weigh(weight, dlogp), logp.new_empty(0) if kl is None else kl, clip
 
@@ -138,7 +140,12 @@ def _(
     objective: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     kl = logp.new_empty(0) if ref_logp is None else torch.empty_like(logp)
-    return torch.empty_like(logp), torch.empty_like(logp), kl, logp.new_empty(logp.shape, dtype=torch.int8)
+    return (
+        torch.empty_like(logp),
+        torch.empty_like(logp),
+        kl,
+        logp.new_empty(logp.shape, dtype=torch.int8),
+    )
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -170,7 +177,9 @@ def token_statistics(
     if use_triton(logp) and logp.numel():
         from grpo_fast.kernels import policy_loss as kernels
 
-        return kernels.token_statistics_fwd(mask, loss, logp, old_logp, importance, kl, entropy, clip)
+        return kernels.token_statistics_fwd(
+            mask, loss, logp, old_logp, importance, kl, entropy, clip
+        )
     live = torch.ones_like(logp, dtype=torch.bool) if mask is None else mask
 
     def chosen(x: Tensor | None, default: float) -> Tensor:
@@ -193,7 +202,11 @@ def token_statistics(
         rho,
         rho.square(),
     ]
-    extremes = [ratio.min(), ratio.max()] if ratio.numel() else [logp.new_tensor(torch.inf), logp.new_tensor(-torch.inf)]
+    extremes = (
+        [ratio.min(), ratio.max()]
+        if ratio.numel()
+        else [logp.new_tensor(torch.inf), logp.new_tensor(-torch.inf)]
+    )
     return torch.stack([*(x.sum(dtype=torch.float32) for x in sums), *extremes])
 
 

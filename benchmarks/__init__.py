@@ -1,0 +1,1 @@
+"""Time and memory of every kernel against eager PyTorch and torch.compile (README.md)."""

@@ -1,0 +1,36 @@
+"""From logits to the loss and its gradient: the live logits are read once, the gradient is written once."""
+
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from benchmarks import measure, shapes
+from benchmarks.inputs import Batch
+from benchmarks.providers import INPLACE
+
+
+@pytest.mark.parametrize("shape, variant, provider", measure.parameters(shapes.cases(), "grpo"))
+def bench_forward_backward(benchmark: Any, shape: str, variant: str, provider: str) -> None:
+    def setup(batch: Batch) -> tuple[Any, ...]:
+        leaf, logits = measure.logits_setup(batch, copy=provider == INPLACE)
+        return leaf, logits, batch
+
+    def call(fn: Any) -> measure.Call:
+        def both(leaf: Tensor, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+            return measure.value_and_grad(
+                fn, leaf, logits, batch.ids, objective=batch.objective, **batch.arguments
+            )
+
+        return both
+
+    measure.measure(
+        benchmark,
+        stem="grpo",
+        provider=provider,
+        shape_name=shape,
+        variant=variant,
+        setup=setup,
+        call=call,
+        nbytes=lambda batch: measure.logits_bytes(batch, live_passes=1, all_passes=1),
+    )

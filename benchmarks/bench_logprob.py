@@ -1,0 +1,60 @@
+"""Log-probs from logits. Forward: the live logits are read once; with backward, twice, and written once."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks import measure, shapes
+from benchmarks.inputs import Batch
+
+CASES = [(shape, "full") for shape in shapes.logits_shapes()]
+by_case = pytest.mark.parametrize("shape, variant, provider", measure.parameters(CASES, "logprob"))
+
+
+@by_case
+def bench_forward(benchmark: Any, shape: str, variant: str, provider: str) -> None:
+    def call(fn: Any) -> measure.Call:
+        def forward(logits: Tensor, ids: Tensor) -> tuple[Tensor, None]:
+            with torch.no_grad():
+                return fn(logits, ids), None
+
+        return forward
+
+    measure.measure(
+        benchmark,
+        stem="logprob",
+        provider=provider,
+        shape_name=shape,
+        variant=variant,
+        setup=lambda batch: (batch.logits, batch.ids),
+        call=call,
+        nbytes=lambda batch: measure.logits_bytes(batch, live_passes=1, all_passes=0),
+        roof="read",
+    )
+
+
+@by_case
+def bench_forward_backward(benchmark: Any, shape: str, variant: str, provider: str) -> None:
+    def setup(batch: Batch) -> tuple[Any, ...]:
+        leaf, logits = measure.logits_setup(batch, copy=False)
+        return leaf, logits, batch.ids, batch.upstream
+
+    def call(fn: Any) -> measure.Call:
+        def both(leaf: Tensor, logits: Tensor, ids: Tensor, dlogp: Tensor) -> tuple[Tensor, Tensor]:
+            logp = fn(logits, ids)
+            return logp, torch.autograd.grad(logp, leaf, dlogp)[0]
+
+        return both
+
+    measure.measure(
+        benchmark,
+        stem="logprob",
+        provider=provider,
+        shape_name=shape,
+        variant=variant,
+        setup=setup,
+        call=call,
+        nbytes=lambda batch: measure.logits_bytes(batch, live_passes=2, all_passes=1),
+    )

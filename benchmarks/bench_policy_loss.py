@@ -1,0 +1,39 @@
+"""The objective on log-probs, with its gradient: a dozen numbers per token, so launches are what costs."""
+
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from benchmarks import measure, shapes
+from benchmarks.inputs import Batch
+
+CASES = [(shape, "full") for shape in shapes.TOKENS]
+# Forward: logp, weight, advantage, old, ref read; loss, dlogp, kl, clip flag written. Backward: the
+# upstream gradient and dlogp read, their product written.
+BYTES_PER_TOKEN = 5 * 4 + 3 * 4 + 1 + 3 * 4
+
+
+@pytest.mark.parametrize("shape, variant, provider", measure.parameters(CASES, "policy_loss"))
+def bench_forward_backward(benchmark: Any, shape: str, variant: str, provider: str) -> None:
+    def setup(batch: Batch) -> tuple[Any, ...]:
+        return batch.logps.requires_grad_(), batch
+
+    def call(fn: Any) -> measure.Call:
+        def both(logps: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+            return measure.value_and_grad(
+                fn, logps, logps, objective=batch.objective, **batch.arguments
+            )
+
+        return both
+
+    measure.measure(
+        benchmark,
+        stem="policy_loss",
+        provider=provider,
+        shape_name=shape,
+        variant=variant,
+        setup=setup,
+        call=call,
+        nbytes=lambda batch: BYTES_PER_TOKEN * batch.shape.N,
+    )

@@ -1,0 +1,463 @@
+"""What the kernels compile to, on GPUs that need not be there.
+
+The launchers run on tensors without storage (device "meta"), and each launch is compiled with the specialisation
+that Triton would choose at run time; then the assembly is read.
+
+    python -m benchmarks.codegen [--json] [sm_80 sm_90 sm_100 gfx942]
+"""
+
+import argparse
+import collections
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction, mangle_type
+
+from grpo_fast.kernels import grpo, group_advantage, logprob, policy_loss, rows
+from grpo_fast.objective import Objective
+
+ROOT = Path(__file__).resolve().parents[1]
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Loop:
+    """An innermost loop of the assembly, without what a forward branch in it skips. Per thread."""
+
+    kind: str  # read, write, zeros or scale: what it does to a row; else other
+    instructions: int
+    barriers: int
+    shuffles: int  # exchanges between lanes, shared memory included
+    loads: list[int]  # bits of each
+    stores: list[int]
+
+    def per_element(self, itemsize: int) -> float:
+        return self.instructions / (sum(self.loads or self.stores) / 8 / itemsize)
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What one launch compiles to."""
+
+    case: str
+    kernel: str
+    target: str
+    itemsize: int
+    threads: int
+    registers: int
+    stack: int  # bytes, where registers spill to
+    shared: int
+    barriers: int
+    loops: list[Loop]
+    offsets: dict[str, list[str]]  # pointer argument -> types of the offsets added to it
+
+    def hot_loops(self) -> list[Loop]:
+        return [loop for loop in self.loops if loop.kind != "other"]
+
+
+# --- launches ---
+
+B, T_LEN = 4, 16
+N = B * T_LEN
+V_SMALL, V_ROW, V_SPLIT = 1024, 32_768, 152_064  # one per schedule
+
+
+def tensor(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def tokens(given: bool = True, dtype: torch.dtype = torch.float32) -> torch.Tensor | None:
+    return tensor(N, dtype=dtype) if given else None
+
+
+def logits(V: int, dtype: torch.dtype) -> torch.Tensor:
+    padded = triton.cdiv(V, 16) * 16  # Triton knows a stride as aligned if 16 divides it
+    return tensor(B, T_LEN, padded, dtype=dtype)[..., :V]
+
+
+def launch_logprob_fwd(
+    V: int = V_ROW, dtype: torch.dtype = torch.bfloat16, entropy: bool = False, extras: bool = False
+) -> None:
+    logprob.logprob_fwd(
+        logits(V, dtype),
+        tokens(dtype=torch.int64),
+        tokens(extras, torch.bool),
+        tokens(extras),
+        1.0,
+        entropy,
+    )
+
+
+def launch_logprob_bwd(
+    V: int = V_ROW, dtype: torch.dtype = torch.bfloat16, entropy: bool = False, extras: bool = False
+) -> None:
+    logprob.logprob_bwd(
+        tokens(),
+        tokens(entropy),
+        logits(V, dtype),
+        tokens(dtype=torch.int64),
+        tokens(extras, torch.bool),
+        tokens(extras),
+        1.0,
+        tokens(),
+        tokens(entropy),
+        tokens(),
+        tokens(),
+    )
+
+
+def launch_grpo(
+    V: int = V_ROW,
+    dtype: torch.dtype = torch.bfloat16,
+    entropy: bool = False,
+    rewards: bool = False,
+    packed: bool = False,
+    extras: bool = False,
+) -> None:
+    x = logits(V, dtype)
+    grpo.grpo_fwd_bwd(
+        x,
+        tokens(dtype=torch.int64),
+        tokens(dtype=torch.bool),
+        tokens(),
+        tokens(not rewards),
+        tensor(B) if rewards else None,
+        2,
+        tokens(packed, torch.int64),
+        tokens(),
+        tokens(),
+        tokens(extras),
+        tokens(extras),
+        1.0,
+        Objective(beta=0.04, entropy_coef=0.01 if entropy else 0.0),
+        x,
+    )
+
+
+def launch_scale_rows(V: int = V_ROW, dtype: torch.dtype = torch.bfloat16) -> None:
+    grpo.scale_rows(tensor().expand(N), logits(V, dtype))
+
+
+def launch_policy_loss(extras: bool = True) -> None:
+    policy_loss.policy_loss_fwd(
+        tokens(),
+        tokens(extras, torch.bool),
+        tokens(),
+        tokens(),
+        tokens(extras),
+        tokens(extras),
+        tokens(extras),
+        Objective(beta=0.04),
+    )
+
+
+def launch_token_statistics(extras: bool = True) -> None:
+    policy_loss.token_statistics_fwd(
+        tokens(extras, torch.bool),
+        tokens(),
+        tokens(),
+        tokens(extras),
+        tokens(extras),
+        tokens(extras),
+        tokens(extras),
+        tokens(dtype=torch.int8),
+    )
+
+
+def launch_group_advantage(scale: str = "group", labels: bool = False) -> None:
+    group_advantage.group_advantage_fwd(
+        tensor(256), 16, tensor(256, dtype=torch.int64) if labels else None, scale, 1e-4, True
+    )
+
+
+COMMON = "grpo", "grpo split"  # clip, k3, old and reference log-probs, bfloat16: what most runs launch
+CASES: dict[str, Callable[[], None]] = {
+    "logprob_fwd": launch_logprob_fwd,
+    "logprob_fwd entropy": partial(launch_logprob_fwd, entropy=True),
+    "logprob_fwd split": partial(launch_logprob_fwd, V_SPLIT),
+    "logprob_fwd split entropy extras": partial(
+        launch_logprob_fwd, V_SPLIT, entropy=True, extras=True
+    ),
+    "logprob_bwd": launch_logprob_bwd,
+    "logprob_bwd entropy": partial(launch_logprob_bwd, entropy=True),
+    "logprob_bwd split entropy extras": partial(
+        launch_logprob_bwd, V_SPLIT, entropy=True, extras=True
+    ),
+    "grpo": launch_grpo,
+    "grpo split": partial(launch_grpo, V_SPLIT),
+    "grpo entropy": partial(launch_grpo, entropy=True),
+    "grpo split entropy extras": partial(launch_grpo, V_SPLIT, entropy=True, extras=True),
+    "grpo small": partial(launch_grpo, V_SMALL),
+    "grpo padded": partial(launch_grpo, 50_257),
+    "grpo rewards": partial(launch_grpo, rewards=True),
+    "grpo rewards packed": partial(launch_grpo, V_SPLIT, rewards=True, packed=True),
+    "grpo fp16": partial(launch_grpo, V_SPLIT, torch.float16),
+    "grpo fp32": partial(launch_grpo, V_SPLIT, torch.float32),
+    "grpo fp32 entropy": partial(launch_grpo, V_ROW, torch.float32, entropy=True),
+    "scale_rows": launch_scale_rows,
+    "scale_rows split fp32": partial(launch_scale_rows, V_SPLIT, torch.float32),
+    "policy_loss": launch_policy_loss,
+    "policy_loss bare": partial(launch_policy_loss, extras=False),
+    "token_statistics": launch_token_statistics,
+    "token_statistics bare": partial(launch_token_statistics, extras=False),
+    "group_advantage": launch_group_advantage,
+    "group_advantage labels": partial(launch_group_advantage, labels=True),
+    "group_advantage batch": partial(launch_group_advantage, "batch"),
+    "group_advantage none": partial(launch_group_advantage, "none"),
+}
+
+
+class Launch(NamedTuple):
+    fn: Any  # a triton.JITFunction
+    arguments: dict[str, Any]  # compile options included
+
+
+def record(case: Callable[[], None]) -> Launch:
+    """The one launch that `case` makes, instead of making it."""
+    launches = []
+
+    def run(fn: Any, *, grid: Any, warmup: bool, **arguments: Any) -> None:
+        launches.append(Launch(fn, arguments))
+
+    with mock.patch.object(JITFunction, "run", run):
+        case()
+    (launch,) = launches
+    return launch
+
+
+# --- compilation ---
+
+
+def compile_launch(launch: Launch, target: GPUTarget) -> Any:
+    """Compile as `fn[grid](**arguments)` would on `target`: None and 1 are constants, 16 a known divisor."""
+    signature, constants, attributes = {}, {}, {}
+    for i, parameter in enumerate(launch.fn.params):
+        value = launch.arguments[parameter.name]
+        special = not parameter.do_not_specialize
+        number = type(value) is int
+        if parameter.is_constexpr or value is None or (special and number and value == 1):
+            signature[parameter.name] = "constexpr"
+            constants[(i,)] = value
+            continue
+        signature[parameter.name] = mangle_type(value)
+        if special and (isinstance(value, torch.Tensor) or (number and value % 16 == 0)):
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    names = {parameter.name for parameter in launch.fn.params}
+    options = {name: x for name, x in launch.arguments.items() if name not in names}
+    source = ASTSource(launch.fn, signature, constants, attributes)
+    return triton.compile(source, target=target, options=options)
+
+
+# --- assembly ---
+
+
+class Instruction(NamedTuple):
+    op: str
+    label: str | None  # where it may jump to
+
+
+def nvidia_tool(name: str, *args: str) -> str:
+    tool = getattr(triton.knobs.nvidia, name).path
+    return subprocess.run([tool, *args], capture_output=True, text=True, check=True).stdout
+
+
+def read_sass(sass: str) -> Iterator[str | Instruction]:
+    """Labels and instructions, in order."""
+    for line in sass.splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            yield label[1]
+        elif found := re.match(r"\s*/\*[0-9a-f]+\*/\s*(?:@!?U?P\w+\s+)?([A-Z][\w.]+)(.*)", line):
+            jump = re.search(r"\.L_x_\d+", found[2]) if found[1].startswith("BRA") else None
+            yield Instruction(found[1], jump[0] if jump else None)
+
+
+def read_amdgcn(text: str) -> Iterator[str | Instruction]:
+    for line in text.splitlines():
+        if label := re.match(r"(\.LBB\w+):", line):
+            yield label[1]
+        elif found := re.match(r"\t([a-z]\w+)(.*)", line):
+            jump = re.search(r"\.LBB\w+", found[2]) if "branch" in found[1] else None
+            # A data-parallel primitive is an exchange between lanes within another instruction.
+            dpp = re.search(r"row_|quad_perm|wave_sh", found[2])
+            yield Instruction(found[1] + (" dpp" if dpp else ""), jump[0] if jump else None)
+
+
+WIDTHS = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128, "256": 256}
+AMD_WIDTHS = {"ubyte": 8, "byte": 8, "ushort": 16, "short": 16, "dword": 32, "dwordx2": 64} | {
+    "dwordx3": 96,
+    "dwordx4": 128,
+}
+
+
+def width(op: str) -> int:
+    """Bits that a load or store of global memory moves for one thread."""
+    if op[0].isupper():
+        return next((WIDTHS[part] for part in op.split(".") if part in WIDTHS), 32)
+    return next(AMD_WIDTHS[part] for part in op.split("_") if part in AMD_WIDTHS)
+
+
+LOAD = r"LDG\b|(global|buffer|flat)_load"
+STORE = r"STG\b|(global|buffer|flat)_store"
+BARRIER = r"BAR\b|s_barrier"
+SHUFFLE = r"SHFL|LDS\b|STS\b|ds_|v_permlane|v_readlane|.* dpp"
+EXP = r"MUFU\.EX2|v_exp_f32"
+
+
+def read_loop(body: list[Instruction]) -> Loop:
+    def count(pattern: str) -> int:
+        return sum(bool(re.match(pattern, x.op)) for x in body)
+
+    loads = sorted(width(x.op) for x in body if re.match(LOAD, x.op))
+    stores = sorted(width(x.op) for x in body if re.match(STORE, x.op))
+    kinds = {
+        (True, False, True): "read",
+        (True, True, True): "write",
+        (False, True, False): "zeros",
+        (True, True, False): "scale",
+    }
+    kind = kinds.get((bool(loads), bool(stores), count(EXP) > 0), "other")
+    return Loop(kind, len(body), count(BARRIER), count(SHUFFLE), loads, stores)
+
+
+def read_loops(listing: list[str | Instruction]) -> list[Loop]:
+    """The innermost loops: what lies between a label and a jump back to it."""
+    place, code = {}, []
+    for x in listing:
+        if isinstance(x, str):
+            place[x] = len(code)
+        else:
+            code.append(x)
+    jumps = [(i, place[x.label]) for i, x in enumerate(code) if x.label in place]
+    spans = [(to, i) for i, to in jumps if to < i]  # `BRA .` after the end is no loop
+    innermost = [
+        (a, b) for a, b in spans if not any((c, d) != (a, b) and a <= c and d <= b for c, d in spans)
+    ]
+    loops = []
+    for first, last in innermost:
+        skipped = {k for i, to in jumps if first <= i < to <= last for k in range(i + 1, to)}
+        loops.append(read_loop([code[k] for k in range(first, last + 1) if k not in skipped]))
+    return loops
+
+
+def read_nvidia(kernel: Any) -> tuple[int, int, list[str | Instruction]]:
+    """(registers, stack, listing) of a compiled kernel."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage = nvidia_tool("cuobjdump", "-res-usage", file.name)
+        listing = list(read_sass(nvidia_tool("nvdisasm", "-c", file.name)))
+    registers, stack, local = map(
+        int, re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage).groups()
+    )
+    return registers, stack + local, listing
+
+
+def read_amd(kernel: Any) -> tuple[int, int, list[str | Instruction]]:
+    text = kernel.asm["amdgcn"]
+    registers, stack = (
+        int(re.search(rf"\.{name}:\s+(\d+)", text)[1])
+        for name in ("vgpr_count", "private_segment_fixed_size")
+    )
+    return registers, stack, list(read_amdgcn(text))
+
+
+def inspect(case: str, target: str) -> Report:
+    gpu = TARGETS[target]
+    generation = gpu.arch // 10 if gpu.backend == "cuda" else 0
+    with (
+        mock.patch.object(rows, "WARP_SIZE", gpu.warp_size),
+        mock.patch.object(rows, "cuda_generation", lambda device: generation),
+    ):
+        launch = record(CASES[case])
+    kernel = compile_launch(launch, gpu)
+    registers, stack, listing = (read_nvidia if gpu.backend == "cuda" else read_amd)(kernel)
+    offsets = collections.defaultdict(set)
+    for name, kind in re.findall(
+        r"tt\.addptr %(\w+_ptr), %\w+ : !tt\.ptr<\w+>, (i\d+)", kernel.asm["ttir"]
+    ):
+        offsets[name].add(kind)
+    big = launch.arguments.get("logits_ptr", launch.arguments.get("x_ptr"))
+    return Report(
+        case=case,
+        kernel=launch.fn.__name__,
+        target=target,
+        itemsize=4 if big is None else big.element_size(),
+        threads=launch.arguments["num_warps"] * gpu.warp_size,
+        registers=registers,
+        stack=stack,
+        shared=kernel.metadata.shared,
+        barriers=sum(isinstance(x, Instruction) and bool(re.match(BARRIER, x.op)) for x in listing),
+        loops=[] if big is None else read_loops(listing),
+        offsets={name: sorted(kinds) for name, kinds in sorted(offsets.items())},
+    )
+
+
+def collect(targets: Iterable[str] = TARGETS, jobs: int = 2) -> list[Report]:
+    """Reports of all cases on all targets, compiled in processes that do not interpret Triton."""
+    environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
+
+    def run(target: str) -> list[Report]:
+        command = [sys.executable, "-m", "benchmarks.codegen", "--json", target]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+        return [
+            Report(**{**x, "loops": [Loop(**loop) for loop in x["loops"]]})
+            for x in json.loads(done.stdout)
+        ]
+
+    with ThreadPoolExecutor(jobs) as pool:
+        return [report for reports in pool.map(run, targets) for report in reports]
+
+
+def table(reports: list[Report]) -> str:
+    """The reports as a Markdown table."""
+    lines = [
+        "| target | launch | registers | stack | shared memory | barriers | instructions / element "
+        "| bits per access |",
+        "|---|---|--:|--:|--:|--:|---|---|",
+    ]
+    for r in reports:
+        loops = {loop.kind: loop for loop in r.hot_loops()}
+        work = ", ".join(f"{k} {x.per_element(r.itemsize):.1f}" for k, x in loops.items())
+        bits = sorted({b for x in loops.values() for b in x.loads + x.stores})
+        cells = (r.target, r.case, r.registers, r.stack, r.shared, r.barriers, work, bits)
+        lines.append(f"| {' | '.join(str(x).strip('[]') for x in cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("targets", nargs="*", help="all by default")
+    parser.add_argument("--json", action="store_true", help="for programs")
+    args = parser.parse_args()
+    targets = args.targets or list(TARGETS)
+    if args.json:
+        reports = [inspect(case, target) for target in targets for case in CASES]
+        json.dump([dataclasses.asdict(x) for x in reports], sys.stdout)
+    else:
+        print(table(collect(targets)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""What a trainer writes without a fused kernel: the baseline, and what torch.compile is given.
+
+The leanest form that is still accurate: no division by a temperature of 1, no float32 copy of the logits
+(`log_softmax` converts as it reads), no metrics. Checked against `grpo_fast.reference` like everything else.
+"""
+
+import torch
+from torch import Tensor
+
+from grpo_fast import Objective
+
+
+def logprob(logits: Tensor, ids: Tensor) -> Tensor:
+    logp = torch.log_softmax(logits, -1, dtype=torch.float32)
+    return logp.gather(-1, ids[..., None]).squeeze(-1)
+
+
+def policy_loss(
+    logps: Tensor,
+    *,
+    mask: Tensor | None,
+    advantages: Tensor,
+    old_logps: Tensor,
+    ref_logps: Tensor,
+    objective: Objective,
+) -> Tensor:
+    ratio = (logps - old_logps).exp()
+    clipped = ratio.clamp(1 - objective.epsilon_low, 1 + objective.epsilon_high)
+    loss = -torch.minimum(ratio * advantages[:, None], clipped * advantages[:, None])
+    if objective.beta:
+        gap = ref_logps - logps
+        loss = loss + objective.beta * (gap.exp() - gap - 1)
+    if mask is None:
+        mask = torch.ones_like(loss)
+    if objective.reduction == "token_mean":
+        return (loss * mask).sum() / mask.sum().clamp(min=1)
+    return ((loss * mask).sum(1) / mask.sum(1).clamp(min=1)).mean()
+
+
+def grpo(
+    logits: Tensor,
+    ids: Tensor,
+    *,
+    mask: Tensor | None,
+    advantages: Tensor,
+    old_logps: Tensor,
+    ref_logps: Tensor,
+    objective: Objective,
+) -> Tensor:
+    return policy_loss(
+        logprob(logits, ids),
+        mask=mask,
+        advantages=advantages,
+        old_logps=old_logps,
+        ref_logps=ref_logps,
+        objective=objective,
+    )
+
+
+def group_advantage(rewards: Tensor, group_size: int) -> Tensor:
+    groups = rewards.view(-1, group_size)
+    mean = groups.mean(1).repeat_interleave(group_size)
+    std = groups.std(1).repeat_interleave(group_size)
+    return (rewards - mean) / (std + 1e-4)

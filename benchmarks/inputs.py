@@ -1,0 +1,100 @@
+"""Batches as training makes them: confident tokens, ragged lengths, rewards of 0 and 1."""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.shapes import Shape
+from grpo_fast import Objective
+
+SPREAD = 2.0  # standard deviation of the logits but the scored one
+MEAN_LOGP = -0.5  # of sampled tokens; most are near 0, some far below
+# Together the inputs that take turns must not fit into a GPU's L2 cache, or reading them costs nothing.
+ROTATION_BYTES = 256 << 20
+MAX_ROTATION = 64
+
+
+@dataclasses.dataclass
+class Batch:
+    """The inputs of all benchmarks. Per-token tensors are (B, T)."""
+
+    shape: Shape
+    logits: Tensor | None  # (B, T, V), where the benchmark starts from logits
+    logps: Tensor
+    ids: Tensor
+    rewards: Tensor  # (B,)
+    upstream: Tensor  # a gradient to send back through log-probs
+    objective: Objective
+    arguments: dict[str, Any]  # of a loss: mask, advantages, old_logps, ref_logps
+    # What the reference makes of it, by stem, once somebody asked (`gate`).
+    expected: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def live(self) -> int:
+        """How many tokens count."""
+        mask = self.arguments["mask"]
+        return self.shape.N if mask is None else int(mask.sum())
+
+
+def make_batch(
+    shape: Shape, variant: str, device: torch.device, dtype: torch.dtype, seed: int = 0
+) -> Batch:
+    B, T, V, G = shape.B, shape.T, shape.V, shape.G
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, device=device, generator=generator)
+
+    # -log p of a sampled token: exponential, many near 0 and a tail, as in a trained model.
+    logps = torch.empty(B, T, device=device).exponential_(1 / -MEAN_LOGP, generator=generator)
+    logps = -logps.clamp(1e-5, 12.0)
+    ids = torch.randint(max(V, 1), (B, T), device=device, generator=generator)
+    logits = None
+    if V:
+        logits = torch.empty(B, T, V, device=device, dtype=dtype)
+        logits.normal_(0, SPREAD, generator=generator)
+        # The logsumexp of the others is log V + SPREAD^2 / 2: place the scored one to reach its log-prob.
+        scored = math.log(V) + SPREAD**2 / 2 + logps - torch.log(-torch.expm1(logps))
+        logits.scatter_(2, ids[..., None], scored[..., None].to(dtype))
+    mask = None
+    if variant == "padded":
+        lengths = torch.randint(T * 2 // 5, T + 1, (B, 1), device=device, generator=generator)
+        mask = torch.arange(T, device=device) < lengths
+    rewards = (torch.arange(B, device=device) % G < G // 2).float()
+    if variant == "zero-variance":
+        rewards[torch.arange(B, device=device) // G % 2 == 0] = 1.0
+    groups = rewards.view(-1, G)
+    score = (groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)
+    return Batch(
+        shape,
+        logits,
+        logps,
+        ids,
+        rewards,
+        normal(B, T),
+        # Without a KL term a token without advantage has no gradient: the case worth telling apart.
+        Objective.preset("dapo" if variant == "zero-variance" else "grpo"),
+        {
+            "mask": mask,
+            "advantages": score.flatten(),
+            "old_logps": logps + 0.05 * normal(B, T),
+            "ref_logps": logps + 0.1 * normal(B, T),
+        },
+    )
+
+
+@functools.lru_cache(maxsize=1)  # one at a time: a batch may fill a third of the device
+def rotation(
+    shape: Shape, variant: str, device: torch.device, dtype: torch.dtype
+) -> tuple[Batch, ...]:
+    """Batches to take turns with, so that none is found in the cache; on the CPU one."""
+    if device.type == "cpu":
+        count = 1
+    else:
+        nbytes = shape.N * (shape.V * dtype.itemsize or 20)
+        count = min(max(ROTATION_BYTES // nbytes, 1), MAX_ROTATION)
+    return tuple(make_batch(shape, variant, device, dtype, seed) for seed in range(count))

@@ -1,0 +1,118 @@
+"""The machine that measures: what it is, and how fast it moves memory."""
+
+import functools
+import os
+import platform
+import re
+import subprocess
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from benchmarks import shapes
+
+CALIBRATION_BYTES = {"cuda": 1 << 30, "cpu": 1 << 28}
+CALIBRATION_ROUNDS = 10
+COMMIT_VARIABLE = "GRPO_FAST_COMMIT"  # where a copy of the tree without .git knows its commit from
+COMMAND_VARIABLE = "GRPO_FAST_COMMAND"
+
+
+def synced_time() -> float:
+    """A clock that waits for the device first."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+@functools.cache
+def bandwidth() -> dict[str, float]:
+    """Measured bytes per second of a plain copy (read plus written bytes) and of a plain read."""
+    kind = shapes.device().type
+    source = torch.zeros(CALIBRATION_BYTES[kind] // 4, device=kind)
+    target = torch.ones_like(source)
+    copy = 2 * source.nbytes / _fastest(lambda: target.copy_(source))
+    # An integer extreme: the cheapest reduction there is, on any device.
+    words = source.view(torch.int32)
+    return {"copy": copy, "read": source.nbytes / _fastest(lambda: words.amax())}
+
+
+def _fastest(fn: Callable[[], object]) -> float:
+    times = []
+    for _ in range(CALIBRATION_ROUNDS):
+        start = synced_time()
+        fn()
+        times.append(synced_time() - start)
+    return min(times)
+
+
+def commit() -> str:
+    """`git describe --always --dirty`, or what the environment says; "unknown" without either."""
+    if os.environ.get(COMMIT_VARIABLE):
+        return os.environ[COMMIT_VARIABLE]
+    return _output_of("git", "describe", "--always", "--dirty") or "unknown"
+
+
+def is_clean(name: str) -> bool:
+    """Whether a commit's name says exactly which code ran."""
+    return re.fullmatch(r"(.*-g)?[0-9a-f]{7,40}", name) is not None
+
+
+def name() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"CPU {_cpu_model()} ({os.cpu_count()} cores)"
+
+
+def slug() -> str:
+    """`name()` as the name of a folder."""
+    return re.sub(r"[^a-z0-9]+", "-", name().lower()).strip("-")
+
+
+def describe() -> dict[str, Any]:
+    """What a result is worthless without."""
+    cuda = torch.cuda.is_available()
+    code = commit()
+    return {
+        "device": name(),
+        "device_type": "cuda" if cuda else "cpu",
+        "driver": _driver() if cuda else None,
+        "cuda": torch.version.cuda,
+        "torch": torch.__version__,
+        "triton": _triton_version(),
+        "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
+        "commit": code,
+        "dirty": not is_clean(code),
+        "command": os.environ.get(COMMAND_VARIABLE, "pytest benchmarks"),
+        "bandwidth": bandwidth(),
+    }
+
+
+def _cpu_model() -> str:
+    try:
+        with open("/proc/cpuinfo") as lines:
+            return next(x.split(":")[1].strip() for x in lines if x.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.machine()
+
+
+def _triton_version() -> str | None:
+    try:
+        import triton
+    except ImportError:
+        return None
+    return triton.__version__
+
+
+def _driver() -> str | None:
+    return _output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") or None
+
+
+def _output_of(*command: str) -> str:
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return ""
+    return result.stdout.strip()

@@ -1,0 +1,73 @@
+"""The command line: `grpo-fast train [CONFIG.yaml] [--option value]...` and `grpo-fast eval RUN`."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns its exit status.
+
+    0: done. 1: failed on the way. 2: an argument that cannot be used. 128 + n: ended by signal n (130:
+    Ctrl-C), with a checkpoint.
+    """
+    parser = argparse.ArgumentParser(prog="grpo-fast", description=__doc__)
+    parser.add_argument("command", choices=["train", "eval"])
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="see grpo-fast COMMAND --help")
+    chosen = parser.parse_args(arguments)
+    try:
+        return {"train": train, "eval": evaluate}[chosen.command](chosen.arguments)
+    except ModuleNotFoundError as error:
+        return fail(chosen.command, 1, f"{error}: pip install 'grpo-fast[train]'")
+    except (ValueError, FileExistsError) as error:
+        return fail(chosen.command, 2, str(error))
+    except FloatingPointError as error:
+        return fail(chosen.command, 1, str(error))
+    except KeyboardInterrupt:
+        return fail(chosen.command, 130, "interrupted")
+
+
+def fail(command: str, status: int, message: str) -> int:
+    print(f"grpo-fast {command}: error: {message}", file=sys.stderr)
+    return status
+
+
+def train(arguments: Sequence[str]) -> int:
+    from grpo_fast.trainer import config
+    from grpo_fast.trainer import train as training
+
+    settings = config.parse(arguments)
+    quiet()
+    end = training.train(settings)
+    print(
+        f"reward {end.first_reward:.3f} -> {end.last_reward:.3f} in {end.steps} GRPO steps, "
+        f"{end.seconds:.0f} s in all"
+    )
+    print(f"checkpoint: {end.checkpoint}\ncurve: {end.run_dir / 'curve.png'}")
+    if end.signal is not None:
+        print(f"interrupted after step {end.steps}; the weights are in {end.checkpoint}")
+        return 128 + end.signal
+    return 0
+
+
+def evaluate(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="grpo-fast eval", description="accuracy of a run on its held-out problems"
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run or a checkpoint")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--seed", type=int, default=0, help="of the sampled answers")
+    chosen = parser.parse_args(arguments)
+    from grpo_fast.trainer.evaluate import evaluate_run
+
+    quiet()
+    print(evaluate_run(chosen.run, chosen.device, chosen.seed))
+    return 0
+
+
+def quiet() -> None:
+    """No progress bars of transformers' own between ours."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()

@@ -1,0 +1,216 @@
+"""`TrainConfig`: every option of a training run, from the command line and from YAML."""
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from transformers import HfArgumentParser
+
+from grpo_fast.objective import PRESETS, Objective
+
+
+def option(default: Any, text: str) -> Any:
+    """A dataclass field whose help text is `text`."""
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata={"help": text})
+    return dataclasses.field(default=default, metadata={"help": text})
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """The options of `grpo-fast train`; `--help` and docs/trainer.md describe each.
+
+    Raises:
+        ValueError: a value out of range or a combination without a meaning, naming the option.
+    """
+
+    # The task
+    task: Literal["arithmetic"] = option("arithmetic", "built-in task, where no dataset is given")
+    max_operand: int = option(49, "arithmetic: the operands are 0 to this")
+    dataset: str | None = option(None, "JSONL file with a prompt and an answer column")
+    reward: list[str] = option([], "reward functions module:function, in place of the task's own")
+    reward_weights: list[float] = option([], "one weight per reward function; default: 1 each")
+    heldout: int = option(250, "problems kept out of training for evaluation")
+    # The model
+    model: str | None = option(None, "path or hub id of a causal LM; default: a small new one")
+    hidden_size: int = option(64, "of the new model")
+    num_layers: int = option(2, "of the new model")
+    num_heads: int = option(4, "of the new model")
+    device: str = option("auto", "cpu, cuda, cuda:1, mps, ...; auto: cuda where there is one")
+    dtype: Literal["auto", "float32", "bfloat16"] = option(
+        "auto", "of activations; weights stay float32. auto: bfloat16 on cuda where supported"
+    )
+    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass")
+    # Supervised warm-up of a new model
+    warmup_steps: int = option(600, "at most so many supervised steps before GRPO; 0: none")
+    warmup_reward: float = option(0.4, "the warm-up ends as soon as sampled answers earn this")
+    warmup_error_rate: float = option(0.4, "arithmetic: share of wrong demonstrations")
+    warmup_batch_size: int = option(128, "demonstrations per warm-up step")
+    warmup_learning_rate: float = option(3e-3, "of the warm-up")
+    # Sampling
+    prompts_per_step: int = option(32, "P: prompts per GRPO step")
+    group_size: int = option(8, "G: completions per prompt")
+    max_new_tokens: int = option(8, "longest completion, in tokens")
+    temperature: float = option(1.0, "of sampling, and of the log-probs that are optimised")
+    # Optimisation
+    steps: int = option(200, "GRPO steps")
+    num_iterations: int = option(1, "mu: optimiser steps per batch of completions")
+    micro_batch_size: int | None = option(None, "completions per forward pass; default: all")
+    learning_rate: float = option(1e-3, "peak of the schedule")
+    lr_scheduler: str = option("linear", "a schedule of transformers.get_scheduler")
+    lr_warmup_steps: int = option(10, "GRPO steps until the peak")
+    weight_decay: float = option(0.0, "of AdamW")
+    max_grad_norm: float = option(1.0, "gradients are scaled down to this norm")
+    # The objective
+    objective: str = option(
+        "grpo", "a preset of grpo_fast.Objective; the options below override it"
+    )
+    beta: float | None = option(None, "weight of the KL to the policy before GRPO; 0: no reference")
+    kl: str | None = option(None, "KL estimator: k1, abs, k2, k3, k3_unbiased")
+    epsilon_low: float | None = option(None, "the ratio is clipped below 1 - epsilon_low")
+    epsilon_high: float | None = option(None, "and above 1 + epsilon_high")
+    reduction: str | None = option(None, "sequence_mean, token_mean, sequence_sum, fixed_length")
+    entropy_coef: float | None = option(None, "weight of the entropy bonus")
+    scale_rewards: Literal["group", "batch", "none"] = option(
+        "group", "advantages are divided by the std of the group, of the batch, or not at all"
+    )
+    # The run
+    name: str | None = option(None, "of the run; default: arithmetic, arithmetic-2, ...")
+    output_dir: str = option("runs", "a run lives in <output_dir>/<name>")
+    overwrite: bool = option(False, "replace an existing run of this name")
+    seed: int = option(0, "of everything random")
+    threads: int = option(0, "CPU threads; 0: PyTorch's choice")
+    save_steps: int = option(100, "GRPO steps between checkpoints")
+    keep_checkpoints: int = option(2, "newest checkpoints that are kept")
+    samples: int = option(4, "completions shown before and after")
+
+    def __post_init__(self) -> None:
+        for name, low in _AT_LEAST.items():
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value >= low):
+                raise ValueError(f"{name}: want a finite number >= {low}, got {value}")
+        for name in ("learning_rate", "warmup_learning_rate", "temperature", "max_grad_norm"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{name}: want a positive number, got {value}")
+        for name in ("warmup_error_rate", "warmup_reward"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}: want a number in [0, 1], got {getattr(self, name)}")
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} is unknown; choose from {', '.join(choices)}"
+                )
+        if self.hidden_size % (2 * self.num_heads):
+            raise ValueError(
+                f"hidden_size={self.hidden_size}: want an even multiple of num_heads={self.num_heads}"
+            )
+        if self.reward_weights and len(self.reward_weights) != len(self.reward):
+            raise ValueError(
+                f"reward_weights: want one for each of the {len(self.reward)} functions of reward, "
+                f"got {self.reward_weights}"
+            )
+        if not all(map(math.isfinite, self.reward_weights)):
+            raise ValueError(f"reward_weights: want finite numbers, got {self.reward_weights}")
+        if self.name is not None and (
+            self.name in ("", ".", "..") or Path(self.name).name != self.name
+        ):
+            raise ValueError(f"name: want the name of a folder in output_dir, got {self.name!r}")
+        self.to_objective()
+
+    def to_objective(self) -> Objective:
+        """The preset with this configuration's overrides.
+
+        Raises:
+            ValueError: an unknown preset, or a value out of range.
+        """
+        names = ("beta", "kl", "epsilon_low", "epsilon_high", "reduction", "entropy_coef")
+        given = {n: getattr(self, n) for n in names if getattr(self, n) is not None}
+        reduction = {**PRESETS.get(self.objective, {}), **given}.get("reduction")
+        if reduction == "fixed_length":
+            given["max_length"] = self.max_new_tokens
+        return Objective.preset(self.objective, **given)
+
+
+_AT_LEAST = {
+    "max_operand": 3, "heldout": 1, "hidden_size": 2, "num_layers": 1, "num_heads": 1,
+    "warmup_steps": 0, "warmup_batch_size": 1, "prompts_per_step": 1, "group_size": 2,
+    "max_new_tokens": 1, "steps": 1, "num_iterations": 1, "micro_batch_size": 1,
+    "lr_warmup_steps": 0, "weight_decay": 0, "seed": 0, "threads": 0, "save_steps": 1,
+    "keep_checkpoints": 1, "samples": 0,
+}  # fmt: skip
+_CHOICES = {
+    "task": ("arithmetic",),
+    "dtype": ("auto", "float32", "bfloat16"),
+    "scale_rewards": ("group", "batch", "none"),
+    # Those that need nothing but the number of steps.
+    "lr_scheduler": ("linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt"),
+}
+
+
+def parse(arguments: Sequence[str]) -> TrainConfig:
+    """The configuration of `[CONFIG.yaml] [--option value]...`; options win over the file.
+
+    Raises:
+        ValueError: an unknown option or key, a bad value, or an unreadable file.
+        SystemExit: --help, or a value of the wrong type (argparse has said which).
+    """
+    arguments = list(arguments)
+    if arguments and not arguments[0].startswith("-"):
+        arguments = [*yaml_arguments(Path(arguments[0])), *arguments[1:]]
+    parser = HfArgumentParser(
+        TrainConfig,
+        prog="grpo-fast train",
+        usage="grpo-fast train [CONFIG.yaml] [--option value]...",
+        allow_abbrev=False,
+    )
+    config, rest = parser.parse_args_into_dataclasses(
+        arguments, return_remaining_strings=True, look_for_args_file=False
+    )
+    if rest:
+        raise ValueError(f"unknown argument {rest[0]!r}{_suggestion(rest[0].strip('-'))}")
+    return config
+
+
+def yaml_arguments(path: Path) -> list[str]:
+    """The keys of a YAML file as command-line arguments, so that both are checked alike.
+
+    Raises:
+        ValueError: not a file, not a mapping, an unknown key, or a null where there is a default.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not YAML: {error}") from error
+    if not isinstance(content, (dict, type(None))):
+        raise ValueError(f"{path}: want `option: value` lines, got {type(content).__name__}")
+    defaults = {f.name: f.default for f in dataclasses.fields(TrainConfig)}
+    arguments = []
+    for key, value in (content or {}).items():
+        if key not in defaults:
+            raise ValueError(f"{path}: unknown key {key!r}{_suggestion(str(key))}")
+        if isinstance(value, list):
+            arguments += [f"--{key}", *map(str, value)] if value else []
+        elif value is not None:
+            arguments.append(f"--{key}={value}")
+        elif defaults[key] is not None:
+            raise ValueError(f"{path}: {key}: want a value, got null")
+    return arguments
+
+
+def save(config: TrainConfig, path: Path) -> None:
+    """Write all options as YAML that `parse` reads back."""
+    path.write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False), encoding="utf-8")
+
+
+def _suggestion(name: str) -> str:
+    names = [f.name for f in dataclasses.fields(TrainConfig)]
+    close = difflib.get_close_matches(name.split("=")[0].replace("-", "_"), names, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,61 @@
+"""Evaluation of a policy on problems it was not trained on."""
+
+import dataclasses
+from pathlib import Path
+
+import torch
+
+from grpo_fast.trainer import config as configs
+from grpo_fast.trainer import model as models
+from grpo_fast.trainer import rollout, tasks
+from grpo_fast.trainer.config import TrainConfig
+from grpo_fast.trainer.model import Policy
+from grpo_fast.trainer.tasks import Row, Task
+
+BATCH = 256
+
+
+def mean_rewards(
+    policy: Policy, task: Task, rows: list[Row], config: TrainConfig, temperature: float
+) -> dict[str, float]:
+    """Means over one completion per row: "reward", the total, and each reward function by name.
+
+    "accuracy" is the mean of the first reward function: the one that tells whether an answer is right.
+
+    Args:
+        temperature: of sampling; 0 is greedy.
+    """
+    prompts = [row["prompt"] for row in rows]
+    size = min(BATCH, config.micro_batch_size or BATCH)
+    answers = rollout.sample(policy, prompts, config.max_new_tokens, temperature, size)
+    total, means = rollout.reward(task, answers, rows)
+    accuracy = next(iter(means.values()))
+    return {"reward": total.mean().item(), "accuracy": accuracy, **means}
+
+
+def report(policy: Policy, task: Task, config: TrainConfig) -> str:
+    """One line: accuracy and reward on the held-out problems, greedy and sampled."""
+    greedy, sampled = (
+        mean_rewards(policy, task, task.heldout, config, t) for t in (0.0, config.temperature)
+    )
+    return (
+        f"accuracy {greedy['accuracy']:.3f} greedy, {sampled['accuracy']:.3f} sampled; "
+        f"reward {greedy['reward']:.3f} greedy, {sampled['reward']:.3f} sampled "
+        f"({len(task.heldout)} held-out problems)"
+    )
+
+
+def evaluate_run(run_dir: Path, device: str = "auto", seed: int = 0) -> str:
+    """`report` on the newest checkpoint of a run, or on the checkpoint itself where `run_dir` is one.
+
+    Raises:
+        ValueError: not a run, or one without a checkpoint.
+    """
+    checkpoint = run_dir if run_dir.parent.name == "checkpoints" else models.latest(run_dir)
+    settings = checkpoint.parent.parent / "config.yaml"
+    config = configs.parse([str(settings)])
+    config = dataclasses.replace(config, model=str(checkpoint), device=device)
+    task = tasks.build(config)
+    policy = models.build(config, task.alphabet)
+    torch.manual_seed(seed)
+    return f"{checkpoint}: {report(policy, task, config)}"

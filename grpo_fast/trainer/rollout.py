@@ -1,0 +1,125 @@
+"""Rollouts: sample completions, reward them, and score them with a model."""
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+
+from grpo_fast.trainer import rewards
+from grpo_fast.trainer.model import Policy
+from grpo_fast.trainer.rewards import Text
+from grpo_fast.trainer.tasks import Row, Task
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """B completions of at most T tokens, and the prompts of at most P tokens they answer.
+
+    Attributes:
+        prompt_ids, prompt_mask: (B, P), padded on the left.
+        completion_ids: (B, T).
+        mask: (B, T) bool; True up to and including the first end-of-sequence token.
+        ended: (B,) bool; False where the length limit cut the completion off.
+        prompts, completions: B texts.
+    """
+
+    prompt_ids: Tensor
+    prompt_mask: Tensor
+    completion_ids: Tensor
+    mask: Tensor
+    ended: Tensor
+    prompts: list[Text]
+    completions: list[Text]
+
+    def __getitem__(self, rows: slice) -> "Rollout":
+        return Rollout(**{name: value[rows] for name, value in vars(self).items()})
+
+
+@torch.no_grad()
+def sample(
+    policy: Policy,
+    prompts: Sequence[Text],
+    max_new_tokens: int,
+    temperature: float,
+    batch_size: int | None = None,
+) -> Rollout:
+    """One completion per prompt; greedy where `temperature` is 0.
+
+    Args:
+        prompts: B strings, or lists of chat messages for the tokenizer's chat template.
+        batch_size: completions generated at a time.
+    """
+    tokens = encode(policy.tokenizer, prompts).to(policy.device)
+    ids, attention = tokens["input_ids"], tokens["attention_mask"]
+    settings = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=temperature > 0,
+        **({"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}),
+    )
+    policy.model.eval()
+    size = batch_size or len(prompts)
+    parts = []
+    for i in range(0, len(prompts), size):
+        with policy.autocast():
+            out = policy.model.generate(
+                input_ids=ids[i : i + size],
+                attention_mask=attention[i : i + size],
+                generation_config=settings,
+            )
+        parts.append(out[:, ids.shape[1] :])
+    T = max(part.shape[1] for part in parts)
+    pad = policy.tokenizer.pad_token_id
+    completion_ids = torch.cat(
+        [torch.nn.functional.pad(part, (0, T - part.shape[1]), value=pad) for part in parts]
+    )
+    is_eos = torch.isin(completion_ids, torch.tensor(policy.eos_ids, device=policy.device))
+    mask = is_eos.cumsum(1) - is_eos.long() == 0
+    texts = policy.tokenizer.batch_decode(
+        [row[live].tolist() for row, live in zip(completion_ids, mask, strict=True)],
+        skip_special_tokens=True,
+    )
+    completions = [
+        text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+        for prompt, text in zip(prompts, texts, strict=True)
+    ]
+    return Rollout(ids, attention, completion_ids, mask, is_eos.any(1), list(prompts), completions)
+
+
+def encode(tokenizer: Any, prompts: Sequence[Text]) -> Any:
+    """Input ids and attention mask of prompts, (B, P), padded on the left."""
+    chat = any(not isinstance(p, str) for p in prompts)
+    texts = list(prompts)
+    if chat:
+        texts = tokenizer.apply_chat_template(texts, tokenize=False, add_generation_prompt=True)
+    # A chat template has written the special tokens already.
+    return tokenizer(texts, padding=True, return_tensors="pt", add_special_tokens=not chat)
+
+
+def reward(task: Task, rollout: Rollout, rows: Sequence[Row]) -> tuple[Tensor, dict[str, float]]:
+    """((B,) total rewards, mean of each reward by name) of the answers to B `rows`."""
+    columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
+    columns["completion_ids"] = [
+        ids[live].tolist()
+        for ids, live in zip(rollout.completion_ids.cpu(), rollout.mask.cpu(), strict=True)
+    ]
+    return rewards.score(task.rewards, task.weights, rollout.prompts, rollout.completions, columns)
+
+
+def completion_logits(model: Any, rollout: Rollout) -> Tensor:
+    """(B, T, V) logits; those at [b, t] score `completion_ids[b, t]`."""
+    ids = torch.cat([rollout.prompt_ids, rollout.completion_ids], 1)
+    attention = torch.cat([rollout.prompt_mask, rollout.mask.to(rollout.prompt_mask)], 1)
+    T = rollout.completion_ids.shape[1]
+    extras = {
+        "position_ids": (attention.cumsum(1) - 1).clamp(min=0),  # as generate counts them
+        "logits_to_keep": T + 1,
+        "use_cache": False,
+    }
+    accepted = inspect.signature(model.forward).parameters
+    extras = {name: value for name, value in extras.items() if name in accepted}
+    logits = model(input_ids=ids, attention_mask=attention, **extras).logits
+    return logits[:, -(T + 1) : -1]

@@ -1,0 +1,156 @@
+"""One GRPO update: a batch of completions and their rewards in, optimiser steps and metrics out."""
+
+import copy
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import get_scheduler
+
+from grpo_fast import ops
+from grpo_fast.loss import fold_statistics, grpo_loss, metrics_from
+from grpo_fast.trainer.config import TrainConfig
+from grpo_fast.trainer.model import Policy
+from grpo_fast.trainer.rollout import Rollout, completion_logits
+
+
+@dataclass
+class MicroBatch:
+    """Completions that pass through the model together.
+
+    Attributes:
+        old_logps, entropy, ref_logps: (B, T), filled in by `Learner`.
+    """
+
+    rollout: Rollout
+    advantages: Tensor
+    old_logps: Tensor | None = None
+    entropy: Tensor | None = None
+    ref_logps: Tensor | None = None
+
+
+class Learner:
+    """Optimiser, schedule and reference of a policy."""
+
+    def __init__(self, policy: Policy, config: TrainConfig) -> None:
+        self.policy, self.config = policy, config
+        self.objective = config.to_objective()
+        self.reference = None
+        if self.objective.beta:
+            self.reference = copy.deepcopy(policy.model).eval().requires_grad_(False)
+        if config.gradient_checkpointing:
+            policy.model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.optimizer = torch.optim.AdamW(
+            policy.model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
+        )
+        self.scheduler = get_scheduler(
+            config.lr_scheduler,
+            self.optimizer,
+            num_warmup_steps=config.lr_warmup_steps * config.num_iterations,
+            num_training_steps=config.steps * config.num_iterations,
+        )
+
+    def update(self, rollout: Rollout, rewards: Tensor) -> dict[str, float]:
+        """`config.num_iterations` optimiser steps on one batch; returns the metrics over all of them.
+
+        Args:
+            rewards: (B,), groups of `config.group_size` consecutive completions.
+
+        Raises:
+            FloatingPointError: the loss or a gradient is not finite; the weights are those before it.
+        """
+        micro_batches = self.prepare(rollout, rewards)
+        learning_rate = self.scheduler.get_last_lr()[0]
+        steps = []
+        for _ in range(self.config.num_iterations):
+            loss, norm, statistics = self.backward(micro_batches, rollout.mask)
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                raise FloatingPointError(f"loss {loss}, gradient norm {norm}")
+            self.optimizer.step()
+            self.scheduler.step()
+            steps.append((loss, norm, statistics))
+        losses, norms, gathered = zip(*steps, strict=True)
+        folded = metrics_from(fold_statistics(torch.cat(gathered)))
+        metrics = {name: value.item() for name, value in folded.items() if name != "tokens"}
+        metrics["kl"] = metrics["kl"] if self.reference is not None else math.nan
+        entropy = torch.cat([b.entropy for b in micro_batches if b.entropy is not None])
+        return metrics | {
+            "loss": sum(losses) / len(losses),
+            "entropy": entropy[rollout.mask].mean().item(),
+            "clip_fraction": sum(v for k, v in metrics.items() if k.startswith("clip_fraction_")),
+            "grad_norm": sum(norms) / len(norms),
+            "learning_rate": learning_rate,
+        }
+
+    def prepare(self, rollout: Rollout, rewards: Tensor) -> list[MicroBatch]:
+        """Advantages and reference log-probs of a batch, cut into micro-batches."""
+        config = self.config
+        advantages = ops.group_advantage(
+            rewards.to(self.policy.device),
+            group_size=config.group_size,
+            scale=config.scale_rewards,
+        )
+        size = config.micro_batch_size or len(rewards)
+        parts = [slice(i, i + size) for i in range(0, len(rewards), size)]
+        micro_batches = [MicroBatch(rollout[part], advantages[part]) for part in parts]
+        if self.reference is not None:
+            for batch in micro_batches:
+                with torch.no_grad(), self.policy.autocast():
+                    logits = completion_logits(self.reference, batch.rollout)
+                batch.ref_logps, _ = self.score(logits, batch.rollout)
+        return micro_batches
+
+    def backward(
+        self, micro_batches: list[MicroBatch], mask: Tensor
+    ) -> tuple[float, float, Tensor]:
+        """Gradients of the whole batch's loss, clipped: (loss, norm before clipping, statistics).
+
+        Args:
+            mask: (B, T) of the whole batch.
+
+        Returns:
+            The statistics are those of `LossOutput`, (micro-batches, 16).
+        """
+        model, config = self.policy.model, self.config
+        # Dropout would make the policy that is scored another one than the policy that sampled.
+        model.train(config.gradient_checkpointing)
+        self.optimizer.zero_grad()
+        token_mean = self.objective.reduction == "token_mean"
+        losses, statistics = [], []
+        for batch in micro_batches:
+            with self.policy.autocast():
+                logits = completion_logits(model, batch.rollout)
+            if batch.entropy is None:  # the first step on these completions
+                logps, batch.entropy = self.score(logits, batch.rollout)
+                batch.old_logps = logps if config.num_iterations > 1 else None
+            out = grpo_loss(
+                logits,
+                batch.rollout.completion_ids,
+                advantages=batch.advantages,
+                mask=batch.rollout.mask,
+                old_logps=batch.old_logps,
+                ref_logps=batch.ref_logps,
+                num_items=mask.sum() if token_mean else None,
+                temperature=config.temperature,
+                objective=self.objective,
+                inplace=True,
+            )
+            # The other reductions are means over sequences.
+            loss = out.loss if token_mean else out.loss * (len(batch.advantages) / len(mask))
+            loss.backward()
+            losses.append(loss.detach())
+            statistics.append(out.statistics)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+        return torch.stack(losses).sum().item(), norm.item(), torch.stack(statistics)
+
+    @torch.no_grad()
+    def score(self, logits: Tensor, rollout: Rollout) -> tuple[Tensor, Tensor]:
+        """Log-probs and entropy of the completions, (B, T)."""
+        return ops.logprob(
+            logits,
+            rollout.completion_ids,
+            temperature=self.config.temperature,
+            mask=rollout.mask,
+            return_entropy=True,
+        )

@@ -1,0 +1,82 @@
+"""The warm-up of a new model: supervised steps on demonstrations, stopped while there is much to learn."""
+
+import random
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+
+from grpo_fast import ops
+from grpo_fast.trainer import tasks
+from grpo_fast.trainer.config import TrainConfig
+from grpo_fast.trainer.evaluate import mean_rewards
+from grpo_fast.trainer.model import Policy
+from grpo_fast.trainer.rewards import Text
+from grpo_fast.trainer.rollout import Rollout, completion_logits, encode
+from grpo_fast.trainer.tasks import Task
+
+CHECK_EVERY = 20
+RAMP = 50  # steps until the full learning rate
+
+
+def warm_up(policy: Policy, task: Task, config: TrainConfig, stopped: Callable[[], bool]) -> int:
+    """Imitate demonstrations until sampled answers earn `config.warmup_reward`; returns the steps taken.
+
+    Args:
+        stopped: asked before each step; True ends the warm-up.
+    """
+    assert task.demonstration is not None
+    rng = random.Random(config.seed)
+    batches = tasks.batches(task.train, config.warmup_batch_size, rng)
+    probe = rng.sample(task.train, min(256, len(task.train)))
+    optimizer = torch.optim.AdamW(
+        policy.model.parameters(), lr=config.warmup_learning_rate, weight_decay=0.0
+    )
+    ramp = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / RAMP))
+    with tqdm(total=config.warmup_steps, desc="warm-up", mininterval=0.5) as bar:
+        for step in range(config.warmup_steps):
+            if stopped():
+                return step
+            rows = next(batches)
+            shown = [(row["prompt"], task.demonstration(row, rng)) for row in rows]
+            loss = imitation_loss(policy, shown)
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(policy.model.parameters(), config.max_grad_norm)
+            optimizer.step()
+            ramp.step()
+            bar.update()
+            if (step + 1) % CHECK_EVERY == 0:
+                reward = mean_rewards(policy, task, probe, config, config.temperature)["reward"]
+                bar.set_postfix(loss=f"{loss.item():.3f}", reward=f"{reward:.3f}")
+                if reward >= config.warmup_reward:
+                    return step + 1
+    return config.warmup_steps
+
+
+def imitation_loss(policy: Policy, shown: list[tuple[Text, str]]) -> Tensor:
+    """Mean negative log-prob of the tokens of demonstrations, the end of sequence included, 0-dim.
+
+    Args:
+        shown: pairs (prompt, completion).
+    """
+    prompts, completions = [p for p, _ in shown], [c for _, c in shown]
+    tokens = encode(policy.tokenizer, prompts).to(policy.device)
+    ids = policy.tokenizer(completions, add_special_tokens=False)["input_ids"]
+    targets = [torch.tensor([*row, policy.eos_ids[0]]) for row in ids]
+    mask = pad_sequence([torch.ones_like(row, dtype=torch.bool) for row in targets], True)
+    batch = Rollout(
+        prompt_ids=tokens["input_ids"],
+        prompt_mask=tokens["attention_mask"],
+        completion_ids=pad_sequence(targets, True).to(policy.device),
+        mask=mask.to(policy.device),
+        ended=torch.ones(len(shown), dtype=torch.bool),
+        prompts=prompts,
+        completions=list(completions),
+    )
+    with policy.autocast():
+        logits = completion_logits(policy.model, batch)
+    logps = ops.logprob(logits, batch.completion_ids, mask=batch.mask)
+    return -logps[batch.mask].mean()

@@ -1,0 +1,30 @@
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():  # before anything imports triton
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(params=["torch", "triton"])
+def backend(request, monkeypatch) -> str:
+    """Both implementations of every op: PyTorch's operators, and the kernels (interpreted without a GPU)."""
+    if request.param == "triton":
+        pytest.importorskip("triton", reason="the kernels need Triton")
+    monkeypatch.setenv("GRPO_FAST_BACKEND", request.param)
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def seeded_and_poisoned():
+    """Seed, and fill `torch.empty` with NaN: a kernel that skips an element must fail."""
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)

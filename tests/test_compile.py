@@ -1,0 +1,108 @@
+"""`torch.compile(fullgraph=True)`, and what PyTorch asks of a custom operator."""
+
+import pytest
+import torch
+
+from grpo_fast import Objective
+from grpo_fast.loss import grpo_loss, policy_loss
+from grpo_fast.ops import group_advantage, logprob
+from grpo_fast.ops.group_advantage import group_advantage_fwd
+from grpo_fast.ops.grpo import grpo, grpo_, scale_rows_
+from grpo_fast.ops.logprob import logprob_bwd, logprob_fwd
+from grpo_fast.ops.policy_loss import policy_loss_fwd, token_statistics
+
+V, D = 30, 8
+
+
+def from_logits(hidden, weight, ids, rewards, old):
+    objective = Objective(beta=0.1, entropy_coef=0.01)
+    out = grpo_loss(
+        hidden @ weight.T,
+        ids,
+        rewards=rewards,
+        group_size=2,
+        old_logps=old,
+        ref_logps=old,
+        objective=objective,
+        temperature=0.9,
+    )
+    return 2 * out.loss, out.metrics["kl"], out.logps
+
+
+def inplace(hidden, weight, ids, rewards, old):
+    advantages = group_advantage(rewards, group_size=2)
+    out = grpo_loss(hidden @ weight.T, ids, advantages=advantages, old_logps=old, inplace=True)
+    return out.loss / 3, out.metrics["ratio_mean"], out.logps
+
+
+def packed(hidden, weight, ids, rewards, old):
+    logits = (hidden @ weight.T).view(-1, V)
+    boundaries = torch.tensor([0, 2, 2, 3, 12])
+    out = grpo_loss(
+        logits,
+        ids.view(-1),
+        rewards=rewards,
+        group_size=2,
+        old_logps=old.view(-1),
+        cu_seqlens=boundaries,
+    )
+    return out.loss, out.metrics["ratio_mean"], out.logps
+
+
+def composed(hidden, weight, ids, rewards, old):
+    logp, entropy = logprob(hidden @ weight.T, ids, return_entropy=True)
+    objective = Objective(entropy_coef=0.1)
+    out = policy_loss(
+        logp, advantages=rewards, old_logps=old, entropy=entropy, objective=objective
+    )
+    return 2 * out.loss, out.metrics["clip_fraction_low"], out.logps
+
+
+def inputs(device):
+    weight = torch.randn(V, D, device=device)
+    hidden = torch.randn(4, 3, D, device=device)
+    ids = torch.randint(V, (4, 3), device=device)
+    old = (hidden @ weight.T).log_softmax(-1).gather(-1, ids[..., None])[..., 0] - 0.1
+    return hidden, weight.requires_grad_(), ids, torch.randn(4, device=device), old
+
+
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager", "inductor"])
+@pytest.mark.parametrize("step", [from_logits, inplace, packed, composed])
+@pytest.mark.filterwarnings("ignore")  # of the compiler itself
+def test_full_graph(step, compiler, backend, device):
+    arguments = inputs(device)
+    want = step(*arguments)
+    (dweight,) = torch.autograd.grad(want[0], arguments[1])
+    torch.compiler.reset()
+    got = torch.compile(step, fullgraph=True, backend=compiler)(*arguments)
+    (grad,) = torch.autograd.grad(got[0], arguments[1])
+    for a, b in zip((*got, grad), (*want, dweight), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_opcheck(backend, device):
+    """Schema, fake implementation and autograd registration of every operator."""
+    N = 6
+    logits = torch.randn(2, 3, V, device=device)
+    ids = torch.randint(V, (N,), device=device)
+    x = torch.rand(N, device=device)
+    mask = torch.tensor([1, 1, 0, 1, 1, 1], device=device).bool()
+    key = Objective(beta=0.1, entropy_coef=0.1).key
+    shared = (ids, mask, x, x, None, 1, None, x, x, None, None, 0.9, key)
+    tests = ("test_schema", "test_faketensor")
+    autograd = (*tests, "test_autograd_registration")
+
+    def check(op, *args, tests=tests):
+        torch.library.opcheck(op, args, test_utils=tests)
+
+    graded = logits.clone().requires_grad_()
+    check(logprob_fwd, graded, ids, mask, None, 0.9, True, tests=autograd)
+    check(logprob_fwd, logits, ids, None, x + 0.5, 1.0, False)
+    check(logprob_bwd, x, x, logits, ids, mask, None, 0.9, -x, x, x, x + 1)
+    check(grpo, graded, *shared, tests=autograd)
+    check(grpo_, logits.clone(), *shared)
+    check(scale_rows_, logits.clone(), x)
+    check(policy_loss_fwd, x.clone().requires_grad_(), mask, x, x, x, x, x, key, tests=autograd)
+    check(token_statistics, mask, x, x, x, x, x, x, torch.zeros(N, dtype=torch.int8, device=device))
+    check(group_advantage_fwd, x, 2, None, "group", 1e-4, True)
+    check(group_advantage_fwd, x, 1, ids, "batch", 1e-4, False)

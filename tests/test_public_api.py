@@ -1,0 +1,85 @@
+"""The names outside checks call, what importing them costs, and where Triton does not exist."""
+
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import grpo_fast.loss
+import grpo_fast.ops
+from grpo_fast import Objective
+
+ROOT = Path(__file__).resolve().parents[1]
+
+LOSS = "mask old_logps ref_logps importance_weights token_weights".split()
+SIGNATURES = {
+    grpo_fast.loss.grpo_loss: (
+        ["logits", "completion_ids"],
+        ["advantages", "rewards", "group_size", *LOSS, "num_items", "cu_seqlens", "temperature"]
+        + ["objective", "inplace"],
+    ),
+    grpo_fast.loss.policy_loss: (
+        ["logps"],
+        ["advantages", *LOSS, "entropy", "num_items", "cu_seqlens", "objective"],
+    ),
+    grpo_fast.ops.logprob: (["logits", "ids"], ["temperature", "mask", "return_entropy"]),
+    grpo_fast.ops.group_advantage: (
+        ["rewards"],
+        ["group_size", "group_ids", "scale", "eps", "unbiased"],
+    ),
+}
+
+
+@pytest.mark.parametrize("function", SIGNATURES, ids=lambda f: f.__name__)
+def test_signatures(function):
+    positional, keywords = SIGNATURES[function]
+    parameters = inspect.signature(function).parameters
+    assert list(parameters) == positional + keywords
+    assert all(parameters[k].kind is inspect.Parameter.KEYWORD_ONLY for k in keywords)
+
+
+def test_names():
+    assert grpo_fast.__all__ == ["Objective"]
+    assert grpo_fast.ops.__all__ == ["group_advantage", "logprob"]
+    assert grpo_fast.loss.LossOutput._fields[:4] == ("loss", "logps", "entropy", "metrics")
+    assert callable(Objective.preset)
+
+
+def run(code: str) -> None:
+    result = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_import_is_light():
+    run(
+        "import sys, grpo_fast, grpo_fast.loss, grpo_fast.ops, torch\n"
+        "heavy = {'transformers', 'trl', 'matplotlib', 'datasets', 'accelerate'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+        "assert not torch.cuda.is_initialized()\n"
+    )
+
+
+def test_works_where_triton_does_not_exist():
+    """As on macOS and Windows: the import is blocked, everything else must run."""
+    run(
+        "import sys\n"
+        "sys.modules['triton'] = None\n"
+        "import importlib.util as util\n"
+        "find = util.find_spec\n"
+        "util.find_spec = lambda name, *a: None if name == 'triton' else find(name, *a)\n"
+        "import torch\n"
+        "from grpo_fast import Objective\n"
+        "from grpo_fast.loss import grpo_loss\n"
+        "from grpo_fast.ops import group_advantage, logprob\n"
+        "logits = torch.randn(2, 3, 9, requires_grad=True)\n"
+        "ids = torch.zeros(2, 3, dtype=torch.int64)\n"
+        "logp, entropy = logprob(logits, ids, return_entropy=True)\n"
+        "(logp.sum() + entropy.sum()).backward()\n"
+        "out = grpo_loss(logits, ids, rewards=torch.tensor([0., 1.]), group_size=2)\n"
+        "out.loss.backward()\n"
+        "assert group_advantage(torch.tensor([0., 1.]), group_size=2).isfinite().all()\n"
+    )

@@ -1,0 +1,103 @@
+"""The specification itself: gradients, closed forms, and loops that do what the formulas say."""
+
+import math
+
+import pytest
+import torch
+
+from grpo_fast import Objective, reference
+from tests.cases import batch, in_double
+from tests.test_grpo import by_objective
+
+
+@by_objective
+def test_gradcheck(objective):
+    logits, ids, arguments = batch(3, 3, 6, "cpu", garbage=False)
+    arguments = in_double(arguments) | {"objective": objective, "temperature": 0.8}
+    logits = logits.double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: reference.grpo_loss(x, ids, **arguments), logits)
+
+
+def test_log_prob_and_entropy_by_hand():
+    logits = torch.tensor([[0.0, math.log(3), -torch.inf]], dtype=torch.float64)
+    logp = reference.logprob(logits, torch.tensor([1]))
+    torch.testing.assert_close(logp, torch.tensor([math.log(0.75)], dtype=torch.float64))
+    entropy = -0.25 * math.log(0.25) - 0.75 * math.log(0.75)
+    torch.testing.assert_close(
+        reference.entropy(logits), torch.tensor([entropy], dtype=torch.float64)
+    )
+    cold = reference.logprob(logits, torch.tensor([1]), temperature=0.5)
+    torch.testing.assert_close(cold, torch.tensor([math.log(0.9)], dtype=torch.float64))
+
+
+def test_group_advantage_by_hand():
+    rewards = torch.tensor([1.0, 3.0, 5.0, 5.0], dtype=torch.float64)
+    half = 1 / (math.sqrt(2) + 1e-4)
+    want = torch.tensor([-half, half, 0, 0], dtype=torch.float64)
+    torch.testing.assert_close(reference.group_advantage(rewards, group_size=2), want)
+    batch_std = rewards.std().item() + 1e-4
+    want = torch.tensor([-1 / batch_std, 1 / batch_std, 0, 0], dtype=torch.float64)
+    got = reference.group_advantage(rewards, group_size=2, scale="batch")
+    torch.testing.assert_close(got, want)
+    got = reference.group_advantage(rewards, group_ids=torch.tensor([0, 1, 0, 0]), scale="none")
+    want = torch.tensor([1 - 11 / 3, 0, 5 - 11 / 3, 5 - 11 / 3], dtype=torch.float64)
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("A", [1.5, -1.5])
+@pytest.mark.parametrize("d", [-0.5, -0.1, 0.0, 0.15, 0.5, 1.5])
+def test_clip_by_cases(A, d):
+    """-min(r A, clip(r) A): gradient -r A inside, 0 where the clip binds."""
+    logp = torch.tensor([d], dtype=torch.float64, requires_grad=True)
+    old = torch.zeros(1, dtype=torch.float64)
+    advantage = torch.tensor([A], dtype=torch.float64)
+    loss = reference.policy_terms(logp, advantage, Objective(), old)
+    (grad,) = torch.autograd.grad(loss, logp)
+    r = math.exp(d)
+    bound = (A > 0 and r > 1.2) or (A < 0 and r < 0.8)
+    edge = 1.2 if A > 0 else 0.8
+    assert loss.item() == pytest.approx(-A * (edge if bound else r))
+    assert grad.item() == pytest.approx(0 if bound else -A * r)
+
+
+@pytest.mark.parametrize(
+    ("kl", "value", "slope"),
+    [
+        ("k1", lambda q: -q, lambda q: 1),
+        ("abs", abs, lambda q: -math.copysign(1, q)),
+        ("k2", lambda q: q * q / 2, lambda q: -q),
+        ("k3", lambda q: math.exp(q) - q - 1, lambda q: 1 - math.exp(q)),
+        # differentiated through the ratio, which is 1 on policy: d/dlogp [r k3] = -q
+        ("k3_unbiased", lambda q: math.exp(q) - q - 1, lambda q: -q),
+    ],
+)
+@pytest.mark.parametrize("q", [-1.0, 0.3])
+def test_kl_estimators_by_hand(kl, value, slope, q):
+    logp = torch.tensor([-2.0], dtype=torch.float64, requires_grad=True)
+    ratio = (logp - logp.detach()).exp()
+    estimate = reference.kl_estimate(logp, logp.detach() + q, ratio, kl)
+    (grad,) = torch.autograd.grad(estimate, logp)
+    assert estimate.item() == pytest.approx(value(q))
+    assert grad.item() == pytest.approx(slope(q))
+
+
+def test_k3_is_an_unbiased_estimate_of_the_kl():
+    torch.manual_seed(0)
+    logits, other = torch.randn(2, 8, dtype=torch.float64)
+    p, q = logits.log_softmax(-1), other.log_softmax(-1)
+    exact = (p.exp() * (p - q)).sum()
+    for kl in ("k1", "k3"):
+        expected = (p.exp() * reference.kl_estimate(p, q, torch.ones_like(p), kl)).sum()
+        torch.testing.assert_close(expected, exact)
+
+
+def test_weights_of_packed_and_padded_sequences_agree():
+    mask = torch.tensor([[1, 1, 0], [0, 0, 0], [1, 1, 1]]).bool()
+    cu_seqlens = torch.tensor([0, 3, 6, 9])
+    for reduction in ("sequence_mean", "token_mean", "sequence_sum"):
+        objective = Objective(reduction=reduction)
+        padded = reference.reduction_weights(mask, objective)
+        packed = reference.reduction_weights(mask.flatten(), objective, cu_seqlens=cu_seqlens)
+        torch.testing.assert_close(packed, padded.flatten())
+        assert padded[~mask].eq(0).all()
+    assert reference.sequence_of_token(torch.tensor([0, 0, 2, 2, 5]), 5).tolist() == [1, 1, 3, 3, 3]
