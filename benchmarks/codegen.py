@@ -71,8 +71,21 @@ class Report:
     loops: list[Loop]
     offsets: dict[str, list[str]]  # pointer argument -> types of the offsets added to it
 
-    def hot_loops(self) -> list[Loop]:
+    def row_loops(self) -> list[Loop]:
         return [loop for loop in self.loops if loop.kind != "other"]
+
+    def main_loops(self) -> dict[str, Loop]:
+        """By kind, the loop that moves most at once: the others see to what is left over."""
+        return {
+            loop.kind: loop
+            for loop in sorted(self.row_loops(), key=lambda loop: sum(loop.loads + loop.stores))
+        }
+
+    def resident_programs(self) -> int:
+        """How many programs the register file of a multiprocessor (a compute unit) holds."""
+        if self.target.startswith("gfx"):
+            return 512 // (-(-self.registers // 8) * 8) * 256 // self.threads
+        return 65_536 // (-(-self.registers // 8) * 8 * self.threads)
 
 
 # --- launches ---
@@ -383,11 +396,7 @@ def read_amd(kernel: Any) -> tuple[int, int, list[str | Instruction]]:
 
 def inspect(case: str, target: str) -> Report:
     gpu = TARGETS[target]
-    generation = gpu.arch // 10 if gpu.backend == "cuda" else 0
-    with (
-        mock.patch.object(rows, "WARP_SIZE", gpu.warp_size),
-        mock.patch.object(rows, "cuda_generation", lambda device: generation),
-    ):
+    with mock.patch.object(rows, "WARP_SIZE", gpu.warp_size):
         launch = record(CASES[case])
     kernel = compile_launch(launch, gpu)
     registers, stack, listing = (read_nvidia if gpu.backend == "cuda" else read_amd)(kernel)
@@ -433,15 +442,18 @@ def collect(targets: Iterable[str] = TARGETS, jobs: int = 2) -> list[Report]:
 def table(reports: list[Report]) -> str:
     """The reports as a Markdown table."""
     lines = [
-        "| target | launch | registers | stack | shared memory | barriers | instructions / element "
-        "| bits per access |",
-        "|---|---|--:|--:|--:|--:|---|---|",
+        "| target | launch | registers | resident programs | stack | shared memory | barriers "
+        "| instructions / element | bits per access |",
+        "|---|---|--:|--:|--:|--:|--:|---|---|",
     ]
     for r in reports:
-        loops = {loop.kind: loop for loop in r.hot_loops()}
+        loops = r.main_loops()
         work = ", ".join(f"{k} {x.per_element(r.itemsize):.1f}" for k, x in loops.items())
         bits = sorted({b for x in loops.values() for b in x.loads + x.stores})
-        cells = (r.target, r.case, r.registers, r.stack, r.shared, r.barriers, work, bits)
+        cells = (
+            *(r.target, r.case, r.registers, r.resident_programs(), r.stack, r.shared, r.barriers),
+            *(work, bits),
+        )
         lines.append(f"| {' | '.join(str(x).strip('[]') for x in cells)} |")
     return "\n".join(lines)
 

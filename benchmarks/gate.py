@@ -55,8 +55,12 @@ def check(stem: str, batch: Batch, value: Tensor, grad: Tensor | None) -> None:
             expected(stem, batch, t) for t in (torch.float64, torch.float32)
         )
     truth, baseline = batch.expected[stem]
-    values = [_with_scale(x, batch) for x in (value, baseline.value, truth.value)]
-    assert_as_accurate(*values, name=f"{stem}: value")
+    assert_as_accurate(
+        _with_scale(value, batch),
+        _with_scale(baseline.value, batch),
+        _with_scale(truth.value, batch),
+        name=f"{stem}: value",
+    )
     if grad is None:
         return
     assert truth.grad is not None

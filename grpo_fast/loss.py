@@ -1,19 +1,20 @@
 """The losses: `grpo_loss` on logits, `policy_loss` on log-probs."""
 
-import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from grpo_fast import reference
 from grpo_fast.objective import Objective
 from grpo_fast.ops import _arguments
-from grpo_fast.ops._backend import check_values
-from grpo_fast.ops.group_advantage import check_rewards, group_advantage_fwd
-from grpo_fast.ops.grpo import DESTROYED, SCORE_EPS, grpo, grpo_inplace
+from grpo_fast.ops._metrics import fold_statistics, metrics_from
+from grpo_fast.ops._tokens import Tokens, check_tokens
+from grpo_fast.ops.group_advantage import group_advantage_fwd
+from grpo_fast.ops.grpo import DESTROYED, SCORE_EPS, grpo, grpo_inplace, spread
 from grpo_fast.ops.logprob import logprob_fwd
-from grpo_fast.ops.policy_loss import STATISTICS, policy_loss_fwd, token_statistics
+from grpo_fast.ops.policy_loss import policy_loss_fwd, token_statistics
+
+__all__ = ["LossOutput", "fold_statistics", "grpo_loss", "metrics_from", "policy_loss"]
 
 
 class LossOutput(NamedTuple):
@@ -33,20 +34,6 @@ class LossOutput(NamedTuple):
     entropy: Tensor | None
     metrics: dict[str, Tensor]
     statistics: Tensor
-
-
-class _Tokens(NamedTuple):
-    """The arguments that both losses share, checked and flattened to (N,)."""
-
-    mask: Tensor | None
-    weight: Tensor
-    advantages: Tensor | None
-    rewards: Tensor | None
-    group_size: int
-    sequence: Tensor | None
-    old_logp: Tensor | None
-    ref_logp: Tensor | None
-    importance: Tensor | None
 
 
 def grpo_loss(
@@ -112,7 +99,7 @@ def grpo_loss(
     temperatures, inv_temperature = _arguments.check_temperature(
         op, temperature, completion_ids, mask_flat
     )
-    tokens = _check_tokens(
+    tokens = check_tokens(
         op,
         completion_ids,
         mask_flat,
@@ -190,7 +177,7 @@ def policy_loss(
             f"{op}: entropy: want {tuple(logps.shape)}, got {_arguments.shape_of(entropy)}"
         )
     mask_flat = _arguments.check_mask(op, mask, logps)
-    tokens = _check_tokens(
+    tokens = check_tokens(
         op,
         logps,
         mask_flat,
@@ -212,7 +199,7 @@ def policy_loss(
 
 
 def _policy(
-    logp: Tensor, entropy: Tensor | None, tokens: _Tokens, objective: Objective
+    logp: Tensor, entropy: Tensor | None, tokens: Tokens, objective: Objective
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(weighted loss, KL, clip flags) of (N,) log-probs."""
     assert tokens.advantages is not None
@@ -237,7 +224,7 @@ def _policy(
 def _forward_only(
     logits: Tensor,
     ids: Tensor,
-    tokens: _Tokens,
+    tokens: Tokens,
     temperature: Tensor | None,
     inv_temperature: float,
     objective: Objective,
@@ -251,11 +238,7 @@ def _forward_only(
         score = group_advantage_fwd(
             tokens.rewards, tokens.group_size, None, "group", SCORE_EPS, True
         )
-        if tokens.sequence is not None:
-            score = score[tokens.sequence]
-        else:
-            score = score[:, None].expand(logits.shape[:2]).reshape(-1)
-        tokens = tokens._replace(advantages=score)
+        tokens = tokens._replace(advantages=spread(score, tokens.sequence, logits))
     loss, kl, clip = _policy(logp, entropy, tokens, objective)
     return loss, logp, entropy, kl, clip
 
@@ -268,7 +251,7 @@ def _output(
     entropy: Tensor | None,
     kl: Tensor,
     clip: Tensor,
-    tokens: _Tokens,
+    tokens: Tokens,
 ) -> LossOutput:
     entropy = None if entropy is None else entropy.detach()
     statistics = token_statistics(
@@ -288,166 +271,6 @@ def _output(
         del metrics["entropy"]
     shaped = None if entropy is None else entropy.view(like.shape)
     return LossOutput(loss.sum(), logp.view(like.shape), shaped, metrics, statistics)
-
-
-def fold_statistics(gathered: Tensor) -> Tensor:
-    """The statistics of the union of several micro-batches or ranks: (n, 16) -> (16,).
-
-    The "loss" entry is summed, like the gradients of losses normalised by a common `num_items`.
-    """
-    if gathered.ndim != 2 or gathered.shape[1] != len(STATISTICS):
-        raise ValueError(
-            f"fold_statistics: gathered: want (n, {len(STATISTICS)}), "
-            f"got {_arguments.shape_of(gathered)}"
-        )
-    return torch.cat(
-        [gathered[:, :-2].sum(0), gathered[:, -2].amin(0, True), gathered[:, -1].amax(0, True)]
-    )
-
-
-def metrics_from(statistics: Tensor) -> dict[str, Tensor]:
-    """The metrics of a step from its statistics: means over live tokens, all finite, also without any.
-
-    tokens; ratio_mean, ratio_min, ratio_max (1 without a live token); clip_fraction_low (ratio below the
-    range where A < 0), clip_fraction_high (above it where A > 0), clip_fraction_dual (above `delta` or
-    `dual_clip` where A < 0); approx_kl_k1 = E[old - new], approx_kl_k3 = E[r - 1 - log r]; kl (to the
-    reference, by the objective's estimator; only with `ref_logps`); entropy (where computed);
-    importance_weight_mean; importance_weight_out_of_range: share of weights outside [1/2, 2];
-    effective_sample_size: (sum rho)^2 / (n sum rho^2) in (0, 1], rho = ratio * importance weight.
-
-    Args:
-        statistics: (16,), from `LossOutput.statistics` or `fold_statistics`.
-    """
-    s = dict(zip(STATISTICS, statistics.unbind(), strict=True))
-    tokens = s["tokens"]
-    count = tokens.clamp(min=1)
-    empty = tokens == 0
-    return {
-        "tokens": tokens,
-        "ratio_mean": torch.where(empty, 1, s["ratio"] / count),
-        "ratio_min": torch.where(empty, 1, s["ratio_min"]),
-        "ratio_max": torch.where(empty, 1, s["ratio_max"]),
-        "clip_fraction_low": s["clip_low"] / count,
-        "clip_fraction_high": s["clip_high"] / count,
-        "clip_fraction_dual": s["clip_dual"] / count,
-        "approx_kl_k1": s["k1"] / count,
-        "approx_kl_k3": s["k3"] / count,
-        "kl": s["kl"] / count,
-        "entropy": s["entropy"] / count,
-        "importance_weight_mean": torch.where(empty, 1, s["importance"] / count),
-        "importance_weight_out_of_range": s["importance_outside"] / count,
-        "effective_sample_size": torch.where(
-            s["rho_squared"] == 0,
-            empty.to(count.dtype),
-            s["rho"].square() / (count * s["rho_squared"]).clamp(min=1e-30),
-        ),
-    }
-
-
-def _check_tokens(
-    op: str,
-    like: Tensor,
-    mask: Tensor | None,
-    advantages: Tensor | None,
-    rewards: Tensor | None,
-    group_size: int | None,
-    old_logps: Tensor | None,
-    ref_logps: Tensor | None,
-    importance_weights: Tensor | None,
-    token_weights: Tensor | None,
-    num_items: float | Tensor | None,
-    cu_seqlens: Tensor | None,
-    objective: Objective,
-) -> _Tokens:
-    """Check what the losses share; `like` has one entry per token."""
-    if not isinstance(objective, Objective):
-        raise TypeError(f"{op}: objective: want an Objective, got {objective!r}")
-    if cu_seqlens is not None:
-        cu_seqlens = _arguments.check_cu_seqlens(op, cu_seqlens, like)
-    sequence = None if cu_seqlens is None else reference.sequence_of_token(cu_seqlens, len(like))
-    # Packed tokens without boundaries are one sequence.
-    rows = like[None] if like.ndim == 1 and cu_seqlens is None else like
-    num_sequences = len(rows) if cu_seqlens is None else len(cu_seqlens) - 1
-    if (advantages is None) == (rewards is None):
-        raise ValueError(
-            f"{op}: give either advantages or rewards with group_size, "
-            f"got {'neither' if advantages is None else 'both'}"
-        )
-    if rewards is not None:
-        if group_size is None:
-            raise ValueError(f"{op}: group_size: needed with rewards")
-        rewards = check_rewards(op, rewards, group_size)
-        _check_shape(op, "rewards", rewards, ((num_sequences,),))
-        _arguments.check_device(op, "rewards", rewards, like)
-    elif group_size is not None:
-        raise ValueError(f"{op}: group_size={group_size} has no effect with advantages")
-    if objective.beta and ref_logps is None:
-        raise ValueError(f"{op}: ref_logps: needed, since objective.beta={objective.beta}")
-
-    def spread(name: str, x: Tensor | None) -> Tensor | None:
-        """A per-sequence or per-token argument as (N,)."""
-        if x is None:
-            return None
-        _arguments.check_tensor(op, name, x)
-        shapes = ((num_sequences,), (num_sequences, 1), tuple(like.shape))
-        _check_shape(op, name, x, shapes if name != "advantages" else shapes[::2])
-        if x.shape != like.shape:
-            _arguments.check_device(op, name, x, like)
-            x = x.reshape(-1)
-            x = x[:, None].expand(rows.shape) if sequence is None else x[sequence]
-            x = x.reshape(like.shape)
-        return _arguments.per_token(op, name, x, like)
-
-    live = torch.ones(like.numel(), dtype=torch.bool, device=like.device) if mask is None else mask
-    weight = reference.reduction_weights(
-        live.view(rows.shape), objective, _check_num_items(op, num_items, objective), cu_seqlens
-    ).reshape(-1)
-    if token_weights is not None:
-        extra = _arguments.per_token(op, "token_weights", token_weights, like)
-        assert extra is not None
-        weight = torch.where(live, weight * extra, 0)
-    return _Tokens(
-        mask,
-        weight.expand(like.numel()).contiguous(),
-        spread("advantages", advantages),
-        rewards,
-        group_size or 1,
-        sequence,
-        _arguments.per_token(op, "old_logps", old_logps, like),
-        _arguments.per_token(op, "ref_logps", ref_logps, like),
-        spread("importance_weights", importance_weights),
-    )
-
-
-def _check_shape(op: str, name: str, x: Tensor, shapes: tuple[tuple[int, ...], ...]) -> None:
-    if tuple(x.shape) not in shapes:
-        wanted = " or ".join(str(shape) for shape in dict.fromkeys(shapes))
-        raise ValueError(f"{op}: {name}: want {wanted}, got {_arguments.shape_of(x)}")
-
-
-def _check_num_items(
-    op: str, num_items: float | Tensor | None, objective: Objective
-) -> float | Tensor | None:
-    if num_items is None:
-        return None
-    if objective.reduction != "token_mean":
-        raise ValueError(
-            f"{op}: num_items is the denominator of reduction='token_mean' and has no effect with "
-            f"{objective.reduction!r}"
-        )
-    if isinstance(num_items, Tensor):
-        if num_items.ndim:
-            raise ValueError(
-                f"{op}: num_items: want a number or a 0-dim tensor, got {_arguments.shape_of(num_items)}"
-            )
-        if not check_values(num_items):
-            return num_items.detach()
-        num_items = num_items.item()
-    if isinstance(num_items, bool) or not isinstance(num_items, (int, float)):
-        raise TypeError(f"{op}: num_items: want a number or a 0-dim tensor, got {num_items!r}")
-    if not 0 <= num_items < math.inf:
-        raise ValueError(f"{op}: num_items: want a finite number >= 0, got {num_items}")
-    return num_items
 
 
 def _check_not_destroyed(logits: Tensor) -> None:

@@ -301,7 +301,7 @@ def grpo_fwd_bwd(
             BLOCK_G=block_size(group_size),
             BLOCK_PARTS=plan.block_parts,
             SPLIT=plan.split,
-            **plan.options(logits.device),
+            num_warps=plan.num_warps,
         )
     return loss, logp, entropy, kl, clip
 

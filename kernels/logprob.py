@@ -186,7 +186,7 @@ def logprob_fwd(logits, ids, mask, temperature, inv_temperature, with_entropy):
             T=plan.T,
             BLOCK_PARTS=plan.block_parts,
             SPLIT=plan.split,
-            **plan.options(logits.device),
+            num_warps=plan.num_warps,
         )
     return logp, entropy, m, s
 
@@ -220,6 +220,6 @@ def logprob_bwd(
             inv_temperature=inv_temperature,
             K=plan.K,
             T=plan.T,
-            **plan.options(logits.device),
+            num_warps=plan.num_warps,
         )
     return dlogits

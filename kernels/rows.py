@@ -10,7 +10,6 @@ V alone, so a row's result does not depend on the batch around it.
 """
 
 import dataclasses
-import functools
 
 import torch
 import triton
@@ -22,14 +21,6 @@ MAX_V_PER_PROGRAM = 32_768
 WARP_SIZE = 64 if torch.version.hip else 32
 PARTS = 16  # how many programs share a long row, at most
 STATISTICS = 3  # m, s, t
-
-
-@functools.cache
-def cuda_generation(device) -> int:
-    """The first number of the compute capability; 0 where there is none."""
-    if device.type != "cuda" or torch.version.hip:
-        return 0
-    return torch.cuda.get_device_capability(device)[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,15 +40,6 @@ class Schedule:
     @property
     def block_parts(self) -> int:
         return triton.next_power_of_2(self.parts)
-
-    def options(self, device) -> dict[str, int]:
-        """How to compile a kernel that reads rows."""
-        options = {"num_warps": self.num_warps}
-        if generation := cuda_generation(device):
-            # 64 let 4 programs of 256 threads share a multiprocessor, which loads for some while others are
-            # between their loops. Blackwell computes on pairs of registers and would spill: 80, for 3.
-            options["maxnreg"] = 64 if generation < 10 else 80
-        return options
 
     def meeting_point(self, N, device) -> dict[str, torch.Tensor | None]:
         """Where the parts of N rows leave their statistics and count themselves."""
@@ -87,10 +69,11 @@ def tile_offsets(K: tl.constexpr, T: tl.constexpr):
 
 @triton.jit
 def tile_plan(target, start, stop, BLOCK: tl.constexpr):
-    """Which tiles of columns [start, stop) need care: the target's, and one that is not full.
+    """Which tiles of columns [start, stop) need care: the target's, and the last if it is not full.
 
-    Returns (full, skip, count, step): of the first `full` tiles all but `skip` are full and without the
-    target; the others are range(skip, count, step).
+    Returns (full, skip, count, step): range(skip, count, step) need care, the first `full` without `skip` none.
+    The loops go through the careless ones in [K, T] and through the others in strips [1, T]: there the compares
+    and masks of K T elements would take as many registers again.
     """
     full = (stop - start) // BLOCK
     count = tl.cdiv(stop - start, BLOCK)
@@ -105,8 +88,8 @@ def read_statistics(
 ):
     """(m, s, t) of columns [start, stop) of a row without column `target`."""
     BLOCK: tl.constexpr = K * T
-    HALF: tl.constexpr = (K + 1) // 2
     offs = tile_offsets(K, T)
+    strip = tile_offsets(1, T)
     m = tl.full([T], LOWEST, tl.float32)
     s = tl.zeros([T], tl.float32)
     t = tl.zeros([T], tl.float32)
@@ -116,15 +99,14 @@ def read_statistics(
         # A second pass often follows: ask the cache to keep the row.
         z = tl.load(row_ptr + base + offs, eviction_policy="evict_last").to(tl.float32)
         m, s, t = fold_softmax(m, s, t, z, scale, HAS_ENTROPY)
-    half = tile_offsets(HALF, T)
     for tile in range(skip, count, step):
         first = start + tile * BLOCK
-        for base in range(first, tl.minimum(first + BLOCK, stop), HALF * T):
-            keep = half < stop - base  # the target is cut out after the load, which then stays 128-bit
+        for base in range(first, tl.minimum(first + BLOCK, stop), T):
+            keep = strip < stop - base  # the target goes after the load, which then stays 128-bit
             z = tl.load(
-                row_ptr + base + half, mask=keep, other=-float("inf"), eviction_policy="evict_last"
+                row_ptr + base + strip, mask=keep, other=-float("inf"), eviction_policy="evict_last"
             ).to(tl.float32)
-            z = tl.where(half == target - base, -float("inf"), z)
+            z = tl.where(strip == target - base, -float("inf"), z)
             m, s, t = fold_softmax(m, s, t, z, scale, HAS_ENTROPY)
     return reduce_softmax(m, s, t, HAS_ENTROPY)
 
@@ -174,18 +156,17 @@ def write_dlogits(
     From back to front: what the first pass read last is still in the cache.
     """
     BLOCK: tl.constexpr = K * T
-    HALF: tl.constexpr = (K + 1) // 2
     offs = tile_offsets(K, T)
+    strip = tile_offsets(1, T)
     full, skip, count, step = tile_plan(target, start, stop, BLOCK)
-    half = tile_offsets(HALF, T)
     for tile in range(skip, count, step):
         first = start + tile * BLOCK
-        for base in range(first, tl.minimum(first + BLOCK, stop), HALF * T):
-            keep = half < stop - base
-            z = tl.load(row_ptr + base + half, mask=keep, other=-float("inf")).to(tl.float32)
+        for base in range(first, tl.minimum(first + BLOCK, stop), T):
+            keep = strip < stop - base
+            z = tl.load(row_ptr + base + strip, mask=keep, other=-float("inf")).to(tl.float32)
             dz = dlogits_tile(z, scale, m, k0, k1, HAS_ENTROPY)
-            dz = tl.where(half == target - base, dtarget, dz)
-            tl.store(drow_ptr + base + half, dz.to(drow_ptr.dtype.element_ty), mask=keep)
+            dz = tl.where(strip == target - base, dtarget, dz)
+            tl.store(drow_ptr + base + strip, dz.to(drow_ptr.dtype.element_ty), mask=keep)
     rest = full - (skip < full).to(tl.int32)
     for i in range(0, rest):
         tile = rest - 1 - i

@@ -52,9 +52,7 @@ def packed(hidden, weight, ids, rewards, old):
 def composed(hidden, weight, ids, rewards, old):
     logp, entropy = logprob(hidden @ weight.T, ids, return_entropy=True)
     objective = Objective(entropy_coef=0.1)
-    out = policy_loss(
-        logp, advantages=rewards, old_logps=old, entropy=entropy, objective=objective
-    )
+    out = policy_loss(logp, advantages=rewards, old_logps=old, entropy=entropy, objective=objective)
     return 2 * out.loss, out.metrics["clip_fraction_low"], out.logps
 
 

@@ -13,7 +13,11 @@ LOGITS = torch.zeros(4, 3, 10)
 IDS = torch.zeros(4, 3, dtype=torch.int64)
 A = torch.zeros(4)
 TOKENS = torch.zeros(4, 3)
-PACKED = {"logits": LOGITS.view(12, 10), "completion_ids": IDS.view(12), "advantages": TOKENS.view(12)}
+PACKED = {
+    "logits": LOGITS.view(12, 10),
+    "completion_ids": IDS.view(12),
+    "advantages": TOKENS.view(12),
+}
 MEAN = Objective(reduction="token_mean")
 
 
@@ -32,20 +36,36 @@ LOSS_CASES = {
         ValueError,
         "last dimension must be contiguous",
     ),
-    "ids of another shape": ({"completion_ids": IDS[:, :2]}, ValueError, r"completion_ids: .*\(4, 2\)"),
+    "ids of another shape": (
+        {"completion_ids": IDS[:, :2]},
+        ValueError,
+        r"completion_ids: .*\(4, 2\)",
+    ),
     "ids not ints": ({"completion_ids": IDS.float()}, TypeError, "completion_ids: .*float32"),
     "id too large": ({"completion_ids": IDS + 10}, ValueError, r"completion_ids: 10 at \(0, 0\)"),
     "id negative": ({"completion_ids": IDS - 100}, ValueError, "completion_ids: -100 at"),
     "mask of another shape": ({"mask": A}, ValueError, r"mask: want \(4, 3\), got \(4,\)"),
-    "neither advantages nor rewards": ({"advantages": None}, ValueError, "advantages or rewards.*neither"),
+    "neither advantages nor rewards": (
+        {"advantages": None},
+        ValueError,
+        "advantages or rewards.*neither",
+    ),
     "both": ({"rewards": A, "group_size": 2}, ValueError, "advantages or rewards.*both"),
-    "rewards without a size": ({"advantages": None, "rewards": A}, ValueError, "group_size: needed"),
+    "rewards without a size": (
+        {"advantages": None, "rewards": A},
+        ValueError,
+        "group_size: needed",
+    ),
     "size does not divide": (
         {"advantages": None, "rewards": A, "group_size": 3},
         ValueError,
         "group_size: .*4 rewards, got 3",
     ),
-    "size of zero": ({"advantages": None, "rewards": A, "group_size": 0}, ValueError, "group_size: .*got 0"),
+    "size of zero": (
+        {"advantages": None, "rewards": A, "group_size": 0},
+        ValueError,
+        "group_size: .*got 0",
+    ),
     "size not an int": (
         {"advantages": None, "rewards": A, "group_size": 2.0},
         TypeError,
@@ -67,17 +87,33 @@ LOSS_CASES = {
         ValueError,
         r"rewards: want \(B,\), got \(4, 3\)",
     ),
-    "advantages transposed": ({"advantages": torch.zeros(3)}, ValueError, r"advantages: want \(4,\)"),
+    "advantages transposed": (
+        {"advantages": torch.zeros(3)},
+        ValueError,
+        r"advantages: want \(4,\)",
+    ),
     "advantages (B, 1)": ({"advantages": A[:, None]}, ValueError, r"advantages: .*got \(4, 1\)"),
     "old_logps (B,)": ({"old_logps": A}, ValueError, r"old_logps: want \(4, 3\), got \(4,\)"),
     "ref_logps transposed": ({"ref_logps": TOKENS.T}, ValueError, r"ref_logps: .*got \(3, 4\)"),
     "complex old_logps": ({"old_logps": TOKENS.cfloat()}, TypeError, "old_logps: .*complex64"),
-    "beta without ref": ({"objective": Objective(beta=0.1)}, ValueError, r"ref_logps: needed.*beta=0.1"),
-    "importance (T,)": ({"importance_weights": torch.zeros(3)}, ValueError, "importance_weights: want"),
+    "beta without ref": (
+        {"objective": Objective(beta=0.1)},
+        ValueError,
+        r"ref_logps: needed.*beta=0.1",
+    ),
+    "importance (T,)": (
+        {"importance_weights": torch.zeros(3)},
+        ValueError,
+        "importance_weights: want",
+    ),
     "token_weights (B,)": ({"token_weights": A}, ValueError, r"token_weights: want \(4, 3\)"),
     "num_items with sequence_mean": ({"num_items": 3}, ValueError, "num_items.*'sequence_mean'"),
     "num_items negative": ({"num_items": -3, "objective": MEAN}, ValueError, "num_items: .*got -3"),
-    "num_items NaN": ({"num_items": float("nan"), "objective": MEAN}, ValueError, "num_items: .*nan"),
+    "num_items NaN": (
+        {"num_items": float("nan"), "objective": MEAN},
+        ValueError,
+        "num_items: .*nan",
+    ),
     "num_items a vector": ({"num_items": A, "objective": MEAN}, ValueError, r"num_items: .*\(4,\)"),
     "num_items a string": ({"num_items": "3", "objective": MEAN}, TypeError, "num_items: .*'3'"),
     "temperature 0": ({"temperature": 0}, ValueError, "temperature: .*got 0"),
@@ -86,9 +122,21 @@ LOSS_CASES = {
     "temperature inf": ({"temperature": float("inf")}, ValueError, "temperature: .*inf"),
     "temperature a string": ({"temperature": "1"}, TypeError, "temperature: .*'1'"),
     "one temperature is 0": ({"temperature": TOKENS}, ValueError, "temperature: .*got 0.0"),
-    "temperature (B,)": ({"temperature": A + 1}, ValueError, r"temperature: want \(4, 3\), got \(4,\)"),
-    "0-dim temperature of 0": ({"temperature": torch.tensor(0.0)}, ValueError, "temperature: .*got 0"),
-    "cu_seqlens on padded": ({"cu_seqlens": torch.tensor([0, 12])}, ValueError, r"cu_seqlens .*\(4, 3\)"),
+    "temperature (B,)": (
+        {"temperature": A + 1},
+        ValueError,
+        r"temperature: want \(4, 3\), got \(4,\)",
+    ),
+    "0-dim temperature of 0": (
+        {"temperature": torch.tensor(0.0)},
+        ValueError,
+        "temperature: .*got 0",
+    ),
+    "cu_seqlens on padded": (
+        {"cu_seqlens": torch.tensor([0, 12])},
+        ValueError,
+        r"cu_seqlens .*\(4, 3\)",
+    ),
     "cu_seqlens decreasing": (
         PACKED | {"cu_seqlens": torch.tensor([0, 7, 5, 12])},
         ValueError,
@@ -99,10 +147,26 @@ LOSS_CASES = {
         ValueError,
         "cu_seqlens: must go from 0 to N = 12, got 0 to 5",
     ),
-    "cu_seqlens from 1": (PACKED | {"cu_seqlens": torch.tensor([1, 12])}, ValueError, "got 1 to 12"),
-    "cu_seqlens of floats": (PACKED | {"cu_seqlens": torch.tensor([0.0, 12])}, TypeError, "cu_seqlens: "),
-    "cu_seqlens 2-D": (PACKED | {"cu_seqlens": torch.tensor([[0, 12]])}, ValueError, "cu_seqlens: want"),
-    "objective by name": ({"objective": "grpo"}, TypeError, "objective: want an Objective, got 'grpo'"),
+    "cu_seqlens from 1": (
+        PACKED | {"cu_seqlens": torch.tensor([1, 12])},
+        ValueError,
+        "got 1 to 12",
+    ),
+    "cu_seqlens of floats": (
+        PACKED | {"cu_seqlens": torch.tensor([0.0, 12])},
+        TypeError,
+        "cu_seqlens: ",
+    ),
+    "cu_seqlens 2-D": (
+        PACKED | {"cu_seqlens": torch.tensor([[0, 12]])},
+        ValueError,
+        "cu_seqlens: want",
+    ),
+    "objective by name": (
+        {"objective": "grpo"},
+        TypeError,
+        "objective: want an Objective, got 'grpo'",
+    ),
 }
 
 
@@ -117,7 +181,11 @@ def test_grpo_loss(change, error, message, backend):
 POLICY_CASES = {
     "logps of ints": ({"logps": IDS}, TypeError, "logps: .*int64"),
     "logps 3-D": ({"logps": LOGITS}, ValueError, r"logps: .*\(4, 3, 10\)"),
-    "bonus without entropy": ({"objective": Objective(entropy_coef=0.1)}, ValueError, "entropy: needed"),
+    "bonus without entropy": (
+        {"objective": Objective(entropy_coef=0.1)},
+        ValueError,
+        "entropy: needed",
+    ),
     "entropy (B,)": ({"entropy": A}, ValueError, r"entropy: want \(4, 3\), got \(4,\)"),
     "no advantages": ({"advantages": None}, ValueError, "advantages"),
     "old_logps (B,)": ({"old_logps": A}, ValueError, r"old_logps: want \(4, 3\)"),
@@ -142,7 +210,11 @@ def test_logprob():
 
 GROUP_CASES = {
     "neither": ({}, ValueError, "either group_size or group_ids"),
-    "both": ({"group_size": 2, "group_ids": IDS[:, 0]}, ValueError, "either group_size or group_ids"),
+    "both": (
+        {"group_size": 2, "group_ids": IDS[:, 0]},
+        ValueError,
+        "either group_size or group_ids",
+    ),
     "not dividing": ({"group_size": 3}, ValueError, "group_size: .*got 3"),
     "unknown scale": ({"group_size": 2, "scale": "std"}, ValueError, "scale='std' is unknown"),
     "negative eps": ({"group_size": 2, "eps": -1.0}, ValueError, "eps: .*-1.0"),
@@ -160,7 +232,11 @@ def test_group_advantage(change, error, message):
 
 
 OBJECTIVE_CASES = {
-    "unknown surrogate": ({"surrogate": "ppo"}, ValueError, "surrogate='ppo' is unknown; choose from clip"),
+    "unknown surrogate": (
+        {"surrogate": "ppo"},
+        ValueError,
+        "surrogate='ppo' is unknown; choose from clip",
+    ),
     "unknown reduction": ({"reduction": "mean"}, ValueError, "reduction='mean' is unknown"),
     "unknown kl": ({"kl": "k4"}, ValueError, "kl='k4' is unknown"),
     "unhashable choice": ({"kl": ["k3"]}, ValueError, "kl="),
@@ -174,12 +250,22 @@ OBJECTIVE_CASES = {
     "two bounds": ({"delta": 2.0, "dual_clip": 3.0}, ValueError, "delta=2.0 and dual_clip=3.0"),
     "no max_length": ({"reduction": "fixed_length"}, ValueError, "needs max_length"),
     "idle max_length": ({"max_length": 5}, ValueError, "max_length=5 has no effect"),
-    "max_length 0": ({"reduction": "fixed_length", "max_length": 0}, ValueError, "max_length: .*got 0"),
-    "max_length 1.5": ({"reduction": "fixed_length", "max_length": 1.5}, TypeError, "max_length: .*1.5"),
+    "max_length 0": (
+        {"reduction": "fixed_length", "max_length": 0},
+        ValueError,
+        "max_length: .*got 0",
+    ),
+    "max_length 1.5": (
+        {"reduction": "fixed_length", "max_length": 1.5},
+        TypeError,
+        "max_length: .*1.5",
+    ),
 }
 
 
-@pytest.mark.parametrize(("options", "error", "message"), OBJECTIVE_CASES.values(), ids=OBJECTIVE_CASES)
+@pytest.mark.parametrize(
+    ("options", "error", "message"), OBJECTIVE_CASES.values(), ids=OBJECTIVE_CASES
+)
 def test_objective(options, error, message):
     with pytest.raises(error, match=message):
         Objective(**options)

@@ -78,10 +78,22 @@ def test_files_and_functions_stay_readable():
 
 def test_nothing_speaks_of_the_machine_it_was_written_on():
     """No absolute path of a developer's machine, and no package registry's address."""
-    banned = ["/" + "work/", "/" + "tmp/v/", "py" + "pi.org", "/" + "home/", "download." + "pytorch"]
+    banned = [
+        "/" + "work/",
+        "/" + "tmp/v/",
+        "py" + "pi.org",
+        "/" + "home/",
+        "download." + "pytorch",
+    ]
     for path in ROOT.rglob("*"):
-        hidden = any(part.startswith(".") and part != ".ci" for part in path.relative_to(ROOT).parts)
-        if hidden or not path.is_file() or path.suffix not in {".py", ".md", ".toml", ".txt", ".json", ""}:
+        hidden = any(
+            part.startswith(".") and part != ".ci" for part in path.relative_to(ROOT).parts
+        )
+        if (
+            hidden
+            or not path.is_file()
+            or path.suffix not in {".py", ".md", ".toml", ".txt", ".json", ""}
+        ):
             continue
         if {"runs", "build"} & set(path.relative_to(ROOT).parts):
             continue

@@ -12,7 +12,17 @@ from grpo_fast.testing import assert_as_accurate
 from tests.cases import by_dtype
 
 # One tile, several, an odd end; 40,000 and 65,537 are shared by several programs.
-SHAPES = [(1, 1), (3, 2), (3, 255), (2, 1024), (2, 1025), (2, 8192), (3, 9001), (2, 40_000), (1, 65_537)]
+SHAPES = [
+    (1, 1),
+    (3, 2),
+    (3, 255),
+    (2, 1024),
+    (2, 1025),
+    (2, 8192),
+    (3, 9001),
+    (2, 40_000),
+    (1, 65_537),
+]
 
 
 def reference_both(logits, ids, temperature=1.0):
@@ -150,10 +160,14 @@ def test_confident_token_keeps_its_gradient(margin, V, backend, device):
     truth = values_and_grad(reference_both, logits.double(), ids, upstream=(1, 0))
     # In relative terms, which the reference cannot deliver even in float64 by 1 - p.
     rest = (V - 1) * math.exp(-margin)
-    torch.testing.assert_close(logp.double(), torch.full_like(truth[0], -math.log1p(rest)), rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        logp.double(), torch.full_like(truth[0], -math.log1p(rest)), rtol=1e-5, atol=0
+    )
     ramp = torch.tensor([-1.0, 2.0], dtype=torch.float64, device=device)
     dtarget = ramp * rest / (1 + rest)
-    torch.testing.assert_close(grad.gather(1, ids[:, None])[:, 0].double(), dtarget, rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        grad.gather(1, ids[:, None])[:, 0].double(), dtarget, rtol=1e-5, atol=0
+    )
     want = math.log1p(rest) + rest * margin / (1 + rest)
     torch.testing.assert_close(entropy.double(), torch.full_like(truth[1], want), rtol=1e-4, atol=0)
 
@@ -187,7 +201,10 @@ def test_masked_rows_are_never_read(backend, device):
     mask = torch.tensor([[1, 0, 1], [0, 0, 0]], device=device)
     clean = values_and_grad(ours, logits, ids, mask=mask)
     dirty = values_and_grad(
-        ours, logits.masked_fill(mask[..., None] == 0, torch.nan), ids.masked_fill(mask == 0, -1), mask=mask
+        ours,
+        logits.masked_fill(mask[..., None] == 0, torch.nan),
+        ids.masked_fill(mask == 0, -1),
+        mask=mask,
     )
     for a, b in zip(dirty, clean, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)

@@ -253,7 +253,9 @@ def test_no_value_leaves_the_device(objective, layout):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="asks CUDA itself whether anything synchronised")
+@pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="asks CUDA itself whether anything synchronised"
+)
 def test_no_host_sync_on_the_device():
     logits, ids, arguments = batch(4, 6, 50_000, "cuda", torch.bfloat16)
     leaf = logits.requires_grad_()

@@ -23,6 +23,31 @@ DESTROYED = (
 )
 
 
+class Arguments(NamedTuple):
+    """What the operators take after the logits. Per token, (N,), unless said otherwise."""
+
+    ids: Tensor
+    mask: Tensor | None
+    weight: Tensor
+    advantages: Tensor | None
+    rewards: Tensor | None  # (num_sequences,)
+    group_size: int
+    sequence: Tensor | None  # None: row (b, t) belongs to sequence b
+    old_logp: Tensor | None
+    ref_logp: Tensor | None
+    importance: Tensor | None
+    temperature: Tensor | None
+    inv_temperature: float  # where there is no temperature per token
+    objective: str  # `Objective.key`
+
+
+ARGUMENTS = (
+    "Tensor ids, Tensor? mask, Tensor weight, Tensor? advantages, Tensor? rewards, int group_size, "
+    "Tensor? sequence, Tensor? old_logp, Tensor? ref_logp, Tensor? importance, Tensor? temperature, "
+    "float inv_temperature, str objective"
+)
+
+
 class Outputs(NamedTuple):
     """Per token, (N,); `entropy` and `kl` are (0,) where they are not computed."""
 
@@ -33,193 +58,109 @@ class Outputs(NamedTuple):
     clip: Tensor
 
 
-def _grpo_rows(
-    logits: Tensor,
-    ids: Tensor,
-    mask: Tensor | None,
-    weight: Tensor,
-    advantages: Tensor | None,
-    rewards: Tensor | None,
-    group_size: int,
-    sequence: Tensor | None,
-    old_logp: Tensor | None,
-    ref_logp: Tensor | None,
-    importance: Tensor | None,
-    temperature: Tensor | None,
-    inv_temperature: float,
-    key: str,
-    dlogits: Tensor,
-) -> Outputs:
-    """Fill `dlogits`, which may be `logits`, and return the rest."""
-    objective = Objective.from_key(key)
+def _new_outputs(weight: Tensor, has_ref: bool, objective: Objective) -> Outputs:
+    N = len(weight)
+    new = weight.new_zeros
+    return Outputs(
+        new(N),
+        new(N),
+        new(N if objective.entropy_coef else 0),
+        new(N if has_ref else 0),
+        new(N, dtype=torch.int8),
+    )
+
+
+def _fill(logits: Tensor, a: Arguments, dlogits: Tensor) -> Outputs:
+    """Write the gradient into `dlogits`, (B, T, V), which may be `logits`; return the rest."""
+    objective = Objective.from_key(a.objective)
     if use_triton(logits):
         from grpo_fast.kernels import grpo as kernels
 
-        loss, logp, entropy, kl, clip = kernels.grpo_fwd_bwd(
-            logits=logits,
-            ids=ids,
-            mask=mask,
-            weight=weight,
-            advantages=advantages,
-            rewards=rewards,
-            group_size=group_size,
-            sequence=sequence,
-            old_logp=old_logp,
-            ref_logp=ref_logp,
-            importance=importance,
-            temperature=temperature,
-            inv_temperature=inv_temperature,
-            objective=objective,
-            dlogits=dlogits,
-        )
-        entropy = loss.new_empty(0) if entropy is None else entropy
-        return Outputs(loss, logp, entropy, loss.new_empty(0) if kl is None else kl, clip)
-    N, T = ids.numel(), logits.shape[1]
+        arguments = {**a._asdict(), "objective": objective}
+        outputs = kernels.grpo_fwd_bwd(logits=logits, **arguments, dlogits=dlogits)
+        return Outputs(*(a.weight.new_empty(0) if x is None else x for x in outputs))
+    advantages = a.advantages
     if advantages is None:
-        assert rewards is not None
-        score = group_advantage_fwd(rewards, group_size, None, "group", SCORE_EPS, True)
-        if sequence is None:
-            sequence = torch.arange(N, device=ids.device) // max(T, 1)
-        advantages = score[sequence]
-    with_entropy = objective.entropy_coef != 0
-    new = weight.new_zeros
-    out = Outputs(
-        new(N),
-        new(N),
-        new(N if with_entropy else 0),
-        new(0 if ref_logp is None else N),
-        new(N, dtype=torch.int8),
-    )
+        assert a.rewards is not None
+        score = group_advantage_fwd(a.rewards, a.group_size, None, "group", SCORE_EPS, True)
+        advantages = spread(score, a.sequence, logits)
+    out = _new_outputs(a.weight, a.ref_logp is not None, objective)
     for rows, (block, dblock) in _rows.row_blocks(logits, dlogits):
-        live = _rows.live_rows(mask, rows)
+        live = _rows.live_rows(a.mask, rows)
         where = rows if live is None else live + rows.start
         z = block if live is None else block[live]
         direct = live is None and dblock.dtype == torch.float32
         work = dblock if direct else torch.empty(z.shape, dtype=torch.float32, device=z.device)
-        scale = inv_temperature if temperature is None else 1 / temperature[where]
-        row_ids = ids[where].long()
-        e, statistics, u = _rows.exponentials(z, row_ids, scale, work, with_entropy)
+        scale = a.inv_temperature if a.temperature is None else 1 / a.temperature[where]
+        ids = a.ids[where].long()
+        e, statistics, u = _rows.exponentials(z, ids, scale, work, bool(out.entropy.numel()))
         loss, dlogp, kl, clip = policy_terms(
             statistics.logp,
-            None if old_logp is None else old_logp[where],
-            None if ref_logp is None else ref_logp[where],
+            None if a.old_logp is None else a.old_logp[where],
+            None if a.ref_logp is None else a.ref_logp[where],
             advantages[where],
-            None if importance is None else importance[where],
+            None if a.importance is None else a.importance[where],
             objective,
         )
-        w = weight[where]
+        weight = a.weight[where]
         dentropy = None
         if statistics.entropy is not None:
             loss = loss - objective.entropy_coef * statistics.entropy
-            dentropy = -objective.entropy_coef * w
+            dentropy = -objective.entropy_coef * weight
             out.entropy[where] = statistics.entropy
-        dz = _rows.gradient(e, u, row_ids, weigh(w, dlogp), dentropy, statistics, scale)
+        dz = _rows.gradient(e, u, ids, weigh(weight, dlogp), dentropy, statistics, scale)
         _rows.store(dblock, live, dz)
-        out.loss[where], out.logp[where], out.clip[where] = weigh(w, loss), statistics.logp, clip
+        out.loss[where], out.logp[where], out.clip[where] = (
+            weigh(weight, loss),
+            statistics.logp,
+            clip,
+        )
         if kl is not None:
             out.kl[where] = kl
     return out
 
 
-@torch.library.custom_op("grpo_fast::grpo", mutates_args=())
-def grpo(
-    logits: Tensor,  # (B, T, V)
-    ids: Tensor,  # (N,)
-    mask: Tensor | None,
-    weight: Tensor,
-    advantages: Tensor | None,
-    rewards: Tensor | None,  # (num_sequences,)
-    group_size: int,
-    sequence: Tensor | None,
-    old_logp: Tensor | None,
-    ref_logp: Tensor | None,
-    importance: Tensor | None,
-    temperature: Tensor | None,
-    inv_temperature: float,
-    objective: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, logp, entropy, kl, clip, dlogits): `Outputs`, then the gradient of the sum of the losses."""
+def spread(score: Tensor, sequence: Tensor | None, logits: Tensor) -> Tensor:
+    """One value per sequence as one per token, (N,)."""
+    if sequence is not None:
+        return score[sequence]
+    return score[:, None].expand(logits.shape[:2]).reshape(-1)
+
+
+def _grpo(logits: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    """`Outputs`, then dlogits: the gradient of the sum of the losses."""
     dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    outputs = _grpo_rows(
-        logits,
-        ids,
-        mask,
-        weight,
-        advantages,
-        rewards,
-        group_size,
-        sequence,
-        old_logp,
-        ref_logp,
-        importance,
-        temperature,
-        inv_temperature,
-        objective,
-        dlogits,
-    )
-    return (*outputs, dlogits)
+    return (*_fill(logits, Arguments(*arguments), dlogits), dlogits)
+
+
+def _grpo_(logits: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    """`Outputs`, with the gradient written over the logits."""
+    return tuple(_fill(logits, Arguments(*arguments), logits))
+
+
+five, six = (f"({', '.join(['Tensor'] * n)})" for n in (5, 6))
+grpo = torch.library.custom_op(
+    "grpo_fast::grpo", _grpo, mutates_args=(), schema=f"(Tensor logits, {ARGUMENTS}) -> {six}"
+)
+grpo_ = torch.library.custom_op(
+    "grpo_fast::grpo_",
+    _grpo_,
+    mutates_args=("logits",),
+    schema=f"(Tensor(a!) logits, {ARGUMENTS}) -> {five}",
+)
+
+
+@grpo_.register_fake
+def _(logits: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    a = Arguments(*arguments)
+    return tuple(_new_outputs(a.weight, a.ref_logp is not None, Objective.from_key(a.objective)))
 
 
 @grpo.register_fake
-def _(
-    logits: Tensor,
-    ids: Tensor,
-    mask: Tensor | None,
-    weight: Tensor,
-    advantages: Tensor | None,
-    rewards: Tensor | None,
-    group_size: int,
-    sequence: Tensor | None,
-    old_logp: Tensor | None,
-    ref_logp: Tensor | None,
-    importance: Tensor | None,
-    temperature: Tensor | None,
-    inv_temperature: float,
-    objective: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    N = ids.shape[0]
-    entropy = weight.new_empty(N if Objective.from_key(objective).entropy_coef else 0)
-    kl = weight.new_empty(0 if ref_logp is None else N)
-    dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    clip = weight.new_empty(N, dtype=torch.int8)
-    return weight.new_empty(N), weight.new_empty(N), entropy, kl, clip, dlogits
-
-
-@torch.library.custom_op("grpo_fast::grpo_", mutates_args=("logits",))
-def grpo_(
-    logits: Tensor,
-    ids: Tensor,
-    mask: Tensor | None,
-    weight: Tensor,
-    advantages: Tensor | None,
-    rewards: Tensor | None,
-    group_size: int,
-    sequence: Tensor | None,
-    old_logp: Tensor | None,
-    ref_logp: Tensor | None,
-    importance: Tensor | None,
-    temperature: Tensor | None,
-    inv_temperature: float,
-    objective: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`grpo` with the gradient written over the logits."""
-    return _grpo_rows(
-        logits,
-        ids,
-        mask,
-        weight,
-        advantages,
-        rewards,
-        group_size,
-        sequence,
-        old_logp,
-        ref_logp,
-        importance,
-        temperature,
-        inv_temperature,
-        objective,
-        logits,
-    )
+def _(logits: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    a = Arguments(*arguments)
+    outputs = _new_outputs(a.weight, a.ref_logp is not None, Objective.from_key(a.objective))
+    return (*outputs, torch.empty(logits.shape, dtype=logits.dtype, device=logits.device))
 
 
 @torch.library.custom_op("grpo_fast::scale_rows_", mutates_args=("x",))

@@ -16,8 +16,6 @@ from grpo_fast.objective import PRESETS, Objective
 
 def option(default: Any, text: str) -> Any:
     """A dataclass field whose help text is `text`."""
-    if isinstance(default, list):
-        return dataclasses.field(default_factory=lambda: list(default), metadata={"help": text})
     return dataclasses.field(default=default, metadata={"help": text})
 
 
@@ -33,8 +31,13 @@ class TrainConfig:
     task: Literal["arithmetic"] = option("arithmetic", "built-in task, where no dataset is given")
     max_operand: int = option(49, "arithmetic: the operands are 0 to this")
     dataset: str | None = option(None, "JSONL file with a prompt and an answer column")
-    reward: list[str] = option([], "reward functions module:function, in place of the task's own")
-    reward_weights: list[float] = option([], "one weight per reward function; default: 1 each")
+    reward: list[str] = dataclasses.field(
+        default_factory=list,
+        metadata={"help": "reward functions module:function, in place of the task's own"},
+    )
+    reward_weights: list[float] = dataclasses.field(
+        default_factory=list, metadata={"help": "one per reward function; default: 1 each"}
+    )
     heldout: int = option(250, "problems kept out of training for evaluation")
     # The model
     model: str | None = option(None, "path or hub id of a causal LM; default: a small new one")
@@ -164,7 +167,7 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
     if arguments and not arguments[0].startswith("-"):
         arguments = [*yaml_arguments(Path(arguments[0])), *arguments[1:]]
     parser = HfArgumentParser(
-        TrainConfig,
+        TrainConfig,  # type: ignore[arg-type]  # any dataclass type
         prog="grpo-fast train",
         usage="grpo-fast train [CONFIG.yaml] [--option value]...",
         allow_abbrev=False,

@@ -52,6 +52,7 @@ def build(config: TrainConfig, alphabet: str) -> Policy:
         ValueError: no such device, or a model or tokenizer that cannot be used, saying why.
     """
     device, dtype = placement(config)
+    tokenizer: Any
     if config.model is None:
         tokenizer = character_tokenizer(alphabet)
         model = new_model(config, tokenizer)

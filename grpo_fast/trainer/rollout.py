@@ -113,13 +113,14 @@ def completion_logits(model: Any, rollout: Rollout) -> Tensor:
     """(B, T, V) logits; those at [b, t] score `completion_ids[b, t]`."""
     ids = torch.cat([rollout.prompt_ids, rollout.completion_ids], 1)
     attention = torch.cat([rollout.prompt_mask, rollout.mask.to(rollout.prompt_mask)], 1)
-    T = rollout.completion_ids.shape[1]
+    P, T = rollout.prompt_ids.shape[1], rollout.completion_ids.shape[1]
     extras = {
         "position_ids": (attention.cumsum(1) - 1).clamp(min=0),  # as generate counts them
-        "logits_to_keep": T + 1,
+        # The head is applied where a completion token is predicted, and the logits are contiguous.
+        "logits_to_keep": torch.arange(P - 1, P + T - 1, device=ids.device),
         "use_cache": False,
     }
     accepted = inspect.signature(model.forward).parameters
     extras = {name: value for name, value in extras.items() if name in accepted}
     logits = model(input_ids=ids, attention_mask=attention, **extras).logits
-    return logits[:, -(T + 1) : -1]
+    return logits if logits.shape[1] == T else logits[:, P - 1 : P + T - 1]

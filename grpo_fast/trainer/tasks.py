@@ -67,7 +67,7 @@ def arithmetic(config: TrainConfig) -> Task:
         return f"[{''.join(digits)}]"
 
     train, heldout = split(rows, config)
-    functions = [rewards.correct, rewards.bracketed_number]
+    functions: list[Reward] = [rewards.correct, rewards.bracketed_number]
     return Task(train, heldout, functions, [0.9, 0.1], demonstration, "0123456789+=[]")
 
 
@@ -80,7 +80,7 @@ def from_file(config: TrainConfig) -> Task:
     path = Path(config.dataset or "")
     if not path.is_file():
         raise ValueError(f"dataset={config.dataset!r}: no such file")
-    rows = []
+    rows: list[Row] = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         if not line.strip():
             continue

@@ -1,0 +1,60 @@
+"""A step's statistics, folded across micro-batches and ranks, as metrics."""
+
+import torch
+from torch import Tensor
+
+from grpo_fast.ops._arguments import shape_of
+from grpo_fast.ops.policy_loss import STATISTICS
+
+
+def fold_statistics(gathered: Tensor) -> Tensor:
+    """The statistics of the union of several micro-batches or ranks: (n, 16) -> (16,).
+
+    The "loss" entry is summed, like the gradients of losses normalised by a common `num_items`.
+    """
+    if gathered.ndim != 2 or gathered.shape[1] != len(STATISTICS):
+        raise ValueError(
+            f"fold_statistics: gathered: want (n, {len(STATISTICS)}), got {shape_of(gathered)}"
+        )
+    return torch.cat(
+        [gathered[:, :-2].sum(0), gathered[:, -2].amin(0, True), gathered[:, -1].amax(0, True)]
+    )
+
+
+def metrics_from(statistics: Tensor) -> dict[str, Tensor]:
+    """The metrics of a step from its statistics: means over live tokens, all finite, also without any.
+
+    tokens; ratio_mean, ratio_min, ratio_max (1 without a live token); clip_fraction_low (ratio below the
+    range where A < 0), clip_fraction_high (above it where A > 0), clip_fraction_dual (above `delta` or
+    `dual_clip` where A < 0); approx_kl_k1 = E[old - new], approx_kl_k3 = E[r - 1 - log r]; kl (to the
+    reference, by the objective's estimator; only with `ref_logps`); entropy (where computed);
+    importance_weight_mean; importance_weight_out_of_range: share of weights outside [1/2, 2];
+    effective_sample_size: (sum rho)^2 / (n sum rho^2) in (0, 1], rho = ratio * importance weight.
+
+    Args:
+        statistics: (16,), from `LossOutput.statistics` or `fold_statistics`.
+    """
+    s = dict(zip(STATISTICS, statistics.unbind(), strict=True))
+    tokens = s["tokens"]
+    count = tokens.clamp(min=1)
+    empty = tokens == 0
+    return {
+        "tokens": tokens,
+        "ratio_mean": torch.where(empty, 1, s["ratio"] / count),
+        "ratio_min": torch.where(empty, 1, s["ratio_min"]),
+        "ratio_max": torch.where(empty, 1, s["ratio_max"]),
+        "clip_fraction_low": s["clip_low"] / count,
+        "clip_fraction_high": s["clip_high"] / count,
+        "clip_fraction_dual": s["clip_dual"] / count,
+        "approx_kl_k1": s["k1"] / count,
+        "approx_kl_k3": s["k3"] / count,
+        "kl": s["kl"] / count,
+        "entropy": s["entropy"] / count,
+        "importance_weight_mean": torch.where(empty, 1, s["importance"] / count),
+        "importance_weight_out_of_range": s["importance_outside"] / count,
+        "effective_sample_size": torch.where(
+            s["rho_squared"] == 0,
+            empty.to(count.dtype),
+            s["rho"].square() / (count * s["rho_squared"]).clamp(min=1e-30),
+        ),
+    }

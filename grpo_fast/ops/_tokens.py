@@ -1,0 +1,133 @@
+"""The arguments that `grpo_loss` and `policy_loss` share: checked, spread over tokens, flattened."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from grpo_fast import reference
+from grpo_fast.objective import Objective
+from grpo_fast.ops import _arguments
+from grpo_fast.ops._backend import check_values
+from grpo_fast.ops.group_advantage import check_rewards
+
+
+class Tokens(NamedTuple):
+    """The arguments that both losses share, checked and flattened to (N,)."""
+
+    mask: Tensor | None
+    weight: Tensor
+    advantages: Tensor | None
+    rewards: Tensor | None
+    group_size: int
+    sequence: Tensor | None
+    old_logp: Tensor | None
+    ref_logp: Tensor | None
+    importance: Tensor | None
+
+
+def check_tokens(
+    op: str,
+    like: Tensor,
+    mask: Tensor | None,
+    advantages: Tensor | None,
+    rewards: Tensor | None,
+    group_size: int | None,
+    old_logps: Tensor | None,
+    ref_logps: Tensor | None,
+    importance_weights: Tensor | None,
+    token_weights: Tensor | None,
+    num_items: float | Tensor | None,
+    cu_seqlens: Tensor | None,
+    objective: Objective,
+) -> Tokens:
+    """Check what the losses share; `like` has one entry per token."""
+    if not isinstance(objective, Objective):
+        raise TypeError(f"{op}: objective: want an Objective, got {objective!r}")
+    if cu_seqlens is not None:
+        cu_seqlens = _arguments.check_cu_seqlens(op, cu_seqlens, like)
+    sequence = None if cu_seqlens is None else reference.sequence_of_token(cu_seqlens, len(like))
+    # Packed tokens without boundaries are one sequence.
+    rows = like[None] if like.ndim == 1 and cu_seqlens is None else like
+    num_sequences = len(rows) if cu_seqlens is None else len(cu_seqlens) - 1
+    if (advantages is None) == (rewards is None):
+        raise ValueError(
+            f"{op}: give either advantages or rewards with group_size, "
+            f"got {'neither' if advantages is None else 'both'}"
+        )
+    if rewards is not None:
+        if group_size is None:
+            raise ValueError(f"{op}: group_size: needed with rewards")
+        rewards = check_rewards(op, rewards, group_size)
+        _check_shape(op, "rewards", rewards, ((num_sequences,),))
+        _arguments.check_device(op, "rewards", rewards, like)
+    elif group_size is not None:
+        raise ValueError(f"{op}: group_size={group_size} has no effect with advantages")
+    if objective.beta and ref_logps is None:
+        raise ValueError(f"{op}: ref_logps: needed, since objective.beta={objective.beta}")
+
+    def spread(name: str, x: Tensor | None) -> Tensor | None:
+        """A per-sequence or per-token argument as (N,)."""
+        if x is None:
+            return None
+        _arguments.check_tensor(op, name, x)
+        shapes = ((num_sequences,), (num_sequences, 1), tuple(like.shape))
+        _check_shape(op, name, x, shapes if name != "advantages" else shapes[::2])
+        if x.shape != like.shape:
+            _arguments.check_device(op, name, x, like)
+            x = x.reshape(-1)
+            x = x[:, None].expand(rows.shape) if sequence is None else x[sequence]
+            x = x.reshape(like.shape)
+        return _arguments.per_token(op, name, x, like)
+
+    live = torch.ones(like.numel(), dtype=torch.bool, device=like.device) if mask is None else mask
+    weight = reference.reduction_weights(
+        live.view(rows.shape), objective, _check_num_items(op, num_items, objective), cu_seqlens
+    ).reshape(-1)
+    if token_weights is not None:
+        extra = _arguments.per_token(op, "token_weights", token_weights, like)
+        assert extra is not None
+        weight = torch.where(live, weight * extra, 0)
+    return Tokens(
+        mask,
+        weight.expand(like.numel()).contiguous(),
+        spread("advantages", advantages),
+        rewards,
+        group_size or 1,
+        sequence,
+        _arguments.per_token(op, "old_logps", old_logps, like),
+        _arguments.per_token(op, "ref_logps", ref_logps, like),
+        spread("importance_weights", importance_weights),
+    )
+
+
+def _check_shape(op: str, name: str, x: Tensor, shapes: tuple[tuple[int, ...], ...]) -> None:
+    if tuple(x.shape) not in shapes:
+        wanted = " or ".join(str(shape) for shape in dict.fromkeys(shapes))
+        raise ValueError(f"{op}: {name}: want {wanted}, got {_arguments.shape_of(x)}")
+
+
+def _check_num_items(
+    op: str, num_items: float | Tensor | None, objective: Objective
+) -> float | Tensor | None:
+    if num_items is None:
+        return None
+    if objective.reduction != "token_mean":
+        raise ValueError(
+            f"{op}: num_items is the denominator of reduction='token_mean' and has no effect with "
+            f"{objective.reduction!r}"
+        )
+    if isinstance(num_items, Tensor):
+        if num_items.ndim:
+            raise ValueError(
+                f"{op}: num_items: want a number or a 0-dim tensor, got {_arguments.shape_of(num_items)}"
+            )
+        if not check_values(num_items):
+            return num_items.detach()
+        num_items = num_items.item()
+    if isinstance(num_items, bool) or not isinstance(num_items, (int, float)):
+        raise TypeError(f"{op}: num_items: want a number or a 0-dim tensor, got {num_items!r}")
+    if not 0 <= num_items < math.inf:
+        raise ValueError(f"{op}: num_items: want a finite number >= 0, got {num_items}")
+    return num_items
