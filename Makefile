@@ -4,6 +4,8 @@ VENV ?= .venv
 PYTHON ?= python3
 CONFIG ?=
 ARGS ?=
+# Test processes
+JOBS ?= 2
 
 ifeq ($(VENV),system)
 PY := $(PYTHON)
@@ -32,7 +34,7 @@ lint: $(READY)
 	$(PY) -m mypy
 
 test: $(READY) lint
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest -n $(JOBS) $(ARGS)
 
 bench: $(READY)
 	$(PY) -m pytest benchmarks $(ARGS)

@@ -1,7 +1,7 @@
 """What the kernels compile to, on GPUs that need not be there.
 
-The launchers run on tensors without storage (device "meta"), and each launch is compiled with the specialisation
-that Triton would choose at run time; then the assembly is read.
+The launchers run on tensors without storage (device "meta"), and each launch is compiled with the
+specialisation that Triton would choose at run time; then the assembly is read.
 
     python -m benchmarks.codegen [--json] [sm_80 sm_90 sm_100 gfx942]
 """
@@ -28,7 +28,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction, mangle_type
 
-from grpo_fast.kernels import grpo, group_advantage, logprob, policy_loss, rows
+from grpo_fast.kernels import group_advantage, grpo, logprob, policy_loss, rows
 from grpo_fast.objective import Objective
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -203,7 +203,8 @@ def launch_group_advantage(scale: str = "group", labels: bool = False) -> None:
     )
 
 
-COMMON = "grpo", "grpo split"  # clip, k3, old and reference log-probs, bfloat16: what most runs launch
+# Clip, k3, old and reference log-probs, bfloat16: what most runs launch.
+COMMON = ("grpo", "grpo split")
 CASES: dict[str, Callable[[], None]] = {
     "logprob_fwd": launch_logprob_fwd,
     "logprob_fwd entropy": partial(launch_logprob_fwd, entropy=True),
@@ -354,22 +355,29 @@ def read_loop(body: list[Instruction]) -> Loop:
 
 def read_loops(listing: list[str | Instruction]) -> list[Loop]:
     """The innermost loops: what lies between a label and a jump back to it."""
-    place, code = {}, []
+    place: dict[str, int] = {}
+    code: list[Instruction] = []
     for x in listing:
         if isinstance(x, str):
             place[x] = len(code)
         else:
             code.append(x)
     jumps = [(i, place[x.label]) for i, x in enumerate(code) if x.label in place]
-    spans = [(to, i) for i, to in jumps if to < i]  # `BRA .` after the end is no loop
-    innermost = [
-        (a, b) for a, b in spans if not any((c, d) != (a, b) and a <= c and d <= b for c, d in spans)
-    ]
+    spans = {(to, i) for i, to in jumps if to < i}  # `BRA .` after the end is no loop
     loops = []
-    for first, last in innermost:
+    for first, last in sorted(spans):
+        if any(first <= a and b <= last for a, b in spans - {(first, last)}):
+            continue
         skipped = {k for i, to in jumps if first <= i < to <= last for k in range(i + 1, to)}
         loops.append(read_loop([code[k] for k in range(first, last + 1) if k not in skipped]))
     return loops
+
+
+def number(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    if not found:
+        raise ValueError(f"no {pattern} in what the compiler reports")
+    return int(found[1])
 
 
 def read_nvidia(kernel: Any) -> tuple[int, int, list[str | Instruction]]:
@@ -379,19 +387,16 @@ def read_nvidia(kernel: Any) -> tuple[int, int, list[str | Instruction]]:
         file.flush()
         usage = nvidia_tool("cuobjdump", "-res-usage", file.name)
         listing = list(read_sass(nvidia_tool("nvdisasm", "-c", file.name)))
-    registers, stack, local = map(
-        int, re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage).groups()
+    registers, stack, local = (
+        number(name + r":(\d+)", usage) for name in ("REG", "STACK", "LOCAL")
     )
     return registers, stack + local, listing
 
 
 def read_amd(kernel: Any) -> tuple[int, int, list[str | Instruction]]:
     text = kernel.asm["amdgcn"]
-    registers, stack = (
-        int(re.search(rf"\.{name}:\s+(\d+)", text)[1])
-        for name in ("vgpr_count", "private_segment_fixed_size")
-    )
-    return registers, stack, list(read_amdgcn(text))
+    registers = number(r"\.vgpr_count:\s+(\d+)", text)
+    return registers, number(r"\.private_segment_fixed_size: (\d+)", text), list(read_amdgcn(text))
 
 
 def inspect(case: str, target: str) -> Report:

@@ -20,6 +20,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # The tests that say most about a device, and the benchmarks by importance with their weight in the time.
 FIRST_TESTS = ("test_grpo", "test_logprob", "test_policy_loss", "test_group_advantage")
 BENCHMARKS = {"grpo": 4, "logprob": 3, "policy_loss": 1, "group_advantage": 1}
+# Tests of files, wheels and processes: they say nothing about a device.
+OFF_DEVICE = ("test_benchmarks", "test_layout", "test_memory", "test_packaging")
 TEST_SHARE = 0.35  # of the time, before the benchmarks; tests without a place there run at the end
 GRACE = 15.0  # seconds to write results after an interrupt
 NO_TESTS = 5  # pytest's exit code
@@ -38,7 +40,7 @@ def stages(out: Path, commit: str) -> list[tuple[float, list[Piece]]]:
     files = sorted((ROOT / "tests").glob("test_*.py"))
     first = [ROOT / "tests" / f"{stem}.py" for stem in FIRST_TESTS]
     first = [path for path in first if path in files]
-    rest = [path for path in files if path not in first]
+    rest = [path for path in files if path not in first and path.stem not in OFF_DEVICE]
     benchmarks = [
         Piece(
             f"benchmark {stem}",

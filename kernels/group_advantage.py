@@ -2,11 +2,13 @@
 
     A_b = (R_b - mean of R over the group of b) / (std + eps),  0 where the rewards do not differ
 
-std over the group, over the whole batch, or no division. A group is `G` consecutive sequences, or all sequences
-with the same label. Two passes (mean, then squares), so that a large common offset of the rewards costs nothing.
+std over the group, over the whole batch, or no division. A group is `G` consecutive sequences, or all
+sequences with the same label. Two passes (mean, then squares), so that a large common offset of the rewards
+costs nothing.
 
-One program owns one sequence and reads its group: G reads per sequence, B with labels. The sums run in a fixed
-order; every member of a group computes the same bits.
+One program owns one sequence and reads its group twice: 2 G + 1 rewards per sequence, 2 B + 1 (and as many
+labels) with labels, 2 B more for the std of the batch. The sums run in a fixed order; every member of a group
+computes the same bits.
 """
 
 import torch

@@ -3,8 +3,8 @@
     ratio = exp(logp - old)
     loss  = w (importance * surrogate(ratio, A) + beta KL(logp, ref)),  dlogp = dloss/dlogp
 
-`_policy_loss_kernel` computes both per token; formulas in `tiles`. `_token_statistics_kernel` reduces what a step
-produced to one vector, in fixed order. Bytes: every argument once.
+`_policy_loss_kernel` computes both per token; formulas in `tiles`. `_token_statistics_kernel` reduces what a
+step produced to one vector, in fixed order. Bytes: every argument once, of masked tokens only the mask.
 
 A program owns BLOCK tokens; of the statistics, the last program to arrive adds up those of all.
 """

@@ -71,9 +71,9 @@ def tile_offsets(K: tl.constexpr, T: tl.constexpr):
 def tile_plan(target, start, stop, BLOCK: tl.constexpr):
     """Which tiles of columns [start, stop) need care: the target's, and the last if it is not full.
 
-    Returns (full, skip, count, step): range(skip, count, step) need care, the first `full` without `skip` none.
-    The loops go through the careless ones in [K, T] and through the others in strips [1, T]: there the compares
-    and masks of K T elements would take as many registers again.
+    Returns (full, skip, count, step): range(skip, count, step) need care, the first `full` without `skip`
+    do not. The loops read these as [K, T], the others in strips [1, T]: compares and masks for K T elements
+    would take as many registers again, and the program would keep them for all its life.
     """
     full = (stop - start) // BLOCK
     count = tl.cdiv(stop - start, BLOCK)

@@ -1,8 +1,11 @@
 """Which implementation runs: the Triton kernels or PyTorch's own operators."""
 
+import contextlib
 import functools
 import importlib.util
 import os
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,6 +43,12 @@ def use_triton(x: Tensor) -> bool:
             "set TRITON_INTERPRET=1 before Triton is imported"
         )
     return True
+
+
+def launch(launcher: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """`launcher(*args, **kwargs)` with the GPU of `x` as the current one: Triton launches on that."""
+    with torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext():
+        return launcher(*args, **kwargs)
 
 
 def check_values(x: Tensor) -> bool:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from grpo_fast.ops import _arguments
-from grpo_fast.ops._backend import check_values, use_triton
+from grpo_fast.ops._backend import check_values, launch, use_triton
 
 SCALES = ("group", "batch", "none")
 
@@ -19,7 +19,9 @@ def group_advantage_fwd(
     if use_triton(rewards):
         from grpo_fast.kernels import group_advantage as kernels
 
-        return kernels.group_advantage_fwd(rewards, group_size, labels, scale, eps, unbiased)
+        return launch(
+            kernels.group_advantage_fwd, rewards, rewards, group_size, labels, scale, eps, unbiased
+        )
     if rewards.numel() == 0:
         return torch.empty_like(rewards)
     if labels is None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from grpo_fast.objective import Objective
 from grpo_fast.ops import _rows
-from grpo_fast.ops._backend import use_triton
+from grpo_fast.ops._backend import launch, use_triton
 from grpo_fast.ops.group_advantage import group_advantage_fwd
 from grpo_fast.ops.policy_loss import policy_terms, weigh
 
@@ -77,7 +77,7 @@ def _fill(logits: Tensor, a: Arguments, dlogits: Tensor) -> Outputs:
         from grpo_fast.kernels import grpo as kernels
 
         arguments = {**a._asdict(), "objective": objective}
-        outputs = kernels.grpo_fwd_bwd(logits=logits, **arguments, dlogits=dlogits)
+        outputs = launch(kernels.grpo_fwd_bwd, logits, logits=logits, **arguments, dlogits=dlogits)
         return Outputs(*(a.weight.new_empty(0) if x is None else x for x in outputs))
     advantages = a.advantages
     if advantages is None:
@@ -169,7 +169,7 @@ def scale_rows_(x: Tensor, factor: Tensor) -> None:
     if use_triton(x):
         from grpo_fast.kernels import grpo as kernels
 
-        kernels.scale_rows(factor, x)
+        launch(kernels.scale_rows, x, factor, x)
     elif bool((factor != 1).any()):
         for rows, (block,) in _rows.row_blocks(x):
             block.copy_(torch.where(block == 0, 0, block * factor[rows, None]))

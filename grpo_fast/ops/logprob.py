@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from grpo_fast.ops import _arguments, _rows
-from grpo_fast.ops._backend import use_triton
+from grpo_fast.ops._backend import launch, use_triton
 
 
 @torch.library.custom_op("grpo_fast::logprob_fwd", mutates_args=())
@@ -22,8 +22,15 @@ def logprob_fwd(
     if use_triton(logits):
         from grpo_fast.kernels import logprob as kernels
 
-        logp, entropy, m, s = kernels.logprob_fwd(
-            logits, ids, mask, temperature, inv_temperature, with_entropy
+        logp, entropy, m, s = launch(
+            kernels.logprob_fwd,
+            logits,
+            logits,
+            ids,
+            mask,
+            temperature,
+            inv_temperature,
+            with_entropy,
         )
         return logp, logp.new_empty(0) if entropy is None else entropy, m, s
     N = ids.numel()
@@ -75,7 +82,9 @@ def logprob_bwd(
         from grpo_fast.kernels import logprob as kernels
 
         with_entropy = None if dentropy is None else entropy
-        return kernels.logprob_bwd(
+        return launch(
+            kernels.logprob_bwd,
+            logits,
             dlogp.contiguous(),
             None if dentropy is None else dentropy.contiguous(),
             logits,

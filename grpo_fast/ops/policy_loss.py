@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from grpo_fast.objective import Objective
-from grpo_fast.ops._backend import use_triton
+from grpo_fast.ops._backend import launch, use_triton
 
 CLIP_LOW, CLIP_HIGH, CLIP_DUAL = 1, 2, 4  # bits of the clip flags, as in kernels/tiles.py
 
@@ -110,8 +110,17 @@ def policy_loss_fwd(
     if use_triton(logp):
         from grpo_fast.kernels import policy_loss as kernels
 
-        loss, dlogp, kl, clip = kernels.policy_loss_fwd(
-            logp, mask, weight, advantages, old_logp, ref_logp, importance, terms
+        loss, dlogp, kl, clip = launch(
+            kernels.policy_loss_fwd,
+            logp,
+            logp,
+            mask,
+            weight,
+            advantages,
+            old_logp,
+            ref_logp,
+            importance,
+            terms,
         )
         return loss, dlogp, logp.new_empty(0) if kl is None else kl, clip
 
@@ -177,8 +186,17 @@ def token_statistics(
     if use_triton(logp) and logp.numel():
         from grpo_fast.kernels import policy_loss as kernels
 
-        return kernels.token_statistics_fwd(
-            mask, loss, logp, old_logp, importance, kl, entropy, clip
+        return launch(
+            kernels.token_statistics_fwd,
+            logp,
+            mask,
+            loss,
+            logp,
+            old_logp,
+            importance,
+            kl,
+            entropy,
+            clip,
         )
     live = torch.ones_like(logp, dtype=torch.bool) if mask is None else mask
 

@@ -29,7 +29,7 @@ class TrainConfig:
 
     # The task
     task: Literal["arithmetic"] = option("arithmetic", "built-in task, where no dataset is given")
-    max_operand: int = option(49, "arithmetic: the operands are 0 to this")
+    max_operand: int = option(39, "arithmetic: the operands are 0 to this")
     dataset: str | None = option(None, "JSONL file with a prompt and an answer column")
     reward: list[str] = dataclasses.field(
         default_factory=list,
@@ -51,7 +51,7 @@ class TrainConfig:
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass")
     # Supervised warm-up of a new model
     warmup_steps: int = option(600, "at most so many supervised steps before GRPO; 0: none")
-    warmup_reward: float = option(0.4, "the warm-up ends as soon as sampled answers earn this")
+    warmup_reward: float = option(0.36, "the warm-up ends as soon as sampled answers earn this")
     warmup_error_rate: float = option(0.4, "arithmetic: share of wrong demonstrations")
     warmup_batch_size: int = option(128, "demonstrations per warm-up step")
     warmup_learning_rate: float = option(3e-3, "of the warm-up")
@@ -62,7 +62,7 @@ class TrainConfig:
     temperature: float = option(1.0, "of sampling, and of the log-probs that are optimised")
     # Optimisation
     steps: int = option(200, "GRPO steps")
-    num_iterations: int = option(1, "mu: optimiser steps per batch of completions")
+    num_iterations: int = option(2, "mu: optimiser steps per batch of completions")
     micro_batch_size: int | None = option(None, "completions per forward pass; default: all")
     learning_rate: float = option(1e-3, "peak of the schedule")
     lr_scheduler: str = option("linear", "a schedule of transformers.get_scheduler")
@@ -87,7 +87,7 @@ class TrainConfig:
     output_dir: str = option("runs", "a run lives in <output_dir>/<name>")
     overwrite: bool = option(False, "replace an existing run of this name")
     seed: int = option(0, "of everything random")
-    threads: int = option(0, "CPU threads; 0: PyTorch's choice")
+    threads: int = option(0, "CPU threads; 0: one for a new model, else PyTorch's choice")
     save_steps: int = option(100, "GRPO steps between checkpoints")
     keep_checkpoints: int = option(2, "newest checkpoints that are kept")
     samples: int = option(4, "completions shown before and after")

@@ -58,9 +58,9 @@ def train(config: TrainConfig) -> Summary:
     """
     started = time.perf_counter()
     set_seed(config.seed)
-    # A model as small as the built-in one is slower on many threads than on a few.
-    few = torch.get_num_threads() if config.model else min(4, torch.get_num_threads())
-    torch.set_num_threads(config.threads or few)
+    # On a model as small as the built-in one threads gain little, and lose much where cores are shared.
+    usual = torch.get_num_threads() if config.model else 1
+    torch.set_num_threads(config.threads or usual)
     task = tasks.build(config)
     policy = models.build(config, task.alphabet)
     run_dir = runs.create(config)
@@ -146,11 +146,9 @@ class _Run:
                 self.metrics.write(row)
                 self.step += 1
                 bar.update()
-                bar.set_postfix(
-                    reward=f"{row['reward']:.3f}",
-                    kl=f"{row['kl']:.3f}",
-                    clip=f"{row['clip_fraction']:.3f}",
-                    tok_s=f"{row['tokens_per_second']:.0f}",
+                bar.set_postfix_str(
+                    f"reward {row['reward']:.3f}, kl {row['kl']:.3f}, "
+                    f"clip {row['clip_fraction']:.3f}, {row['tokens_per_second']:.0f} tokens/s"
                 )
                 if self.step % config.save_steps == 0 and self.step < config.steps:
                     models.save(self.policy, self.run_dir, self.step, config.keep_checkpoints)

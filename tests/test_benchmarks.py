@@ -1,0 +1,176 @@
+"""The benchmarks' own rules: nothing wrong is timed, nothing of unknown origin is published."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import eager, gate, machine, measure, memory, providers, report, runner, shapes
+from benchmarks.inputs import make_batch
+
+SHAPE = shapes.Shape(B=4, T=6, V=101, G=2)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def batch(request):
+    return make_batch(SHAPE, getattr(request, "param", "full"), CPU, torch.float32)
+
+
+def loss_and_grad(fn, batch):
+    leaf = batch.logits.requires_grad_()
+    arguments = {"objective": batch.objective, **batch.arguments}
+    return measure.value_and_grad(fn, leaf, leaf.clone(), batch.ids, **arguments)
+
+
+@pytest.mark.parametrize("batch", shapes.VARIANTS, indirect=True)
+@pytest.mark.parametrize("provider", ["eager", "grpo_fast", providers.INPLACE])
+def test_gate_passes_correct_losses(batch, provider):
+    gate.check("grpo", batch, *loss_and_grad(providers.load("grpo", provider), batch))
+
+
+def test_gate_passes_the_other_stems(batch):
+    logps = batch.logps.requires_grad_()
+    arguments = {"objective": batch.objective, **batch.arguments}
+    for provider in ("eager", "grpo_fast"):
+        loss = providers.load("policy_loss", provider)
+        gate.check("policy_loss", batch, *measure.value_and_grad(loss, logps, logps, **arguments))
+        logprob = providers.load("logprob", provider)
+        gate.check("logprob", batch, logprob(batch.logits, batch.ids), None)
+        advantages = providers.load("group_advantage", provider)(batch.rewards, SHAPE.G)
+        gate.check("group_advantage", batch, advantages, None)
+
+
+@pytest.mark.parametrize("value_factor, grad_factor", [(1.001, 1), (1, 1.001), (float("nan"), 1)])
+def test_gate_refuses_a_result_that_is_slightly_off(batch, value_factor, grad_factor):
+    loss, grad = loss_and_grad(eager.grpo, batch)
+    with pytest.raises(AssertionError, match=r"grpo: (value|gradient)"):
+        gate.check("grpo", batch, loss * value_factor, grad * grad_factor)
+
+
+def test_a_wrong_provider_is_not_timed(monkeypatch):
+    class Untouchable:
+        name = "bench_forward[x]"
+
+        def pedantic(self, *args, **kwargs):
+            raise RuntimeError("timed")
+
+    monkeypatch.setitem(
+        providers.PROVIDERS["group_advantage"], "wrong", lambda: lambda rewards, _: rewards
+    )
+    monkeypatch.setattr(measure, "ABSENT", {})
+    with pytest.raises(AssertionError, match="group_advantage: value"):
+        measure.measure(
+            Untouchable(),
+            stem="group_advantage",
+            provider="wrong",
+            shape_name="micro-batch",
+            variant="full",
+            setup=lambda batch: (batch.rewards, batch.shape.G),
+            call=lambda fn: lambda *args: (fn(*args), None),
+            nbytes=lambda batch: 0,
+        )
+    assert measure.ABSENT["group_advantage wrong"].startswith("wrong result")
+
+
+def test_a_missing_library_is_a_reason(monkeypatch):
+    def load():
+        import no_such_library_at_all  # noqa: F401
+
+    monkeypatch.setitem(providers.PROVIDERS["grpo"], "missing", load)
+    with pytest.raises(providers.UnavailableError, match="no_such_library_at_all"):
+        providers.load("grpo", "missing")
+
+
+def test_inputs_are_confident_and_ragged():
+    batch = make_batch(shapes.Shape(B=32, T=64, V=1000, G=4), "padded", CPU, torch.float32)
+    logps = eager.logprob(batch.logits, batch.ids)
+    assert -0.6 < logps.mean().item() < -0.4
+    assert 0.6 < batch.live / batch.shape.N < 0.8
+    level = make_batch(batch.shape, "zero-variance", CPU, torch.float32).arguments["advantages"]
+    assert (level == 0).float().mean().item() == 0.5
+
+
+@pytest.mark.parametrize(
+    "commit, clean",
+    [("19274bf", True), ("v0.1.0-3-g19274bf", True), ("19274bf-dirty", False), ("unknown", False)],
+)
+def test_commit_names(commit, clean):
+    assert machine.is_clean(commit) == clean
+
+
+def write_result(folder, commit="19274bf", median=1.0, day=1, **info):
+    extra = {
+        "stem": "grpo",
+        "case": "forward",
+        "provider": "eager",
+        "shape": "s",
+        "variant": "full",
+    }
+    extra |= {"sizes": {"B": 1}, "dtype": "float32", "bytes": 10, "roof": "copy"}
+    stats = {"median": median, "iqr": 0.0}
+    info = {"device": "D", "device_type": "cpu", "command": "c", "threads": 1, **info}
+    info |= dict.fromkeys(("driver", "torch", "triton", "python"))
+    info |= {"commit": commit, "dirty": False, "absent": {}, "bandwidth": {"copy": 1e9}}
+    entry = {"extra_info": {**extra, "peak_extra_bytes": None}, "stats": stats}
+    path = folder / "d" / f"{commit}-{day}.json"
+    path.parent.mkdir(exist_ok=True)
+    date = f"2026-01-{day:02}T00:00:00"
+    path.write_text(json.dumps({"machine_info": info, "datetime": date, "benchmarks": [entry]}))
+    return path
+
+
+@pytest.mark.parametrize("commit", ["19274bf-dirty", "unknown", ""])
+def test_report_refuses_results_of_unknown_code(tmp_path, capsys, commit):
+    path = write_result(tmp_path, commit)
+    output = tmp_path / "RESULTS.md"
+    assert report.main(["--results", str(tmp_path), "--output", str(output)]) == 1
+    assert str(path) in capsys.readouterr().err
+    assert not output.exists()
+
+
+def test_report_shows_the_newest_and_tells_cpu_from_gpu(tmp_path):
+    write_result(tmp_path, median=1.0, day=2)
+    write_result(tmp_path, median=7.0, day=1)
+    text = report.render(tmp_path)
+    assert "1,000.00 ms" in text
+    assert "7,000.00 ms" not in text
+    gpu, cpu = text.split("## GPU")[1].split("## CPU")
+    assert report.NO_GPU in gpu
+    assert "grpo (CPU)" in cpu
+
+
+def test_published_results_are_the_generated_ones():
+    published = (report.FOLDER / "RESULTS.md").read_text()
+    assert published == report.render(report.FOLDER / "results"), "run python -m benchmarks.report"
+
+
+def test_run_all_lists_the_tests_before_the_benchmarks(capsys):
+    assert runner.main(["--list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "test test_grpo"
+    stems = sorted(name.removeprefix("benchmark ") for name in lines if "benchmark " in name)
+    assert stems == sorted(providers.PROVIDERS)
+    assert lines.index("test test_logprob") < lines.index("benchmark grpo")
+
+
+@pytest.mark.parametrize("arguments, want", [(("--version",), "passed"), (("/no/file",), "failed")])
+def test_run_all_reports_a_piece(arguments, want):
+    assert runner.run_piece(runner.Piece("x", arguments, 1), 120, {}) == want
+
+
+def test_run_all_stops_what_overruns(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "GRACE", 0.5)
+    path = tmp_path / "test_slow.py"
+    path.write_text("import time\ndef test_slow():\n    time.sleep(600)\n")
+    piece = runner.Piece("slow", (str(path),), 1)
+    assert runner.run_piece(piece, 1.5, {}) == "out of time"
+    outcome = runner.run([(1.0, [piece])], 0.1, "19274bf")
+    assert outcome == {"slow": "out of time"}
+
+
+def test_peak_memory_sees_what_is_freed_again():
+    extra = memory.peak_extra_bytes(lambda: torch.ones(1 << 24, device=shapes.device()).sum())
+    if extra is None:
+        pytest.skip("this system does not tell the peak of its memory")
+    assert extra == pytest.approx(1 << 26, rel=0.1)

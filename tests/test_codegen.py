@@ -1,0 +1,102 @@
+"""What the kernels compile to: no spills, and hot loops that do nothing but stream."""
+
+import os
+
+import pytest
+
+pytest.importorskip("triton", reason="the kernels need Triton")
+
+from benchmarks import codegen
+
+# Of the main loops of the common path: instructions per element, as measured and 5 % more. A barrier, a
+# narrow load or a conversion that comes back costs more. (gfx942 has none that rounds to bfloat16.)
+INSTRUCTIONS = {
+    "sm_80": {"read": 7.8, "write": 6.2},
+    "sm_90": {"read": 7.9, "write": 6.2},
+    "sm_100": {"read": 7.0, "write": 6.2},
+    "gfx942": {"read": 7.2, "write": 10.3},
+}
+LOOPS = {
+    "_logprob_fwd_kernel": {"read"},
+    "_logprob_bwd_kernel": {"write", "zeros"},
+    "_grpo_kernel": {"read", "write", "zeros"},
+    "_scale_rows_kernel": {"scale"},
+}
+
+by_target = pytest.mark.parametrize("target", codegen.TARGETS)
+
+
+@pytest.fixture(scope="module")
+def all_reports():
+    return codegen.collect(jobs=min(2, os.cpu_count() or 1))
+
+
+@pytest.fixture
+def reports(all_reports, target):
+    return {x.case: x for x in all_reports if x.target == target}
+
+
+@pytest.fixture
+def streaming(reports):
+    return {case: x for case, x in reports.items() if x.kernel in LOOPS}
+
+
+@by_target
+def test_every_case_is_compiled(reports):
+    assert reports.keys() == codegen.CASES.keys()
+    assert LOOPS.keys() < {x.kernel for x in reports.values()}
+
+
+@by_target
+def test_nothing_spills(reports):
+    assert {case: x.stack for case, x in reports.items() if x.stack} == {}
+
+
+@by_target
+def test_row_loops_only_stream(streaming):
+    for case, report in streaming.items():
+        assert report.main_loops().keys() == LOOPS[report.kernel], case
+        for loop in report.row_loops():
+            assert (loop.barriers, loop.shuffles) == (0, 0), (case, loop)
+
+
+@by_target
+def test_row_loops_move_16_bytes_at_once(streaming):
+    for case, report in streaming.items():
+        # A vocabulary that 16 does not divide leaves an end that is read one by one.
+        loops = report.main_loops().values() if "padded" in case else report.row_loops()
+        for loop in loops:
+            assert set(loop.loads + loop.stores) == {128}, (case, loop)
+
+
+@by_target
+def test_instructions_per_element(streaming, target):
+    for case in codegen.COMMON:
+        loops = streaming[case].main_loops()
+        for kind, ceiling in INSTRUCTIONS[target].items():
+            assert loops[kind].per_element(streaming[case].itemsize) <= ceiling, (case, kind)
+
+
+@by_target
+def test_enough_programs_are_resident(streaming, target):
+    """While one program is between its loops, others must keep the memory busy: 4 have 64 registers a thread.
+
+    On Blackwell ptxas takes more registers (it computes on pairs), which leaves 3.
+    """
+    at_least = 3 if target == "sm_100" else 4
+    for case, report in streaming.items():
+        expected = 2 if "padded" in case else at_least
+        assert report.resident_programs() >= expected, (case, report.registers)
+
+
+@by_target
+def test_programs_of_a_row_have_256_threads(streaming):
+    for case, report in streaming.items():
+        assert report.threads == (128 if "small" in case else 256), case
+
+
+@by_target
+def test_rows_are_addressed_with_64_bits(streaming):
+    for case, report in streaming.items():
+        assert report.offsets, case
+        assert {name: x for name, x in report.offsets.items() if x != ["i64"]} == {}, case

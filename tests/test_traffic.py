@@ -1,0 +1,289 @@
+"""Bytes loaded and stored by each kernel, counted in Triton's interpreter: the formulas of kernels/*.py."""
+
+import contextlib
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="the kernels need Triton")
+if torch.cuda.is_available():
+    pytest.skip("counts what the interpreter does", allow_module_level=True)
+
+from triton.runtime.interpreter import InterpreterBuilder
+
+from grpo_fast.kernels import group_advantage, grpo, logprob, policy_loss, rows
+from grpo_fast.objective import Objective
+
+ID, FLAG, FLOAT = 8, 1, 4  # bytes of an id, of an entry of a mask, of anything else per token
+SIZES = [100, 5000, 40_000]  # one program per row: one tile, several; many programs per row
+
+by_size = pytest.mark.parametrize("V", SIZES)
+by_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+
+
+class Traffic:
+    """Addresses of what was loaded and stored, a chunk per load or store of a program."""
+
+    def __init__(self):
+        self.loads = []
+        self.stores = []
+
+    @staticmethod
+    def note(chunks, pointers, mask=None):
+        addresses = np.atleast_1d(pointers.data)
+        if mask is not None:
+            addresses = addresses[np.broadcast_to(mask.data, addresses.shape)]
+        width = pointers.get_element_ty().primitive_bitwidth // 8
+        chunks.append((addresses.ravel().astype(np.int64), max(width, 1)))
+
+    @staticmethod
+    def total(chunks):
+        return sum(len(addresses) * width for addresses, width in chunks)
+
+    @staticmethod
+    def within(chunks, tensor):
+        """(bytes, how often each of its elements) in the storage of a tensor."""
+        first = tensor.untyped_storage().data_ptr()
+        size = tensor.element_size()
+        counts = np.zeros(tensor.untyped_storage().nbytes() // size, dtype=np.int64)
+        for addresses, _ in chunks:
+            inside = (addresses >= first) & (addresses < first + len(counts) * size)
+            np.add.at(counts, (addresses[inside] - first) // size, 1)
+        index = torch.arange(len(counts)).as_strided(
+            tensor.shape, tensor.stride(), tensor.storage_offset()
+        )
+        assert counts.sum() == counts[np.unique(index.numpy())].sum(), "beside the tensor"
+        return int(counts.sum()) * size, torch.from_numpy(counts)[index]
+
+    def read(self, tensor):
+        return self.within(self.loads, tensor)
+
+    def written(self, tensor):
+        return self.within(self.stores, tensor)
+
+
+@contextlib.contextmanager
+def counted():
+    """Count loads and stores, masked lanes not included; an atomic is both."""
+    traffic = Traffic()
+    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+    atomic = InterpreterBuilder.create_atomic_rmw
+
+    def counting_load(self, pointers, mask, *args):
+        traffic.note(traffic.loads, pointers, mask)
+        return load(self, pointers, mask, *args)
+
+    def counting_store(self, pointers, value, mask, *args):
+        traffic.note(traffic.stores, pointers, mask)
+        return store(self, pointers, value, mask, *args)
+
+    def counting_atomic(self, operation, pointers, value, mask, *args):
+        traffic.note(traffic.loads, pointers, mask)
+        traffic.note(traffic.stores, pointers, mask)
+        return atomic(self, operation, pointers, value, mask, *args)
+
+    with (
+        mock.patch.object(InterpreterBuilder, "create_masked_load", counting_load),
+        mock.patch.object(InterpreterBuilder, "create_masked_store", counting_store),
+        mock.patch.object(InterpreterBuilder, "create_atomic_rmw", counting_atomic),
+    ):
+        yield traffic
+
+
+def batch(V, dtype, B=2, T=3):
+    """Logits with a gap after each sequence, ids, and a mask that leaves N - 2 tokens."""
+    logits = torch.randn(B, T + 1, V, dtype=dtype)[:, :-1]
+    ids = torch.randint(V, (B * T,))
+    mask = torch.ones(B * T, dtype=torch.bool)
+    mask[[1, 4]] = False
+    return logits, ids, mask
+
+
+def meeting(V, live):
+    """Bytes (loaded, stored) by the programs that share a row to agree: 3 statistics and a counter each."""
+    parts = rows.schedule(V).parts
+    return (live * parts * 4 * FLOAT,) * 2 if parts > 1 else (0, 0)
+
+
+def visits(index, shape, times):
+    """How often each element of (B, T, V) is visited if `index` rows are, `times` each."""
+    counts = torch.zeros(shape, dtype=torch.int64)
+    counts.view(-1, shape[-1])[index] = times
+    return counts
+
+
+def assert_visits(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+@by_dtype
+@by_size
+@pytest.mark.parametrize("entropy", [False, True])
+def test_logprob_forward(V, dtype, entropy):
+    logits, ids, mask = batch(V, dtype)
+    N, live, w = len(ids), int(mask.sum()), logits.element_size()
+    with counted() as traffic:
+        logp, *_ = logprob.logprob_fwd(logits, ids, mask, None, 1.0, entropy)
+    parts = rows.schedule(V).parts
+    size, visited = traffic.read(logits)
+    expected = visits(mask, logits.shape, 1)
+    expected.view(N, V)[mask, ids[mask]] += 1
+    assert size == live * (V + 1) * w
+    assert_visits(visited, expected)
+    loaded, stored = meeting(V, live)
+    assert traffic.total(traffic.loads) == size + parts * (N * FLAG + live * ID) + loaded
+    assert traffic.total(traffic.stores) == N * (4 if entropy else 3) * FLOAT + stored
+    assert traffic.written(logp)[0] == N * FLOAT
+
+
+@by_dtype
+@by_size
+@pytest.mark.parametrize("entropy", [False, True])
+def test_logprob_backward(V, dtype, entropy):
+    logits, ids, mask = batch(V, dtype)
+    N, w = len(ids), logits.element_size()
+    logp, H, m, s = logprob.logprob_fwd(logits, ids, mask, None, 1.0, entropy)
+    dlogp = torch.ones(N)
+    dlogp[0] = 0
+    dentropy = torch.zeros(N) if entropy else None
+    with counted() as traffic:
+        dlogits = logprob.logprob_bwd(dlogp, dentropy, logits, ids, mask, None, 1.0, logp, H, m, s)
+    live = mask & (dlogp != 0)
+    parts, n = rows.schedule(V).parts, int(live.sum())
+    size, visited = traffic.read(logits)
+    assert size == n * V * w
+    assert_visits(visited, visits(live, logits.shape, 1))
+    vectors = N * FLAG + N * (3 if entropy else 1) * FLOAT + n * (ID + 3 * FLOAT)
+    assert traffic.total(traffic.loads) == size + parts * vectors
+    assert traffic.written(dlogits)[0] == traffic.total(traffic.stores) == N * V * w
+    assert_visits(traffic.written(dlogits)[1], torch.ones(logits.shape, dtype=torch.int64))
+
+
+@by_dtype
+@by_size
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("entropy", [False, True])
+def test_grpo(V, dtype, entropy, inplace):
+    logits, ids, mask = batch(V, dtype)
+    N, live, w = len(ids), int(mask.sum()), logits.element_size()
+    old, ref = torch.randn(N), torch.randn(N)
+    advantages, weight = torch.ones(N), torch.ones(N)
+    weight[0] = 0  # c = e = 0
+    dlogits = logits if inplace else torch.empty(logits.shape, dtype=dtype)
+    objective = Objective(beta=0.1, entropy_coef=0.1 if entropy else 0.0)
+    with counted() as traffic:
+        grpo.grpo_fwd_bwd(
+            *(logits, ids, mask, weight, advantages, None, 1, None, old, ref, None, None),
+            *(1.0, objective, dlogits),
+        )
+    parts = rows.schedule(V).parts
+    moving = mask & (weight != 0)
+    size, visited = traffic.read(logits)
+    expected = visits(mask, logits.shape, 1) + visits(moving, logits.shape, 1)
+    expected.view(N, V)[mask, ids[mask]] += 1
+    assert size == (int(moving.sum()) * 2 * V + (live - int(moving.sum())) * V + live) * w
+    assert_visits(visited, expected)
+    written, visited = traffic.written(dlogits)
+    assert written == N * V * w
+    assert_visits(visited, torch.ones(logits.shape, dtype=torch.int64))
+    loaded, stored = meeting(V, live)
+    # Per row: weight, advantage, old and reference log-prob; loss, log-prob, KL (and entropy), clip flags.
+    vectors = parts * (N * FLAG + live * ID) + live * 4 * FLOAT
+    assert traffic.total(traffic.loads) == size + vectors + loaded
+    outputs = N * (4 if entropy else 3) * FLOAT + N
+    assert traffic.total(traffic.stores) == written + outputs + stored
+
+
+@by_size
+def test_grpo_with_rewards_reads_the_group_per_token(V):
+    logits, ids, mask = batch(V, torch.float32)
+    N, live, G = len(ids), int(mask.sum()), 2
+    rewards = torch.tensor([0.0, 1.0])
+    with counted() as traffic:
+        grpo.grpo_fwd_bwd(
+            *(logits, ids, mask, torch.ones(N), None, rewards, G, None, None, None, None, None),
+            *(1.0, Objective(), logits),
+        )
+    assert traffic.read(rewards)[0] == live * (2 * G + 1) * FLOAT
+
+
+@by_dtype
+@by_size
+def test_scale_rows(V, dtype):
+    x, ids, _ = batch(V, dtype)
+    N, w = len(ids), x.element_size()
+    parts = rows.schedule(V).parts
+    one = torch.ones(()).expand(N)
+    with counted() as traffic:
+        grpo.scale_rows(one, x)
+    assert traffic.total(traffic.loads) == N * parts * FLOAT
+    assert traffic.total(traffic.stores) == 0
+    factor = torch.ones(N)
+    factor[[0, 5]] = 0.5
+    with counted() as traffic:
+        grpo.scale_rows(factor, x)
+    size, visited = traffic.read(x)
+    assert size == 2 * V * w
+    assert_visits(visited, visits(factor != 1, x.shape, 1))
+    assert traffic.total(traffic.loads) == size + N * parts * FLOAT
+    assert traffic.total(traffic.stores) == traffic.written(x)[0] == size
+
+
+def token_vectors(N):
+    mask = torch.ones(N, dtype=torch.bool)
+    mask[::3] = False
+    return mask, int(mask.sum()), [torch.rand(N) for _ in range(7)]
+
+
+@pytest.mark.parametrize("N", [5, 1024, 2500])
+def test_policy_loss(N):
+    mask, live, (logp, weight, advantages, old, ref, importance, _) = token_vectors(N)
+    with counted() as traffic:
+        policy_loss.policy_loss_fwd(
+            logp, mask, weight, advantages, old, ref, importance, Objective(beta=0.1)
+        )
+    assert traffic.read(mask)[0] == N * FLAG
+    for x in (logp, weight, advantages, old, ref, importance):
+        assert_visits(traffic.read(x)[1], mask.long())
+    assert traffic.total(traffic.loads) == N * FLAG + live * 6 * FLOAT
+    assert traffic.total(traffic.stores) == N * (3 * FLOAT + 1)
+
+
+@pytest.mark.parametrize("N", [5, 1024, 2500, 70_000])
+def test_token_statistics(N):
+    mask, live, (loss, logp, old, importance, kl, entropy, _) = token_vectors(N)
+    clip = torch.ones(N, dtype=torch.int8)
+    with counted() as traffic:
+        policy_loss.token_statistics_fwd(mask, loss, logp, old, importance, kl, entropy, clip)
+    for x in (loss, logp, old, importance, kl, entropy, clip):
+        assert_visits(traffic.read(x)[1], mask.long())
+    programs = -(-N // policy_loss.BLOCK)
+    partial, counter = programs * policy_loss.NUM_STATISTICS * FLOAT, programs * FLOAT
+    inputs = N * FLAG + live * (6 * FLOAT + 1)
+    assert traffic.total(traffic.loads) == inputs + partial + counter
+    outputs = policy_loss.NUM_STATISTICS * FLOAT
+    assert traffic.total(traffic.stores) == outputs + partial + counter
+
+
+@pytest.mark.parametrize(
+    "scale, labels, per_sequence",
+    [
+        ("group", False, lambda B, G: 2 * G + 1),
+        ("none", False, lambda B, G: 2 * G + 1),
+        ("batch", False, lambda B, G: 2 * G + 2 * B + 1),
+        ("group", True, lambda B, G: 2 * B + 1),
+    ],
+)
+@pytest.mark.parametrize("B, G", [(12, 4), (24, 12)], ids=["one block", "several"])
+def test_group_advantage(B, G, scale, labels, per_sequence, monkeypatch):
+    monkeypatch.setattr(group_advantage, "MAX_BLOCK", 8)
+    rewards = torch.randn(B)
+    ids = torch.arange(B) // G if labels else None
+    with counted() as traffic:
+        advantages = group_advantage.group_advantage_fwd(rewards, G, ids, scale, 1e-4, True)
+    assert traffic.read(rewards)[0] == B * per_sequence(B, G) * FLOAT
+    if labels:
+        assert traffic.read(ids)[0] == B * per_sequence(B, G) * ID
+    assert traffic.total(traffic.stores) == traffic.written(advantages)[0] == B * FLOAT

@@ -1,0 +1,493 @@
+"""The reference trainer: its pieces, and short real runs through its command line."""
+
+import dataclasses
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+pytest.importorskip("transformers", reason="the trainer needs grpo-fast[train]")
+
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from grpo_fast.trainer import config as configs
+from grpo_fast.trainer import evaluate, rewards, rollout, runs, tasks
+from grpo_fast.trainer import model as models
+from grpo_fast.trainer.cli import main
+from grpo_fast.trainer.config import TrainConfig
+from grpo_fast.trainer.train import train
+from grpo_fast.trainer.update import Learner
+
+TINY = {
+    "max_operand": 9,
+    "heldout": 10,
+    "hidden_size": 16,
+    "num_layers": 1,
+    "num_heads": 2,
+    "warmup_steps": 20,
+    "warmup_batch_size": 16,
+    "prompts_per_step": 4,
+    "group_size": 4,
+    "steps": 3,
+    "samples": 2,
+}
+KEYS = {
+    "step", "reward", "loss", "kl", "entropy", "clip_fraction", "tokens_per_second", "grad_norm",
+    "learning_rate", "ratio_mean", "ratio_max", "completion_length", "truncated", "seconds",
+    "reward/correct", "reward/bracketed_number",
+}  # fmt: skip
+
+
+def tiny(tmp_path: Path, **overrides) -> TrainConfig:
+    return TrainConfig(**{**TINY, "output_dir": str(tmp_path), **overrides})
+
+
+def arguments(tmp_path: Path, **overrides) -> list[str]:
+    options = {**TINY, "output_dir": tmp_path, **overrides}
+    return [f"--{name}={value}" for name, value in options.items()]
+
+
+def metrics(run_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def setup(config: TrainConfig) -> tuple[tasks.Task, models.Policy]:
+    torch.manual_seed(config.seed)
+    task = tasks.build(config)
+    return task, models.build(config, task.alphabet)
+
+
+def batch(config: TrainConfig, task: tasks.Task, policy: models.Policy) -> rollout.Rollout:
+    rows = [row for row in task.train[: config.prompts_per_step] for _ in range(config.group_size)]
+    return rollout.sample(policy, [row["prompt"] for row in rows], 6, config.temperature)
+
+
+def test_command_line_run_leaves_its_artefacts_and_eval_reads_them(tmp_path, capsys):
+    settings = tmp_path / "settings.yaml"
+    settings.write_text("steps: 2\nlearning_rate: 1e-4\nname: from_yaml\n")
+    options = [a for a in arguments(tmp_path) if not a.startswith("--steps")]
+    assert main(["train", str(settings), *options, "--name", "run"]) == 0
+    shown = capsys.readouterr()
+    assert "before GRPO: accuracy" in shown.out
+    assert "after GRPO: accuracy" in shown.out
+    assert re.search(r"reward \d.*kl \d.*clip \d.*tokens/s", shown.err)  # the progress bar
+
+    run_dir = tmp_path / "run"
+    rows = metrics(run_dir)
+    assert [row["step"] for row in rows] == [0, 1]
+    for row in rows:
+        assert row.keys() >= KEYS
+        assert all(math.isfinite(value) for value in row.values())
+        assert row["reward"] == pytest.approx(
+            0.9 * row["reward/correct"] + 0.1 * row["reward/bracketed_number"]
+        )
+    assert (run_dir / "curve.png").read_bytes().startswith(b"\x89PNG")
+    written = yaml.safe_load((run_dir / "config.yaml").read_text())
+    assert written["learning_rate"] == 1e-4
+    assert configs.parse([str(run_dir / "config.yaml")]) == TrainConfig(**written)
+
+    checkpoint = run_dir / "checkpoints" / "step-000002"
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    out = model.generate(**tokenizer("1+2=", return_tensors="pt"), max_new_tokens=3)
+    assert tokenizer.decode(out[0], skip_special_tokens=True).startswith("1+2=")
+
+    assert main(["eval", str(run_dir)]) == 0
+    first = capsys.readouterr().out
+    assert "accuracy" in first
+    assert "10 held-out problems" in first
+    assert main(["eval", str(checkpoint)]) == 0
+    assert capsys.readouterr().out == first
+
+
+def test_grpo_raises_the_reward(tmp_path):
+    end = train(
+        tiny(
+            tmp_path,
+            max_operand=4,
+            heldout=1,
+            hidden_size=32,
+            warmup_steps=200,
+            warmup_reward=0.45,
+            warmup_batch_size=64,
+            warmup_learning_rate=0.01,
+            prompts_per_step=8,
+            group_size=8,
+            learning_rate=2e-3,
+            steps=40,
+        )
+    )
+    assert end.first_reward < 0.5
+    assert end.last_reward > end.first_reward + 0.2
+
+
+def test_same_seed_same_metrics(tmp_path):
+    timing = {"seconds", "step_seconds", "tokens_per_second"}
+    trajectories = []
+    for name in ("a", "b"):
+        train(tiny(tmp_path, name=name, num_iterations=2))
+        rows = metrics(tmp_path / name)
+        trajectories.append([{k: v for k, v in row.items() if k not in timing} for row in rows])
+    assert trajectories[0] == trajectories[1]
+
+
+def test_second_iteration_is_off_policy_and_clipped(tmp_path):
+    config = tiny(tmp_path, learning_rate=0.05, lr_warmup_steps=0, epsilon_low=0.01)
+    task, policy = setup(config)
+    answers = batch(config, task, policy)
+    scores = torch.rand(len(answers.prompts))
+    once = Learner(policy, config).update(answers, scores)
+    assert once["ratio_min"] == once["ratio_max"] == 1
+    assert once["clip_fraction"] == 0
+
+    task, policy = setup(config)
+    config = dataclasses.replace(config, num_iterations=2)
+    twice = Learner(policy, config).update(batch(config, task, policy), scores)
+    assert twice["ratio_min"] < 1 < twice["ratio_max"]
+    assert 0 < twice["clip_fraction"] < 1
+
+
+def test_kl_is_measured_to_the_frozen_policy(tmp_path):
+    config = tiny(tmp_path, learning_rate=0.01, lr_warmup_steps=0, beta=0.1)
+    task, policy = setup(config)
+    learner = Learner(policy, config)
+    answers = batch(config, task, policy)
+    scores = torch.rand(len(answers.prompts))
+    assert learner.update(answers, scores)["kl"] == 0
+    assert learner.update(answers, scores)["kl"] > 0
+
+    train(tiny(tmp_path, name="without", beta=0.0, steps=1))
+    assert metrics(tmp_path / "without")[0]["kl"] is None
+
+
+@pytest.mark.parametrize("reduction", ["token_mean", "sequence_mean", "sequence_sum"])
+def test_micro_batches_add_up_to_the_batch(tmp_path, reduction):
+    gradients, losses = [], []
+    for size in (None, 3):
+        config = tiny(
+            tmp_path, reduction=reduction, micro_batch_size=size, beta=0.1, max_grad_norm=1e9
+        )
+        task, policy = setup(config)
+        learner = Learner(policy, config)
+        answers = batch(config, task, policy)
+        assert answers.mask.sum(1).unique().numel() > 1  # lengths differ
+        scores = torch.rand(16, generator=torch.Generator().manual_seed(0))
+        micro_batches = learner.prepare(answers, scores)
+        assert len(micro_batches) == (1 if size is None else 6)
+        loss, _, _ = learner.backward(micro_batches, answers.mask)
+        losses.append(loss)
+        gradients.append([p.grad for p in policy.model.parameters()])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+
+
+def test_gradients_are_those_of_the_reference(tmp_path):
+    from grpo_fast import reference
+
+    config = tiny(tmp_path, max_grad_norm=1e9, beta=0.0, temperature=0.7)
+    task, policy = setup(config)
+    answers = batch(config, task, policy)
+    learner = Learner(policy, config)
+    micro_batches = learner.prepare(answers, torch.rand(16))
+    loss, _, _ = learner.backward(micro_batches, answers.mask)
+    gradients = [p.grad.clone() for p in policy.model.parameters()]
+
+    policy.model.zero_grad()
+    expected = reference.grpo_loss(
+        rollout.completion_logits(policy.model, answers),
+        answers.completion_ids,
+        advantages=micro_batches[0].advantages,
+        mask=answers.mask,
+        temperature=0.7,
+        objective=config.to_objective(),
+    )
+    expected.backward()
+    assert loss == pytest.approx(expected.item(), abs=1e-6)
+    torch.testing.assert_close(
+        gradients, [p.grad for p in policy.model.parameters()], rtol=1e-4, atol=1e-6
+    )
+
+
+def test_completions_are_scored_as_they_were_sampled(tmp_path):
+    """The logits of a left-padded batch are those of each sequence alone, and end at the first EOS."""
+    config = tiny(tmp_path, max_operand=30)
+    _, policy = setup(config)
+    answers = rollout.sample(policy, ["1+2=", "11+22=", "3+30="], 6, 1.0)
+    logits = rollout.completion_logits(policy.model, answers)
+    for b in range(3):
+        length = int(answers.mask[b].sum())
+        prompt = answers.prompt_ids[b][answers.prompt_mask[b].bool()]
+        alone = torch.cat([prompt, answers.completion_ids[b, :length]])[None]
+        expected = policy.model(input_ids=alone).logits[0, len(prompt) - 1 : -1]
+        torch.testing.assert_close(logits[b, :length], expected, rtol=1e-4, atol=1e-5)
+        ends = answers.completion_ids[b, :length] == policy.eos_ids[0]
+        assert not ends[:-1].any()
+        assert bool(ends[-1]) == bool(answers.ended[b])
+
+
+def test_given_model_dataset_and_reward(tmp_path, monkeypatch, capsys):
+    """--model, --dataset and --reward: nothing of the built-in task is left."""
+    _, policy = setup(tiny(tmp_path))
+    policy.model.generation_config.repetition_penalty = 5.0  # must not touch the sampling
+    policy.model.generation_config.do_sample, policy.model.generation_config.top_k = True, 1
+    policy.model.save_pretrained(tmp_path / "given")
+    policy.tokenizer.save_pretrained(tmp_path / "given")
+    rows = [{"prompt": f"{i}+1=", "answer": str(i + 1), "digits": 1} for i in range(8)]
+    (tmp_path / "sums.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "my_rewards.py").write_text(
+        "def short(prompts, completions, answer, digits, completion_ids, **kwargs):\n"
+        "    assert len(prompts) == len(answer) == len(digits) == len(completion_ids)\n"
+        "    return [float(len(c) <= d) for c, d in zip(completions, digits, strict=True)]\n"
+        "def zero(prompts, completions, **kwargs):\n"
+        "    return [0.0] * len(completions)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    options = arguments(
+        tmp_path,
+        dataset="sums.jsonl",
+        model=str(tmp_path / "given"),
+        heldout=2,
+        micro_batch_size=5,
+        gradient_checkpointing=True,
+        dtype="bfloat16",
+        objective="dr_grpo",
+    )
+    chosen = ["--reward", "my_rewards:short", "my_rewards:zero", "--reward_weights", "2", "1"]
+    assert main(["train", *options, *chosen]) == 0
+    assert "warm-up" not in capsys.readouterr().out
+    row = metrics(tmp_path / "sums")[-1]
+    assert row["reward"] == pytest.approx(2 * row["reward/short"])
+    assert main(["eval", "sums"]) == 0
+    assert "2 held-out problems" in capsys.readouterr().out
+
+    loaded = models.build(tiny(tmp_path, model=str(tmp_path / "given")), "")
+    assert loaded.model.generation_config.repetition_penalty is None
+    saved = models.latest(tmp_path / "sums") / "generation_config.json"
+    assert json.loads(saved.read_text())["repetition_penalty"] == 5.0
+
+
+def test_chat_prompts_use_the_chat_template(tmp_path):
+    _, policy = setup(tiny(tmp_path))
+    policy.tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+        "{% if add_generation_prompt %}={% endif %}"
+    )
+    chat = [[{"role": "user", "content": "1+2"}], [{"role": "user", "content": "3+4"}]]
+    answers = rollout.sample(policy, chat, 4, 0.0)
+    plain = rollout.sample(policy, ["1+2=", "3+4="], 4, 0.0)
+    torch.testing.assert_close(answers.prompt_ids, plain.prompt_ids)
+    expected = [[{"role": "assistant", "content": text}] for text in plain.completions]
+    assert answers.completions == expected
+
+
+def test_rewards():
+    completions = ["[12]", "12", "[13]", "[12", " [12] ", "[1 2]"]
+    answer = ["12"] * 6
+    columns = {"answer": answer}
+    assert rewards.correct(completions, completions, answer) == [1, 1, 0, 1, 1, 0]
+    assert rewards.bracketed_number(completions, completions) == [1, 0, 1, 0, 0, 0]
+    total, means = rewards.score(
+        [rewards.correct, rewards.bracketed_number], [0.9, 0.1], completions, completions, columns
+    )
+    torch.testing.assert_close(total, torch.tensor([1.0, 0.9, 0.1, 0.9, 0.9, 0.0]))
+    assert means == pytest.approx({"correct": 4 / 6, "bracketed_number": 2 / 6})
+    chat = [[{"role": "assistant", "content": "[12]"}]]
+    assert rewards.correct(chat, chat, [12]) == [1]
+
+
+@pytest.mark.parametrize("values", [[1.0], [math.nan, 0.0], [math.inf, 0.0]])
+def test_bad_rewards_name_the_function(values):
+    def mine(prompts, completions, **kwargs):
+        return values
+
+    with pytest.raises(ValueError, match="reward mine: want 2 finite numbers"):
+        rewards.score([mine], [1.0], ["", ""], ["", ""], {})
+
+
+@pytest.mark.parametrize(
+    "specification, message",
+    [
+        ("nothing", "want module:function"),
+        ("no_such_module:f", "no_such_module"),
+        ("math:no_such", "no_such"),
+        ("math:pi", "not a function"),
+    ],
+)
+def test_bad_reward_specification(specification, message):
+    with pytest.raises(ValueError, match=message):
+        rewards.load(specification)
+
+
+def test_heldout_problems_are_not_trained_on():
+    task = tasks.build(TrainConfig(heldout=100))
+    train_prompts, heldout = ({r["prompt"] for r in rows} for rows in (task.train, task.heldout))
+    assert len(heldout) == 100
+    assert not train_prompts & heldout
+    other = tasks.build(TrainConfig(heldout=100, seed=1))
+    assert {r["prompt"] for r in other.heldout} != heldout
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"group_size": 1}, "group_size: want a finite number >= 2, got 1"),
+        ({"learning_rate": -1e-3}, "learning_rate: want a positive number, got -0.001"),
+        ({"learning_rate": math.nan}, "learning_rate: want a positive number, got nan"),
+        ({"temperature": 0}, "temperature: want a positive number, got 0"),
+        ({"micro_batch_size": 0}, "micro_batch_size: .* got 0"),
+        ({"epsilon_low": -0.1}, "epsilon_low: .* got -0.1"),
+        ({"objective": "nonsense"}, "nonsense"),
+        ({"kl": "k9"}, "k9"),
+        ({"lr_scheduler": "bumpy"}, "lr_scheduler='bumpy' is unknown"),
+        ({"warmup_error_rate": 1.5}, r"warmup_error_rate: want a number in \[0, 1\], got 1.5"),
+        ({"hidden_size": 30}, "hidden_size=30: .* num_heads=4"),
+        ({"name": "../elsewhere"}, "name: .*elsewhere"),
+        ({"reward_weights": [1.0]}, "reward_weights: want one for each of the 0 functions"),
+    ],
+)
+def test_bad_values_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**options)
+
+
+def test_bad_command_lines(tmp_path, capsys):
+    def refused(*given) -> str:
+        assert main(["train", *map(str, given)]) == 2
+        return capsys.readouterr().err
+
+    settings = tmp_path / "settings.yaml"
+    settings.write_text("gruop_size: 8\n")
+    assert "unknown key 'gruop_size'; did you mean 'group_size'?" in refused(settings)
+    settings.write_text("- 1\n")
+    assert "want `option: value` lines, got list" in refused(settings)
+    settings.write_text("steps: null\n")
+    assert "steps: want a value, got null" in refused(settings)
+    settings.write_text("steps: [\n")
+    assert "not YAML" in refused(settings)
+    assert "no such file" in refused(tmp_path / "missing.yaml")
+    assert "unknown argument '--gruop_size'; did you mean 'group_size'?" in refused(
+        "--gruop_size", 8
+    )
+    assert "group_size: want a finite number >= 2, got 1" in refused("--group_size", 1)
+    assert "device='cuda:99'" in refused("--device", "cuda:99", "--output_dir", tmp_path)
+    assert "model='/no/such'" in refused("--model", "/no/such", "--output_dir", tmp_path)
+    assert "heldout=5000" in refused("--heldout", 5000, "--output_dir", tmp_path)
+
+    settings.write_text("steps: many\n")
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", str(settings)])
+    assert stopped.value.code == 2
+    assert "--steps: invalid int value: 'many'" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [settings]  # nothing was started
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("{", "line 2: not JSON"),
+        ('{"prompt": "a"}', "line 2: no column answer"),
+        ("[1]", "line 2: no column answer, prompt"),
+        ('{"prompt": "a", "answer": "b", "c": 1}', "line 2: other columns"),
+    ],
+)
+def test_bad_datasets_name_the_line(tmp_path, line, message):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "p", "answer": "a"}\n' + line)
+    with pytest.raises(ValueError, match=message):
+        tasks.build(TrainConfig(dataset=str(path)))
+
+
+def test_runs_are_never_overwritten_silently(tmp_path):
+    config = tiny(tmp_path)
+    assert runs.create(config) == tmp_path / "arithmetic"
+    assert runs.create(config) == tmp_path / "arithmetic-2"
+    named = tiny(tmp_path, name="mine")
+    (runs.create(named) / "notes.txt").write_text("keep")
+    with pytest.raises(FileExistsError, match=r"name='mine'.*--overwrite"):
+        runs.create(named)
+    replacing = tiny(tmp_path, name="mine", overwrite=True)
+    with pytest.raises(FileExistsError, match="not a run"):
+        runs.create(replacing)
+    assert (tmp_path / "mine" / "notes.txt").exists()
+    configs.save(named, tmp_path / "mine" / "config.yaml")
+    assert list(runs.create(replacing).iterdir()) == []
+
+
+def test_only_the_newest_checkpoints_stay(tmp_path):
+    end = train(tiny(tmp_path, steps=5, save_steps=1, keep_checkpoints=2))
+    names = [path.name for path in models.checkpoints(end.run_dir)]
+    assert names == ["step-000004", "step-000005"]
+    assert end.checkpoint == models.latest(end.run_dir)
+
+
+def test_non_finite_loss_stops_the_run_and_keeps_the_weights(tmp_path, monkeypatch, capsys):
+    healthy = rollout.completion_logits
+    calls = 0
+
+    def broken(model, answers):
+        nonlocal calls
+        calls += 1
+        logits = healthy(model, answers)
+        return logits * math.nan if calls > 2 else logits
+
+    monkeypatch.setattr("grpo_fast.trainer.update.completion_logits", broken)
+    assert main(["train", *arguments(tmp_path, beta=0.0)]) == 1
+    assert re.search(r"step 2: loss .*nan", capsys.readouterr().err)
+    run_dir = tmp_path / "arithmetic"
+    assert len(metrics(run_dir)) == 2
+    model = AutoModelForCausalLM.from_pretrained(models.latest(run_dir))
+    assert all(bool(p.isfinite().all()) for p in model.parameters())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+def test_interruption_leaves_a_usable_checkpoint(tmp_path, number):
+    command = [sys.executable, "-m", "grpo_fast.trainer", "train"]
+    process = subprocess.Popen(
+        [*command, *arguments(tmp_path, steps=100_000, name="run")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+    )
+    try:
+        log = tmp_path / "run" / "metrics.jsonl"
+        deadline = time.monotonic() + 120
+        while not (log.exists() and log.read_text().count("\n") >= 2):
+            assert process.poll() is None, process.communicate()[1]
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(number)
+        out, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 128 + number
+    checkpoint = models.latest(tmp_path / "run")
+    assert f"interrupted after step {len(metrics(tmp_path / 'run'))}" in out
+    assert str(checkpoint) in out
+    assert (tmp_path / "run" / "curve.png").exists()
+    assert "accuracy" in evaluate.evaluate_run(tmp_path / "run")
+
+
+def test_importing_the_library_leaves_transformers_alone():
+    code = "import sys, grpo_fast, grpo_fast.trainer.cli; sys.exit('transformers' in sys.modules)"
+    root = Path(__file__).parents[1]
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=root)
+
+
+def test_documentation_lists_every_option_with_its_default():
+    text = (Path(__file__).parents[1] / "docs" / "trainer.md").read_text()
+    for field in dataclasses.fields(TrainConfig):
+        shown = field.default
+        if shown is dataclasses.MISSING or shown is None:
+            shown = ""
+        assert f"| `{field.name}` | {shown} | {field.metadata['help']} |" in text

@@ -1,0 +1,188 @@
+"""TRL's own `_compute_loss`, run in float64 on a stubbed trainer, as an independent oracle."""
+
+from collections import defaultdict
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from grpo_fast import Objective, reference
+from grpo_fast.loss import grpo_loss
+from grpo_fast.testing import assert_as_accurate
+from tests.cases import batch, in_double, loss_and_grad
+
+pytest.importorskip("trl", "1.16", reason="the oracle is TRL's own code")
+pytestmark = pytest.mark.filterwarnings("ignore")  # of TRL's imports
+
+GAS, SPG, MAX_LENGTH = 4, 2, 9  # gradient accumulation, steps per generation, Dr. GRPO's constant
+
+
+def accelerator():
+    return SimpleNamespace(
+        num_processes=1, sync_gradients=True, gather=lambda x: x, reduce=lambda x, reduction: x
+    )
+
+
+def trainer(loss_type, logits, ids, *, beta, delta, bias_correction, entropy_coef, epsilon_high):
+    """What `GRPOTrainer._compute_loss` reads of its trainer, for a model whose logits are these."""
+    outputs = (reference.logprob(logits, ids), reference.entropy(logits), None)
+    args = SimpleNamespace(
+        use_bias_correction_kl=bias_correction, delta=delta, steps_per_generation=SPG
+    )
+    return SimpleNamespace(
+        _get_per_token_logps_and_entropies=lambda *_, **__: outputs,
+        aux_loss_enabled=False,
+        top_entropy_quantile=1.0,
+        off_policy_mask_threshold=None,
+        importance_sampling_level="token",
+        beta=beta,
+        args=args,
+        loss_type=loss_type,
+        epsilon_low=0.2,
+        epsilon_high=epsilon_high,
+        use_vllm=True,
+        vllm_importance_sampling_correction=True,
+        model=SimpleNamespace(training=True),
+        current_gradient_accumulation_steps=GAS,
+        max_completion_length=MAX_LENGTH,
+        accelerator=accelerator(),
+        _entropy_bonus_enabled=entropy_coef != 0,
+        use_adaptive_entropy=False,
+        entropy_coef=entropy_coef,
+        _metrics={"train": defaultdict(list)},
+    )
+
+
+def theirs(logits, ids, inputs, loss_type, **options):
+    from trl.trainer.grpo_trainer import GRPOTrainer
+
+    stub = trainer(loss_type, logits, ids, **options)
+    loss = GRPOTrainer._compute_loss(stub, None, inputs)
+    return loss, stub._metrics["train"]
+
+
+def objective_of(loss_type, *, beta, delta, bias_correction, entropy_coef, epsilon_high):
+    reduction = {
+        "grpo": {"reduction": "sequence_mean"},
+        "bnpo": {"reduction": "token_mean"},
+        "dapo": {"reduction": "token_mean"},
+        "dr_grpo": {"reduction": "fixed_length", "max_length": MAX_LENGTH},
+    }[loss_type]
+    return Objective(
+        beta=beta,
+        kl="k3_unbiased" if bias_correction else "k3",
+        delta=delta,
+        epsilon_high=epsilon_high,
+        entropy_coef=entropy_coef,
+        **reduction,
+    )
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo"])
+@pytest.mark.parametrize("beta", [0.0, 0.3])
+@pytest.mark.parametrize("bias_correction", [False, True])
+@pytest.mark.parametrize("delta", [None, 1.4])
+@pytest.mark.parametrize("epsilon_high", [0.2, 0.28])
+def test_loss_gradient_and_metrics(
+    loss_type, beta, bias_correction, delta, epsilon_high, backend, device
+):
+    logits, ids, arguments = batch(5, 6, 40, device, drift=0.5, garbage=False)
+    weights = torch.rand(5, 6, device=device) * 2
+    options = {
+        "beta": beta,
+        "delta": delta,
+        "bias_correction": bias_correction,
+        "entropy_coef": 0.0,
+        "epsilon_high": epsilon_high,
+    }
+    mask = arguments["mask"]
+    double = in_double(arguments)
+    num_items = torch.tensor(61.0, device=device)  # of the whole generation batch
+    inputs = {
+        "prompt_ids": ids[:, :1],
+        "prompt_mask": mask[:, :1],
+        "completion_ids": ids,
+        "completion_mask": mask.double(),
+        "advantages": double["advantages"],
+        "old_per_token_logps": double["old_logps"],
+        "ref_per_token_logps": double["ref_logps"],
+        "importance_sampling_ratio": weights.double(),
+        "num_items_in_batch": num_items,
+    }
+
+    def trl_loss(x):
+        return theirs(x, ids, inputs, loss_type, **options)[0]
+
+    arguments |= {"importance_weights": weights, "objective": objective_of(loss_type, **options)}
+    scale = 1 / GAS
+    if loss_type == "dapo":
+        arguments["num_items"] = num_items * GAS / SPG
+        scale = 1.0
+
+    def our_loss(x):
+        return scale * grpo_loss(x, ids, **arguments).loss
+
+    truth = loss_and_grad(trl_loss, logits.double())
+    baseline = loss_and_grad(lambda x: scale * reference.grpo_loss(x, ids, **arguments), logits)
+    for name, a, b, t in zip(
+        ("loss", "gradient"), loss_and_grad(our_loss, logits), baseline, truth, strict=True
+    ):
+        assert_as_accurate(a, b, t, name=name)
+
+    metrics = grpo_loss(logits, ids, **arguments).metrics
+    reported = theirs(logits.double(), ids, inputs, loss_type, **options)[1]
+    names = {"clip_ratio/low_mean": "clip_fraction_low"}
+    if delta is None or delta > 1 + epsilon_high:  # TRL counts after its clamp
+        names["clip_ratio/high_mean"] = "clip_fraction_high"
+    if beta:
+        names["kl"] = "kl"
+    for theirs_name, ours in names.items():
+        assert metrics[ours].item() == pytest.approx(reported[theirs_name][0], rel=1e-4, abs=1e-6)
+
+
+def test_entropy_bonus_with_a_token_mean(backend, device):
+    """TRL's bonus is a token mean whatever the loss type; the same as ours where the loss is one, too."""
+    logits, ids, arguments = batch(5, 6, 40, device, garbage=False)
+    double = in_double(arguments)
+    options = {
+        "beta": 0.0,
+        "delta": None,
+        "bias_correction": False,
+        "entropy_coef": 0.1,
+        "epsilon_high": 0.2,
+    }
+    inputs = {
+        "prompt_ids": ids[:, :1],
+        "prompt_mask": ids[:, :1],
+        "completion_ids": ids,
+        "completion_mask": double["mask"].double(),
+        "advantages": double["advantages"],
+        "old_per_token_logps": double["old_logps"],
+        "importance_sampling_ratio": torch.ones(5, 1, device=device),
+    }
+    truth = loss_and_grad(
+        lambda x: theirs(x, ids, inputs, "bnpo", **options)[0], logits.double()
+    )
+    del arguments["ref_logps"]
+    arguments["objective"] = objective_of("bnpo", **options)
+    ours = loss_and_grad(lambda x: grpo_loss(x, ids, **arguments).loss / GAS, logits)
+    for a, t in zip(ours, truth, strict=True):
+        torch.testing.assert_close(a.double(), t, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_group_advantage(scale, backend, device):
+    """TRL's formula on one reward function, from its own building blocks."""
+    from trl.trainer.utils import nanstd
+
+    from grpo_fast.ops import group_advantage
+
+    rewards = torch.tensor([0.0, 1.0, 1.0, 0.0, 0.5, 0.5, 0.5, 2.0], device=device)
+    grouped = rewards.double().view(-1, 4)
+    advantages = grouped - grouped.mean(1, keepdim=True)
+    if scale == "group":
+        advantages = advantages / (nanstd(grouped, dim=1, keepdim=True) + 1e-4)
+    elif scale == "batch":
+        advantages = advantages / (nanstd(rewards.double()) + 1e-4)
+    ours = group_advantage(rewards, group_size=4, scale=scale)
+    torch.testing.assert_close(ours.double(), advantages.flatten(), rtol=1e-5, atol=1e-6)
