@@ -14,8 +14,7 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -28,6 +27,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction, mangle_type
 
+from benchmarks.assembly import Loop, count_barriers, read_amd, read_loops, read_nvidia
 from grpo_fast.kernels import group_advantage, grpo, logprob, policy_loss, rows
 from grpo_fast.objective import Objective
 
@@ -38,21 +38,6 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Loop:
-    """An innermost loop of the assembly, without what a forward branch in it skips. Per thread."""
-
-    kind: str  # read, write, zeros or scale: what it does to a row; else other
-    instructions: int
-    barriers: int
-    shuffles: int  # exchanges between lanes, shared memory included
-    loads: list[int]  # bits of each
-    stores: list[int]
-
-    def per_element(self, itemsize: int) -> float:
-        return self.instructions / (sum(self.loads or self.stores) / 8 / itemsize)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,8 +72,6 @@ class Report:
             return 512 // (-(-self.registers // 8) * 8) * 256 // self.threads
         return 65_536 // (-(-self.registers // 8) * 8 * self.threads)
 
-
-# --- launches ---
 
 B, T_LEN = 4, 16
 N = B * T_LEN
@@ -259,9 +242,6 @@ def record(case: Callable[[], None]) -> Launch:
     return launch
 
 
-# --- compilation ---
-
-
 def compile_launch(launch: Launch, target: GPUTarget) -> Any:
     """Compile as `fn[grid](**arguments)` would on `target`: None and 1 are constants, 16 a known divisor."""
     signature, constants, attributes = {}, {}, {}
@@ -280,123 +260,6 @@ def compile_launch(launch: Launch, target: GPUTarget) -> Any:
     options = {name: x for name, x in launch.arguments.items() if name not in names}
     source = ASTSource(launch.fn, signature, constants, attributes)
     return triton.compile(source, target=target, options=options)
-
-
-# --- assembly ---
-
-
-class Instruction(NamedTuple):
-    op: str
-    label: str | None  # where it may jump to
-
-
-def nvidia_tool(name: str, *args: str) -> str:
-    tool = getattr(triton.knobs.nvidia, name).path
-    return subprocess.run([tool, *args], capture_output=True, text=True, check=True).stdout
-
-
-def read_sass(sass: str) -> Iterator[str | Instruction]:
-    """Labels and instructions, in order."""
-    for line in sass.splitlines():
-        if label := re.match(r"\s*(\.L_x_\d+):", line):
-            yield label[1]
-        elif found := re.match(r"\s*/\*[0-9a-f]+\*/\s*(?:@!?U?P\w+\s+)?([A-Z][\w.]+)(.*)", line):
-            jump = re.search(r"\.L_x_\d+", found[2]) if found[1].startswith("BRA") else None
-            yield Instruction(found[1], jump[0] if jump else None)
-
-
-def read_amdgcn(text: str) -> Iterator[str | Instruction]:
-    for line in text.splitlines():
-        if label := re.match(r"(\.LBB\w+):", line):
-            yield label[1]
-        elif found := re.match(r"\t([a-z]\w+)(.*)", line):
-            jump = re.search(r"\.LBB\w+", found[2]) if "branch" in found[1] else None
-            # A data-parallel primitive is an exchange between lanes within another instruction.
-            dpp = re.search(r"row_|quad_perm|wave_sh", found[2])
-            yield Instruction(found[1] + (" dpp" if dpp else ""), jump[0] if jump else None)
-
-
-WIDTHS = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128, "256": 256}
-AMD_WIDTHS = {"ubyte": 8, "byte": 8, "ushort": 16, "short": 16, "dword": 32, "dwordx2": 64} | {
-    "dwordx3": 96,
-    "dwordx4": 128,
-}
-
-
-def width(op: str) -> int:
-    """Bits that a load or store of global memory moves for one thread."""
-    if op[0].isupper():
-        return next((WIDTHS[part] for part in op.split(".") if part in WIDTHS), 32)
-    return next(AMD_WIDTHS[part] for part in op.split("_") if part in AMD_WIDTHS)
-
-
-LOAD = r"LDG\b|(global|buffer|flat)_load"
-STORE = r"STG\b|(global|buffer|flat)_store"
-BARRIER = r"BAR\b|s_barrier"
-SHUFFLE = r"SHFL|LDS\b|STS\b|ds_|v_permlane|v_readlane|.* dpp"
-EXP = r"MUFU\.EX2|v_exp_f32"
-
-
-def read_loop(body: list[Instruction]) -> Loop:
-    def count(pattern: str) -> int:
-        return sum(bool(re.match(pattern, x.op)) for x in body)
-
-    loads = sorted(width(x.op) for x in body if re.match(LOAD, x.op))
-    stores = sorted(width(x.op) for x in body if re.match(STORE, x.op))
-    kinds = {
-        (True, False, True): "read",
-        (True, True, True): "write",
-        (False, True, False): "zeros",
-        (True, True, False): "scale",
-    }
-    kind = kinds.get((bool(loads), bool(stores), count(EXP) > 0), "other")
-    return Loop(kind, len(body), count(BARRIER), count(SHUFFLE), loads, stores)
-
-
-def read_loops(listing: list[str | Instruction]) -> list[Loop]:
-    """The innermost loops: what lies between a label and a jump back to it."""
-    place: dict[str, int] = {}
-    code: list[Instruction] = []
-    for x in listing:
-        if isinstance(x, str):
-            place[x] = len(code)
-        else:
-            code.append(x)
-    jumps = [(i, place[x.label]) for i, x in enumerate(code) if x.label in place]
-    spans = {(to, i) for i, to in jumps if to < i}  # `BRA .` after the end is no loop
-    loops = []
-    for first, last in sorted(spans):
-        if any(first <= a and b <= last for a, b in spans - {(first, last)}):
-            continue
-        skipped = {k for i, to in jumps if first <= i < to <= last for k in range(i + 1, to)}
-        loops.append(read_loop([code[k] for k in range(first, last + 1) if k not in skipped]))
-    return loops
-
-
-def number(pattern: str, text: str) -> int:
-    found = re.search(pattern, text)
-    if not found:
-        raise ValueError(f"no {pattern} in what the compiler reports")
-    return int(found[1])
-
-
-def read_nvidia(kernel: Any) -> tuple[int, int, list[str | Instruction]]:
-    """(registers, stack, listing) of a compiled kernel."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        usage = nvidia_tool("cuobjdump", "-res-usage", file.name)
-        listing = list(read_sass(nvidia_tool("nvdisasm", "-c", file.name)))
-    registers, stack, local = (
-        number(name + r":(\d+)", usage) for name in ("REG", "STACK", "LOCAL")
-    )
-    return registers, stack + local, listing
-
-
-def read_amd(kernel: Any) -> tuple[int, int, list[str | Instruction]]:
-    text = kernel.asm["amdgcn"]
-    registers = number(r"\.vgpr_count:\s+(\d+)", text)
-    return registers, number(r"\.private_segment_fixed_size: (\d+)", text), list(read_amdgcn(text))
 
 
 def inspect(case: str, target: str) -> Report:
@@ -420,7 +283,7 @@ def inspect(case: str, target: str) -> Report:
         registers=registers,
         stack=stack,
         shared=kernel.metadata.shared,
-        barriers=sum(isinstance(x, Instruction) and bool(re.match(BARRIER, x.op)) for x in listing),
+        barriers=count_barriers(listing),
         loops=[] if big is None else read_loops(listing),
         offsets={name: sorted(kinds) for name, kinds in sorted(offsets.items())},
     )

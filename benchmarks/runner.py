@@ -23,7 +23,7 @@ BENCHMARKS = {"grpo": 4, "logprob": 3, "policy_loss": 1, "group_advantage": 1}
 # Tests of files, wheels and processes: they say nothing about a device.
 OFF_DEVICE = ("test_benchmarks", "test_layout", "test_memory", "test_packaging")
 TEST_SHARE = 0.35  # of the time, before the benchmarks; tests without a place there run at the end
-GRACE = 15.0  # seconds to write results after an interrupt
+GRACE = 10.0  # seconds to write results after an interrupt
 NO_TESTS = 5  # pytest's exit code
 FAILED, UNFINISHED = 1, 2  # ours
 
@@ -35,7 +35,7 @@ class Piece:
     weight: float  # of the time that is left, against the pieces of its stage that come after it
 
 
-def stages(out: Path, commit: str) -> list[tuple[float, list[Piece]]]:
+def stages(out: Path, commit: str, tests: bool = True) -> list[tuple[float, list[Piece]]]:
     """(the share of all time by which a stage ends, its pieces), in order."""
     files = sorted((ROOT / "tests").glob("test_*.py"))
     first = [ROOT / "tests" / f"{stem}.py" for stem in FIRST_TESTS]
@@ -54,10 +54,12 @@ def stages(out: Path, commit: str) -> list[tuple[float, list[Piece]]]:
         )
         for stem, weight in BENCHMARKS.items()
     ]
+    if not tests:
+        return [(1.0, benchmarks)]
     return [
         (TEST_SHARE, [_test_piece(path) for path in first]),
         (1.0, benchmarks),
-        (1.0, [_test_piece(path) for path in rest]),
+        *((1.0, [_test_piece(path)]) for path in rest),  # each may take all that is left
     ]
 
 
@@ -113,10 +115,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="folder of the JSON files (default: results/)")
     parser.add_argument("--minutes", type=float, default=9.0, help="for everything (default: 9)")
     parser.add_argument("--list", action="store_true", help="print what would run, in order")
+    parser.add_argument("--no-tests", action="store_true", help="only the benchmarks")
     options = parser.parse_args(arguments)
     commit = machine.commit()
     out = (options.out or ROOT / "benchmarks" / "results" / machine.slug()).resolve()
-    plan = stages(out, commit)
+    plan = stages(out, commit, tests=not options.no_tests)
     if options.list:
         print("\n".join(piece.name for _, pieces in plan for piece in pieces))
         return 0

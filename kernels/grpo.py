@@ -7,9 +7,9 @@
     dz_v      (c (1[v = y] - p_v) - e p_v (log p_v + H)) / temperature
 
 The coefficient of a row is known as soon as its log-prob is, so the gradient is taken while the row is still
-in the cache. Bytes, at w per logit: N V w read from memory, N V w read again from the cache, N V w written (and
-N w read for the scored logits); rows with c = e = 0 are read once and written once, masked rows are written only.
-`_scale_rows_kernel` reads and writes the rows whose factor is not 1, and nothing of the others.
+in the cache. Bytes, at w per logit: N V w read from memory, N V w read again from the cache, N V w written,
+and N w read for the scored logits; rows with c = e = 0 are read once and written once, masked rows are
+written only. `_scale_rows_kernel` reads and writes the rows whose factor is not 1, and nothing of the others.
 
 A program owns a row, or a part of one until the last part to arrive takes over (`rows`). `dlogits` may be
 `logits`: a row is rewritten after all of it has been read.

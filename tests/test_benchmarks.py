@@ -152,6 +152,8 @@ def test_run_all_lists_the_tests_before_the_benchmarks(capsys):
     stems = sorted(name.removeprefix("benchmark ") for name in lines if "benchmark " in name)
     assert stems == sorted(providers.PROVIDERS)
     assert lines.index("test test_logprob") < lines.index("benchmark grpo")
+    assert runner.main(["--list", "--no-tests"]) == 0
+    assert "test" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("arguments, want", [(("--version",), "passed"), (("/no/file",), "failed")])

@@ -29,7 +29,7 @@ class TrainConfig:
 
     # The task
     task: Literal["arithmetic"] = option("arithmetic", "built-in task, where no dataset is given")
-    max_operand: int = option(39, "arithmetic: the operands are 0 to this")
+    max_operand: int = option(29, "arithmetic: the operands are 0 to this")
     dataset: str | None = option(None, "JSONL file with a prompt and an answer column")
     reward: list[str] = dataclasses.field(
         default_factory=list,
@@ -38,7 +38,7 @@ class TrainConfig:
     reward_weights: list[float] = dataclasses.field(
         default_factory=list, metadata={"help": "one per reward function; default: 1 each"}
     )
-    heldout: int = option(250, "problems kept out of training for evaluation")
+    heldout: int = option(150, "problems kept out of training for evaluation")
     # The model
     model: str | None = option(None, "path or hub id of a causal LM; default: a small new one")
     hidden_size: int = option(64, "of the new model")
@@ -52,7 +52,7 @@ class TrainConfig:
     # Supervised warm-up of a new model
     warmup_steps: int = option(600, "at most so many supervised steps before GRPO; 0: none")
     warmup_reward: float = option(0.36, "the warm-up ends as soon as sampled answers earn this")
-    warmup_error_rate: float = option(0.4, "arithmetic: share of wrong demonstrations")
+    warmup_error_rate: float = option(0.5, "arithmetic: share of wrong demonstrations")
     warmup_batch_size: int = option(128, "demonstrations per warm-up step")
     warmup_learning_rate: float = option(3e-3, "of the warm-up")
     # Sampling

@@ -147,8 +147,9 @@ class _Run:
                 self.step += 1
                 bar.update()
                 bar.set_postfix_str(
-                    f"reward {row['reward']:.3f}, kl {row['kl']:.3f}, "
-                    f"clip {row['clip_fraction']:.3f}, {row['tokens_per_second']:.0f} tokens/s"
+                    f"reward {row['reward']:.3f}, "
+                    + (f"kl {row['kl']:.3f}, " if learner.reference is not None else "")
+                    + f"clip {row['clip_fraction']:.3f}, {row['tokens_per_second']:.0f} tokens/s"
                 )
                 if self.step % config.save_steps == 0 and self.step < config.steps:
                     models.save(self.policy, self.run_dir, self.step, config.keep_checkpoints)
