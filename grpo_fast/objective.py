@@ -6,7 +6,9 @@ import functools
 import math
 from typing import Any, Literal, get_args
 
-Surrogate = Literal["clip"]
+Surrogate = Literal[
+    "clip", "cispo", "sapo", "reinforce", "dppo_tv", "dppo_kl", "ipo", "dro", "rollout_is"
+]
 KL = Literal["k1", "abs", "k2", "k3", "k3_unbiased"]
 Reduction = Literal["sequence_mean", "token_mean", "sequence_sum", "fixed_length"]
 
@@ -17,28 +19,49 @@ class Objective:
 
     With d = logp - old_logp, r = exp(d), A the advantage and q = ref_logp - logp, token t contributes
     `w_t * (importance_t * surrogate(r, A) + beta * kl(q) - entropy_coef * H_t)`, where the reduction
-    fixes w_t.
+    fixes w_t. [x] is 1 where x holds, else 0; sg() stops the gradient; pi, mu are the probabilities
+    exp(logp), exp(old_logp).
 
     Attributes:
-        surrogate: "clip": `-min(r A, clip(r, 1 - epsilon_low, 1 + epsilon_high) A)` (PPO, GRPO).
+        surrogate: the loss of a token, with lo = epsilon_low, hi = epsilon_high:
+            "clip" (PPO, GRPO, DAPO): -min(r A, clip(r, 1 - lo, 1 + hi) A)
+            "cispo": -sg(clip(r, 1 - lo, 1 + hi)) A logp
+            "sapo": -A (4 / tau) sigmoid(tau (r - 1)), tau = tau_pos where A > 0, else tau_neg
+            "reinforce" (GPG): -A logp
+            "dppo_tv": -A sg(min(r, ratio_cap) M) logp, M = [pi - mu <= hi] where A > 0, else
+                [pi - mu >= -lo]
+            "dppo_kl": the same with M = [KL(mu, pi) <= hi or pi <= mu] where A > 0, else
+                [KL(mu, pi) <= lo or pi >= mu], of the two-outcome distributions (y, not y)
+            "ipo": -A r [-lo <= pi - mu <= hi] + quadratic_coef d^2
+            "dro": -A logp + quadratic_coef d^2 / 2
+            "rollout_is": -A sg(r [1 - lo < r < 1 + hi]) logp
         reduction: the weights w_t of live tokens, with n_b the live tokens of sequence b out of B:
             "sequence_mean" 1 / (n_b B) (GRPO); "token_mean" 1 / sum_b n_b, or 1 / `num_items`
             (DAPO); "sequence_sum" 1 / B; "fixed_length" 1 / (B max_length) (Dr. GRPO).
         max_length: tokens; needed by, and only legal with, "fixed_length".
-        epsilon_low, epsilon_high: how far below and above 1 the ratio may go before it is clipped.
-        delta: TRL's two-sided clamp: r A becomes `min(r, delta) A` in the unclipped branch.
-        dual_clip: verl's c > 1: for A < 0 the token loss is at most -c A.
+        epsilon_low, epsilon_high: the bounds lo and hi above.
+        delta: "clip" only, TRL's two-sided clamp: r A becomes `min(r, delta) A` in the unclipped branch.
+        dual_clip: "clip" only, verl's c > 1: for A < 0 the token loss is at most -c A.
+        tau_pos, tau_neg: temperatures of "sapo".
+        ratio_cap: upper bound of the ratio in "dppo_tv" and "dppo_kl"; None for no bound.
+        quadratic_coef: of "ipo" and "dro".
+        log_ratio_clip: clamp d to [-log_ratio_clip, log_ratio_clip] before the ratio is taken; no
+            gradient passes through a clamped ratio.
         beta: weight of the KL penalty to the reference policy. 0 needs no `ref_logps`.
-        kl: estimator of KL(policy || reference): "k1" -q, "abs" |q|, "k2" q²/2, "k3" e^q - q - 1,
+        kl: estimator of KL(policy || reference): "k1" -q, "abs" |q|, "k2" q^2/2, "k3" e^q - q - 1,
             "k3_unbiased" r (e^q - q - 1), differentiated through r.
+        kl_gap_clip: "k3", "k3_unbiased": clamp q to [-kl_gap_clip, kl_gap_clip] first.
+        kl_value_clip: the same two: clamp e^q - q - 1 to at most this. No gradient passes through either
+            clamp: at 10, a token more than 2.611 nats below the reference is not pulled back.
         entropy_coef: weight of the entropy bonus; positive values reward entropy.
 
     Raises:
         ValueError, TypeError: an unknown choice, a value out of range, or an option that the other
             options leave without effect.
 
-    Sources: GRPO arXiv 2402.03300, DAPO 2503.14476, Dr. GRPO 2503.20783, dual clip 1912.09729;
-        estimators: J. Schulman, "Approximating KL divergence" (2020).
+    Sources: GRPO arXiv 2402.03300, DAPO 2503.14476, Dr. GRPO 2503.20783, dual clip 1912.09729, CISPO
+        2506.13585, SAPO 2511.20347, DPPO 2602.04879, DRO 2501.12599, rollout_is 2602.15763;
+        estimators: J. Schulman, "Approximating KL divergence" (2020), k3_unbiased: DeepSeek-V3.2.
     """
 
     surrogate: Surrogate = "clip"
@@ -48,8 +71,15 @@ class Objective:
     epsilon_high: float = 0.2
     delta: float | None = None
     dual_clip: float | None = None
+    tau_pos: float = 1.0
+    tau_neg: float = 1.05
+    ratio_cap: float | None = 20.0
+    quadratic_coef: float = 0.0
+    log_ratio_clip: float | None = None
     beta: float = 0.0
     kl: KL = "k3"
+    kl_gap_clip: float | None = None
+    kl_value_clip: float | None = None
     entropy_coef: float = 0.0
     # The same value as a string, so that it can cross into a custom operator's schema.
     key: str = dataclasses.field(init=False, repr=False, compare=False, default="")
@@ -58,18 +88,22 @@ class Objective:
         _check_choice("surrogate", self.surrogate, get_args(Surrogate))
         _check_choice("reduction", self.reduction, get_args(Reduction))
         _check_choice("kl", self.kl, get_args(KL))
-        for name in ("epsilon_low", "epsilon_high", "beta"):
+        for name in ("epsilon_low", "quadratic_coef", "beta"):
             _check_number(name, getattr(self, name), low=0.0)
+        # CISPO's upper bound may lie below 1: TRL's default is 0.2, an epsilon_high of -0.8.
+        low = -1.0 if self.surrogate == "cispo" else 0.0
+        _check_number("epsilon_high", self.epsilon_high, low=low, strict=low < 0)
         _check_number("entropy_coef", self.entropy_coef)
-        if self.delta is not None:
-            _check_number("delta", self.delta, low=0.0, strict=True)
-        if self.dual_clip is not None:
-            _check_number("dual_clip", self.dual_clip, low=1.0, strict=True)
+        for name in ("tau_pos", "tau_neg", *POSITIVE_OR_NONE):
+            if getattr(self, name) is not None or name.startswith("tau"):
+                low = 1.0 if name == "dual_clip" else 0.0
+                _check_number(name, getattr(self, name), low=low, strict=True)
         if self.delta is not None and self.dual_clip is not None:
             raise ValueError(
                 f"delta={self.delta} and dual_clip={self.dual_clip} bound the same thing (the ratio "
                 "where the advantage is negative): give one"
             )
+        self._check_effect()
         if self.reduction == "fixed_length":
             if self.max_length is None:
                 raise ValueError("reduction='fixed_length' needs max_length, in tokens")
@@ -82,11 +116,33 @@ class Objective:
                 f"max_length={self.max_length} has no effect with reduction={self.reduction!r}; "
                 "it belongs to 'fixed_length'"
             )
-        for name in ("epsilon_low", "epsilon_high", "delta", "dual_clip", "beta", "entropy_coef"):
-            if getattr(self, name) is not None:  # an int would compile a kernel of its own
+        for name in OPTIONS:  # an int would compile a kernel of its own
+            if name not in ("max_length", "surrogate", "reduction", "kl") and (
+                getattr(self, name) is not None
+            ):
                 object.__setattr__(self, name, float(getattr(self, name)))
         options = tuple(getattr(self, name) for name in OPTIONS)
         object.__setattr__(self, "key", repr(options))
+
+    def _check_effect(self) -> None:
+        """An option that the surrogate or the KL estimator does not use must be left alone."""
+        for option, users in USED_BY.items():
+            if self.surrogate not in users and getattr(self, option) != DEFAULTS[option]:
+                raise ValueError(
+                    f"{option}={getattr(self, option)} has no effect with surrogate="
+                    f"{self.surrogate!r}; it belongs to {', '.join(users)}"
+                )
+        for option in ("kl_gap_clip", "kl_value_clip"):
+            if getattr(self, option) is not None and not self.kl.startswith("k3"):
+                raise ValueError(
+                    f"{option}={getattr(self, option)} has no effect with kl={self.kl!r}; "
+                    "it belongs to k3, k3_unbiased"
+                )
+        if self.log_ratio_clip is not None and self.surrogate in ("reinforce", "dro"):
+            raise ValueError(
+                f"log_ratio_clip={self.log_ratio_clip} has no effect with surrogate="
+                f"{self.surrogate!r}, which takes no ratio"
+            )
 
     @staticmethod
     def preset(name: str, **overrides: Any) -> "Objective":
@@ -94,7 +150,8 @@ class Objective:
 
         "grpo" (2402.03300: per-sequence means, beta 0.04), "dapo" (2503.14476: token mean, clip-higher
         0.28, no KL), "dr_grpo" (2503.20783: fixed length, no KL; needs `max_length`), "bnpo" (token
-        mean over the batch at hand, no KL).
+        mean over the batch at hand, no KL); "cispo" (2506.13585: ratio capped at 5, no lower bound), "sapo"
+        (2511.20347), "gpg" (2504.02546), "dppo_tv", "dppo_kl" (2602.04879), "dro" (2501.12599).
 
         Raises:
             ValueError: an unknown name.
@@ -110,6 +167,27 @@ class Objective:
         return Objective(**dict(zip(OPTIONS, ast.literal_eval(key), strict=True)))
 
 
+POSITIVE_OR_NONE = (
+    "delta",
+    "dual_clip",
+    "ratio_cap",
+    "log_ratio_clip",
+    "kl_gap_clip",
+    "kl_value_clip",
+)
+BOUNDED = ("clip", "cispo", "dppo_tv", "dppo_kl", "ipo", "rollout_is")
+# Which surrogates an option belongs to.
+USED_BY: dict[str, tuple[str, ...]] = {
+    "epsilon_low": BOUNDED,
+    "epsilon_high": BOUNDED,
+    "delta": ("clip",),
+    "dual_clip": ("clip",),
+    "tau_pos": ("sapo",),
+    "tau_neg": ("sapo",),
+    "ratio_cap": ("dppo_tv", "dppo_kl"),
+    "quadratic_coef": ("ipo", "dro"),
+}
+DEFAULTS = {field.name: field.default for field in dataclasses.fields(Objective)}
 OPTIONS = tuple(field.name for field in dataclasses.fields(Objective) if field.init)
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -117,6 +195,17 @@ PRESETS: dict[str, dict[str, Any]] = {
     "dapo": {"reduction": "token_mean", "epsilon_high": 0.28},
     "dr_grpo": {"reduction": "fixed_length"},
     "bnpo": {"reduction": "token_mean"},
+    "cispo": {
+        "surrogate": "cispo",
+        "reduction": "token_mean",
+        "epsilon_low": 1.0,
+        "epsilon_high": 4.0,
+    },
+    "sapo": {"surrogate": "sapo"},
+    "gpg": {"surrogate": "reinforce", "reduction": "token_mean"},
+    "dppo_tv": {"surrogate": "dppo_tv", "reduction": "token_mean"},
+    "dppo_kl": {"surrogate": "dppo_kl", "reduction": "token_mean"},
+    "dro": {"surrogate": "dro", "reduction": "token_mean", "quadratic_coef": 0.1},
 }
 
 

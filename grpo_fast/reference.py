@@ -85,31 +85,85 @@ def policy_terms(
         logps, advantages, old_logps, ref_logps, importance_weights: the same shape. Without
             `old_logps` the step is on policy: the ratio is 1, with the gradient of exp(logp).
     """
-    ratio = (logps - (logps.detach() if old_logps is None else old_logps)).exp()
-    clipped = ratio.clamp(1 - objective.epsilon_low, 1 + objective.epsilon_high)
-    bounded = ratio if objective.delta is None else ratio.clamp(max=objective.delta)
-    loss = -torch.minimum(bounded * advantages, clipped * advantages)
-    if objective.dual_clip is not None:
-        ceiling = torch.minimum(loss, -objective.dual_clip * advantages)
-        loss = torch.where(advantages < 0, ceiling, loss)
+    old = logps.detach() if old_logps is None else old_logps
+    log_ratio = logps - old
+    if objective.log_ratio_clip is not None:
+        log_ratio = log_ratio.clamp(-objective.log_ratio_clip, objective.log_ratio_clip)
+    ratio = log_ratio.exp()
+    loss = surrogate_loss(logps, old, ratio, advantages, objective)
     if importance_weights is not None:
         loss = loss * importance_weights
     if objective.beta:
         assert ref_logps is not None
-        loss = loss + objective.beta * kl_estimate(logps, ref_logps, ratio, objective.kl)
+        loss = loss + objective.beta * kl_estimate(logps, ref_logps, ratio, objective)
     return loss
 
 
-def kl_estimate(logps: Tensor, ref_logps: Tensor, ratio: Tensor, kl: str) -> Tensor:
+def surrogate_loss(
+    logps: Tensor, old_logps: Tensor, ratio: Tensor, advantages: Tensor, objective: Objective
+) -> Tensor:
+    """The surrogate of each token; formulas in `Objective`."""
+    low, high = objective.epsilon_low, objective.epsilon_high
+    surrogate = objective.surrogate
+    if surrogate == "clip":
+        bounded = ratio if objective.delta is None else ratio.clamp(max=objective.delta)
+        clipped = ratio.clamp(1 - low, 1 + high)
+        loss = -torch.minimum(bounded * advantages, clipped * advantages)
+        if objective.dual_clip is not None:
+            ceiling = torch.minimum(loss, -objective.dual_clip * advantages)
+            loss = torch.where(advantages < 0, ceiling, loss)
+        return loss
+    if surrogate == "sapo":
+        tau = torch.where(advantages > 0, objective.tau_pos, objective.tau_neg).to(ratio)
+        return -advantages * (4 / tau) * (tau * (ratio - 1)).sigmoid()
+    log_ratio = logps - old_logps
+    if surrogate == "dro":
+        return -advantages * logps + objective.quadratic_coef * log_ratio.square() / 2
+    change = logps.exp() - old_logps.exp()
+    if surrogate == "ipo":
+        inside = (change >= -low) & (change <= high)
+        return -advantages * ratio * inside + objective.quadratic_coef * log_ratio.square()
+    if surrogate == "reinforce":
+        weight = torch.ones_like(ratio)
+    elif surrogate == "cispo":
+        weight = ratio.clamp(1 - low, 1 + high)
+    elif surrogate == "rollout_is":
+        weight = ratio * ((ratio > 1 - low) & (ratio < 1 + high))
+    else:
+        divergence = change if surrogate == "dppo_tv" else binary_kl(old_logps, logps)
+        if surrogate == "dppo_tv":
+            keep = torch.where(advantages > 0, divergence <= high, divergence >= -low)
+        else:
+            up = (divergence <= high) | (logps <= old_logps)
+            down = (divergence <= low) | (logps >= old_logps)
+            keep = torch.where(advantages > 0, up, down)
+        weight = (
+            ratio if objective.ratio_cap is None else ratio.clamp(max=objective.ratio_cap)
+        ) * keep
+    return -weight.detach() * advantages * logps
+
+
+def binary_kl(old_logps: Tensor, logps: Tensor) -> Tensor:
+    """KL between the two-outcome distributions (y, not y) of the old and the new policy."""
+    old, new = old_logps.exp(), logps.exp()
+    rest = (1 - old) * ((1 - old + 1e-8) / (1 - new + 1e-8)).log()
+    return old * (old_logps - logps) + rest
+
+
+def kl_estimate(logps: Tensor, ref_logps: Tensor, ratio: Tensor, objective: Objective) -> Tensor:
     """The estimate of KL(policy || reference) from one sample per token."""
-    gap = ref_logps - logps
+    kl, gap = objective.kl, ref_logps - logps
     if kl == "k1":
         return -gap
     if kl == "abs":
         return gap.abs()
     if kl == "k2":
         return gap.square() / 2
+    if objective.kl_gap_clip is not None:
+        gap = gap.clamp(-objective.kl_gap_clip, objective.kl_gap_clip)
     k3 = gap.exp() - gap - 1
+    if objective.kl_value_clip is not None:
+        k3 = k3.clamp(max=objective.kl_value_clip)
     return ratio * k3 if kl == "k3_unbiased" else k3
 
 

@@ -21,14 +21,24 @@ BLOCK = 1024
 NUM_STATISTICS = 16  # the layout is named in `grpo_fast.ops.policy_loss.STATISTICS`
 
 
-def bounds(objective):
-    """The clip bounds of an objective as the kernels take them: infinite where there is none."""
-    return {
-        "epsilon_low": objective.epsilon_low,
-        "epsilon_high": objective.epsilon_high,
-        "delta": float("inf") if objective.delta is None else objective.delta,
-        "dual_clip": float("inf") if objective.dual_clip is None else objective.dual_clip,
+def scalars(objective):
+    """The scalars of an objective as the kernels take them: bounds on the ratio, infinite where there is none."""
+    low, high = objective.epsilon_low, objective.epsilon_high
+    if objective.surrogate in ("clip", "cispo", "rollout_is"):
+        low, high = 1.0 - low, 1.0 + high
+    cap, second = {
+        "clip": (objective.delta, objective.dual_clip),
+        "sapo": (objective.tau_pos, objective.tau_neg),
+    }.get(objective.surrogate, (objective.ratio_cap, objective.quadratic_coef))
+    values = {
+        "cap": cap,
+        "second": second,
+        "log_ratio_clip": objective.log_ratio_clip,
+        "gap_clip": objective.kl_gap_clip,
+        "value_clip": objective.kl_value_clip,
     }
+    infinite = {name: float("inf") if x is None else x for name, x in values.items()}
+    return {"low": low, "high": high, "beta": objective.beta, **infinite}
 
 
 @triton.jit
@@ -55,11 +65,15 @@ def _policy_loss_kernel(
     kl_ptr,  # (N,) fp32, or None
     clip_ptr,  # (N,) int8
     N,
-    epsilon_low,
-    epsilon_high,
-    delta,
-    dual_clip,
+    low,
+    high,
+    cap,
+    second,
+    log_ratio_clip,
     beta,
+    gap_clip,
+    value_clip,
+    SURROGATE: tl.constexpr,
     KL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -80,11 +94,15 @@ def _policy_loss_kernel(
         load_tokens(ref_logp_ptr, offs, live, 0.0),
         load_tokens(advantages_ptr, offs, live, 0.0),
         load_tokens(importance_ptr, offs, live, 1.0),
-        epsilon_low,
-        epsilon_high,
-        delta,
-        dual_clip,
+        low,
+        high,
+        cap,
+        second,
+        log_ratio_clip,
         beta,
+        gap_clip,
+        value_clip,
+        SURROGATE,
         KL,
         HAS_REF,
     )
@@ -185,8 +203,8 @@ def policy_loss_fwd(logp, mask, weight, advantages, old_logp, ref_logp, importan
             kl_ptr=kl,
             clip_ptr=clip,
             N=N,
-            **bounds(objective),
-            beta=objective.beta,
+            **scalars(objective),
+            SURROGATE=objective.surrogate,
             KL=objective.kl,
             BLOCK=BLOCK,
             num_warps=4,

@@ -116,10 +116,8 @@ def dlogits_tile(z, scale, m, k0, k1, HAS_ENTROPY: tl.constexpr):
 
 
 @triton.jit
-def clip_surrogate(ratio, advantage, epsilon_low, epsilon_high, delta, dual_clip):
-    """PPO's clipped surrogate: (loss, dloss/dlogp, clip flags). An infinite bound is no bound."""
-    low = 1.0 - epsilon_low
-    high = 1.0 + epsilon_high
+def clip_surrogate(ratio, advantage, low, high, delta, dual_clip):
+    """PPO's clipped surrogate: (loss, dloss/dlogp, bounded). An infinite bound is no bound."""
     free = tl.minimum(ratio, delta) * advantage
     clipped = tl.minimum(tl.maximum(ratio, low), high) * advantage
     loss = -tl.minimum(free, clipped)
@@ -129,21 +127,110 @@ def clip_surrogate(ratio, advantage, epsilon_low, epsilon_high, delta, dual_clip
     dual = (advantage < 0) & (ceiling < loss)
     loss = tl.where(dual, ceiling, loss)
     # Select, not multiply: the ratio may be inf where no gradient passes.
-    passes = inside & (dual == 0) & (advantage != 0)
-    dlogp = tl.where(passes, -ratio * advantage, 0.0)
-    clip = tl.where((ratio < low) & (advantage < 0), CLIP_LOW, 0)
-    clip += tl.where((ratio > high) & (advantage > 0), CLIP_HIGH, 0)
-    clip += tl.where((ratio > tl.minimum(delta, dual_clip)) & (advantage < 0), CLIP_DUAL, 0)
-    return tl.where(advantage == 0, 0.0, loss), dlogp, clip
+    return loss, tl.where(inside & (dual == 0), -ratio * advantage, 0.0)
 
 
 @triton.jit
-def kl_terms(logp, ref_logp, ratio, KL: tl.constexpr):
-    """(KL estimate, d/dlogp) from q = ref_logp - logp."""
+def sapo_surrogate(ratio, advantage, tau_pos, tau_neg):
+    """The soft gate: (loss, dloss/dlogp)."""
+    tau = tl.where(advantage > 0, tau_pos, tau_neg)
+    gate = tl.sigmoid(tau * (ratio - 1.0))
+    slope = gate * (1.0 - gate)
+    # A saturated gate passes nothing, also where the ratio is inf.
+    dlogp = tl.where(slope > 0, -4.0 * advantage * slope * ratio, 0.0)
+    return -advantage * (4.0 / tau) * gate, dlogp
+
+
+@triton.jit
+def divergence_keeps(logp, old_logp, advantage, low, high, SURROGATE: tl.constexpr):
+    """DPPO's mask: whether a token has not yet moved too far in the direction it is pushed."""
+    new = tl.exp(logp)
+    old = tl.exp(old_logp)
+    if SURROGATE == "dppo_tv":
+        up = new - old <= high
+        down = new - old >= -low
+    else:
+        rest = (1.0 - old) * tl.log((1.0 - old + 1e-8) / (1.0 - new + 1e-8))
+        kl = old * (old_logp - logp) + rest
+        up = (kl <= high) | (new <= old)
+        down = (kl <= low) | (new >= old)
+    return tl.where(advantage > 0, up, down)
+
+
+@triton.jit
+def surrogate_terms(
+    logp, old_logp, ratio, advantage, low, high, cap, second, SURROGATE: tl.constexpr
+):
+    """(loss, dloss/dlogp through the ratio, through logp alone) of tokens.
+
+    low, high: bounds as the surrogate uses them (`policy_loss.scalars`); cap: delta or ratio_cap or tau_pos;
+    second: dual_clip or tau_neg or quadratic_coef.
+    """
+    by_ratio = tl.zeros_like(ratio)  # not ratio * 0: the ratio may be inf
+    by_logp = tl.zeros_like(ratio)
+    if SURROGATE == "clip":
+        loss, by_ratio = clip_surrogate(ratio, advantage, low, high, cap, second)
+    elif SURROGATE == "sapo":
+        loss, by_ratio = sapo_surrogate(ratio, advantage, cap, second)
+    elif SURROGATE == "dro":
+        d = logp - old_logp
+        loss = 0.5 * second * d * d - advantage * logp
+        by_logp = second * d - advantage
+    elif SURROGATE == "ipo":
+        d = logp - old_logp
+        change = tl.exp(logp) - tl.exp(old_logp)
+        inside = (change >= -low) & (change <= high)
+        by_ratio = tl.where(inside, -advantage * ratio, 0.0)
+        by_logp = 2.0 * second * d
+        loss = by_ratio + second * d * d
+    else:
+        if SURROGATE == "cispo":
+            weight = tl.minimum(tl.maximum(ratio, low), high)
+        elif SURROGATE == "rollout_is":
+            weight = tl.where((ratio > low) & (ratio < high), ratio, 0.0)
+        elif SURROGATE == "reinforce":
+            weight = tl.zeros_like(ratio) + 1.0
+        else:
+            keep = divergence_keeps(logp, old_logp, advantage, low, high, SURROGATE)
+            weight = tl.where(keep, tl.minimum(ratio, cap), 0.0)
+        by_logp = -weight * advantage
+        loss = by_logp * logp
+    return loss, by_ratio, by_logp
+
+
+@triton.jit
+def clip_flags(logp, old_logp, ratio, advantage, low, high, cap, second, SURROGATE: tl.constexpr):
+    """Why a token is held back: bits CLIP_LOW, CLIP_HIGH, CLIP_DUAL."""
+    clip = tl.zeros_like(ratio).to(tl.int32)
+    if SURROGATE == "clip" or SURROGATE == "cispo" or SURROGATE == "rollout_is":
+        below = ratio < low
+        above = ratio > high
+    elif SURROGATE == "dppo_tv" or SURROGATE == "dppo_kl":
+        cut = divergence_keeps(logp, old_logp, advantage, low, high, SURROGATE) == 0
+        below = cut
+        above = cut
+    elif SURROGATE == "ipo":
+        change = tl.exp(logp) - tl.exp(old_logp)
+        below = change < -low
+        above = change > high
+    else:
+        below = clip != 0
+        above = below
+    clip += tl.where(below & (advantage < 0), CLIP_LOW, 0)
+    clip += tl.where(above & (advantage > 0), CLIP_HIGH, 0)
+    if SURROGATE == "clip":
+        clip += tl.where((ratio > tl.minimum(cap, second)) & (advantage < 0), CLIP_DUAL, 0)
+    return clip
+
+
+@triton.jit
+def kl_terms(logp, ref_logp, ratio, gap_clip, value_clip, KL: tl.constexpr):
+    """(KL estimate, d/dlogp, d/dlogp through the ratio) from q = ref_logp - logp."""
     gap = ref_logp - logp
+    by_ratio = tl.zeros_like(gap)
     if KL == "k1":
         kl = -gap
-        dkl = gap * 0.0 + 1.0
+        dkl = tl.zeros_like(gap) + 1.0
     elif KL == "abs":
         kl = tl.abs(gap)
         dkl = tl.where(gap > 0, -1.0, tl.where(gap < 0, 1.0, 0.0))
@@ -151,13 +238,16 @@ def kl_terms(logp, ref_logp, ratio, KL: tl.constexpr):
         kl = 0.5 * gap * gap
         dkl = -gap
     else:
+        near = tl.abs(gap) <= gap_clip
+        gap = tl.minimum(tl.maximum(gap, -gap_clip), gap_clip)
         kl = tl.exp(gap) - gap - 1.0
-        dkl = 1.0 - tl.exp(gap)
+        dkl = tl.where(near & (kl <= value_clip), 1.0 - tl.exp(gap), 0.0)
+        kl = tl.minimum(kl, value_clip)
         if KL == "k3_unbiased":
-            # d(r k3)/dlogp = r (1 - e^q) + r (e^q - q - 1) = -r q
             kl = ratio * kl
-            dkl = -ratio * gap
-    return kl, dkl
+            dkl = ratio * dkl
+            by_ratio = kl
+    return kl, dkl, by_ratio
 
 
 @triton.jit
@@ -167,26 +257,39 @@ def policy_terms(
     ref_logp,
     advantage,
     importance,
-    epsilon_low,
-    epsilon_high,
-    delta,
-    dual_clip,
+    low,
+    high,
+    cap,
+    second,
+    log_ratio_clip,
     beta,
+    gap_clip,
+    value_clip,
+    SURROGATE: tl.constexpr,
     KL: tl.constexpr,
     HAS_REF: tl.constexpr,
 ):
     """(loss, dloss/dlogp, KL, clip flags) of tokens, before the reduction's weight."""
-    ratio = tl.exp(logp - old_logp)
-    loss, dlogp, clip = clip_surrogate(
-        ratio, advantage, epsilon_low, epsilon_high, delta, dual_clip
+    d = logp - old_logp
+    free = tl.abs(d) <= log_ratio_clip
+    ratio = tl.exp(tl.minimum(tl.maximum(d, -log_ratio_clip), log_ratio_clip))
+    loss, by_ratio, by_logp = surrogate_terms(
+        logp, old_logp, ratio, advantage, low, high, cap, second, SURROGATE
     )
+    if SURROGATE != "dro" and SURROGATE != "ipo":
+        # Without an advantage there is no surrogate, also where the ratio is inf.
+        loss = tl.where(advantage == 0, 0.0, loss)
+        by_ratio = tl.where(advantage == 0, 0.0, by_ratio)
+        by_logp = tl.where(advantage == 0, 0.0, by_logp)
+    # A clamped ratio passes no gradient.
+    dlogp = (tl.where(free, by_ratio, 0.0) + by_logp) * importance
     loss *= importance
-    dlogp *= importance
-    kl = logp * 0.0
+    kl = tl.zeros_like(logp)
     if HAS_REF:
-        kl, dkl = kl_terms(logp, ref_logp, ratio, KL)
+        kl, dkl, by_ratio = kl_terms(logp, ref_logp, ratio, gap_clip, value_clip, KL)
         loss += tl.where(beta == 0, 0.0, beta * kl)
-        dlogp += tl.where(beta == 0, 0.0, beta * dkl)
+        dlogp += tl.where(beta == 0, 0.0, beta * (dkl + tl.where(free, by_ratio, 0.0)))
+    clip = clip_flags(logp, old_logp, ratio, advantage, low, high, cap, second, SURROGATE)
     return loss, dlogp, kl, clip
 
 

@@ -248,6 +248,44 @@ OBJECTIVE_CASES = {
     "dual_clip below 1": ({"dual_clip": 0.5}, ValueError, "dual_clip: want > 1, got 0.5"),
     "delta of 0": ({"delta": 0}, ValueError, "delta: want > 0"),
     "two bounds": ({"delta": 2.0, "dual_clip": 3.0}, ValueError, "delta=2.0 and dual_clip=3.0"),
+    "delta with sapo": (
+        {"surrogate": "sapo", "delta": 2.0},
+        ValueError,
+        "delta=2.0 has no effect.*'sapo'",
+    ),
+    "tau with clip": (
+        {"tau_pos": 2.0},
+        ValueError,
+        "tau_pos=2.0 has no effect .*'clip'.*belongs to sapo",
+    ),
+    "epsilon with reinforce": (
+        {"surrogate": "reinforce", "epsilon_low": 0.1},
+        ValueError,
+        "epsilon_low=0.1 has no effect",
+    ),
+    "cap with clip": ({"ratio_cap": 5.0}, ValueError, "ratio_cap=5.0 has no effect"),
+    "penalty with cispo": (
+        {"surrogate": "cispo", "quadratic_coef": 0.1},
+        ValueError,
+        "quadratic_coef=0.1 has no effect",
+    ),
+    "gap clip with k2": (
+        {"kl": "k2", "kl_gap_clip": 20.0},
+        ValueError,
+        "kl_gap_clip=20.0 has no effect",
+    ),
+    "no ratio to clamp": (
+        {"surrogate": "dro", "log_ratio_clip": 20.0},
+        ValueError,
+        "log_ratio_clip=20.0 has no effect",
+    ),
+    "tau 0": ({"surrogate": "sapo", "tau_neg": 0}, ValueError, "tau_neg: want > 0"),
+    "tau None": ({"surrogate": "sapo", "tau_neg": None}, TypeError, "tau_neg: .*None"),
+    "cap below": (
+        {"surrogate": "cispo", "epsilon_high": -1.0},
+        ValueError,
+        "epsilon_high: want > -1",
+    ),
     "no max_length": ({"reduction": "fixed_length"}, ValueError, "needs max_length"),
     "idle max_length": ({"max_length": 5}, ValueError, "max_length=5 has no effect"),
     "max_length 0": (

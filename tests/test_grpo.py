@@ -25,6 +25,23 @@ OBJECTIVES = {
     "delta inside the clip range": Objective(delta=1.05, epsilon_high=0.3),
     "dual_clip": Objective(dual_clip=1.25, beta=0.1),
     "entropy": Objective(entropy_coef=0.05),
+    "cispo": Objective(surrogate="cispo", epsilon_low=1.0, epsilon_high=0.3),
+    "cispo with TRL's default bound": Objective(
+        surrogate="cispo", epsilon_low=1.0, epsilon_high=-0.8
+    ),
+    "sapo": Objective(surrogate="sapo", tau_pos=1.0, tau_neg=1.5, beta=0.1),
+    "reinforce": Objective(surrogate="reinforce", reduction="token_mean"),
+    "dppo_tv": Objective(surrogate="dppo_tv", epsilon_low=0.02, epsilon_high=0.03, ratio_cap=1.5),
+    "dppo_tv without a cap": Objective(surrogate="dppo_tv", ratio_cap=None),
+    "dppo_kl": Objective(surrogate="dppo_kl", epsilon_low=0.01, epsilon_high=0.02, beta=0.1),
+    "ipo": Objective(surrogate="ipo", epsilon_low=0.02, epsilon_high=0.05, quadratic_coef=0.3),
+    "dro": Objective(surrogate="dro", quadratic_coef=0.5, entropy_coef=0.01),
+    "rollout_is": Objective(surrogate="rollout_is", epsilon_low=0.3, epsilon_high=0.2),
+    "log_ratio_clip": Objective(log_ratio_clip=0.15, beta=0.2, kl="k3_unbiased"),
+    "k3 clamped": Objective(beta=0.3, kl_gap_clip=0.5, kl_value_clip=0.05),
+    "k3_unbiased clamped": Objective(
+        beta=0.3, kl="k3_unbiased", kl_gap_clip=0.5, kl_value_clip=0.05
+    ),
     "everything": Objective(beta=0.2, entropy_coef=-0.1, dual_clip=1.5, reduction="token_mean"),
 }
 by_objective = pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)

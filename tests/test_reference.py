@@ -7,10 +7,22 @@ import torch
 
 from grpo_fast import Objective, reference
 from tests.cases import batch, in_double
-from tests.test_grpo import by_objective
+from tests.test_grpo import OBJECTIVES
 
 
-@by_objective
+STOPS_GRADIENTS = (
+    "cispo",
+    "dppo_tv",
+    "dppo_kl",
+    "rollout_is",
+)  # finite differences see through sg()
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [x for x in OBJECTIVES.values() if x.surrogate not in STOPS_GRADIENTS],
+    ids=[name for name, x in OBJECTIVES.items() if x.surrogate not in STOPS_GRADIENTS],
+)
 def test_gradcheck(objective):
     logits, ids, arguments = batch(3, 3, 6, "cpu", garbage=False)
     arguments = in_double(arguments) | {"objective": objective, "temperature": 0.8}
@@ -60,6 +72,65 @@ def test_clip_by_cases(A, d):
     assert grad.item() == pytest.approx(0 if bound else -A * r)
 
 
+@pytest.mark.parametrize("A", [1.5, -1.5])
+@pytest.mark.parametrize("d", [-0.5, -0.1, 0.15, 0.5])
+def test_the_other_surrogates_by_hand(A, d):
+    """Loss and coefficient dl/dlogp of one token with logp -1, as the papers write them."""
+    y, old = -1.0, -1.0 - d
+    r, change = math.exp(d), math.exp(y) - math.exp(old)
+    mu, pi = math.exp(old), math.exp(y)
+    kl = mu * math.log(mu / pi) + (1 - mu) * math.log((1 - mu) / (1 - pi))
+    tau = 1.0 if A > 0 else 1.5
+    gate = 1 / (1 + math.exp(-tau * (r - 1)))
+    w_cispo = min(max(r, 0.9), 1.3)
+    w_tv = min(r, 1.2) * (change <= 0.04 if A > 0 else change >= -0.03)
+    held = (d > 0 and kl > 0.01) if A > 0 else (d < 0 and kl > 0.02)
+    w_kl = 0 if held else r
+    w_is = r if 0.9 < r < 1.2 else 0
+    inside = -0.03 <= change <= 0.04
+    tv, bounds = {"epsilon_low": 0.03, "epsilon_high": 0.04}, {"epsilon_low": 0.1}
+    cases = [
+        ({"surrogate": "reinforce"}, -A * y, -A),
+        ({"surrogate": "cispo", "epsilon_high": 0.3, **bounds}, -w_cispo * A * y, -w_cispo * A),
+        (
+            {"surrogate": "sapo", "tau_neg": 1.5},
+            -A * 4 / tau * gate,
+            -4 * A * gate * (1 - gate) * r,
+        ),
+        ({"surrogate": "dppo_tv", "ratio_cap": 1.2, **tv}, -w_tv * A * y, -w_tv * A),
+        (
+            {"surrogate": "dppo_kl", "epsilon_low": 0.02, "epsilon_high": 0.01},
+            -w_kl * A * y,
+            -w_kl * A,
+        ),
+        ({"surrogate": "rollout_is", **bounds}, -w_is * A * y, -w_is * A),
+        (
+            {"surrogate": "ipo", "quadratic_coef": 0.3, **tv},
+            -A * r * inside + 0.3 * d * d,
+            -A * r * inside + 0.6 * d,
+        ),
+        ({"surrogate": "dro", "quadratic_coef": 0.3}, -A * y + 0.15 * d * d, -A + 0.3 * d),
+    ]
+    for options, value, slope in cases:
+        logp = torch.tensor([y], dtype=torch.float64, requires_grad=True)
+        was = torch.tensor([old], dtype=torch.float64)
+        advantage = torch.tensor([A], dtype=torch.float64)
+        loss = reference.policy_terms(logp, advantage, Objective(**options), was)
+        (grad,) = torch.autograd.grad(loss, logp)
+        assert loss.item() == pytest.approx(value, abs=1e-6), options
+        assert grad.item() == pytest.approx(slope, abs=1e-6), options
+
+
+def test_a_k3_value_clamp_of_10_kills_the_gradient_from_2_611_nats_on():
+    for gap, alive in ((2.610, True), (2.612, False)):
+        logp = torch.tensor([0.0], dtype=torch.float64, requires_grad=True)
+        kl = reference.kl_estimate(
+            logp, logp.detach() + gap, logp.exp(), Objective(kl_value_clip=10)
+        )
+        (grad,) = torch.autograd.grad(kl, logp)
+        assert (grad.item() != 0) == alive
+
+
 @pytest.mark.parametrize(
     ("kl", "value", "slope"),
     [
@@ -75,7 +146,7 @@ def test_clip_by_cases(A, d):
 def test_kl_estimators_by_hand(kl, value, slope, q):
     logp = torch.tensor([-2.0], dtype=torch.float64, requires_grad=True)
     ratio = (logp - logp.detach()).exp()
-    estimate = reference.kl_estimate(logp, logp.detach() + q, ratio, kl)
+    estimate = reference.kl_estimate(logp, logp.detach() + q, ratio, Objective(kl=kl))
     (grad,) = torch.autograd.grad(estimate, logp)
     assert estimate.item() == pytest.approx(value(q))
     assert grad.item() == pytest.approx(slope(q))
@@ -87,7 +158,9 @@ def test_k3_is_an_unbiased_estimate_of_the_kl():
     p, q = logits.log_softmax(-1), other.log_softmax(-1)
     exact = (p.exp() * (p - q)).sum()
     for kl in ("k1", "k3"):
-        expected = (p.exp() * reference.kl_estimate(p, q, torch.ones_like(p), kl)).sum()
+        expected = (
+            p.exp() * reference.kl_estimate(p, q, torch.ones_like(p), Objective(kl=kl))
+        ).sum()
         torch.testing.assert_close(expected, exact)
 
 

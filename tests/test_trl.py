@@ -27,7 +27,11 @@ def trainer(loss_type, logits, ids, *, beta, delta, bias_correction, entropy_coe
     """What `GRPOTrainer._compute_loss` reads of its trainer, for a model whose logits are these."""
     outputs = (reference.logprob(logits, ids), reference.entropy(logits), None)
     args = SimpleNamespace(
-        use_bias_correction_kl=bias_correction, delta=delta, steps_per_generation=SPG
+        use_bias_correction_kl=bias_correction,
+        delta=delta,
+        steps_per_generation=SPG,
+        sapo_temperature_pos=1.0,
+        sapo_temperature_neg=1.05,
     )
     return SimpleNamespace(
         _get_per_token_logps_and_entropies=lambda *_, **__: outputs,
@@ -67,22 +71,27 @@ def objective_of(loss_type, *, beta, delta, bias_correction, entropy_coef, epsil
         "bnpo": {"reduction": "token_mean"},
         "dapo": {"reduction": "token_mean"},
         "dr_grpo": {"reduction": "fixed_length", "max_length": MAX_LENGTH},
+        # TRL's epsilon_high is the bound itself, and there is no lower one.
+        "cispo": {"reduction": "token_mean", "surrogate": "cispo", "epsilon_low": 1.0},
+        "sapo": {"reduction": "sequence_mean", "surrogate": "sapo"},
     }[loss_type]
+    if loss_type == "cispo":
+        reduction["epsilon_high"] = epsilon_high - 1
+    elif loss_type != "sapo":
+        reduction |= {"epsilon_high": epsilon_high, "delta": delta}
     return Objective(
         beta=beta,
         kl="k3_unbiased" if bias_correction else "k3",
-        delta=delta,
-        epsilon_high=epsilon_high,
         entropy_coef=entropy_coef,
         **reduction,
     )
 
 
-@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo"])
+@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo"])
 @pytest.mark.parametrize("beta", [0.0, 0.3])
 @pytest.mark.parametrize("bias_correction", [False, True])
 @pytest.mark.parametrize("delta", [None, 1.4])
-@pytest.mark.parametrize("epsilon_high", [0.2, 0.28])
+@pytest.mark.parametrize("epsilon_high", [0.2, 1.28])
 def test_loss_gradient_and_metrics(
     loss_type, beta, bias_correction, delta, epsilon_high, backend, device
 ):
@@ -115,7 +124,7 @@ def test_loss_gradient_and_metrics(
 
     arguments |= {"importance_weights": weights, "objective": objective_of(loss_type, **options)}
     scale = 1 / GAS
-    if loss_type == "dapo":
+    if loss_type in ("dapo", "cispo"):
         arguments["num_items"] = num_items * GAS / SPG
         scale = 1.0
 
@@ -131,9 +140,13 @@ def test_loss_gradient_and_metrics(
 
     metrics = grpo_loss(logits, ids, **arguments).metrics
     reported = theirs(logits.double(), ids, inputs, loss_type, **options)[1]
-    names = {"clip_ratio/low_mean": "clip_fraction_low"}
-    if delta is None or delta > 1 + epsilon_high:  # TRL counts after its clamp
-        names["clip_ratio/high_mean"] = "clip_fraction_high"
+    names = {}
+    if loss_type == "cispo":
+        names["cispo_clip_ratio"] = "clip_fraction_high"
+    elif loss_type != "sapo":
+        names["clip_ratio/low_mean"] = "clip_fraction_low"
+        if delta is None or delta > 1 + epsilon_high:  # TRL counts after its clamp
+            names["clip_ratio/high_mean"] = "clip_fraction_high"
     if beta:
         names["kl"] = "kl"
     for theirs_name, ours in names.items():
@@ -160,9 +173,7 @@ def test_entropy_bonus_with_a_token_mean(backend, device):
         "old_per_token_logps": double["old_logps"],
         "importance_sampling_ratio": torch.ones(5, 1, device=device),
     }
-    truth = loss_and_grad(
-        lambda x: theirs(x, ids, inputs, "bnpo", **options)[0], logits.double()
-    )
+    truth = loss_and_grad(lambda x: theirs(x, ids, inputs, "bnpo", **options)[0], logits.double())
     del arguments["ref_logps"]
     arguments["objective"] = objective_of("bnpo", **options)
     ours = loss_and_grad(lambda x: grpo_loss(x, ids, **arguments).loss / GAS, logits)

@@ -1,5 +1,6 @@
 """The objective on log-probs, and a step's statistics (kernels: `grpo_fast.kernels.policy_loss`)."""
 
+import math
 from typing import Any
 
 import torch
@@ -41,52 +42,136 @@ def policy_terms(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """(loss, dloss/dlogp, KL or None, clip flags) of tokens before weighting.
 
-    The twin of `tiles.policy_terms`. In closed form, so that it can run inside an operator, where autograd does not record.
+    The twin of `tiles.policy_terms`. In closed form, so that it can run inside an operator, where
+    autograd does not record.
     """
+    old = logp if old_logp is None else old_logp
+    d = logp - old
+    bound = math.inf if objective.log_ratio_clip is None else objective.log_ratio_clip
+    free = d.abs() <= bound
+    ratio = d.clamp(-bound, bound).exp()
+    loss, by_ratio, by_logp, clip = surrogate_terms(logp, old, ratio, advantage, objective)
+    if objective.surrogate not in ("dro", "ipo"):
+        # Without an advantage there is no surrogate, also where the ratio is inf.
+        loss, by_ratio, by_logp = (
+            torch.where(advantage == 0, 0, x) for x in (loss, by_ratio, by_logp)
+        )
+    dlogp = torch.where(free, by_ratio, 0) + by_logp  # a clamped ratio passes no gradient
+    if importance is not None:
+        loss, dlogp = loss * importance, dlogp * importance
+    if ref_logp is None:
+        return loss, dlogp, None, clip
+    kl, dkl, by_ratio = kl_terms(logp, ref_logp, ratio, objective)
+    if objective.beta:
+        loss = loss + objective.beta * kl
+        dlogp = dlogp + objective.beta * (dkl + torch.where(free, by_ratio, 0))
+    return loss, dlogp, kl, clip
+
+
+def surrogate_terms(
+    logp: Tensor, old: Tensor, ratio: Tensor, advantage: Tensor, objective: Objective
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(loss, dloss/dlogp through the ratio, through logp alone, clip flags); the twin is in `tiles`."""
     low, high = 1 - objective.epsilon_low, 1 + objective.epsilon_high
-    ratio = torch.ones_like(logp) if old_logp is None else (logp - old_logp).exp()
+    zero, surrogate = torch.zeros_like(logp), objective.surrogate
+    below, above = ratio < low, ratio > high
+    if surrogate == "clip":
+        loss, by_ratio, dual = clip_surrogate(ratio, advantage, objective)
+        return loss, by_ratio, zero, _flags(below, above, advantage) + CLIP_DUAL * dual
+    if surrogate == "sapo":
+        tau = torch.where(advantage > 0, objective.tau_pos, objective.tau_neg)
+        gate = (tau * (ratio - 1)).sigmoid()
+        slope = gate * (1 - gate)
+        by_ratio = torch.where(slope > 0, -4 * advantage * slope * ratio, 0)
+        return -advantage * (4 / tau) * gate, by_ratio, zero, _flags(None, None, advantage)
+    d, change = logp - old, logp.exp() - old.exp()
+    q = objective.quadratic_coef
+    if surrogate == "dro":
+        loss = q * d.square() / 2 - advantage * logp
+        return loss, zero, q * d - advantage, _flags(None, None, advantage)
+    if surrogate == "ipo":
+        below, above = change < -objective.epsilon_low, change > objective.epsilon_high
+        by_ratio = torch.where(below | above, 0, -advantage * ratio)
+        loss = by_ratio + q * d.square()
+        return loss, by_ratio, 2 * q * d, _flags(below, above, advantage)
+    if surrogate == "reinforce":
+        weight, flags = torch.ones_like(ratio), _flags(None, None, advantage)
+    elif surrogate == "cispo":
+        weight, flags = ratio.clamp(low, high), _flags(below, above, advantage)
+    elif surrogate == "rollout_is":
+        weight = torch.where((ratio > low) & (ratio < high), ratio, 0)
+        flags = _flags(below, above, advantage)
+    else:
+        keep = divergence_keeps(logp, old, advantage, objective)
+        cap = math.inf if objective.ratio_cap is None else objective.ratio_cap
+        weight = torch.where(keep, ratio.clamp(max=cap), 0)
+        flags = _flags(~keep, ~keep, advantage)
+    return -weight * advantage * logp, zero, -weight * advantage, flags
+
+
+def _flags(below: Tensor | None, above: Tensor | None, advantage: Tensor) -> Tensor:
+    flags = torch.zeros_like(advantage, dtype=torch.int8)
+    if below is not None:
+        flags += CLIP_LOW * (below & (advantage < 0))
+    if above is not None:
+        flags += CLIP_HIGH * (above & (advantage > 0))
+    return flags
+
+
+def clip_surrogate(
+    ratio: Tensor, advantage: Tensor, objective: Objective
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, dloss/dlogp, whether the dual bound holds): the twin of the one in `tiles`."""
+    low, high = 1 - objective.epsilon_low, 1 + objective.epsilon_high
     bounded = ratio if objective.delta is None else ratio.clamp(max=objective.delta)
-    free = bounded * advantage
-    clipped = ratio.clamp(low, high) * advantage
+    free, clipped = bounded * advantage, ratio.clamp(low, high) * advantage
     loss = -torch.minimum(free, clipped)
-    unbounded = bounded == ratio
-    inside = torch.where(free <= clipped, unbounded, (ratio >= low) & (ratio <= high))
+    inside = torch.where(free <= clipped, bounded == ratio, (ratio >= low) & (ratio <= high))
     dual = torch.zeros_like(inside)
     if objective.dual_clip is not None:
         ceiling = -objective.dual_clip * advantage
         dual = (advantage < 0) & (ceiling < loss)
         loss = torch.where(dual, ceiling, loss)
-    loss = torch.where(advantage == 0, 0, loss)
     # Select, not multiply: the ratio may be inf where no gradient passes.
-    dlogp = torch.where(inside & ~dual & (advantage != 0), -ratio * advantage, 0)
-    clip = CLIP_LOW * ((ratio < low) & (advantage < 0)).to(torch.int8)
-    clip += CLIP_HIGH * ((ratio > high) & (advantage > 0)).to(torch.int8)
-    bound = objective.delta or objective.dual_clip
-    if bound is not None:
-        clip += CLIP_DUAL * ((ratio > bound) & (advantage < 0)).to(torch.int8)
-    if importance is not None:
-        loss, dlogp = loss * importance, dlogp * importance
-    if ref_logp is None:
-        return loss, dlogp, None, clip
-    kl, dkl = kl_terms(logp, ref_logp, ratio, objective.kl)
-    if objective.beta:
-        loss, dlogp = loss + objective.beta * kl, dlogp + objective.beta * dkl
-    return loss, dlogp, kl, clip
+    by_ratio = torch.where(inside & ~dual, -ratio * advantage, 0)
+    bound = objective.delta or objective.dual_clip or math.inf
+    return loss, by_ratio, ((ratio > bound) & (advantage < 0)).to(torch.int8)
 
 
-def kl_terms(logp: Tensor, ref_logp: Tensor, ratio: Tensor, kl: str) -> tuple[Tensor, Tensor]:
-    """(KL estimate, d/dlogp): the twin of `tiles.kl_terms`."""
-    gap = ref_logp - logp
+def divergence_keeps(logp: Tensor, old: Tensor, advantage: Tensor, objective: Objective) -> Tensor:
+    """DPPO's mask: the twin of the one in `tiles`."""
+    low, high = objective.epsilon_low, objective.epsilon_high
+    new_p, old_p = logp.exp(), old.exp()
+    if objective.surrogate == "dppo_tv":
+        up, down = new_p - old_p <= high, new_p - old_p >= -low
+    else:
+        rest = (1 - old_p) * ((1 - old_p + 1e-8) / (1 - new_p + 1e-8)).log()
+        kl = old_p * (old - logp) + rest
+        up, down = (kl <= high) | (new_p <= old_p), (kl <= low) | (new_p >= old_p)
+    return torch.where(advantage > 0, up, down)
+
+
+def kl_terms(
+    logp: Tensor, ref_logp: Tensor, ratio: Tensor, objective: Objective
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(KL estimate, d/dlogp, d/dlogp through the ratio): the twin of `tiles.kl_terms`."""
+    kl, gap = objective.kl, ref_logp - logp
+    zero = torch.zeros_like(gap)
     if kl == "k1":
-        return -gap, torch.ones_like(gap)
+        return -gap, torch.ones_like(gap), zero
     if kl == "abs":
-        return gap.abs(), -gap.sign()
+        return gap.abs(), -gap.sign(), zero
     if kl == "k2":
-        return gap.square() / 2, -gap
+        return gap.square() / 2, -gap, zero
+    reach = math.inf if objective.kl_gap_clip is None else objective.kl_gap_clip
+    most = math.inf if objective.kl_value_clip is None else objective.kl_value_clip
+    near, gap = gap.abs() <= reach, gap.clamp(-reach, reach)
     k3 = gap.expm1() - gap
+    dk3 = torch.where(near & (k3 <= most), -gap.expm1(), 0)
+    k3 = k3.clamp(max=most)
     if kl == "k3_unbiased":
-        return ratio * k3, -ratio * gap
-    return k3, -gap.expm1()
+        return ratio * k3, ratio * dk3, ratio * k3
+    return k3, dk3, zero
 
 
 def weigh(weight: Tensor, x: Tensor) -> Tensor:
@@ -198,34 +283,41 @@ def token_statistics(
             entropy,
             clip,
         )
-    live = torch.ones_like(logp, dtype=torch.bool) if mask is None else mask
 
     def chosen(x: Tensor | None, default: float) -> Tensor:
-        return x[live].float() if x is not None else logp.new_full((int(live.sum()),), default)
+        if x is None:
+            return logp.new_full((), default)
+        return x.float() if mask is None else torch.where(mask, x, default).float()
 
-    d = chosen(logp, 0) - chosen(old_logp, 0) if old_logp is not None else chosen(None, 0)
-    ratio, weight, flags = d.exp(), chosen(importance, 1), clip[live]
-    rho = ratio * weight
+    def total(x: Tensor) -> Tensor:
+        return x.expand(logp.shape).sum(dtype=torch.float32)
+
+    live = logp.new_ones(()) if mask is None else mask.float()
+    d = chosen(logp, 0) - chosen(old_logp, 0) if old_logp is not None else logp.new_zeros(())
+    ratio, weight = d.exp(), chosen(importance, 1)
+    flags = clip if mask is None else torch.where(mask, clip, 0)
+    rho = ratio * weight * live
+    outside = (weight < 0.5) | (weight > 2)
     sums = [
-        torch.ones_like(d),
+        live,
         chosen(loss, 0),
-        ratio,
+        ratio * live,
         -d,
         ratio - 1 - d,
-        *((flags & bit != 0) for bit in (CLIP_LOW, CLIP_HIGH, CLIP_DUAL)),
+        *((flags & bit) != 0 for bit in (CLIP_LOW, CLIP_HIGH, CLIP_DUAL)),
         chosen(kl, 0),
         chosen(entropy, 0),
-        weight,
-        (weight < 0.5) | (weight > 2),
+        weight * live,
+        outside.float() * live,
         rho,
         rho.square(),
     ]
-    extremes = (
-        [ratio.min(), ratio.max()]
-        if ratio.numel()
-        else [logp.new_tensor(torch.inf), logp.new_tensor(-torch.inf)]
-    )
-    return torch.stack([*(x.sum(dtype=torch.float32) for x in sums), *extremes])
+    least, most = logp.new_full((), torch.inf), logp.new_full((), -torch.inf)
+    if logp.numel():
+        everywhere = torch.ones_like(logp, dtype=torch.bool) if mask is None else mask
+        least = torch.where(everywhere, ratio, least).amin()
+        most = torch.where(everywhere, ratio, most).amax()
+    return torch.stack([*(total(x) for x in sums), least.float(), most.float()])
 
 
 @token_statistics.register_fake
