@@ -22,7 +22,7 @@ NUM_STATISTICS = 16  # the layout is named in `grpo_fast.ops.policy_loss.STATIST
 
 
 def scalars(objective):
-    """The scalars of an objective as the kernels take them: bounds on the ratio, infinite where there is none."""
+    """The scalars of an objective as the kernels take them; a bound that is not there is infinite."""
     low, high = objective.epsilon_low, objective.epsilon_high
     if objective.surrogate in ("clip", "cispo", "rollout_is"):
         low, high = 1.0 - low, 1.0 + high

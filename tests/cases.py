@@ -1,4 +1,4 @@
-"""Batches for the tests: ragged, with an empty row, with rubbish in the padding, old and reference policies."""
+"""Batches for the tests: ragged, one row empty, NaN in the padding, old and reference policies."""
 
 import pytest
 import torch

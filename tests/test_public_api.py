@@ -13,12 +13,14 @@ from grpo_fast import Objective
 
 ROOT = Path(__file__).resolve().parents[1]
 
-LOSS = "mask old_logps ref_logps importance_weights token_weights".split()
+LOSS = ["mask", "old_logps", "ref_logps", "importance_weights", "token_weights"]
 SIGNATURES = {
     grpo_fast.loss.grpo_loss: (
         ["logits", "completion_ids"],
-        ["advantages", "rewards", "group_size", *LOSS, "num_items", "cu_seqlens", "temperature"]
-        + ["objective", "inplace"],
+        [
+            *("advantages", "rewards", "group_size", *LOSS, "num_items", "cu_seqlens"),
+            *("temperature", "objective", "inplace"),
+        ],
     ),
     grpo_fast.loss.policy_loss: (
         ["logps"],

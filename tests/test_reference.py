@@ -9,7 +9,6 @@ from grpo_fast import Objective, reference
 from tests.cases import batch, in_double
 from tests.test_grpo import OBJECTIVES
 
-
 STOPS_GRADIENTS = (
     "cispo",
     "dppo_tv",

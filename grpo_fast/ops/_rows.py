@@ -22,19 +22,38 @@ class Statistics(NamedTuple):
     total: Tensor  # sum of e, the scored token included
 
 
-def row_blocks(*tensors: Tensor) -> Iterator[tuple[slice, list[Tensor]]]:
-    """(which of the N rows, those rows of each (B, T, V) tensor as (R, V) views), block by block."""
-    B, T, V = tensors[0].shape
+def row_blocks(read: Tensor, *written: Tensor) -> Iterator[tuple[slice, list[Tensor]]]:
+    """(which of the N rows, those rows of each (B, T, V) tensor as (R, V)), block by block.
+
+    The blocks of `written` are views. Those of `read` are, too, unless its strides allow none over
+    several sequences: then a block is a copy.
+    """
+    B, T, V = read.shape
     step = max(1, BLOCK_ELEMENTS // V)
     try:
-        flat = [x.view(B * T, V) for x in tensors]
-        groups = [(0, flat)]
-    except RuntimeError:  # strides that no single row stride describes: sequence by sequence
-        groups = [(b * T, [x[b] for x in tensors]) for b in range(B)]
-    for first, rows in groups:
-        for start in range(0, len(rows[0]), step):
-            stop = min(start + step, len(rows[0]))
-            yield slice(first + start, first + stop), [x[start:stop] for x in rows]
+        flat = [x.view(B * T, V) for x in (read, *written)]
+    except RuntimeError:
+        yield from _sequence_blocks(read, written, step)
+        return
+    for start in range(0, B * T, step):
+        yield slice(start, start + step), [x[start : start + step] for x in flat]
+
+
+def _sequence_blocks(
+    read: Tensor, written: tuple[Tensor, ...], step: int
+) -> Iterator[tuple[slice, list[Tensor]]]:
+    """The same where rows of different sequences have no common stride."""
+    B, T, V = read.shape
+    together = max(1, step // T)  # short sequences go together where that needs no view
+    if together > 1 and all(x.is_contiguous() for x in written):
+        for b in range(0, B, together):
+            blocks = [x[b : b + together].reshape(-1, V) for x in (read, *written)]
+            yield slice(b * T, b * T + len(blocks[0])), blocks
+        return
+    for b in range(B):
+        for start in range(0, T, step):
+            stop = min(start + step, T)
+            yield slice(b * T + start, b * T + stop), [x[b, start:stop] for x in (read, *written)]
 
 
 def live_rows(mask: Tensor | None, rows: slice) -> Tensor | None:

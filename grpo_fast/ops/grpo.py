@@ -171,7 +171,7 @@ def scale_rows_(x: Tensor, factor: Tensor) -> None:
 
         launch(kernels.scale_rows, x, factor, x)
     elif bool((factor != 1).any()):
-        for rows, (block,) in _rows.row_blocks(x):
+        for rows, (_, block) in _rows.row_blocks(x, x):
             block.copy_(torch.where(block == 0, 0, block * factor[rows, None]))
 
 
