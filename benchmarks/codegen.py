@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 from unittest import mock
 
 import torch
@@ -29,7 +29,7 @@ from triton.runtime.jit import JITFunction, mangle_type
 
 from benchmarks.assembly import Loop, count_barriers, read_amd, read_loops, read_nvidia
 from grpo_fast.kernels import group_advantage, grpo, logprob, policy_loss, rows
-from grpo_fast.objective import Objective
+from grpo_fast.objective import KL, Objective, Surrogate
 
 ROOT = Path(__file__).resolve().parents[1]
 TARGETS = {
@@ -129,6 +129,7 @@ def launch_grpo(
     rewards: bool = False,
     packed: bool = False,
     extras: bool = False,
+    objective: Objective | None = None,
 ) -> None:
     x = logits(V, dtype)
     grpo.grpo_fwd_bwd(
@@ -145,7 +146,7 @@ def launch_grpo(
         tokens(extras),
         tokens(extras),
         1.0,
-        Objective(beta=0.04, entropy_coef=0.01 if entropy else 0.0),
+        objective or Objective(beta=0.04, entropy_coef=0.01 if entropy else 0.0),
         x,
     )
 
@@ -154,7 +155,7 @@ def launch_scale_rows(V: int = V_ROW, dtype: torch.dtype = torch.bfloat16) -> No
     grpo.scale_rows(tensor().expand(N), logits(V, dtype))
 
 
-def launch_policy_loss(extras: bool = True) -> None:
+def launch_policy_loss(extras: bool = True, objective: Objective | None = None) -> None:
     policy_loss.policy_loss_fwd(
         tokens(),
         tokens(extras, torch.bool),
@@ -163,7 +164,7 @@ def launch_policy_loss(extras: bool = True) -> None:
         tokens(extras),
         tokens(extras),
         tokens(extras),
-        Objective(beta=0.04),
+        objective or Objective(beta=0.04),
     )
 
 
@@ -186,6 +187,11 @@ def launch_group_advantage(scale: str = "group", labels: bool = False) -> None:
     )
 
 
+# Every surrogate and every KL estimator once; each is a compile-time choice of the same kernels.
+OBJECTIVES = {
+    **{x: Objective(surrogate=x, beta=0.04) for x in get_args(Surrogate) if x != "clip"},
+    **{x: Objective(kl=x, beta=0.04) for x in get_args(KL) if x != "k3"},
+}
 # Clip, k3, old and reference log-probs, bfloat16: what most runs launch.
 COMMON = ("grpo", "grpo split")
 CASES: dict[str, Callable[[], None]] = {
@@ -211,10 +217,15 @@ CASES: dict[str, Callable[[], None]] = {
     "grpo fp16": partial(launch_grpo, V_SPLIT, torch.float16),
     "grpo fp32": partial(launch_grpo, V_SPLIT, torch.float32),
     "grpo fp32 entropy": partial(launch_grpo, V_ROW, torch.float32, entropy=True),
+    **{f"grpo {name}": partial(launch_grpo, objective=x) for name, x in OBJECTIVES.items()},
     "scale_rows": launch_scale_rows,
     "scale_rows split fp32": partial(launch_scale_rows, V_SPLIT, torch.float32),
     "policy_loss": launch_policy_loss,
     "policy_loss bare": partial(launch_policy_loss, extras=False),
+    **{
+        f"policy_loss {name}": partial(launch_policy_loss, objective=x)
+        for name, x in OBJECTIVES.items()
+    },
     "token_statistics": launch_token_statistics,
     "token_statistics bare": partial(launch_token_statistics, extras=False),
     "group_advantage": launch_group_advantage,

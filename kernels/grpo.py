@@ -184,6 +184,8 @@ def _grpo_kernel(
             tl.store(clip_ptr + row, clip.to(tl.int8))
             if HAS_REF:
                 tl.store(kl_ptr + row, kl)
+            # In place, the scored logit is overwritten below: no thread may get there before all have read it.
+            tl.debug_barrier()
             if (dlogp != 0) | (dentropy != 0):
                 k0, k1 = dlogits_factors(dlogp, dentropy, entropy, s, log2_s, inv_temperature)
                 dtarget = dlogits_target(dlogp, dentropy, entropy, logp, inv_temperature)

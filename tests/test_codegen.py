@@ -100,3 +100,13 @@ def test_rows_are_addressed_with_64_bits(streaming):
     for case, report in streaming.items():
         assert report.offsets, case
         assert {name: x for name, x in report.offsets.items() if x != ["i64"]} == {}, case
+
+
+@by_target
+def test_the_scored_logit_is_read_by_all_before_it_is_overwritten(reports):
+    """In place every thread loads the scored logit and one overwrites it: a barrier must stand between.
+
+    Up to the log-prob both kernels are the same code, so that barrier is what one has more.
+    """
+    for grpo, logprob in (("grpo", "logprob_fwd"), ("grpo split", "logprob_fwd split")):
+        assert reports[grpo].barriers > reports[logprob].barriers
