@@ -14,8 +14,11 @@ CASES = [(shape, "full") for shape in shapes.TOKENS]
 BYTES_PER_TOKEN = 5 * 4 + 3 * 4 + 1 + 3 * 4
 
 
-@pytest.mark.parametrize("shape, variant, provider", measure.parameters(CASES, "policy_loss"))
-def bench_forward_backward(benchmark: Any, shape: str, variant: str, provider: str) -> None:
+def of_log_probs(
+    benchmark: Any, stem: str, shape: str, variant: str, provider: str, bytes_per_token: int
+) -> None:
+    """Measure a loss of log-probs with its gradient."""
+
     def setup(batch: Batch) -> tuple[Any, ...]:
         return batch.logps.requires_grad_(), batch
 
@@ -29,11 +32,16 @@ def bench_forward_backward(benchmark: Any, shape: str, variant: str, provider: s
 
     measure.measure(
         benchmark,
-        stem="policy_loss",
+        stem=stem,
         provider=provider,
         shape_name=shape,
         variant=variant,
         setup=setup,
         call=call,
-        nbytes=lambda batch: BYTES_PER_TOKEN * batch.shape.N,
+        nbytes=lambda batch: bytes_per_token * batch.shape.N,
     )
+
+
+@pytest.mark.parametrize("shape, variant, provider", measure.parameters(CASES, "policy_loss"))
+def bench_forward_backward(benchmark: Any, shape: str, variant: str, provider: str) -> None:
+    of_log_probs(benchmark, "policy_loss", shape, variant, provider, BYTES_PER_TOKEN)

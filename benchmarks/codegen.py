@@ -28,7 +28,14 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction, mangle_type
 
 from benchmarks.assembly import Loop, count_barriers, read_amd, read_loops, read_nvidia
-from grpo_fast.kernels import group_advantage, grpo, logprob, policy_loss, rows
+from grpo_fast.kernels import (
+    group_advantage,
+    grpo,
+    logprob,
+    policy_loss,
+    rows,
+    sequence_loss,
+)
 from grpo_fast.objective import KL, Objective, Surrogate
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -168,6 +175,17 @@ def launch_policy_loss(extras: bool = True, objective: Objective | None = None) 
     )
 
 
+def launch_sequence_loss(objective: Objective, packed: bool) -> None:
+    sequence_loss.sequence_loss_fwd(
+        tokens(),
+        tokens(dtype=torch.bool),
+        *(tokens() for _ in range(6)),
+        tensor(B + 1, dtype=torch.int64) if packed else None,
+        T_LEN,
+        objective,
+    )
+
+
 def launch_token_statistics(extras: bool = True) -> None:
     policy_loss.token_statistics_fwd(
         tokens(extras, torch.bool),
@@ -189,8 +207,15 @@ def launch_group_advantage(scale: str = "group", labels: bool = False) -> None:
 
 # Every surrogate and every KL estimator once; each is a compile-time choice of the same kernels.
 OBJECTIVES = {
-    **{x: Objective(surrogate=x, beta=0.04) for x in get_args(Surrogate) if x != "clip"},
+    **{x: Objective(surrogate=x, beta=0.04) for x in get_args(Surrogate)},
     **{x: Objective(kl=x, beta=0.04) for x in get_args(KL) if x != "k3"},
+}
+BY_TOKEN = {x: o for x, o in OBJECTIVES.items() if not o.needs_sequences and x != "clip"}
+BY_SEQUENCE = {
+    "gspo": Objective(ratio="sequence", beta=0.04, kl="k3_unbiased"),
+    "gspo_token": Objective(ratio="sequence_token", beta=0.04),
+    "off_policy_mask": Objective(off_policy_threshold=0.1, beta=0.04),
+    **{x: o for x, o in OBJECTIVES.items() if o.needs_sequences},
 }
 # Clip, k3, old and reference log-probs, bfloat16: what most runs launch.
 COMMON = ("grpo", "grpo split")
@@ -217,14 +242,18 @@ CASES: dict[str, Callable[[], None]] = {
     "grpo fp16": partial(launch_grpo, V_SPLIT, torch.float16),
     "grpo fp32": partial(launch_grpo, V_SPLIT, torch.float32),
     "grpo fp32 entropy": partial(launch_grpo, V_ROW, torch.float32, entropy=True),
-    **{f"grpo {name}": partial(launch_grpo, objective=x) for name, x in OBJECTIVES.items()},
+    **{f"grpo {name}": partial(launch_grpo, objective=x) for name, x in BY_TOKEN.items()},
     "scale_rows": launch_scale_rows,
     "scale_rows split fp32": partial(launch_scale_rows, V_SPLIT, torch.float32),
     "policy_loss": launch_policy_loss,
     "policy_loss bare": partial(launch_policy_loss, extras=False),
     **{
         f"policy_loss {name}": partial(launch_policy_loss, objective=x)
-        for name, x in OBJECTIVES.items()
+        for name, x in BY_TOKEN.items()
+    },
+    **{
+        f"sequence_loss {name}": partial(launch_sequence_loss, x, packed=name == "gspo")
+        for name, x in BY_SEQUENCE.items()
     },
     "token_statistics": launch_token_statistics,
     "token_statistics bare": partial(launch_token_statistics, extras=False),

@@ -24,14 +24,17 @@ def policy_loss(
     ref_logps: Tensor,
     objective: Objective,
 ) -> Tensor:
-    ratio = (logps - old_logps).exp()
+    if mask is None:
+        mask = torch.ones_like(logps)
+    log_ratio = logps - old_logps
+    if objective.ratio == "sequence":
+        log_ratio = (log_ratio * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
+    ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - objective.epsilon_low, 1 + objective.epsilon_high)
     loss = -torch.minimum(ratio * advantages[:, None], clipped * advantages[:, None])
     if objective.beta:
         gap = ref_logps - logps
         loss = loss + objective.beta * (gap.exp() - gap - 1)
-    if mask is None:
-        mask = torch.ones_like(loss)
     if objective.reduction == "token_mean":
         return (loss * mask).sum() / mask.sum().clamp(min=1)
     return ((loss * mask).sum(1) / mask.sum(1).clamp(min=1)).mean()

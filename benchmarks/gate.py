@@ -33,7 +33,7 @@ def expected(stem: str, batch: Batch, dtype: torch.dtype) -> Result:
     if stem == "group_advantage":
         rewards = batch.rewards.to("cpu", dtype)  # a loop over groups: no place for a GPU
         return Result(reference.group_advantage(rewards, group_size=batch.shape.G), None)
-    if stem == "policy_loss":
+    if stem in ("policy_loss", "sequence_loss"):
         return Result(*_loss_and_grad(batch, batch.logps, dtype))
     logps = _logps(batch, dtype)
     if stem == "logprob":

@@ -69,6 +69,9 @@ def make_batch(
         rewards[torch.arange(B, device=device) // G % 2 == 0] = 1.0
     groups = rewards.view(-1, G)
     score = (groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)
+    # Without a KL term a token without advantage has no gradient: the case worth telling apart.
+    preset = {"zero-variance": "dapo", "gspo": "gspo"}.get(variant, "grpo")
+    options = {"beta": 0.04} if variant == "gspo" else {}
     return Batch(
         shape,
         logits,
@@ -76,8 +79,7 @@ def make_batch(
         ids,
         rewards,
         normal(B, T),
-        # Without a KL term a token without advantage has no gradient: the case worth telling apart.
-        Objective.preset("dapo" if variant == "zero-variance" else "grpo"),
+        Objective.preset(preset, **options),
         {
             "mask": mask,
             "advantages": score.flatten(),

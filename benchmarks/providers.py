@@ -1,7 +1,8 @@
 """Who is measured. A provider of a stem is one function of its contract, or a reason why it is missing.
 
     logprob          (logits, ids) -> log-probs
-    policy_loss      (logps, *, mask, advantages, old_logps, ref_logps, objective) -> loss
+    policy_loss, sequence_loss
+                     (logps, *, mask, advantages, old_logps, ref_logps, objective) -> loss
     grpo             (logits, ids, *, mask, advantages, old_logps, ref_logps, objective) -> loss
     group_advantage  (rewards, group_size) -> advantages
 
@@ -71,6 +72,11 @@ PROVIDERS: dict[str, dict[str, Callable[[], Function]]] = {
         "grpo_fast": lambda: logprob,
     },
     "policy_loss": {
+        "eager": lambda: eager.policy_loss,
+        "compile": compiled(eager.policy_loss),
+        "grpo_fast": loss_of(policy_loss),
+    },
+    "sequence_loss": {
         "eager": lambda: eager.policy_loss,
         "compile": compiled(eager.policy_loss),
         "grpo_fast": loss_of(policy_loss),

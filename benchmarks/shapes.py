@@ -40,6 +40,7 @@ TOKENS = {
 
 # What is in a batch: every token counts; about 30 % padding; half of the groups with equal rewards.
 VARIANTS = ("full", "padded", "zero-variance")
+SEQUENCE_VARIANT = "gspo"  # every token counts, the ratio is the sequence's
 
 
 def device() -> torch.device:

@@ -8,11 +8,12 @@ from torch import Tensor
 from grpo_fast.objective import Objective
 from grpo_fast.ops import _arguments
 from grpo_fast.ops._metrics import fold_statistics, metrics_from
-from grpo_fast.ops._tokens import Tokens, check_tokens
+from grpo_fast.ops._tokens import Sequences, Tokens, check_tokens
 from grpo_fast.ops.group_advantage import group_advantage_fwd
 from grpo_fast.ops.grpo import DESTROYED, SCORE_EPS, grpo, grpo_inplace, spread
 from grpo_fast.ops.logprob import logprob_fwd
 from grpo_fast.ops.policy_loss import policy_loss_fwd, token_statistics
+from grpo_fast.ops.sequence_loss import sequence_loss_fwd
 
 __all__ = ["LossOutput", "fold_statistics", "grpo_loss", "metrics_from", "policy_loss"]
 
@@ -80,7 +81,8 @@ def grpo_loss(
         objective: what is optimised.
         inplace: allow the logits to be overwritten with their gradient, which then needs no memory of its
             own. Afterwards they cannot be used: a gradient through them raises. Not done under
-            `torch.compile`, whose memory planner decides, nor where no gradient is wanted.
+            `torch.compile`, whose memory planner decides, by objectives that look at whole sequences
+            (`objective.needs_sequences`), nor where no gradient is wanted.
 
     Returns:
         `LossOutput`. No host sync happens on the way. backward works once: a second one, or a double
@@ -99,7 +101,7 @@ def grpo_loss(
     temperatures, inv_temperature = _arguments.check_temperature(
         op, temperature, completion_ids, mask_flat
     )
-    tokens = check_tokens(
+    tokens, sequences = check_tokens(
         op,
         completion_ids,
         mask_flat,
@@ -115,9 +117,10 @@ def grpo_loss(
         objective,
     )
     arguments = (ids, *tokens, temperatures, inv_temperature, objective.key)
-    if not (torch.is_grad_enabled() and logits.requires_grad):
-        loss, logp, entropy, kl, clip = _forward_only(
-            logits3, ids, tokens, temperatures, inv_temperature, objective
+    with_grad = torch.is_grad_enabled() and logits.requires_grad
+    if objective.needs_sequences or not with_grad:
+        loss, logp, entropy, kl, clip = _from_log_probs(
+            logits3, ids, tokens, sequences, temperatures, inv_temperature, objective
         )
     elif inplace and not torch.compiler.is_compiling():
         _check_overwritable(logits)
@@ -177,7 +180,7 @@ def policy_loss(
             f"{op}: entropy: want {tuple(logps.shape)}, got {_arguments.shape_of(entropy)}"
         )
     mask_flat = _arguments.check_mask(op, mask, logps)
-    tokens = check_tokens(
+    tokens, sequences = check_tokens(
         op,
         logps,
         mask_flat,
@@ -194,16 +197,20 @@ def policy_loss(
     )
     logp = logps.reshape(-1).float()
     flat_entropy = None if entropy is None else entropy.reshape(-1).float()
-    loss, kl, clip = _policy(logp, flat_entropy, tokens, objective)
+    loss, kl, clip = _policy(logp, flat_entropy, tokens, sequences, objective)
     return _output(op, logps, loss, logp.detach(), flat_entropy, kl, clip, tokens)
 
 
 def _policy(
-    logp: Tensor, entropy: Tensor | None, tokens: Tokens, objective: Objective
+    logp: Tensor,
+    entropy: Tensor | None,
+    tokens: Tokens,
+    sequences: Sequences,
+    objective: Objective,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(weighted loss, KL, clip flags) of (N,) log-probs."""
     assert tokens.advantages is not None
-    loss, _, kl, clip = policy_loss_fwd(
+    shared = (
         logp,
         tokens.mask,
         tokens.weight,
@@ -211,8 +218,11 @@ def _policy(
         tokens.old_logp,
         tokens.ref_logp,
         tokens.importance,
-        objective.key,
     )
+    if objective.needs_sequences:
+        loss, _, kl, clip = sequence_loss_fwd(*shared, *sequences, objective.key)
+    else:
+        loss, _, kl, clip = policy_loss_fwd(*shared, objective.key)
     if objective.entropy_coef:
         assert entropy is not None
         # The weight is 0 where a token is masked; select, since its entropy may be NaN there.
@@ -221,15 +231,21 @@ def _policy(
     return loss, kl, clip
 
 
-def _forward_only(
+def _from_log_probs(
     logits: Tensor,
     ids: Tensor,
     tokens: Tokens,
+    sequences: Sequences,
     temperature: Tensor | None,
     inv_temperature: float,
     objective: Objective,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The values of `grpo` without a gradient: one read of the logits, nothing of their size written."""
+    """The values of `grpo` by way of the log-probs.
+
+    Where a token's coefficient depends on its whole sequence, this is the way: one read for the log-probs,
+    the objective, and one read and write for the gradient in the backward. Without a gradient it reads once
+    and writes nothing of the logits' size.
+    """
     logp, entropy, _, _ = logprob_fwd(
         logits, ids, tokens.mask, temperature, inv_temperature, objective.entropy_coef != 0
     )
@@ -239,8 +255,8 @@ def _forward_only(
             tokens.rewards, tokens.group_size, None, "group", SCORE_EPS, True
         )
         tokens = tokens._replace(advantages=spread(score, tokens.sequence, logits))
-    loss, kl, clip = _policy(logp, entropy, tokens, objective)
-    return loss, logp, entropy, kl, clip
+    loss, kl, clip = _policy(logp, entropy, tokens, sequences, objective)
+    return loss, logp.detach(), entropy, kl, clip
 
 
 def _output(

@@ -7,8 +7,19 @@ import math
 from typing import Any, Literal, get_args
 
 Surrogate = Literal[
-    "clip", "cispo", "sapo", "reinforce", "dppo_tv", "dppo_kl", "ipo", "dro", "rollout_is"
+    "clip",
+    "cispo",
+    "sapo",
+    "reinforce",
+    "dppo_tv",
+    "dppo_kl",
+    "ipo",
+    "dro",
+    "rollout_is",
+    "vespo",
+    "gmpo",
 ]
+Ratio = Literal["token", "sequence", "sequence_token"]
 KL = Literal["k1", "abs", "k2", "k3", "k3_unbiased"]
 Reduction = Literal["sequence_mean", "token_mean", "sequence_sum", "fixed_length"]
 
@@ -35,6 +46,15 @@ class Objective:
             "ipo": -A r [-lo <= pi - mu <= hi] + quadratic_coef d^2
             "dro": -A logp + quadratic_coef d^2 / 2
             "rollout_is": -A sg(r [1 - lo < r < 1 + hi]) logp
+            "vespo": -A sg(phi) logp, phi = W^k e^(lambda (1 - W)), log W the sum over the sequence of d (each
+                within 20) and of the log importance weights, within [log 1e-8, 20]; (k, lambda) =
+                (vespo_k_pos, vespo_lambda_pos) where A >= 0, else the _neg ones
+            "gmpo": -A exp(mean over the sequence of d'), d' = min(d, hi) where A > 0, max(d, -lo) where
+                A < 0
+        ratio: "token": r = exp(d). "sequence" (GSPO): exp(mean of d over the sequence), differentiated
+            through the mean. "sequence_token" (GSPO-token): the same value, but the gradient of
+            sg(r) exp(logp - sg(logp)). Where all advantages of a sequence are equal and its tokens weigh
+            the same, the last two have the same gradient.
         reduction: the weights w_t of live tokens, with n_b the live tokens of sequence b out of B:
             "sequence_mean" 1 / (n_b B) (GRPO); "token_mean" 1 / sum_b n_b, or 1 / `num_items`
             (DAPO); "sequence_sum" 1 / B; "fixed_length" 1 / (B max_length) (Dr. GRPO).
@@ -45,8 +65,11 @@ class Objective:
         tau_pos, tau_neg: temperatures of "sapo".
         ratio_cap: upper bound of the ratio in "dppo_tv" and "dppo_kl"; None for no bound.
         quadratic_coef: of "ipo" and "dro".
-        log_ratio_clip: clamp d to [-log_ratio_clip, log_ratio_clip] before the ratio is taken; no
-            gradient passes through a clamped ratio.
+        vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg: of "vespo".
+        off_policy_threshold: drop the surrogate of tokens with A < 0 in sequences whose mean of -d is
+            above this (DeepSeek-V3.2).
+        log_ratio_clip: clamp d (for a sequence ratio, its mean) to [-log_ratio_clip,
+            log_ratio_clip] before the ratio is taken; no gradient passes through a clamped ratio.
         beta: weight of the KL penalty to the reference policy. 0 needs no `ref_logps`.
         kl: estimator of KL(policy || reference): "k1" -q, "abs" |q|, "k2" q^2/2, "k3" e^q - q - 1,
             "k3_unbiased" r (e^q - q - 1), differentiated through r.
@@ -60,11 +83,13 @@ class Objective:
             options leave without effect.
 
     Sources: GRPO arXiv 2402.03300, DAPO 2503.14476, Dr. GRPO 2503.20783, dual clip 1912.09729, CISPO
-        2506.13585, SAPO 2511.20347, DPPO 2602.04879, DRO 2501.12599, rollout_is 2602.15763;
-        estimators: J. Schulman, "Approximating KL divergence" (2020), k3_unbiased: DeepSeek-V3.2.
+        2506.13585, SAPO 2511.20347, GSPO 2507.18071, GMPO 2507.20673, VESPO 2602.10693, DPPO 2602.04879,
+        DRO 2501.12599, rollout_is 2602.15763; estimators: J. Schulman, "Approximating KL divergence"
+        (2020); k3_unbiased and the off-policy mask: DeepSeek-V3.2.
     """
 
     surrogate: Surrogate = "clip"
+    ratio: Ratio = "token"
     reduction: Reduction = "sequence_mean"
     max_length: int | None = None
     epsilon_low: float = 0.2
@@ -75,6 +100,11 @@ class Objective:
     tau_neg: float = 1.05
     ratio_cap: float | None = 20.0
     quadratic_coef: float = 0.0
+    vespo_k_pos: float = 2.0
+    vespo_lambda_pos: float = 3.0
+    vespo_k_neg: float = 3.0
+    vespo_lambda_neg: float = 2.0
+    off_policy_threshold: float | None = None
     log_ratio_clip: float | None = None
     beta: float = 0.0
     kl: KL = "k3"
@@ -86,6 +116,7 @@ class Objective:
 
     def __post_init__(self) -> None:
         _check_choice("surrogate", self.surrogate, get_args(Surrogate))
+        _check_choice("ratio", self.ratio, get_args(Ratio))
         _check_choice("reduction", self.reduction, get_args(Reduction))
         _check_choice("kl", self.kl, get_args(KL))
         for name in ("epsilon_low", "quadratic_coef", "beta"):
@@ -94,8 +125,10 @@ class Objective:
         low = -1.0 if self.surrogate == "cispo" else 0.0
         _check_number("epsilon_high", self.epsilon_high, low=low, strict=low < 0)
         _check_number("entropy_coef", self.entropy_coef)
-        for name in ("tau_pos", "tau_neg", *POSITIVE_OR_NONE):
-            if getattr(self, name) is not None or name.startswith("tau"):
+        if self.off_policy_threshold is not None:
+            _check_number("off_policy_threshold", self.off_policy_threshold)
+        for name in (*POSITIVE, *POSITIVE_OR_NONE):
+            if name in POSITIVE or getattr(self, name) is not None:
                 low = 1.0 if name == "dual_clip" else 0.0
                 _check_number(name, getattr(self, name), low=low, strict=True)
         if self.delta is not None and self.dual_clip is not None:
@@ -117,7 +150,7 @@ class Objective:
                 "it belongs to 'fixed_length'"
             )
         for name in OPTIONS:  # an int would compile a kernel of its own
-            if name not in ("max_length", "surrogate", "reduction", "kl") and (
+            if name not in ("max_length", "surrogate", "ratio", "reduction", "kl") and (
                 getattr(self, name) is not None
             ):
                 object.__setattr__(self, name, float(getattr(self, name)))
@@ -138,11 +171,27 @@ class Objective:
                     f"{option}={getattr(self, option)} has no effect with kl={self.kl!r}; "
                     "it belongs to k3, k3_unbiased"
                 )
-        if self.log_ratio_clip is not None and self.surrogate in ("reinforce", "dro"):
+        if self.ratio != "token" and self.surrogate not in TAKES_RATIO and self.kl != "k3_unbiased":
+            raise ValueError(
+                f"ratio={self.ratio!r} has no effect with surrogate={self.surrogate!r}; it belongs to "
+                f"{', '.join(TAKES_RATIO)}"
+            )
+        if self.log_ratio_clip is not None and self.surrogate in (
+            "reinforce",
+            "dro",
+            "vespo",
+            "gmpo",
+        ):
             raise ValueError(
                 f"log_ratio_clip={self.log_ratio_clip} has no effect with surrogate="
-                f"{self.surrogate!r}, which takes no ratio"
+                f"{self.surrogate!r}, which does not use it"
             )
+
+    @property
+    def needs_sequences(self) -> bool:
+        """Whether the loss of a token depends on the log-probs of its whole sequence."""
+        by_sequence = self.surrogate in ("vespo", "gmpo") or self.ratio != "token"
+        return by_sequence or self.off_policy_threshold is not None
 
     @staticmethod
     def preset(name: str, **overrides: Any) -> "Objective":
@@ -151,7 +200,8 @@ class Objective:
         "grpo" (2402.03300: per-sequence means, beta 0.04), "dapo" (2503.14476: token mean, clip-higher
         0.28, no KL), "dr_grpo" (2503.20783: fixed length, no KL; needs `max_length`), "bnpo" (token
         mean over the batch at hand, no KL); "cispo" (2506.13585: ratio capped at 5, no lower bound), "sapo"
-        (2511.20347), "gpg" (2504.02546), "dppo_tv", "dppo_kl" (2602.04879), "dro" (2501.12599).
+        (2511.20347), "gspo" (2507.18071), "gmpo" (2507.20673), "vespo" (2602.10693), "gpg" (2504.02546),
+        "dppo_tv", "dppo_kl" (2602.04879), "dro" (2501.12599).
 
         Raises:
             ValueError: an unknown name.
@@ -175,7 +225,10 @@ POSITIVE_OR_NONE = (
     "kl_gap_clip",
     "kl_value_clip",
 )
-BOUNDED = ("clip", "cispo", "dppo_tv", "dppo_kl", "ipo", "rollout_is")
+POSITIVE = ("tau_pos", "tau_neg", "vespo_lambda_pos", "vespo_lambda_neg")
+BOUNDED = ("clip", "cispo", "dppo_tv", "dppo_kl", "ipo", "rollout_is", "gmpo")
+# With a sequence ratio: those that are functions of the ratio alone.
+TAKES_RATIO = ("clip", "cispo", "sapo", "rollout_is")
 # Which surrogates an option belongs to.
 USED_BY: dict[str, tuple[str, ...]] = {
     "epsilon_low": BOUNDED,
@@ -186,6 +239,10 @@ USED_BY: dict[str, tuple[str, ...]] = {
     "tau_neg": ("sapo",),
     "ratio_cap": ("dppo_tv", "dppo_kl"),
     "quadratic_coef": ("ipo", "dro"),
+    "vespo_k_pos": ("vespo",),
+    "vespo_lambda_pos": ("vespo",),
+    "vespo_k_neg": ("vespo",),
+    "vespo_lambda_neg": ("vespo",),
 }
 DEFAULTS = {field.name: field.default for field in dataclasses.fields(Objective)}
 OPTIONS = tuple(field.name for field in dataclasses.fields(Objective) if field.init)
@@ -202,6 +259,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "epsilon_high": 4.0,
     },
     "sapo": {"surrogate": "sapo"},
+    "gspo": {"ratio": "sequence", "epsilon_low": 3e-4, "epsilon_high": 4e-4},
+    "gmpo": {"surrogate": "gmpo", "epsilon_low": 0.4, "epsilon_high": 0.4},
+    "vespo": {"surrogate": "vespo", "reduction": "token_mean"},
     "gpg": {"surrogate": "reinforce", "reduction": "token_mean"},
     "dppo_tv": {"surrogate": "dppo_tv", "reduction": "token_mean"},
     "dppo_kl": {"surrogate": "dppo_kl", "reduction": "token_mean"},

@@ -5,6 +5,8 @@ T completion tokens, N tokens when packed (sequences end to end, `cu_seqlens` th
 V vocabulary entries. Per-token tensors are (B, T) or (N,).
 """
 
+import math
+
 import torch
 from einops import rearrange, reduce
 from torch import Tensor
@@ -78,25 +80,78 @@ def policy_terms(
     old_logps: Tensor | None = None,
     ref_logps: Tensor | None = None,
     importance_weights: Tensor | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    log_importance: Tensor | None = None,
 ) -> Tensor:
     """The loss of each token before weighting: importance * surrogate + beta * KL.
 
     Args:
         logps, advantages, old_logps, ref_logps, importance_weights: the same shape. Without
             `old_logps` the step is on policy: the ratio is 1, with the gradient of exp(logp).
+        mask, cu_seqlens: which tokens count, and the sequences if packed; for objectives that need them.
+        log_importance: per token, "vespo" only: the sum over the sequence of the log importance weights.
     """
     old = logps.detach() if old_logps is None else old_logps
     log_ratio = logps - old
+    if mask is None:
+        mask = torch.ones_like(logps, dtype=torch.bool)
+    loss_ratio = log_ratio
+    if objective.surrogate == "gmpo":
+        bounded = torch.where(
+            advantages > 0,
+            log_ratio.clamp(max=objective.epsilon_high),
+            torch.where(advantages < 0, log_ratio.clamp(min=-objective.epsilon_low), 0),
+        )
+        loss_ratio = sequence_mean(bounded, mask, cu_seqlens)
+    elif objective.ratio != "token":
+        loss_ratio = sequence_mean(log_ratio, mask, cu_seqlens)
+        if objective.ratio == "sequence_token":
+            loss_ratio = loss_ratio.detach() + logps - logps.detach()
     if objective.log_ratio_clip is not None:
-        log_ratio = log_ratio.clamp(-objective.log_ratio_clip, objective.log_ratio_clip)
-    ratio = log_ratio.exp()
-    loss = surrogate_loss(logps, old, ratio, advantages, objective)
+        loss_ratio = loss_ratio.clamp(-objective.log_ratio_clip, objective.log_ratio_clip)
+    ratio = loss_ratio.exp()
+    if objective.surrogate == "gmpo":
+        loss = -advantages * ratio
+    elif objective.surrogate == "vespo":
+        log_w = sequence_sum(log_ratio.clamp(-20, 20), mask, cu_seqlens)
+        log_w = log_w if log_importance is None else log_w + log_importance
+        loss = -vespo_weight(log_w, advantages, objective).detach() * advantages * logps
+    else:
+        loss = surrogate_loss(logps, old, ratio, advantages, objective)
+    if objective.off_policy_threshold is not None:
+        stale = sequence_mean(-log_ratio, mask, cu_seqlens) > objective.off_policy_threshold
+        loss = torch.where((advantages < 0) & stale, 0, loss)
     if importance_weights is not None:
         loss = loss * importance_weights
     if objective.beta:
         assert ref_logps is not None
         loss = loss + objective.beta * kl_estimate(logps, ref_logps, ratio, objective)
     return loss
+
+
+def vespo_weight(log_w: Tensor, advantages: Tensor, objective: Objective) -> Tensor:
+    """phi(W) = W^k e^(lambda (1 - W)), with log W clamped to [log 1e-8, 20]."""
+    up = advantages >= 0
+    k = torch.where(up, objective.vespo_k_pos, objective.vespo_k_neg).to(log_w)
+    rate = torch.where(up, objective.vespo_lambda_pos, objective.vespo_lambda_neg).to(log_w)
+    log_w = log_w.clamp(math.log(1e-8), 20)
+    return (rate + k * log_w - rate * log_w.exp()).exp()
+
+
+def sequence_sum(x: Tensor, mask: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+    """Per token: the sum of x over the live tokens of its sequence."""
+    x = torch.where(mask, x, torch.zeros_like(x))
+    if cu_seqlens is not None:
+        index = sequence_of_token(cu_seqlens, len(x))
+        return x.new_zeros(len(cu_seqlens) - 1).index_add(0, index, x)[index]
+    return x.sum(-1, keepdim=True).expand(x.shape)
+
+
+def sequence_mean(x: Tensor, mask: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+    """Per token: the mean of x over the live tokens of its sequence; 0 without any."""
+    count = sequence_sum(torch.ones_like(x), mask, cu_seqlens)
+    return sequence_sum(x, mask, cu_seqlens) / count.clamp(min=1)
 
 
 def surrogate_loss(
@@ -283,6 +338,15 @@ def policy_loss(
     logps = torch.where(keep, logps, torch.zeros_like(logps))
     advantages = per_token(advantages)
     assert advantages is not None
+    log_importance = None
+    if objective.surrogate == "vespo" and importance_weights is not None:
+        # One weight per sequence counts once, weights per token each.
+        logs = importance_weights.to(logps).log().clamp(math.log(1e-8), 20)
+        if importance_weights.shape == logps.shape:
+            log_importance = sequence_sum(logs, keep, cu_seqlens)
+        else:
+            log_importance = per_token(logs)
+        importance_weights = None
     loss = policy_terms(
         logps,
         advantages,
@@ -290,6 +354,9 @@ def policy_loss(
         per_token(old_logps),
         per_token(ref_logps),
         per_token(importance_weights),
+        keep,
+        cu_seqlens,
+        log_importance,
     )
     if objective.entropy_coef:
         bonus = per_token(entropy)

@@ -38,8 +38,8 @@ from grpo_fast.kernels.tiles import (
     dlogits_factors,
     dlogits_target,
     include_target,
-    policy_terms,
     standard_score,
+    token_policy_terms,
 )
 
 SCORE_EPS = 1e-4  # of the z-score taken in the launch: TRL's and the paper code's
@@ -152,7 +152,7 @@ def _grpo_kernel(
             advantage = load_advantage(
                 advantages_ptr, rewards_ptr, sequence_ptr, row, T_len, G, score_eps, BLOCK_G
             )
-            loss, dlogp, kl, clip = policy_terms(
+            loss, dlogp, kl, clip = token_policy_terms(
                 logp,
                 load_or(old_logp_ptr, row, logp),
                 load_or(ref_logp_ptr, row, 0.0),
@@ -184,7 +184,7 @@ def _grpo_kernel(
             tl.store(clip_ptr + row, clip.to(tl.int8))
             if HAS_REF:
                 tl.store(kl_ptr + row, kl)
-            # In place, the scored logit is overwritten below: no thread may get there before all have read it.
+            # In place, the scored logit is overwritten below, after every thread has read it.
             tl.debug_barrier()
             if (dlogp != 0) | (dentropy != 0):
                 k0, k1 = dlogits_factors(dlogp, dentropy, entropy, s, log2_s, inv_temperature)

@@ -15,7 +15,12 @@ import torch
 import triton
 import triton.language as tl
 
-from grpo_fast.kernels.tiles import CLIP_DUAL, CLIP_HIGH, CLIP_LOW, policy_terms
+from grpo_fast.kernels.tiles import (
+    CLIP_DUAL,
+    CLIP_HIGH,
+    CLIP_LOW,
+    token_policy_terms,
+)
 
 BLOCK = 1024
 NUM_STATISTICS = 16  # the layout is named in `grpo_fast.ops.policy_loss.STATISTICS`
@@ -26,9 +31,12 @@ def scalars(objective):
     low, high = objective.epsilon_low, objective.epsilon_high
     if objective.surrogate in ("clip", "cispo", "rollout_is"):
         low, high = 1.0 - low, 1.0 + high
+    if objective.surrogate == "vespo":
+        low, high = objective.vespo_k_pos, objective.vespo_k_neg
     cap, second = {
         "clip": (objective.delta, objective.dual_clip),
         "sapo": (objective.tau_pos, objective.tau_neg),
+        "vespo": (objective.vespo_lambda_pos, objective.vespo_lambda_neg),
     }.get(objective.surrogate, (objective.ratio_cap, objective.quadratic_coef))
     values = {
         "cap": cap,
@@ -88,7 +96,7 @@ def _policy_loss_kernel(
     old_logp = logp
     if old_logp_ptr is not None:
         old_logp = load_tokens(old_logp_ptr, offs, live, 0.0)
-    loss, dlogp, kl, clip = policy_terms(
+    loss, dlogp, kl, clip = token_policy_terms(
         logp,
         old_logp,
         load_tokens(ref_logp_ptr, offs, live, 0.0),

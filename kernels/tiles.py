@@ -158,13 +158,22 @@ def divergence_keeps(logp, old_logp, advantage, low, high, SURROGATE: tl.constex
 
 
 @triton.jit
+def vespo_weight(log_w, advantage, k_pos, k_neg, lambda_pos, lambda_neg):
+    """phi(W) = W^k e^(lambda (1 - W)), with log W clamped to [log 1e-8, 20]."""
+    log_w = tl.minimum(tl.maximum(log_w, -18.420680743952367), 20.0)
+    k = tl.where(advantage >= 0, k_pos, k_neg)
+    rate = tl.where(advantage >= 0, lambda_pos, lambda_neg)
+    return tl.exp(rate + k * log_w - rate * tl.exp(log_w))
+
+
+@triton.jit
 def surrogate_terms(
-    logp, old_logp, ratio, advantage, low, high, cap, second, SURROGATE: tl.constexpr
+    logp, old_logp, ratio, log_w, advantage, low, high, cap, second, SURROGATE: tl.constexpr
 ):
     """(loss, dloss/dlogp through the ratio, through logp alone) of tokens.
 
-    low, high: bounds as the surrogate uses them (`policy_loss.scalars`); cap: delta or ratio_cap or tau_pos;
-    second: dual_clip or tau_neg or quadratic_coef.
+    log_w: VESPO's log sequence weight. low, high: bounds as the surrogate uses them, cap and second: whatever
+    else it takes (`policy_loss.scalars`).
     """
     by_ratio = tl.zeros_like(ratio)  # not ratio * 0: the ratio may be inf
     by_logp = tl.zeros_like(ratio)
@@ -172,6 +181,9 @@ def surrogate_terms(
         loss, by_ratio = clip_surrogate(ratio, advantage, low, high, cap, second)
     elif SURROGATE == "sapo":
         loss, by_ratio = sapo_surrogate(ratio, advantage, cap, second)
+    elif SURROGATE == "gmpo":  # the ratio is the sequence's, its bounds are behind it
+        by_ratio = -advantage * ratio
+        loss = by_ratio
     elif SURROGATE == "dro":
         d = logp - old_logp
         loss = 0.5 * second * d * d - advantage * logp
@@ -188,6 +200,8 @@ def surrogate_terms(
             weight = tl.minimum(tl.maximum(ratio, low), high)
         elif SURROGATE == "rollout_is":
             weight = tl.where((ratio > low) & (ratio < high), ratio, 0.0)
+        elif SURROGATE == "vespo":
+            weight = vespo_weight(log_w, advantage, low, high, cap, second)
         elif SURROGATE == "reinforce":
             weight = tl.zeros_like(ratio) + 1.0
         else:
@@ -209,6 +223,9 @@ def clip_flags(logp, old_logp, ratio, advantage, low, high, cap, second, SURROGA
         cut = divergence_keeps(logp, old_logp, advantage, low, high, SURROGATE) == 0
         below = cut
         above = cut
+    elif SURROGATE == "gmpo":
+        below = logp - old_logp < -low
+        above = logp - old_logp > high
     elif SURROGATE == "ipo":
         change = tl.exp(logp) - tl.exp(old_logp)
         below = change < -low
@@ -251,7 +268,58 @@ def kl_terms(logp, ref_logp, ratio, gap_clip, value_clip, KL: tl.constexpr):
 
 
 @triton.jit
+def bounded_ratio(d, log_ratio_clip):
+    """(exp of the log-ratio d after its clamp, whether the clamp lets a gradient through)."""
+    clamped = tl.minimum(tl.maximum(d, -log_ratio_clip), log_ratio_clip)
+    return tl.exp(clamped), tl.abs(d) <= log_ratio_clip
+
+
+@triton.jit
 def policy_terms(
+    logp,
+    old_logp,
+    ref_logp,
+    ratio,
+    log_w,
+    keep,
+    advantage,
+    importance,
+    low,
+    high,
+    cap,
+    second,
+    beta,
+    gap_clip,
+    value_clip,
+    SURROGATE: tl.constexpr,
+    KL: tl.constexpr,
+    HAS_REF: tl.constexpr,
+):
+    """(loss, d/dlogp, d/d log ratio, KL, clip flags) of tokens, before the reduction's weight.
+
+    keep: whether the surrogate counts. d/dlogp is without what comes through the ratio.
+    """
+    loss, by_ratio, by_logp = surrogate_terms(
+        logp, old_logp, ratio, log_w, advantage, low, high, cap, second, SURROGATE
+    )
+    if SURROGATE != "dro" and SURROGATE != "ipo":
+        # Without an advantage there is no surrogate, also where the ratio is inf.
+        keep = keep & (advantage != 0)
+    loss = tl.where(keep, loss * importance, 0.0)
+    by_ratio = tl.where(keep, by_ratio * importance, 0.0)
+    by_logp = tl.where(keep, by_logp * importance, 0.0)
+    kl = tl.zeros_like(logp)
+    if HAS_REF:
+        kl, dkl, kl_by_ratio = kl_terms(logp, ref_logp, ratio, gap_clip, value_clip, KL)
+        loss += tl.where(beta == 0, 0.0, beta * kl)
+        by_logp += tl.where(beta == 0, 0.0, beta * dkl)
+        by_ratio += tl.where(beta == 0, 0.0, beta * kl_by_ratio)
+    clip = clip_flags(logp, old_logp, ratio, advantage, low, high, cap, second, SURROGATE)
+    return loss, by_logp, by_ratio, kl, clip
+
+
+@triton.jit
+def token_policy_terms(
     logp,
     old_logp,
     ref_logp,
@@ -269,28 +337,29 @@ def policy_terms(
     KL: tl.constexpr,
     HAS_REF: tl.constexpr,
 ):
-    """(loss, dloss/dlogp, KL, clip flags) of tokens, before the reduction's weight."""
-    d = logp - old_logp
-    free = tl.abs(d) <= log_ratio_clip
-    ratio = tl.exp(tl.minimum(tl.maximum(d, -log_ratio_clip), log_ratio_clip))
-    loss, by_ratio, by_logp = surrogate_terms(
-        logp, old_logp, ratio, advantage, low, high, cap, second, SURROGATE
+    """(loss, dloss/dlogp, KL, clip flags) of tokens whose ratio is their own."""
+    ratio, free = bounded_ratio(logp - old_logp, log_ratio_clip)
+    loss, by_logp, by_ratio, kl, clip = policy_terms(
+        logp,
+        old_logp,
+        ref_logp,
+        ratio,
+        0.0,
+        tl.zeros_like(ratio) == 0,
+        advantage,
+        importance,
+        low,
+        high,
+        cap,
+        second,
+        beta,
+        gap_clip,
+        value_clip,
+        SURROGATE,
+        KL,
+        HAS_REF,
     )
-    if SURROGATE != "dro" and SURROGATE != "ipo":
-        # Without an advantage there is no surrogate, also where the ratio is inf.
-        loss = tl.where(advantage == 0, 0.0, loss)
-        by_ratio = tl.where(advantage == 0, 0.0, by_ratio)
-        by_logp = tl.where(advantage == 0, 0.0, by_logp)
-    # A clamped ratio passes no gradient.
-    dlogp = (tl.where(free, by_ratio, 0.0) + by_logp) * importance
-    loss *= importance
-    kl = tl.zeros_like(logp)
-    if HAS_REF:
-        kl, dkl, by_ratio = kl_terms(logp, ref_logp, ratio, gap_clip, value_clip, KL)
-        loss += tl.where(beta == 0, 0.0, beta * kl)
-        dlogp += tl.where(beta == 0, 0.0, beta * (dkl + tl.where(free, by_ratio, 0.0)))
-    clip = clip_flags(logp, old_logp, ratio, advantage, low, high, cap, second, SURROGATE)
-    return loss, dlogp, kl, clip
+    return loss, by_logp + tl.where(free, by_ratio, 0.0), kl, clip
 
 
 @triton.jit

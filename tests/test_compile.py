@@ -10,6 +10,7 @@ from grpo_fast.ops.group_advantage import group_advantage_fwd
 from grpo_fast.ops.grpo import grpo, grpo_, scale_rows_
 from grpo_fast.ops.logprob import logprob_bwd, logprob_fwd
 from grpo_fast.ops.policy_loss import policy_loss_fwd, token_statistics
+from grpo_fast.ops.sequence_loss import sequence_loss_fwd
 
 V, D = 30, 8
 
@@ -56,6 +57,14 @@ def composed(hidden, weight, ids, rewards, old):
     return 2 * out.loss, out.metrics["clip_fraction_low"], out.logps
 
 
+def by_sequence(hidden, weight, ids, rewards, old):
+    objective = Objective(ratio="sequence", epsilon_low=0.01)
+    out = grpo_loss(
+        hidden @ weight.T, ids, rewards=rewards, group_size=2, old_logps=old, objective=objective
+    )
+    return out.loss, out.metrics["clip_fraction_low"], out.logps
+
+
 def inputs(device):
     weight = torch.randn(V, D, device=device)
     hidden = torch.randn(4, 3, D, device=device)
@@ -65,7 +74,7 @@ def inputs(device):
 
 
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager", "inductor"])
-@pytest.mark.parametrize("step", [from_logits, inplace, packed, composed])
+@pytest.mark.parametrize("step", [from_logits, inplace, packed, composed, by_sequence])
 @pytest.mark.filterwarnings("ignore")  # of the compiler itself
 def test_full_graph(step, compiler, backend, device):
     arguments = inputs(device)
@@ -100,7 +109,10 @@ def test_opcheck(backend, device):
     check(grpo, graded, *shared, tests=autograd)
     check(grpo_, logits.clone(), *shared)
     check(scale_rows_, logits.clone(), x)
-    check(policy_loss_fwd, x.clone().requires_grad_(), mask, x, x, x, x, x, key, tests=autograd)
+    policy = (x.clone().requires_grad_(), mask, x, x, x, x, x)
+    check(policy_loss_fwd, *policy, key, tests=autograd)
+    gspo = Objective(ratio="sequence", beta=0.1).key
+    check(sequence_loss_fwd, *policy, None, None, 3, gspo, tests=autograd)
     check(token_statistics, mask, x, x, x, x, x, x, torch.zeros(N, dtype=torch.int8, device=device))
     check(group_advantage_fwd, x, 2, None, "group", 1e-4, True)
     check(group_advantage_fwd, x, 1, ids, "batch", 1e-4, False)

@@ -279,6 +279,32 @@ OBJECTIVE_CASES = {
         ValueError,
         "log_ratio_clip=20.0 has no effect",
     ),
+    "unknown ratio": (
+        {"ratio": "seq"},
+        ValueError,
+        "ratio='seq' is unknown; choose from token, sequence",
+    ),
+    "a ratio nobody takes": (
+        {"ratio": "sequence", "surrogate": "dro"},
+        ValueError,
+        "ratio='sequence' has no effect with surrogate='dro'",
+    ),
+    "vespo's option with clip": ({"vespo_k_pos": 1.0}, ValueError, "vespo_k_pos=1.0 has no effect"),
+    "vespo's log W has its own clamp": (
+        {"surrogate": "vespo", "log_ratio_clip": 5.0},
+        ValueError,
+        "log_ratio_clip=5.0 has no effect",
+    ),
+    "NaN threshold": (
+        {"off_policy_threshold": float("nan")},
+        ValueError,
+        "off_policy_threshold: .*nan",
+    ),
+    "lambda 0": (
+        {"surrogate": "vespo", "vespo_lambda_neg": 0},
+        ValueError,
+        "vespo_lambda_neg: want > 0",
+    ),
     "tau 0": ({"surrogate": "sapo", "tau_neg": 0}, ValueError, "tau_neg: want > 0"),
     "tau None": ({"surrogate": "sapo", "tau_neg": None}, TypeError, "tau_neg: .*None"),
     "cap below": (

@@ -42,6 +42,18 @@ OBJECTIVES = {
     "k3_unbiased clamped": Objective(
         beta=0.3, kl="k3_unbiased", kl_gap_clip=0.5, kl_value_clip=0.05
     ),
+    "gspo": Objective(ratio="sequence", epsilon_low=0.05, epsilon_high=0.08, beta=0.1),
+    "gspo, unbiased KL": Objective(ratio="sequence", epsilon_low=0.05, beta=0.2, kl="k3_unbiased"),
+    "gspo-token": Objective(ratio="sequence_token", epsilon_low=0.05, reduction="token_mean"),
+    "gspo, clamped": Objective(ratio="sequence", log_ratio_clip=0.05, reduction="sequence_sum"),
+    "cispo of sequences": Objective(surrogate="cispo", ratio="sequence", epsilon_high=0.05),
+    "sapo of sequences": Objective(surrogate="sapo", ratio="sequence", entropy_coef=0.02),
+    "gmpo": Objective(surrogate="gmpo", epsilon_low=0.2, epsilon_high=0.15, beta=0.1),
+    "vespo": Objective(surrogate="vespo", reduction="token_mean", beta=0.1),
+    "off-policy mask": Objective(off_policy_threshold=0.02, beta=0.1, dual_clip=2.0),
+    "off-policy mask, gspo": Objective(
+        off_policy_threshold=0.0, ratio="sequence", epsilon_low=0.05
+    ),
     "everything": Objective(beta=0.2, entropy_coef=-0.1, dual_clip=1.5, reduction="token_mean"),
 }
 by_objective = pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)

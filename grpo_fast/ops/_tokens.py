@@ -27,6 +27,14 @@ class Tokens(NamedTuple):
     importance: Tensor | None
 
 
+class Sequences(NamedTuple):
+    """What objectives that look at whole sequences take besides."""
+
+    log_importance: Tensor | None  # (N,) VESPO's share of the log sequence weight
+    boundaries: Tensor | None  # (num_sequences + 1,) int64, or None:
+    T_len: int  # tokens of each sequence
+
+
 def check_tokens(
     op: str,
     like: Tensor,
@@ -41,7 +49,7 @@ def check_tokens(
     num_items: float | Tensor | None,
     cu_seqlens: Tensor | None,
     objective: Objective,
-) -> Tokens:
+) -> tuple[Tokens, Sequences]:
     """Check what the losses share; `like` has one entry per token."""
     if not isinstance(objective, Objective):
         raise TypeError(f"{op}: objective: want an Objective, got {objective!r}")
@@ -89,7 +97,16 @@ def check_tokens(
         extra = _arguments.per_token(op, "token_weights", token_weights, like)
         assert extra is not None
         weight = torch.where(live, weight * extra, 0)
-    return Tokens(
+    importance = spread("importance_weights", importance_weights)
+    log_importance = None
+    if objective.surrogate == "vespo" and importance is not None:
+        # It enters the sequence weight: one per sequence once, at its first token.
+        counts = live
+        if importance_weights is not None and importance_weights.shape != like.shape:
+            counts = first_of_sequence(rows, sequence)
+        logs = importance.log().clamp(math.log(1e-8), 20)
+        log_importance, importance = torch.where(counts, logs, 0), None
+    tokens = Tokens(
         mask,
         weight.expand(like.numel()).contiguous(),
         spread("advantages", advantages),
@@ -98,8 +115,19 @@ def check_tokens(
         sequence,
         _arguments.per_token(op, "old_logps", old_logps, like),
         _arguments.per_token(op, "ref_logps", ref_logps, like),
-        spread("importance_weights", importance_weights),
+        importance,
     )
+    boundaries = None if cu_seqlens is None else cu_seqlens.long().contiguous()
+    return tokens, Sequences(log_importance, boundaries, rows.shape[-1])
+
+
+def first_of_sequence(rows: Tensor, sequence: Tensor | None) -> Tensor:
+    """(N,) bool: whether a token is the first of its sequence."""
+    if sequence is not None:
+        before = torch.nn.functional.pad(sequence, (1, 0), value=-1)[:-1]
+        return sequence != before
+    position = torch.arange(rows.numel(), device=rows.device)
+    return position % max(rows.shape[-1], 1) == 0
 
 
 def _check_shape(op: str, name: str, x: Tensor, shapes: tuple[tuple[int, ...], ...]) -> None:

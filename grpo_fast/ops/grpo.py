@@ -9,7 +9,7 @@ from grpo_fast.objective import Objective
 from grpo_fast.ops import _rows
 from grpo_fast.ops._backend import launch, use_triton
 from grpo_fast.ops.group_advantage import group_advantage_fwd
-from grpo_fast.ops.policy_loss import policy_terms, weigh
+from grpo_fast.ops.policy_loss import token_policy_terms, weigh
 
 SCORE_EPS = 1e-4  # of the z-score of `rewards`, as in kernels/grpo.py
 
@@ -94,7 +94,7 @@ def _fill(logits: Tensor, a: Arguments, dlogits: Tensor) -> Outputs:
         scale = a.inv_temperature if a.temperature is None else 1 / a.temperature[where]
         ids = a.ids[where].long()
         e, statistics, u = _rows.exponentials(z, ids, scale, work, bool(out.entropy.numel()))
-        loss, dlogp, kl, clip = policy_terms(
+        loss, dlogp, kl, clip = token_policy_terms(
             statistics.logp,
             None if a.old_logp is None else a.old_logp[where],
             None if a.ref_logp is None else a.ref_logp[where],

@@ -1,7 +1,7 @@
 """The objective on log-probs, and a step's statistics (kernels: `grpo_fast.kernels.policy_loss`)."""
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,7 +32,17 @@ STATISTICS = (
 )
 
 
-def policy_terms(
+class Terms(NamedTuple):
+    """Of tokens, before weighting: the twin of what `tiles.policy_terms` returns."""
+
+    loss: Tensor
+    by_logp: Tensor  # dloss/dlogp, without what comes through the ratio
+    by_ratio: Tensor  # dloss/d(log ratio)
+    kl: Tensor | None
+    clip: Tensor
+
+
+def token_policy_terms(
     logp: Tensor,
     old_logp: Tensor | None,
     ref_logp: Tensor | None,
@@ -40,36 +50,60 @@ def policy_terms(
     importance: Tensor | None,
     objective: Objective,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """(loss, dloss/dlogp, KL or None, clip flags) of tokens before weighting.
+    """(loss, dloss/dlogp, KL or None, clip flags) of tokens whose ratio is their own.
 
-    The twin of `tiles.policy_terms`. In closed form, so that it can run inside an operator, where
-    autograd does not record.
+    In closed form, so that it can run inside an operator, where autograd does not record.
     """
     old = logp if old_logp is None else old_logp
-    d = logp - old
+    ratio, free = bounded_ratio(logp - old, objective)
+    terms = policy_terms(logp, old, ref_logp, ratio, None, None, advantage, importance, objective)
+    dlogp = terms.by_logp + torch.where(free, terms.by_ratio, 0)
+    return terms.loss, dlogp, terms.kl, terms.clip
+
+
+def bounded_ratio(d: Tensor, objective: Objective) -> tuple[Tensor, Tensor]:
+    """(exp of the log-ratio d after its clamp, whether the clamp lets a gradient through)."""
     bound = math.inf if objective.log_ratio_clip is None else objective.log_ratio_clip
-    free = d.abs() <= bound
-    ratio = d.clamp(-bound, bound).exp()
-    loss, by_ratio, by_logp, clip = surrogate_terms(logp, old, ratio, advantage, objective)
+    return d.clamp(-bound, bound).exp(), d.abs() <= bound
+
+
+def policy_terms(
+    logp: Tensor,
+    old: Tensor,
+    ref_logp: Tensor | None,
+    ratio: Tensor,
+    log_w: Tensor | None,
+    dropped: Tensor | None,
+    advantage: Tensor,
+    importance: Tensor | None,
+    objective: Objective,
+) -> Terms:
+    """What tokens contribute, given their ratio, VESPO's log W, and which surrogates are dropped."""
+    loss, by_ratio, by_logp, clip = surrogate_terms(logp, old, ratio, log_w, advantage, objective)
+    if importance is not None:
+        loss, by_ratio, by_logp = (x * importance for x in (loss, by_ratio, by_logp))
+    none = torch.zeros_like(advantage, dtype=torch.bool) if dropped is None else dropped
     if objective.surrogate not in ("dro", "ipo"):
         # Without an advantage there is no surrogate, also where the ratio is inf.
-        loss, by_ratio, by_logp = (
-            torch.where(advantage == 0, 0, x) for x in (loss, by_ratio, by_logp)
-        )
-    dlogp = torch.where(free, by_ratio, 0) + by_logp  # a clamped ratio passes no gradient
-    if importance is not None:
-        loss, dlogp = loss * importance, dlogp * importance
+        none = none | (advantage == 0)
+    loss, by_ratio, by_logp = (torch.where(none, 0, x) for x in (loss, by_ratio, by_logp))
     if ref_logp is None:
-        return loss, dlogp, None, clip
-    kl, dkl, by_ratio = kl_terms(logp, ref_logp, ratio, objective)
+        return Terms(loss, by_logp, by_ratio, None, clip)
+    kl, dkl, kl_by_ratio = kl_terms(logp, ref_logp, ratio, objective)
     if objective.beta:
         loss = loss + objective.beta * kl
-        dlogp = dlogp + objective.beta * (dkl + torch.where(free, by_ratio, 0))
-    return loss, dlogp, kl, clip
+        by_logp = by_logp + objective.beta * dkl
+        by_ratio = by_ratio + objective.beta * kl_by_ratio
+    return Terms(loss, by_logp, by_ratio, kl, clip)
 
 
 def surrogate_terms(
-    logp: Tensor, old: Tensor, ratio: Tensor, advantage: Tensor, objective: Objective
+    logp: Tensor,
+    old: Tensor,
+    ratio: Tensor,
+    log_w: Tensor | None,
+    advantage: Tensor,
+    objective: Objective,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss, dloss/dlogp through the ratio, through logp alone, clip flags); the twin is in `tiles`."""
     low, high = 1 - objective.epsilon_low, 1 + objective.epsilon_high
@@ -94,7 +128,13 @@ def surrogate_terms(
         by_ratio = torch.where(below | above, 0, -advantage * ratio)
         loss = by_ratio + q * d.square()
         return loss, by_ratio, 2 * q * d, _flags(below, above, advantage)
-    if surrogate == "reinforce":
+    if surrogate == "gmpo":  # the ratio is the sequence's, its bounds are behind it
+        below, above = d < -objective.epsilon_low, d > objective.epsilon_high
+        return -advantage * ratio, -advantage * ratio, zero, _flags(below, above, advantage)
+    if surrogate == "vespo":
+        assert log_w is not None
+        weight, flags = vespo_weight(log_w, advantage, objective), _flags(None, None, advantage)
+    elif surrogate == "reinforce":
         weight, flags = torch.ones_like(ratio), _flags(None, None, advantage)
     elif surrogate == "cispo":
         weight, flags = ratio.clamp(low, high), _flags(below, above, advantage)
@@ -107,6 +147,15 @@ def surrogate_terms(
         weight = torch.where(keep, ratio.clamp(max=cap), 0)
         flags = _flags(~keep, ~keep, advantage)
     return -weight * advantage * logp, zero, -weight * advantage, flags
+
+
+def vespo_weight(log_w: Tensor, advantage: Tensor, objective: Objective) -> Tensor:
+    """phi(W) of the sequence weight W: the twin of the one in `tiles`."""
+    log_w = log_w.clamp(math.log(1e-8), 20)
+    up = advantage >= 0
+    k = torch.where(up, objective.vespo_k_pos, objective.vespo_k_neg)
+    rate = torch.where(up, objective.vespo_lambda_pos, objective.vespo_lambda_neg)
+    return (rate + k * log_w - rate * log_w.exp()).exp()
 
 
 def _flags(below: Tensor | None, above: Tensor | None, advantage: Tensor) -> Tensor:
@@ -198,13 +247,7 @@ def policy_loss_fwd(
         loss, dlogp, kl, clip = launch(
             kernels.policy_loss_fwd,
             logp,
-            logp,
-            mask,
-            weight,
-            advantages,
-            old_logp,
-            ref_logp,
-            importance,
+            *(logp, mask, weight, advantages, old_logp, ref_logp, importance),
             terms,
         )
         return loss, dlogp, logp.new_empty(0) if kl is None else kl, clip
@@ -212,14 +255,15 @@ def policy_loss_fwd(
     def live(x: Tensor | None) -> Tensor | None:
         return x if x is None or mask is None else torch.where(mask, x, 0)
 
-    values = [live(x) for x in (logp, old_logp, ref_logp, advantages, importance)]
-    assert values[0] is not None
-    assert values[3] is not None
-    loss, dlogp, kl, clip = policy_terms(
-        values[0], values[1], values[2], values[3], values[4], terms
+    logp, old_logp, ref_logp, advantages, importance = (  # type: ignore[assignment]
+        live(x) for x in (logp, old_logp, ref_logp, advantages, importance)
     )
     weight = weight if mask is None else torch.where(mask, weight, 0)
-    return weigh(weight, loss), weigh(weight, dlogp), logp.new_empty(0) if kl is None else kl, clip
+    loss, dlogp, kl, clip = token_policy_terms(
+        logp, old_logp, ref_logp, advantages, importance, terms
+    )
+    loss, dlogp = weigh(weight, loss), weigh(weight, dlogp)
+    return loss, dlogp, logp.new_empty(0) if kl is None else kl, clip
 
 
 @policy_loss_fwd.register_fake
@@ -230,30 +274,28 @@ def _(
     advantages: Tensor,
     old_logp: Tensor | None,
     ref_logp: Tensor | None,
-    importance: Tensor | None,
-    objective: str,
+    *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     kl = logp.new_empty(0) if ref_logp is None else torch.empty_like(logp)
-    return (
-        torch.empty_like(logp),
-        torch.empty_like(logp),
-        kl,
-        logp.new_empty(logp.shape, dtype=torch.int8),
-    )
+    clip = logp.new_empty(logp.shape, dtype=torch.int8)
+    return torch.empty_like(logp), torch.empty_like(logp), kl, clip
 
 
-def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    """Of an operator that returns (loss, dlogp, ...)."""
     ctx.save_for_backward(output[1])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
+    ctx.arguments = len(inputs)
 
 
-def _backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple:
+def backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple:
+    """Of the same, differentiable in its first argument, logp."""
     (dlogp,) = ctx.saved_tensors
-    return (None if dloss is None else dloss * dlogp, *(None,) * 7)
+    return (None if dloss is None else dloss * dlogp, *(None,) * (ctx.arguments - 1))
 
 
-policy_loss_fwd.register_autograd(_backward, setup_context=_setup_context)
+policy_loss_fwd.register_autograd(backward, setup_context=setup_context)
 
 
 @torch.library.custom_op("grpo_fast::token_statistics", mutates_args=())

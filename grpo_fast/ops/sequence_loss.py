@@ -1,0 +1,142 @@
+"""The objective on log-probs where it looks at whole sequences (`grpo_fast.kernels.sequence_loss`)."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from grpo_fast import reference
+from grpo_fast.objective import Objective
+from grpo_fast.ops._backend import launch, use_triton
+from grpo_fast.ops.policy_loss import backward, bounded_ratio, policy_terms, setup_context, weigh
+
+
+class Segments(NamedTuple):
+    """Which of `number` sequences each of (N,) tokens belongs to."""
+
+    of_token: Tensor
+    number: int
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Per token: the sum over its sequence. Masked tokens must hold 0."""
+        return x.new_zeros(self.number).index_add_(0, self.of_token, x)[self.of_token]
+
+
+def sequence_policy_terms(
+    logp: Tensor,
+    old_logp: Tensor | None,
+    ref_logp: Tensor | None,
+    advantage: Tensor,
+    importance: Tensor | None,
+    log_importance: Tensor | None,
+    live: Tensor,
+    weight: Tensor,
+    segments: Segments,
+    objective: Objective,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """Weighted (loss, dloss/dlogp), KL or None, clip flags: the twin of `_sequence_loss_kernel`."""
+    count = segments.sum(live.to(logp.dtype)).clamp(min=1)
+    old = logp if old_logp is None else old_logp
+    d = own = logp - old
+    opened = live
+    if objective.surrogate == "gmpo":
+        up, down = d.clamp(max=objective.epsilon_high), d.clamp(min=-objective.epsilon_low)
+        d = torch.where(advantage > 0, up, torch.where(advantage < 0, down, 0))
+        opened = live & (advantage != 0)
+        opened &= torch.where(
+            advantage > 0, own <= objective.epsilon_high, own >= -objective.epsilon_low
+        )
+    if objective.surrogate == "gmpo" or objective.ratio != "token":
+        d = segments.sum(d) / count
+    ratio, free = bounded_ratio(d, objective)
+    log_w = dropped = None
+    if objective.surrogate == "vespo":
+        total = own.clamp(-20, 20)
+        log_w = segments.sum(total if log_importance is None else total + log_importance)
+    if objective.off_policy_threshold is not None:
+        stale = segments.sum(-own) / count > objective.off_policy_threshold
+        dropped = stale & (advantage < 0)
+    terms = policy_terms(
+        logp, old, ref_logp, ratio, log_w, dropped, advantage, importance, objective
+    )
+    through = weigh(weight, torch.where(free, terms.by_ratio, 0))
+    if objective.ratio == "sequence" or objective.surrogate == "gmpo":
+        through = torch.where(opened, segments.sum(through) / count, 0)
+    dlogp = weigh(weight, terms.by_logp) + through
+    clip = torch.where(live, terms.clip, 0)
+    return weigh(weight, terms.loss), dlogp, terms.kl, clip
+
+
+@torch.library.custom_op("grpo_fast::sequence_loss", mutates_args=())
+def sequence_loss_fwd(
+    logp: Tensor,
+    mask: Tensor | None,
+    weight: Tensor,
+    advantages: Tensor,
+    old_logp: Tensor | None,
+    ref_logp: Tensor | None,
+    importance: Tensor | None,
+    log_importance: Tensor | None,
+    boundaries: Tensor | None,
+    T_len: int,
+    objective: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Weighted loss, its derivative in logp, KL ((0,) without ref_logp), clip flags; all (N,).
+
+    Args:
+        log_importance: (N,) what VESPO adds to the log sequence weight, masked tokens included.
+        boundaries: (num_sequences + 1,) int64, or None where every `T_len` tokens are a sequence.
+    """
+    terms = Objective.from_key(objective)
+    if use_triton(logp):
+        from grpo_fast.kernels import sequence_loss as kernels
+
+        loss, dlogp, kl, clip = launch(
+            kernels.sequence_loss_fwd,
+            logp,
+            *(logp, mask, weight, advantages, old_logp, ref_logp, importance),
+            *(log_importance, boundaries, T_len, terms),
+        )
+        return loss, dlogp, logp.new_empty(0) if kl is None else kl, clip
+    if boundaries is None:
+        of_token = torch.arange(len(logp), device=logp.device) // max(T_len, 1)
+        segments = Segments(of_token, len(logp) // max(T_len, 1))
+    else:
+        of_token = reference.sequence_of_token(boundaries, len(logp))
+        segments = Segments(of_token, len(boundaries) - 1)
+    live = torch.ones_like(logp, dtype=torch.bool) if mask is None else mask
+
+    def kept(x: Tensor) -> Tensor:
+        return torch.where(live, x, 0)
+
+    loss, dlogp, kl, clip = sequence_policy_terms(
+        kept(logp),
+        None if old_logp is None else kept(old_logp),
+        None if ref_logp is None else kept(ref_logp),
+        kept(advantages),
+        None if importance is None else kept(importance),
+        log_importance,
+        live,
+        kept(weight),
+        segments,
+        terms,
+    )
+    return loss, dlogp, logp.new_empty(0) if kl is None else kl, clip
+
+
+@sequence_loss_fwd.register_fake
+def _(
+    logp: Tensor,
+    mask: Tensor | None,
+    weight: Tensor,
+    advantages: Tensor,
+    old_logp: Tensor | None,
+    ref_logp: Tensor | None,
+    *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    kl = logp.new_empty(0) if ref_logp is None else torch.empty_like(logp)
+    clip = logp.new_empty(logp.shape, dtype=torch.int8)
+    return torch.empty_like(logp), torch.empty_like(logp), kl, clip
+
+
+sequence_loss_fwd.register_autograd(backward, setup_context=setup_context)

@@ -1,0 +1,235 @@
+"""The objective on log-probs where a token's loss depends on its whole sequence (GSPO, GMPO, VESPO, masks).
+
+    d        = logp - old, n live tokens in the sequence
+    ratio    = exp(mean d) (GSPO), exp(mean of the clipped d) (GMPO), exp(d) otherwise
+    log W    = sum of d, and of the log importance weights (VESPO)
+    drift    = mean of -d (off-policy mask)
+    dlogp_t  = w_t dl_t/dlogp_t + (sum_s w_s dl_s/d mean) / n     the second where the ratio is a mean
+
+One program a sequence, two or three passes over its tokens: the sums; the losses; where the ratio is a mean,
+the gradient that comes back through it. Bytes: the log-probs once per pass, everything else once or twice.
+"""
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+
+from grpo_fast.kernels.policy_loss import load_tokens, scalars
+from grpo_fast.kernels.tiles import bounded_ratio, policy_terms
+
+BLOCK = 512
+
+
+@triton.jit
+def sequence_statistics(
+    logp_ptr,
+    mask_ptr,
+    advantages_ptr,
+    old_logp_ptr,
+    log_importance_ptr,
+    start,
+    stop,
+    low,
+    high,
+    SURROGATE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """(live tokens, mean d, mean of the d that the ratio takes, VESPO's log W) of tokens [start, stop)."""
+    count = 0.0
+    total = 0.0
+    taken = 0.0
+    log_w = 0.0
+    for base in range(start, stop, BLOCK):
+        offs, live = live_tokens(mask_ptr, base, stop, BLOCK)
+        d = tl.zeros([BLOCK], tl.float32)
+        if old_logp_ptr is not None:
+            old_logp = load_tokens(old_logp_ptr, offs, live, 0.0)
+            d = load_tokens(logp_ptr, offs, live, 0.0) - old_logp
+        count += tl.sum(live.to(tl.float32), axis=0)
+        total += tl.sum(d, axis=0)
+        if SURROGATE == "gmpo":
+            advantage = load_tokens(advantages_ptr, offs, live, 0.0)
+            up = tl.minimum(d, high)
+            down = tl.maximum(d, -low)
+            d = tl.where(advantage > 0, up, tl.where(advantage < 0, down, 0.0))
+        taken += tl.sum(d, axis=0)
+        if SURROGATE == "vespo":
+            log_w += tl.sum(tl.minimum(tl.maximum(d, -20.0), 20.0), axis=0)
+            # Not `live`: a weight per sequence stands at its first token, masked or not.
+            log_w += tl.sum(load_tokens(log_importance_ptr, offs, offs < stop, 0.0), axis=0)
+    n = tl.maximum(count, 1.0)
+    return n, total / n, taken / n, log_w
+
+
+@triton.jit
+def live_tokens(mask_ptr, base, stop, BLOCK: tl.constexpr):
+    """(offsets from `base` on, which of them are before `stop` and not masked)."""
+    offs = base + tl.arange(0, BLOCK)
+    live = offs < stop
+    if mask_ptr is not None:
+        live = live & (tl.load(mask_ptr + offs, mask=live, other=0) != 0)
+    return offs, live
+
+
+@triton.jit(do_not_specialize=["T_len"])
+def _sequence_loss_kernel(
+    logp_ptr,  # (N,)
+    mask_ptr,  # (N,) bool, or None
+    weight_ptr,  # (N,) fp32
+    advantages_ptr,  # (N,) fp32
+    old_logp_ptr,  # (N,) fp32, or None: on policy
+    ref_logp_ptr,  # (N,) fp32, or None
+    importance_ptr,  # (N,) fp32, or None: 1
+    log_importance_ptr,  # (N,) fp32, or None: 0
+    boundaries_ptr,  # (num_sequences + 1,) int64, or None: every T_len tokens
+    loss_ptr,  # (N,) fp32
+    dlogp_ptr,  # (N,) fp32
+    kl_ptr,  # (N,) fp32, or None
+    clip_ptr,  # (N,) int8
+    T_len,
+    low,
+    high,
+    cap,
+    second,
+    log_ratio_clip,
+    beta,
+    gap_clip,
+    value_clip,
+    stale_at,
+    SURROGATE: tl.constexpr,
+    RATIO: tl.constexpr,
+    KL: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    HAS_REF: tl.constexpr = ref_logp_ptr is not None
+    # The gradient of a mean over the sequence goes to all of its tokens.
+    THROUGH_MEAN: tl.constexpr = RATIO == "sequence" or SURROGATE == "gmpo"
+    b = tl.program_id(0).to(tl.int64)
+    start = b * T_len
+    stop = start + T_len
+    if boundaries_ptr is not None:
+        start = tl.load(boundaries_ptr + b)
+        stop = tl.load(boundaries_ptr + b + 1)
+    n, drift, taken, log_w = sequence_statistics(
+        logp_ptr,
+        mask_ptr,
+        advantages_ptr,
+        old_logp_ptr,
+        log_importance_ptr,
+        start,
+        stop,
+        low,
+        high,
+        SURROGATE,
+        BLOCK,
+    )
+    pull = 0.0  # dL / d (mean d)
+    for base in range(start, stop, BLOCK):
+        offs, live = live_tokens(mask_ptr, base, stop, BLOCK)
+        there = offs < stop
+        logp = load_tokens(logp_ptr, offs, live, 0.0)
+        old_logp = logp
+        if old_logp_ptr is not None:
+            old_logp = load_tokens(old_logp_ptr, offs, live, 0.0)
+        advantage = load_tokens(advantages_ptr, offs, live, 0.0)
+        d = logp - old_logp
+        if RATIO != "token" or SURROGATE == "gmpo":
+            d = tl.zeros([BLOCK], tl.float32) + taken
+        ratio, free = bounded_ratio(d, log_ratio_clip)
+        loss, by_logp, by_ratio, kl, clip = policy_terms(
+            logp,
+            old_logp,
+            load_tokens(ref_logp_ptr, offs, live, 0.0),
+            ratio,
+            log_w,
+            (advantage >= 0) | ((-drift > stale_at) == 0),  # a NaN is not hidden
+            advantage,
+            load_tokens(importance_ptr, offs, live, 1.0),
+            low,
+            high,
+            cap,
+            second,
+            beta,
+            gap_clip,
+            value_clip,
+            SURROGATE,
+            KL,
+            HAS_REF,
+        )
+        by_ratio = tl.where(free, by_ratio, 0.0)
+        weight = tl.load(weight_ptr + offs, mask=live, other=0.0)
+        if THROUGH_MEAN:
+            pull += tl.sum(tl.where(weight == 0, 0.0, weight * by_ratio), axis=0)
+        else:
+            by_logp += by_ratio
+        # Select, not multiply: a token without weight has no say, whatever its loss is.
+        tl.store(loss_ptr + offs, tl.where(weight == 0, 0.0, weight * loss), mask=there)
+        tl.store(dlogp_ptr + offs, tl.where(weight == 0, 0.0, weight * by_logp), mask=there)
+        tl.store(clip_ptr + offs, tl.where(live, clip, 0).to(tl.int8), mask=there)
+        if HAS_REF:
+            tl.store(kl_ptr + offs, kl, mask=there)
+    if THROUGH_MEAN:
+        for base in range(start, stop, BLOCK):
+            offs, live = live_tokens(mask_ptr, base, stop, BLOCK)
+            open_ = live
+            if SURROGATE == "gmpo" and old_logp_ptr is not None:
+                advantage = load_tokens(advantages_ptr, offs, live, 0.0)
+                d = load_tokens(logp_ptr, offs, live, 0.0)
+                d -= load_tokens(old_logp_ptr, offs, live, 0.0)
+                inside = tl.where(advantage > 0, d <= high, d >= -low)
+                open_ = live & inside & (advantage != 0)
+            dlogp = tl.load(dlogp_ptr + offs, mask=live, other=0.0)
+            tl.store(dlogp_ptr + offs, dlogp + tl.where(open_, pull / n, 0.0), mask=live)
+
+
+def sequence_loss_fwd(
+    logp,
+    mask,
+    weight,
+    advantages,
+    old_logp,
+    ref_logp,
+    importance,
+    log_importance,
+    boundaries,
+    T_len,
+    objective,
+):
+    """`policy_loss_fwd` for objectives that look at whole sequences.
+
+    Args:
+        boundaries: (num_sequences + 1,) int64, or None where every `T_len` tokens are a sequence.
+    """
+    N = len(logp)
+    new = functools.partial(torch.empty, N, device=logp.device, dtype=torch.float32)
+    loss, dlogp, clip = new(), new(), new(dtype=torch.int8)
+    kl = new() if ref_logp is not None else None
+    stale_at = objective.off_policy_threshold
+    if N:
+        sequences = N // T_len if boundaries is None else len(boundaries) - 1
+        _sequence_loss_kernel[(sequences,)](
+            logp_ptr=logp,
+            mask_ptr=mask,
+            weight_ptr=weight,
+            advantages_ptr=advantages,
+            old_logp_ptr=old_logp,
+            ref_logp_ptr=ref_logp,
+            importance_ptr=importance,
+            log_importance_ptr=log_importance,
+            boundaries_ptr=boundaries,
+            loss_ptr=loss,
+            dlogp_ptr=dlogp,
+            kl_ptr=kl,
+            clip_ptr=clip,
+            T_len=T_len,
+            **scalars(objective),
+            stale_at=float("inf") if stale_at is None else stale_at,
+            SURROGATE=objective.surrogate,
+            RATIO=objective.ratio,
+            KL=objective.kl,
+            BLOCK=BLOCK,
+            num_warps=4,
+        )
+    return loss, dlogp, kl, clip

@@ -1,0 +1,81 @@
+"""Objectives that look at whole sequences, from logits and from log-probs."""
+
+import pytest
+import torch
+
+from grpo_fast import Objective, reference
+from grpo_fast.loss import grpo_loss, policy_loss
+from tests.cases import batch, in_double, loss_and_grad
+from tests.test_grpo import OBJECTIVES, check
+
+SEQUENCES = [x for x in OBJECTIVES.values() if x.needs_sequences]
+
+
+@pytest.mark.parametrize("objective", SEQUENCES, ids=lambda x: f"{x.surrogate}-{x.ratio}")
+@pytest.mark.parametrize("policy", ["on", "off"])
+def test_sequence_objectives_with_every_argument(objective, policy, backend, device):
+    """Advantages and importance weights per token and per sequence, several blocks of tokens a sequence."""
+    for per_token in (True, False):
+        logits, ids, arguments = batch(4, 9, 12, device)
+        arguments |= {"objective": objective, "token_weights": torch.rand(4, 9, device=device)}
+        shape = (4, 9) if per_token else (4,)
+        arguments["advantages"] = torch.randn(shape, device=device)
+        arguments["importance_weights"] = torch.rand(shape, device=device) + 0.3
+        if policy == "on":
+            del arguments["old_logps"]
+        check(logits, ids, arguments, upstream=2.0)
+
+
+def test_sequence_objectives_of_long_sequences(backend, device, monkeypatch):
+    """More tokens than one block of the kernel holds."""
+    if backend == "triton":
+        monkeypatch.setattr("grpo_fast.kernels.sequence_loss.BLOCK", 16)
+    for objective in SEQUENCES:
+        logits, ids, arguments = batch(3, 70, 5, device)
+        check(logits, ids, {**arguments, "objective": objective})
+
+
+def test_gspo_and_gspo_token_agree_where_the_paper_says_so(backend, device):
+    logits, ids, arguments = batch(4, 6, 20, device)
+    grads = [
+        loss_and_grad(grpo_loss, logits, ids, **arguments, objective=Objective(ratio=ratio))[1]
+        for ratio in ("sequence", "sequence_token")
+    ]
+    torch.testing.assert_close(grads[0], grads[1], rtol=1e-5, atol=1e-8)
+
+
+def test_a_stale_sequence_is_dropped_where_it_would_be_pushed_down(backend, device):
+    """Mean of old - new 0.5: above the threshold its tokens with A < 0 lose their surrogate, not their KL."""
+    logps = torch.full((1, 4), -2.0, device=device)
+    arguments = {
+        "old_logps": logps + 0.5,
+        "ref_logps": logps + 0.1,
+        "advantages": torch.tensor([[1.0, -1.0, 0.5, -0.5]], device=device),
+    }
+    for threshold, dropped in ((0.4, True), (0.6, False)):
+        objective = Objective(off_policy_threshold=threshold, reduction="sequence_sum")
+        grad = loss_and_grad(policy_loss, logps, **arguments, objective=objective)[1]
+        want = -arguments["advantages"] * torch.exp(torch.tensor(-0.5))
+        want[:, 1::2] = 0  # below the clip range they have none anyway
+        torch.testing.assert_close(grad, want)
+        loss = policy_loss(logps, **arguments, objective=objective).loss
+        up = -1.5 * torch.exp(torch.tensor(-0.5))
+        torch.testing.assert_close(loss.cpu(), up if dropped else up + 1.5 * 0.8)
+
+
+def test_empty_sequences_among_others(backend, device):
+    logps = torch.randn(5, device=device) - 2
+    boundaries = torch.tensor([0, 0, 2, 2, 2, 5, 5, 5, 5, 5], device=device)
+    for objective in SEQUENCES:
+        arguments = {
+            "advantages": torch.randn(9, device=device),
+            "old_logps": logps + 0.1,
+            "ref_logps": logps,
+            "cu_seqlens": boundaries,
+            "objective": objective,
+            "entropy": torch.ones(5, device=device),
+        }
+        loss, grad = loss_and_grad(policy_loss, logps, **arguments)
+        want = loss_and_grad(reference.policy_loss, logps.double(), **in_double(arguments))
+        torch.testing.assert_close(loss.double(), want[0], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(grad.double(), want[1], rtol=1e-4, atol=1e-6)
