@@ -5,6 +5,7 @@ import torch
 
 if not torch.cuda.is_available():  # before anything imports triton
     os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or deterministic mode warns of cuBLAS
 
 
 @pytest.fixture

@@ -1,11 +1,10 @@
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from grpo_fast import reference
 from grpo_fast.ops import group_advantage
 from grpo_fast.testing import assert_as_accurate
+from tests.properties import given, settings, st
 
 by_scale = pytest.mark.parametrize("scale", ["group", "batch", "none"])
 
@@ -44,7 +43,7 @@ def test_labelled_groups_in_any_order(scale, backend, device):
     assert advantages[1] == advantages[5] == 0  # equals
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=15)
 @given(
     size=st.integers(1, 9),
     groups=st.integers(1, 8),

@@ -2,14 +2,13 @@
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from grpo_fast import Objective, reference
 from grpo_fast.loss import grpo_loss
 from grpo_fast.ops import logprob
 from grpo_fast.testing import assert_as_accurate
 from tests.cases import batch, by_dtype, in_double, loss_and_grad
+from tests.properties import given, settings, st
 
 OBJECTIVES = {
     "default": Objective(),
@@ -84,7 +83,7 @@ def test_every_objective(objective, backend, device):
     check(logits, ids, {**arguments, "objective": objective})
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=20)
 @given(
     B=st.integers(1, 4),
     T=st.integers(1, 5),

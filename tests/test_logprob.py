@@ -2,13 +2,12 @@ import math
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from grpo_fast import reference
 from grpo_fast.ops import logprob
 from grpo_fast.testing import assert_as_accurate
 from tests.cases import by_dtype
+from tests.properties import given, settings, st
 
 # One tile, several, an odd end; 40,000 and 65,537 are shared by several programs.
 SHAPES = [
@@ -59,7 +58,7 @@ def test_matches_reference(shape, dtype, backend, device):
     check(logits, ids, temperature=0.7)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=25)
 @given(
     rows=st.integers(1, 4),
     V=st.integers(1, 3000),

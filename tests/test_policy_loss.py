@@ -1,7 +1,5 @@
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from grpo_fast import Objective, reference
 from grpo_fast.loss import grpo_loss, policy_loss
@@ -9,6 +7,7 @@ from grpo_fast.ops import logprob
 from grpo_fast.ops.policy_loss import STATISTICS, token_statistics
 from grpo_fast.testing import assert_as_accurate
 from tests.cases import batch, in_double, loss_and_grad
+from tests.properties import given, settings, st
 from tests.test_grpo import by_objective
 
 
@@ -42,7 +41,7 @@ def test_every_objective(objective, drift, backend, device):
     check(logps, {**arguments, "objective": objective}, upstream=-2.5)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=25)
 @given(
     B=st.integers(1, 6),
     T=st.integers(1, 700),

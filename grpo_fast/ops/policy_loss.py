@@ -332,7 +332,7 @@ def token_statistics(
         return x.float() if mask is None else torch.where(mask, x, default).float()
 
     def total(x: Tensor) -> Tensor:
-        return x.expand(logp.shape).sum(dtype=torch.float32)
+        return x.sum(dtype=torch.float32) if x.ndim else x.float() * logp.numel()
 
     live = logp.new_ones(()) if mask is None else mask.float()
     d = chosen(logp, 0) - chosen(old_logp, 0) if old_logp is not None else logp.new_zeros(())

@@ -19,7 +19,9 @@ class Segments(NamedTuple):
 
     def sum(self, x: Tensor) -> Tensor:
         """Per token: the sum over its sequence. Masked tokens must hold 0."""
-        return x.new_zeros(self.number).index_add_(0, self.of_token, x)[self.of_token]
+        # One by one: in float32 thousands of tokens would lose what a sum in pairs keeps.
+        total = x.new_zeros(self.number, dtype=torch.float64)
+        return total.index_add_(0, self.of_token, x.double()).to(x.dtype)[self.of_token]
 
 
 def sequence_policy_terms(

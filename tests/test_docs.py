@@ -1,0 +1,56 @@
+"""docs/objectives.md says what the code does."""
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import get_args
+
+from grpo_fast.objective import (
+    DEFAULTS,
+    KL,
+    PRESETS,
+    USED_BY,
+    Objective,
+    Ratio,
+    Reduction,
+    Surrogate,
+)
+
+TEXT = (Path(__file__).resolve().parents[1] / "docs" / "objectives.md").read_text()
+
+
+def test_every_choice_has_a_row():
+    for kind in (Surrogate, Ratio, KL, Reduction):
+        for choice in get_args(kind):
+            assert re.search(rf"^\| `{choice}` \|", TEXT, re.MULTILINE), choice
+
+
+def test_every_option_is_named():
+    for field in dataclasses.fields(Objective):
+        if field.init and field.name not in ("surrogate", "ratio", "reduction", "kl"):
+            assert field.name in TEXT, field.name
+
+
+def test_a_surrogate_names_the_options_that_belong_to_it():
+    for surrogate in get_args(Surrogate):
+        row = re.search(rf"^\| `{surrogate}` \|.*$", TEXT, re.MULTILINE)[0]
+        if surrogate == "dppo_kl":  # "the same" as the row above
+            continue
+        for option, users in USED_BY.items():
+            assert (f"`{option}`" in row) == (surrogate in users), (surrogate, option)
+
+
+def test_presets_are_listed_as_they_are():
+    rows = {
+        name: f"| `{name}` | {', '.join(f'`{k}={v!r}`' for k, v in options.items())} |"
+        for name, options in PRESETS.items()
+    }
+    for name, row in rows.items():
+        assert row in TEXT, f"the row of {name} should read: {row}"
+
+
+def test_defaults_have_no_effect():
+    """An option that belongs to other surrogates must be legal at its default."""
+    for surrogate in get_args(Surrogate):
+        unused = {k: DEFAULTS[k] for k, users in USED_BY.items() if surrogate not in users}
+        assert Objective(surrogate=surrogate, **unused) == Objective(surrogate=surrogate)
