@@ -8,9 +8,13 @@ try:
     from hypothesis import strategies as st
 
     def settings(max_examples):
-        # Fixtures are fine here: `backend` and `device` do not change between examples.
+        # The same examples in every run: what fails once fails again. Fixtures are fine here, `backend` and
+        # `device` do not change between examples.
         return _settings(
-            max_examples=max_examples, deadline=None, suppress_health_check=list(HealthCheck)
+            max_examples=max_examples,
+            deadline=None,
+            derandomize=True,
+            suppress_health_check=list(HealthCheck),
         )
 
 except ImportError:
