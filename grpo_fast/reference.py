@@ -38,6 +38,7 @@ def entropy(logits: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
 
 
 def log_softmax(logits: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
+    """`(logits / temperature).log_softmax(-1)`, the temperature a number or one per row."""
     if isinstance(temperature, Tensor):
         temperature = temperature[..., None].to(logits.dtype)
     return (logits / temperature).log_softmax(-1)

@@ -10,13 +10,15 @@ def assert_as_accurate(
     truth: Tensor,
     factor: float = 2.0,
     floor: float = 1e-5,
+    scale: float = 0.0,
     name: str = "result",
 ) -> None:
     """Assert `error(actual) <= factor * error(baseline) + floor * max |truth|`, errors against `truth`.
 
     `truth` is the float64 result and `baseline` the same formula in plain PyTorch in the dtype under test,
     so that the tolerance scales with the problem instead of being guessed per dtype. Infinities must
-    coincide; a NaN fails.
+    coincide; a NaN fails. `scale` is the least that max |truth| is taken for, where a result is a small
+    difference of larger terms.
 
     Raises:
         AssertionError: with both errors and the place of the worst one.
@@ -38,7 +40,7 @@ def assert_as_accurate(
     # Where plain PyTorch has no answer at all, its error excuses nothing.
     expected = (baseline - truth).abs().nan_to_num(nan=0.0, posinf=0.0).max().item()
     # The last term: what float64 itself rounds away next to 1.
-    allowed = factor * expected + floor * truth.abs().max().item() + 1e-15
+    allowed = factor * expected + floor * max(truth.abs().max().item(), scale) + 1e-15
     worst = int(errors.argmax())
     assert errors.max().item() <= allowed, (
         f"{name}: error {errors.max().item():.3e} (got {actual[worst].item():.9g}, want "

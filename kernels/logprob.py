@@ -176,18 +176,10 @@ def logprob_fwd(logits, ids, mask, temperature, inv_temperature, with_entropy):
             m_ptr=m,
             s_ptr=s,
             **plan.meeting_point(N, logits.device),
-            stride_b=logits.stride(0),
-            stride_t=logits.stride(1),
-            T_len=T_len,
-            V=V,
-            parts=plan.parts,
-            columns=plan.columns,
+            **plan.arguments(logits),
             inv_temperature=inv_temperature,
-            K=plan.K,
-            T=plan.T,
             BLOCK_PARTS=plan.block_parts,
             SPLIT=plan.split,
-            num_warps=plan.num_warps,
         )
     return logp, entropy, m, s
 
@@ -212,15 +204,7 @@ def logprob_bwd(
             m_ptr=m,
             s_ptr=s,
             dlogits_ptr=dlogits,
-            stride_b=logits.stride(0),
-            stride_t=logits.stride(1),
-            T_len=T_len,
-            V=V,
-            parts=plan.parts,
-            columns=plan.columns,
+            **plan.arguments(logits),
             inv_temperature=inv_temperature,
-            K=plan.K,
-            T=plan.T,
-            num_warps=plan.num_warps,
         )
     return dlogits

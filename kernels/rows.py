@@ -41,6 +41,20 @@ class Schedule:
     def block_parts(self) -> int:
         return triton.next_power_of_2(self.parts)
 
+    def arguments(self, x) -> dict[str, int]:
+        """How a kernel is told of this schedule and of the rows of x, (B, T, V)."""
+        return {
+            "stride_b": x.stride(0),
+            "stride_t": x.stride(1),
+            "T_len": x.shape[1],
+            "V": x.shape[2],
+            "parts": self.parts,
+            "columns": self.columns,
+            "K": self.K,
+            "T": self.T,
+            "num_warps": self.num_warps,
+        }
+
     def meeting_point(self, N, device) -> dict[str, torch.Tensor | None]:
         """Where the parts of N rows leave their statistics and count themselves."""
         if not self.split:

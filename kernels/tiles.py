@@ -83,8 +83,11 @@ def include_target(m, s, t, z, scale):
     confident = m <= z * scale
     surprise = tl.where(confident, log2_1p(rest / p), tl.log2(total) - u)
     log2_total = tl.where(confident, surprise + u, tl.log2(total))
-    t_total = tl.exp2(m - top) * (t + (m - top) * s) + p * tl.maximum(u, LOG2_ZERO)
-    entropy = (log2_total - t_total / total) * LN2
+    # Of the others. Next to a confident token everything is relative to its u, a rounding residue that would
+    # drown the rest.
+    t_rest = tl.exp2(m - top) * (t + (m - top) * s)
+    t_all = tl.where(confident, t_rest - u * rest, t_rest + p * tl.maximum(u, LOG2_ZERO))
+    entropy = (tl.where(confident, surprise, log2_total) - t_all / total) * LN2
     return top, total, log2_total, tl.minimum(-surprise, 0.0) * LN2, entropy
 
 

@@ -1,3 +1,4 @@
+import importlib.util
 import os
 
 import pytest
@@ -6,6 +7,23 @@ import torch
 if not torch.cuda.is_available():  # before anything imports triton
     os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or deterministic mode warns of cuBLAS
+
+
+@pytest.fixture(scope="session", autouse=True)
+def fused_multiply_add():
+    """One rounding in the interpreter's `fma`, as in hardware: NumPy would round the product as well."""
+    if os.environ.get("TRITON_INTERPRET") != "1" or not importlib.util.find_spec("triton"):
+        yield
+        return
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def create_fma(self, x, y, z):
+        exact = x.data.astype("float64") * y.data + z.data
+        return TensorHandle(exact.astype(x.data.dtype), z.dtype.scalar)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(InterpreterBuilder, "create_fma", create_fma)
+        yield
 
 
 @pytest.fixture

@@ -47,7 +47,8 @@ def check(logits, ids, temperature=1.0, floor=1e-5):
     precise = temperature.double() if isinstance(temperature, torch.Tensor) else temperature
     truth = values_and_grad(reference_both, logits.double(), ids, precise)
     for name, a, b, t in zip(("logp", "entropy", "dlogits"), actual, baseline, truth, strict=True):
-        assert_as_accurate(a, b, t, floor=floor, name=name)
+        # An entropy is a difference of terms of the size of 1: float32 keeps 1e-7 of that.
+        assert_as_accurate(a, b, t, floor=floor, scale=0.02 * (name == "entropy"), name=name)
 
 
 @by_dtype
@@ -180,7 +181,7 @@ def test_large_common_offset(backend, device):
     logits = torch.randn(3, 1000, device=device)
     ids = torch.randint(1000, (3,), device=device)
     for shift in (-3000.0, 3000.0):
-        check(logits + shift, ids, floor=1e-4)
+        check(logits + shift, ids)
         torch.testing.assert_close(
             logprob(logits + shift, ids), logprob(logits, ids), rtol=0, atol=1e-3
         )

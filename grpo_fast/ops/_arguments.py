@@ -12,10 +12,12 @@ LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def shape_of(x: Tensor) -> str:
+    """As it is written in Python: (2, 3)."""
     return str(tuple(x.shape))
 
 
 def check_tensor(op: str, name: str, x: object) -> Tensor:
+    """x, if it is a tensor."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: {name}: want a tensor, got {type(x).__name__}")
     return x
@@ -72,16 +74,18 @@ def per_token(
     if x.shape != like.shape:
         raise ValueError(f"{op}: {name}: want {tuple(like.shape)}, got {shape_of(x)}")
     check_device(op, name, x, like)
-    check_floating(op, name, x)
+    check_real(op, name, x)
     return x.detach().reshape(-1).to(dtype).contiguous()  # reshape may leave a stride of 0
 
 
-def check_floating(op: str, name: str, x: Tensor) -> None:
+def check_real(op: str, name: str, x: Tensor) -> None:
+    """Any dtype of real numbers will do: it is converted to float32."""
     if x.dtype.is_complex:
         raise TypeError(f"{op}: {name}: want real numbers, got {x.dtype}")
 
 
 def check_device(op: str, name: str, x: Tensor, like: Tensor) -> None:
+    """x must be where the others are: nothing is moved silently."""
     if x.device != like.device:
         raise ValueError(f"{op}: {name} is on {x.device}, the other arguments on {like.device}")
 

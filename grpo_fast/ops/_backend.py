@@ -15,6 +15,7 @@ BACKENDS = ("triton", "torch")
 
 @functools.cache
 def has_triton() -> bool:
+    """Whether Triton can be imported; it exists for Linux only."""
     return importlib.util.find_spec("triton") is not None
 
 

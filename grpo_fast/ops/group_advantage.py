@@ -63,7 +63,7 @@ def check_rewards(op: str, rewards: Tensor, group_size: int | None) -> Tensor:
     _arguments.check_tensor(op, "rewards", rewards)
     if rewards.ndim != 1:
         raise ValueError(f"{op}: rewards: want (B,), got {_arguments.shape_of(rewards)}")
-    _arguments.check_floating(op, "rewards", rewards)
+    _arguments.check_real(op, "rewards", rewards)
     if group_size is not None:
         if isinstance(group_size, bool) or not isinstance(group_size, int):
             raise TypeError(f"{op}: group_size: want an int, got {group_size!r}")

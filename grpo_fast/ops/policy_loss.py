@@ -266,8 +266,7 @@ def policy_loss_fwd(
     return loss, dlogp, logp.new_empty(0) if kl is None else kl, clip
 
 
-@policy_loss_fwd.register_fake
-def _(
+def fake(
     logp: Tensor,
     mask: Tensor | None,
     weight: Tensor,
@@ -276,9 +275,13 @@ def _(
     ref_logp: Tensor | None,
     *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What an operator that returns (loss, dlogp, kl, clip) returns, without its values."""
     kl = logp.new_empty(0) if ref_logp is None else torch.empty_like(logp)
     clip = logp.new_empty(logp.shape, dtype=torch.int8)
     return torch.empty_like(logp), torch.empty_like(logp), kl, clip
+
+
+policy_loss_fwd.register_fake(fake)
 
 
 def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:

@@ -1,6 +1,6 @@
 """The objective on log-probs where it looks at whole sequences (`grpo_fast.kernels.sequence_loss`)."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -8,7 +8,14 @@ from torch import Tensor
 from grpo_fast import reference
 from grpo_fast.objective import Objective
 from grpo_fast.ops._backend import launch, use_triton
-from grpo_fast.ops.policy_loss import backward, bounded_ratio, policy_terms, setup_context, weigh
+from grpo_fast.ops.policy_loss import (
+    backward,
+    bounded_ratio,
+    fake,
+    policy_terms,
+    setup_context,
+    weigh,
+)
 
 
 class Segments(NamedTuple):
@@ -126,19 +133,5 @@ def sequence_loss_fwd(
     return loss, dlogp, logp.new_empty(0) if kl is None else kl, clip
 
 
-@sequence_loss_fwd.register_fake
-def _(
-    logp: Tensor,
-    mask: Tensor | None,
-    weight: Tensor,
-    advantages: Tensor,
-    old_logp: Tensor | None,
-    ref_logp: Tensor | None,
-    *rest: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    kl = logp.new_empty(0) if ref_logp is None else torch.empty_like(logp)
-    clip = logp.new_empty(logp.shape, dtype=torch.int8)
-    return torch.empty_like(logp), torch.empty_like(logp), kl, clip
-
-
+sequence_loss_fwd.register_fake(fake)
 sequence_loss_fwd.register_autograd(backward, setup_context=setup_context)
