@@ -129,9 +129,7 @@ def grpo_loss(
     else:
         loss, logp, entropy, kl, clip, _ = grpo(logits3, *arguments)
     has_entropy = objective.entropy_coef != 0
-    return _output(
-        op, completion_ids, loss, logp, entropy if has_entropy else None, kl, clip, tokens
-    )
+    return _output(completion_ids, loss, logp, entropy if has_entropy else None, kl, clip, tokens)
 
 
 def policy_loss(
@@ -198,7 +196,7 @@ def policy_loss(
     logp = logps.reshape(-1).float()
     flat_entropy = None if entropy is None else entropy.reshape(-1).float()
     loss, kl, clip = _policy(logp, flat_entropy, tokens, sequences, objective)
-    return _output(op, logps, loss, logp.detach(), flat_entropy, kl, clip, tokens)
+    return _output(logps, loss, logp.detach(), flat_entropy, kl, clip, tokens)
 
 
 def _policy(
@@ -260,7 +258,6 @@ def _from_log_probs(
 
 
 def _output(
-    op: str,
     like: Tensor,
     loss: Tensor,
     logp: Tensor,

@@ -171,6 +171,7 @@ def _sequence_loss_kernel(
         if HAS_REF:
             tl.store(kl_ptr + offs, kl, mask=there)
     if THROUGH_MEAN:
+        tl.debug_barrier()  # dlogp is read back, perhaps by other threads than stored it
         for base in range(start, stop, BLOCK):
             offs, live = live_tokens(mask_ptr, base, stop, BLOCK)
             open_ = live
