@@ -152,7 +152,11 @@ def launch_grpo(
         tokens(),
         tokens(extras),
         tokens(extras),
+        tokens(extras),
+        tokens(extras),
+        tokens(extras),
         1.0,
+        False,
         objective or Objective(beta=0.04, entropy_coef=0.01 if entropy else 0.0),
         x,
     )
@@ -171,6 +175,7 @@ def launch_policy_loss(extras: bool = True, objective: Objective | None = None) 
         tokens(extras),
         tokens(extras),
         tokens(extras),
+        tokens(extras),
         objective or Objective(beta=0.04),
     )
 
@@ -179,7 +184,7 @@ def launch_sequence_loss(objective: Objective, packed: bool) -> None:
     sequence_loss.sequence_loss_fwd(
         tokens(),
         tokens(dtype=torch.bool),
-        *(tokens() for _ in range(6)),
+        *(tokens() for _ in range(7)),
         tensor(B + 1, dtype=torch.int64) if packed else None,
         T_LEN,
         objective,

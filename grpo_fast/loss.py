@@ -1,19 +1,26 @@
 """The losses: `grpo_loss` on logits, `policy_loss` on log-probs."""
 
+import dataclasses
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from grpo_fast.objective import Objective
-from grpo_fast.ops import _arguments
+from grpo_fast.ops import _arguments, _phases
 from grpo_fast.ops._metrics import fold_statistics, metrics_from
 from grpo_fast.ops._tokens import Sequences, Tokens, check_tokens
 from grpo_fast.ops.group_advantage import group_advantage_fwd
-from grpo_fast.ops.grpo import DESTROYED, SCORE_EPS, grpo, grpo_inplace, spread
+from grpo_fast.ops.grpo import (
+    DESTROYED,
+    SCORE_EPS,
+    Arguments,
+    grpo,
+    grpo_inplace,
+    spread,
+)
 from grpo_fast.ops.logprob import logprob_fwd
-from grpo_fast.ops.policy_loss import policy_loss_fwd, token_statistics
-from grpo_fast.ops.sequence_loss import sequence_loss_fwd
+from grpo_fast.ops.policy_loss import token_statistics
 
 __all__ = ["LossOutput", "fold_statistics", "grpo_loss", "metrics_from", "policy_loss"]
 
@@ -49,10 +56,12 @@ def grpo_loss(
     ref_logps: Tensor | None = None,
     importance_weights: Tensor | None = None,
     token_weights: Tensor | None = None,
+    scores: Tensor | None = None,
     num_items: float | Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     objective: Objective = Objective(),
+    return_entropy: bool = False,
     inplace: bool = False,
 ) -> LossOutput:
     """The GRPO loss of a batch of completions, with its gradient computed in the same pass over the logits.
@@ -74,15 +83,19 @@ def grpo_loss(
         importance_weights: (B,), (B, 1) or per token; a detached factor on the surrogate, not on the KL
             term (train/inference mismatch).
         token_weights: per token; a detached factor on everything a token contributes.
+        scores: "topr" only: (B,), (B, 1) or per token, what was scored before any baseline; its sign decides.
+            Default: the rewards, or else the advantages.
         num_items: the denominator of "token_mean", a number or 0-dim tensor; with another reduction an
             error. At least 1 is taken.
         cu_seqlens: (B + 1,) int boundaries of packed sequences. Packed tokens without it are one sequence.
         temperature: positive; a number, or one per token.
         objective: what is optimised.
+        return_entropy: compute the entropy, for `LossOutput.entropy` and the metrics, also where the
+            objective does not need it.
         inplace: allow the logits to be overwritten with their gradient, which then needs no memory of its
             own. Afterwards they cannot be used: a gradient through them raises. Not done under
-            `torch.compile`, whose memory planner decides, by objectives that look at whole sequences
-            (`objective.needs_sequences`), nor where no gradient is wanted.
+            `torch.compile`, whose memory planner decides, nor where no gradient is wanted. Objectives that
+            are not `objective.by_token` then read the logits once more, unless they are on policy.
 
     Returns:
         `LossOutput`. No host sync happens on the way. backward works once: a second one, or a double
@@ -112,24 +125,26 @@ def grpo_loss(
         ref_logps,
         importance_weights,
         token_weights,
+        scores,
         num_items,
         cu_seqlens,
         objective,
     )
-    arguments = (ids, *tokens, temperatures, inv_temperature, objective.key)
     with_grad = torch.is_grad_enabled() and logits.requires_grad
-    if objective.needs_sequences or not with_grad:
-        loss, logp, entropy, kl, clip = _from_log_probs(
-            logits3, ids, tokens, sequences, temperatures, inv_temperature, objective
-        )
-    elif inplace and not torch.compiler.is_compiling():
+    inplace = inplace and with_grad and not torch.compiler.is_compiling()
+    if inplace:
         _check_overwritable(logits)
-        loss, logp, entropy, kl, clip = grpo_inplace(logits3, *arguments)
-        logits._grpo_fast_destroyed = logits._version  # type: ignore[attr-defined]
+    return_entropy = return_entropy or objective.needs_entropy
+    rest = (temperatures, inv_temperature, objective, return_entropy, inplace)
+    if objective.by_token and with_grad:
+        loss, logp, entropy, kl, clip = _by_launch(logits3, ids, tokens, *rest)
     else:
-        loss, logp, entropy, kl, clip, _ = grpo(logits3, *arguments)
-    has_entropy = objective.entropy_coef != 0
-    return _output(completion_ids, loss, logp, entropy if has_entropy else None, kl, clip, tokens)
+        loss, logp, entropy, kl, clip = _by_phases(logits3, ids, tokens, sequences, *rest)
+    if inplace:
+        logits._grpo_fast_destroyed = logits._version  # type: ignore[attr-defined]
+    return _output(
+        completion_ids, loss, logp, entropy if return_entropy else None, kl, clip, tokens
+    )
 
 
 def policy_loss(
@@ -141,6 +156,7 @@ def policy_loss(
     ref_logps: Tensor | None = None,
     importance_weights: Tensor | None = None,
     token_weights: Tensor | None = None,
+    scores: Tensor | None = None,
     entropy: Tensor | None = None,
     num_items: float | Tensor | None = None,
     cu_seqlens: Tensor | None = None,
@@ -153,9 +169,9 @@ def policy_loss(
 
     Args:
         logps: (B, T) padded or (N,) packed log-probs of the completion tokens, any floating dtype.
-        entropy: per token, in nats; needed where `objective.entropy_coef` is not 0.
-        advantages, mask, old_logps, ref_logps, importance_weights, token_weights, num_items, cu_seqlens,
-            objective: as in `grpo_loss`.
+        entropy: per token, in nats; needed where `objective.needs_entropy`.
+        advantages, mask, old_logps, ref_logps, importance_weights, token_weights, scores, num_items,
+            cu_seqlens, objective: as in `grpo_loss`.
 
     Returns:
         `LossOutput`; its `entropy` is the given one, detached.
@@ -169,9 +185,10 @@ def policy_loss(
         raise TypeError(f"{op}: logps: want a floating dtype, got {logps.dtype}")
     if logps.ndim not in (1, 2):
         raise ValueError(f"{op}: logps: want (B, T) or (N,), got {_arguments.shape_of(logps)}")
-    if objective.entropy_coef and entropy is None:
+    if objective.needs_entropy and entropy is None:
+        name = "entropy_coef" if objective.entropy_coef else "top_entropy_quantile"
         raise ValueError(
-            f"{op}: entropy: needed, since objective.entropy_coef={objective.entropy_coef}"
+            f"{op}: entropy: needed, since objective.{name}={getattr(objective, name)}"
         )
     if entropy is not None and entropy.shape != logps.shape:
         raise ValueError(
@@ -189,47 +206,47 @@ def policy_loss(
         ref_logps,
         importance_weights,
         token_weights,
+        scores,
         num_items,
         cu_seqlens,
         objective,
     )
     logp = logps.reshape(-1).float()
     flat_entropy = None if entropy is None else entropy.reshape(-1).float()
-    loss, kl, clip = _policy(logp, flat_entropy, tokens, sequences, objective)
-    return _output(logps, loss, logp.detach(), flat_entropy, kl, clip, tokens)
+    found = _phases.values(logp, flat_entropy, tokens, sequences, objective)
+    return _output(logps, found.loss, logp.detach(), flat_entropy, found.kl, found.clip, tokens)
 
 
-def _policy(
-    logp: Tensor,
-    entropy: Tensor | None,
+def _by_launch(
+    logits: Tensor,
+    ids: Tensor,
     tokens: Tokens,
-    sequences: Sequences,
+    temperature: Tensor | None,
+    inv_temperature: float,
     objective: Objective,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(weighted loss, KL, clip flags) of (N,) log-probs."""
-    assert tokens.advantages is not None
-    shared = (
-        logp,
-        tokens.mask,
-        tokens.weight,
-        tokens.advantages,
-        tokens.old_logp,
-        tokens.ref_logp,
-        tokens.importance,
+    return_entropy: bool,
+    inplace: bool,
+    coefficient: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(weighted loss, log-probs, entropy, KL, clip flags), and the gradient, from one launch.
+
+    coefficient: of the surrogate, where it is known beforehand.
+    """
+    if coefficient is not None:
+        tokens, objective = _phases.without_surrogate(tokens, objective)
+    arguments = Arguments(
+        ids=ids,
+        coefficient=coefficient,
+        temperature=temperature,
+        inv_temperature=inv_temperature,
+        return_entropy=return_entropy,
+        objective=objective.key,
+        **{name: getattr(tokens, name) for name in Tokens._fields if name in Arguments._fields},
     )
-    if objective.needs_sequences:
-        loss, _, kl, clip = sequence_loss_fwd(*shared, *sequences, objective.key)
-    else:
-        loss, _, kl, clip = policy_loss_fwd(*shared, objective.key)
-    if objective.entropy_coef:
-        assert entropy is not None
-        # The weight is 0 where a token is masked; select, since its entropy may be NaN there.
-        bonus = torch.where(tokens.weight == 0, 0, entropy)
-        loss = loss - objective.entropy_coef * tokens.weight * bonus
-    return loss, kl, clip
+    return (grpo_inplace if inplace else grpo)(logits, *arguments)[:5]
 
 
-def _from_log_probs(
+def _by_phases(
     logits: Tensor,
     ids: Tensor,
     tokens: Tokens,
@@ -237,24 +254,43 @@ def _from_log_probs(
     temperature: Tensor | None,
     inv_temperature: float,
     objective: Objective,
+    return_entropy: bool,
+    inplace: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The values of `grpo` by way of the log-probs.
+    """The same where a token's coefficient depends on others, or no gradient is wanted.
 
-    Where a token's coefficient depends on its whole sequence, this is the way: one read for the log-probs,
-    the objective, and one read and write for the gradient in the backward. Without a gradient it reads once
-    and writes nothing of the logits' size.
+    On policy, one launch. In place, one read for the log-probs before it. Otherwise one read for the
+    log-probs, and one read and write for the gradient in the backward. Without a gradient, one read.
     """
-    logp, entropy, _, _ = logprob_fwd(
-        logits, ids, tokens.mask, temperature, inv_temperature, objective.entropy_coef != 0
-    )
     if tokens.advantages is None:
         assert tokens.rewards is not None
         score = group_advantage_fwd(
             tokens.rewards, tokens.group_size, None, "group", SCORE_EPS, True
         )
         tokens = tokens._replace(advantages=spread(score, tokens.sequence, logits))
-    loss, kl, clip = _policy(logp, entropy, tokens, sequences, objective)
-    return loss, logp.detach(), entropy, kl, clip
+    rest = (temperature, inv_temperature)
+    with_grad = torch.is_grad_enabled() and logits.requires_grad
+    coefficient = None
+    if with_grad:
+        coefficient = _phases.coefficient_on_policy(tokens, sequences, objective)
+    if coefficient is not None:
+        launched, logp, entropy, _, _ = _by_launch(
+            logits, ids, tokens, *rest, objective, return_entropy, inplace, coefficient
+        )
+        with torch.no_grad():
+            found = _phases.values(logp, entropy, tokens, sequences, objective)
+        loss = _phases.WithGradientOf.apply(launched, found.loss)
+        return loss, logp, entropy, found.kl, found.clip
+    with torch.set_grad_enabled(with_grad and not inplace):
+        logp, entropy, _, _ = logprob_fwd(logits, ids, tokens.mask, *rest, return_entropy)
+        found = _phases.values(logp, entropy, tokens, sequences, objective)
+    loss = found.loss
+    if with_grad and inplace:
+        known = tokens._replace(ref_logp=None, entropy_weight=found.entropy_weight)
+        without_kl = dataclasses.replace(objective, beta=0.0)
+        launched = _by_launch(logits, ids, known, *rest, without_kl, False, True, found.dlogp)[0]
+        loss = _phases.WithGradientOf.apply(launched, loss)
+    return loss, logp.detach(), entropy, found.kl, found.clip
 
 
 def _output(

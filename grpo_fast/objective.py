@@ -18,9 +18,11 @@ Surrogate = Literal[
     "rollout_is",
     "vespo",
     "gmpo",
+    "topr",
 ]
 Ratio = Literal["token", "sequence", "sequence_token"]
 KL = Literal["k1", "abs", "k2", "k3", "k3_unbiased"]
+EntropyReduction = Literal["same", "token_mean"]
 Reduction = Literal["sequence_mean", "token_mean", "sequence_sum", "fixed_length"]
 
 
@@ -49,6 +51,8 @@ class Objective:
             "vespo": -A sg(phi) logp, phi = W^k e^(lambda (1 - W)), log W the sum over the sequence of d (each
                 within 20) and of the log importance weights, within [log 1e-8, 20]; (k, lambda) =
                 (vespo_k_pos, vespo_lambda_pos) where A >= 0, else the _neg ones
+            "topr": -A sg(a) logp, a = topr_weight_pos where the score is positive, else
+                topr_weight_neg min(r, 1); `scores`, the rewards, or A where neither is given
             "gmpo": -A exp(mean over the sequence of d'), d' = min(d, hi) where A > 0, max(d, -lo) where
                 A < 0
         ratio: "token": r = exp(d). "sequence" (GSPO): exp(mean of d over the sequence), differentiated
@@ -66,10 +70,14 @@ class Objective:
         ratio_cap: upper bound of the ratio in "dppo_tv" and "dppo_kl"; None for no bound.
         quadratic_coef: of "ipo" and "dro".
         vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg: of "vespo".
+        topr_weight_pos, topr_weight_neg: of "topr".
+        top_entropy_quantile: rho in (0, 1]; keep the surrogate and the entropy bonus of the tokens whose
+            entropy is at least the (1 - rho) quantile over the live tokens of the batch; the KL of all.
         off_policy_threshold: drop the surrogate of tokens with A < 0 in sequences whose mean of -d is
             above this (DeepSeek-V3.2).
         log_ratio_clip: clamp d (for a sequence ratio, its mean) to [-log_ratio_clip,
             log_ratio_clip] before the ratio is taken; no gradient passes through a clamped ratio.
+        log_ratio_max: the same from above alone.
         beta: weight of the KL penalty to the reference policy. 0 needs no `ref_logps`.
         kl: estimator of KL(policy || reference): "k1" -q, "abs" |q|, "k2" q^2/2, "k3" e^q - q - 1,
             "k3_unbiased" r (e^q - q - 1), differentiated through r.
@@ -77,6 +85,8 @@ class Objective:
         kl_value_clip: the same two: clamp e^q - q - 1 to at most this. No gradient passes through either
             clamp: at 10, a token more than 2.611 nats below the reference is not pulled back.
         entropy_coef: weight of the entropy bonus; positive values reward entropy.
+        entropy_reduction: the bonus is reduced the "same" way as the rest, or by "token_mean": its mean
+            over the tokens at hand, whatever the reduction and `num_items` (TRL).
 
     Raises:
         ValueError, TypeError: an unknown choice, a value out of range, or an option that the other
@@ -84,7 +94,8 @@ class Objective:
 
     Sources: GRPO arXiv 2402.03300, DAPO 2503.14476, Dr. GRPO 2503.20783, dual clip 1912.09729, CISPO
         2506.13585, SAPO 2511.20347, GSPO 2507.18071, GMPO 2507.20673, VESPO 2602.10693, DPPO 2602.04879,
-        DRO 2501.12599, rollout_is 2602.15763; estimators: J. Schulman, "Approximating KL divergence"
+        DRO 2501.12599, rollout_is 2602.15763, TOPR 2503.14286, top entropy
+        2506.01939; estimators: J. Schulman, "Approximating KL divergence"
         (2020); k3_unbiased and the off-policy mask: DeepSeek-V3.2.
     """
 
@@ -104,13 +115,18 @@ class Objective:
     vespo_lambda_pos: float = 3.0
     vespo_k_neg: float = 3.0
     vespo_lambda_neg: float = 2.0
+    topr_weight_pos: float = 1.0
+    topr_weight_neg: float = 1.0
+    top_entropy_quantile: float = 1.0
     off_policy_threshold: float | None = None
     log_ratio_clip: float | None = None
+    log_ratio_max: float | None = None
     beta: float = 0.0
     kl: KL = "k3"
     kl_gap_clip: float | None = None
     kl_value_clip: float | None = None
     entropy_coef: float = 0.0
+    entropy_reduction: EntropyReduction = "same"
     # The same value as a string, so that it can cross into a custom operator's schema.
     key: str = dataclasses.field(init=False, repr=False, compare=False, default="")
 
@@ -119,12 +135,16 @@ class Objective:
         _check_choice("ratio", self.ratio, get_args(Ratio))
         _check_choice("reduction", self.reduction, get_args(Reduction))
         _check_choice("kl", self.kl, get_args(KL))
-        for name in ("epsilon_low", "quadratic_coef", "beta"):
+        _check_choice("entropy_reduction", self.entropy_reduction, get_args(EntropyReduction))
+        for name in ("epsilon_low", "quadratic_coef", "beta", "topr_weight_pos", "topr_weight_neg"):
             _check_number(name, getattr(self, name), low=0.0)
         # CISPO's upper bound may lie below 1: TRL's default is 0.2, an epsilon_high of -0.8.
         low = -1.0 if self.surrogate == "cispo" else 0.0
         _check_number("epsilon_high", self.epsilon_high, low=low, strict=low < 0)
         _check_number("entropy_coef", self.entropy_coef)
+        _check_number("top_entropy_quantile", self.top_entropy_quantile, low=0.0, strict=True)
+        if self.top_entropy_quantile > 1:
+            raise ValueError(f"top_entropy_quantile: want <= 1, got {self.top_entropy_quantile}")
         if self.off_policy_threshold is not None:
             _check_number("off_policy_threshold", self.off_policy_threshold)
         for name in (*POSITIVE, *POSITIVE_OR_NONE):
@@ -150,9 +170,7 @@ class Objective:
                 "it belongs to 'fixed_length'"
             )
         for name in OPTIONS:  # an int would compile a kernel of its own
-            if name not in ("max_length", "surrogate", "ratio", "reduction", "kl") and (
-                getattr(self, name) is not None
-            ):
+            if name not in NOT_FLOATS and getattr(self, name) is not None:
                 object.__setattr__(self, name, float(getattr(self, name)))
         options = tuple(getattr(self, name) for name in OPTIONS)
         object.__setattr__(self, "key", repr(options))
@@ -176,15 +194,21 @@ class Objective:
                 f"ratio={self.ratio!r} has no effect with surrogate={self.surrogate!r}; it belongs to "
                 f"{', '.join(TAKES_RATIO)}"
             )
-        if self.log_ratio_clip is not None and self.surrogate in (
-            "reinforce",
-            "dro",
-            "vespo",
-            "gmpo",
-        ):
+        for option in ("log_ratio_clip", "log_ratio_max"):
+            bound = getattr(self, option)
+            if bound is not None and self.surrogate in ("reinforce", "dro", "vespo", "gmpo"):
+                raise ValueError(
+                    f"{option}={bound} has no effect with surrogate={self.surrogate!r}, "
+                    "which does not use it"
+                )
+        if self.log_ratio_clip is not None and self.log_ratio_max is not None:
             raise ValueError(
-                f"log_ratio_clip={self.log_ratio_clip} has no effect with surrogate="
-                f"{self.surrogate!r}, which does not use it"
+                f"log_ratio_clip={self.log_ratio_clip} and log_ratio_max={self.log_ratio_max} "
+                "bound the same thing from above: give one"
+            )
+        if self.entropy_reduction != "same" and not self.entropy_coef:
+            raise ValueError(
+                f"entropy_reduction={self.entropy_reduction!r} has no effect with entropy_coef=0"
             )
 
     @property
@@ -192,6 +216,23 @@ class Objective:
         """Whether the loss of a token depends on the log-probs of its whole sequence."""
         by_sequence = self.surrogate in ("vespo", "gmpo") or self.ratio != "token"
         return by_sequence or self.off_policy_threshold is not None
+
+    @property
+    def by_token(self) -> bool:
+        """Whether a token's coefficient depends on that token alone: then one launch does it all."""
+        return not self.needs_sequences and self.top_entropy_quantile == 1
+
+    @property
+    def needs_entropy(self) -> bool:
+        """Whether the loss depends on the entropy of the tokens."""
+        return self.entropy_coef != 0 or self.top_entropy_quantile < 1
+
+    @property
+    def log_ratio_bounds(self) -> tuple[float | None, float | None]:
+        """The range that d is clamped to, None where it is open."""
+        if self.log_ratio_clip is not None:
+            return -self.log_ratio_clip, self.log_ratio_clip
+        return None, self.log_ratio_max
 
     @staticmethod
     def preset(name: str, **overrides: Any) -> "Objective":
@@ -222,9 +263,11 @@ POSITIVE_OR_NONE = (
     "dual_clip",
     "ratio_cap",
     "log_ratio_clip",
+    "log_ratio_max",
     "kl_gap_clip",
     "kl_value_clip",
 )
+NOT_FLOATS = ("max_length", "surrogate", "ratio", "reduction", "kl", "entropy_reduction")
 POSITIVE = ("tau_pos", "tau_neg", "vespo_lambda_pos", "vespo_lambda_neg")
 BOUNDED = ("clip", "cispo", "dppo_tv", "dppo_kl", "ipo", "rollout_is", "gmpo")
 # With a sequence ratio: those that are functions of the ratio alone.
@@ -243,6 +286,8 @@ USED_BY: dict[str, tuple[str, ...]] = {
     "vespo_lambda_pos": ("vespo",),
     "vespo_k_neg": ("vespo",),
     "vespo_lambda_neg": ("vespo",),
+    "topr_weight_pos": ("topr",),
+    "topr_weight_neg": ("topr",),
 }
 DEFAULTS = {field.name: field.default for field in dataclasses.fields(Objective)}
 OPTIONS = tuple(field.name for field in dataclasses.fields(Objective) if field.init)

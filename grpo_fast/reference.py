@@ -84,6 +84,7 @@ def policy_terms(
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     log_importance: Tensor | None = None,
+    scores: Tensor | None = None,
 ) -> Tensor:
     """The loss of each token before weighting: importance * surrogate + beta * KL.
 
@@ -92,6 +93,7 @@ def policy_terms(
             `old_logps` the step is on policy: the ratio is 1, with the gradient of exp(logp).
         mask, cu_seqlens: which tokens count, and the sequences if packed; for objectives that need them.
         log_importance: per token, "vespo" only: the sum over the sequence of the log importance weights.
+        scores: the same shape, "topr" only; the advantages by default.
     """
     old = logps.detach() if old_logps is None else old_logps
     log_ratio = logps - old
@@ -109,8 +111,8 @@ def policy_terms(
         loss_ratio = sequence_mean(log_ratio, mask, cu_seqlens)
         if objective.ratio == "sequence_token":
             loss_ratio = loss_ratio.detach() + logps - logps.detach()
-    if objective.log_ratio_clip is not None:
-        loss_ratio = loss_ratio.clamp(-objective.log_ratio_clip, objective.log_ratio_clip)
+    if objective.log_ratio_bounds != (None, None):
+        loss_ratio = loss_ratio.clamp(*objective.log_ratio_bounds)
     ratio = loss_ratio.exp()
     if objective.surrogate == "gmpo":
         loss = -advantages * ratio
@@ -119,7 +121,7 @@ def policy_terms(
         log_w = log_w if log_importance is None else log_w + log_importance
         loss = -vespo_weight(log_w, advantages, objective).detach() * advantages * logps
     else:
-        loss = surrogate_loss(logps, old, ratio, advantages, objective)
+        loss = surrogate_loss(logps, old, ratio, advantages, objective, scores)
     if objective.off_policy_threshold is not None:
         stale = sequence_mean(-log_ratio, mask, cu_seqlens) > objective.off_policy_threshold
         loss = torch.where((advantages < 0) & stale, 0, loss)
@@ -156,7 +158,12 @@ def sequence_mean(x: Tensor, mask: Tensor, cu_seqlens: Tensor | None = None) -> 
 
 
 def surrogate_loss(
-    logps: Tensor, old_logps: Tensor, ratio: Tensor, advantages: Tensor, objective: Objective
+    logps: Tensor,
+    old_logps: Tensor,
+    ratio: Tensor,
+    advantages: Tensor,
+    objective: Objective,
+    scores: Tensor | None = None,
 ) -> Tensor:
     """The surrogate of each token; formulas in `Objective`."""
     low, high = objective.epsilon_low, objective.epsilon_high
@@ -181,6 +188,11 @@ def surrogate_loss(
         return -advantages * ratio * inside + objective.quadratic_coef * log_ratio.square()
     if surrogate == "reinforce":
         weight = torch.ones_like(ratio)
+    elif surrogate == "topr":
+        good = (advantages if scores is None else scores) > 0
+        weight = torch.where(
+            good, objective.topr_weight_pos, objective.topr_weight_neg * ratio.clamp(0, 1)
+        )
     elif surrogate == "cispo":
         weight = ratio.clamp(1 - low, 1 + high)
     elif surrogate == "rollout_is":
@@ -277,6 +289,7 @@ def grpo_loss(
     ref_logps: Tensor | None = None,
     importance_weights: Tensor | None = None,
     token_weights: Tensor | None = None,
+    scores: Tensor | None = None,
     num_items: float | Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     temperature: float | Tensor = 1.0,
@@ -299,7 +312,8 @@ def grpo_loss(
         ref_logps=ref_logps,
         importance_weights=importance_weights,
         token_weights=token_weights,
-        entropy=entropy(logits, temperature) if objective.entropy_coef else None,
+        scores=rewards if scores is None and objective.surrogate == "topr" else scores,
+        entropy=entropy(logits, temperature) if objective.needs_entropy else None,
         num_items=num_items,
         cu_seqlens=cu_seqlens,
         objective=objective,
@@ -315,6 +329,7 @@ def policy_loss(
     ref_logps: Tensor | None = None,
     importance_weights: Tensor | None = None,
     token_weights: Tensor | None = None,
+    scores: Tensor | None = None,
     entropy: Tensor | None = None,
     num_items: float | Tensor | None = None,
     cu_seqlens: Tensor | None = None,
@@ -348,6 +363,12 @@ def policy_loss(
         else:
             log_importance = per_token(logs)
         importance_weights = None
+    chosen = keep
+    if objective.top_entropy_quantile < 1:
+        assert entropy is not None
+        chosen = top_entropy(entropy.detach(), keep, objective.top_entropy_quantile)
+        factor = per_token(importance_weights)
+        importance_weights = chosen.to(logps) if factor is None else factor * chosen
     loss = policy_terms(
         logps,
         advantages,
@@ -358,14 +379,24 @@ def policy_loss(
         keep,
         cu_seqlens,
         log_importance,
+        per_token(scores),
     )
+    weights = reduction_weights(keep, objective, num_items, cu_seqlens, logps.dtype)
+    extra = per_token(token_weights)
+    extra = torch.ones_like(logps) if extra is None else extra
+    total = (weights * extra * loss).sum()
     if objective.entropy_coef:
         bonus = per_token(entropy)
         assert bonus is not None
-        loss = loss - objective.entropy_coef * bonus
-    weights = reduction_weights(keep, objective, num_items, cu_seqlens, logps.dtype)
-    if token_weights is not None:
-        extra = per_token(token_weights)
-        assert extra is not None
-        weights = weights * extra
-    return (weights * loss).sum()
+        if objective.entropy_reduction == "token_mean":
+            weights = 1 / chosen.sum().clamp(min=1)
+        total = total - objective.entropy_coef * (weights * extra * chosen * bonus).sum()
+    return total
+
+
+def top_entropy(entropy: Tensor, mask: Tensor, quantile: float) -> Tensor:
+    """Which live tokens have at least the (1 - quantile) quantile of the live tokens' entropies."""
+    live = entropy[mask]
+    if not len(live):
+        return mask
+    return mask & (entropy >= live.quantile(1 - quantile))

@@ -2,8 +2,8 @@
 
     logp, H   as in `logprob`                                            per row of (B, T, V) logits
     A         given, or the z-score of the group's rewards               `tiles.standard_score`
-    l         w (importance * surrogate(logp, old, A) + beta KL(logp, ref) - entropy_coef H)
-    c, e      dl/dlogp, dl/dH
+    l         w (importance * surrogate(logp, old, A) + beta KL(logp, ref)) - w_H entropy_coef H
+    c, e      dl/dlogp, plus a coefficient known beforehand if there is one; dl/dH
     dz_v      (c (1[v = y] - p_v) - e p_v (log p_v + H)) / temperature
 
 The coefficient of a row is known as soon as its log-prob is, so the gradient is taken while the row is still
@@ -87,6 +87,9 @@ def _grpo_kernel(
     old_logp_ptr,  # (N,) fp32, or None: on policy
     ref_logp_ptr,  # (N,) fp32, or None
     importance_ptr,  # (N,) fp32, or None: 1
+    score_ptr,  # (N,) fp32, or None: the advantage
+    coefficient_ptr,  # (N,) fp32, or None: 0; what dl/dlogp has besides
+    entropy_weight_ptr,  # (N,) fp32, or None: weight
     temperature_ptr,  # (N,) fp32, or None
     dlogits_ptr,  # (B, T, V)
     loss_ptr,  # (N,) fp32
@@ -110,7 +113,8 @@ def _grpo_kernel(
     high,
     cap,
     second,
-    log_ratio_clip,
+    log_ratio_min,
+    log_ratio_max,
     beta,
     gap_clip,
     value_clip,
@@ -157,12 +161,14 @@ def _grpo_kernel(
                 load_or(old_logp_ptr, row, logp),
                 load_or(ref_logp_ptr, row, 0.0),
                 advantage,
+                load_or(score_ptr, row, advantage),
                 load_or(importance_ptr, row, 1.0),
                 low,
                 high,
                 cap,
                 second,
-                log_ratio_clip,
+                log_ratio_min,
+                log_ratio_max,
                 beta,
                 gap_clip,
                 value_clip,
@@ -172,13 +178,14 @@ def _grpo_kernel(
             )
             weight = tl.load(weight_ptr + row)
             dentropy = 0.0
-            if HAS_ENTROPY:
-                loss -= entropy_coef * entropy
-                dentropy = -entropy_coef * weight
-                tl.store(entropy_ptr + row, entropy)
             # Select, not multiply: a token without weight has no say, whatever its loss is.
             loss = tl.where(weight == 0, 0.0, weight * loss)
             dlogp = tl.where(weight == 0, 0.0, weight * dlogp)
+            dlogp += load_or(coefficient_ptr, row, 0.0)
+            if HAS_ENTROPY:
+                dentropy = -entropy_coef * load_or(entropy_weight_ptr, row, weight)
+                loss += tl.where(dentropy == 0, 0.0, dentropy * entropy)
+                tl.store(entropy_ptr + row, entropy)
             tl.store(loss_ptr + row, loss)
             tl.store(logp_ptr + row, logp)
             tl.store(clip_ptr + row, clip.to(tl.int8))
@@ -248,8 +255,12 @@ def grpo_fwd_bwd(
     old_logp,
     ref_logp,
     importance,
+    score,
+    coefficient,
+    entropy_weight,
     temperature,
     inv_temperature,
+    return_entropy,
     objective,
     dlogits,
 ):
@@ -257,8 +268,10 @@ def grpo_fwd_bwd(
 
     Args:
         logits: (B, T, V), the last dimension contiguous.
-        ids, mask, weight, advantages, sequence, old_logp, ref_logp, importance, temperature: (N,)
-            contiguous, or None as the kernel allows. rewards: (num_sequences,).
+        ids, mask, weight, advantages, sequence, old_logp, ref_logp, importance, score, coefficient,
+            entropy_weight, temperature: (N,) contiguous, or None as the kernel allows.
+        rewards: (num_sequences,).
+        return_entropy: also where the objective has no use for it.
         objective: a `grpo_fast.Objective`.
 
     Returns:
@@ -268,7 +281,7 @@ def grpo_fwd_bwd(
     N = B * T_len
     new = functools.partial(torch.empty, device=logits.device, dtype=torch.float32)
     loss, logp = new(N), new(N)
-    entropy = new(N) if objective.entropy_coef else None
+    entropy = new(N) if return_entropy or objective.entropy_coef else None
     kl = new(N) if ref_logp is not None else None
     clip = new(N, dtype=torch.int8)
     plan = schedule(V)
@@ -284,6 +297,9 @@ def grpo_fwd_bwd(
             old_logp_ptr=old_logp,
             ref_logp_ptr=ref_logp,
             importance_ptr=importance,
+            score_ptr=score,
+            coefficient_ptr=coefficient,
+            entropy_weight_ptr=entropy_weight,
             temperature_ptr=temperature,
             dlogits_ptr=dlogits,
             loss_ptr=loss,

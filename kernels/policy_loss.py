@@ -37,16 +37,24 @@ def scalars(objective):
         "clip": (objective.delta, objective.dual_clip),
         "sapo": (objective.tau_pos, objective.tau_neg),
         "vespo": (objective.vespo_lambda_pos, objective.vespo_lambda_neg),
+        "topr": (objective.topr_weight_pos, objective.topr_weight_neg),
     }.get(objective.surrogate, (objective.ratio_cap, objective.quadratic_coef))
     values = {
         "cap": cap,
         "second": second,
-        "log_ratio_clip": objective.log_ratio_clip,
+        "log_ratio_max": objective.log_ratio_bounds[1],
         "gap_clip": objective.kl_gap_clip,
         "value_clip": objective.kl_value_clip,
     }
     infinite = {name: float("inf") if x is None else x for name, x in values.items()}
-    return {"low": low, "high": high, "beta": objective.beta, **infinite}
+    floor = objective.log_ratio_bounds[0]
+    return {
+        "low": low,
+        "high": high,
+        "beta": objective.beta,
+        "log_ratio_min": float("-inf") if floor is None else floor,
+        **infinite,
+    }
 
 
 @triton.jit
@@ -68,6 +76,7 @@ def _policy_loss_kernel(
     old_logp_ptr,  # (N,) fp32, or None: on policy
     ref_logp_ptr,  # (N,) fp32, or None
     importance_ptr,  # (N,) fp32, or None: 1
+    score_ptr,  # (N,) fp32, or None: the advantages
     loss_ptr,  # (N,) fp32
     dlogp_ptr,  # (N,) fp32
     kl_ptr,  # (N,) fp32, or None
@@ -77,7 +86,8 @@ def _policy_loss_kernel(
     high,
     cap,
     second,
-    log_ratio_clip,
+    log_ratio_min,
+    log_ratio_max,
     beta,
     gap_clip,
     value_clip,
@@ -96,17 +106,23 @@ def _policy_loss_kernel(
     old_logp = logp
     if old_logp_ptr is not None:
         old_logp = load_tokens(old_logp_ptr, offs, live, 0.0)
+    advantage = load_tokens(advantages_ptr, offs, live, 0.0)
+    score = advantage
+    if score_ptr is not None:
+        score = load_tokens(score_ptr, offs, live, 0.0)
     loss, dlogp, kl, clip = token_policy_terms(
         logp,
         old_logp,
         load_tokens(ref_logp_ptr, offs, live, 0.0),
-        load_tokens(advantages_ptr, offs, live, 0.0),
+        advantage,
+        score,
         load_tokens(importance_ptr, offs, live, 1.0),
         low,
         high,
         cap,
         second,
-        log_ratio_clip,
+        log_ratio_min,
+        log_ratio_max,
         beta,
         gap_clip,
         value_clip,
@@ -191,7 +207,9 @@ def _token_statistics_kernel(
         tl.store(statistics_ptr + column, total)
 
 
-def policy_loss_fwd(logp, mask, weight, advantages, old_logp, ref_logp, importance, objective):
+def policy_loss_fwd(
+    logp, mask, weight, advantages, old_logp, ref_logp, importance, score, objective
+):
     """Launch the loss kernel on (N,) tensors. Returns loss, dlogp, kl (or None), fp32, and clip, int8."""
     N = len(logp)
     new = functools.partial(torch.empty, N, device=logp.device, dtype=torch.float32)
@@ -206,6 +224,7 @@ def policy_loss_fwd(logp, mask, weight, advantages, old_logp, ref_logp, importan
             old_logp_ptr=old_logp,
             ref_logp_ptr=ref_logp,
             importance_ptr=importance,
+            score_ptr=score,
             loss_ptr=loss,
             dlogp_ptr=dlogp,
             kl_ptr=kl,

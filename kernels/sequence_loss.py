@@ -82,6 +82,7 @@ def _sequence_loss_kernel(
     old_logp_ptr,  # (N,) fp32, or None: on policy
     ref_logp_ptr,  # (N,) fp32, or None
     importance_ptr,  # (N,) fp32, or None: 1
+    score_ptr,  # (N,) fp32, or None: the advantages
     log_importance_ptr,  # (N,) fp32, or None: 0
     boundaries_ptr,  # (num_sequences + 1,) int64, or None: every T_len tokens
     loss_ptr,  # (N,) fp32
@@ -93,7 +94,8 @@ def _sequence_loss_kernel(
     high,
     cap,
     second,
-    log_ratio_clip,
+    log_ratio_min,
+    log_ratio_max,
     beta,
     gap_clip,
     value_clip,
@@ -134,10 +136,13 @@ def _sequence_loss_kernel(
         if old_logp_ptr is not None:
             old_logp = load_tokens(old_logp_ptr, offs, live, 0.0)
         advantage = load_tokens(advantages_ptr, offs, live, 0.0)
+        score = advantage
+        if score_ptr is not None:
+            score = load_tokens(score_ptr, offs, live, 0.0)
         d = logp - old_logp
         if RATIO != "token" or SURROGATE == "gmpo":
             d = tl.zeros([BLOCK], tl.float32) + taken
-        ratio, free = bounded_ratio(d, log_ratio_clip)
+        ratio, free = bounded_ratio(d, log_ratio_min, log_ratio_max)
         loss, by_logp, by_ratio, kl, clip = policy_terms(
             logp,
             old_logp,
@@ -146,6 +151,7 @@ def _sequence_loss_kernel(
             log_w,
             (advantage >= 0) | ((-drift > stale_at) == 0),  # a NaN is not hidden
             advantage,
+            score,
             load_tokens(importance_ptr, offs, live, 1.0),
             low,
             high,
@@ -193,6 +199,7 @@ def sequence_loss_fwd(
     old_logp,
     ref_logp,
     importance,
+    score,
     log_importance,
     boundaries,
     T_len,
@@ -218,6 +225,7 @@ def sequence_loss_fwd(
             old_logp_ptr=old_logp,
             ref_logp_ptr=ref_logp,
             importance_ptr=importance,
+            score_ptr=score,
             log_importance_ptr=log_importance,
             boundaries_ptr=boundaries,
             loss_ptr=loss,

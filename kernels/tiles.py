@@ -171,12 +171,12 @@ def vespo_weight(log_w, advantage, k_pos, k_neg, lambda_pos, lambda_neg):
 
 @triton.jit
 def surrogate_terms(
-    logp, old_logp, ratio, log_w, advantage, low, high, cap, second, SURROGATE: tl.constexpr
+    logp, old_logp, ratio, log_w, advantage, score, low, high, cap, second, SURROGATE: tl.constexpr
 ):
     """(loss, dloss/dlogp through the ratio, through logp alone) of tokens.
 
-    log_w: VESPO's log sequence weight. low, high: bounds as the surrogate uses them, cap and second: whatever
-    else it takes (`policy_loss.scalars`).
+    log_w: VESPO's log sequence weight. score: TOPR's. low, high: bounds as the surrogate uses them, cap and
+    second: whatever else it takes (`policy_loss.scalars`).
     """
     by_ratio = tl.zeros_like(ratio)  # not ratio * 0: the ratio may be inf
     by_logp = tl.zeros_like(ratio)
@@ -207,6 +207,8 @@ def surrogate_terms(
             weight = vespo_weight(log_w, advantage, low, high, cap, second)
         elif SURROGATE == "reinforce":
             weight = tl.zeros_like(ratio) + 1.0
+        elif SURROGATE == "topr":
+            weight = tl.where(score > 0, cap, second * tl.minimum(ratio, 1.0))
         else:
             keep = divergence_keeps(logp, old_logp, advantage, low, high, SURROGATE)
             weight = tl.where(keep, tl.minimum(ratio, cap), 0.0)
@@ -271,10 +273,10 @@ def kl_terms(logp, ref_logp, ratio, gap_clip, value_clip, KL: tl.constexpr):
 
 
 @triton.jit
-def bounded_ratio(d, log_ratio_clip):
+def bounded_ratio(d, log_ratio_min, log_ratio_max):
     """(exp of the log-ratio d after its clamp, whether the clamp lets a gradient through)."""
-    clamped = tl.minimum(tl.maximum(d, -log_ratio_clip), log_ratio_clip)
-    return tl.exp(clamped), tl.abs(d) <= log_ratio_clip
+    clamped = tl.minimum(tl.maximum(d, log_ratio_min), log_ratio_max)
+    return tl.exp(clamped), (d >= log_ratio_min) & (d <= log_ratio_max)
 
 
 @triton.jit
@@ -286,6 +288,7 @@ def policy_terms(
     log_w,
     keep,
     advantage,
+    score,
     importance,
     low,
     high,
@@ -303,11 +306,12 @@ def policy_terms(
     keep: whether the surrogate counts. d/dlogp is without what comes through the ratio.
     """
     loss, by_ratio, by_logp = surrogate_terms(
-        logp, old_logp, ratio, log_w, advantage, low, high, cap, second, SURROGATE
+        logp, old_logp, ratio, log_w, advantage, score, low, high, cap, second, SURROGATE
     )
     if SURROGATE != "dro" and SURROGATE != "ipo":
         # Without an advantage there is no surrogate, also where the ratio is inf.
         keep = keep & (advantage != 0)
+    keep = keep & (importance != 0)  # the loss may be inf there: that is why it is left out
     loss = tl.where(keep, loss * importance, 0.0)
     by_ratio = tl.where(keep, by_ratio * importance, 0.0)
     by_logp = tl.where(keep, by_logp * importance, 0.0)
@@ -327,12 +331,14 @@ def token_policy_terms(
     old_logp,
     ref_logp,
     advantage,
+    score,
     importance,
     low,
     high,
     cap,
     second,
-    log_ratio_clip,
+    log_ratio_min,
+    log_ratio_max,
     beta,
     gap_clip,
     value_clip,
@@ -341,7 +347,7 @@ def token_policy_terms(
     HAS_REF: tl.constexpr,
 ):
     """(loss, dloss/dlogp, KL, clip flags) of tokens whose ratio is their own."""
-    ratio, free = bounded_ratio(logp - old_logp, log_ratio_clip)
+    ratio, free = bounded_ratio(logp - old_logp, log_ratio_min, log_ratio_max)
     loss, by_logp, by_ratio, kl, clip = policy_terms(
         logp,
         old_logp,
@@ -350,6 +356,7 @@ def token_policy_terms(
         0.0,
         tl.zeros_like(ratio) == 0,
         advantage,
+        score,
         importance,
         low,
         high,

@@ -95,7 +95,7 @@ def test_opcheck(backend, device):
     x = torch.rand(N, device=device)
     mask = torch.tensor([1, 1, 0, 1, 1, 1], device=device).bool()
     key = Objective(beta=0.1, entropy_coef=0.1).key
-    shared = (ids, mask, x, x, None, 1, None, x, x, None, None, 0.9, key)
+    shared = (ids, mask, x, x, None, 1, None, x, x, *[None] * 5, 0.9, True, key)
     tests = ("test_schema", "test_faketensor")
     autograd = (*tests, "test_autograd_registration")
 
@@ -109,7 +109,7 @@ def test_opcheck(backend, device):
     check(grpo, graded, *shared, tests=autograd)
     check(grpo_, logits.clone(), *shared)
     check(scale_rows_, logits.clone(), x)
-    policy = (x.clone().requires_grad_(), mask, x, x, x, x, x)
+    policy = (x.clone().requires_grad_(), mask, x, x, x, x, x, x)
     check(policy_loss_fwd, *policy, key, tests=autograd)
     gspo = Objective(ratio="sequence", beta=0.1).key
     check(sequence_loss_fwd, *policy, None, None, 3, gspo, tests=autograd)

@@ -36,6 +36,17 @@ OBJECTIVES = {
     "ipo": Objective(surrogate="ipo", epsilon_low=0.02, epsilon_high=0.05, quadratic_coef=0.3),
     "dro": Objective(surrogate="dro", quadratic_coef=0.5, entropy_coef=0.01),
     "rollout_is": Objective(surrogate="rollout_is", epsilon_low=0.3, epsilon_high=0.2),
+    "topr": Objective(surrogate="topr", topr_weight_neg=0.5, beta=0.1),
+    "log_ratio_max": Objective(log_ratio_max=0.1, beta=0.2, kl="k3_unbiased"),
+    "top entropy": Objective(top_entropy_quantile=0.4, beta=0.1),
+    "top entropy, gspo": Objective(top_entropy_quantile=0.6, ratio="sequence", entropy_coef=0.1),
+    "entropy by tokens": Objective(entropy_coef=0.1, entropy_reduction="token_mean"),
+    "vespo, top entropy": Objective(
+        surrogate="vespo",
+        top_entropy_quantile=0.5,
+        entropy_coef=0.1,
+        entropy_reduction="token_mean",
+    ),
     "log_ratio_clip": Objective(log_ratio_clip=0.15, beta=0.2, kl="k3_unbiased"),
     "k3 clamped": Objective(beta=0.3, kl_gap_clip=0.5, kl_value_clip=0.05),
     "k3_unbiased clamped": Objective(
@@ -180,6 +191,35 @@ def test_inplace_gives_the_same_bits_in_the_same_memory(backend, device):
         torch.testing.assert_close(grad, want[1], rtol=0, atol=0)
 
 
+@by_objective
+@pytest.mark.parametrize("policy", ["on", "off"])
+def test_inplace_of_every_objective(objective, policy, backend, device):
+    """Those that depend on other tokens take another way in place: log-probs first, then one launch."""
+    logits, ids, arguments = batch(4, 6, 60, device)
+    arguments["objective"] = objective
+    if policy == "on":
+        if objective.off_policy_threshold is not None or objective.surrogate in (
+            "dro",
+            "rollout_is",
+            "ipo",
+        ):
+            pytest.skip("needs old log-probs")
+        del arguments["old_logps"]
+    loss, grad = loss_and_grad(
+        lambda x, ids, **a: grpo_loss(x * 1, ids, inplace=True, **a),
+        logits,
+        ids,
+        upstream=-1.5,
+        **arguments,
+    )
+    baseline, truth = (
+        loss_and_grad(reference.grpo_loss, x, ids, upstream=-1.5, **a)
+        for x, a in ((logits, arguments), (logits.double(), in_double(arguments)))
+    )
+    for name, a, b, t in zip(("loss", "dlogits"), (loss, grad), baseline, truth, strict=True):
+        assert_as_accurate(a, b, t, name=name)
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_inplace_overwrites_a_view_of_larger_logits(packed, backend, device):
     logits, ids, arguments = batch(3, 4, 60, device)
@@ -293,6 +333,21 @@ def test_forward_only_gives_the_same_loss(backend, device):
             torch.testing.assert_close(a, with_grad.metrics[name], rtol=1e-6, atol=1e-7)
         torch.testing.assert_close(without.logps, with_grad.logps, rtol=0, atol=0)
         torch.testing.assert_close(without.loss, with_grad.loss, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("objective", [Objective(), Objective(ratio="sequence")])
+def test_entropy_on_request_changes_nothing_else(objective, backend, device):
+    logits, ids, arguments = batch(3, 4, 60, device)
+    arguments["objective"] = objective
+    plain = grpo_loss(logits.clone().requires_grad_(), ids, **arguments)
+    asked = grpo_loss(logits.clone().requires_grad_(), ids, return_entropy=True, **arguments)
+    assert plain.entropy is None
+    assert "entropy" not in plain.metrics
+    mask = arguments["mask"]
+    want = reference.entropy(logits.double())[mask]
+    torch.testing.assert_close(asked.entropy[mask].double(), want, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(asked.metrics["entropy"].double(), want.mean(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(asked.loss, plain.loss, rtol=1e-6, atol=1e-7)
 
 
 def test_gradient_properties(backend, device):

@@ -110,8 +110,8 @@ def test_grpo_and_scale_rows(shape, lazily, some_programs, device):
     N, some = shape[0], chosen(shape[0])
     ones = torch.ones(N, device=device)
     out = grpo.grpo_fwd_bwd(
-        *(logits, ids, None, ones, ones, None, 1, None, None, None, None, None),
-        *(1.0, Objective(), logits),
+        *(logits, ids, None, ones, ones, None, 1, *[None] * 8),
+        *(1.0, False, Objective(), logits),
     )
     x = x.double().requires_grad_()
     expected = reference.logprob(x, y)

@@ -4,6 +4,7 @@ import torch
 from grpo_fast import Objective, reference
 from grpo_fast.loss import grpo_loss, policy_loss
 from grpo_fast.ops import logprob
+from grpo_fast.ops._phases import top_entropy_mask
 from grpo_fast.ops.policy_loss import STATISTICS, token_statistics
 from grpo_fast.testing import assert_as_accurate
 from tests.cases import batch, in_double, loss_and_grad
@@ -36,7 +37,7 @@ def check(logps, arguments, upstream=1.0):
 @pytest.mark.parametrize("drift", [0.1, 2.0])
 def test_every_objective(objective, drift, backend, device):
     logps, arguments = case(5, 300, device, drift)
-    if objective.entropy_coef:
+    if objective.needs_entropy:
         arguments["entropy"] = torch.rand(5, 300, device=device)
     check(logps, {**arguments, "objective": objective}, upstream=-2.5)
 
@@ -70,6 +71,69 @@ def test_equals_grpo_loss_on_its_own_log_probs(backend, device):
         loss, dlogits = loss_and_grad(composed, logits)
         torch.testing.assert_close(loss, fused, rtol=1e-6, atol=1e-7)
         torch.testing.assert_close(dlogits, grad, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("layout", ["per token", "per sequence", "default"])
+def test_topr_goes_by_the_score(layout, backend, device):
+    """A score of a sequence that its advantage contradicts decides which weight its tokens have."""
+    logps = torch.tensor([[-1.0, -1.0], [-1.0, -1.0]], device=device)
+    old = torch.tensor([[-2.0, -0.5], [-2.0, -0.5]], device=device)
+    advantages = torch.tensor([0.5, 0.25], device=device)
+    scores = torch.tensor([-1.0, 1.0], device=device)
+    objective = Objective(
+        surrogate="topr", topr_weight_pos=3.0, topr_weight_neg=2.0, reduction="sequence_sum"
+    )
+    arguments = {"advantages": advantages, "old_logps": old, "objective": objective}
+    if layout != "default":
+        arguments["scores"] = scores if layout == "per sequence" else scores[:, None].expand(2, 2)
+    grad = loss_and_grad(policy_loss, logps, **arguments)[1]
+    low = 2.0 * torch.tensor([1.0, torch.tensor(-0.5).exp()], device=device)
+    high = torch.full((2,), 3.0, device=device)
+    first = high if layout == "default" else low
+    want = -torch.stack([0.5 * first, 0.25 * high]) / 2
+    torch.testing.assert_close(grad, want)
+
+
+def test_rewards_are_the_scores_of_topr(backend, device):
+    """A group of failures: its best has a positive advantage, but a negative score."""
+    logits, ids, arguments = batch(4, 3, 50, device)
+    del arguments["advantages"]
+    arguments["rewards"] = torch.tensor([-1.0, -0.5, 0.5, 1.0], device=device)
+    arguments |= {"group_size": 2, "objective": Objective(surrogate="topr", topr_weight_pos=2.0)}
+    loss, grad = loss_and_grad(grpo_loss, logits, ids, **arguments)
+    want = loss_and_grad(reference.grpo_loss, logits.double(), ids, **in_double(arguments))
+    torch.testing.assert_close(loss.double(), want[0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(grad.double(), want[1], rtol=1e-4, atol=1e-6)
+    other = {**arguments, "scores": -arguments["rewards"]}
+    changed = (loss_and_grad(grpo_loss, logits, ids, **other)[1] - grad).abs()
+    assert changed.max() > 0.1 * grad.abs().max()
+
+
+def test_a_weight_of_zero_leaves_out_an_infinite_ratio(backend, device):
+    """What a mask on the mismatch is for: the token whose ratio overflows."""
+    logps = torch.tensor([[-1.0, -1.0]], device=device)
+    arguments = {
+        "old_logps": torch.tensor([[-200.0, -1.0]], device=device),
+        "advantages": torch.tensor([-1.0], device=device),
+        "importance_weights": torch.tensor([[0.0, 1.0]], device=device),
+    }
+    loss, grad = loss_and_grad(policy_loss, logps, **arguments)
+    torch.testing.assert_close(loss.cpu(), torch.tensor(0.5))
+    torch.testing.assert_close(grad.cpu(), torch.tensor([[0.0, 0.5]]))
+
+
+@pytest.mark.parametrize("N", [1, 2, 7, 100])
+@pytest.mark.parametrize("quantile", [0.01, 0.2, 0.5, 1 / 3, 0.999])
+def test_top_entropy_is_the_quantile_of_the_live_tokens(N, quantile, device):
+    entropy = torch.rand(N, device=device)
+    live = torch.rand(N, device=device) > 0.3
+    entropy[~live] = torch.nan
+    kept = top_entropy_mask(entropy, live, quantile)
+    assert not kept[~live].any()
+    if live.any():
+        threshold = entropy[live].quantile(1 - quantile)
+        torch.testing.assert_close(kept, live & (entropy >= threshold), rtol=0, atol=0)
+        assert kept.any()
 
 
 def test_gradient_in_the_entropy(backend, device):

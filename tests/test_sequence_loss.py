@@ -21,9 +21,32 @@ def test_sequence_objectives_with_every_argument(objective, policy, backend, dev
         shape = (4, 9) if per_token else (4,)
         arguments["advantages"] = torch.randn(shape, device=device)
         arguments["importance_weights"] = torch.rand(shape, device=device) + 0.3
-        if policy == "on":
+        if policy == "on" and objective.off_policy_threshold is None:
             del arguments["old_logps"]
         check(logits, ids, arguments, upstream=2.0)
+
+
+@pytest.mark.parametrize("objective", SEQUENCES, ids=lambda x: f"{x.surrogate}-{x.ratio}")
+def test_on_policy_takes_one_launch(objective, backend, device, monkeypatch):
+    """The coefficients are known before the log-probs: no pass for these alone."""
+
+    def read(*_):
+        raise AssertionError("the logits were read for their log-probs alone")
+
+    monkeypatch.setattr("grpo_fast.loss.logprob_fwd", read)
+    logits, ids, arguments = batch(3, 5, 20, device)
+    arguments["objective"] = objective
+    if objective.off_policy_threshold is not None:
+        with pytest.raises(ValueError, match="old_logps: needed"):
+            grpo_loss(logits, ids, **{**arguments, "old_logps": None})
+        return
+    del arguments["old_logps"]
+    through_mean = objective.ratio == "sequence" and objective.kl == "k3_unbiased"
+    if (objective.beta and through_mean) or objective.top_entropy_quantile < 1:
+        with pytest.raises(AssertionError, match="alone"):
+            check(logits, ids, arguments)
+        return
+    check(logits, ids, arguments)
 
 
 def test_sequence_objectives_of_long_sequences(backend, device, monkeypatch):

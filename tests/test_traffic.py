@@ -175,8 +175,8 @@ def test_grpo(V, dtype, entropy, inplace):
     objective = Objective(beta=0.1, entropy_coef=0.1 if entropy else 0.0)
     with counted() as traffic:
         grpo.grpo_fwd_bwd(
-            *(logits, ids, mask, weight, advantages, None, 1, None, old, ref, None, None),
-            *(1.0, objective, dlogits),
+            *(logits, ids, mask, weight, advantages, None, 1, None, old, ref, *[None] * 5),
+            *(1.0, False, objective, dlogits),
         )
     parts = rows.schedule(V).parts
     moving = mask & (weight != 0)
@@ -203,8 +203,8 @@ def test_grpo_with_rewards_reads_the_group_per_token(V):
     rewards = torch.tensor([0.0, 1.0])
     with counted() as traffic:
         grpo.grpo_fwd_bwd(
-            *(logits, ids, mask, torch.ones(N), None, rewards, G, None, None, None, None, None),
-            *(1.0, Objective(), logits),
+            *(logits, ids, mask, torch.ones(N), None, rewards, G, *[None] * 8),
+            *(1.0, False, Objective(), logits),
         )
     assert traffic.read(rewards)[0] == live * (2 * G + 1) * FLOAT
 
@@ -242,7 +242,7 @@ def test_policy_loss(N):
     mask, live, (logp, weight, advantages, old, ref, importance, _) = token_vectors(N)
     with counted() as traffic:
         policy_loss.policy_loss_fwd(
-            logp, mask, weight, advantages, old, ref, importance, Objective(beta=0.1)
+            logp, mask, weight, advantages, old, ref, importance, None, Objective(beta=0.1)
         )
     assert traffic.read(mask)[0] == N * FLAG
     for x in (logp, weight, advantages, old, ref, importance):

@@ -25,6 +25,11 @@ class Tokens(NamedTuple):
     old_logp: Tensor | None
     ref_logp: Tensor | None
     importance: Tensor | None
+    score: Tensor | None  # TOPR's; None: the advantages
+    token_weight: (
+        Tensor  # 1 or the caller's, 0 where masked: what `weight` is besides the reduction
+    )
+    entropy_weight: Tensor | None  # None: weight
 
 
 class Sequences(NamedTuple):
@@ -46,6 +51,7 @@ def check_tokens(
     ref_logps: Tensor | None,
     importance_weights: Tensor | None,
     token_weights: Tensor | None,
+    scores: Tensor | None,
     num_items: float | Tensor | None,
     cu_seqlens: Tensor | None,
     objective: Objective,
@@ -72,8 +78,16 @@ def check_tokens(
         _arguments.check_device(op, "rewards", rewards, like)
     elif group_size is not None:
         raise ValueError(f"{op}: group_size={group_size} has no effect with advantages")
-    if objective.beta and ref_logps is None:
-        raise ValueError(f"{op}: ref_logps: needed, since objective.beta={objective.beta}")
+    _check_needed(op, objective, old_logps, ref_logps, scores)
+    for name, factor in (
+        ("importance_weights", importance_weights),
+        ("token_weights", token_weights),
+    ):
+        if isinstance(factor, Tensor) and factor.requires_grad:
+            raise ValueError(
+                f"{op}: {name} requires grad, but it is a constant factor that no gradient reaches; "
+                f"pass {name}.detach(), or compute it under torch.no_grad()"
+            )
 
     def spread(name: str, x: Tensor | None) -> Tensor | None:
         """A per-sequence or per-token argument as (N,)."""
@@ -93,10 +107,15 @@ def check_tokens(
     weight = reference.reduction_weights(
         live.view(rows.shape), objective, _check_num_items(op, num_items, objective), cu_seqlens
     ).reshape(-1)
+    token_weight = live.float()
     if token_weights is not None:
         extra = _arguments.per_token(op, "token_weights", token_weights, like)
         assert extra is not None
-        weight = torch.where(live, weight * extra, 0)
+        token_weight = torch.where(live, extra, 0)
+        weight = weight * token_weight
+    entropy_weight = None
+    if objective.entropy_reduction == "token_mean":
+        entropy_weight = token_weight / live.sum().clamp(min=1)
     importance = spread("importance_weights", importance_weights)
     log_importance = None
     if objective.surrogate == "vespo" and importance is not None:
@@ -116,9 +135,40 @@ def check_tokens(
         _arguments.per_token(op, "old_logps", old_logps, like),
         _arguments.per_token(op, "ref_logps", ref_logps, like),
         importance,
+        spread("scores", rewards if scores is None and objective.surrogate == "topr" else scores),
+        token_weight,
+        entropy_weight,
     )
     boundaries = None if cu_seqlens is None else cu_seqlens.long().contiguous()
     return tokens, Sequences(log_importance, boundaries, rows.shape[-1])
+
+
+def _check_needed(
+    op: str,
+    objective: Objective,
+    old_logps: Tensor | None,
+    ref_logps: Tensor | None,
+    scores: Tensor | None,
+) -> None:
+    """Arguments that the objective cannot do without, or does not use."""
+    if objective.beta and ref_logps is None:
+        raise ValueError(f"{op}: ref_logps: needed, since objective.beta={objective.beta}")
+    if scores is not None and objective.surrogate != "topr":
+        raise ValueError(
+            f"{op}: scores have no effect with surrogate={objective.surrogate!r}; they belong to 'topr'"
+        )
+    reason = None
+    if objective.off_policy_threshold is not None:
+        reason = f"off_policy_threshold={objective.off_policy_threshold}"
+    elif objective.surrogate == "rollout_is":
+        reason = "surrogate='rollout_is'"
+    elif objective.surrogate in ("dro", "ipo") and objective.quadratic_coef:
+        reason = f"quadratic_coef={objective.quadratic_coef}"
+    if reason and old_logps is None:
+        raise ValueError(
+            f"{op}: old_logps: needed, since {reason} measures the distance to the policy that "
+            "sampled; on the first update pass that policy's log-probs all the same"
+        )
 
 
 def first_of_sequence(rows: Tensor, sequence: Tensor | None) -> Tensor:

@@ -36,15 +36,24 @@ class Arguments(NamedTuple):
     old_logp: Tensor | None
     ref_logp: Tensor | None
     importance: Tensor | None
+    score: Tensor | None  # TOPR's; None: the advantages
+    coefficient: Tensor | None  # what dloss/dlogp has besides, known beforehand
+    entropy_weight: Tensor | None  # None: weight
     temperature: Tensor | None
     inv_temperature: float  # where there is no temperature per token
+    return_entropy: bool  # also where the objective has no use for it
     objective: str  # `Objective.key`
+
+    @property
+    def with_entropy(self) -> bool:
+        return self.return_entropy or Objective.from_key(self.objective).entropy_coef != 0
 
 
 ARGUMENTS = (
     "Tensor ids, Tensor? mask, Tensor weight, Tensor? advantages, Tensor? rewards, int group_size, "
-    "Tensor? sequence, Tensor? old_logp, Tensor? ref_logp, Tensor? importance, Tensor? temperature, "
-    "float inv_temperature, str objective"
+    "Tensor? sequence, Tensor? old_logp, Tensor? ref_logp, Tensor? importance, Tensor? score, "
+    "Tensor? coefficient, Tensor? entropy_weight, Tensor? temperature, float inv_temperature, "
+    "bool return_entropy, str objective"
 )
 
 
@@ -58,14 +67,14 @@ class Outputs(NamedTuple):
     clip: Tensor
 
 
-def _new_outputs(weight: Tensor, has_ref: bool, objective: Objective) -> Outputs:
-    N = len(weight)
-    new = weight.new_zeros
+def _new_outputs(a: Arguments) -> Outputs:
+    N = len(a.weight)
+    new = a.weight.new_zeros
     return Outputs(
         new(N),
         new(N),
-        new(N if objective.entropy_coef else 0),
-        new(N if has_ref else 0),
+        new(N if a.with_entropy else 0),
+        new(N if a.ref_logp is not None else 0),
         new(N, dtype=torch.int8),
     )
 
@@ -84,7 +93,7 @@ def _fill(logits: Tensor, a: Arguments, dlogits: Tensor) -> Outputs:
         assert a.rewards is not None
         score = group_advantage_fwd(a.rewards, a.group_size, None, "group", SCORE_EPS, True)
         advantages = spread(score, a.sequence, logits)
-    out = _new_outputs(a.weight, a.ref_logp is not None, objective)
+    out = _new_outputs(a)
     for rows, (block, dblock) in _rows.row_blocks(logits, dlogits):
         live = _rows.live_rows(a.mask, rows)
         where = rows if live is None else live + rows.start
@@ -93,28 +102,29 @@ def _fill(logits: Tensor, a: Arguments, dlogits: Tensor) -> Outputs:
         work = dblock if direct else torch.empty(z.shape, dtype=torch.float32, device=z.device)
         scale = a.inv_temperature if a.temperature is None else 1 / a.temperature[where]
         ids = a.ids[where].long()
-        e, statistics, u = _rows.exponentials(z, ids, scale, work, bool(out.entropy.numel()))
+        e, statistics, u = _rows.exponentials(z, ids, scale, work, a.with_entropy)
         loss, dlogp, kl, clip = token_policy_terms(
             statistics.logp,
             None if a.old_logp is None else a.old_logp[where],
             None if a.ref_logp is None else a.ref_logp[where],
             advantages[where],
+            None if a.score is None else a.score[where],
             None if a.importance is None else a.importance[where],
             objective,
         )
         weight = a.weight[where]
-        dentropy = None
+        loss, dlogp, dentropy = weigh(weight, loss), weigh(weight, dlogp), None
+        if a.coefficient is not None:
+            dlogp += a.coefficient[where]
         if statistics.entropy is not None:
-            loss = loss - objective.entropy_coef * statistics.entropy
-            dentropy = -objective.entropy_coef * weight
+            by_entropy = weight if a.entropy_weight is None else a.entropy_weight[where]
+            if objective.entropy_coef:
+                dentropy = -objective.entropy_coef * by_entropy
+                loss += weigh(dentropy, statistics.entropy)
             out.entropy[where] = statistics.entropy
-        dz = _rows.gradient(e, u, ids, weigh(weight, dlogp), dentropy, statistics, scale)
+        dz = _rows.gradient(e, u, ids, dlogp, dentropy, statistics, scale)
         _rows.store(dblock, live, dz)
-        out.loss[where], out.logp[where], out.clip[where] = (
-            weigh(weight, loss),
-            statistics.logp,
-            clip,
-        )
+        out.loss[where], out.logp[where], out.clip[where] = loss, statistics.logp, clip
         if kl is not None:
             out.kl[where] = kl
     return out
@@ -152,14 +162,12 @@ grpo_ = torch.library.custom_op(
 
 @grpo_.register_fake
 def _(logits: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    a = Arguments(*arguments)
-    return tuple(_new_outputs(a.weight, a.ref_logp is not None, Objective.from_key(a.objective)))
+    return tuple(_new_outputs(Arguments(*arguments)))
 
 
 @grpo.register_fake
 def _(logits: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    a = Arguments(*arguments)
-    outputs = _new_outputs(a.weight, a.ref_logp is not None, Objective.from_key(a.objective))
+    outputs = _new_outputs(Arguments(*arguments))
     return (*outputs, torch.empty(logits.shape, dtype=logits.dtype, device=logits.device))
 
 
@@ -194,7 +202,7 @@ def _hand_over(ctx: Any, dloss: Tensor) -> Tensor:
 
 @torch.autograd.function.once_differentiable
 def _backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple:
-    return (None if dloss is None else _hand_over(ctx, dloss), *(None,) * 13)
+    return (None if dloss is None else _hand_over(ctx, dloss), *(None,) * len(Arguments._fields))
 
 
 grpo.register_autograd(_backward, setup_context=_setup_context)
@@ -214,7 +222,10 @@ class _Overwrite(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple:
-        return (None if dloss is None else _hand_over(ctx, dloss), *(None,) * 13)
+        return (
+            None if dloss is None else _hand_over(ctx, dloss),
+            *(None,) * len(Arguments._fields),
+        )
 
 
 class _Destroyed(torch.autograd.Function):

@@ -47,6 +47,7 @@ def token_policy_terms(
     old_logp: Tensor | None,
     ref_logp: Tensor | None,
     advantage: Tensor,
+    score: Tensor | None,
     importance: Tensor | None,
     objective: Objective,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
@@ -56,15 +57,18 @@ def token_policy_terms(
     """
     old = logp if old_logp is None else old_logp
     ratio, free = bounded_ratio(logp - old, objective)
-    terms = policy_terms(logp, old, ref_logp, ratio, None, None, advantage, importance, objective)
+    terms = policy_terms(
+        logp, old, ref_logp, ratio, None, None, advantage, score, importance, objective
+    )
     dlogp = terms.by_logp + torch.where(free, terms.by_ratio, 0)
     return terms.loss, dlogp, terms.kl, terms.clip
 
 
 def bounded_ratio(d: Tensor, objective: Objective) -> tuple[Tensor, Tensor]:
     """(exp of the log-ratio d after its clamp, whether the clamp lets a gradient through)."""
-    bound = math.inf if objective.log_ratio_clip is None else objective.log_ratio_clip
-    return d.clamp(-bound, bound).exp(), d.abs() <= bound
+    low, high = objective.log_ratio_bounds
+    low, high = -math.inf if low is None else low, math.inf if high is None else high
+    return d.clamp(low, high).exp(), (d >= low) & (d <= high)
 
 
 def policy_terms(
@@ -75,14 +79,18 @@ def policy_terms(
     log_w: Tensor | None,
     dropped: Tensor | None,
     advantage: Tensor,
+    score: Tensor | None,
     importance: Tensor | None,
     objective: Objective,
 ) -> Terms:
     """What tokens contribute, given their ratio, VESPO's log W, and which surrogates are dropped."""
-    loss, by_ratio, by_logp, clip = surrogate_terms(logp, old, ratio, log_w, advantage, objective)
+    loss, by_ratio, by_logp, clip = surrogate_terms(
+        logp, old, ratio, log_w, advantage, score, objective
+    )
+    none = torch.zeros_like(advantage, dtype=torch.bool) if dropped is None else dropped
     if importance is not None:
         loss, by_ratio, by_logp = (x * importance for x in (loss, by_ratio, by_logp))
-    none = torch.zeros_like(advantage, dtype=torch.bool) if dropped is None else dropped
+        none = none | (importance == 0)  # where the loss may be inf: that is why it is left out
     if objective.surrogate not in ("dro", "ipo"):
         # Without an advantage there is no surrogate, also where the ratio is inf.
         none = none | (advantage == 0)
@@ -103,6 +111,7 @@ def surrogate_terms(
     ratio: Tensor,
     log_w: Tensor | None,
     advantage: Tensor,
+    score: Tensor | None,
     objective: Objective,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss, dloss/dlogp through the ratio, through logp alone, clip flags); the twin is in `tiles`."""
@@ -136,6 +145,12 @@ def surrogate_terms(
         weight, flags = vespo_weight(log_w, advantage, objective), _flags(None, None, advantage)
     elif surrogate == "reinforce":
         weight, flags = torch.ones_like(ratio), _flags(None, None, advantage)
+    elif surrogate == "topr":
+        up = (advantage if score is None else score) > 0
+        weight = torch.where(
+            up, objective.topr_weight_pos, objective.topr_weight_neg * ratio.clamp(max=1)
+        )
+        flags = _flags(None, None, advantage)
     elif surrogate == "cispo":
         weight, flags = ratio.clamp(low, high), _flags(below, above, advantage)
     elif surrogate == "rollout_is":
@@ -237,6 +252,7 @@ def policy_loss_fwd(
     old_logp: Tensor | None,
     ref_logp: Tensor | None,
     importance: Tensor | None,
+    score: Tensor | None,
     objective: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Weighted loss, its derivative in logp, KL ((0,) without ref_logp), clip flags; all (N,)."""
@@ -247,7 +263,7 @@ def policy_loss_fwd(
         loss, dlogp, kl, clip = launch(
             kernels.policy_loss_fwd,
             logp,
-            *(logp, mask, weight, advantages, old_logp, ref_logp, importance),
+            *(logp, mask, weight, advantages, old_logp, ref_logp, importance, score),
             terms,
         )
         return loss, dlogp, logp.new_empty(0) if kl is None else kl, clip
@@ -255,12 +271,12 @@ def policy_loss_fwd(
     def live(x: Tensor | None) -> Tensor | None:
         return x if x is None or mask is None else torch.where(mask, x, 0)
 
-    logp, old_logp, ref_logp, advantages, importance = (  # type: ignore[assignment]
-        live(x) for x in (logp, old_logp, ref_logp, advantages, importance)
+    logp, old_logp, ref_logp, advantages, importance, score = (  # type: ignore[assignment]
+        live(x) for x in (logp, old_logp, ref_logp, advantages, importance, score)
     )
     weight = weight if mask is None else torch.where(mask, weight, 0)
     loss, dlogp, kl, clip = token_policy_terms(
-        logp, old_logp, ref_logp, advantages, importance, terms
+        logp, old_logp, ref_logp, advantages, score, importance, terms
     )
     loss, dlogp = weigh(weight, loss), weigh(weight, dlogp)
     return loss, dlogp, logp.new_empty(0) if kl is None else kl, clip

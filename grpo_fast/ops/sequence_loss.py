@@ -36,6 +36,7 @@ def sequence_policy_terms(
     old_logp: Tensor | None,
     ref_logp: Tensor | None,
     advantage: Tensor,
+    score: Tensor | None,
     importance: Tensor | None,
     log_importance: Tensor | None,
     live: Tensor,
@@ -66,7 +67,7 @@ def sequence_policy_terms(
         stale = segments.sum(-own) / count > objective.off_policy_threshold
         dropped = stale & (advantage < 0)
     terms = policy_terms(
-        logp, old, ref_logp, ratio, log_w, dropped, advantage, importance, objective
+        logp, old, ref_logp, ratio, log_w, dropped, advantage, score, importance, objective
     )
     through = weigh(weight, torch.where(free, terms.by_ratio, 0))
     if objective.ratio == "sequence" or objective.surrogate == "gmpo":
@@ -85,6 +86,7 @@ def sequence_loss_fwd(
     old_logp: Tensor | None,
     ref_logp: Tensor | None,
     importance: Tensor | None,
+    score: Tensor | None,
     log_importance: Tensor | None,
     boundaries: Tensor | None,
     T_len: int,
@@ -103,7 +105,7 @@ def sequence_loss_fwd(
         loss, dlogp, kl, clip = launch(
             kernels.sequence_loss_fwd,
             logp,
-            *(logp, mask, weight, advantages, old_logp, ref_logp, importance),
+            *(logp, mask, weight, advantages, old_logp, ref_logp, importance, score),
             *(log_importance, boundaries, T_len, terms),
         )
         return loss, dlogp, logp.new_empty(0) if kl is None else kl, clip
@@ -123,6 +125,7 @@ def sequence_loss_fwd(
         None if old_logp is None else kept(old_logp),
         None if ref_logp is None else kept(ref_logp),
         kept(advantages),
+        None if score is None else kept(score),
         None if importance is None else kept(importance),
         log_importance,
         live,

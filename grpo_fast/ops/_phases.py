@@ -1,0 +1,139 @@
+"""The objective on (N,) tokens in the phases that a loss goes through: values, then coefficients.
+
+Where a token's coefficient c = dloss/dlogp depends on its own log-prob alone, one launch does all. Where it
+depends on other tokens there are two ways: through autograd (log-probs, objective, and the gradient in the
+backward), or with `coefficient`s known beforehand, which a launch adds to what it finds by itself.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from grpo_fast.objective import Objective
+from grpo_fast.ops._tokens import Sequences, Tokens
+from grpo_fast.ops.policy_loss import policy_loss_fwd, weigh
+from grpo_fast.ops.sequence_loss import sequence_loss_fwd
+
+
+class Values(NamedTuple):
+    """Of tokens; all (N,), `kl` (0,) where there is no reference."""
+
+    loss: Tensor  # weighted
+    dlogp: Tensor  # its derivative; not differentiable itself
+    kl: Tensor
+    clip: Tensor
+    entropy_weight: Tensor | None  # None: the tokens' weight
+
+
+def values(
+    logp: Tensor,
+    entropy: Tensor | None,
+    tokens: Tokens,
+    sequences: Sequences,
+    objective: Objective,
+) -> Values:
+    """The objective on log-probs; `loss` is differentiable in `logp` and `entropy`."""
+    assert tokens.advantages is not None
+    if objective.top_entropy_quantile < 1:
+        assert entropy is not None
+        tokens = _keep_top_entropy(tokens, entropy.detach(), objective)
+    shared = (
+        logp,
+        tokens.mask,
+        tokens.weight,
+        tokens.advantages,
+        tokens.old_logp,
+        tokens.ref_logp,
+        tokens.importance,
+        tokens.score,
+    )
+    if objective.needs_sequences:
+        loss, dlogp, kl, clip = sequence_loss_fwd(*shared, *sequences, objective.key)
+    else:
+        loss, dlogp, kl, clip = policy_loss_fwd(*shared, objective.key)
+    if objective.entropy_coef:
+        assert entropy is not None
+        weight = tokens.weight if tokens.entropy_weight is None else tokens.entropy_weight
+        loss = loss - objective.entropy_coef * weigh(weight, entropy)
+    return Values(loss, dlogp, kl, clip, tokens.entropy_weight)
+
+
+def _keep_top_entropy(tokens: Tokens, entropy: Tensor, objective: Objective) -> Tokens:
+    """Tokens whose surrogate and bonus count only where the entropy is among the highest."""
+    live = torch.ones_like(entropy, dtype=torch.bool) if tokens.mask is None else tokens.mask
+    kept = top_entropy_mask(entropy, live, objective.top_entropy_quantile)
+    importance = kept.float() if tokens.importance is None else tokens.importance * kept
+    weight = tokens.weight
+    if objective.entropy_reduction == "token_mean":
+        weight = tokens.token_weight / kept.sum().clamp(min=1)
+    return tokens._replace(importance=importance, entropy_weight=torch.where(kept, weight, 0))
+
+
+def top_entropy_mask(entropy: Tensor, live: Tensor, quantile: float) -> Tensor:
+    """(N,) bool: live tokens whose entropy is at least the (1 - quantile) quantile of all live ones.
+
+    The quantile interpolates linearly between neighbours, as `torch.quantile` does, which stops at 2^24
+    values; no host sync.
+    """
+    if not len(entropy):
+        return live
+    ordered = torch.where(live, entropy, torch.inf).sort().values
+    position = (live.sum() - 1).clamp(min=0).double() * (1 - quantile)
+    below = position.floor()
+    low, high = (
+        ordered.gather(0, x.long().clamp(0, len(ordered) - 1)[None]) for x in (below, below + 1)
+    )
+    part = (position - below).to(entropy.dtype)
+    # Without a remainder the upper neighbour has no say; it may be the inf behind the last live one.
+    threshold = torch.where(part > 0, torch.lerp(low, high, part), low)
+    return live & (entropy >= threshold)
+
+
+def coefficient_on_policy(
+    tokens: Tokens, sequences: Sequences, objective: Objective
+) -> Tensor | None:
+    """What dloss/dlogp owes to the surrogate, (N,), where that is known before any log-prob is.
+
+    On policy every ratio is 1, that of a sequence as well, so it is for all objectives on sequences; unless
+    the KL comes back through the mean of the sequence, or entropies choose the tokens.
+    """
+    through_mean = objective.ratio == "sequence" or objective.surrogate == "gmpo"
+    by_kl = objective.beta != 0 and objective.kl == "k3_unbiased" and through_mean
+    if tokens.old_logp is not None or by_kl or objective.top_entropy_quantile < 1:
+        return None
+    assert tokens.advantages is not None
+    surrogate = dataclasses.replace(objective, beta=0.0, entropy_coef=0.0, entropy_reduction="same")
+    logp = torch.zeros_like(tokens.weight)
+    shared = (logp, tokens.mask, tokens.weight, tokens.advantages, None, None)
+    return sequence_loss_fwd(*shared, tokens.importance, tokens.score, *sequences, surrogate.key)[1]
+
+
+def without_surrogate(tokens: Tokens, objective: Objective) -> tuple[Tokens, Objective]:
+    """What is left of a launch when the surrogate's coefficient is given: KL and entropy bonus."""
+    nothing = torch.zeros_like(tokens.weight)
+    rest = Objective(
+        surrogate="reinforce",
+        beta=objective.beta,
+        kl=objective.kl,
+        kl_gap_clip=objective.kl_gap_clip,
+        kl_value_clip=objective.kl_value_clip,
+        entropy_coef=objective.entropy_coef,
+    )
+    tokens = tokens._replace(
+        advantages=nothing, rewards=None, old_logp=None, importance=None, score=None
+    )
+    return tokens, rest
+
+
+class WithGradientOf(torch.autograd.Function):
+    """`WithGradientOf.apply(x, value)` is `value` with the gradient of x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, value: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, dvalue: Tensor) -> tuple[Tensor, None]:
+        return dvalue, None
