@@ -214,6 +214,12 @@ def launch_group_advantage(scale: str = "group", labels: bool = False) -> None:
 OBJECTIVES = {
     **{x: Objective(surrogate=x, beta=0.04) for x in get_args(Surrogate)},
     **{x: Objective(kl=x, beta=0.04) for x in get_args(KL) if x != "k3"},
+    "k3+": Objective(beta=0.04, kl_gradient="k2"),
+    "k3 where not clamped": Objective(beta=0.04, kl_value_clip=10.0, kl_gradient="k2_clipped"),
+    **{
+        f"{x} ratio": Objective(surrogate=x, beta=0.04, dppo_value="ratio")
+        for x in ("dppo_tv", "dppo_kl")
+    },
 }
 BY_TOKEN = {x: o for x, o in OBJECTIVES.items() if not o.needs_sequences and x != "clip"}
 BY_SEQUENCE = {

@@ -21,6 +21,8 @@ Surrogate = Literal[
     "topr",
 ]
 Ratio = Literal["token", "sequence", "sequence_token"]
+DppoValue = Literal["logp", "ratio"]
+KLGradient = Literal["own", "k2", "k2_clipped"]
 KL = Literal["k1", "abs", "k2", "k3", "k3_unbiased"]
 EntropyReduction = Literal["same", "token_mean"]
 Reduction = Literal["sequence_mean", "token_mean", "sequence_sum", "fixed_length"]
@@ -45,6 +47,8 @@ class Objective:
                 [pi - mu >= -lo]
             "dppo_kl": the same with M = [KL(mu, pi) <= hi or pi <= mu] where A > 0, else
                 [KL(mu, pi) <= lo or pi >= mu], of the two-outcome distributions (y, not y)
+            "dppo_tv", "dppo_kl" with dppo_value="ratio": -A min(r, ratio_cap) M + quadratic_coef d^2,
+                differentiated through the ratio
             "ipo": -A r [-lo <= pi - mu <= hi] + quadratic_coef d^2
             "dro": -A logp + quadratic_coef d^2 / 2
             "rollout_is": -A sg(r [1 - lo < r < 1 + hi]) logp
@@ -68,7 +72,9 @@ class Objective:
         dual_clip: "clip" only, verl's c > 1: for A < 0 the token loss is at most -c A.
         tau_pos, tau_neg: temperatures of "sapo".
         ratio_cap: upper bound of the ratio in "dppo_tv" and "dppo_kl"; None for no bound.
-        quadratic_coef: of "ipo" and "dro".
+        dppo_value: whether the loss of "dppo_tv" and "dppo_kl" is a "logp" with a detached factor, or the
+            "ratio": another value, and below the cap the same gradient.
+        quadratic_coef: of "ipo", "dro", and DPPO on the ratio.
         vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg: of "vespo".
         topr_weight_pos, topr_weight_neg: of "topr".
         top_entropy_quantile: rho in (0, 1]; keep the surrogate and the entropy bonus of the tokens whose
@@ -84,6 +90,8 @@ class Objective:
         kl_gap_clip: "k3", "k3_unbiased": clamp q to [-kl_gap_clip, kl_gap_clip] first.
         kl_value_clip: the same two: clamp e^q - q - 1 to at most this. No gradient passes through either
             clamp: at 10, a token more than 2.611 nats below the reference is not pulled back.
+        kl_gradient: of the KL term: its "own"; "k2": -q, that of k2, whatever the estimator and its clamps
+            (verl's "+" estimators); "k2_clipped": -q where no clamp holds, else 0.
         entropy_coef: weight of the entropy bonus; positive values reward entropy.
         entropy_reduction: the bonus is reduced the "same" way as the rest, or by "token_mean": its mean
             over the tokens at hand, whatever the reduction and `num_items` (TRL).
@@ -110,6 +118,7 @@ class Objective:
     tau_pos: float = 1.0
     tau_neg: float = 1.05
     ratio_cap: float | None = 20.0
+    dppo_value: DppoValue = "logp"
     quadratic_coef: float = 0.0
     vespo_k_pos: float = 2.0
     vespo_lambda_pos: float = 3.0
@@ -125,6 +134,7 @@ class Objective:
     kl: KL = "k3"
     kl_gap_clip: float | None = None
     kl_value_clip: float | None = None
+    kl_gradient: KLGradient = "own"
     entropy_coef: float = 0.0
     entropy_reduction: EntropyReduction = "same"
     # The same value as a string, so that it can cross into a custom operator's schema.
@@ -135,6 +145,8 @@ class Objective:
         _check_choice("ratio", self.ratio, get_args(Ratio))
         _check_choice("reduction", self.reduction, get_args(Reduction))
         _check_choice("kl", self.kl, get_args(KL))
+        _check_choice("kl_gradient", self.kl_gradient, get_args(KLGradient))
+        _check_choice("dppo_value", self.dppo_value, get_args(DppoValue))
         _check_choice("entropy_reduction", self.entropy_reduction, get_args(EntropyReduction))
         for name in ("epsilon_low", "quadratic_coef", "beta", "topr_weight_pos", "topr_weight_neg"):
             _check_number(name, getattr(self, name), low=0.0)
@@ -189,6 +201,20 @@ class Objective:
                     f"{option}={getattr(self, option)} has no effect with kl={self.kl!r}; "
                     "it belongs to k3, k3_unbiased"
                 )
+        clamped = self.kl_gap_clip is not None or self.kl_value_clip is not None
+        if self.kl_gradient != "own" and (
+            self.kl in ("k2", "k3_unbiased") or (self.kl_gradient == "k2_clipped" and not clamped)
+        ):
+            reason = "without a clamp" if self.kl in ("k1", "abs", "k3") else f"with kl={self.kl!r}"
+            raise ValueError(
+                f"kl_gradient={self.kl_gradient!r} has no effect of its own {reason}; it belongs to "
+                "k1, abs, k3, and 'k2_clipped' to a k3 with kl_gap_clip or kl_value_clip"
+            )
+        if self.surrogate.startswith("dppo") and self.dppo_value == "logp" and self.quadratic_coef:
+            raise ValueError(
+                f"quadratic_coef={self.quadratic_coef} has no effect with dppo_value='logp'; "
+                "it belongs to 'ratio'"
+            )
         if self.ratio != "token" and self.surrogate not in TAKES_RATIO and self.kl != "k3_unbiased":
             raise ValueError(
                 f"ratio={self.ratio!r} has no effect with surrogate={self.surrogate!r}; it belongs to "
@@ -210,6 +236,16 @@ class Objective:
             raise ValueError(
                 f"entropy_reduction={self.entropy_reduction!r} has no effect with entropy_coef=0"
             )
+
+    @property
+    def variant(self) -> str:
+        """The surrogate as the kernels tell them apart."""
+        return f"{self.surrogate}_ratio" if self.dppo_value == "ratio" else self.surrogate
+
+    @property
+    def has_quadratic(self) -> bool:
+        """Whether the surrogate holds a term in d^2, which acts without an advantage, too."""
+        return self.surrogate in ("ipo", "dro") or self.dppo_value == "ratio"
 
     @property
     def needs_sequences(self) -> bool:
@@ -267,7 +303,16 @@ POSITIVE_OR_NONE = (
     "kl_gap_clip",
     "kl_value_clip",
 )
-NOT_FLOATS = ("max_length", "surrogate", "ratio", "reduction", "kl", "entropy_reduction")
+NOT_FLOATS = (
+    "max_length",
+    "surrogate",
+    "ratio",
+    "reduction",
+    "dppo_value",
+    "kl",
+    "kl_gradient",
+    "entropy_reduction",
+)
 POSITIVE = ("tau_pos", "tau_neg", "vespo_lambda_pos", "vespo_lambda_neg")
 BOUNDED = ("clip", "cispo", "dppo_tv", "dppo_kl", "ipo", "rollout_is", "gmpo")
 # With a sequence ratio: those that are functions of the ratio alone.
@@ -281,7 +326,8 @@ USED_BY: dict[str, tuple[str, ...]] = {
     "tau_pos": ("sapo",),
     "tau_neg": ("sapo",),
     "ratio_cap": ("dppo_tv", "dppo_kl"),
-    "quadratic_coef": ("ipo", "dro"),
+    "dppo_value": ("dppo_tv", "dppo_kl"),
+    "quadratic_coef": ("ipo", "dro", "dppo_tv", "dppo_kl"),
     "vespo_k_pos": ("vespo",),
     "vespo_lambda_pos": ("vespo",),
     "vespo_k_neg": ("vespo",),

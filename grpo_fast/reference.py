@@ -5,6 +5,7 @@ T completion tokens, N tokens when packed (sequences end to end, `cu_seqlens` th
 V vocabulary entries. Per-token tensors are (B, T) or (N,).
 """
 
+import dataclasses
 import math
 
 import torch
@@ -186,6 +187,18 @@ def surrogate_loss(
     if surrogate == "ipo":
         inside = (change >= -low) & (change <= high)
         return -advantages * ratio * inside + objective.quadratic_coef * log_ratio.square()
+    if surrogate in ("dppo_tv", "dppo_kl"):
+        divergence = change if surrogate == "dppo_tv" else binary_kl(old_logps, logps)
+        if surrogate == "dppo_tv":
+            keep = torch.where(advantages > 0, divergence <= high, divergence >= -low)
+        else:
+            up = (divergence <= high) | (logps <= old_logps)
+            down = (divergence <= low) | (logps >= old_logps)
+            keep = torch.where(advantages > 0, up, down)
+        capped = ratio if objective.ratio_cap is None else ratio.clamp(max=objective.ratio_cap)
+        if objective.dppo_value == "ratio":
+            return -advantages * capped * keep + objective.quadratic_coef * log_ratio.square()
+        return -(capped * keep).detach() * advantages * logps
     if surrogate == "reinforce":
         weight = torch.ones_like(ratio)
     elif surrogate == "topr":
@@ -195,19 +208,8 @@ def surrogate_loss(
         )
     elif surrogate == "cispo":
         weight = ratio.clamp(1 - low, 1 + high)
-    elif surrogate == "rollout_is":
-        weight = ratio * ((ratio > 1 - low) & (ratio < 1 + high))
     else:
-        divergence = change if surrogate == "dppo_tv" else binary_kl(old_logps, logps)
-        if surrogate == "dppo_tv":
-            keep = torch.where(advantages > 0, divergence <= high, divergence >= -low)
-        else:
-            up = (divergence <= high) | (logps <= old_logps)
-            down = (divergence <= low) | (logps >= old_logps)
-            keep = torch.where(advantages > 0, up, down)
-        weight = (
-            ratio if objective.ratio_cap is None else ratio.clamp(max=objective.ratio_cap)
-        ) * keep
+        weight = ratio * ((ratio > 1 - low) & (ratio < 1 + high))
     return -weight.detach() * advantages * logps
 
 
@@ -221,6 +223,17 @@ def binary_kl(old_logps: Tensor, logps: Tensor) -> Tensor:
 def kl_estimate(logps: Tensor, ref_logps: Tensor, ratio: Tensor, objective: Objective) -> Tensor:
     """The estimate of KL(policy || reference) from one sample per token."""
     kl, gap = objective.kl, ref_logps - logps
+    if objective.kl_gradient != "own":  # the value of the estimator, the gradient of k2
+        value = kl_estimate(
+            logps, ref_logps, ratio, dataclasses.replace(objective, kl_gradient="own")
+        )
+        k2 = gap.square() / 2
+        if objective.kl_gradient == "k2_clipped":
+            most_gap, most = objective.kl_gap_clip, objective.kl_value_clip
+            inside = gap.abs() <= (math.inf if most_gap is None else most_gap)
+            inside &= gap.expm1() - gap <= (math.inf if most is None else most)
+            k2 = torch.where(inside, k2, 0)
+        return value.detach() + k2 - k2.detach()
     if kl == "k1":
         return -gap
     if kl == "abs":

@@ -122,6 +122,7 @@ def _grpo_kernel(
     score_eps,
     SURROGATE: tl.constexpr,
     KL: tl.constexpr,
+    KL_GRADIENT: tl.constexpr,
     K: tl.constexpr,
     T: tl.constexpr,
     BLOCK_G: tl.constexpr,
@@ -174,6 +175,7 @@ def _grpo_kernel(
                 value_clip,
                 SURROGATE,
                 KL,
+                KL_GRADIENT,
                 HAS_REF,
             )
             weight = tl.load(weight_ptr + row)
@@ -316,8 +318,9 @@ def grpo_fwd_bwd(
             **scalars(objective),
             entropy_coef=objective.entropy_coef,
             score_eps=SCORE_EPS,
-            SURROGATE=objective.surrogate,
+            SURROGATE=objective.variant,
             KL=objective.kl,
+            KL_GRADIENT=objective.kl_gradient,
             BLOCK_G=block_size(group_size),
             BLOCK_PARTS=plan.block_parts,
             SPLIT=plan.split,

@@ -37,6 +37,7 @@ def scalars(objective):
         "clip": (objective.delta, objective.dual_clip),
         "sapo": (objective.tau_pos, objective.tau_neg),
         "vespo": (objective.vespo_lambda_pos, objective.vespo_lambda_neg),
+        "ipo": (None, objective.quadratic_coef),
         "topr": (objective.topr_weight_pos, objective.topr_weight_neg),
     }.get(objective.surrogate, (objective.ratio_cap, objective.quadratic_coef))
     values = {
@@ -93,6 +94,7 @@ def _policy_loss_kernel(
     value_clip,
     SURROGATE: tl.constexpr,
     KL: tl.constexpr,
+    KL_GRADIENT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     HAS_REF: tl.constexpr = ref_logp_ptr is not None
@@ -128,6 +130,7 @@ def _policy_loss_kernel(
         value_clip,
         SURROGATE,
         KL,
+        KL_GRADIENT,
         HAS_REF,
     )
     # Select, not multiply: a token without weight has no say, whatever its loss is.
@@ -231,8 +234,9 @@ def policy_loss_fwd(
             clip_ptr=clip,
             N=N,
             **scalars(objective),
-            SURROGATE=objective.surrogate,
+            SURROGATE=objective.variant,
             KL=objective.kl,
+            KL_GRADIENT=objective.kl_gradient,
             BLOCK=BLOCK,
             num_warps=4,
         )

@@ -103,6 +103,7 @@ def _sequence_loss_kernel(
     SURROGATE: tl.constexpr,
     RATIO: tl.constexpr,
     KL: tl.constexpr,
+    KL_GRADIENT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     HAS_REF: tl.constexpr = ref_logp_ptr is not None
@@ -162,6 +163,7 @@ def _sequence_loss_kernel(
             value_clip,
             SURROGATE,
             KL,
+            KL_GRADIENT,
             HAS_REF,
         )
         by_ratio = tl.where(free, by_ratio, 0.0)
@@ -235,9 +237,10 @@ def sequence_loss_fwd(
             T_len=T_len,
             **scalars(objective),
             stale_at=float("inf") if stale_at is None else stale_at,
-            SURROGATE=objective.surrogate,
+            SURROGATE=objective.variant,
             RATIO=objective.ratio,
             KL=objective.kl,
+            KL_GRADIENT=objective.kl_gradient,
             BLOCK=BLOCK,
             num_warps=4,
         )

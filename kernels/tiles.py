@@ -149,7 +149,7 @@ def divergence_keeps(logp, old_logp, advantage, low, high, SURROGATE: tl.constex
     """DPPO's mask: whether a token has not yet moved too far in the direction it is pushed."""
     new = tl.exp(logp)
     old = tl.exp(old_logp)
-    if SURROGATE == "dppo_tv":
+    if SURROGATE == "dppo_tv" or SURROGATE == "dppo_tv_ratio":
         up = new - old <= high
         down = new - old >= -low
     else:
@@ -191,13 +191,17 @@ def surrogate_terms(
         d = logp - old_logp
         loss = 0.5 * second * d * d - advantage * logp
         by_logp = second * d - advantage
-    elif SURROGATE == "ipo":
+    elif SURROGATE == "ipo" or SURROGATE == "dppo_tv_ratio" or SURROGATE == "dppo_kl_ratio":
         d = logp - old_logp
-        change = tl.exp(logp) - tl.exp(old_logp)
-        inside = (change >= -low) & (change <= high)
-        by_ratio = tl.where(inside, -advantage * ratio, 0.0)
+        if SURROGATE == "ipo":
+            change = tl.exp(logp) - tl.exp(old_logp)
+            inside = (change >= -low) & (change <= high)
+        else:
+            inside = divergence_keeps(logp, old_logp, advantage, low, high, SURROGATE)
+        inside = inside & (advantage != 0)  # the ratio may be inf
+        by_ratio = tl.where(inside & (ratio <= cap), -advantage * ratio, 0.0)
         by_logp = 2.0 * second * d
-        loss = by_ratio + second * d * d
+        loss = tl.where(inside, -advantage * tl.minimum(ratio, cap), 0.0) + second * d * d
     else:
         if SURROGATE == "cispo":
             weight = tl.minimum(tl.maximum(ratio, low), high)
@@ -224,7 +228,12 @@ def clip_flags(logp, old_logp, ratio, advantage, low, high, cap, second, SURROGA
     if SURROGATE == "clip" or SURROGATE == "cispo" or SURROGATE == "rollout_is":
         below = ratio < low
         above = ratio > high
-    elif SURROGATE == "dppo_tv" or SURROGATE == "dppo_kl":
+    elif (
+        SURROGATE == "dppo_tv"
+        or SURROGATE == "dppo_kl"
+        or SURROGATE == "dppo_tv_ratio"
+        or SURROGATE == "dppo_kl_ratio"
+    ):
         cut = divergence_keeps(logp, old_logp, advantage, low, high, SURROGATE) == 0
         below = cut
         above = cut
@@ -246,9 +255,12 @@ def clip_flags(logp, old_logp, ratio, advantage, low, high, cap, second, SURROGA
 
 
 @triton.jit
-def kl_terms(logp, ref_logp, ratio, gap_clip, value_clip, KL: tl.constexpr):
+def kl_terms(
+    logp, ref_logp, ratio, gap_clip, value_clip, KL: tl.constexpr, KL_GRADIENT: tl.constexpr
+):
     """(KL estimate, d/dlogp, d/dlogp through the ratio) from q = ref_logp - logp."""
     gap = ref_logp - logp
+    pull = -gap
     by_ratio = tl.zeros_like(gap)
     if KL == "k1":
         kl = -gap
@@ -263,12 +275,17 @@ def kl_terms(logp, ref_logp, ratio, gap_clip, value_clip, KL: tl.constexpr):
         near = tl.abs(gap) <= gap_clip
         gap = tl.minimum(tl.maximum(gap, -gap_clip), gap_clip)
         kl = tl.exp(gap) - gap - 1.0
-        dkl = tl.where(near & (kl <= value_clip), 1.0 - tl.exp(gap), 0.0)
+        inside = kl <= value_clip
+        dkl = tl.where(near & inside, 1.0 - tl.exp(gap), 0.0)
         kl = tl.minimum(kl, value_clip)
         if KL == "k3_unbiased":
             kl = ratio * kl
             dkl = ratio * dkl
             by_ratio = kl
+        elif KL_GRADIENT == "k2_clipped":
+            pull = tl.where(near & inside, pull, 0.0)
+    if KL_GRADIENT != "own":
+        dkl = pull
     return kl, dkl, by_ratio
 
 
@@ -299,6 +316,7 @@ def policy_terms(
     value_clip,
     SURROGATE: tl.constexpr,
     KL: tl.constexpr,
+    KL_GRADIENT: tl.constexpr,
     HAS_REF: tl.constexpr,
 ):
     """(loss, d/dlogp, d/d log ratio, KL, clip flags) of tokens, before the reduction's weight.
@@ -308,7 +326,13 @@ def policy_terms(
     loss, by_ratio, by_logp = surrogate_terms(
         logp, old_logp, ratio, log_w, advantage, score, low, high, cap, second, SURROGATE
     )
-    if SURROGATE != "dro" and SURROGATE != "ipo":
+    QUADRATIC: tl.constexpr = (
+        SURROGATE == "dro"
+        or SURROGATE == "ipo"
+        or SURROGATE == "dppo_tv_ratio"
+        or SURROGATE == "dppo_kl_ratio"
+    )
+    if not QUADRATIC:
         # Without an advantage there is no surrogate, also where the ratio is inf.
         keep = keep & (advantage != 0)
     keep = keep & (importance != 0)  # the loss may be inf there: that is why it is left out
@@ -317,7 +341,9 @@ def policy_terms(
     by_logp = tl.where(keep, by_logp * importance, 0.0)
     kl = tl.zeros_like(logp)
     if HAS_REF:
-        kl, dkl, kl_by_ratio = kl_terms(logp, ref_logp, ratio, gap_clip, value_clip, KL)
+        kl, dkl, kl_by_ratio = kl_terms(
+            logp, ref_logp, ratio, gap_clip, value_clip, KL, KL_GRADIENT
+        )
         loss += tl.where(beta == 0, 0.0, beta * kl)
         by_logp += tl.where(beta == 0, 0.0, beta * dkl)
         by_ratio += tl.where(beta == 0, 0.0, beta * kl_by_ratio)
@@ -344,6 +370,7 @@ def token_policy_terms(
     value_clip,
     SURROGATE: tl.constexpr,
     KL: tl.constexpr,
+    KL_GRADIENT: tl.constexpr,
     HAS_REF: tl.constexpr,
 ):
     """(loss, dloss/dlogp, KL, clip flags) of tokens whose ratio is their own."""
@@ -367,6 +394,7 @@ def token_policy_terms(
         value_clip,
         SURROGATE,
         KL,
+        KL_GRADIENT,
         HAS_REF,
     )
     return loss, by_logp + tl.where(free, by_ratio, 0.0), kl, clip

@@ -36,6 +36,23 @@ OBJECTIVES = {
     "ipo": Objective(surrogate="ipo", epsilon_low=0.02, epsilon_high=0.05, quadratic_coef=0.3),
     "dro": Objective(surrogate="dro", quadratic_coef=0.5, entropy_coef=0.01),
     "rollout_is": Objective(surrogate="rollout_is", epsilon_low=0.3, epsilon_high=0.2),
+    "dppo_tv, ratio": Objective(
+        surrogate="dppo_tv",
+        epsilon_low=0.02,
+        epsilon_high=0.03,
+        dppo_value="ratio",
+        quadratic_coef=0.3,
+        ratio_cap=1.4,
+    ),
+    "dppo_kl, ratio": Objective(
+        surrogate="dppo_kl", epsilon_low=0.01, dppo_value="ratio", ratio_cap=None
+    ),
+    "k1+": Objective(beta=0.3, kl="k1", kl_gradient="k2"),
+    "abs+": Objective(beta=0.3, kl="abs", kl_gradient="k2"),
+    "k3+": Objective(beta=0.3, kl="k3", kl_gradient="k2", kl_gap_clip=0.3, kl_value_clip=0.05),
+    "k3 where not clamped": Objective(
+        beta=0.3, kl="k3", kl_gradient="k2_clipped", kl_gap_clip=0.5, kl_value_clip=0.05
+    ),
     "topr": Objective(surrogate="topr", topr_weight_neg=0.5, beta=0.1),
     "log_ratio_max": Objective(log_ratio_max=0.1, beta=0.2, kl="k3_unbiased"),
     "top entropy": Objective(top_entropy_quantile=0.4, beta=0.1),
@@ -198,10 +215,10 @@ def test_inplace_of_every_objective(objective, policy, backend, device):
     logits, ids, arguments = batch(4, 6, 60, device)
     arguments["objective"] = objective
     if policy == "on":
-        if objective.off_policy_threshold is not None or objective.surrogate in (
-            "dro",
-            "rollout_is",
-            "ipo",
+        if (
+            objective.off_policy_threshold is not None
+            or objective.quadratic_coef
+            or objective.surrogate == "rollout_is"
         ):
             pytest.skip("needs old log-probs")
         del arguments["old_logps"]

@@ -119,6 +119,7 @@ def without_surrogate(tokens: Tokens, objective: Objective) -> tuple[Tokens, Obj
         kl=objective.kl,
         kl_gap_clip=objective.kl_gap_clip,
         kl_value_clip=objective.kl_value_clip,
+        kl_gradient=objective.kl_gradient,
         entropy_coef=objective.entropy_coef,
     )
     tokens = tokens._replace(

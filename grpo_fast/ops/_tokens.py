@@ -162,7 +162,7 @@ def _check_needed(
         reason = f"off_policy_threshold={objective.off_policy_threshold}"
     elif objective.surrogate == "rollout_is":
         reason = "surrogate='rollout_is'"
-    elif objective.surrogate in ("dro", "ipo") and objective.quadratic_coef:
+    elif objective.quadratic_coef:
         reason = f"quadratic_coef={objective.quadratic_coef}"
     if reason and old_logps is None:
         raise ValueError(

@@ -91,7 +91,7 @@ def policy_terms(
     if importance is not None:
         loss, by_ratio, by_logp = (x * importance for x in (loss, by_ratio, by_logp))
         none = none | (importance == 0)  # where the loss may be inf: that is why it is left out
-    if objective.surrogate not in ("dro", "ipo"):
+    if not objective.has_quadratic:
         # Without an advantage there is no surrogate, also where the ratio is inf.
         none = none | (advantage == 0)
     loss, by_ratio, by_logp = (torch.where(none, 0, x) for x in (loss, by_ratio, by_logp))
@@ -132,10 +132,15 @@ def surrogate_terms(
     if surrogate == "dro":
         loss = q * d.square() / 2 - advantage * logp
         return loss, zero, q * d - advantage, _flags(None, None, advantage)
-    if surrogate == "ipo":
-        below, above = change < -objective.epsilon_low, change > objective.epsilon_high
-        by_ratio = torch.where(below | above, 0, -advantage * ratio)
-        loss = by_ratio + q * d.square()
+    if objective.has_quadratic:
+        if surrogate == "ipo":
+            below, above = change < -objective.epsilon_low, change > objective.epsilon_high
+        else:
+            below = above = ~divergence_keeps(logp, old, advantage, objective)
+        cap = math.inf if surrogate == "ipo" or objective.ratio_cap is None else objective.ratio_cap
+        out = below | above | (advantage == 0)  # the ratio may be inf
+        by_ratio = torch.where(out | (ratio > cap), 0, -advantage * ratio)
+        loss = torch.where(out, 0, -advantage * ratio.clamp(max=cap)) + q * d.square()
         return loss, by_ratio, 2 * q * d, _flags(below, above, advantage)
     if surrogate == "gmpo":  # the ratio is the sequence's, its bounds are behind it
         below, above = d < -objective.epsilon_low, d > objective.epsilon_high
@@ -220,18 +225,22 @@ def kl_terms(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(KL estimate, d/dlogp, d/dlogp through the ratio): the twin of `tiles.kl_terms`."""
     kl, gap = objective.kl, ref_logp - logp
+    pull = -gap if objective.kl_gradient != "own" else None
     zero = torch.zeros_like(gap)
     if kl == "k1":
-        return -gap, torch.ones_like(gap), zero
+        return -gap, torch.ones_like(gap) if pull is None else pull, zero
     if kl == "abs":
-        return gap.abs(), -gap.sign(), zero
+        return gap.abs(), -gap.sign() if pull is None else pull, zero
     if kl == "k2":
         return gap.square() / 2, -gap, zero
     reach = math.inf if objective.kl_gap_clip is None else objective.kl_gap_clip
     most = math.inf if objective.kl_value_clip is None else objective.kl_value_clip
     near, gap = gap.abs() <= reach, gap.clamp(-reach, reach)
     k3 = gap.expm1() - gap
-    dk3 = torch.where(near & (k3 <= most), -gap.expm1(), 0)
+    near &= k3 <= most
+    dk3 = torch.where(near, -gap.expm1(), 0)
+    if pull is not None:
+        dk3 = torch.where(near, pull, 0) if objective.kl_gradient == "k2_clipped" else pull
     k3 = k3.clamp(max=most)
     if kl == "k3_unbiased":
         return ratio * k3, ratio * dk3, ratio * k3
