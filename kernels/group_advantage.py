@@ -4,13 +4,13 @@
 
 std over the group, over the whole batch, or no division. A group is `G` consecutive sequences, or all
 sequences with the same label. Two passes (mean, then squares), so that a large common offset of the rewards
-costs nothing. Variants, each a compile-time flag: the mean of the others instead of the mean, NaN for a reward
-that is missing, a reward alone in its group left as it is. Several rewards per sequence become one in a launch
-of their own (`combine_rewards_fwd`).
+costs nothing. Variants, each a compile-time flag: the mean of the others instead of the mean, NaN for a
+reward that is missing, a reward alone in its group left as it is. Several rewards per sequence become one
+in a launch of their own (`combine_rewards_fwd`).
 
 One program owns one sequence and reads its group twice: 2 G + 1 rewards per sequence, 2 B + 1 (and as many
-labels) with labels, 2 B more for the std of the batch. Combining K rewards reads K per sequence, and the group's
-K times 2 G + 1 where each is normalised first; K weights, where there are any. The sums run in a fixed order;
+labels) with labels, 2 B more for the std of the batch. Combining K rewards reads K and K weights per
+sequence; where each reward is normalised first, K times 2 G + 1, or 2 B + 1. The sums run in a fixed order;
 every member of a group computes the same bits.
 """
 
@@ -150,9 +150,7 @@ def _group_advantage_kernel(
         advantage = tl.where(differ, centred, 0.0)
     else:
         if SCALE == "batch":
-            _, squares, count, _ = group_moments(
-                rewards_ptr, None, 0, 0, B, BLOCK_B, 1, SKIP_NAN
-            )
+            _, squares, count, _ = group_moments(rewards_ptr, None, 0, 0, B, BLOCK_B, 1, SKIP_NAN)
         advantage = standard_score(centred, 0.0, squares, count, differ, eps, UNBIASED)
     if SKIP_NAN:
         advantage = tl.where(reward == reward, advantage, 0.0)

@@ -32,9 +32,7 @@ def group_advantage_fwd(
     if use_triton(rewards):
         from grpo_fast.kernels import group_advantage as kernels
 
-        return launch(
-            kernels.group_advantage_fwd, rewards, rewards, group_size, labels, *options
-        )
+        return launch(kernels.group_advantage_fwd, rewards, rewards, group_size, labels, *options)
     return group_scores(rewards, group_size, labels, *options)
 
 
@@ -66,7 +64,7 @@ def combine_rewards_fwd(
     skip_nan: bool = False,
     raw_singletons: bool = False,
 ) -> Tensor:
-    """(B,) fp32 sums over k of `weights[k]` times (B, K) fp32 rewards, or times their scores (`normalize`)."""
+    """(B,) fp32 weighted sums of (B, K) fp32 rewards, or of their scores (`normalize`)."""
     if use_triton(rewards):
         from grpo_fast.kernels import group_advantage as kernels
 
