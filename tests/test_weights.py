@@ -189,11 +189,13 @@ def test_no_tokens(function, device):
 def test_nothing_waits_for_the_gpu(function):
     x, y, mask = tokens("cuda")
     A = torch.randn(6, device="cuda")
+    ends = torch.tensor([0, 4, 9], device="cuda")
     function(x, y, A, mask)
     torch.cuda.set_sync_debug_mode("error")
     try:
         function(x, y, A, mask)
         weights.varied_groups(A, group_ids=(A > 0).long())
+        weights.importance_weights(x[0], y[0], cu_seqlens=ends, level="geometric")
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
