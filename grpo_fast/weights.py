@@ -18,11 +18,11 @@ from grpo_fast import reference
 from grpo_fast.ops import _arguments
 from grpo_fast.ops._selection import (
     live_tokens,
-    order_statistics,
     per_sequence,
     per_token_advantages,
     rank_of,
     share_of,
+    top_entropy_mask,
 )
 from grpo_fast.ops.group_advantage import check_groups, check_rewards
 
@@ -210,20 +210,8 @@ def top_entropy(
     op = "top_entropy"
     _check_number(op, "fraction", fraction, high=1.0)
     live, values = live_tokens(op, mask, entropy=entropy)
-    if not len(values) and group is None:
-        return torch.zeros_like(entropy, dtype=torch.float32)
-    ascending = torch.where(live, values, math.inf).sort()[0]
-    n = live.sum()
-    if group is not None:
-        torch.distributed.all_reduce(n, group=group)
-    # The rank in float32 is torch.quantile's own, to the bit, which does not count beyond 2 ** 24.
-    quantile = torch.full((), 1 - fraction, dtype=torch.float64, device=entropy.device)
-    rank = torch.where(n <= 2**24, quantile.float() * (n - 1).float(), quantile * (n - 1))
-    rank = rank.clamp(min=0)
-    ranks = torch.stack([rank.floor(), rank.ceil()]).long()
-    below, above = order_statistics(ascending, ranks, group).unbind()
-    threshold = torch.lerp(below, above, (rank - rank.floor()).float())
-    return (live & (values >= threshold)).float().view(entropy.shape)
+    kept = top_entropy_mask(values, live, fraction, group)
+    return kept.float().view(entropy.shape)
 
 
 @torch.no_grad()

@@ -1,5 +1,7 @@
 """What `grpo_fast.weights` is made of: tokens as flat tensors, sums over sequences, ranks."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -66,6 +68,33 @@ def rank_of(order: Tensor) -> Tensor:
 def share_of(live: Tensor, fraction: float) -> Tensor:
     """How many tokens a fraction of the live ones is, at least 1."""
     return (live.sum().double() * fraction).long().clamp(min=1)
+
+
+def top_entropy_mask(
+    entropy: Tensor,
+    live: Tensor,
+    fraction: float,
+    group: "torch.distributed.ProcessGroup | None" = None,
+) -> Tensor:
+    """(N,) bool: live tokens whose entropy is at least the (1 - fraction) quantile of all live ones.
+
+    The quantile is that of `torch.quantile`, without its limit of 2^24 values; over the tokens of all
+    processes where there is a `group`. No host sync.
+    """
+    if not len(entropy) and group is None:
+        return live
+    ascending = torch.where(live, entropy, math.inf).sort().values
+    n = live.sum()
+    if group is not None:
+        torch.distributed.all_reduce(n, group=group)
+    # In float32 the rank is torch.quantile's own, to the bit; beyond 2^24 float32 cannot count.
+    quantile = torch.full((), 1 - fraction, dtype=torch.float64, device=entropy.device)
+    rank = torch.where(n <= 2**24, quantile.float() * (n - 1).float(), quantile * (n - 1))
+    rank = rank.clamp(min=0)
+    ranks = torch.stack([rank.floor(), rank.ceil()]).long()
+    below, above = order_statistics(ascending, ranks, group).unbind()
+    threshold = torch.lerp(below, above, (rank - rank.floor()).float())
+    return live & (entropy >= threshold)
 
 
 def order_statistics(
