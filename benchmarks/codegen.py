@@ -210,6 +210,20 @@ def launch_group_advantage(scale: str = "group", labels: bool = False) -> None:
     )
 
 
+def launch_group_advantage_variants(labels: bool = False) -> None:
+    group_advantage.group_advantage_fwd(
+        *(tensor(256), 16, tensor(256, dtype=torch.int64) if labels else None),
+        *("group", 1e-4, True, True, True, True),
+    )
+
+
+def launch_combine_rewards(normalize: bool, labels: bool = False) -> None:
+    ids = tensor(256, dtype=torch.int64) if labels else None
+    group_advantage.combine_rewards_fwd(
+        *(tensor(256, 3), tensor(3), 16, ids, normalize, "group", 1e-4, True, True, labels)
+    )
+
+
 # Every surrogate and every KL estimator once; each is a compile-time choice of the same kernels.
 OBJECTIVES = {
     **{x: Objective(surrogate=x, beta=0.04) for x in get_args(Surrogate)},
@@ -272,6 +286,11 @@ CASES: dict[str, Callable[[], None]] = {
     "group_advantage labels": partial(launch_group_advantage, labels=True),
     "group_advantage batch": partial(launch_group_advantage, "batch"),
     "group_advantage none": partial(launch_group_advantage, "none"),
+    "group_advantage variants": launch_group_advantage_variants,
+    "group_advantage variants labels": partial(launch_group_advantage_variants, labels=True),
+    "combine_rewards": partial(launch_combine_rewards, False),
+    "combine_rewards normalize": partial(launch_combine_rewards, True),
+    "combine_rewards normalize labels": partial(launch_combine_rewards, True, labels=True),
 }
 
 

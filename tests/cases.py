@@ -51,3 +51,24 @@ def loss_and_grad(fn, x, *args, upstream=1.0, **kwargs):
     loss = getattr(out, "loss", out)
     (grad,) = torch.autograd.grad(upstream * loss, x)
     return loss, grad
+
+
+def tokens(device, B=6, T=9, drift=0.4, garbage=True):
+    """(old_logps, sampling_logps, mask), rows 1 and 4 empty, NaN in the padding."""
+    old = -torch.rand(B, T, device=device).exp()
+    sampling = old + drift * torch.randn(B, T, device=device)
+    lengths = torch.randint(1, T + 1, (B,), device=device)
+    lengths[0], lengths[1], lengths[4] = T, 0, 0
+    mask = torch.arange(T, device=device) < lengths[:, None]
+    if garbage:
+        old, sampling = (torch.where(mask, x, torch.nan) for x in (old, sampling))
+    return old, sampling, mask
+
+
+def packed(mask, *tensors):
+    """The live tokens and one dead one of each row, end to end, with their boundaries and mask."""
+    keep = mask | (mask.cumsum(1) == mask.sum(1, keepdim=True)) & (
+        torch.arange(mask.shape[1], device=mask.device) == mask.sum(1, keepdim=True)
+    )
+    boundaries = torch.nn.functional.pad(keep.sum(1).cumsum(0), (1, 0))
+    return boundaries, mask[keep], *(x[keep] for x in tensors)

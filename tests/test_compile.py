@@ -6,7 +6,7 @@ import torch
 from grpo_fast import Objective
 from grpo_fast.loss import grpo_loss, policy_loss
 from grpo_fast.ops import group_advantage, logprob
-from grpo_fast.ops.group_advantage import group_advantage_fwd
+from grpo_fast.ops.group_advantage import combine_rewards_fwd, group_advantage_fwd
 from grpo_fast.ops.grpo import grpo, grpo_, scale_rows_
 from grpo_fast.ops.logprob import logprob_bwd, logprob_fwd
 from grpo_fast.ops.policy_loss import policy_loss_fwd, token_statistics
@@ -116,3 +116,7 @@ def test_opcheck(backend, device):
     check(token_statistics, mask, x, x, x, x, x, x, torch.zeros(N, dtype=torch.int8, device=device))
     check(group_advantage_fwd, x, 2, None, "group", 1e-4, True)
     check(group_advantage_fwd, x, 1, ids, "batch", 1e-4, False)
+    check(group_advantage_fwd, x, 2, None, "none", 1e-4, True, True, True, True)
+    several = x.view(-1, 2)
+    check(combine_rewards_fwd, several, x[:2], 1, None, False, "group", 1e-4, True)
+    check(combine_rewards_fwd, several, None, 3, None, True, "none", 1e-4, True, True, True)

@@ -1,10 +1,13 @@
-"""docs/objectives.md says what the code does."""
+"""docs/objectives.md and docs/weights.md say what the code does."""
 
 import dataclasses
 import re
 from pathlib import Path
 from typing import get_args
 
+import torch
+
+from grpo_fast import weights
 from grpo_fast.objective import (
     DEFAULTS,
     KL,
@@ -16,7 +19,8 @@ from grpo_fast.objective import (
     Surrogate,
 )
 
-TEXT = (Path(__file__).resolve().parents[1] / "docs" / "objectives.md").read_text()
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+TEXT = (DOCS / "objectives.md").read_text()
 
 
 def test_every_choice_has_a_row():
@@ -54,3 +58,31 @@ def test_defaults_have_no_effect():
     for surrogate in get_args(Surrogate):
         unused = {k: DEFAULTS[k] for k, users in USED_BY.items() if surrogate not in users}
         assert Objective(surrogate=surrogate, **unused) == Objective(surrogate=surrogate)
+
+
+def test_every_weight_has_a_row():
+    text = (DOCS / "weights.md").read_text()
+    for name in (*weights.__all__, *weights.LEVELS, *weights.MODES):
+        assert re.search(rf"^\| `{name}` \|", text, re.MULTILINE), name
+
+
+def test_the_examples_of_the_weights_run():
+    examples = re.findall(r"```python\n(.*?)```", (DOCS / "weights.md").read_text(), re.DOTALL)
+    old = -torch.rand(4, 5)
+    scope = {
+        "torch": torch,
+        "Objective": Objective,
+        "old_logps": old,
+        "sampling_logps": old + 0.1 * torch.randn(4, 5),
+        "entropy": torch.rand(4, 5),
+        "mask": torch.ones(4, 5),
+        "advantages": torch.randn(4),
+        "rewards": torch.tensor([0.0, 1.0, 1.0, 1.0]),
+        "step": 1,
+    }
+    assert len(examples) == 6
+    for example in examples:
+        scope["logps"] = (old + 0.1 * torch.randn(4, 5)).requires_grad_()
+        exec(example, scope)
+        scope.pop("out").loss.backward()
+        assert scope["logps"].grad.isfinite().all()

@@ -251,7 +251,58 @@ GROUP_CASES = {
     "negative eps": ({"group_size": 2, "eps": -1.0}, ValueError, "eps: .*-1.0"),
     "labels of another shape": ({"group_ids": IDS[:2, 0]}, ValueError, r"group_ids: want \(4,\)"),
     "labels of floats": ({"group_ids": A}, TypeError, "group_ids: .*float32"),
+    "unknown baseline": ({"group_size": 2, "baseline": "rloo"}, ValueError, "baseline='rloo' is"),
+    "unknown aggregation": ({"group_size": 2, "aggregation": "gdpo"}, ValueError, "aggregation='g"),
+    "unknown nan": ({"group_size": 2, "nan": "omit"}, ValueError, "nan='omit'.*error, skip"),
+    "unknown singleton": ({"group_size": 2, "singleton": 1}, ValueError, "singleton=1 is unknown"),
+    "weights of one reward": ({"group_size": 2, "weights": A}, ValueError, "weights: has no eff"),
+    "aggregation of one reward": (
+        {"group_size": 2, "aggregation": "normalize_then_sum"},
+        ValueError,
+        "aggregation='normalize_then_sum' has no effect",
+    ),
+    "raw over the batch": (
+        {"group_size": 2, "singleton": "raw", "scale": "batch"},
+        ValueError,
+        "singleton='raw' goes with .*'batch'",
+    ),
 }
+
+SEVERAL_CASES = {
+    "3-D": ({"rewards": LOGITS}, ValueError, r"rewards: want \(B,\) or \(B, K\), got \(4, 3, 10\)"),
+    "no column": ({"rewards": TOKENS[:, :0]}, ValueError, r"rewards: want .*\(4, 0\)"),
+    "NaN": ({"rewards": nan(TOKENS)}, ValueError, r"rewards: nan at \(0, 0\).*nan='skip'"),
+    "inf, though NaN is skipped": (
+        {"rewards": TOKENS + torch.inf, "nan": "skip"},
+        ValueError,
+        r"rewards: inf at \(0, 0\)",
+    ),
+    "too many weights": ({"weights": A}, ValueError, r"weights: want \(3,\).*got \(4,\)"),
+    "weights in a list": ({"weights": [1.0, 1.0, 1.0]}, TypeError, "weights: want a tensor"),
+    "infinite weight": ({"weights": A[:3] + torch.inf}, ValueError, "weights: want finite"),
+    "batch std with GDPO": (
+        {"aggregation": "normalize_then_sum", "scale": "batch"},
+        ValueError,
+        "scale='batch' has no effect",
+    ),
+    "RLOO with GDPO": (
+        {"aggregation": "normalize_then_sum", "baseline": "leave_one_out"},
+        ValueError,
+        "baseline='leave_one_out' has no effect",
+    ),
+    "labels of tokens": (
+        {"group_size": None, "group_ids": IDS},
+        ValueError,
+        r"group_ids: want \(4,\), got \(4, 3\)",
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "error", "message"), SEVERAL_CASES.values(), ids=SEVERAL_CASES)
+def test_group_advantage_of_several_rewards(change, error, message):
+    arguments = {"rewards": TOKENS, "group_size": 2} | change
+    with pytest.raises(error, match=message):
+        group_advantage(arguments.pop("rewards"), **arguments)
 
 
 @pytest.mark.parametrize(("change", "error", "message"), GROUP_CASES.values(), ids=GROUP_CASES)

@@ -59,6 +59,92 @@ def test_any_batch(size, groups, offset, scale, seed, backend, device):
     check(rewards, group_ids=labels, scale=scale)
 
 
+@pytest.mark.parametrize("options", [{"group_size": 3}, {"group_ids": torch.tensor([0, 1, 1] * 6)}])
+@pytest.mark.parametrize("missing", [False, True])
+@pytest.mark.parametrize("baseline", ["mean", "leave_one_out"])
+@pytest.mark.parametrize(
+    "scale, singleton",
+    [("group", "zero"), ("none", "zero"), ("batch", "zero"), ("group", "raw"), ("none", "raw")],
+)
+def test_variants(scale, baseline, singleton, missing, options, backend, device):
+    rewards = torch.randn(18, device=device)
+    if missing:
+        rewards[[0, 1, 3, 4, 5, 8, 17]] = torch.nan
+    options = {k: v.to(device) if k == "group_ids" else v for k, v in options.items()}
+    options |= {"scale": scale, "baseline": baseline, "singleton": singleton, "eps": 1e-6}
+    check(rewards, **options, nan="skip" if missing else "error")
+
+
+@pytest.mark.parametrize("labels", [False, True])
+@pytest.mark.parametrize("missing", [False, True])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("K", [1, 3])
+@pytest.mark.parametrize(
+    "aggregation, scale, singleton",
+    [
+        ("sum_then_normalize", "group", "zero"),
+        ("sum_then_normalize", "batch", "zero"),
+        ("normalize_then_sum", "group", "zero"),
+        ("normalize_then_sum", "group", "raw"),
+        ("normalize_then_sum", "none", "zero"),
+    ],
+)
+def test_several_rewards(
+    aggregation, scale, singleton, K, weighted, missing, labels, backend, device
+):
+    rewards = torch.randn(16, K, device=device) * torch.tensor([1.0, 10.0, 0.1], device=device)[:K]
+    if missing:
+        rewards[torch.rand(16, K, device=device) < 0.3] = torch.nan
+        rewards[:5] = torch.nan
+    options = {"aggregation": aggregation, "scale": scale, "singleton": singleton}
+    if weighted:
+        options["weights"] = torch.tensor([1.0, -0.5, 3.0], device=device)[:K]
+    if labels:
+        options["group_ids"] = torch.arange(16, device=device) % 5
+    else:
+        options["group_size"] = 4
+    check(rewards, **options, nan="skip" if missing else "error")
+
+
+def test_leave_one_out_by_hand(backend, device):
+    rewards = torch.tensor([1.0, 2.0, 6.0, 5.0, 5.0, 8.0], device=device)
+    got = group_advantage(rewards, group_size=3, baseline="leave_one_out", scale="none")
+    want = torch.tensor([-3.0, -1.5, 4.5, -1.5, -1.5, 3.0], device=device)
+    torch.testing.assert_close(got, want)
+
+
+def test_one_column_is_one_reward(backend, device):
+    rewards = torch.randn(12, device=device)
+    want = group_advantage(rewards, group_size=4)
+    torch.testing.assert_close(
+        group_advantage(rewards[:, None], group_size=4), want, rtol=0, atol=0
+    )
+
+
+def test_a_dominant_reward_drowns_another_unless_each_is_normalised(backend, device):
+    """GDPO's point: what is summed first has one value for (0, 10) and (1, 9)."""
+    rewards = torch.tensor([[0.0, 10.0], [1.0, 9.0], [0.0, 0.0], [1.0, 0.0]], device=device)
+    summed = group_advantage(rewards, group_size=4)
+    apart = group_advantage(rewards, group_size=4, aggregation="normalize_then_sum")
+    assert summed[0] == summed[1]
+    assert apart[0] < apart[1]
+
+
+def test_missing_rewards_change_nothing_else(backend, device):
+    """A missing reward is a sequence that is not there."""
+    rewards = torch.randn(9, device=device)
+    padded = torch.full((12,), torch.nan, device=device)
+    place = torch.tensor([0, 1, 3, 4, 5, 6, 8, 9, 11], device=device)
+    padded[place] = rewards
+    for scale in ("group", "batch", "none"):
+        for baseline in ("mean", "leave_one_out"):
+            options = {"scale": scale, "baseline": baseline}
+            whole = group_advantage(padded, group_size=4, nan="skip", **options)
+            alone = group_advantage(rewards, group_ids=place // 4, **options)
+            torch.testing.assert_close(whole[place], alone)
+            assert whole[[2, 7, 10]].eq(0).all()
+
+
 def test_labels_and_sizes_agree(backend, device):
     rewards = torch.randn(24, device=device)
     labels = torch.arange(24, device=device) // 4
@@ -90,5 +176,8 @@ def test_any_real_dtype(dtype, backend, device):
 
 def test_empty(backend, device):
     assert group_advantage(torch.zeros(0, device=device), group_size=4).shape == (0,)
+    for aggregation in ("sum_then_normalize", "normalize_then_sum"):
+        several = torch.zeros(0, 3, device=device)
+        assert group_advantage(several, group_size=4, aggregation=aggregation).shape == (0,)
     labels = torch.zeros(0, dtype=torch.int64, device=device)
     assert group_advantage(torch.zeros(0, device=device), group_ids=labels).shape == (0,)

@@ -14,7 +14,7 @@ LAYERS = [
     {"objective"},
     {"reference"},
     {"ops"},
-    {"loss"},
+    {"loss", "weights"},
     {"integrations"},
     {"trainer"},
 ]

@@ -4,7 +4,7 @@ import torch
 from grpo_fast import Objective, reference
 from grpo_fast.loss import grpo_loss, policy_loss
 from grpo_fast.ops import logprob
-from grpo_fast.ops._phases import top_entropy_mask
+from grpo_fast.ops._selection import top_entropy_mask
 from grpo_fast.ops.policy_loss import STATISTICS, token_statistics
 from grpo_fast.testing import assert_as_accurate
 from tests.cases import batch, in_double, loss_and_grad

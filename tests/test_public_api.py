@@ -29,7 +29,10 @@ SIGNATURES = {
     grpo_fast.ops.logprob: (["logits", "ids"], ["temperature", "mask", "return_entropy"]),
     grpo_fast.ops.group_advantage: (
         ["rewards"],
-        ["group_size", "group_ids", "scale", "eps", "unbiased"],
+        [
+            *("group_size", "group_ids", "scale", "eps", "unbiased"),
+            *("baseline", "weights", "aggregation", "nan", "singleton"),
+        ],
     ),
 }
 

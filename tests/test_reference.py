@@ -49,6 +49,27 @@ def test_group_advantage_by_hand():
     got = reference.group_advantage(rewards, group_ids=torch.tensor([0, 1, 0, 0]), scale="none")
     want = torch.tensor([1 - 11 / 3, 0, 5 - 11 / 3, 5 - 11 / 3], dtype=torch.float64)
     torch.testing.assert_close(got, want)
+    got = reference.group_advantage(rewards, group_size=4, baseline="leave_one_out", scale="none")
+    want = torch.tensor([-10 / 3, -2 / 3, 2, 2], dtype=torch.float64)
+    torch.testing.assert_close(got, want)
+
+
+def test_group_advantage_of_several_rewards_by_hand():
+    x, root = torch.nan, math.sqrt(0.5)
+    rewards = torch.tensor([[1.0, x], [3.0, 2.0], [x, 4.0], [x, x]], dtype=torch.float64)
+    options = {"group_size": 4, "nan": "skip", "eps": 0.0}
+    weights = torch.tensor([1.0, 0.5], dtype=torch.float64)
+    # Rewards 1, 4, 2 and none at all.
+    got = reference.group_advantage(rewards, weights=weights, scale="none", **options)
+    want = torch.tensor([-4 / 3, 5 / 3, -1 / 3, 0], dtype=torch.float64)
+    torch.testing.assert_close(got, want)
+    # Scores (-1, 1) and (-1, 1) over sqrt(2) each; their sums over the std of the sums.
+    sums = torch.tensor([-root, root - root, root], dtype=torch.float64)
+    want = torch.cat([(sums - sums.mean()) / sums.std(), torch.zeros(1, dtype=torch.float64)])
+    got = reference.group_advantage(rewards, aggregation="normalize_then_sum", **options)
+    torch.testing.assert_close(got, want)
+    with pytest.raises(ValueError, match="NaN"):
+        reference.group_advantage(rewards, group_size=4)
 
 
 @pytest.mark.parametrize("A", [1.5, -1.5])

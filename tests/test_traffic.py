@@ -287,3 +287,21 @@ def test_group_advantage(B, G, scale, labels, per_sequence, monkeypatch):
     if labels:
         assert traffic.read(ids)[0] == B * per_sequence(B, G) * ID
     assert traffic.total(traffic.stores) == traffic.written(advantages)[0] == B * FLOAT
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("labels", [False, True])
+def test_combine_rewards(labels, normalize):
+    B, K, G = 12, 3, 4
+    rewards, weights = torch.randn(B, K), torch.ones(K)
+    ids = torch.arange(B) // G if labels else None
+    with counted() as traffic:
+        combined = group_advantage.combine_rewards_fwd(
+            rewards, weights, G, ids, normalize, "group", 1e-4, True
+        )
+    members = 2 * (B if labels else G) if normalize else 0
+    assert traffic.read(rewards)[0] == B * K * (members + 1) * FLOAT
+    assert traffic.read(weights)[0] == B * K * FLOAT
+    if labels:
+        assert traffic.read(ids)[0] == (B * K * (members + 1) * ID if normalize else 0)
+    assert traffic.total(traffic.stores) == traffic.written(combined)[0] == B * FLOAT

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from grpo_fast.objective import Objective
+from grpo_fast.ops._selection import top_entropy_mask
 from grpo_fast.ops._tokens import Sequences, Tokens
 from grpo_fast.ops.policy_loss import policy_loss_fwd, weigh
 from grpo_fast.ops.sequence_loss import sequence_loss_fwd
@@ -69,26 +70,6 @@ def _keep_top_entropy(tokens: Tokens, entropy: Tensor, objective: Objective) -> 
     if objective.entropy_reduction == "token_mean":
         weight = tokens.token_weight / kept.sum().clamp(min=1)
     return tokens._replace(importance=importance, entropy_weight=torch.where(kept, weight, 0))
-
-
-def top_entropy_mask(entropy: Tensor, live: Tensor, quantile: float) -> Tensor:
-    """(N,) bool: live tokens whose entropy is at least the (1 - quantile) quantile of all live ones.
-
-    The quantile interpolates linearly between neighbours, as `torch.quantile` does, which stops at 2^24
-    values; no host sync.
-    """
-    if not len(entropy):
-        return live
-    ordered = torch.where(live, entropy, torch.inf).sort().values
-    position = (live.sum() - 1).clamp(min=0).double() * (1 - quantile)
-    below = position.floor()
-    low, high = (
-        ordered.gather(0, x.long().clamp(0, len(ordered) - 1)[None]) for x in (below, below + 1)
-    )
-    part = (position - below).to(entropy.dtype)
-    # Without a remainder the upper neighbour has no say; it may be the inf behind the last live one.
-    threshold = torch.where(part > 0, torch.lerp(low, high, part), low)
-    return live & (entropy >= threshold)
 
 
 def coefficient_on_policy(

@@ -9,60 +9,162 @@ from grpo_fast.ops import _arguments
 from grpo_fast.ops._backend import check_values, launch, use_triton
 
 SCALES = ("group", "batch", "none")
+BASELINES = ("mean", "leave_one_out")
+AGGREGATIONS = ("sum_then_normalize", "normalize_then_sum")
+MISSING = ("error", "skip")
+SINGLETONS = ("zero", "raw")
 
 
 @torch.library.custom_op("grpo_fast::group_advantage", mutates_args=())
 def group_advantage_fwd(
-    rewards: Tensor, group_size: int, labels: Tensor | None, scale: str, eps: float, unbiased: bool
+    rewards: Tensor,
+    group_size: int,
+    labels: Tensor | None,
+    scale: str,
+    eps: float,
+    unbiased: bool,
+    leave_one_out: bool = False,
+    skip_nan: bool = False,
+    raw_singletons: bool = False,
 ) -> Tensor:
     """(B,) fp32 advantages of (B,) fp32 rewards."""
+    options = (scale, eps, unbiased, leave_one_out, skip_nan, raw_singletons)
+    if use_triton(rewards):
+        from grpo_fast.kernels import group_advantage as kernels
+
+        return launch(kernels.group_advantage_fwd, rewards, rewards, group_size, labels, *options)
+    return group_scores(rewards, group_size, labels, *options)
+
+
+@group_advantage_fwd.register_fake
+def _(
+    rewards: Tensor,
+    group_size: int,
+    labels: Tensor | None,
+    scale: str,
+    eps: float,
+    unbiased: bool,
+    leave_one_out: bool = False,
+    skip_nan: bool = False,
+    raw_singletons: bool = False,
+) -> Tensor:
+    return torch.empty_like(rewards)
+
+
+@torch.library.custom_op("grpo_fast::combine_rewards", mutates_args=())
+def combine_rewards_fwd(
+    rewards: Tensor,
+    weights: Tensor | None,
+    group_size: int,
+    labels: Tensor | None,
+    normalize: bool,
+    scale: str,
+    eps: float,
+    unbiased: bool,
+    skip_nan: bool = False,
+    raw_singletons: bool = False,
+) -> Tensor:
+    """(B,) fp32 weighted sums of (B, K) fp32 rewards, or of their scores (`normalize`)."""
     if use_triton(rewards):
         from grpo_fast.kernels import group_advantage as kernels
 
         return launch(
-            kernels.group_advantage_fwd, rewards, rewards, group_size, labels, scale, eps, unbiased
+            kernels.combine_rewards_fwd,
+            rewards,
+            *(rewards, weights, group_size, labels, normalize, scale, eps, unbiased),
+            *(skip_nan, raw_singletons),
         )
+    values = rewards
+    if normalize:
+        values = group_scores(
+            rewards, group_size, labels, scale, eps, unbiased, False, skip_nan, raw_singletons
+        )
+    if weights is not None:
+        values = values * weights
+    if not skip_nan:
+        return values.sum(1)
+    missing = rewards.isnan()
+    return torch.where(missing, 0, values).sum(1).masked_fill(missing.all(1), torch.nan)
+
+
+@combine_rewards_fwd.register_fake
+def _(
+    rewards: Tensor,
+    weights: Tensor | None,
+    group_size: int,
+    labels: Tensor | None,
+    normalize: bool,
+    scale: str,
+    eps: float,
+    unbiased: bool,
+    skip_nan: bool = False,
+    raw_singletons: bool = False,
+) -> Tensor:
+    return rewards.new_empty(len(rewards))
+
+
+def group_scores(
+    rewards: Tensor,
+    group_size: int,
+    labels: Tensor | None,
+    scale: str,
+    eps: float,
+    unbiased: bool,
+    leave_one_out: bool,
+    skip_nan: bool,
+    raw_singletons: bool,
+) -> Tensor:
+    """The kernel's values by PyTorch's operators, for (B,) rewards or each column of (B, K)."""
     if rewards.numel() == 0:
         return torch.empty_like(rewards)
     if labels is None:
         group = torch.arange(len(rewards), device=rewards.device) // group_size
     else:
         group = labels.unique(return_inverse=True)[1]
-    num_groups = int(group.max()) + 1
+    shape = (int(group.max()) + 1, *rewards.shape[1:])
+    present = ~rewards.isnan() if skip_nan else torch.ones_like(rewards, dtype=torch.bool)
 
     def total(x: Tensor) -> Tensor:
-        return x.new_zeros(num_groups).index_add_(0, group, x)
+        return x.new_zeros(shape).index_add_(0, group, torch.where(present, x, 0))
 
-    count = total(torch.ones_like(rewards))
-    centred = rewards - (total(rewards) / count)[group]
-    extreme = [
-        rewards.new_zeros(num_groups).scatter_reduce_(0, group, rewards, r, include_self=False)
-        for r in ("amax", "amin")
-    ]
-    differ = (extreme[0] != extreme[1])[group]
-    if scale == "none":
-        return torch.where(differ, centred, 0)
-    if scale == "group":
-        squares, count = total(centred.square())[group], count[group]
-    else:
-        count = torch.full_like(rewards, len(rewards))
-        squares = (rewards - rewards.mean()).square().sum()
-    freedom = (count - 1).clamp(min=1) if unbiased else count
-    return torch.where(differ, centred / ((squares / freedom).sqrt() + eps), 0)
+    def extreme(reduction: str, other: float) -> Tensor:
+        index = group.view(-1, *(1,) * (rewards.ndim - 1)).expand_as(rewards)
+        x = torch.where(present, rewards, other)
+        return x.new_zeros(shape).scatter_reduce_(0, index, x, reduction, include_self=False)
+
+    count = total(torch.ones_like(rewards))[group]
+    centred = rewards - total(rewards)[group] / count
+    squares = total(centred.square())[group]
+    differ = (extreme("amax", -math.inf) != extreme("amin", math.inf))[group]
+    if leave_one_out:  # r - mean of the others
+        centred = centred * (count / (count - 1).clamp(min=1))
+    if raw_singletons:  # mean 0, std 1
+        alone = count == 1
+        centred = torch.where(alone, rewards, centred)
+        squares = torch.where(alone, 1, squares)
+        differ = differ | alone
+    if scale == "batch":
+        count = present.sum(0).to(rewards.dtype)
+        mean = torch.where(present, rewards, 0).sum(0) / count
+        squares = torch.where(present, rewards - mean, 0).square().sum(0)
+    if scale != "none":
+        freedom = (count - 1).clamp(min=1) if unbiased else count
+        centred = centred / ((squares / freedom).sqrt() + eps)
+    return torch.where(differ & present, centred, 0)
 
 
-@group_advantage_fwd.register_fake
-def _(
-    rewards: Tensor, group_size: int, labels: Tensor | None, scale: str, eps: float, unbiased: bool
+def check_rewards(
+    op: str,
+    rewards: Tensor,
+    group_size: int | None,
+    columns: bool = False,
+    skip_nan: bool = False,
 ) -> Tensor:
-    return torch.empty_like(rewards)
-
-
-def check_rewards(op: str, rewards: Tensor, group_size: int | None) -> Tensor:
-    """(B,) fp32 rewards, B a multiple of `group_size` where there is one."""
+    """(B,) fp32 rewards, or (B, K) with `columns`; B a multiple of `group_size` where there is one."""
     _arguments.check_tensor(op, "rewards", rewards)
-    if rewards.ndim != 1:
-        raise ValueError(f"{op}: rewards: want (B,), got {_arguments.shape_of(rewards)}")
+    if rewards.ndim != 1 and not (columns and rewards.ndim == 2 and rewards.shape[1]):
+        wanted = "(B,) or (B, K)" if columns else "(B,)"
+        raise ValueError(f"{op}: rewards: want {wanted}, got {_arguments.shape_of(rewards)}")
     _arguments.check_real(op, "rewards", rewards)
     if group_size is not None:
         if isinstance(group_size, bool) or not isinstance(group_size, int):
@@ -72,10 +174,36 @@ def check_rewards(op: str, rewards: Tensor, group_size: int | None) -> Tensor:
                 f"{op}: group_size: want a positive divisor of the {len(rewards)} rewards, "
                 f"got {group_size}"
             )
-    if check_values(rewards) and not bool(rewards.isfinite().all()):
-        where = int((~rewards.isfinite()).nonzero()[0])
-        raise ValueError(f"{op}: rewards: {rewards[where].item()} at {where}, want finite rewards")
+    if check_values(rewards):
+        bad = rewards.isinf() if skip_nan else ~rewards.isfinite()
+        if bool(bad.any()):
+            where = bad.nonzero()[0].tolist()
+            value = rewards[tuple(where)].item()
+            hint = " (nan='skip' leaves missing ones out)" if columns and value != value else ""
+            place = where[0] if rewards.ndim == 1 else tuple(where)
+            raise ValueError(f"{op}: rewards: {value} at {place}, want finite rewards{hint}")
     return rewards.detach().to(torch.float32).contiguous()
+
+
+def check_groups(
+    op: str, rewards: Tensor, group_size: int | None, group_ids: Tensor | None
+) -> Tensor | None:
+    """(B,) int64 labels, or None where `group_size` says it."""
+    if (group_size is None) == (group_ids is None):
+        raise ValueError(
+            f"{op}: give either group_size or group_ids, got {group_size=}, {group_ids=}"
+        )
+    if group_ids is None:
+        return None
+    _arguments.check_tensor(op, "group_ids", group_ids)
+    if group_ids.shape != rewards.shape[:1]:
+        raise ValueError(
+            f"{op}: group_ids: want {tuple(rewards.shape[:1])}, got {_arguments.shape_of(group_ids)}"
+        )
+    if group_ids.is_floating_point() or group_ids.is_complex():
+        raise TypeError(f"{op}: group_ids: want integers, got {group_ids.dtype}")
+    _arguments.check_device(op, "group_ids", group_ids, rewards)
+    return group_ids.to(torch.int64).contiguous()
 
 
 def group_advantage(
@@ -86,6 +214,11 @@ def group_advantage(
     scale: str = "group",
     eps: float = 1e-4,
     unbiased: bool = True,
+    baseline: str = "mean",
+    weights: Tensor | None = None,
+    aggregation: str = "sum_then_normalize",
+    nan: str = "error",
+    singleton: str = "zero",
 ) -> Tensor:
     """Each reward's z-score among the rewards of its group: GRPO's advantages (arXiv 2402.03300).
 
@@ -94,39 +227,93 @@ def group_advantage(
     rewards of a group do not differ (which includes a group of one). Not differentiable.
 
     Args:
-        rewards: (B,), any real dtype, finite. Across ranks, gather them first.
+        rewards: (B,), any real dtype, finite; or (B, K), one column per reward function. Across ranks,
+            gather them first.
         group_size: sequences per prompt; the sequences of a prompt are consecutive. Or:
         group_ids: (B,) int labels; equal labels form a group, of any size, in any order.
         scale: divide by the std of the "group", of the whole "batch", or by nothing ("none", Dr. GRPO).
         eps: added to the std.
         unbiased: n - 1 in the denominator of the variance.
+        baseline: what is subtracted, the "mean" of the group or, "leave_one_out", that of its other
+            members: with `scale="none"` RLOO (arXiv 2402.14740).
+        weights: (K,), of the columns of (B, K) rewards. Default: 1 each.
+        aggregation: of (B, K) rewards. "sum_then_normalize": the weighted sum is the reward.
+            "normalize_then_sum" (GDPO, arXiv 2601.05242): each column is scored on its own, with the std
+            of the "group" or with "none"; the weighted sums of these scores are z-scored over the batch.
+        nan: "error", or "skip": a NaN is a reward that is missing. It is left out of sums, means and
+            stds; a sequence without any reward has advantage 0.
+        singleton: the advantage of a reward alone in its group, "zero" or "raw" (mean 0, std 1: verl);
+            "raw" goes with the scales "group" and "none".
 
     Returns:
         (B,) float32.
 
     Raises:
         ValueError, TypeError: neither or both of `group_size` and `group_ids`, a size that does not
-            divide B, an unknown scale, a negative eps.
+            divide B, an unknown choice, one without effect on these rewards, a negative eps.
     """
     op = "group_advantage"
-    if (group_size is None) == (group_ids is None):
-        raise ValueError(
-            f"{op}: give either group_size or group_ids, got {group_size=}, {group_ids=}"
-        )
-    rewards = check_rewards(op, rewards, group_size)
-    if scale not in SCALES:
-        raise ValueError(f"{op}: scale={scale!r} is unknown; choose from {', '.join(SCALES)}")
+    for name, value, choices in (
+        ("scale", scale, SCALES),
+        ("baseline", baseline, BASELINES),
+        ("aggregation", aggregation, AGGREGATIONS),
+        ("nan", nan, MISSING),
+        ("singleton", singleton, SINGLETONS),
+    ):
+        if value not in choices:
+            raise ValueError(f"{op}: {name}={value!r} is unknown; choose from {', '.join(choices)}")
     if not 0 <= eps < math.inf:
         raise ValueError(f"{op}: eps: want a finite number >= 0, got {eps}")
-    if group_ids is not None:
-        _arguments.check_tensor(op, "group_ids", group_ids)
-        if group_ids.shape != rewards.shape:
+    skip_nan, raw = nan == "skip", singleton == "raw"
+    rewards = check_rewards(op, rewards, group_size, columns=True, skip_nan=skip_nan)
+    labels = check_groups(op, rewards, group_size, group_ids)
+    if raw and scale == "batch":
+        raise ValueError(f"{op}: singleton='raw' goes with scale='group' or 'none', got 'batch'")
+    size, eps = group_size or 1, float(eps)
+    leave_one_out = baseline == "leave_one_out"
+    if rewards.ndim == 2:
+        normalize = aggregation == "normalize_then_sum"
+        if normalize and scale == "batch":
             raise ValueError(
-                f"{op}: group_ids: want {tuple(rewards.shape)}, "
-                f"got {_arguments.shape_of(group_ids)}"
+                f"{op}: scale='batch' has no effect with aggregation='normalize_then_sum', which "
+                "ends with the std of the batch; choose 'group' or 'none' for each reward's own"
             )
-        if group_ids.is_floating_point() or group_ids.is_complex():
-            raise TypeError(f"{op}: group_ids: want integers, got {group_ids.dtype}")
-        _arguments.check_device(op, "group_ids", group_ids, rewards)
-        group_ids = group_ids.to(torch.int64).contiguous()
-    return group_advantage_fwd(rewards, group_size or 1, group_ids, scale, float(eps), unbiased)
+        if normalize and leave_one_out:
+            raise ValueError(
+                f"{op}: baseline='leave_one_out' has no effect with aggregation='normalize_then_sum'"
+            )
+        rewards = combine_rewards_fwd(
+            rewards,
+            _check_weights(op, weights, rewards),
+            *(size, labels, normalize, scale, eps, unbiased, skip_nan, raw),
+        )
+        if normalize:
+            whole = max(len(rewards), 1)
+            return group_advantage_fwd(
+                rewards, whole, None, "group", eps, unbiased, False, skip_nan
+            )
+    elif weights is not None:
+        raise ValueError(f"{op}: weights: has no effect with rewards (B,), want rewards (B, K)")
+    elif aggregation != "sum_then_normalize":
+        raise ValueError(
+            f"{op}: aggregation={aggregation!r} has no effect with rewards (B,), want rewards (B, K)"
+        )
+    return group_advantage_fwd(
+        rewards, size, labels, scale, eps, unbiased, leave_one_out, skip_nan, raw
+    )
+
+
+def _check_weights(op: str, weights: Tensor | None, rewards: Tensor) -> Tensor | None:
+    if weights is None:
+        return None
+    _arguments.check_tensor(op, "weights", weights)
+    if weights.shape != rewards.shape[1:]:
+        raise ValueError(
+            f"{op}: weights: want {tuple(rewards.shape[1:])}, one per column of rewards "
+            f"{_arguments.shape_of(rewards)}, got {_arguments.shape_of(weights)}"
+        )
+    _arguments.check_real(op, "weights", weights)
+    _arguments.check_device(op, "weights", weights, rewards)
+    if check_values(weights) and not bool(weights.isfinite().all()):
+        raise ValueError(f"{op}: weights: want finite weights, got {weights.tolist()}")
+    return weights.detach().to(torch.float32).contiguous()

@@ -1,0 +1,121 @@
+"""What `grpo_fast.weights` is made of: tokens as flat tensors, sums over sequences, ranks."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from grpo_fast import reference
+from grpo_fast.ops import _arguments
+
+
+def live_tokens(op: str, mask: Tensor | None, **given: Tensor) -> tuple[Tensor, ...]:
+    """(which tokens count, the tensors in float32 with 0 elsewhere), all (N,)."""
+    name, like = next(iter(given.items()))
+    _arguments.check_tensor(op, name, like)
+    if like.ndim not in (1, 2):
+        raise ValueError(f"{op}: {name}: want (B, T) or (N,), got {_arguments.shape_of(like)}")
+    live = _arguments.check_mask(op, mask, like)
+    if live is None:
+        live = torch.ones(like.numel(), dtype=torch.bool, device=like.device)
+    flat = []
+    for name, x in given.items():
+        values = _arguments.per_token(op, name, x, like)
+        assert values is not None
+        flat.append(torch.where(live, values, 0))
+    return live, *flat
+
+
+def per_sequence(x: Tensor, like: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Float64 sums of (N,) over the sequences of `like`: (B, 1), or (num_seqs,) if they are packed."""
+    x = x.double()
+    if cu_seqlens is None:
+        return x.view(like.shape).sum(-1, keepdim=True)
+    index = reference.sequence_of_token(cu_seqlens, len(x))
+    return x.new_zeros(len(cu_seqlens) - 1).index_add(0, index, x)
+
+
+def per_token_advantages(
+    op: str, advantages: Tensor, logps: Tensor, cu_seqlens: Tensor | None
+) -> Tensor:
+    """Advantages per token, of the shape of `logps`."""
+    _arguments.check_tensor(op, "logps", logps)
+    _arguments.check_tensor(op, "advantages", advantages)
+    if cu_seqlens is not None:
+        _arguments.check_cu_seqlens(op, cu_seqlens, logps)
+    if advantages.shape == logps.shape:
+        return advantages
+    num_sequences = len(logps) if logps.ndim == 2 else 1
+    if cu_seqlens is not None:
+        num_sequences = len(cu_seqlens) - 1
+    if advantages.shape != (num_sequences,):
+        raise ValueError(
+            f"{op}: advantages: want ({num_sequences},) or {tuple(logps.shape)}, "
+            f"got {_arguments.shape_of(advantages)}"
+        )
+    _arguments.check_device(op, "advantages", advantages, logps)
+    if cu_seqlens is not None:
+        return advantages[reference.sequence_of_token(cu_seqlens, len(logps))]
+    return (advantages[:, None] if logps.ndim == 2 else advantages).expand(logps.shape)
+
+
+def rank_of(order: Tensor) -> Tensor:
+    """The place of each element in an order: the inverse of argsort."""
+    position = torch.arange(len(order), device=order.device)
+    return torch.empty_like(order).scatter(0, order, position)
+
+
+def share_of(live: Tensor, fraction: float) -> Tensor:
+    """How many tokens a fraction of the live ones is, at least 1."""
+    return (live.sum().double() * fraction).long().clamp(min=1)
+
+
+def top_entropy_mask(
+    entropy: Tensor,
+    live: Tensor,
+    fraction: float,
+    group: "torch.distributed.ProcessGroup | None" = None,
+) -> Tensor:
+    """(N,) bool: live tokens whose entropy is at least the (1 - fraction) quantile of all live ones.
+
+    The quantile is that of `torch.quantile`, without its limit of 2^24 values; over the tokens of all
+    processes where there is a `group`. No host sync.
+    """
+    if not len(entropy) and group is None:
+        return live
+    ascending = torch.where(live, entropy, math.inf).sort().values
+    n = live.sum()
+    if group is not None:
+        torch.distributed.all_reduce(n, group=group)
+    # In float32 the rank is torch.quantile's own, to the bit; beyond 2^24 float32 cannot count.
+    quantile = torch.full((), 1 - fraction, dtype=torch.float64, device=entropy.device)
+    rank = torch.where(n <= 2**24, quantile.float() * (n - 1).float(), quantile * (n - 1))
+    rank = rank.clamp(min=0)
+    ranks = torch.stack([rank.floor(), rank.ceil()]).long()
+    below, above = order_statistics(ascending, ranks, group).unbind()
+    threshold = torch.lerp(below, above, (rank - rank.floor()).float())
+    return live & (entropy >= threshold)
+
+
+def order_statistics(
+    ascending: Tensor, ranks: Tensor, group: "torch.distributed.ProcessGroup | None"
+) -> Tensor:
+    """The values that have these ranks (from 0) among the sorted ones of all processes of `group`.
+
+    Over several processes, the bits of the values are found 8 at a time by counting, so that no tokens are
+    sent and the processes need not have equally many.
+    """
+    if group is None:
+        return ascending[ranks.clamp(max=len(ascending) - 1)]
+    # Integers in the order of the floats; + 0.0 makes 0 of -0.
+    bits = (ascending + 0.0).view(torch.int32).long()
+    keys = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    found = torch.full_like(ranks, -(2**31))
+    steps = torch.arange(1, 257, device=ranks.device)
+    for shift in (24, 16, 8, 0):
+        last = found[:, None] + (steps << shift) - 1  # of each of 256 bins
+        count = torch.searchsorted(keys, last, right=True)
+        torch.distributed.all_reduce(count, group=group)
+        bins = (count <= ranks[:, None]).sum(1).clamp(max=255)
+        found = found + (bins << shift)
+    return torch.where(found < 0, found ^ 0x7FFFFFFF, found).int().view(torch.float32)
