@@ -80,7 +80,7 @@ _VERL = {**TOKEN_MEAN, **GUARDED_K3}
 _VERL_DPPO: Options = {**_VERL, **CLAMPED, "ratio_cap": 3.0}
 VERL: dict[str, Options] = {
     "vanilla": {**_VERL, **CLAMPED, "dual_clip": 3.0},
-    "gspo": {**_VERL, "ratio": "sequence_token"},
+    "gspo": {**_VERL, "ratio": "sequence_token", "log_ratio_max": 10.0},
     "sapo": {"surrogate": "sapo", **CLAMPED, **GUARDED_K3},
     "gpg": {**_VERL, "surrogate": "reinforce"},
     "cispo": {**_VERL, **CLAMPED, "surrogate": "cispo"},
@@ -96,7 +96,7 @@ _SKYRL = {**TOKEN_MEAN, **GUARDED_K3}
 SKYRL: dict[str, Options] = {
     "regular": {**_SKYRL, **CLAMPED},
     "dual_clip": {**_SKYRL, **CLAMPED, "dual_clip": 3.0},
-    "gspo": {**_SKYRL, "ratio": "sequence_token"},
+    "gspo": {**_SKYRL, "ratio": "sequence_token", "log_ratio_max": 10.0},
     "sapo": {**_SKYRL, **CLAMPED, "surrogate": "sapo"},
     "cispo": {
         **_SKYRL,

@@ -152,6 +152,17 @@ def test_a_missing_denominator_is_an_error(aggregation, device):
         verl.POLICY_LOSSES["vanilla"](*arguments)
 
 
+def test_gspo_bounds_the_sequence_ratio_from_above(backend, device, monkeypatch):
+    old, logp, advantages, weights, mask = batch(device)
+    old[0], old[3] = logp[0] - 12, logp[3] + 12
+    advantages[0], advantages[3] = -1.0, 1.0
+    changed = (old, logp, advantages, weights, mask)
+    monkeypatch.setattr(sys.modules[__name__], "batch", lambda *_: changed)
+    _, grad, _ = compare("gspo", "token-sum", configuration(), device, True)
+    assert (grad[0] == 0).all()
+    assert grad[3, 0] != 0
+
+
 KL = {
     "kl": {"kl": "k1"},
     "k1": {"kl": "k1"},
