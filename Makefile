@@ -19,10 +19,13 @@ endif
 setup: $(READY)
 
 # torch first and alone, at the pinned version: other packages would otherwise pull the newest CUDA build.
+# verl last, for its sources alone, which tests/test_verl.py runs: its requirements exclude our transformers, and its
+# wheel brings a top-level `tests`. Hence without dependencies, and off the path.
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt torch setuptools
 	$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[test]'
+	$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt --no-deps --upgrade --target $(VENV)/oracles verl
 	touch $@
 
 train: $(READY)

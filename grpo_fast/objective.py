@@ -6,6 +6,8 @@ import functools
 import math
 from typing import Any, Literal, get_args
 
+from grpo_fast.presets import PRESETS
+
 Surrogate = Literal[
     "clip",
     "cispo",
@@ -272,13 +274,15 @@ class Objective:
 
     @staticmethod
     def preset(name: str, **overrides: Any) -> "Objective":
-        """The objective a paper describes, with `overrides` on top.
+        """The objective that a paper or a trainer means by a name, with `overrides` on top.
 
-        "grpo" (2402.03300: per-sequence means, beta 0.04), "dapo" (2503.14476: token mean, clip-higher
-        0.28, no KL), "dr_grpo" (2503.20783: fixed length, no KL; needs `max_length`), "bnpo" (token
-        mean over the batch at hand, no KL); "cispo" (2506.13585: ratio capped at 5, no lower bound), "sapo"
-        (2511.20347), "gspo" (2507.18071), "gmpo" (2507.20673), "vespo" (2602.10693), "gpg" (2504.02546),
-        "dppo_tv", "dppo_kl" (2602.04879), "dro" (2501.12599).
+        A paper's: "grpo" (2402.03300: per-sequence means, beta 0.04), "dapo" (2503.14476: token mean,
+        clip-higher 0.28, no KL), "dr_grpo" (2503.20783: fixed length, no KL; needs `max_length`), "bnpo"
+        (token mean over the batch at hand, no KL); "cispo" (2506.13585: ratio capped at 5, no lower bound),
+        "sapo" (2511.20347), "gspo" (2507.18071), "gmpo" (2507.20673), "vespo" (2602.10693), "gpg"
+        (2504.02546), "dppo_tv", "dppo_kl" (2602.04879), "dro" (2501.12599). A trainer's: "trl/dapo",
+        "trl/dapo/sequence", "verl/vanilla" and so on, with that trainer's defaults; `grpo_fast.presets` is
+        the table.
 
         Raises:
             ValueError: an unknown name.
@@ -337,27 +341,6 @@ USED_BY: dict[str, tuple[str, ...]] = {
 }
 DEFAULTS = {field.name: field.default for field in dataclasses.fields(Objective)}
 OPTIONS = tuple(field.name for field in dataclasses.fields(Objective) if field.init)
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "grpo": {"reduction": "sequence_mean", "beta": 0.04, "kl": "k3"},
-    "dapo": {"reduction": "token_mean", "epsilon_high": 0.28},
-    "dr_grpo": {"reduction": "fixed_length"},
-    "bnpo": {"reduction": "token_mean"},
-    "cispo": {
-        "surrogate": "cispo",
-        "reduction": "token_mean",
-        "epsilon_low": 1.0,
-        "epsilon_high": 4.0,
-    },
-    "sapo": {"surrogate": "sapo"},
-    "gspo": {"ratio": "sequence", "epsilon_low": 3e-4, "epsilon_high": 4e-4},
-    "gmpo": {"surrogate": "gmpo", "epsilon_low": 0.4, "epsilon_high": 0.4},
-    "vespo": {"surrogate": "vespo", "reduction": "token_mean"},
-    "gpg": {"surrogate": "reinforce", "reduction": "token_mean"},
-    "dppo_tv": {"surrogate": "dppo_tv", "reduction": "token_mean"},
-    "dppo_kl": {"surrogate": "dppo_kl", "reduction": "token_mean"},
-    "dro": {"surrogate": "dro", "reduction": "token_mean", "quadratic_coef": 0.1},
-}
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

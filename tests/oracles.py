@@ -83,11 +83,22 @@ def _load_verl(path):
     return module
 
 
+def verl_folder():
+    """Where verl's sources are: the installed package, or the copy `make` puts beside the environment.
+
+    It is kept off the path: verl's wheel brings a top-level package `tests`, which would hide ours.
+    """
+    spec = importlib.util.find_spec("verl")
+    folders = list(spec.submodule_search_locations or ()) if spec else []
+    for folder in map(Path, [*folders, Path(sys.prefix) / "oracles" / "verl"]):
+        if (folder / "trainer" / "ppo" / "core_algos.py").is_file():
+            return folder
+    return None
+
+
 def verl_core_algos():
     """verl's `core_algos`, or a skip where verl is not installed."""
-    spec = importlib.util.find_spec("verl")
-    for folder in spec.submodule_search_locations if spec else ():
-        path = Path(folder) / "trainer" / "ppo" / "core_algos.py"
-        if path.is_file():
-            return _load_verl(path)
-    pytest.skip("verl is not installed: its core_algos is an oracle here")
+    folder = verl_folder()
+    if folder is None:
+        pytest.skip("verl is not installed: its core_algos is an oracle here")
+    return _load_verl(folder / "trainer" / "ppo" / "core_algos.py")

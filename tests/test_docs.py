@@ -11,13 +11,13 @@ from grpo_fast import weights
 from grpo_fast.objective import (
     DEFAULTS,
     KL,
-    PRESETS,
     USED_BY,
     Objective,
     Ratio,
     Reduction,
     Surrogate,
 )
+from grpo_fast.presets import CALLER, PAPERS, PRESETS, TRAINERS
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 TEXT = (DOCS / "objectives.md").read_text()
@@ -44,13 +44,33 @@ def test_a_surrogate_names_the_options_that_belong_to_it():
             assert (f"`{option}`" in row) == (surrogate in users), (surrogate, option)
 
 
+def options_of(name):
+    return ", ".join(f"`{k}={v!r}`" for k, v in PRESETS[name].items())
+
+
 def test_presets_are_listed_as_they_are():
-    rows = {
-        name: f"| `{name}` | {', '.join(f'`{k}={v!r}`' for k, v in options.items())} |"
-        for name, options in PRESETS.items()
-    }
-    for name, row in rows.items():
+    for name in PAPERS:
+        row = f"| `{name}` | {options_of(name)} |"
         assert row in TEXT, f"the row of {name} should read: {row}"
+
+
+def trainer_table():
+    """The section "Which trainer calls it what", from the code's own table."""
+    lines = ["| name | options | and from the caller |", "|---|---|---|"]
+    for trainer, release in TRAINERS.items():
+        lines.append(f"| **{release}** | | |")
+        names = [name for name in PRESETS if name.startswith(f"{trainer}/")]
+        # A level of TRL's is its loss type with a ratio per sequence, and no line of its own.
+        names = [name for name in names if not name.endswith("/sequence")]
+        lines += [f"| `{name}` | {options_of(name)} | {CALLER.get(name, '')} |" for name in names]
+    return "\n".join(lines)
+
+
+def test_trainers_meanings_are_listed_as_they_are():
+    assert trainer_table() in TEXT, f"the table should read:\n{trainer_table()}"
+    for name, options in PRESETS.items():
+        if name.endswith("/sequence"):
+            assert options == PRESETS[name.removesuffix("/sequence")] | {"ratio": "sequence"}
 
 
 def test_defaults_have_no_effect():

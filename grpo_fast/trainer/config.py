@@ -11,7 +11,8 @@ from typing import Any, Literal
 import yaml
 from transformers import HfArgumentParser
 
-from grpo_fast.objective import PRESETS, Objective
+from grpo_fast.objective import Objective
+from grpo_fast.presets import PRESETS
 
 
 def option(default: Any, text: str) -> Any:

@@ -1,0 +1,104 @@
+"""What the adapters share: reading a host's configuration, its ways to average, its version."""
+
+import importlib.metadata
+import re
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from grpo_fast.loss import LossOutput, policy_loss
+from grpo_fast.objective import Objective
+
+REQUIRED: Any = object()
+
+
+def read(config: Any, path: str, default: Any = REQUIRED) -> Any:
+    """`config.a.b` for the path "a.b": of objects, mappings and OmegaConf nodes alike.
+
+    Raises:
+        AttributeError: nothing of that name and no default.
+    """
+    for name in path.split("."):
+        # Mappings first: a dict has methods of its own, and an OmegaConf node refuses unknown attributes.
+        value = (
+            config.get(name, REQUIRED)
+            if isinstance(config, dict)
+            else getattr(config, name, REQUIRED)
+        )
+        if value is REQUIRED:
+            if default is REQUIRED:
+                raise AttributeError(f"the configuration has no {path!r}: {config!r}")
+            return default
+        config = value
+    return config
+
+
+def optional(**options: Any) -> dict[str, Any]:
+    """The options that are not None."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def bounds(config: Any, low: str, high: str, both: str) -> dict[str, float]:
+    """`epsilon_low` and `epsilon_high` where a host has a common one for those that are None."""
+    common = read(config, both)
+    given = {"epsilon_low": read(config, low, None), "epsilon_high": read(config, high, None)}
+    return {name: common if value is None else value for name, value in given.items()}
+
+
+class Average(NamedTuple):
+    """How a host averages, as a reduction and its denominator, and a factor on the loss."""
+
+    reduction: dict[str, Any]
+    num_items: float | Tensor | None
+    scale: float | Tensor
+
+
+def sequence_average(
+    reduction: str, mask: Tensor, global_batch_size: float | Tensor | None, dp_size: float
+) -> Average:
+    """The mean over the sequences that have a live token, here or in the global batch."""
+    if global_batch_size is None:
+        global_batch_size = (mask != 0).any(-1).sum().clamp(min=1)
+    # The reduction counts every sequence at hand.
+    return Average({"reduction": reduction}, None, len(mask) / global_batch_size * dp_size)
+
+
+def averaged_loss(
+    average: Average, preset: str, options: dict[str, Any], **arguments: Any
+) -> LossOutput:
+    """`policy_loss` of a preset with the host's options, averaged as the host does."""
+    objective = Objective.preset(preset, **{**average.reduction, **options})
+    out = policy_loss(**arguments, num_items=average.num_items, objective=objective)
+    return out._replace(loss=out.loss * average.scale)
+
+
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """The mean of x over live tokens, detached; 0 without any."""
+    live = mask != 0
+    return torch.where(live, x.detach(), 0).sum(dtype=torch.float32) / live.sum().clamp(min=1)
+
+
+def as_floats(metrics: dict[str, Tensor | float]) -> dict[str, float]:
+    """The same as Python numbers, for hosts that want them: one host sync for all."""
+    tensors = [torch.as_tensor(x, dtype=torch.float32) for x in metrics.values()]
+    if not tensors:
+        return {}
+    device = max((x.device for x in tensors), key=lambda device: device.type != "cpu")
+    values = torch.stack([x.detach().to(device) for x in tensors]).tolist()
+    return dict(zip(metrics, values, strict=True))
+
+
+def require(package: str, at_least: str) -> None:
+    """Check that a host is installed in a version this adapter was written for.
+
+    Raises:
+        ImportError: it is not installed, or older.
+    """
+    try:
+        found = importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        raise ImportError(f"this needs {package} >= {at_least}, which is not installed") from None
+    numbers = [[int(n) for n in re.findall(r"\d+", v)[:3]] for v in (found, at_least)]
+    if numbers[0] < numbers[1]:
+        raise ImportError(f"this needs {package} >= {at_least}; {package} {found} is installed")
