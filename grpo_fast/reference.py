@@ -5,7 +5,6 @@ T completion tokens, N tokens when packed (sequences end to end, `cu_seqlens` th
 V vocabulary entries. Per-token tensors are (B, T) or (N,).
 """
 
-import dataclasses
 import math
 
 import torch
@@ -13,6 +12,7 @@ from einops import rearrange, reduce
 from torch import Tensor
 
 from grpo_fast.objective import Objective
+from grpo_fast.reference_terms import kl_estimate, surrogate_loss, vespo_weight
 
 
 def logprob(logits: Tensor, ids: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
@@ -174,15 +174,6 @@ def policy_terms(
     return loss
 
 
-def vespo_weight(log_w: Tensor, advantages: Tensor, objective: Objective) -> Tensor:
-    """phi(W) = W^k e^(lambda (1 - W)), with log W clamped to [log 1e-8, 20]."""
-    up = advantages >= 0
-    k = torch.where(up, objective.vespo_k_pos, objective.vespo_k_neg).to(log_w)
-    rate = torch.where(up, objective.vespo_lambda_pos, objective.vespo_lambda_neg).to(log_w)
-    log_w = log_w.clamp(math.log(1e-8), 20)
-    return (rate + k * log_w - rate * log_w.exp()).exp()
-
-
 def sequence_sum(x: Tensor, mask: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
     """Per token: the sum of x over the live tokens of its sequence."""
     x = torch.where(mask, x, torch.zeros_like(x))
@@ -196,96 +187,6 @@ def sequence_mean(x: Tensor, mask: Tensor, cu_seqlens: Tensor | None = None) -> 
     """Per token: the mean of x over the live tokens of its sequence; 0 without any."""
     count = sequence_sum(torch.ones_like(x), mask, cu_seqlens)
     return sequence_sum(x, mask, cu_seqlens) / count.clamp(min=1)
-
-
-def surrogate_loss(
-    logps: Tensor,
-    old_logps: Tensor,
-    ratio: Tensor,
-    advantages: Tensor,
-    objective: Objective,
-    scores: Tensor | None = None,
-) -> Tensor:
-    """The surrogate of each token; formulas in `Objective`."""
-    low, high = objective.epsilon_low, objective.epsilon_high
-    surrogate = objective.surrogate
-    if surrogate == "clip":
-        bounded = ratio if objective.delta is None else ratio.clamp(max=objective.delta)
-        clipped = ratio.clamp(1 - low, 1 + high)
-        loss = -torch.minimum(bounded * advantages, clipped * advantages)
-        if objective.dual_clip is not None:
-            ceiling = torch.minimum(loss, -objective.dual_clip * advantages)
-            loss = torch.where(advantages < 0, ceiling, loss)
-        return loss
-    if surrogate == "sapo":
-        tau = torch.where(advantages > 0, objective.tau_pos, objective.tau_neg).to(ratio)
-        return -advantages * (4 / tau) * (tau * (ratio - 1)).sigmoid()
-    log_ratio = logps - old_logps
-    if surrogate == "dro":
-        return -advantages * logps + objective.quadratic_coef * log_ratio.square() / 2
-    change = logps.exp() - old_logps.exp()
-    if surrogate == "ipo":
-        inside = (change >= -low) & (change <= high)
-        return -advantages * ratio * inside + objective.quadratic_coef * log_ratio.square()
-    if surrogate in ("dppo_tv", "dppo_kl"):
-        divergence = change if surrogate == "dppo_tv" else binary_kl(old_logps, logps)
-        if surrogate == "dppo_tv":
-            keep = torch.where(advantages > 0, divergence <= high, divergence >= -low)
-        else:
-            up = (divergence <= high) | (logps <= old_logps)
-            down = (divergence <= low) | (logps >= old_logps)
-            keep = torch.where(advantages > 0, up, down)
-        capped = ratio if objective.ratio_cap is None else ratio.clamp(max=objective.ratio_cap)
-        if objective.dppo_value == "ratio":
-            return -advantages * capped * keep + objective.quadratic_coef * log_ratio.square()
-        return -(capped * keep).detach() * advantages * logps
-    if surrogate == "reinforce":
-        weight = torch.ones_like(ratio)
-    elif surrogate == "topr":
-        good = (advantages if scores is None else scores) > 0
-        weight = torch.where(
-            good, objective.topr_weight_pos, objective.topr_weight_neg * ratio.clamp(0, 1)
-        )
-    elif surrogate == "cispo":
-        weight = ratio.clamp(1 - low, 1 + high)
-    else:
-        weight = ratio * ((ratio > 1 - low) & (ratio < 1 + high))
-    return -weight.detach() * advantages * logps
-
-
-def binary_kl(old_logps: Tensor, logps: Tensor) -> Tensor:
-    """KL between the two-outcome distributions (y, not y) of the old and the new policy."""
-    old, new = old_logps.exp(), logps.exp()
-    rest = (1 - old) * ((1 - old + 1e-8) / (1 - new + 1e-8)).log()
-    return old * (old_logps - logps) + rest
-
-
-def kl_estimate(logps: Tensor, ref_logps: Tensor, ratio: Tensor, objective: Objective) -> Tensor:
-    """The estimate of KL(policy || reference) from one sample per token."""
-    kl, gap = objective.kl, ref_logps - logps
-    if objective.kl_gradient != "own":  # the value of the estimator, the gradient of k2
-        value = kl_estimate(
-            logps, ref_logps, ratio, dataclasses.replace(objective, kl_gradient="own")
-        )
-        k2 = gap.square() / 2
-        if objective.kl_gradient == "k2_clipped":
-            most_gap, most = objective.kl_gap_clip, objective.kl_value_clip
-            inside = gap.abs() <= (math.inf if most_gap is None else most_gap)
-            inside &= gap.expm1() - gap <= (math.inf if most is None else most)
-            k2 = torch.where(inside, k2, 0)
-        return value.detach() + k2 - k2.detach()
-    if kl == "k1":
-        return -gap
-    if kl == "abs":
-        return gap.abs()
-    if kl == "k2":
-        return gap.square() / 2
-    if objective.kl_gap_clip is not None:
-        gap = gap.clamp(-objective.kl_gap_clip, objective.kl_gap_clip)
-    k3 = gap.exp() - gap - 1
-    if objective.kl_value_clip is not None:
-        k3 = k3.clamp(max=objective.kl_value_clip)
-    return ratio * k3 if kl == "k3_unbiased" else k3
 
 
 def sequence_of_token(cu_seqlens: Tensor, N: int) -> Tensor:

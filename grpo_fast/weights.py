@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-from grpo_fast import reference
+from grpo_fast import reference_terms
 from grpo_fast.ops import _arguments
 from grpo_fast.ops._selection import (
     live_tokens,
@@ -156,7 +156,9 @@ def kpop(
     live, old, sampling = live_tokens(op, mask, old_logps=old_logps, sampling_logps=sampling_logps)
     old, sampling = old.double(), sampling.double()
     missing = (old - sampling).isnan()
-    kl = torch.maximum(reference.binary_kl(old, sampling), reference.binary_kl(sampling, old))
+    kl = torch.maximum(
+        reference_terms.binary_kl(old, sampling), reference_terms.binary_kl(sampling, old)
+    )
     return (live & ((kl <= delta) | missing)).float().view(old_logps.shape)
 
 

@@ -13,7 +13,7 @@ LAYERS = [
     {"kernels"},
     {"presets"},
     {"objective"},
-    {"reference"},
+    {"reference", "reference_terms"},
     {"ops"},
     {"loss", "weights"},
     {"integrations"},

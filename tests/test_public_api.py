@@ -13,13 +13,13 @@ from grpo_fast import Objective
 
 ROOT = Path(__file__).resolve().parents[1]
 
-LOSS = ["mask", "old_logps", "ref_logps", "importance_weights", "token_weights"]
+LOSS = ["mask", "old_logps", "ref_logps", "importance_weights", "token_weights", "scores"]
 SIGNATURES = {
     grpo_fast.loss.grpo_loss: (
         ["logits", "completion_ids"],
         [
             *("advantages", "rewards", "group_size", *LOSS, "num_items", "cu_seqlens"),
-            *("temperature", "objective", "inplace"),
+            *("temperature", "objective", "return_entropy", "inplace"),
         ],
     ),
     grpo_fast.loss.policy_loss: (

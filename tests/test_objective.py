@@ -1,0 +1,158 @@
+"""`Objective` refuses what it does not know, and options that would have no effect."""
+
+import pytest
+
+from grpo_fast import Objective
+
+OBJECTIVE_CASES = {
+    "unknown surrogate": (
+        {"surrogate": "ppo"},
+        ValueError,
+        "surrogate='ppo' is unknown; choose from clip",
+    ),
+    "unknown reduction": ({"reduction": "mean"}, ValueError, "reduction='mean' is unknown"),
+    "unknown kl": ({"kl": "k4"}, ValueError, "kl='k4' is unknown"),
+    "unhashable choice": ({"kl": ["k3"]}, ValueError, "kl="),
+    "negative epsilon": ({"epsilon_low": -0.1}, ValueError, "epsilon_low: .*-0.1"),
+    "NaN beta": ({"beta": float("nan")}, ValueError, "beta: .*nan"),
+    "negative beta": ({"beta": -1}, ValueError, "beta: .*-1"),
+    "text": ({"beta": "0.1"}, TypeError, "beta: .*'0.1'"),
+    "bool": ({"entropy_coef": True}, TypeError, "entropy_coef: .*True"),
+    "dual_clip below 1": ({"dual_clip": 0.5}, ValueError, "dual_clip: want > 1, got 0.5"),
+    "delta of 0": ({"delta": 0}, ValueError, "delta: want > 0"),
+    "two bounds": ({"delta": 2.0, "dual_clip": 3.0}, ValueError, "delta=2.0 and dual_clip=3.0"),
+    "delta with sapo": (
+        {"surrogate": "sapo", "delta": 2.0},
+        ValueError,
+        "delta=2.0 has no effect.*'sapo'",
+    ),
+    "tau with clip": (
+        {"tau_pos": 2.0},
+        ValueError,
+        "tau_pos=2.0 has no effect .*'clip'.*belongs to sapo",
+    ),
+    "epsilon with reinforce": (
+        {"surrogate": "reinforce", "epsilon_low": 0.1},
+        ValueError,
+        "epsilon_low=0.1 has no effect",
+    ),
+    "cap with clip": ({"ratio_cap": 5.0}, ValueError, "ratio_cap=5.0 has no effect"),
+    "penalty with cispo": (
+        {"surrogate": "cispo", "quadratic_coef": 0.1},
+        ValueError,
+        "quadratic_coef=0.1 has no effect",
+    ),
+    "gap clip with k2": (
+        {"kl": "k2", "kl_gap_clip": 20.0},
+        ValueError,
+        "kl_gap_clip=20.0 has no effect",
+    ),
+    "no ratio to clamp": (
+        {"surrogate": "dro", "log_ratio_clip": 20.0},
+        ValueError,
+        "log_ratio_clip=20.0 has no effect",
+    ),
+    "unknown ratio": (
+        {"ratio": "seq"},
+        ValueError,
+        "ratio='seq' is unknown; choose from token, sequence",
+    ),
+    "a ratio nobody takes": (
+        {"ratio": "sequence", "surrogate": "dro"},
+        ValueError,
+        "ratio='sequence' has no effect with surrogate='dro'",
+    ),
+    "vespo's option with clip": ({"vespo_k_pos": 1.0}, ValueError, "vespo_k_pos=1.0 has no effect"),
+    "vespo's log W has its own clamp": (
+        {"surrogate": "vespo", "log_ratio_clip": 5.0},
+        ValueError,
+        "log_ratio_clip=5.0 has no effect",
+    ),
+    "NaN threshold": (
+        {"off_policy_threshold": float("nan")},
+        ValueError,
+        "off_policy_threshold: .*nan",
+    ),
+    "lambda 0": (
+        {"surrogate": "vespo", "vespo_lambda_neg": 0},
+        ValueError,
+        "vespo_lambda_neg: want > 0",
+    ),
+    "tau 0": ({"surrogate": "sapo", "tau_neg": 0}, ValueError, "tau_neg: want > 0"),
+    "tau None": ({"surrogate": "sapo", "tau_neg": None}, TypeError, "tau_neg: .*None"),
+    "cap below": (
+        {"surrogate": "cispo", "epsilon_high": -1.0},
+        ValueError,
+        "epsilon_high: want > -1",
+    ),
+    "share of nothing": (
+        {"top_entropy_quantile": 0.0},
+        ValueError,
+        "top_entropy_quantile: want > 0",
+    ),
+    "share of more": (
+        {"top_entropy_quantile": 1.2},
+        ValueError,
+        "top_entropy_quantile: want <= 1, got 1.2",
+    ),
+    "entropy of nothing": (
+        {"entropy_reduction": "token_mean"},
+        ValueError,
+        "entropy_reduction='token_mean' has no effect with entropy_coef=0",
+    ),
+    "two upper bounds": (
+        {"log_ratio_clip": 20.0, "log_ratio_max": 10.0},
+        ValueError,
+        "log_ratio_clip=20.0 and log_ratio_max=10.0",
+    ),
+    "no ratio to bound": (
+        {"surrogate": "gmpo", "log_ratio_max": 10.0},
+        ValueError,
+        "log_ratio_max=10.0 has no effect",
+    ),
+    "topr's weight with clip": ({"topr_weight_neg": 0.5}, ValueError, "belongs to topr"),
+    "quadratic DPPO on logp": (
+        {"surrogate": "dppo_tv", "quadratic_coef": 0.1},
+        ValueError,
+        "quadratic_coef=0.1 has no effect with dppo_value='logp'",
+    ),
+    "k2 as itself": (
+        {"kl": "k2", "kl_gradient": "k2"},
+        ValueError,
+        "kl_gradient='k2' has no effect of its own with kl='k2'",
+    ),
+    "nothing to be clipped": (
+        {"kl_gradient": "k2_clipped"},
+        ValueError,
+        "kl_gradient='k2_clipped' has no effect of its own without a clamp",
+    ),
+    "no max_length": ({"reduction": "fixed_length"}, ValueError, "needs max_length"),
+    "idle max_length": ({"max_length": 5}, ValueError, "max_length=5 has no effect"),
+    "max_length 0": (
+        {"reduction": "fixed_length", "max_length": 0},
+        ValueError,
+        "max_length: .*got 0",
+    ),
+    "max_length 1.5": (
+        {"reduction": "fixed_length", "max_length": 1.5},
+        TypeError,
+        "max_length: .*1.5",
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"), OBJECTIVE_CASES.values(), ids=OBJECTIVE_CASES
+)
+def test_objective(options, error, message):
+    with pytest.raises(error, match=message):
+        Objective(**options)
+
+
+def test_objective_is_frozen_and_keyword_only():
+    with pytest.raises(AttributeError):
+        Objective().beta = 0.1
+    with pytest.raises(TypeError):
+        Objective("clip")
+    with pytest.raises(ValueError, match="preset 'gprp' is unknown; there are bnpo"):
+        Objective.preset("gprp")
