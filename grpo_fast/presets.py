@@ -30,6 +30,7 @@ PAPERS: dict[str, Options] = {
     "dppo_tv": {"surrogate": "dppo_tv", "reduction": "token_mean"},
     "dppo_kl": {"surrogate": "dppo_kl", "reduction": "token_mean"},
     "dro": {"surrogate": "dro", "reduction": "token_mean", "quadratic_coef": 0.1},
+    "topr": {"surrogate": "topr", "reduction": "token_mean"},
 }
 
 # The releases whose sources were read; a preset's meaning is that release's.

@@ -5,8 +5,10 @@ import re
 from pathlib import Path
 from typing import get_args
 
+import pytest
 import torch
 
+from benchmarks import accuracy
 from grpo_fast import weights
 from grpo_fast.objective import (
     DEFAULTS,
@@ -46,6 +48,15 @@ def test_a_surrogate_names_the_options_that_belong_to_it():
 
 def options_of(name):
     return ", ".join(f"`{k}={v!r}`" for k, v in PRESETS[name].items())
+
+
+@pytest.mark.parametrize("name", accuracy.CASES)
+def test_errors_are_within_what_the_page_says(name, backend, device):
+    row = re.search(rf"^\| `{re.escape(name)}` \| (\S+) \| (\S+) \|$", TEXT, re.MULTILINE)
+    assert row, f"{name} has no row in the table of errors"
+    loss, grad = accuracy.errors(accuracy.CASES[name], device)
+    assert loss <= float(row[1])
+    assert grad <= float(row[2])
 
 
 def test_presets_are_listed_as_they_are():

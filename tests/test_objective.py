@@ -154,5 +154,11 @@ def test_objective_is_frozen_and_keyword_only():
         Objective().beta = 0.1
     with pytest.raises(TypeError):
         Objective("clip")
-    with pytest.raises(ValueError, match="preset 'gprp' is unknown; there are bnpo"):
+    with pytest.raises(
+        ValueError, match="preset 'sapo' is surrogate='sapo', which surrogate='clip' contra"
+    ):
+        Objective.preset("sapo", surrogate="clip")
+    with pytest.raises(ValueError, match=r"delta=2\.0 and dual_clip=3\.0"):
+        Objective.preset("verl/vanilla", delta=2.0)
+    with pytest.raises(ValueError, match="preset 'gprp' is unknown; there are areal"):
         Objective.preset("gprp")
