@@ -4,8 +4,8 @@
     TRITON_INTERPRET=1 GRPO_FAST_BACKEND=triton python -m benchmarks.accuracy  # of the kernels
 
 Of the loss: abs(error) / abs(truth); its terms have both signs and cancel in part. Of the gradient: the
-largest error of an element over the largest element of the truth. float32 logits, ragged rows, one of them empty, per-token advantages; the worst of
-several batches.
+largest error of an element over the largest element of the truth. float32 logits, ragged rows, one of them
+empty, per-token advantages; the worst of several batches.
 """
 
 from typing import get_args

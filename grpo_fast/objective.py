@@ -281,8 +281,8 @@ class Objective:
         (token mean over the batch at hand, no KL); "cispo" (2506.13585: ratio capped at 5, no lower bound),
         "sapo" (2511.20347), "gspo" (2507.18071), "gmpo" (2507.20673), "vespo" (2602.10693), "gpg"
         (2504.02546), "dppo_tv", "dppo_kl" (2602.04879), "dro" (2501.12599), "topr" (2503.14286).
-        A trainer's: "trl/dapo", "trl/dapo/sequence", "verl/vanilla" and so on, with that trainer's defaults; `grpo_fast.presets` is
-        the table.
+        A trainer's: "trl/dapo", "trl/dapo/sequence", "verl/vanilla" and so on, with that trainer's
+        defaults; `grpo_fast.presets` is the table.
 
         Raises:
             ValueError: an unknown name, or a `surrogate` that is not the preset's.
