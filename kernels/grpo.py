@@ -38,6 +38,7 @@ from grpo_fast.kernels.tiles import (
     dlogits_factors,
     dlogits_target,
     include_target,
+    soft_cap,
     standard_score,
     token_policy_terms,
 )
@@ -116,6 +117,8 @@ def _grpo_kernel(
     value_clip,
     entropy_coef,
     score_eps,
+    softcap,
+    logit_scale,
     SURROGATE: tl.constexpr,
     KL: tl.constexpr,
     K: tl.constexpr,
@@ -140,7 +143,9 @@ def _grpo_kernel(
         target = tl.load(ids_ptr + row).to(tl.int32)
         inv_temperature = inverse_temperature(temperature_ptr, row, inv_temperature)
         scale = inv_temperature * LOG2E
-        m, s, t = read_statistics(row_ptr, target, scale, start, stop, K, T, HAS_ENTROPY)
+        m, s, t = read_statistics(
+            row_ptr, target, scale, start, stop, K, T, HAS_ENTROPY, softcap, logit_scale
+        )
         last = True
         if SPLIT:
             last = arrive(partial_ptr, arrived_ptr, row, part, parts, m, s, t)
@@ -148,6 +153,8 @@ def _grpo_kernel(
             if SPLIT:
                 m, s, t = combine_parts(partial_ptr, row, parts, BLOCK_PARTS, HAS_ENTROPY)
             z = tl.load(row_ptr + target).to(tl.float32)
+            if softcap is not None:
+                z = soft_cap(z, softcap, logit_scale)
             m, s, log2_s, logp, entropy = include_target(m, s, t, z, scale)
             advantage = load_advantage(
                 advantages_ptr, rewards_ptr, sequence_ptr, row, T_len, G, score_eps, BLOCK_G
@@ -190,7 +197,21 @@ def _grpo_kernel(
                 k0, k1 = dlogits_factors(dlogp, dentropy, entropy, s, log2_s, inv_temperature)
                 dtarget = dlogits_target(dlogp, dentropy, entropy, logp, inv_temperature)
                 write_dlogits(
-                    row_ptr, drow_ptr, target, dtarget, scale, m, k0, k1, 0, V, K, T, HAS_ENTROPY
+                    row_ptr,
+                    drow_ptr,
+                    target,
+                    dtarget,
+                    scale,
+                    m,
+                    k0,
+                    k1,
+                    0,
+                    V,
+                    K,
+                    T,
+                    HAS_ENTROPY,
+                    softcap,
+                    logit_scale,
                 )
             else:
                 write_zeros(drow_ptr, 0, V, K, T)
@@ -252,6 +273,8 @@ def grpo_fwd_bwd(
     inv_temperature,
     objective,
     dlogits,
+    softcap=None,
+    logit_scale=None,
 ):
     """Launch the kernel, `dlogits` (B, T, V) being written (it may be `logits`).
 
@@ -260,6 +283,7 @@ def grpo_fwd_bwd(
         ids, mask, weight, advantages, sequence, old_logp, ref_logp, importance, temperature: (N,)
             contiguous, or None as the kernel allows. rewards: (num_sequences,).
         objective: a `grpo_fast.Objective`.
+        softcap, logit_scale: both or neither: z stands for softcap * tanh(logit_scale * logits / softcap).
 
     Returns:
         loss, logp, entropy (or None), kl (or None): (N,) fp32; clip: (N,) int8.
@@ -300,6 +324,8 @@ def grpo_fwd_bwd(
             **scalars(objective),
             entropy_coef=objective.entropy_coef,
             score_eps=SCORE_EPS,
+            softcap=softcap,
+            logit_scale=logit_scale,
             SURROGATE=objective.surrogate,
             KL=objective.kl,
             BLOCK_G=block_size(group_size),

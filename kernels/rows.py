@@ -15,7 +15,14 @@ import torch
 import triton
 import triton.language as tl
 
-from grpo_fast.kernels.tiles import LOWEST, dlogits_tile, fold_softmax, reduce_softmax
+from grpo_fast.kernels.tiles import (
+    LOWEST,
+    dlogits_tile,
+    fold_softmax,
+    reduce_softmax,
+    soft_cap,
+    soft_cap_slope,
+)
 
 MAX_V_PER_PROGRAM = 32_768
 WARP_SIZE = 64 if torch.version.hip else 32
@@ -98,9 +105,21 @@ def tile_plan(target, start, stop, BLOCK: tl.constexpr):
 
 @triton.jit
 def read_statistics(
-    row_ptr, target, scale, start, stop, K: tl.constexpr, T: tl.constexpr, HAS_ENTROPY: tl.constexpr
+    row_ptr,
+    target,
+    scale,
+    start,
+    stop,
+    K: tl.constexpr,
+    T: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr,
+    softcap=None,
+    logit_scale=None,
 ):
-    """(m, s, t) of columns [start, stop) of a row without column `target`."""
+    """(m, s, t) of columns [start, stop) of a row without column `target`.
+
+    softcap, logit_scale: both or neither: what is read passes through `soft_cap` first.
+    """
     BLOCK: tl.constexpr = K * T
     offs = tile_offsets(K, T)
     strip = tile_offsets(1, T)
@@ -112,6 +131,8 @@ def read_statistics(
         base = start + (i + (i >= skip).to(tl.int32)) * BLOCK
         # A second pass often follows: ask the cache to keep the row.
         z = tl.load(row_ptr + base + offs, eviction_policy="evict_last").to(tl.float32)
+        if softcap is not None:
+            z = soft_cap(z, softcap, logit_scale)
         m, s, t = fold_softmax(m, s, t, z, scale, HAS_ENTROPY)
     for tile in range(skip, count, step):
         first = start + tile * BLOCK
@@ -120,6 +141,8 @@ def read_statistics(
             z = tl.load(
                 row_ptr + base + strip, mask=keep, other=-float("inf"), eviction_policy="evict_last"
             ).to(tl.float32)
+            if softcap is not None:
+                z = tl.where(keep, soft_cap(z, softcap, logit_scale), -float("inf"))
             z = tl.where(strip == target - base, -float("inf"), z)
             m, s, t = fold_softmax(m, s, t, z, scale, HAS_ENTROPY)
     return reduce_softmax(m, s, t, HAS_ENTROPY)
@@ -164,6 +187,8 @@ def write_dlogits(
     K: tl.constexpr,
     T: tl.constexpr,
     HAS_ENTROPY: tl.constexpr,
+    softcap=None,
+    logit_scale=None,
 ):
     """Columns [start, stop) of the gradient of a row; `drow_ptr` may be `row_ptr`.
 
@@ -178,15 +203,25 @@ def write_dlogits(
         for base in range(first, tl.minimum(first + BLOCK, stop), T):
             keep = strip < stop - base
             z = tl.load(row_ptr + base + strip, mask=keep, other=-float("inf")).to(tl.float32)
+            if softcap is not None:
+                slope = soft_cap_slope(z, softcap, logit_scale)
+                z = soft_cap(z, softcap, logit_scale)
             dz = dlogits_tile(z, scale, m, k0, k1, HAS_ENTROPY)
             dz = tl.where(strip == target - base, dtarget, dz)
+            if softcap is not None:
+                dz = dz * slope
             tl.store(drow_ptr + base + strip, dz.to(drow_ptr.dtype.element_ty), mask=keep)
     rest = full - (skip < full).to(tl.int32)
     for i in range(0, rest):
         tile = rest - 1 - i
         base = start + (tile + (tile >= skip).to(tl.int32)) * BLOCK
         z = tl.load(row_ptr + base + offs).to(tl.float32)
+        if softcap is not None:
+            slope = soft_cap_slope(z, softcap, logit_scale)
+            z = soft_cap(z, softcap, logit_scale)
         dz = dlogits_tile(z, scale, m, k0, k1, HAS_ENTROPY)
+        if softcap is not None:
+            dz = dz * slope
         tl.store(drow_ptr + base + offs, dz.to(drow_ptr.dtype.element_ty))
 
 

@@ -26,6 +26,22 @@ CLIP_DUAL = tl.constexpr(4)
 
 
 @triton.jit
+def soft_cap(z, softcap, logit_scale):
+    """softcap * tanh(logit_scale * z / softcap)."""
+    t = tl.exp2(tl.abs(z) * (logit_scale / softcap) * -2.8853900817779268)  # e^(-2 |x|)
+    capped = softcap * ((1.0 - t) / (1.0 + t))
+    return tl.where(z < 0, -capped, capped)
+
+
+@triton.jit
+def soft_cap_slope(z, softcap, logit_scale):
+    """Its derivative in z: logit_scale (1 - tanh^2), without the cancellation of that form."""
+    t = tl.exp2(tl.abs(z) * (logit_scale / softcap) * -2.8853900817779268)
+    half = 1.0 / (1.0 + t)
+    return 4.0 * logit_scale * t * half * half
+
+
+@triton.jit
 def fold_softmax(m, s, t, z, scale, HAS_ENTROPY: tl.constexpr):
     """Fold a tile `z` [K, T] into the lane-wise statistics m, s, t [T]."""
     m_new = tl.maximum(m, tl.max(z, axis=0) * scale)
