@@ -1,10 +1,10 @@
-"""The losses: `grpo_loss` on logits, `policy_loss` on log-probs."""
-
-from typing import NamedTuple
+"""The losses: `grpo_loss` on logits, `linear_grpo_loss` on hidden states, `policy_loss` on log-probs."""
 
 import torch
 from torch import Tensor
 
+from grpo_fast._linear_loss import linear_grpo_loss
+from grpo_fast._output import LossOutput, loss_output, policy_of_logps
 from grpo_fast.objective import Objective
 from grpo_fast.ops import _arguments
 from grpo_fast.ops._metrics import fold_statistics, metrics_from
@@ -12,29 +12,15 @@ from grpo_fast.ops._tokens import Sequences, Tokens, check_tokens
 from grpo_fast.ops.group_advantage import group_advantage_fwd
 from grpo_fast.ops.grpo import DESTROYED, SCORE_EPS, grpo, grpo_inplace, spread
 from grpo_fast.ops.logprob import logprob_fwd
-from grpo_fast.ops.policy_loss import policy_loss_fwd, token_statistics
-from grpo_fast.ops.sequence_loss import sequence_loss_fwd
 
-__all__ = ["LossOutput", "fold_statistics", "grpo_loss", "metrics_from", "policy_loss"]
-
-
-class LossOutput(NamedTuple):
-    """What a loss returns.
-
-    Attributes:
-        loss: 0-dim, differentiable.
-        logps: log-probs, of the shape of the ids, detached; finite but unspecified where masked.
-        entropy: the same of the entropy in nats, or None where it was not computed.
-        metrics: 0-dim tensors on the device of the loss; see `metrics_from`.
-        statistics: (16,) fp32, the sums the metrics come from. Gather them across ranks (one collective),
-            then `metrics_from(fold_statistics(gathered))` is the metrics of the global batch.
-    """
-
-    loss: Tensor
-    logps: Tensor
-    entropy: Tensor | None
-    metrics: dict[str, Tensor]
-    statistics: Tensor
+__all__ = [
+    "LossOutput",
+    "fold_statistics",
+    "grpo_loss",
+    "linear_grpo_loss",
+    "metrics_from",
+    "policy_loss",
+]
 
 
 def grpo_loss(
@@ -129,7 +115,9 @@ def grpo_loss(
     else:
         loss, logp, entropy, kl, clip, _ = grpo(logits3, *arguments)
     has_entropy = objective.entropy_coef != 0
-    return _output(completion_ids, loss, logp, entropy if has_entropy else None, kl, clip, tokens)
+    return loss_output(
+        completion_ids, loss, logp, entropy if has_entropy else None, kl, clip, tokens
+    )
 
 
 def policy_loss(
@@ -195,38 +183,8 @@ def policy_loss(
     )
     logp = logps.reshape(-1).float()
     flat_entropy = None if entropy is None else entropy.reshape(-1).float()
-    loss, kl, clip = _policy(logp, flat_entropy, tokens, sequences, objective)
-    return _output(logps, loss, logp.detach(), flat_entropy, kl, clip, tokens)
-
-
-def _policy(
-    logp: Tensor,
-    entropy: Tensor | None,
-    tokens: Tokens,
-    sequences: Sequences,
-    objective: Objective,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(weighted loss, KL, clip flags) of (N,) log-probs."""
-    assert tokens.advantages is not None
-    shared = (
-        logp,
-        tokens.mask,
-        tokens.weight,
-        tokens.advantages,
-        tokens.old_logp,
-        tokens.ref_logp,
-        tokens.importance,
-    )
-    if objective.needs_sequences:
-        loss, _, kl, clip = sequence_loss_fwd(*shared, *sequences, objective.key)
-    else:
-        loss, _, kl, clip = policy_loss_fwd(*shared, objective.key)
-    if objective.entropy_coef:
-        assert entropy is not None
-        # The weight is 0 where a token is masked; select, since its entropy may be NaN there.
-        bonus = torch.where(tokens.weight == 0, 0, entropy)
-        loss = loss - objective.entropy_coef * tokens.weight * bonus
-    return loss, kl, clip
+    loss, kl, clip = policy_of_logps(logp, flat_entropy, tokens, sequences, objective)
+    return loss_output(logps, loss, logp.detach(), flat_entropy, kl, clip, tokens)
 
 
 def _from_log_probs(
@@ -253,37 +211,8 @@ def _from_log_probs(
             tokens.rewards, tokens.group_size, None, "group", SCORE_EPS, True
         )
         tokens = tokens._replace(advantages=spread(score, tokens.sequence, logits))
-    loss, kl, clip = _policy(logp, entropy, tokens, sequences, objective)
+    loss, kl, clip = policy_of_logps(logp, entropy, tokens, sequences, objective)
     return loss, logp.detach(), entropy, kl, clip
-
-
-def _output(
-    like: Tensor,
-    loss: Tensor,
-    logp: Tensor,
-    entropy: Tensor | None,
-    kl: Tensor,
-    clip: Tensor,
-    tokens: Tokens,
-) -> LossOutput:
-    entropy = None if entropy is None else entropy.detach()
-    statistics = token_statistics(
-        tokens.mask,
-        loss.detach(),
-        logp,
-        tokens.old_logp,
-        tokens.importance,
-        kl if tokens.ref_logp is not None else None,
-        entropy,
-        clip,
-    )
-    metrics = metrics_from(statistics)
-    if tokens.ref_logp is None:
-        del metrics["kl"]
-    if entropy is None:
-        del metrics["entropy"]
-    shaped = None if entropy is None else entropy.view(like.shape)
-    return LossOutput(loss.sum(), logp.view(like.shape), shaped, metrics, statistics)
 
 
 def _check_not_destroyed(logits: Tensor) -> None:

@@ -30,9 +30,9 @@ def _weigh_rows_kernel(
     offs = (pid % blocks) * BLOCK + tl.arange(0, BLOCK)
     keep = offs < D
     c = tl.load(c_ptr + row * stride_c).to(tl.float32)
-    # Select, not multiply: a row without gradient has none, whatever it holds. It is not even read.
-    x = tl.load(x_ptr + row * D + offs, mask=keep & (c != 0), other=0.0).to(tl.float32)
-    y = tl.where(c == 0, 0.0, c * x)
+    y = tl.zeros([BLOCK], tl.float32)
+    if c != 0:  # a row without gradient has none, whatever it holds: it is not read
+        y = c * tl.load(x_ptr + row * D + offs, mask=keep, other=0.0).to(tl.float32)
     tl.store(y_ptr + row * D + offs, y.to(y_ptr.dtype.element_ty), mask=keep)
 
 
