@@ -9,7 +9,7 @@ from grpo_fast import reference
 from grpo_fast._output import LossOutput, loss_output, policy_of_logps
 from grpo_fast.objective import Objective
 from grpo_fast.ops import _arguments
-from grpo_fast.ops._head import Needs, check_head
+from grpo_fast.ops._head_arguments import Needs, check_head
 from grpo_fast.ops._tokens import Tokens, check_tokens
 from grpo_fast.ops.group_advantage import group_advantage_fwd
 from grpo_fast.ops.grpo import SCORE_EPS, Arguments, spread
@@ -44,7 +44,7 @@ def linear_grpo_loss(
     temperature: float | Tensor = 1.0,
     objective: Objective = Objective(),
 ) -> LossOutput:
-    """The GRPO loss from the last hidden states and the head, with all gradients, without the logits in memory.
+    """The GRPO loss from the last hidden states and the head, with its gradients, the logits never in memory.
 
     Equivalent to `grpo_loss(cap(logit_scale * (hidden @ weight.T + bias)), completion_ids, ...)` with
     `cap(x) = softcap * tanh(x / softcap)`, the logits living in one chunk of tokens at a time. The gradients
@@ -53,20 +53,20 @@ def linear_grpo_loss(
 
     Args:
         hidden: (B, T, D) or (N, D), float32, bfloat16 or float16: the last hidden states, row t for token t.
-        weight: (rows, D) of the head, of the same dtype. Under FSDP call this inside the forward of the module
-            that owns it, where it has been gathered.
+        weight: (rows, D) of the head, of the same dtype. Under FSDP call this inside the forward of the
+            module that owns it, where it has been gathered.
         completion_ids: (B, T) or (N,), int32 or int64; anything where the mask is 0.
         bias: (rows,).
         softcap: of the logits (Gemma 2); None for none.
         logit_scale: positive factor on the logits (Cohere).
-        logits_dtype: "fp32": logits of half-precision operands are not rounded. "bf16": they are rounded to the
-            operands' dtype, as a model's own head does; less workspace.
+        logits_dtype: "fp32": logits of half-precision operands are not rounded. "bf16": they are rounded to
+            the operands' dtype, as a model's own head does; less workspace.
         vocab_size: rows of `weight` that are vocabulary; those after it are padding, their gradient is 0.
-        compact: leave tokens that cannot have a gradient out of all products: masked ones, those whose weight is
-            0, and, with beta = 0 and no entropy bonus, those whose advantage or importance weight is 0 (for
-            an objective that looks at sequences: sequences of such tokens). Their number must reach
-            the host: on a GPU one sync, none if `mask`, `token_weights` and `advantages` or `rewards` (and
-            `cu_seqlens`) are on the CPU, which is allowed. Loss and gradients are the same up to the order
+        compact: leave tokens that cannot have a gradient out of all products: masked ones, those whose
+            weight is 0, and, with beta = 0 and no entropy bonus, those whose advantage or importance weight
+            is 0 (for an objective that looks at sequences: sequences of such tokens). Their number must
+            reach the host: on a GPU one sync, none if `mask`, `token_weights` and `advantages` or `rewards`
+            (and `cu_seqlens`) are on the CPU, which is allowed. Loss and gradients are the same up to the order
             of summation.
         chunk_size: tokens per chunk. Every product has exactly so many rows. Default: chosen from the
             number of tokens and the device.
@@ -80,8 +80,8 @@ def linear_grpo_loss(
 
     Returns:
         `LossOutput`. Log-probs and entropy of tokens left out are unspecified (0), and the metrics are of
-        the tokens that were computed (`metrics["tokens"]` of them); `metrics["skipped_fraction"]` is the share
-        of rows that were left out. backward works once.
+        the tokens that were computed (`metrics["tokens"]` of them); `metrics["skipped_fraction"]` is the
+        share of rows that were left out. backward works once.
 
     Raises:
         ValueError, TypeError: as `grpo_loss`.
@@ -108,7 +108,7 @@ def linear_grpo_loss(
         """On the device of the rest, without waiting for it."""
         return x.to(device, non_blocking=True) if isinstance(x, Tensor) and x.is_cpu else x
 
-    deciding = (advantages, rewards, token_weights, cu_seqlens)
+    deciding = [advantages, rewards, token_weights, cu_seqlens]
     given = _arguments.check_mask(op, mask, completion_ids, anywhere=True)
     live = here(given)
     ids = _arguments.check_ids(op, "completion_ids", completion_ids, live, options.vocab_size)
@@ -134,10 +134,15 @@ def linear_grpo_loss(
     keep = None
     if compact:
         # On the host if all that decides is there: nobody waits for the device then.
-        if not all(x is None or x.is_cpu for x in (given, *deciding)):
-            given, *deciding = live, *(here(x) for x in deciding)
+        on_host = all(x is None or x.is_cpu for x in (given, *deciding))
+        at_hand = deciding if on_host else [here(x) for x in deciding]
         keep = carries_gradient(
-            completion_ids, given, *deciding, group_size, importance_weights, objective
+            completion_ids,
+            given if on_host else live,
+            *at_hand,
+            group_size=group_size,
+            importance_weights=importance_weights,
+            objective=objective,
         )
     covered = live if keep is None else here(keep)
     needs = Needs(
@@ -190,6 +195,7 @@ def carries_gradient(
     rewards: Tensor | None,
     token_weights: Tensor | None,
     cu_seqlens: Tensor | None,
+    *,
     group_size: int | None,
     importance_weights: Tensor | None,
     objective: Objective,
@@ -219,10 +225,10 @@ def carries_gradient(
                     rewards.float(), group_size or 1, None, "group", SCORE_EPS, True
                 )
             conditions.append(per_token(advantages) != 0)
-        where = (advantages if advantages is not None else rewards).device  # type: ignore[union-attr]
-        if importance_weights is not None and objective.surrogate != "vespo":
-            if importance_weights.device == where:
-                conditions.append(per_token(importance_weights) != 0)
+        # They may be on the GPU where the others decide on the host: then they do not decide.
+        importance = None if objective.surrogate == "vespo" else importance_weights
+        if importance is not None and all(x.device == importance.device for x in conditions):
+            conditions.append(per_token(importance) != 0)
     if not conditions:
         return None
     alive = conditions[0]

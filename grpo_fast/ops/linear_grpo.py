@@ -1,7 +1,8 @@
 """Hidden states to the GRPO loss and its gradients, logits never held as a whole.
 
-The language-model head runs in chunks of tokens (`grpo_fast.ops._head`); kernels: `grpo_fast.kernels.grpo` turns
-each chunk of logits into its gradient in place, `grpo_fast.kernels.linear_grpo` applies the upstream gradient.
+The language-model head runs in chunks of tokens (`grpo_fast.ops._head`). Kernels: `grpo_fast.kernels.grpo`
+turns each chunk of logits into its gradient in place, `grpo_fast.kernels.linear_grpo` applies the upstream
+gradient.
 
 How often the logits are computed depends on when the coefficients dL/dlogp are known (`plan`), N D V
 multiplications each for logits, dH and dW, 2 operations per multiplication:
@@ -13,6 +14,7 @@ multiplications each for logits, dH and dW, 2 operations per multiplication:
     two_phase   after all log-probs                                   8 N D V
 """
 
+import itertools
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +22,15 @@ from torch import Tensor
 
 from grpo_fast.objective import Objective
 from grpo_fast.ops._backend import launch, use_triton
-from grpo_fast.ops._head import OPTIONS, PARAMETERS, Head, Needs, Options, Parameters, row_limit
+from grpo_fast.ops._head import Head, row_limit
+from grpo_fast.ops._head_arguments import (
+    OPTIONS,
+    PARAMETERS,
+    Needs,
+    Options,
+    Parameters,
+    sorted_into,
+)
 from grpo_fast.ops._tokens import Sequences
 from grpo_fast.ops.grpo import ARGUMENTS, Arguments, Outputs, _new_outputs, fill
 from grpo_fast.ops.linear_logprob import (
@@ -42,8 +52,8 @@ from grpo_fast.ops.logprob import read_rows, write_rows
 from grpo_fast.ops.sequence_loss import sequence_loss_fwd
 
 USED_TWICE = (
-    "linear_grpo_loss: backward ran a second time. The gradients are computed once, in the forward, and handed "
-    "over by the first backward; compute the loss again for a second one."
+    "linear_grpo_loss: backward ran a second time. The gradients are computed once, in the forward, and "
+    "handed over by the first backward; compute the loss again for a second one."
 )
 REINFORCE = ("beta", "kl", "kl_gap_clip", "kl_value_clip", "entropy_coef")
 
@@ -61,14 +71,9 @@ class Call(NamedTuple):
 
 
 def sort(arguments: tuple) -> Call:
-    found, start = [], 0
-    for kind in (Parameters, Arguments, None, Sequences, Options):
-        size = 1 if kind is None else len(kind._fields)
-        piece = arguments[start : start + size]
-        found.append(piece[0] if kind is None else kind(*piece))
-        start += size
-    needs, dw_out = arguments[start:]
-    return Call(*found, Needs(*needs), dw_out)
+    kinds = (Parameters, Arguments, None, Sequences, Options, None, None)
+    found = Call(*sorted_into(arguments, *kinds))
+    return found._replace(needs=Needs(*found.needs))
 
 
 def plan(
@@ -87,7 +92,7 @@ def plan(
         return "known"
     if not needs.parameters and not objective.entropy_coef:
         return "late"
-    if ends is not None and all(j - i <= limit for i, j in zip(ends, ends[1:])):  # noqa: B905
+    if ends is not None and all(j - i <= limit for i, j in itertools.pairwise(ends)):
         return "aligned"
     return "two_phase"
 

@@ -1,7 +1,7 @@
 """Hidden states to differentiable log-probs and entropy, logits never held as a whole.
 
-The language-model head runs in chunks of tokens (`grpo_fast.ops._head`); kernels: `grpo_fast.kernels.logprob` on
-each chunk, and `grpo_fast.kernels.linear_logprob`.
+The language-model head runs in chunks of tokens (`grpo_fast.ops._head`). Kernels: `grpo_fast.kernels.logprob`
+on each chunk, and `grpo_fast.kernels.linear_logprob`.
 """
 
 from typing import Any, Literal, NamedTuple, overload
@@ -12,7 +12,16 @@ from torch import Tensor
 from grpo_fast.objective import Objective
 from grpo_fast.ops import _arguments
 from grpo_fast.ops._backend import launch, use_triton
-from grpo_fast.ops._head import OPTIONS, PARAMETERS, Head, Needs, Options, Parameters, check_head
+from grpo_fast.ops._head import Head
+from grpo_fast.ops._head_arguments import (
+    OPTIONS,
+    PARAMETERS,
+    Needs,
+    Options,
+    Parameters,
+    check_head,
+    sorted_into,
+)
 from grpo_fast.ops.grpo import Arguments, fill
 from grpo_fast.ops.logprob import read_rows, write_rows
 
@@ -127,12 +136,18 @@ def read_with_unit_gradient(head: Head, scores: Scores) -> Tensor:
 
 def slice_arguments(a: Arguments, rows: Tensor | slice) -> Arguments:
     """The arguments of some rows; all tensors in `a` are per token."""
-    return a._replace(**{k: x[rows] for k, x in a._asdict().items() if isinstance(x, Tensor)})
+    of_rows: list[Any] = [x[rows] if isinstance(x, Tensor) else x for x in a]
+    return Arguments(*of_rows)
+
+
+# What the two operators take after the hidden states: see their schemas.
+FORWARD = (Parameters, Scores, None, None, None, Options)
+BACKWARD = (Parameters, Scores, None, Statistics, None, Options)
 
 
 def _forward(hidden: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`Statistics`, then the gradient of each log-prob in its hidden state if `unit` asks for it."""
-    parameters, scores, (keep, with_entropy, unit), options = _split(arguments)
+    parameters, scores, keep, with_entropy, unit, options = sorted_into(arguments, *FORWARD)
     rows = kept_rows(keep, hidden)
     if keep is not None:  # nothing masked is kept
         scores = scores._replace(mask=None)
@@ -154,17 +169,6 @@ def _forward(hidden: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, T
     )
 
 
-def _split(arguments: tuple) -> tuple[Parameters, Scores, tuple, Options]:
-    """The arguments of `linear_logprob_fwd` after the hidden states."""
-    a, b = len(Parameters._fields), len(Parameters._fields) + len(Scores._fields)
-    return (
-        Parameters(*arguments[:a]),
-        Scores(*arguments[a:b]),
-        arguments[b : b + 3],
-        Options(*arguments[b + 3 :]),
-    )
-
-
 linear_logprob_fwd = torch.library.custom_op(
     "grpo_fast::linear_logprob_fwd",
     _forward,
@@ -176,7 +180,7 @@ linear_logprob_fwd = torch.library.custom_op(
 
 @linear_logprob_fwd.register_fake
 def _(hidden: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    _, scores, (_, with_entropy, unit), _ = _split(arguments)
+    _, scores, _, with_entropy, unit, _ = sorted_into(arguments, *FORWARD)
     N = scores.ids.shape[0]
     kept = N * (not unit)
     vectors = [hidden.new_empty(n, dtype=torch.float32) for n in (N, N * with_entropy, kept, kept)]
@@ -187,30 +191,19 @@ def _backward_pass(
     dlogp: Tensor, dentropy: Tensor | None, hidden: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients named by `Needs`, (0,) where not wanted."""
-    parameters, scores, (keep, *statistics, needs), options = _split_backward(arguments)
+    parameters, scores, keep, statistics, needs, options = sorted_into(arguments, *BACKWARD)
     rows = kept_rows(keep, hidden)
     if keep is not None:
         scores = scores._replace(mask=None)
     head = Head(hidden, parameters, options, rows, scores.mask, Needs(*needs))
-    logp, entropy, top, total = (x if not len(x) else at(x, rows) for x in statistics)
     write_all(
         head,
         select(scaled(scores, options), rows),
         dlogp if rows is None else dlogp[rows],
         at(dentropy, rows),
-        Statistics(logp, entropy, top, total),
+        Statistics(*(x[rows] if rows is not None and len(x) else x for x in statistics)),
     )
     return head.gradients()
-
-
-def _split_backward(arguments: tuple) -> tuple[Parameters, Scores, tuple, Options]:
-    a, b = len(Parameters._fields), len(Parameters._fields) + len(Scores._fields)
-    return (
-        Parameters(*arguments[:a]),
-        Scores(*arguments[a:b]),
-        arguments[b : b + 6],
-        Options(*arguments[b + 6 :]),
-    )
 
 
 five = "(Tensor, Tensor, Tensor, Tensor, Tensor)"
@@ -225,7 +218,10 @@ linear_logprob_bwd = torch.library.custom_op(
 
 def empty_gradients(hidden: Tensor, parameters: Parameters, needs: Needs) -> tuple[Tensor, ...]:
     """What `Head.gradients` returns, without its values."""
-    shapes = [x.shape if n and x is not None else 0 for x, n in zip(parameters, needs[1:])]  # noqa: B905
+    shapes = [
+        x.shape if wanted and x is not None else 0
+        for x, wanted in zip(parameters, needs[1:], strict=True)
+    ]
     return (
         hidden.new_empty(hidden.shape if needs.hidden else 0),
         *(hidden.new_empty(shape, dtype=torch.float32) for shape in shapes),
@@ -234,7 +230,7 @@ def empty_gradients(hidden: Tensor, parameters: Parameters, needs: Needs) -> tup
 
 @linear_logprob_bwd.register_fake
 def _(dlogp: Tensor, dentropy: Tensor | None, hidden: Tensor, *arguments: Any) -> tuple:
-    parameters, _, (*_, needs), _ = _split_backward(arguments)
+    parameters, *_, needs, _ = sorted_into(arguments, *BACKWARD)
     return empty_gradients(hidden, parameters, Needs(*needs))
 
 
@@ -257,7 +253,7 @@ def _(x: Tensor, c: Tensor) -> Tensor:
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     hidden, *rest = inputs
-    parameters, scores, (keep, _, ctx.unit), ctx.options = _split(tuple(rest))
+    parameters, scores, keep, _, ctx.unit, ctx.options = sorted_into(tuple(rest), *FORWARD)
     ctx.inv_temperature = scores.inv_temperature
     ctx.inputs = len(inputs)
     tensors = (scores.ids, scores.mask, scores.temperature)
@@ -360,9 +356,9 @@ def linear_logprob(
 
     Equivalent to `logprob(cap(logit_scale * (hidden @ weight.T + bias)), ids, ...)` with `cap(x) = softcap *
     tanh(x / softcap)`, the logits living in one chunk of tokens at a time. Differentiable in hidden, weight,
-    bias and `lora`, for any gradient of both outputs: the backward computes each chunk of logits again (8 N D V
-    operations in all; 4 N D V where only `hidden` wants a gradient and there is no entropy; 2 N D V without
-    a gradient).
+    bias and `lora`, for any gradient of both outputs: the backward computes each chunk of logits again (8 N D
+    V operations in all; 4 N D V where only `hidden` wants a gradient and there is no entropy; 2 N D V
+    without a gradient).
 
     Args:
         hidden: (B, T, D) or (N, D), float32, bfloat16 or float16: the last hidden states, row t for token t.
@@ -375,14 +371,14 @@ def linear_logprob(
         mask: per token; where it is 0 nothing is read (`hidden` may hold NaN there) and there is no gradient;
             log-prob and entropy are unspecified (finite).
         return_entropy: also return the entropy in nats.
-        logits_dtype: "fp32": logits of half-precision operands are not rounded. "bf16": they are rounded to the
-            operands' dtype, as a model's own head does; half the workspace.
+        logits_dtype: "fp32": logits of half-precision operands are not rounded. "bf16": they are rounded to
+            the operands' dtype, as a model's own head does; less workspace.
         vocab_size: rows of `weight` that are vocabulary; those after it are padding. Default: all.
         compact: leave masked tokens out of the products. Their number must reach the host: on a GPU a sync,
             unless `mask` is on the CPU.
-        chunk_size: tokens per chunk. Every product has exactly so many rows, and at the same `chunk_size` the
-            result of a row does not depend on the batch around it beyond what the matrix library does. Default:
-            chosen from the number of tokens and the device.
+        chunk_size: tokens per chunk. Every product has exactly so many rows, and at the same `chunk_size`
+            the result of a row does not depend on the batch around it beyond what the matrix library does.
+            Default: chosen from the number of tokens and the device.
         lora: (A (r, D), B (rows, r), scaling): adds `scaling * (hidden @ A.T) @ B.T` to the logits.
 
     Returns:
