@@ -65,9 +65,9 @@ def linear_grpo_loss(
         compact: leave tokens that cannot have a gradient out of all products: masked ones, those whose
             weight is 0, and, with beta = 0 and no entropy bonus, those whose advantage or importance weight
             is 0 (for an objective that looks at sequences: sequences of such tokens). Their number must
-            reach the host: on a GPU one sync, none if `mask`, `token_weights` and `advantages` or `rewards`
-            (and `cu_seqlens`) are on the CPU, which is allowed. Loss and gradients are the same up to the order
-            of summation.
+            reach the host: on a GPU one sync, none if `mask`, `token_weights`, `cu_seqlens` and
+            `advantages` or `rewards`, as far as given, are on the CPU, which is allowed. Loss and gradients
+            are the same up to the order of summation.
         chunk_size: tokens per chunk. Every product has exactly so many rows. Default: chosen from the
             number of tokens and the device.
         lora: (A (r, D), B (rows, r), scaling): adds `scaling * (hidden @ A.T) @ B.T` to the logits.

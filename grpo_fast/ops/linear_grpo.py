@@ -252,7 +252,11 @@ def _forward(hidden: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     else:
         out = _by_sequence(way, head, scores, a, sequences, ends, objective)
     N = len(hidden)
-    outputs = [spread_rows(x, rows, N) for x in out]
+    optional = {"entropy": objective.entropy_coef != 0, "kl": a.ref_logp is not None}
+    outputs = [
+        spread_rows(x, rows, N, computed=optional.get(name, True))
+        for name, x in out._asdict().items()
+    ]
     dhidden, *others = head.gradients()
     return (out.loss.sum(), *outputs, dhidden, *others)
 

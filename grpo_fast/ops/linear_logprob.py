@@ -81,9 +81,11 @@ def kept_rows(keep: Tensor | None, like: Tensor) -> Tensor | None:
     return None if len(rows) == len(keep) else rows.to(like.device, non_blocking=True)
 
 
-def spread_rows(x: Tensor, rows: Tensor | None, N: int, default: float = 0.0) -> Tensor:
-    """x of the rows that took part as (N,), `default` for the others."""
-    if rows is None or not x.numel():
+def spread_rows(
+    x: Tensor, rows: Tensor | None, N: int, default: float = 0.0, computed: bool = True
+) -> Tensor:
+    """x of the rows that took part as (N,), `default` for the others; as it is if it was not computed."""
+    if rows is None or not computed:
         return x
     return x.new_full((N,), default).index_copy_(0, rows, x)
 
@@ -162,7 +164,7 @@ def _forward(hidden: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, T
     logp, entropy, top, total = read_all(head, scores, with_entropy)
     return (
         spread_rows(logp, rows, N),
-        spread_rows(entropy, rows, N),
+        spread_rows(entropy, rows, N, computed=with_entropy),
         spread_rows(top, rows, N),
         spread_rows(total, rows, N, 1.0),
         hidden.new_empty(0),
