@@ -30,6 +30,7 @@ from grpo_fast.kernels.rows import (
     read_statistics,
     row_offset,
     schedule,
+    soft_cap_scalars,
     write_dlogits,
     write_zeros,
 )
@@ -119,6 +120,7 @@ def _grpo_kernel(
     score_eps,
     softcap,
     logit_scale,
+    cap_rate,
     SURROGATE: tl.constexpr,
     KL: tl.constexpr,
     K: tl.constexpr,
@@ -144,7 +146,7 @@ def _grpo_kernel(
         inv_temperature = inverse_temperature(temperature_ptr, row, inv_temperature)
         scale = inv_temperature * LOG2E
         m, s, t = read_statistics(
-            row_ptr, target, scale, start, stop, K, T, HAS_ENTROPY, softcap, logit_scale
+            row_ptr, target, scale, start, stop, K, T, HAS_ENTROPY, softcap, logit_scale, cap_rate
         )
         last = True
         if SPLIT:
@@ -154,7 +156,7 @@ def _grpo_kernel(
                 m, s, t = combine_parts(partial_ptr, row, parts, BLOCK_PARTS, HAS_ENTROPY)
             z = tl.load(row_ptr + target).to(tl.float32)
             if softcap is not None:
-                z = soft_cap(z, softcap, logit_scale)
+                z, _ = soft_cap(z, softcap, logit_scale, cap_rate)
             m, s, log2_s, logp, entropy = include_target(m, s, t, z, scale)
             advantage = load_advantage(
                 advantages_ptr, rewards_ptr, sequence_ptr, row, T_len, G, score_eps, BLOCK_G
@@ -212,6 +214,7 @@ def _grpo_kernel(
                     HAS_ENTROPY,
                     softcap,
                     logit_scale,
+                    cap_rate,
                 )
             else:
                 write_zeros(drow_ptr, 0, V, K, T)
@@ -295,7 +298,7 @@ def grpo_fwd_bwd(
     entropy = new(N) if objective.entropy_coef else None
     kl = new(N) if ref_logp is not None else None
     clip = new(N, dtype=torch.int8)
-    plan = schedule(V)
+    plan = schedule(V, softcap is not None)
     if N:
         _grpo_kernel[(N * plan.parts,)](
             logits_ptr=logits,
@@ -324,8 +327,7 @@ def grpo_fwd_bwd(
             **scalars(objective),
             entropy_coef=objective.entropy_coef,
             score_eps=SCORE_EPS,
-            softcap=softcap,
-            logit_scale=logit_scale,
+            **soft_cap_scalars(softcap, logit_scale),
             SURROGATE=objective.surrogate,
             KL=objective.kl,
             BLOCK_G=block_size(group_size),

@@ -24,6 +24,7 @@ from grpo_fast.kernels.rows import (
     read_statistics,
     row_offset,
     schedule,
+    soft_cap_scalars,
     write_dlogits,
     write_zeros,
 )
@@ -57,6 +58,7 @@ def _logprob_fwd_kernel(
     inv_temperature,
     softcap,
     logit_scale,
+    cap_rate,
     K: tl.constexpr,
     T: tl.constexpr,
     BLOCK_PARTS: tl.constexpr,
@@ -76,7 +78,7 @@ def _logprob_fwd_kernel(
         start = part * columns
         stop = tl.minimum(start + columns, V)
         m, s, t = read_statistics(
-            row_ptr, target, scale, start, stop, K, T, HAS_ENTROPY, softcap, logit_scale
+            row_ptr, target, scale, start, stop, K, T, HAS_ENTROPY, softcap, logit_scale, cap_rate
         )
         last = True
         if SPLIT:
@@ -86,7 +88,7 @@ def _logprob_fwd_kernel(
                 m, s, t = combine_parts(partial_ptr, row, parts, BLOCK_PARTS, HAS_ENTROPY)
             z = tl.load(row_ptr + target).to(tl.float32)
             if softcap is not None:
-                z = soft_cap(z, softcap, logit_scale)
+                z, _ = soft_cap(z, softcap, logit_scale, cap_rate)
             m, s, _, logp, entropy = include_target(m, s, t, z, scale)
             tl.store(logp_ptr + row, logp)
             tl.store(m_ptr + row, m)
@@ -125,6 +127,7 @@ def _logprob_bwd_kernel(
     inv_temperature,
     softcap,
     logit_scale,
+    cap_rate,
     K: tl.constexpr,
     T: tl.constexpr,
 ):
@@ -169,6 +172,7 @@ def _logprob_bwd_kernel(
             HAS_ENTROPY,
             softcap,
             logit_scale,
+            cap_rate,
         )
     else:
         write_zeros(drow_ptr, start, stop, K, T)
@@ -199,7 +203,7 @@ def logprob_fwd(
     new = functools.partial(torch.empty, device=logits.device, dtype=torch.float32)
     logp, m, s = new(N), new(N), new(N)
     entropy = new(N) if with_entropy else None
-    plan = schedule(V)
+    plan = schedule(V, softcap is not None)
     if N:
         _logprob_fwd_kernel[(N * plan.parts,)](
             logits_ptr=logits,
@@ -213,8 +217,7 @@ def logprob_fwd(
             **plan.meeting_point(N, logits.device),
             **plan.arguments(logits),
             inv_temperature=inv_temperature,
-            softcap=softcap,
-            logit_scale=logit_scale,
+            **soft_cap_scalars(softcap, logit_scale),
             BLOCK_PARTS=plan.block_parts,
             SPLIT=plan.split,
         )
@@ -239,7 +242,7 @@ def logprob_bwd(
 ):
     """Launch the backward kernel, `dlogits` (B, T, V) being written (it may be `logits`)."""
     B, T_len, V = logits.shape
-    plan = schedule(V)
+    plan = schedule(V, softcap is not None)
     if dlogits.numel():
         _logprob_bwd_kernel[(B * T_len * plan.parts,)](
             dlogp_ptr=dlogp,
@@ -257,6 +260,5 @@ def logprob_bwd(
             dstride_t=dlogits.stride(1),
             **plan.arguments(logits),
             inv_temperature=inv_temperature,
-            softcap=softcap,
-            logit_scale=logit_scale,
+            **soft_cap_scalars(softcap, logit_scale),
         )

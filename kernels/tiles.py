@@ -26,19 +26,16 @@ CLIP_DUAL = tl.constexpr(4)
 
 
 @triton.jit
-def soft_cap(z, softcap, logit_scale):
-    """softcap * tanh(logit_scale * z / softcap)."""
-    t = tl.exp2(tl.abs(z) * (logit_scale / softcap) * -2.8853900817779268)  # e^(-2 |x|)
-    capped = softcap * ((1.0 - t) / (1.0 + t))
-    return tl.where(z < 0, -capped, capped)
+def soft_cap(z, softcap, logit_scale, cap_rate):
+    """softcap * tanh(x) with x = logit_scale * z / softcap, and its derivative in z.
 
-
-@triton.jit
-def soft_cap_slope(z, softcap, logit_scale):
-    """Its derivative in z: logit_scale (1 - tanh^2), without the cancellation of that form."""
-    t = tl.exp2(tl.abs(z) * (logit_scale / softcap) * -2.8853900817779268)
+    The derivative, logit_scale (1 - tanh^2), comes without the cancellation of that form.
+    """
+    t = tl.exp2(tl.abs(z) * cap_rate)  # e^(-2 |x|)
     half = 1.0 / (1.0 + t)
-    return 4.0 * logit_scale * t * half * half
+    capped = softcap * (1.0 - t) * half
+    twice = half + half
+    return tl.where(z < 0, -capped, capped), logit_scale * t * twice * twice
 
 
 @triton.jit

@@ -206,6 +206,8 @@ def test_compaction_changes_nothing(objective, per_token, backend, device):
     ]
     for name, x in both[0].items():
         scale = both[1][name].abs().max()
+        if name == "loss":  # its terms are of the size of 1, and cancel
+            scale = scale.clamp(min=1)
         assert (x - both[1][name]).abs().max() <= 1e-6 * scale, name
     out = call(linear_grpo_loss, graded(tensors), options, ids, **arguments)
     dead = both[1]["dhidden"].eq(0).all(-1)
