@@ -148,8 +148,9 @@ def test_logprob_backward(V, dtype, entropy):
     dlogp = torch.ones(N)
     dlogp[0] = 0
     dentropy = torch.zeros(N) if entropy else None
+    dlogits = torch.empty(logits.shape, dtype=dtype)
     with counted() as traffic:
-        dlogits = logprob.logprob_bwd(dlogp, dentropy, logits, ids, mask, None, 1.0, logp, H, m, s)
+        logprob.logprob_bwd(dlogp, dentropy, logits, ids, mask, None, 1.0, logp, H, m, s, dlogits)
     live = mask & (dlogp != 0)
     parts, n = rows.schedule(V).parts, int(live.sum())
     size, visited = traffic.read(logits)
