@@ -4,6 +4,8 @@ The leanest form that is still accurate: no division by a temperature of 1, no f
 (`log_softmax` converts as it reads), no metrics. Checked against `grpo_fast.reference` like everything else.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -58,6 +60,14 @@ def grpo(
         ref_logps=ref_logps,
         objective=objective,
     )
+
+
+def linear_logprob(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
+    return logprob(hidden @ weight.T, ids)
+
+
+def linear_grpo(hidden: Tensor, weight: Tensor, ids: Tensor, **arguments: Any) -> Tensor:
+    return grpo(hidden @ weight.T, ids, **arguments)
 
 
 def group_advantage(rewards: Tensor, group_size: int) -> Tensor:

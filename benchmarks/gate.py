@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from benchmarks.inputs import Batch
+from benchmarks.inputs import Batch, head_logps
 from grpo_fast import reference
 from grpo_fast.testing import assert_as_accurate
 
@@ -24,7 +24,7 @@ class Result:
     """What a provider has to reproduce; `grad` of the rows in `rows`, or of all tokens without logits."""
 
     value: Tensor
-    grad: Tensor | None
+    grad: Tensor | tuple[Tensor, ...] | None
     rows: Tensor | None = None
 
 
@@ -35,6 +35,8 @@ def expected(stem: str, batch: Batch, dtype: torch.dtype) -> Result:
         return Result(reference.group_advantage(rewards, group_size=batch.shape.G), None)
     if stem in ("policy_loss", "sequence_loss"):
         return Result(*_loss_and_grad(batch, batch.logps, dtype))
+    if batch.head is not None:
+        return _expected_of_head(stem, batch, dtype)
     logps = _logps(batch, dtype)
     if stem == "logprob":
         value, dlogp = logps, batch.upstream.to(dtype)
@@ -44,7 +46,7 @@ def expected(stem: str, batch: Batch, dtype: torch.dtype) -> Result:
     return Result(value, _dlogits(batch, dlogp, rows, dtype), rows)
 
 
-def check(stem: str, batch: Batch, value: Tensor, grad: Tensor | None) -> None:
+def check(stem: str, batch: Batch, value: Tensor, grad: Tensor | tuple[Tensor, ...] | None) -> None:
     """Compare a provider's result, and its gradient in logits or log-probs if it has one.
 
     Raises:
@@ -63,8 +65,14 @@ def check(stem: str, batch: Batch, value: Tensor, grad: Tensor | None) -> None:
     )
     if grad is None:
         return
-    assert truth.grad is not None
-    assert baseline.grad is not None
+    if isinstance(grad, tuple):  # of hidden states and weight
+        for name, *three in zip(("hidden", "weight"), grad, baseline.grad, truth.grad, strict=True):
+            ours, plain, exact = three
+            ours = ours.flatten(0, -2)
+            assert_as_accurate(ours, plain.to(ours.dtype), exact, name=f"{stem}: gradient, {name}")
+        return
+    assert isinstance(truth.grad, Tensor)
+    assert isinstance(baseline.grad, Tensor)
     if truth.rows is not None:
         grad = grad.flatten(0, 1)[truth.rows]
     assert_as_accurate(grad, baseline.grad.to(grad.dtype), truth.grad, name=f"{stem}: gradient")
@@ -87,6 +95,26 @@ def _loss_and_grad(batch: Batch, logps: Tensor, dtype: torch.dtype) -> tuple[Ten
     loss = reference.policy_loss(logps, objective=batch.objective, **arguments)
     (grad,) = torch.autograd.grad(loss, logps)
     return loss.detach(), grad
+
+
+def _expected_of_head(stem: str, batch: Batch, dtype: torch.dtype) -> Result:
+    """The gradients in all hidden states and in the weight, some rows of logits at a time."""
+    assert batch.head is not None
+    hidden, weight = (x.detach().to(dtype) for x in batch.head)
+    logps = head_logps(hidden, weight, batch.ids)
+    if stem == "linear_logprob":
+        value, dlogp = logps, batch.upstream.to(dtype)
+    else:
+        value, dlogp = _loss_and_grad(batch, logps, dtype)
+    dhidden, dweight = torch.empty_like(hidden).flatten(0, 1), torch.zeros_like(weight)
+    for c in _chunks(batch.shape.N, batch.shape.V):
+        h = hidden.flatten(0, 1)[c]
+        p = (h @ weight.T).softmax(-1)
+        p.scatter_add_(1, batch.ids.flatten()[c, None], p.new_full((len(p), 1), -1.0))
+        dz = p.mul_(-dlogp.flatten()[c, None])
+        dhidden[c] = dz @ weight
+        dweight.addmm_(dz.T, h)
+    return Result(value, (dhidden, dweight))
 
 
 def _flat(batch: Batch) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.shapes import Shape
-from grpo_fast import Objective
+from grpo_fast import Objective, reference
 
 SPREAD = 2.0  # standard deviation of the logits but the scored one
 MEAN_LOGP = -0.5  # of sampled tokens; most are near 0, some far below
@@ -30,6 +30,7 @@ class Batch:
     upstream: Tensor  # a gradient to send back through log-probs
     objective: Objective
     arguments: dict[str, Any]  # of a loss: mask, advantages, old_logps, ref_logps
+    head: tuple[Tensor, Tensor] | None = None  # (B, T, D) hidden states and (V, D) weight
     # What the reference makes of it, by stem, once somebody asked (`gate`).
     expected: dict[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -54,16 +55,20 @@ def make_batch(
     logps = -logps.clamp(1e-5, 12.0)
     ids = torch.randint(max(V, 1), (B, T), device=device, generator=generator)
     logits = None
-    if V:
+    head = None
+    if shape.D:
+        head = _make_head(shape, ids, _scored(V, logps), dtype, generator)
+        logps = head_logps(*head, ids)
+    elif V:
         logits = torch.empty(B, T, V, device=device, dtype=dtype)
         logits.normal_(0, SPREAD, generator=generator)
-        # The logsumexp of the others is log V + SPREAD^2 / 2: place the scored one to reach its log-prob.
-        scored = math.log(V) + SPREAD**2 / 2 + logps - torch.log(-torch.expm1(logps))
-        logits.scatter_(2, ids[..., None], scored[..., None].to(dtype))
+        logits.scatter_(2, ids[..., None], _scored(V, logps)[..., None].to(dtype))
     mask = None
     if variant == "padded":
         lengths = torch.randint(T * 2 // 5, T + 1, (B, 1), device=device, generator=generator)
         mask = torch.arange(T, device=device) < lengths
+    if variant == "dead":
+        mask = (torch.arange(T, device=device) < T * 2 // 5).expand(B, T).contiguous()
     rewards = (torch.arange(B, device=device) % G < G // 2).float()
     if variant == "zero-variance":
         rewards[torch.arange(B, device=device) // G % 2 == 0] = 1.0
@@ -86,7 +91,39 @@ def make_batch(
             "old_logps": logps + 0.05 * normal(B, T),
             "ref_logps": logps + 0.1 * normal(B, T),
         },
+        head,
     )
+
+
+def _scored(V: int, logps: Tensor) -> Tensor:
+    """Where the scored logit has to be: the logsumexp of the others is log V + SPREAD^2 / 2."""
+    return math.log(V) + SPREAD**2 / 2 + logps - torch.log(-torch.expm1(logps))
+
+
+def _make_head(
+    shape: Shape, ids: Tensor, scored: Tensor, dtype: torch.dtype, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Hidden states whose logits are spread by SPREAD, and that reach the scored logit."""
+    hidden = torch.empty(shape.B, shape.T, shape.D, device=ids.device)
+    hidden.normal_(generator=generator)
+    weight = torch.empty(shape.V, shape.D, device=ids.device)
+    weight.normal_(0, SPREAD / shape.D**0.5, generator=generator)
+    row = weight[ids]
+    gap = scored - (hidden * row).sum(-1)
+    hidden += (gap / row.square().sum(-1))[..., None] * row
+    return hidden.to(dtype), weight.to(dtype)
+
+
+def head_logps(hidden: Tensor, weight: Tensor, ids: Tensor, rows: int = 256) -> Tensor:
+    """Log-probs in the dtype of the arguments, at least float32, some rows at a time."""
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    W = weight.to(dtype).T
+    h = hidden.detach().flatten(0, 1).to(dtype)
+    parts = [
+        reference.logprob(h[i : i + rows] @ W, y)
+        for i, y in zip(range(0, len(h), rows), ids.flatten().split(rows), strict=True)
+    ]
+    return torch.cat(parts).view_as(ids)
 
 
 @functools.lru_cache(maxsize=1)  # one at a time: a batch may fill a third of the device
@@ -98,5 +135,7 @@ def rotation(
         count = 1
     else:
         nbytes = shape.N * (shape.V * dtype.itemsize or 20)
+        if shape.D:
+            nbytes = ROTATION_BYTES
         count = min(max(ROTATION_BYTES // nbytes, 1), MAX_ROTATION)
     return tuple(make_batch(shape, variant, device, dtype, seed) for seed in range(count))

@@ -17,7 +17,8 @@ ROUNDS = (5, 200)
 # Below this a call is mostly launches: the time of the device alone is recorded next to it.
 LAUNCH_BOUND = 200e-6
 
-Call = Callable[..., tuple[Tensor, Tensor | None]]
+Gradient = Tensor | tuple[Tensor, ...] | None
+Call = Callable[..., tuple[Tensor, Gradient]]
 Setup = Callable[[Batch], tuple[Any, ...]]
 
 ABSENT: dict[str, str] = {}  # "stem provider" -> why there is no number
@@ -58,7 +59,7 @@ def measure(
             "provider": provider,
             "shape": shape_name,
             "variant": variant,
-            "sizes": {"B": shape.B, "T": shape.T, "V": shape.V, "G": shape.G},
+            "sizes": {"B": shape.B, "T": shape.T, "V": shape.V, "G": shape.G, "D": shape.D},
             "dtype": str(dtype).removeprefix("torch.") if shape.V else "float32",
             "live_tokens": batches[0].live,
             "bytes": nbytes(batches[0]),
@@ -77,6 +78,19 @@ def value_and_grad(fn: providers.Function, leaf: Tensor, *args: Any, **kwargs: A
     """The loss and its gradient in `leaf`."""
     loss = fn(*args, **kwargs)
     return loss, torch.autograd.grad(loss, leaf)[0]
+
+
+def head_setup(batch: Batch) -> tuple[Tensor, Tensor, Batch]:
+    """(hidden states, weight), leaves that want a gradient, and the batch."""
+    assert batch.head is not None
+    hidden, weight = batch.head
+    return hidden.requires_grad_(), weight.requires_grad_(), batch
+
+
+def head_bytes(batch: Batch, gradients: bool) -> int:
+    """Bytes of hidden states and weight, and of their gradients: nothing of the size of the logits."""
+    assert batch.head is not None
+    return sum(x.numel() * x.element_size() for x in batch.head) * (2 if gradients else 1)
 
 
 def logits_setup(batch: Batch, copy: bool) -> tuple[Tensor, Tensor]:
@@ -106,7 +120,7 @@ def _absent(stem: str, provider: str, reason: str) -> None:
     pytest.skip(f"{provider}: {reason}")
 
 
-def _check(stem: str, provider: str, batch: Batch, result: tuple[Tensor, Tensor | None]) -> None:
+def _check(stem: str, provider: str, batch: Batch, result: tuple[Tensor, Gradient]) -> None:
     try:
         gate.check(stem, batch, *result)
     except AssertionError as error:

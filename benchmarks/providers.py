@@ -4,6 +4,8 @@
     policy_loss, sequence_loss
                      (logps, *, mask, advantages, old_logps, ref_logps, objective) -> loss
     grpo             (logits, ids, *, mask, advantages, old_logps, ref_logps, objective) -> loss
+    linear_logprob   (hidden, weight, ids) -> log-probs
+    linear_grpo      (hidden, weight, ids, *, as grpo) -> loss
     group_advantage  (rewards, group_size) -> advantages
 
 To add a library, write a loader that imports it and returns such a function, and enter it below. A loader
@@ -17,8 +19,8 @@ import torch
 from torch import Tensor
 
 from benchmarks import eager
-from grpo_fast.loss import grpo_loss, policy_loss
-from grpo_fast.ops import group_advantage, logprob
+from grpo_fast.loss import grpo_loss, linear_grpo_loss, policy_loss
+from grpo_fast.ops import group_advantage, linear_logprob, logprob
 
 Function = Callable[..., Tensor]
 
@@ -86,6 +88,17 @@ PROVIDERS: dict[str, dict[str, Callable[[], Function]]] = {
         "compile": compiled(eager.grpo),
         "grpo_fast": loss_of(grpo_loss),
         INPLACE: loss_of(grpo_loss, inplace=True),
+    },
+    "linear_logprob": {
+        "eager": lambda: eager.linear_logprob,
+        "compile": compiled(eager.linear_logprob),
+        "grpo_fast": lambda: linear_logprob,
+    },
+    "linear_grpo": {
+        "eager": lambda: eager.linear_grpo,
+        "compile": compiled(eager.linear_grpo),
+        "grpo_fast": loss_of(linear_grpo_loss),
+        "grpo_fast-uncompacted": loss_of(linear_grpo_loss, compact=False),
     },
     "group_advantage": {
         "eager": lambda: eager.group_advantage,

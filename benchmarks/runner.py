@@ -21,11 +21,21 @@ ROOT = Path(__file__).resolve().parents[1]
 FIRST_TESTS = (
     "test_grpo",
     "test_logprob",
+    "test_linear_grpo",
+    "test_linear_logprob",
     "test_policy_loss",
     "test_sequence_loss",
     "test_group_advantage",
 )
-BENCHMARKS = {"grpo": 4, "logprob": 3, "policy_loss": 1, "sequence_loss": 1, "group_advantage": 1}
+BENCHMARKS = {
+    "grpo": 4,
+    "linear_grpo": 4,
+    "logprob": 3,
+    "linear_logprob": 2,
+    "policy_loss": 1,
+    "sequence_loss": 1,
+    "group_advantage": 1,
+}
 # Tests of files, wheels and processes: they say nothing about a device.
 OFF_DEVICE = ("test_benchmarks", "test_layout", "test_memory", "test_packaging")
 TEST_SHARE = 0.35  # of the time, before the benchmarks; tests without a place there run at the end

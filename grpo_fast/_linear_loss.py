@@ -152,13 +152,13 @@ def linear_grpo_loss(
             objective=objective,
         )
     covered = live if keep is None else here(keep)
-    with_entropy = return_entropy or objective.needs_entropy
     needs = Needs(
         *(
             torch.is_grad_enabled() and x is not None and x.requires_grad
             for x in (flat, *parameters)
         )
     )
+    with_entropy = return_entropy or objective.needs_entropy
     if any(needs):
         arguments = Arguments(
             ids=ids,
@@ -167,29 +167,30 @@ def linear_grpo_loss(
             inv_temperature=inv_temperature,
             return_entropy=with_entropy,
             objective=objective.key,
-            **{name: getattr(tokens, name) for name in Tokens._fields},
+            **{name: getattr(tokens, name) for name in Tokens._fields if name in Arguments._fields},
         )
         loss, by_token, logp, entropy, kl, clip, *_ = linear_grpo(
-            *(flat, *parameters, *arguments, keep, *sequences, *options, list(needs), dw_out)
+            *(flat, *parameters, *arguments, keep, *sequences, tokens.token_weight, *options),
+            *(list(needs), dw_out),
         )
     else:
         logp, entropy, *_ = linear_logprob_fwd(
             *(flat, *parameters, ids, live, temperatures, inv_temperature),
             *(keep, with_entropy, False, *options),
         )
-        found = _phases.values(logp, entropy, tokens._replace(mask=covered), sequences, objective)
+        of_live = tokens._replace(mask=covered)
+        found = _phases.values(logp, entropy, of_live, sequences, objective)
         by_token, kl, clip = found.loss, found.kl, found.clip
         loss = by_token.sum()
     if return_entropy and keep is not None:
+        alive = given if given is None or given.device == keep.device else live
+        others = ~keep if alive is None else alive & ~keep
         with torch.no_grad():
-            rest = (
-                ~keep if given is None else (given if keep.is_cpu == given.is_cpu else live) & ~keep
-            )
-            others = linear_logprob_fwd(
+            rest = linear_logprob_fwd(
                 *(flat, *parameters, ids, None, temperatures, inv_temperature),
-                *(rest, True, False, *options),
+                *(others, True, False, *options),
             )
-            logp, entropy = logp + others[0], entropy + others[1]  # 0 where the other was computed
+            logp, entropy = logp + rest[0], entropy + rest[1]  # each 0 where the other is not
             found = _phases.values(logp, entropy, tokens, sequences, objective)
         by_token, kl, clip, covered = found.loss, found.kl, found.clip, live
     out = loss_output(
@@ -243,7 +244,7 @@ def carries_gradient(
         return x[:, None].expand(len(x), T).reshape(-1) if sequence is None else x[sequence]
 
     conditions = [] if mask is None else [mask]
-    if objective.top_entropy_quantile < 1:  # the entropy of every live token has a say
+    if objective.top_entropy_quantile < 1:  # every live token's entropy counts
         return mask
     if token_weights is not None:
         conditions.append(token_weights.reshape(-1) != 0)

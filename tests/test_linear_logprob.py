@@ -95,8 +95,7 @@ def batch(N, V, device):
 
 
 @by_head
-@pytest.mark.parametrize("chunk_size", [None, 4, 64])
-@pytest.mark.parametrize("compact", [True, False])
+@pytest.mark.parametrize("compact, chunk_size", [(True, None), (False, 4), (True, 64)])
 def test_matches_reference(options, chunk_size, compact, backend, device):
     tensors, options = make(21, 8, 101, device, options)
     ids, mask, upstream = batch(21, 90, device)

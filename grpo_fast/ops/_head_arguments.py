@@ -34,7 +34,7 @@ class Parameters(NamedTuple):
     lora_b: Tensor | None  # (rows, r)
 
 
-PARAMETERS = "Tensor weight, Tensor? bias, Tensor? lora_a, Tensor? lora_b"
+PARAMETERS = "Tensor head_weight, Tensor? bias, Tensor? lora_a, Tensor? lora_b"
 
 
 class Needs(NamedTuple):

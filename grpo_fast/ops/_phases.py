@@ -6,7 +6,7 @@ backward), or with `coefficient`s known beforehand, which a launch adds to what 
 """
 
 import dataclasses
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,12 +14,8 @@ from torch import Tensor
 from grpo_fast.objective import Objective
 from grpo_fast.ops._selection import top_entropy_mask
 from grpo_fast.ops._tokens import Sequences, Tokens
-from grpo_fast.ops.grpo import Arguments
 from grpo_fast.ops.policy_loss import policy_loss_fwd, weigh
 from grpo_fast.ops.sequence_loss import sequence_loss_fwd
-
-# What is read here both hold: the caller's arguments, or an operator's.
-AnyTokens = TypeVar("AnyTokens", Tokens, Arguments)
 
 
 class Values(NamedTuple):
@@ -35,7 +31,7 @@ class Values(NamedTuple):
 def values(
     logp: Tensor,
     entropy: Tensor | None,
-    tokens: AnyTokens,
+    tokens: Tokens,
     sequences: Sequences,
     objective: Objective,
 ) -> Values:
@@ -65,35 +61,33 @@ def values(
     return Values(loss, dlogp, kl, clip, tokens.entropy_weight)
 
 
-def _keep_top_entropy(tokens: AnyTokens, entropy: Tensor, objective: Objective) -> AnyTokens:
+def _keep_top_entropy(tokens: Tokens, entropy: Tensor, objective: Objective) -> Tokens:
     """Tokens whose surrogate and bonus count only where the entropy is among the highest."""
     live = torch.ones_like(entropy, dtype=torch.bool) if tokens.mask is None else tokens.mask
     kept = top_entropy_mask(entropy, live, objective.top_entropy_quantile)
     importance = kept.float() if tokens.importance is None else tokens.importance * kept
     weight = tokens.weight
     if objective.entropy_reduction == "token_mean":
-        assert tokens.entropy_weight is not None
-        # Its denominator is the number of live tokens; now it is that of those kept.
-        weight = tokens.entropy_weight * (live.sum() / kept.sum().clamp(min=1))
+        weight = tokens.token_weight / kept.sum().clamp(min=1)
     return tokens._replace(importance=importance, entropy_weight=torch.where(kept, weight, 0))
 
 
-def known_on_policy(objective: Objective) -> bool:
-    """Whether, on policy, the surrogate's coefficients are known before any log-prob is.
-
-    Every ratio is 1 then, that of a sequence as well, so they are; unless the KL comes back through the mean
-    of the sequence, or entropies choose the tokens.
-    """
+def known_on_policy(old_logp: Tensor | None, objective: Objective) -> bool:
+    """Whether `coefficient_on_policy` has an answer."""
     through_mean = objective.ratio == "sequence" or objective.surrogate == "gmpo"
     by_kl = objective.beta != 0 and objective.kl == "k3_unbiased" and through_mean
-    return not by_kl and objective.top_entropy_quantile == 1
+    return old_logp is None and not by_kl and objective.top_entropy_quantile == 1
 
 
 def coefficient_on_policy(
-    tokens: AnyTokens, sequences: Sequences, objective: Objective
+    tokens: Tokens, sequences: Sequences, objective: Objective
 ) -> Tensor | None:
-    """What dloss/dlogp owes to the surrogate, (N,), where that is known before any log-prob is."""
-    if tokens.old_logp is not None or not known_on_policy(objective):
+    """What dloss/dlogp owes to the surrogate, (N,), where that is known before any log-prob is.
+
+    On policy every ratio is 1, that of a sequence as well, so it is for all objectives on sequences; unless
+    the KL comes back through the mean of the sequence, or entropies choose the tokens.
+    """
+    if not known_on_policy(tokens.old_logp, objective):
         return None
     assert tokens.advantages is not None
     surrogate = dataclasses.replace(objective, beta=0.0, entropy_coef=0.0, entropy_reduction="same")
@@ -102,7 +96,7 @@ def coefficient_on_policy(
     return sequence_loss_fwd(*shared, tokens.importance, tokens.score, *sequences, surrogate.key)[1]
 
 
-def without_surrogate(tokens: AnyTokens, objective: Objective) -> tuple[AnyTokens, Objective]:
+def without_surrogate(tokens: Tokens, objective: Objective) -> tuple[Tokens, Objective]:
     """What is left of a launch when the surrogate's coefficient is given: KL and entropy bonus."""
     nothing = torch.zeros_like(tokens.weight)
     rest = Objective(

@@ -67,7 +67,7 @@ class Outputs(NamedTuple):
     clip: Tensor
 
 
-def _new_outputs(a: Arguments) -> Outputs:
+def new_outputs(a: Arguments) -> Outputs:
     N = len(a.weight)
     new = a.weight.new_zeros
     return Outputs(
@@ -102,7 +102,7 @@ def fill(
         assert a.rewards is not None
         score = group_advantage_fwd(a.rewards, a.group_size, None, "group", SCORE_EPS, True)
         advantages = spread(score, a.sequence, logits)
-    out = _new_outputs(a)
+    out = new_outputs(a)
     for rows, (block, dblock) in _rows.row_blocks(logits, dlogits):
         live = _rows.live_rows(a.mask, rows)
         where = rows if live is None else live + rows.start
@@ -174,12 +174,12 @@ grpo_ = torch.library.custom_op(
 
 @grpo_.register_fake
 def _(logits: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    return tuple(_new_outputs(Arguments(*arguments)))
+    return tuple(new_outputs(Arguments(*arguments)))
 
 
 @grpo.register_fake
 def _(logits: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    outputs = _new_outputs(Arguments(*arguments))
+    outputs = new_outputs(Arguments(*arguments))
     return (*outputs, torch.empty(logits.shape, dtype=logits.dtype, device=logits.device))
 
 

@@ -11,7 +11,7 @@ multiplications each for logits, dH and dW, 2 operations per multiplication:
     known       of its sequence, but on policy: before any log-prob   6 N D V
     late        after all, the head frozen: rows of (Y - P) W scaled  4 N D V
     aligned     of its sequence: as soon as the chunk it is in is     6 N D V
-    two_phase   of all tokens, or of a sequence longer than a chunk   8 N D V
+    two_phase   after all log-probs                                   8 N D V
 """
 
 import itertools
@@ -32,8 +32,8 @@ from grpo_fast.ops._head_arguments import (
     Parameters,
     sorted_into,
 )
-from grpo_fast.ops._tokens import Sequences
-from grpo_fast.ops.grpo import ARGUMENTS, Arguments, Outputs, _new_outputs, fill
+from grpo_fast.ops._tokens import Sequences, Tokens
+from grpo_fast.ops.grpo import ARGUMENTS, Arguments, Outputs, fill, new_outputs
 from grpo_fast.ops.linear_logprob import (
     Scores,
     Statistics,
@@ -64,43 +64,36 @@ class Call(NamedTuple):
     tokens: Arguments
     keep: Tensor | None  # (N,) bool, on any device: the rows that take part; None for all
     sequences: Sequences
+    token_weight: Tensor
     options: Options
     needs: Needs
     dw_out: Tensor | None
 
 
 def sort(arguments: tuple) -> Call:
-    kinds = (Parameters, Arguments, None, Sequences, Options, None, None)
+    kinds = (Parameters, Arguments, None, Sequences, None, Options, None, None)
     found = Call(*sorted_into(arguments, *kinds))
     return found._replace(needs=Needs(*found.needs))
 
 
 def plan(
-    objective: Objective,
-    with_entropy: bool,
-    on_policy: bool,
-    needs: Needs,
-    ends: list[int] | None,
-    limit: int,
+    objective: Objective, known: bool, needs: Needs, ends: list[int] | None, limit: int
 ) -> str:
     """Which of the ways in the module docstring.
 
     Args:
-        with_entropy: whether the entropy is wanted.
+        known: whether the surrogate's coefficients are known beforehand.
         ends: boundaries of the sequences, where the host knows them.
         limit: how many rows of logits may exist at a time.
     """
     if objective.by_token:
         return "token"
-    if on_policy and _phases.known_on_policy(objective):
+    if known:
         return "known"
-    if not needs.parameters and not with_entropy:
+    if not needs.parameters and not objective.entropy_coef:
         return "late"
-    if (
-        objective.top_entropy_quantile == 1
-        and ends is not None
-        and all(j - i <= limit for i, j in itertools.pairwise(ends))
-    ):
+    whole = objective.top_entropy_quantile == 1  # or tokens of all sequences decide
+    if whole and ends is not None and all(j - i <= limit for i, j in itertools.pairwise(ends)):
         return "aligned"
     return "two_phase"
 
@@ -149,42 +142,61 @@ def by_token(head: Head, a: Arguments) -> Outputs:
         found.append(fill(logits, slice_arguments(a, part), dlogits, head.softcap))
         head.backward(part)
     if not found:
-        return _new_outputs(a)
+        return new_outputs(a)
     return Outputs(*(torch.cat(x) for x in zip(*found, strict=True)))
 
 
-def _entropy_gradient(a: Arguments, weight: Tensor | None, objective: Objective) -> Tensor | None:
-    """dloss/dentropy; weight: None for that of the loss."""
+def as_tokens(a: Arguments, token_weight: Tensor) -> Tokens:
+    """The arguments as the objective on log-probs takes them."""
+    known = {name: x for name, x in a._asdict().items() if name in Tokens._fields}
+    return Tokens(**known, token_weight=token_weight)
+
+
+def with_coefficients(a: Arguments, c: Tensor, tokens: Tokens, objective: Objective) -> Arguments:
+    """What is left to find out where the surrogate's coefficients are known: KL and entropy bonus."""
+    rest, without = _phases.without_surrogate(tokens, objective)
+    known = {name: x for name, x in rest._asdict().items() if name in Arguments._fields}
+    return a._replace(**known, coefficient=c, objective=without.key)
+
+
+def _entropy_gradient(tokens: Tokens, objective: Objective, found: _phases.Values) -> Tensor | None:
     if not objective.entropy_coef:
         return None
-    return -objective.entropy_coef * (a.weight if weight is None else weight)
+    weight = tokens.weight if found.entropy_weight is None else found.entropy_weight
+    return -objective.entropy_coef * weight
+
+
+def slice_tokens(tokens: Tokens, rows: slice) -> Tokens:
+    of_rows: list[Any] = [x[rows] if isinstance(x, Tensor) else x for x in tokens]
+    return Tokens(*of_rows)
 
 
 def by_chunk(
     head: Head,
     scores: Scores,
-    a: Arguments,
+    tokens: Tokens,
     sequences: Sequences,
     ends: list[int],
+    with_entropy: bool,
     objective: Objective,
 ) -> Statistics:
     """Gradients where each chunk holds whole sequences, as many as fit."""
-    dentropy = _entropy_gradient(a, a.entropy_weight, objective)
     found = []
     for first, last in _together(ends, head.C):
         part = slice(ends[first], ends[last])
         logits, dlogits = head.logits(part)
-        statistics = read_rows(logits, *select(scores, part), a.with_entropy, head.softcap)
+        statistics = read_rows(logits, *select(scores, part), with_entropy, head.softcap)
         logp, entropy, top, total = statistics
         found.append(statistics)
         boundaries = sequences.boundaries
         if boundaries is not None:
             boundaries = boundaries[first : last + 1] - ends[first]
         mine = Sequences(at(sequences.log_importance, part), boundaries, sequences.T_len)
-        dlogp = _phases.values(logp, entropy, slice_arguments(a, part), mine, objective).dlogp
+        these = slice_tokens(tokens, part)
+        of_these = _phases.values(logp, entropy, these, mine, objective)
         write_rows(
-            dlogp,
-            at(dentropy, part),
+            of_these.dlogp,
+            _entropy_gradient(these, objective, of_these),
             logits,
             *select(scores, part),
             logp,
@@ -196,7 +208,7 @@ def by_chunk(
         )
         head.backward(part)
     if not found:
-        return read_all(head, scores, False)
+        return read_all(head, scores, with_entropy)
     return Statistics(*(torch.cat(x) for x in zip(*found, strict=True)))
 
 
@@ -220,7 +232,10 @@ def _forward(hidden: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     scores = scaled(Scores(a.ids, a.mask, a.temperature, a.inv_temperature), options)
     a = a._replace(temperature=scores.temperature, inv_temperature=scores.inv_temperature)
     limit = row_limit(hidden, options)
-    way = plan(objective, a.with_entropy, a.old_logp is None, needs, ends, limit)
+    token_weight = at(call.token_weight, rows)
+    assert token_weight is not None
+    known = not objective.by_token and _phases.known_on_policy(a.old_logp, objective)
+    way = plan(objective, known, needs, ends, limit)
     length = 0
     if way == "aligned" and ends is not None:
         length = max((ends[j] - ends[i] for i, j in _together(ends, limit)), default=1)
@@ -228,7 +243,7 @@ def _forward(hidden: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     if way == "token":
         out = by_token(head, a)
     else:
-        out = _by_sequence(way, head, scores, a, sequences, ends, objective)
+        out = _by_phases(way, head, scores, a, token_weight, sequences, ends, objective)
     N = len(hidden)
     optional = {"entropy": a.with_entropy, "kl": a.ref_logp is not None}
     outputs = [
@@ -239,36 +254,39 @@ def _forward(hidden: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     return (out.loss.sum(), *outputs, dhidden, *others)
 
 
-def _by_sequence(
+def _by_phases(
     way: str,
     head: Head,
     scores: Scores,
     a: Arguments,
+    token_weight: Tensor,
     sequences: Sequences,
     ends: list[int] | None,
     objective: Objective,
 ) -> Outputs:
+    """Gradients of the rows that take part, their coefficients depending on other rows."""
+    tokens = as_tokens(a, token_weight)
+    with_entropy = a.with_entropy
     if way == "known":
-        coefficient = _phases.coefficient_on_policy(a, sequences, objective)
-        known, rest = _phases.without_surrogate(a, objective)
-        out = by_token(head, known._replace(coefficient=coefficient, objective=rest.key))
+        c = _phases.coefficient_on_policy(tokens, sequences, objective)
+        assert c is not None
+        out = by_token(head, with_coefficients(a, c, tokens, objective))
         logp, entropy = out.logp, out.entropy
     elif way == "late":
-        logp = read_with_unit_gradient(head, scores)
-        entropy = logp.new_empty(0)
+        logp, entropy = read_with_unit_gradient(head, scores, with_entropy)
     elif way == "aligned":
         assert ends is not None
-        logp, entropy, _, _ = by_chunk(head, scores, a, sequences, ends, objective)
-    else:
-        statistics = read_all(head, scores, a.with_entropy)
+        statistics = by_chunk(head, scores, tokens, sequences, ends, with_entropy, objective)
         logp, entropy = statistics.logp, statistics.entropy
-    found = _phases.values(logp, entropy, a, sequences, objective)
+    else:
+        statistics = read_all(head, scores, with_entropy)
+        logp, entropy = statistics.logp, statistics.entropy
+    found = _phases.values(logp, entropy, tokens, sequences, objective)
     if way == "late":
-        c = found.dlogp
-        c = c if head.rows is None else spread_rows(c, head.rows, len(head.hidden))
+        c = spread_rows(found.dlogp, head.rows, len(head.hidden))
         head.dhidden = weigh_rows(head.dhidden, c)
     elif way == "two_phase":
-        dentropy = _entropy_gradient(a, found.entropy_weight, objective)
+        dentropy = _entropy_gradient(tokens, objective, found)
         write_all(head, scores, found.dlogp, dentropy, statistics)
     return Outputs(found.loss, logp, entropy, found.kl, found.clip)
 
@@ -278,7 +296,7 @@ linear_grpo = torch.library.custom_op(
     _forward,
     mutates_args=(),
     schema=f"(Tensor hidden, {PARAMETERS}, {ARGUMENTS}, Tensor? keep, Tensor? log_importance, "
-    f"Tensor? boundaries, int T_len, {OPTIONS}, bool[] needs, Tensor? dw_out) -> "
+    f"Tensor? boundaries, int T_len, Tensor token_weight, {OPTIONS}, bool[] needs, Tensor? dw_out) -> "
     f"({', '.join(['Tensor'] * 11)})",
 )
 
@@ -287,7 +305,7 @@ linear_grpo = torch.library.custom_op(
 def _(hidden: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     call = sort(arguments)
     a = call.tokens
-    outputs = _new_outputs(a)
+    outputs = new_outputs(a)
     gradients = empty_gradients(hidden, call.parameters, call.needs)
     return (a.weight.new_empty(()), *outputs, *gradients)
 

@@ -123,18 +123,25 @@ def write_all(
         head.backward(part)
 
 
-def read_with_unit_gradient(head: Head, scores: Scores) -> Tensor:
-    """The log-probs, in one pass with the gradient of each in its hidden state."""
+def read_with_unit_gradient(
+    head: Head, scores: Scores, with_entropy: bool = False
+) -> tuple[Tensor, Tensor]:
+    """(log-probs, entropy), in one pass with the gradient of each log-prob in its hidden state."""
     weight = head.hidden.new_ones(head.N, dtype=torch.float32)
-    given = {"weight": weight, "advantages": -weight, "group_size": 1}
-    given |= {"return_entropy": False, "objective": UNIT.key}
-    a = Arguments(**{**dict.fromkeys(Arguments._fields), **scores._asdict(), **given})
-    logps = []
+    given: dict[str, Any] = dict.fromkeys(Arguments._fields)
+    given |= {**scores._asdict(), "weight": weight, "advantages": -weight, "group_size": 1}
+    given |= {"return_entropy": with_entropy, "objective": UNIT.key}
+    a = Arguments(**given)
+    found = []
     for part in head.parts():
         logits, dlogits = head.logits(part)
-        logps.append(fill(logits, slice_arguments(a, part), dlogits, head.softcap).logp)
+        out = fill(logits, slice_arguments(a, part), dlogits, head.softcap)
+        found.append((out.logp, out.entropy))
         head.backward(part)
-    return torch.cat(logps) if logps else weight
+    if not found:
+        return weight, weight
+    logp, entropy = (torch.cat(x) for x in zip(*found, strict=True))
+    return logp, entropy
 
 
 def slice_arguments(a: Arguments, rows: Tensor | slice) -> Arguments:
@@ -159,7 +166,7 @@ def _forward(hidden: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, T
     scores = select(scaled(scores, options), rows)
     N = len(hidden)
     if unit:
-        logp = spread_rows(read_with_unit_gradient(head, scores), rows, N)
+        logp = spread_rows(read_with_unit_gradient(head, scores)[0], rows, N)
         nothing = [logp.new_empty(0) for _ in range(3)]
         return logp, nothing[0], nothing[1], nothing[2], head.dhidden
     logp, entropy, top, total = read_all(head, scores, with_entropy)
