@@ -37,7 +37,7 @@ def configuration(**options):
 
     config = Config()
     policy = {
-        "clip_cov_ratio": 0.2,
+        "clip_cov_ratio": 1.0,  # all candidates, so that nothing depends on the draw
         "clip_cov_lb": 0.0,
         "clip_cov_ub": 5.0,
         "kl_cov_ratio": 0.3,
@@ -77,7 +77,6 @@ def batch(device, per_token=True):
 def run(fn, x, old, advantages, mask, aggregation, config, weights):
     """(loss, gradient, metrics) with an upstream gradient other than 1."""
     x = x.detach().clone().requires_grad_()
-    torch.manual_seed(0)  # clip_cov draws
     loss, metrics = fn(
         old_log_prob=old,
         log_prob=x,
@@ -134,6 +133,19 @@ def test_global_batch(mode, aggregation, device):
     compare(mode, aggregation, configuration(global_batch_info=on_device), device, True)
 
 
+def test_clip_cov_draws_as_many_as_verl(device):
+    old, logp, advantages, _, mask = batch(device)
+    config = configuration()
+    for ratio, drawn in ((0.2, 3), (1e-4, 1)):  # of 15 tokens
+        config.policy_loss.clip_cov_ratio = ratio
+        for loss in (
+            verl.POLICY_LOSSES["clip_cov"],
+            verl_core_algos().get_policy_loss_fn("clip_cov"),
+        ):
+            _, metrics = loss(old, logp, advantages, mask, "token-mean", config)
+            assert metrics["actor/pg_clipfrac"] == pytest.approx(drawn / 15)
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_one_advantage_per_sequence_and_a_common_clip_range(mode, device):
     common = configuration(clip_ratio_low=None, clip_ratio_high=None, clip_ratio=0.3)
@@ -171,6 +183,11 @@ KL = {
     "k2": {"kl": "k2"},
     "low_var_kl": GUARDED_K3,
     "k3": GUARDED_K3,
+    "k1+": {"kl": "k1", "kl_gradient": "k2"},
+    "abs+": {"kl": "abs", "kl_gradient": "k2"},
+    "k2+": {"kl": "k2"},
+    "k3+": GUARDED_K3 | {"kl_gradient": "k2"},
+    "low_var_kl+": GUARDED_K3 | {"kl_gradient": "k2"},
 }
 
 

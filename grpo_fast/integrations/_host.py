@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import re
+import sys
 from typing import Any, NamedTuple
 
 import torch
@@ -102,3 +103,12 @@ def require(package: str, at_least: str) -> None:
     numbers = [[int(n) for n in re.findall(r"\d+", v)[:3]] for v in (found, at_least)]
     if numbers[0] < numbers[1]:
         raise ImportError(f"this needs {package} >= {at_least}; {package} {found} is installed")
+
+
+def replace(package: str, theirs: Any, ours: Any) -> None:
+    """Put `ours` wherever a loaded module of the package has the name of `theirs` bound to it."""
+    for name, module in list(sys.modules.items()):
+        if name == package or name.startswith(f"{package}."):
+            for key, value in list(vars(module).items()):
+                if value is theirs:
+                    setattr(module, key, ours)
