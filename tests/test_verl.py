@@ -296,7 +296,8 @@ def test_an_older_verl_is_refused(installed):
 
 
 def test_patching_log_probs(installed, backend, device):
-    verl.patch_logprobs()
+    sys.modules.pop("grpo_fast.integrations.verl_logprobs", None)
+    importlib.import_module("grpo_fast.integrations.verl_logprobs")
     assert installed.tools.logprobs_from_logits is verl.logprobs_from_logits
     assert installed.engine.logprobs_from_logits is verl.logprobs_from_logits
     logits = torch.randn(2, 3, 7, device=device)
