@@ -3,7 +3,7 @@
 import importlib
 import importlib.metadata
 import sys
-from types import ModuleType, SimpleNamespace
+from types import MappingProxyType, ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -225,17 +225,17 @@ def test_kl_penalty(kind, backend, device):
 
 
 def test_configurations_may_be_anything(device):
-    """A dict, an object, a mapping with attributes: the same."""
+    """An object, a dict, another mapping: the same."""
     old, logp, advantages, _, mask = batch(device)
     config = configuration()
     plain = vars(config) | {"policy_loss": vars(config.policy_loss)}
     for mode in MODES:
         results = []
-        for given in (config, plain):
+        for given in (config, plain, MappingProxyType(plain)):
             torch.manual_seed(0)
             loss = verl.POLICY_LOSSES[mode]
             results.append(loss(old, logp, advantages, mask, "token-mean", given)[0])
-        assert results[0] == results[1]
+        assert results[0] == results[1] == results[2]
 
 
 def test_bad_configurations(device):

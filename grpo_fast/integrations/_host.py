@@ -3,6 +3,7 @@
 import importlib.metadata
 import re
 import sys
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -21,23 +22,16 @@ def read(config: Any, path: str, default: Any = REQUIRED) -> Any:
         AttributeError: nothing of that name and no default.
     """
     for name in path.split("."):
-        # Mappings first: a dict has methods of its own, and an OmegaConf node refuses unknown attributes.
-        value = (
-            config.get(name, REQUIRED)
-            if isinstance(config, dict)
-            else getattr(config, name, REQUIRED)
-        )
+        # A dict has methods of its own; a configuration class may be a mapping as well as an object.
+        value = REQUIRED if isinstance(config, dict) else getattr(config, name, REQUIRED)
+        if value is REQUIRED and isinstance(config, Mapping):
+            value = config.get(name, REQUIRED)
         if value is REQUIRED:
             if default is REQUIRED:
                 raise AttributeError(f"the configuration has no {path!r}: {config!r}")
             return default
         config = value
     return config
-
-
-def optional(**options: Any) -> dict[str, Any]:
-    """The options that are not None."""
-    return {name: value for name, value in options.items() if value is not None}
 
 
 def bounds(config: Any, low: str, high: str, both: str) -> dict[str, float]:
