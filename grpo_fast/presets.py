@@ -42,7 +42,7 @@ TRAINERS = {
     "prime_rl": "prime-rl 0.8.0",
     "slime": "slime, August 2026",
     "nemo_rl": "NeMo-RL 0.6.0",
-    "areal": "AReaL 1.0.4",
+    "areal": "AReaL 1.0.4, CISPO of 2.0",
     "xtuner": "xtuner, August 2026",
 }
 
@@ -150,6 +150,7 @@ AREAL: dict[str, Options] = {
     "grpo": TOKEN_MEAN,
     "gspo": {**TOKEN_MEAN, "ratio": "sequence"},
     "sapo": {**TOKEN_MEAN, "surrogate": "sapo"},
+    "cispo": {**TOKEN_MEAN, "surrogate": "cispo", "epsilon_low": 1.0, "epsilon_high": 4.0},
 }
 
 XTUNER: dict[str, Options] = {
@@ -195,6 +196,7 @@ CALLER: dict[str, str] = {
     "skyrl/dppo_kl": "`old_logps` of the sampler",
     "prime_rl/default": "`old_logps` of the sampler; `num_items` of the global batch",
     "prime_rl/ipo": "`old_logps` of the sampler; `num_items` of the global batch",
+    "areal/cispo": "AReaL has no default for the upper bound; these are the paper's",
     "areal/gspo": "each advantage replaced by the mean of its sequence",
     "xtuner/vanilla": "`token_weights`, which hold the denominator, with `num_items=1`",
 }

@@ -251,6 +251,24 @@ def test_areal_sapo(level, batch, backend):
     torch.testing.assert_close(stat["loss"][batch.mask], want)
 
 
+def test_areal_cispo(batch, backend):
+    def formula(x, b):
+        r = (x - b.old).exp().clamp(0.0, 2.5).detach()
+        return (-r * b.A * x * b.mask).sum() / b.mask.sum()
+
+    def ours(x, b):
+        return areal.cispo_loss_fn(x, b.old, b.A, 1.0, b.mask, 1.5)
+
+    (stat,) = agrees(ours, formula, batch)
+    r = (batch.logp - batch.old).exp()
+    assert (stat["clip_mask"] == ((r > 2.5) & batch.mask)).all()
+    assert stat["clip_mask"].any()
+    loss = -r.clamp(0, 2.5) * batch.A * batch.logp
+    torch.testing.assert_close(stat["loss"][batch.mask], loss[batch.mask])
+    with pytest.raises(ValueError, match="eps_clip_higher: want a positive number, got None"):
+        areal.cispo_loss_fn(batch.logp, batch.old, batch.A, 0.2, batch.mask)
+
+
 def test_areal_rejects_with_its_own_code(batch, monkeypatch):
     """Tokens that are rejected leave the sum and not the mean; the others are weighed."""
     home = "areal.utils.functional.functional"
@@ -281,6 +299,16 @@ def test_areal_rejects_with_its_own_code(batch, monkeypatch):
     gap = (batch.old - batch.rollout)[keep]
     torch.testing.assert_close(stat["behave_approx_kl"][keep], gap)
 
+    def cispo(x, b):
+        options = {"old_logprobs": b.rollout, "rejection_sampling": "options"}
+        return areal.cispo_loss_fn(x, b.old, b.A, 1.0, b.mask, 1.5, **options)[0]
+
+    def weighed(x, b):
+        r = (x - b.old).exp().clamp(0.0, 2.5).detach() * (b.old - b.rollout).exp()
+        return torch.where(keep, -r * b.A * x, 0).sum() / b.mask.sum()
+
+    agrees(cispo, weighed, batch)
+
 
 def test_areal_conventions(batch, monkeypatch):
     assert parameters(areal.ppo_actor_loss_fn) == [
@@ -309,6 +337,10 @@ def test_areal_conventions(batch, monkeypatch):
     actor = sys.modules[areal.ACTOR]
     actor.ppo_actor_loss_fn = actor.sapo_loss_fn = None
     areal.patch()
+    assert not hasattr(actor, "cispo_loss_fn")
+    actor.cispo_loss_fn = None
+    areal.patch()
+    assert actor.cispo_loss_fn is areal.cispo_loss_fn
     assert actor.ppo_actor_loss_fn is areal.ppo_actor_loss_fn
     assert actor.sapo_loss_fn is areal.sapo_loss_fn
 

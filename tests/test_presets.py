@@ -123,6 +123,7 @@ def test_dual_clip_is_always_on_in_some_and_off_in_others(name, dual, batch, bac
         ("slime/cispo", 0.8, 1.2),
         ("nemo_rl/cispo", 0.8, 1.2),
         ("skyrl/cispo", 0.0, 5.0),
+        ("areal/cispo", 0.0, 5.0),
         ("trl/cispo", None, 0.2),  # the bound itself, 0.2 unless `epsilon_high` is given
     ],
 )

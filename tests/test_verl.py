@@ -288,6 +288,29 @@ def test_importing_registers(installed):
     assert installed.core.get_policy_loss_fn("bypass_mode") is own["bypass_mode"]
 
 
+def test_a_verl_that_cannot_be_imported_leaves_the_losses(installed, monkeypatch, caplog, tmp_path):
+    """One that is too old, or without what it needs; a folder of that name is none at all."""
+    (tmp_path / "verl").mkdir()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "verl")
+    installed.version.found = "0.7.0"
+    (tmp_path / "verl" / "__init__.py").touch()
+    importlib.invalidate_caches()
+    assert importlib.reload(verl).POLICY_LOSSES
+    assert "nothing is registered with verl: this needs verl >= 0.9.1" in caplog.text
+
+
+def test_a_checkout_says_its_version_itself(installed, monkeypatch):
+    def missing(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    with pytest.raises(ImportError, match="which is not installed"):
+        verl.register()
+    sys.modules["verl"].__version__ = "0.9.2.dev0"
+    verl.register()
+
+
 def test_an_older_verl_is_refused(installed):
     installed.version.found = "0.7.0"
     with pytest.raises(ImportError, match=r"verl >= 0\.9\.1; verl 0\.7\.0 is installed"):

@@ -90,10 +90,13 @@ def require(package: str, at_least: str) -> None:
     Raises:
         ImportError: it is not installed, or older.
     """
+    found: str | None
     try:
         found = importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        raise ImportError(f"this needs {package} >= {at_least}, which is not installed") from None
+    except importlib.metadata.PackageNotFoundError:  # a checkout on the path says it itself
+        found = getattr(sys.modules.get(package), "__version__", None)
+    if found is None:
+        raise ImportError(f"this needs {package} >= {at_least}, which is not installed")
     numbers = [[int(n) for n in re.findall(r"\d+", v)[:3]] for v in (found, at_least)]
     if numbers[0] < numbers[1]:
         raise ImportError(f"this needs {package} >= {at_least}; {package} {found} is installed")

@@ -1,11 +1,11 @@
-"""AReaL 1.0.4: its PPO and SAPO actor losses, by this library.
+"""AReaL 1.0.4 and 2.0: its PPO, SAPO and CISPO actor losses, by this library.
 
     import grpo_fast.integrations.areal
     grpo_fast.integrations.areal.patch()
 
-in the training script replaces `ppo_actor_loss_fn` and `sapo_loss_fn` where its actor calls them (there is no
-registry). The same arguments, loss, gradient and per-token statistics; rejection sampling is AReaL's own.
-Tensors are (B, T) or packed (N,) with `cu_seqlens`.
+in the training script replaces `ppo_actor_loss_fn`, `sapo_loss_fn` and, where there is one, `cispo_loss_fn`
+in the module that calls them (AReaL has no registry). The same arguments, loss, gradient and per-token
+statistics; rejection sampling is AReaL's own. Tensors are (B, T) or packed (N,) with `cu_seqlens`.
 """
 
 import importlib
@@ -41,16 +41,7 @@ def ppo_actor_loss_fn(
     """
     high = eps_clip if eps_clip_higher is None else eps_clip_higher
     options = {"epsilon_low": eps_clip, "epsilon_high": high, "dual_clip": c_clip}
-    result = None
-    if rejection_sampling is not None:
-        functional = importlib.import_module("areal.utils.functional.functional")
-        result = functional.apply_rejection_sampling(
-            proximal_logprobs=proximal_logprobs,
-            old_logprobs=old_logprobs,
-            loss_mask=loss_mask,
-            cu_seqlens=cu_seqlens,
-            config=rejection_sampling,
-        )
+    result = _rejected(proximal_logprobs, old_logprobs, loss_mask, cu_seqlens, rejection_sampling)
     mask = loss_mask if result is None else result.loss_mask
     loss, stat = _loss(
         "grpo",
@@ -73,16 +64,7 @@ def ppo_actor_loss_fn(
     none = torch.zeros_like(live)
     stat["dual_clip_mask"] = none if c_clip is None else live & (c_clip * A.abs() < clipped)
     stat["loss"] = clipped if c_clip is None else torch.minimum(clipped, c_clip * A.abs())
-    if result is not None:
-        kept = live & (result.behave_imp_weight > 0)
-        stat |= {
-            "loss": stat["loss"] * result.behave_imp_weight,
-            "behave_approx_kl": torch.where(kept, (proximal_logprobs - old_logprobs).detach(), 0),
-            "behave_imp_weight": result.behave_imp_weight.detach(),
-            "behave_mask": kept,
-            "filtered_fraction": result.filtered_fraction,
-        }
-    return loss, stat
+    return loss, _with_rejection(stat, result, proximal_logprobs, old_logprobs)
 
 
 def sapo_loss_fn(
@@ -115,6 +97,81 @@ def sapo_loss_fn(
     stat |= {"loss": -gate * A, "clip_mask": none, "dual_clip_mask": none.clone()}
     names = ("sapo_soft_gate", "sapo_scaled_gate_pos", "sapo_scaled_gate_neg")
     return loss, stat | dict(zip(names, (gate, up, down), strict=True))
+
+
+def cispo_loss_fn(
+    logprobs: Tensor,
+    proximal_logprobs: Tensor,
+    advantages: Tensor,
+    eps_clip: float,
+    loss_mask: Tensor,
+    eps_clip_higher: float | None = None,
+    old_logprobs: Tensor | None = None,
+    rejection_sampling: Any = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, dict[str, Any]]:
+    """The function of the same name in AReaL 2.0: CISPO, a mean over `loss_mask`."""
+    if eps_clip_higher is None or eps_clip_higher <= 0:
+        raise ValueError(f"eps_clip_higher: want a positive number, got {eps_clip_higher}")
+    result = _rejected(proximal_logprobs, old_logprobs, loss_mask, cu_seqlens, rejection_sampling)
+    mask = loss_mask if result is None else result.loss_mask
+    loss, stat = _loss(
+        "cispo",
+        {"epsilon_low": eps_clip, "epsilon_high": eps_clip_higher},
+        logprobs,
+        proximal_logprobs,
+        advantages,
+        mask,
+        loss_mask,
+        None if result is None else result.behave_imp_weight,
+        "token",
+        cu_seqlens,
+    )
+    ratio, A = stat["importance_weight"], stat.pop("advantages")
+    bounded = ratio.clamp(1 - eps_clip, 1 + eps_clip_higher)
+    live = mask != 0
+    stat |= {
+        "loss": -bounded * A * logprobs.detach(),
+        "clip_mask": live & (bounded != ratio),
+        "dual_clip_mask": torch.zeros_like(live),
+    }
+    return loss, _with_rejection(stat, result, proximal_logprobs, old_logprobs)
+
+
+def _rejected(
+    proximal: Tensor,
+    old: Tensor | None,
+    loss_mask: Tensor,
+    cu_seqlens: Tensor | None,
+    config: Any,
+) -> Any:
+    """AReaL's own rejection sampling, or None where it is not configured."""
+    if config is None:
+        return None
+    if old is None:
+        raise ValueError("old_logprobs: needed with rejection_sampling")
+    return importlib.import_module("areal.utils.functional.functional").apply_rejection_sampling(
+        proximal_logprobs=proximal,
+        old_logprobs=old,
+        loss_mask=loss_mask,
+        cu_seqlens=cu_seqlens,
+        config=config,
+    )
+
+
+def _with_rejection(
+    stat: dict[str, Any], result: Any, proximal: Tensor, old: Tensor | None
+) -> dict[str, Any]:
+    if result is None or old is None:
+        return stat
+    kept = (result.loss_mask != 0) & (result.behave_imp_weight > 0)
+    return stat | {
+        "loss": stat["loss"] * result.behave_imp_weight,
+        "behave_approx_kl": torch.where(kept, (proximal - old).detach(), 0),
+        "behave_imp_weight": result.behave_imp_weight.detach(),
+        "behave_mask": kept,
+        "filtered_fraction": result.filtered_fraction,
+    }
 
 
 def _loss(
@@ -165,7 +222,7 @@ def _loss(
 
 
 def patch() -> None:
-    """Replace AReaL's two functions, in this process.
+    """Replace AReaL's functions, in this process.
 
     Raises:
         ImportError: AReaL is not installed, or its actor has no such functions.
@@ -176,3 +233,5 @@ def patch() -> None:
     except (ImportError, AttributeError) as error:
         raise ImportError(f"this needs AReaL >= 1.0 with the losses in {ACTOR}") from error
     actor.ppo_actor_loss_fn, actor.sapo_loss_fn = ppo_actor_loss_fn, sapo_loss_fn
+    if hasattr(actor, "cispo_loss_fn"):  # AReaL 2.0
+        actor.cispo_loss_fn = cispo_loss_fn

@@ -333,12 +333,17 @@ def patch_logprobs() -> None:
     replace("verl", home.logprobs_from_logits, logprobs_from_logits)
 
 
+def _is_installed() -> bool:
+    spec = importlib.util.find_spec("verl")
+    return (
+        spec is not None and spec.origin is not None
+    )  # not a folder that happens to have its name
+
+
 if "verl" in sys.modules:
     register()
-elif importlib.util.find_spec("verl") is not None:
+elif _is_installed():
     try:
         register()
-    except ModuleNotFoundError as missing:  # the losses themselves work without verl
-        logging.getLogger(__name__).warning(
-            "verl is installed but cannot be imported (%s): nothing is registered with it", missing
-        )
+    except ImportError as reason:  # the losses themselves work without verl
+        logging.getLogger(__name__).warning("nothing is registered with verl: %s", reason)
