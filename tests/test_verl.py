@@ -261,6 +261,8 @@ def installed(monkeypatch):
     monkeypatch.setattr(core, "POLICY_LOSS_REGISTRY", dict(core.POLICY_LOSS_REGISTRY))
     tools, engine = ModuleType("verl.utils.torch_functional"), ModuleType("verl.workers.engine")
     tools.logprobs_from_logits = engine.logprobs_from_logits = lambda logits, labels: None
+    fused = ModuleType("verl.utils.kernel.linear_cross_entropy")
+    fused.linear_cross_entropy = engine.linear_cross_entropy = lambda *arguments: None
     for name, module in {
         "verl": ModuleType("verl"),
         "verl.trainer": ModuleType("verl.trainer"),
@@ -268,6 +270,8 @@ def installed(monkeypatch):
         "verl.trainer.ppo.core_algos": core,
         "verl.utils": ModuleType("verl.utils"),
         "verl.utils.torch_functional": tools,
+        "verl.utils.kernel": ModuleType("verl.utils.kernel"),
+        "verl.utils.kernel.linear_cross_entropy": fused,
         "verl.workers": ModuleType("verl.workers"),
         "verl.workers.engine": engine,
     }.items():
@@ -334,3 +338,28 @@ def test_patching_log_probs(installed, backend, device):
         upstream = torch.randn(shape, device=device)
         for a, b in zip(*(torch.autograd.grad(y, x, upstream) for y in (got, want)), strict=True):
             torch.testing.assert_close(a, b)
+
+
+def test_patching_the_fused_head(installed, backend, device):
+    """verl's call: (1, N, D) hidden states, (N,) log-probs and entropies."""
+    verl.patch_logprobs()
+    hidden = torch.randn(1, 6, 8, device=device, requires_grad=True)
+    weight = torch.randn(13, 8, device=device, requires_grad=True)
+    labels = torch.randint(13, (1, 6), device=device)
+    logp = (hidden @ weight.T / 0.7).log_softmax(-1)
+    want = logp.gather(-1, labels[..., None]).flatten(), -(logp.exp() * logp).sum(-1).flatten()
+    fused = installed.engine.linear_cross_entropy
+    got = fused(hidden, weight, labels, 0.7, "none")
+    for ours, theirs in zip(got, want, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    upstream = torch.randn(2, 6, device=device).unbind()
+    grads = [torch.autograd.grad(outputs, (hidden, weight), upstream) for outputs in (got, want)]
+    for ours, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    for reduction in ("sum", "mean"):
+        ours, _ = fused(hidden, weight, labels, 0.7, reduction)
+        torch.testing.assert_close(ours, getattr(want[0], reduction)())
+    with pytest.raises(ValueError, match="reduction='max'"):
+        fused(hidden, weight, labels, 0.7, "max")
+    with pytest.raises(ValueError, match="dist_process_group is not supported"):
+        fused(hidden, weight, labels, 0.7, "none", object())

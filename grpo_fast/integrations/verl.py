@@ -30,7 +30,7 @@ from grpo_fast.integrations._host import (
 )
 from grpo_fast.loss import LossOutput
 from grpo_fast.objective import Objective
-from grpo_fast.ops import logprob
+from grpo_fast.ops import linear_logprob, logprob
 from grpo_fast.ops.policy_loss import divergence_keeps
 from grpo_fast.weights import clip_cov, kl_cov
 
@@ -322,8 +322,48 @@ def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool 
     return logprob(logits.reshape(-1, V), labels.reshape(-1)).view(labels.shape)
 
 
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    temperature: float = 1.0,
+    reduction: str = "none",
+    dist_process_group: Any = None,
+) -> tuple[Tensor, Tensor]:
+    """verl's function of the same name: log-probs of `labels` and entropies, without the logits in memory.
+
+    Equivalent to `logprob((hidden @ weight.T).view(-1, V), labels.view(-1), temperature=temperature,
+    return_entropy=True)`, differentiable in both outputs.
+
+    Args:
+        hidden: (..., D).
+        weight: (V, D).
+        labels: (...).
+        reduction: of the log-probs: "none", "sum" or "mean".
+        dist_process_group: ranks that share the vocabulary; not supported.
+
+    Returns:
+        (log-probs, float32 (N,) or 0-dim; entropies, float32 (N,) in nats).
+    """
+    if dist_process_group is not None:
+        raise ValueError(
+            "linear_cross_entropy: dist_process_group is not supported: use one rank per vocabulary"
+        )
+    reduce = {"none": lambda x: x, "sum": torch.sum, "mean": torch.mean}.get(reduction.lower())
+    if reduce is None:
+        raise ValueError(f"reduction={reduction!r} is unknown; choose from none, sum, mean")
+    logps, entropy = linear_logprob(
+        hidden.reshape(-1, hidden.shape[-1]),
+        weight,
+        labels.reshape(-1),
+        temperature=temperature,
+        return_entropy=True,
+    )
+    return reduce(logps), entropy
+
+
 def patch_logprobs() -> None:
-    """Replace verl's `logprobs_from_logits`, in this process, also where verl has already imported it.
+    """Replace verl's two functions above, in this process, also where verl has already imported them.
 
     Raises:
         ImportError: verl is not installed, or too old.
@@ -331,6 +371,8 @@ def patch_logprobs() -> None:
     require("verl", NEEDS)
     home = importlib.import_module("verl.utils.torch_functional")
     replace("verl", home.logprobs_from_logits, logprobs_from_logits)
+    fused = importlib.import_module("verl.utils.kernel.linear_cross_entropy")
+    replace("verl", fused.linear_cross_entropy, linear_cross_entropy)
 
 
 def _is_installed() -> bool:
