@@ -85,6 +85,7 @@ class Report:
 B, T_LEN = 4, 16
 N = B * T_LEN
 V_SMALL, V_ROW, V_SPLIT = 1024, 32_768, 152_064  # one per schedule
+CAP = (30.0, 0.5)  # softcap, logit_scale
 
 
 def tensor(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -98,9 +99,6 @@ def tokens(given: bool = True, dtype: torch.dtype = torch.float32) -> torch.Tens
 def logits(V: int, dtype: torch.dtype) -> torch.Tensor:
     padded = triton.cdiv(V, 16) * 16  # Triton knows a stride as aligned if 16 divides it
     return tensor(B, T_LEN, padded, dtype=dtype)[..., :V]
-
-
-CAP = (30.0, 0.5)  # softcap, logit_scale
 
 
 def launch_logprob_fwd(
@@ -297,7 +295,6 @@ CASES: dict[str, Callable[[], None]] = {
     "grpo fp16": partial(launch_grpo, V_SPLIT, torch.float16),
     "grpo fp32": partial(launch_grpo, V_SPLIT, torch.float32),
     "grpo fp32 entropy": partial(launch_grpo, V_ROW, torch.float32, entropy=True),
-    # Logits of the fused linear head: not rounded, their gradient in the dtype of the products.
     "grpo fp32 to bf16": partial(launch_grpo, V_SPLIT, torch.float32, out=torch.bfloat16),
     "grpo capped": partial(launch_grpo, V_SPLIT, torch.float32, out=torch.bfloat16, cap=CAP),
     "grpo capped entropy": partial(launch_grpo, entropy=True, cap=CAP),
