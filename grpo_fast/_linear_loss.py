@@ -3,6 +3,7 @@
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from grpo_fast import reference
@@ -30,6 +31,7 @@ def linear_grpo_loss(
     compact: bool = True,
     chunk_size: int | None = None,
     lora: tuple[Tensor, Tensor, float] | None = None,
+    tp_group: dist.ProcessGroup | None = None,
     dw_out: Tensor | None = None,
     advantages: Tensor | None = None,
     rewards: Tensor | None = None,
@@ -55,7 +57,8 @@ def linear_grpo_loss(
 
     Args:
         hidden: (B, T, D) or (N, D), float32, bfloat16 or float16: the last hidden states, row t for token t.
-        weight: (rows, D) of the head, of the same dtype. Under FSDP call this inside the forward of the
+        weight: (rows, D) of the head, of the same dtype, or float32 (rounded for the products, its gradient
+            is not). Under FSDP call this inside the forward of the
             module that owns it, where it has been gathered.
         completion_ids: (B, T) or (N,), int32 or int64; anything where the mask is 0.
         bias: (rows,).
@@ -73,6 +76,11 @@ def linear_grpo_loss(
         chunk_size: tokens per chunk. Every product has exactly so many rows. Default: chosen from the
             number of tokens and the device.
         lora: (A (r, D), B (rows, r), scaling): adds `scaling * (hidden @ A.T) @ B.T` to the logits.
+        tp_group: processes that share the vocabulary. Each gives its rows of weight, bias and `lora`'s B,
+            consecutive in the order of the ranks, and everything else alike; ids and `vocab_size` are of the
+            whole vocabulary. Each gets the same loss and log-probs and the whole gradient of `hidden`. One
+            all-gather of four numbers per token and chunk, one reduction of the gradient, and one look at
+            each other's numbers of rows, a sync (compiled: they must be equal).
         dw_out: (rows, D) float32: the backward adds the gradient of the weight to it, unrounded, instead of
             handing it to autograd, which sees none. The float32 buffer of the forward is added, so that any
             upstream gradient is right; it saves the gradient in the dtype of the weight.
@@ -93,7 +101,7 @@ def linear_grpo_loss(
         ValueError, TypeError: as `grpo_loss`.
     """
     op = "linear_grpo_loss"
-    flat, parameters, options = check_head(
+    flat, parameters, options, V = check_head(
         op,
         hidden,
         weight,
@@ -106,6 +114,7 @@ def linear_grpo_loss(
         vocab_size,
         chunk_size,
         lora,
+        tp_group,
     )
     _check_dw_out(op, dw_out, weight)
     device = completion_ids.device
@@ -117,7 +126,7 @@ def linear_grpo_loss(
     deciding = [advantages, rewards, token_weights, cu_seqlens]
     given = _arguments.check_mask(op, mask, completion_ids, anywhere=True)
     live = here(given)
-    ids = _arguments.check_ids(op, "completion_ids", completion_ids, live, options.vocab_size)
+    ids = _arguments.check_ids(op, "completion_ids", completion_ids, live, V)
     temperatures, inv_temperature = _arguments.check_temperature(
         op, temperature, completion_ids, live
     )

@@ -171,7 +171,7 @@ def test_opcheck_of_the_linear_head(backend, device):
     x = torch.rand(N, device=device)
     mask = torch.tensor([1, 1, 0, 1, 1, 1], device=device).bool()
     head = (weight.clone().requires_grad_(), bias, None, None)
-    options = (1.0, 5.0, 0.5, True, V, 4)
+    options = (1.0, 5.0, 0.5, True, V, 4, "", 0, V)
     scores = (ids, mask, None, 0.9)
     key = Objective(beta=0.1, entropy_coef=0.1).key
     tokens = (ids, mask, x, x, None, 1, None, x, x, *[None] * 5, 0.9, True, key)

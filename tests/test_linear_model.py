@@ -1,11 +1,5 @@
 """The fused head inside a model: activation checkpointing, and FSDP on two processes."""
 
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import nn
@@ -13,8 +7,8 @@ from torch.utils.checkpoint import checkpoint
 
 from grpo_fast.loss import linear_grpo_loss
 from grpo_fast.ops import linear_logprob
+from tests.ranks import needs_gloo, run
 
-ROOT = Path(__file__).resolve().parents[1]
 V, D = 40, 8
 
 
@@ -121,41 +115,9 @@ def train_sharded():
         with pytest.raises(TypeError, match="inside the forward"):
             linear_logprob(outside, model.head.weight, torch.zeros(2, dtype=torch.int64))
     dist.destroy_process_group()
-    print(f"rank {rank} done")
 
 
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
-@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch without gloo")
+@needs_gloo
 def test_fsdp_on_two_processes():
     """`fully_shard`: gathered in the forward, reduced in the backward, as one process computes it."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = os.environ | {
-        "PYTHONPATH": str(ROOT),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": "2",
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
-    code = "from tests.test_linear_model import train_sharded; train_sharded()"
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", code],
-            env=environment | {"RANK": str(rank)},
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [process.communicate(timeout=180)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for rank, (process, output) in enumerate(zip(processes, outputs, strict=True)):
-        assert process.returncode == 0, output
-        assert f"rank {rank} done" in output
+    run("tests.test_linear_model:train_sharded", 2)

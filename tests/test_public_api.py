@@ -30,7 +30,16 @@ SIGNATURES = {
         ["hidden", "weight", "completion_ids"],
         [
             *("bias", "softcap", "logit_scale", "logits_dtype", "vocab_size", "compact"),
-            *("chunk_size", "lora", "dw_out", "advantages", "rewards", "group_size", *LOSS),
+            *(
+                "chunk_size",
+                "lora",
+                "tp_group",
+                "dw_out",
+                "advantages",
+                "rewards",
+                "group_size",
+                *LOSS,
+            ),
             *("num_items", "cu_seqlens", "temperature", "objective", "return_entropy"),
         ],
     ),
@@ -38,7 +47,7 @@ SIGNATURES = {
         ["hidden", "weight", "ids"],
         [
             *("bias", "softcap", "logit_scale", "temperature", "mask", "return_entropy"),
-            *("logits_dtype", "vocab_size", "compact", "chunk_size", "lora"),
+            *("logits_dtype", "vocab_size", "compact", "chunk_size", "lora", "tp_group"),
         ],
     ),
     grpo_fast.ops.logprob: (["logits", "ids"], ["temperature", "mask", "return_entropy"]),

@@ -349,8 +349,7 @@ def linear_cross_entropy(
         raise ValueError(
             "linear_cross_entropy: dist_process_group is not supported: use one rank per vocabulary"
         )
-    reduce = {"none": lambda x: x, "sum": torch.sum, "mean": torch.mean}.get(reduction.lower())
-    if reduce is None:
+    if reduction.lower() not in ("none", "sum", "mean"):
         raise ValueError(f"reduction={reduction!r} is unknown; choose from none, sum, mean")
     logps, entropy = linear_logprob(
         hidden.reshape(-1, hidden.shape[-1]),
@@ -359,7 +358,9 @@ def linear_cross_entropy(
         temperature=temperature,
         return_entropy=True,
     )
-    return reduce(logps), entropy
+    if reduction.lower() == "none":
+        return logps, entropy
+    return logps.sum() if reduction.lower() == "sum" else logps.mean(), entropy
 
 
 def patch_logprobs() -> None:

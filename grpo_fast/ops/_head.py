@@ -15,6 +15,7 @@ from torch import Tensor
 
 from grpo_fast.ops._head_arguments import Needs, Options, Parameters
 from grpo_fast.ops._rows import SoftCap
+from grpo_fast.ops._vocab_parallel import Shard
 
 # Of the workspace. A GPU wants long chunks: dW is read and written once per chunk.
 WORKSPACE_BYTES = {"cuda": 2 << 30, "cpu": 128 << 20}
@@ -34,7 +35,7 @@ def row_limit(hidden: Tensor, options: Options) -> int:
     if logits_dtype != dtype:
         size += dtype.itemsize  # a buffer of its own for the gradient
     kind = "cuda" if hidden.is_cuda else "cpu"
-    return max(1, WORKSPACE_BYTES[kind] // (padded(options.vocab_size) * size))
+    return max(1, WORKSPACE_BYTES[kind] // (max(padded(options.widest), PAD) * size))
 
 
 def working_dtypes(hidden: Tensor, options: Options) -> tuple[torch.dtype, torch.dtype]:
@@ -130,6 +131,7 @@ class Head:
         self.lora_a = None if lora_a is None else lora_a.to(self.dtype)
         self.lora_b = None if lora_b is None else lora_b[:V].to(self.dtype)
         self.scaling = options.lora_scaling
+        self.shard = Shard.of(options.tp_group, options.first_row) if options.tp_group else None
         self.softcap = SoftCap(options.softcap, options.logit_scale) if options.softcap else None
         self.N = len(hidden) if rows is None else len(rows)
         most = row_limit(hidden, options)
@@ -152,8 +154,10 @@ class Head:
         weight, bias, lora_a, lora_b = self.full
         # Rows that take no part have no gradient; those that do are all written.
         whole = self.rows is None
+        # A sum over processes is rounded once, at its end.
+        exact = torch.float32 if self.shard else self.hidden.dtype
         self.dhidden = (self.hidden.new_empty if whole else new)(
-            self.hidden.shape if self.needs.hidden else 0
+            self.hidden.shape if self.needs.hidden else 0, dtype=exact
         )
         self.dweight = self.hidden.new_empty(0, dtype=torch.float32)
         if self.needs.weight:
@@ -168,7 +172,8 @@ class Head:
         self.dbias = zeros(self.needs.bias, bias)
         self.dlora_a = zeros(self.needs.lora_a, lora_a)
         self.dlora_b = zeros(self.needs.lora_b, lora_b)
-        self._stage = self.hidden.new_empty((self.C if self.N else 0, D), dtype=self.dtype)
+        stage = torch.float32 if self.shard and self.hidden.is_cuda else self.dtype
+        self._stage = self.hidden.new_empty((self.C if self.N else 0, D), dtype=stage)
         self._fresh = True
 
     def parts(self) -> Iterator[slice]:
@@ -231,4 +236,9 @@ class Head:
 
     def gradients(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """In the order of `Needs`; (0,) where not wanted. Those of parameters in float32."""
-        return self.dhidden, self.dweight, self.dbias, self.dlora_a, self.dlora_b
+        if self.shard:
+            for x in (self.dhidden, self.dlora_a):  # what all processes contribute to
+                if x.numel():
+                    self.shard.total(x)
+        dhidden = self.dhidden.to(self.hidden.dtype)
+        return dhidden, self.dweight, self.dbias, self.dlora_a, self.dlora_b

@@ -1,11 +1,15 @@
 """What a language-model head is given as: its tensors, its options, and their checks."""
 
+import itertools
 import math
 from typing import Any, NamedTuple
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from grpo_fast.ops._arguments import LOGITS_DTYPES, check_device, check_tensor, shape_of
+from grpo_fast.ops._vocab_parallel import rows_of_all
 
 
 class Options(NamedTuple):
@@ -15,13 +19,16 @@ class Options(NamedTuple):
     softcap: float  # 0: none
     logit_scale: float
     fp32_logits: bool
-    vocab_size: int
+    vocab_size: int  # of this process
     chunk_size: int  # 0: chosen here
+    tp_group: str  # name of the processes that share the vocabulary; "" for none. With it:
+    first_row: int  # what this process's first row of weight is in the whole vocabulary
+    widest: int  # the most rows of vocabulary that a process has
 
 
 OPTIONS = (
     "float lora_scaling, float softcap, float logit_scale, bool fp32_logits, int vocab_size, "
-    "int chunk_size"
+    "int chunk_size, str tp_group, int first_row, int widest"
 )
 
 
@@ -77,8 +84,9 @@ def check_head(
     vocab_size: int | None,
     chunk_size: int | None,
     lora: tuple[Tensor, Tensor, float] | None,
-) -> tuple[Tensor, Parameters, Options]:
-    """`hidden` as (N, D), and the head, checked against it and the ids."""
+    tp_group: dist.ProcessGroup | None,
+) -> tuple[Tensor, Parameters, Options, int]:
+    """`hidden` as (N, D), the head, checked against it and the ids, and the size of the vocabulary."""
     check_tensor(op, "hidden", hidden)
     check_tensor(op, "weight", weight)
     check_tensor(op, ids_name, ids)
@@ -99,9 +107,13 @@ def check_head(
             f"got {shape_of(weight)}"
         )
     rows = len(weight)
-    V = rows if vocab_size is None else check_count(op, "vocab_size", vocab_size)
-    if rows < V:
-        raise ValueError(f"{op}: vocab_size={V} is more than the {rows} rows of weight")
+    shards = [rows] if tp_group is None else rows_of_all(rows, tp_group, weight.device)
+    V = sum(shards) if vocab_size is None else check_count(op, "vocab_size", vocab_size)
+    if sum(shards) < V:
+        raise ValueError(f"{op}: vocab_size={V} is more than the {sum(shards)} rows of weight")
+    starts = [0, *itertools.accumulate(shards)]
+    sizes = [max(0, min(V - start, n)) for start, n in zip(starts, shards, strict=False)]
+    rank = 0 if tp_group is None else tp_group.rank()
     a, b, scaling = check_lora(op, lora, rows, D)
     parameters = Parameters(weight, check_bias(op, bias, rows), a, b)
     for name, x in zip(("weight", "bias", "lora A", "lora B"), parameters, strict=True):
@@ -114,21 +126,31 @@ def check_head(
         raise ValueError(f"{op}: logits_dtype={logits_dtype!r} is unknown; choose from fp32, bf16")
     size = 0 if chunk_size is None else check_count(op, "chunk_size", chunk_size)
     options = Options(
-        scaling, float(softcap or 0), float(logit_scale), logits_dtype == "fp32", V, size
+        lora_scaling=scaling,
+        softcap=float(softcap or 0),
+        logit_scale=float(logit_scale),
+        fp32_logits=logits_dtype == "fp32",
+        vocab_size=sizes[rank],
+        chunk_size=size,
+        tp_group="" if tp_group is None else tp_group.group_name,
+        first_row=starts[rank],
+        widest=max(sizes),
     )
-    return hidden.reshape(-1, D), parameters, options
+    return hidden.reshape(-1, D), parameters, options, V
 
 
 def check_operand(op: str, name: str, x: Tensor, hidden: Tensor) -> None:
-    """A tensor of the head must be an ordinary one, where `hidden` is and of its dtype."""
+    """A tensor of the head must be an ordinary one, where `hidden` is, of its dtype or float32."""
     if hasattr(x, "placements"):
         raise TypeError(
             f"{op}: {name} is a DTensor: call {op} inside the forward of the module that owns it, "
             "where FSDP has gathered it"
         )
     check_device(op, name, x, hidden)
-    if x.dtype != hidden.dtype:
-        raise TypeError(f"{op}: {name} is {x.dtype}, hidden {hidden.dtype}: convert one of them")
+    if x.dtype not in (hidden.dtype, torch.float32):
+        raise TypeError(
+            f"{op}: {name} is {x.dtype}, hidden {hidden.dtype}: want that or float32 (master weights)"
+        )
 
 
 def check_bias(op: str, bias: Tensor | None, rows: int) -> Tensor | None:

@@ -146,7 +146,7 @@ def gradient(
     inv_temperature: float | Tensor,
     slope: Tensor | None = None,
 ) -> Tensor:
-    """dL/dz of a block, written over `e`. dlogp, dentropy: (R,).
+    """dL/dz of a block, written over `e`. dlogp, dentropy: (R,). ids: (R,), -1 where none is scored.
 
     dz_v = (dlogp (1[v = y] - p_v) - dentropy p_v (log p_v + H)) / temperature, times `slope` (R, V)
     """
@@ -163,7 +163,10 @@ def gradient(
         e.mul_(u.mul_((tilt * inv_temperature)[:, None]).add_((factor * inv_temperature)[:, None]))
     else:
         e.mul_((factor * inv_temperature)[:, None])
-    e.scatter_(1, ids[:, None], (target * inv_temperature)[:, None])
+    ids = ids[:, None]
+    at = ids.clamp(min=0)
+    target = torch.where(ids < 0, e.gather(1, at), (target * inv_temperature)[:, None])
+    e.scatter_(1, at, target)
     if slope is not None:
         e.mul_(slope)
     # Select, not multiply: a row without gradient has none, whatever its logits hold.

@@ -15,6 +15,7 @@ multiplications each for logits, dH and dW, 2 operations per multiplication:
 """
 
 import itertools
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +24,21 @@ from torch import Tensor
 from grpo_fast.objective import Objective
 from grpo_fast.ops import _phases
 from grpo_fast.ops._backend import launch, use_triton
+from grpo_fast.ops._chunks import (
+    Scores,
+    Statistics,
+    at,
+    kept_rows,
+    read_all,
+    read_part,
+    read_with_unit_gradient,
+    scaled,
+    select,
+    slice_arguments,
+    spread_rows,
+    write_all,
+    write_part,
+)
 from grpo_fast.ops._head import Head, row_limit
 from grpo_fast.ops._head_arguments import (
     OPTIONS,
@@ -34,22 +50,7 @@ from grpo_fast.ops._head_arguments import (
 )
 from grpo_fast.ops._tokens import Sequences, Tokens
 from grpo_fast.ops.grpo import ARGUMENTS, Arguments, Outputs, fill, new_outputs
-from grpo_fast.ops.linear_logprob import (
-    Scores,
-    Statistics,
-    at,
-    empty_gradients,
-    kept_rows,
-    read_all,
-    read_with_unit_gradient,
-    scaled,
-    select,
-    slice_arguments,
-    spread_rows,
-    weigh_rows,
-    write_all,
-)
-from grpo_fast.ops.logprob import read_rows, write_rows
+from grpo_fast.ops.linear_logprob import empty_gradients, weigh_rows
 
 USED_TWICE = (
     "linear_grpo_loss: backward ran a second time. The gradients are computed once, in the forward, and "
@@ -77,7 +78,12 @@ def sort(arguments: tuple) -> Call:
 
 
 def plan(
-    objective: Objective, known: bool, needs: Needs, ends: list[int] | None, limit: int
+    objective: Objective,
+    known: bool,
+    needs: Needs,
+    ends: list[int] | None,
+    limit: int,
+    shared: bool = False,
 ) -> str:
     """Which of the ways in the module docstring.
 
@@ -85,12 +91,13 @@ def plan(
         known: whether the surrogate's coefficients are known beforehand.
         ends: boundaries of the sequences, where the host knows them.
         limit: how many rows of logits may exist at a time.
+        shared: whether other processes have a part of the vocabulary.
     """
     if objective.by_token:
         return "token"
     if known:
         return "known"
-    if not needs.parameters and not objective.entropy_coef:
+    if not (needs.parameters or objective.entropy_coef or shared):
         return "late"
     whole = objective.top_entropy_quantile == 1  # or tokens of all sequences decide
     if whole and ends is not None and all(j - i <= limit for i, j in itertools.pairwise(ends)):
@@ -174,6 +181,56 @@ def slice_tokens(tokens: Tokens, rows: slice) -> Tokens:
 def by_chunk(
     head: Head,
     scores: Scores,
+    parts: Iterable[slice],
+    coefficients: Callable[[slice, Tensor, Tensor], tuple[Tensor, Tensor | None]],
+    with_entropy: bool,
+) -> Statistics:
+    """Gradients where those of a chunk depend on nothing else.
+
+    Args:
+        coefficients: (dL/dlogp, dL/dentropy or None) from the rows, their log-probs and entropies.
+    """
+    found = []
+    for part in parts:
+        logits, dlogits = head.logits(part)
+        these = select(scores, part)
+        statistics = read_part(head, logits, these, with_entropy)
+        found.append(statistics)
+        dlogp, dentropy = coefficients(part, statistics.logp, statistics.entropy)
+        write_part(head, dlogp, dentropy, logits, these, statistics, dlogits)
+        head.backward(part)
+    if not found:
+        return read_all(head, scores, with_entropy)
+    return Statistics(*(torch.cat(x) for x in zip(*found, strict=True)))
+
+
+def by_shared_token(
+    head: Head,
+    scores: Scores,
+    tokens: Tokens,
+    c: Tensor | None,
+    with_entropy: bool,
+    objective: Objective,
+) -> Statistics:
+    """`by_token` where the vocabulary is shared: a chunk's statistics meet before its coefficients are known.
+
+    c: what dL/dlogp owes to the surrogate, where that is known.
+    """
+    if c is not None:
+        tokens, objective = _phases.without_surrogate(tokens, objective)
+
+    def coefficients(part: slice, logp: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor | None]:
+        these = slice_tokens(tokens, part)
+        found = _phases.values(logp, entropy, these, Sequences(None, None, 0), objective)
+        dlogp = found.dlogp if c is None else found.dlogp + c[part]
+        return dlogp, _entropy_gradient(these, objective, found)
+
+    return by_chunk(head, scores, head.parts(), coefficients, with_entropy)
+
+
+def by_sequence(
+    head: Head,
+    scores: Scores,
     tokens: Tokens,
     sequences: Sequences,
     ends: list[int],
@@ -181,35 +238,20 @@ def by_chunk(
     objective: Objective,
 ) -> Statistics:
     """Gradients where each chunk holds whole sequences, as many as fit."""
-    found = []
-    for first, last in _together(ends, head.C):
-        part = slice(ends[first], ends[last])
-        logits, dlogits = head.logits(part)
-        statistics = read_rows(logits, *select(scores, part), with_entropy, head.softcap)
-        logp, entropy, top, total = statistics
-        found.append(statistics)
+    runs = {ends[i]: (i, j) for i, j in _together(ends, head.C)}
+
+    def coefficients(part: slice, logp: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor | None]:
+        first, last = runs[part.start]
         boundaries = sequences.boundaries
         if boundaries is not None:
             boundaries = boundaries[first : last + 1] - ends[first]
         mine = Sequences(at(sequences.log_importance, part), boundaries, sequences.T_len)
         these = slice_tokens(tokens, part)
-        of_these = _phases.values(logp, entropy, these, mine, objective)
-        write_rows(
-            of_these.dlogp,
-            _entropy_gradient(these, objective, of_these),
-            logits,
-            *select(scores, part),
-            logp,
-            entropy,
-            top,
-            total,
-            dlogits,
-            head.softcap,
-        )
-        head.backward(part)
-    if not found:
-        return read_all(head, scores, with_entropy)
-    return Statistics(*(torch.cat(x) for x in zip(*found, strict=True)))
+        found = _phases.values(logp, entropy, these, mine, objective)
+        return found.dlogp, _entropy_gradient(these, objective, found)
+
+    parts = (slice(ends[i], ends[j]) for i, j in runs.values())
+    return by_chunk(head, scores, parts, coefficients, with_entropy)
 
 
 def _together(ends: list[int], C: int) -> list[tuple[int, int]]:
@@ -235,12 +277,12 @@ def _forward(hidden: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     token_weight = at(call.token_weight, rows)
     assert token_weight is not None
     known = not objective.by_token and _phases.known_on_policy(a.old_logp, objective)
-    way = plan(objective, known, needs, ends, limit)
+    way = plan(objective, known, needs, ends, limit, bool(options.tp_group))
     length = 0
     if way == "aligned" and ends is not None:
         length = max((ends[j] - ends[i] for i, j in _together(ends, limit)), default=1)
     head = Head(hidden, call.parameters, options, rows, a.mask, needs, length)
-    if way == "token":
+    if way == "token" and not head.shard:
         out = by_token(head, a)
     else:
         out = _by_phases(way, head, scores, a, token_weight, sequences, ends, objective)
@@ -267,16 +309,20 @@ def _by_phases(
     """Gradients of the rows that take part, their coefficients depending on other rows."""
     tokens = as_tokens(a, token_weight)
     with_entropy = a.with_entropy
+    c = None
     if way == "known":
         c = _phases.coefficient_on_policy(tokens, sequences, objective)
-        assert c is not None
+    if head.shard and way in ("token", "known"):
+        statistics = by_shared_token(head, scores, tokens, c, with_entropy, objective)
+        logp, entropy = statistics.logp, statistics.entropy
+    elif c is not None:
         out = by_token(head, with_coefficients(a, c, tokens, objective))
         logp, entropy = out.logp, out.entropy
     elif way == "late":
         logp, entropy = read_with_unit_gradient(head, scores, with_entropy)
     elif way == "aligned":
         assert ends is not None
-        statistics = by_chunk(head, scores, tokens, sequences, ends, with_entropy, objective)
+        statistics = by_sequence(head, scores, tokens, sequences, ends, with_entropy, objective)
         logp, entropy = statistics.logp, statistics.entropy
     else:
         statistics = read_all(head, scores, with_entropy)

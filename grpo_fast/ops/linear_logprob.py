@@ -4,14 +4,28 @@ The language-model head runs in chunks of tokens (`grpo_fast.ops._head`). Kernel
 on each chunk, and `grpo_fast.kernels.linear_logprob`.
 """
 
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, Literal, overload
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from grpo_fast.objective import Objective
 from grpo_fast.ops import _arguments
 from grpo_fast.ops._backend import launch, use_triton
+from grpo_fast.ops._chunks import (
+    NO_GRADIENT,
+    SCORES,
+    Scores,
+    Statistics,
+    at,
+    kept_rows,
+    read_all,
+    read_with_unit_gradient,
+    scaled,
+    select,
+    spread_rows,
+    write_all,
+)
 from grpo_fast.ops._head import Head
 from grpo_fast.ops._head_arguments import (
     OPTIONS,
@@ -22,133 +36,6 @@ from grpo_fast.ops._head_arguments import (
     check_head,
     sorted_into,
 )
-from grpo_fast.ops.grpo import Arguments, fill
-from grpo_fast.ops.logprob import read_rows, write_rows
-
-NO_GRADIENT = Needs(False, False, False, False, False)
-# -A log p with A = -1: the gradient of log p itself.
-UNIT = Objective(surrogate="reinforce")
-
-
-class Scores(NamedTuple):
-    """Which tokens are scored, and how. Per token, (N,)."""
-
-    ids: Tensor
-    mask: Tensor | None
-    temperature: Tensor | None
-    inv_temperature: float
-
-
-SCORES = "Tensor ids, Tensor? mask, Tensor? temperature, float inv_temperature"
-
-
-class Statistics(NamedTuple):
-    """Of each token, (N,) float32: what the gradient pass needs of the first pass."""
-
-    logp: Tensor
-    entropy: Tensor  # (0,) unless wanted
-    top: Tensor
-    total: Tensor
-
-
-def scaled(scores: Scores, options: Options) -> Scores:
-    """Without a soft cap a logit scale is a temperature."""
-    if options.softcap or options.logit_scale == 1:
-        return scores
-    temperature = scores.temperature
-    return scores._replace(
-        temperature=None if temperature is None else temperature / options.logit_scale,
-        inv_temperature=scores.inv_temperature * options.logit_scale,
-    )
-
-
-def at(x: Tensor | None, rows: Tensor | slice | None) -> Tensor | None:
-    """`x[rows]`; what is not there has no rows."""
-    return x if x is None or rows is None else x[rows]
-
-
-def select(scores: Scores, rows: Tensor | slice | None) -> Scores:
-    ids, mask, temperature, inv_temperature = scores
-    chosen = ids if rows is None else ids[rows]
-    return Scores(chosen, at(mask, rows), at(temperature, rows), inv_temperature)
-
-
-def kept_rows(keep: Tensor | None, like: Tensor) -> Tensor | None:
-    """Indices, on the device of `like`, of the rows to keep; None for all. On a GPU `keep` costs a sync."""
-    if keep is None:
-        return None
-    rows = keep.nonzero().squeeze(1)
-    return None if len(rows) == len(keep) else rows.to(like.device, non_blocking=True)
-
-
-def spread_rows(
-    x: Tensor, rows: Tensor | None, N: int, default: float = 0.0, computed: bool = True
-) -> Tensor:
-    """x of the rows that took part as (N,), `default` for the others; as it is if it was not computed."""
-    if rows is None or not computed:
-        return x
-    return x.new_full((N,), default).index_copy_(0, rows, x)
-
-
-def read_all(head: Head, scores: Scores, with_entropy: bool) -> Statistics:
-    """The log-probs of the rows that take part."""
-    found = [
-        read_rows(head.logits(part)[0], *select(scores, part), with_entropy, head.softcap)
-        for part in head.parts()
-    ]
-    if not found:
-        return Statistics(*(head.hidden.new_empty(0, dtype=torch.float32) for _ in range(4)))
-    return Statistics(*(torch.cat(x) for x in zip(*found, strict=True)))
-
-
-def write_all(
-    head: Head, scores: Scores, dlogp: Tensor, dentropy: Tensor | None, statistics: Statistics
-) -> None:
-    """The gradient pass: the logits again, their gradient, and what `head` makes of it."""
-    for part in head.parts():
-        logits, dlogits = head.logits(part)
-        logp, entropy, top, total = (x[part] for x in statistics)
-        write_rows(
-            dlogp[part],
-            at(dentropy, part),
-            logits,
-            *select(scores, part),
-            logp,
-            entropy,
-            top,
-            total,
-            dlogits,
-            head.softcap,
-        )
-        head.backward(part)
-
-
-def read_with_unit_gradient(
-    head: Head, scores: Scores, with_entropy: bool = False
-) -> tuple[Tensor, Tensor]:
-    """(log-probs, entropy), in one pass with the gradient of each log-prob in its hidden state."""
-    weight = head.hidden.new_ones(head.N, dtype=torch.float32)
-    given: dict[str, Any] = dict.fromkeys(Arguments._fields)
-    given |= {**scores._asdict(), "weight": weight, "advantages": -weight, "group_size": 1}
-    given |= {"return_entropy": with_entropy, "objective": UNIT.key}
-    a = Arguments(**given)
-    found = []
-    for part in head.parts():
-        logits, dlogits = head.logits(part)
-        out = fill(logits, slice_arguments(a, part), dlogits, head.softcap)
-        found.append((out.logp, out.entropy))
-        head.backward(part)
-    if not found:
-        return weight, weight
-    logp, entropy = (torch.cat(x) for x in zip(*found, strict=True))
-    return logp, entropy
-
-
-def slice_arguments(a: Arguments, rows: Tensor | slice) -> Arguments:
-    """The arguments of some rows; all tensors in `a` are per token."""
-    of_rows: list[Any] = [x[rows] if isinstance(x, Tensor) else x for x in a]
-    return Arguments(*of_rows)
-
 
 # What the two operators take after the hidden states: see their schemas.
 FORWARD = (Parameters, Scores, None, None, None, Options)
@@ -326,6 +213,7 @@ def linear_logprob(
     compact: bool = ...,
     chunk_size: int | None = ...,
     lora: tuple[Tensor, Tensor, float] | None = ...,
+    tp_group: dist.ProcessGroup | None = ...,
 ) -> Tensor: ...
 @overload
 def linear_logprob(
@@ -344,6 +232,7 @@ def linear_logprob(
     compact: bool = ...,
     chunk_size: int | None = ...,
     lora: tuple[Tensor, Tensor, float] | None = ...,
+    tp_group: dist.ProcessGroup | None = ...,
 ) -> tuple[Tensor, Tensor]: ...
 def linear_logprob(
     hidden: Tensor,
@@ -361,6 +250,7 @@ def linear_logprob(
     compact: bool = True,
     chunk_size: int | None = None,
     lora: tuple[Tensor, Tensor, float] | None = None,
+    tp_group: dist.ProcessGroup | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-prob of `ids` under the head's distribution, and its entropy, without the logits in memory.
 
@@ -372,7 +262,8 @@ def linear_logprob(
 
     Args:
         hidden: (B, T, D) or (N, D), float32, bfloat16 or float16: the last hidden states, row t for token t.
-        weight: (rows, D) of the head, of the same dtype.
+        weight: (rows, D) of the head, of the same dtype, or float32 (rounded for the products, its gradient
+            is not).
         ids: (B, T) or (N,), int32 or int64, each in [0, vocab_size) where the mask is not 0.
         bias: (rows,).
         softcap: of the logits (Gemma 2); None for none.
@@ -390,6 +281,7 @@ def linear_logprob(
             the result of a row does not depend on the batch around it beyond what the matrix library does.
             Default: chosen from the number of tokens and the device.
         lora: (A (r, D), B (rows, r), scaling): adds `scaling * (hidden @ A.T) @ B.T` to the logits.
+        tp_group: processes that share the vocabulary, as in `linear_grpo_loss`.
 
     Returns:
         log-probs, float32, of the shape of `ids`; with `return_entropy` a tuple (log-probs, entropy).
@@ -398,7 +290,7 @@ def linear_logprob(
         ValueError, TypeError: arguments that do not fit, by name; values as in `logprob`.
     """
     op = "linear_logprob"
-    flat, parameters, options = check_head(
+    flat, parameters, options, V = check_head(
         op,
         hidden,
         weight,
@@ -411,11 +303,12 @@ def linear_logprob(
         vocab_size,
         chunk_size,
         lora,
+        tp_group,
     )
     given = _arguments.check_mask(op, mask, ids, anywhere=True)
     keep = given if compact else None
     live = None if given is None else given.to(ids.device, non_blocking=True)
-    flat_ids = _arguments.check_ids(op, "ids", ids, live, options.vocab_size)
+    flat_ids = _arguments.check_ids(op, "ids", ids, live, V)
     temperatures, inv_temperature = _arguments.check_temperature(op, temperature, ids, live)
     graded = torch.is_grad_enabled()
     frozen = not any(x is not None and x.requires_grad for x in parameters)
@@ -425,7 +318,7 @@ def linear_logprob(
         *(flat_ids, live, temperatures, inv_temperature),
         keep,
         return_entropy,
-        graded and hidden.requires_grad and frozen and not return_entropy,
+        graded and hidden.requires_grad and frozen and not (return_entropy or tp_group),
         *options,
     )
     if return_entropy:

@@ -1,0 +1,154 @@
+"""What the operators on hidden states share: rows that take part, read and written chunk by chunk."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from grpo_fast.objective import Objective
+from grpo_fast.ops._head import Head
+from grpo_fast.ops._head_arguments import Needs, Options
+from grpo_fast.ops._vocab_parallel import read_shared_rows, write_shared_rows
+from grpo_fast.ops.grpo import Arguments, fill
+from grpo_fast.ops.logprob import read_rows, write_rows
+
+NO_GRADIENT = Needs(False, False, False, False, False)
+# -A log p with A = -1: the gradient of log p itself.
+UNIT = Objective(surrogate="reinforce")
+
+
+class Scores(NamedTuple):
+    """Which tokens are scored, and how. Per token, (N,)."""
+
+    ids: Tensor
+    mask: Tensor | None
+    temperature: Tensor | None
+    inv_temperature: float
+
+
+SCORES = "Tensor ids, Tensor? mask, Tensor? temperature, float inv_temperature"
+
+
+class Statistics(NamedTuple):
+    """Of each token, (N,) float32: what the gradient pass needs of the first pass."""
+
+    logp: Tensor
+    entropy: Tensor  # (0,) unless wanted
+    top: Tensor
+    total: Tensor
+
+
+def scaled(scores: Scores, options: Options) -> Scores:
+    """Without a soft cap a logit scale is a temperature."""
+    if options.softcap or options.logit_scale == 1:
+        return scores
+    temperature = scores.temperature
+    return scores._replace(
+        temperature=None if temperature is None else temperature / options.logit_scale,
+        inv_temperature=scores.inv_temperature * options.logit_scale,
+    )
+
+
+def at(x: Tensor | None, rows: Tensor | slice | None) -> Tensor | None:
+    """`x[rows]`; what is not there has no rows."""
+    return x if x is None or rows is None else x[rows]
+
+
+def select(scores: Scores, rows: Tensor | slice | None) -> Scores:
+    ids, mask, temperature, inv_temperature = scores
+    chosen = ids if rows is None else ids[rows]
+    return Scores(chosen, at(mask, rows), at(temperature, rows), inv_temperature)
+
+
+def kept_rows(keep: Tensor | None, like: Tensor) -> Tensor | None:
+    """Indices, on the device of `like`, of the rows to keep; None for all. On a GPU `keep` costs a sync."""
+    if keep is None:
+        return None
+    rows = keep.nonzero().squeeze(1)
+    return None if len(rows) == len(keep) else rows.to(like.device, non_blocking=True)
+
+
+def spread_rows(
+    x: Tensor, rows: Tensor | None, N: int, default: float = 0.0, computed: bool = True
+) -> Tensor:
+    """x of the rows that took part as (N,), `default` for the others; as it is if it was not computed."""
+    if rows is None or not computed:
+        return x
+    return x.new_full((N,), default).index_copy_(0, rows, x)
+
+
+def read_part(head: Head, logits: Tensor, scores: Scores, with_entropy: bool) -> Statistics:
+    """Of rows whose logits `head` has just computed."""
+    if head.shard:
+        found = read_shared_rows(logits, *scores, with_entropy, head.softcap, head.shard)
+    else:
+        found = read_rows(logits, *scores, with_entropy, head.softcap)
+    return Statistics(*found)
+
+
+def write_part(
+    head: Head,
+    dlogp: Tensor,
+    dentropy: Tensor | None,
+    logits: Tensor,
+    scores: Scores,
+    statistics: Statistics,
+    dlogits: Tensor,
+) -> None:
+    """Their gradient into `dlogits`, which may be `logits`."""
+    rest = (dlogp, dentropy, logits, *scores, *statistics, dlogits, head.softcap)
+    if head.shard:
+        write_shared_rows(*rest, head.shard)
+    else:
+        write_rows(*rest)
+
+
+def read_all(head: Head, scores: Scores, with_entropy: bool) -> Statistics:
+    """The log-probs of the rows that take part."""
+    found = [
+        read_part(head, head.logits(part)[0], select(scores, part), with_entropy)
+        for part in head.parts()
+    ]
+    if not found:
+        return Statistics(*(head.hidden.new_empty(0, dtype=torch.float32) for _ in range(4)))
+    return Statistics(*(torch.cat(x) for x in zip(*found, strict=True)))
+
+
+def write_all(
+    head: Head, scores: Scores, dlogp: Tensor, dentropy: Tensor | None, statistics: Statistics
+) -> None:
+    """The gradient pass: the logits again, their gradient, and what `head` makes of it."""
+    for part in head.parts():
+        logits, dlogits = head.logits(part)
+        of_part = Statistics(*(x[part] for x in statistics))
+        write_part(
+            *(head, dlogp[part], at(dentropy, part), logits, select(scores, part), of_part, dlogits)
+        )
+        head.backward(part)
+
+
+def read_with_unit_gradient(
+    head: Head, scores: Scores, with_entropy: bool = False
+) -> tuple[Tensor, Tensor]:
+    """(log-probs, entropy), in one pass with the gradient of each log-prob in its hidden state."""
+    weight = head.hidden.new_ones(head.N, dtype=torch.float32)
+    given: dict[str, Any] = dict.fromkeys(Arguments._fields)
+    given |= {**scores._asdict(), "weight": weight, "advantages": -weight, "group_size": 1}
+    given |= {"return_entropy": with_entropy, "objective": UNIT.key}
+    a = Arguments(**given)
+    found = []
+    for part in head.parts():
+        logits, dlogits = head.logits(part)
+        out = fill(logits, slice_arguments(a, part), dlogits, head.softcap)
+        found.append((out.logp, out.entropy))
+        head.backward(part)
+    if not found:
+        return weight, weight
+    logp, entropy = (torch.cat(x) for x in zip(*found, strict=True))
+    return logp, entropy
+
+
+def slice_arguments(a: Arguments, rows: Tensor | slice) -> Arguments:
+    """The arguments of some rows; all tensors in `a` are per token."""
+    of_rows: list[Any] = [x[rows] if isinstance(x, Tensor) else x for x in a]
+    return Arguments(*of_rows)

@@ -1,0 +1,141 @@
+"""Rows of logits whose vocabulary is spread over processes: each holds consecutive columns of it.
+
+Each process reads its own columns (`read_rows`). One all-gather of four numbers per row makes the statistics
+of the whole row of them, in the order of the processes: all get the same bits. With these, each writes the
+gradient of its own columns.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from grpo_fast.ops import _rows
+from grpo_fast.ops._backend import use_triton
+from grpo_fast.ops.logprob import read_rows, write_rows
+
+LN2 = 0.6931471805599453
+# PyTorch 2.13 renamed it, and warns about the old name.
+gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+LOWEST = -1.0e30  # the maximum of no columns; finite, as in kernels/tiles.py
+NOBODY = 1.0  # where a log-prob is not of the scored token: those are <= 0
+
+
+class Shard(NamedTuple):
+    """Which columns this process has, and with whom it shares the others."""
+
+    group: dist.ProcessGroup
+    first: int
+
+    @staticmethod
+    def of(name: str, first: int) -> "Shard":
+        """From what an operator's schema can carry: `ProcessGroup.group_name`."""
+        return Shard(dist.distributed_c10d._resolve_process_group(name), first)  # type: ignore[arg-type]
+
+    def total(self, x: Tensor) -> Tensor:
+        """The sum of x over the processes."""
+        dist.all_reduce(x, group=self.group)
+        return x
+
+    def local(self, ids: Tensor, columns: int) -> Tensor:
+        """The column of each id here, -1 where it is elsewhere."""
+        column = ids - self.first
+        return torch.where((column >= 0) & (column < columns), column, -1)
+
+
+def rows_of_all(rows: int, group: dist.ProcessGroup, device: torch.device) -> list[int]:
+    """How many rows of the head each process has. Compiled, they must all have as many as this one."""
+    if torch.compiler.is_compiling():
+        return [rows] * group.size()
+    mine = torch.tensor([rows], device=device)
+    found = torch.empty(group.size(), dtype=mine.dtype, device=device)
+    gather(found, mine, group=group)
+    return found.tolist()
+
+
+def read_shared_rows(
+    logits: Tensor,
+    ids: Tensor,
+    mask: Tensor | None,
+    temperature: Tensor | None,
+    inv_temperature: float,
+    with_entropy: bool,
+    softcap: _rows.SoftCap | None,
+    shard: Shard,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`read_rows` of the whole vocabulary, of which `logits` (1, n, columns) are this process's columns.
+
+    ids: (n,), of the whole vocabulary.
+    """
+    n, columns = logits.shape[1:]
+    column = shard.local(ids, columns)
+    mine = column >= 0
+    if columns:
+        logp, entropy, top, total = read_rows(
+            *(logits, column.clamp(min=0), mask, temperature, inv_temperature, with_entropy),
+            softcap,
+        )
+    else:
+        logp, entropy, total = (logits.new_zeros(n, dtype=torch.float32) for _ in range(3))
+        top = torch.full_like(logp, LOWEST)
+    own = [top, total, entropy if with_entropy else top, torch.where(mine, logp, NOBODY)]
+    gathered = logp.new_empty(shard.group.size(), n, 4)
+    gather(gathered.view(-1, 4), torch.stack(own, 1), group=shard.group)
+    unit: float | Tensor = LN2  # of `top`: the kernels' maxima are of logits in log2 units,
+    if not use_triton(logits):  # those of PyTorch's operators of the logits themselves
+        unit = inv_temperature if temperature is None else 1 / temperature
+    return combine(gathered, unit, with_entropy)
+
+
+def combine(
+    gathered: Tensor, unit: float | Tensor, with_entropy: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """logp, entropy, top and total of whole rows.
+
+    Args:
+        gathered: (processes, n, 4): of each process's columns the maximum, the sum of exponentials
+            relative to it, the entropy, and the log-prob of the scored token, > 0 where it is elsewhere.
+        unit: of the maxima, in nats; a number or (n,).
+    """
+    tops, totals, entropies, logps = gathered.unbind(2)
+    top = tops.amax(0)
+    below = (tops - top) * unit
+    share = totals * below.exp()
+    # What the others hold, added up without it: a confident token keeps the little that is left.
+    apart = ~torch.eye(len(share), dtype=torch.bool, device=share.device)
+    others = torch.where(apart[:, :, None], share[None], 0).sum(1)
+    total = share.sum(0)
+    log_share = torch.where(
+        others < share, -(others / share).log1p(), below + totals.log() - total.log()
+    )
+    owner = logps <= 0
+    logp = torch.where(owner, logps + log_share, 0).sum(0).clamp(max=0)
+    entropy = logp.new_empty(0)
+    if with_entropy:
+        part = share / total * (entropies - log_share)
+        entropy = torch.where(share > 0, part, 0).sum(0)
+    return logp, entropy, top, total
+
+
+def write_shared_rows(
+    dlogp: Tensor,
+    dentropy: Tensor | None,
+    logits: Tensor,
+    ids: Tensor,
+    mask: Tensor | None,
+    temperature: Tensor | None,
+    inv_temperature: float,
+    logp: Tensor,
+    entropy: Tensor,
+    top: Tensor,
+    total: Tensor,
+    dlogits: Tensor,
+    softcap: _rows.SoftCap | None,
+    shard: Shard,
+) -> None:
+    """`write_rows` of this process's columns; `logp` ... `total` are those of whole rows."""
+    if logits.shape[-1]:
+        column = shard.local(ids, logits.shape[-1])
+        rest = (mask, temperature, inv_temperature, logp, entropy, top, total, dlogits, softcap)
+        write_rows(dlogp, dentropy, logits, column, *rest)

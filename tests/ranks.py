@@ -1,0 +1,67 @@
+"""Run a function of a test module in several processes that form a gloo group."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+
+needs_gloo = pytest.mark.skipif(
+    not (torch.distributed.is_available() and torch.distributed.is_gloo_available()),
+    reason="torch without gloo",
+)
+
+
+def run(function: str, number: int, *arguments, seconds: int = 120, **environment: str) -> None:
+    """`tests.module:function(*arguments)` in `number` processes with torchrun's environment: all succeed.
+
+    The arguments cross as JSON; `environment` is set besides. Whoever joins the group in there leaves it by itself.
+    """
+    module, name = function.split(":")
+    code = (
+        "import json, sys, warnings; warnings.simplefilter('ignore')\n"
+        f"from {module} import {name} as function\n"
+        "function(*json.loads(sys.argv[1]))"
+    )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = []
+    for rank in range(number):
+        variables = os.environ | {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(number),
+            "LOCAL_WORLD_SIZE": str(number),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+            "GRPO_FAST_BACKEND": "torch",
+            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+            **environment,
+        }
+        command = [sys.executable, "-c", code, json.dumps(arguments)]
+        processes.append(
+            subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=variables,
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+            )
+        )
+    try:
+        outputs = [process.communicate(timeout=seconds)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for rank, (process, output) in enumerate(zip(processes, outputs, strict=True)):
+        assert process.returncode == 0, f"rank {rank}:\n{output[-4000:]}"
