@@ -281,7 +281,7 @@ def _first(config: Any, names: tuple[str, ...]) -> float | None:
 
 @contextlib.contextmanager
 def _forward_as(module: nn.Module, function: Callable[..., Any]) -> Iterator[None]:
-    """`module(...)` calls `function`, within the module's hooks; its own forward is back as soon as it does."""
+    """`module(...)` calls `function`, within the module's hooks; its own forward is back when it does."""
     # Accelerate's hooks (a model spread over devices) are in `forward`; what they wrap is `_old_forward`.
     name = "_old_forward" if hasattr(module, "_hf_hook") else "forward"
     own = name in vars(module)

@@ -1,0 +1,371 @@
+"""`GRPOTrainer`: TRL 1.16's, with its head and its loss computed by grpo_fast."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import torch
+import trl
+from torch import Tensor
+from trl.trainer.utils import nanmax, nanmin
+
+from grpo_fast.integrations import _seam
+from grpo_fast.integrations.transformers import Head, causal_lm, check_head, with_head
+from grpo_fast.integrations.trl import BY_ITEMS, no_autocast, objective, warn_once
+from grpo_fast.loss import policy_loss
+
+# Inputs of a model that is not fed with text alone.
+MULTIMODAL = (
+    "pixel_values",
+    "image_grid_thw",
+    "num_images",
+    "pixel_attention_mask",
+    "spatial_shapes",
+    "num_tiles",
+    "image_sizes",
+    "token_type_ids",
+    "mm_token_type_ids",
+    "image_position_ids",
+)
+
+
+class Scored(NamedTuple):
+    """A micro-batch after its loss, detached but for `loss`."""
+
+    loss: Tensor  # TRL's, but for gradient accumulation
+    policy_loss: Tensor  # the same without the entropy bonus
+    logps: Tensor
+    entropy: Tensor
+    kl: Tensor | None  # its mean over live tokens
+    bonus_mask: Tensor  # the tokens of the entropy bonus
+
+
+class GRPOTrainer(trl.GRPOTrainer):
+    """TRL's `GRPOTrainer` with the same arguments, options and metrics; head and loss are fused.
+
+    Equivalent to `trl.GRPOTrainer`: the same loss and gradient up to rounding, without logits in memory. Old and
+    reference log-probs come from the same operator, so on policy the ratio is exactly 1.
+
+    What is not fused goes through TRL's own code, and a warning says so once: multimodal inputs, the auxiliary
+    loss of mixtures of experts, a model under `torch_compile`.
+
+    Raises:
+        ValueError: the model's logits are not those of its last hidden states and its head (`check_head`).
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.objective = objective(self.args)
+        weight = causal_lm(self.model).get_output_embeddings().weight
+        if (
+            not hasattr(weight, "ds_id") and weight.device.type != "meta"
+        ):  # sharded: nothing to look at
+            check_head(self.model)
+
+    def _why_not_fused(self, model: Any, inputs: dict[str, Any]) -> str | None:
+        if self.aux_loss_enabled:
+            return "router_aux_loss_coef adds the auxiliary loss of a mixture of experts"
+        found = [name for name in MULTIMODAL if inputs.get(name) is not None]
+        if found:
+            return f"the inputs are not text alone ({', '.join(found)})"
+        if hasattr(model, "_orig_mod"):
+            return "the model is compiled as a whole (torch_compile)"
+        return None
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        compute_entropy: bool = False,
+        compute_aux_loss: bool = False,
+        **inputs: Any,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Old and reference log-probs, by the operator that also scores the policy."""
+        if self._why_not_fused(model, inputs) is not None:
+            return super()._get_per_token_logps_and_entropies(
+                model,
+                input_ids,
+                attention_mask,
+                logits_to_keep,
+                batch_size=batch_size,
+                compute_entropy=compute_entropy,
+                compute_aux_loss=compute_aux_loss,
+                **inputs,
+            )
+        size = batch_size or len(input_ids)
+        parts = []
+        for ids, attention in zip(input_ids.split(size), attention_mask.split(size), strict=True):
+            parts.append(self._log_probs(model, ids, attention, logits_to_keep, compute_entropy))
+        logps, entropy = (torch.cat([part[i] for part in parts]) for i in range(2))
+        return logps, entropy if compute_entropy else None, None
+
+    def _log_probs(
+        self, model: Any, input_ids: Tensor, attention_mask: Tensor, T: int, with_entropy: bool
+    ) -> tuple[Tensor, Tensor]:
+        """(B, T) log-probs and entropy of the last T tokens, 0 where there is no attention; differentiable."""
+        ids, mask = input_ids[:, -T:], attention_mask[:, -T:].bool()
+
+        def score(hidden: Tensor, head: Head) -> tuple[Tensor, Tensor]:
+            with self._head_precision(hidden) as hidden:
+                scored = _seam.linear_logprob(
+                    hidden,
+                    head.weight,
+                    ids,
+                    mask=mask,
+                    temperature=self.temperature,
+                    return_entropy=with_entropy,
+                    **head.options,
+                )
+            logps, entropy = scored if with_entropy else (scored, scored.detach())
+            return torch.where(mask, logps, 0), torch.where(mask, entropy, 0)
+
+        with self.accelerator.autocast():
+            return with_head(model, score, input_ids, attention_mask, last=T)
+
+    def _head_precision(self, hidden: Tensor) -> no_autocast:
+        if self.args.cast_lm_head_to_fp32:
+            with torch.autocast(hidden.device.type, enabled=False):
+                return no_autocast(hidden.float())
+        return no_autocast(hidden)
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        reason = self._why_not_fused(model, inputs)
+        if reason is not None:
+            warn_once(f"grpo_fast: TRL's own loss runs, since {reason}")
+            return super()._compute_loss(model, inputs)
+        mode = "train" if self.model.training else "eval"
+        mask = inputs["completion_mask"].bool()
+        if "tool_mask" in inputs:
+            mask = mask & inputs["tool_mask"].bool()
+        steps = self.current_gradient_accumulation_steps if mode == "train" else 1
+        # Where TRL normalises by the tokens of all devices and all micro-batches of a generation, our loss times
+        # `unit` is normalised by a device's share of those of one optimiser step.
+        unit, num_items = 1.0, None
+        if self.loss_type in BY_ITEMS:
+            num_items = inputs["num_items_in_batch"].clamp(min=1)
+            unit = float(self.accelerator.num_processes)
+            unit *= self.args.steps_per_generation if mode == "train" else 1
+        arguments = {
+            "mask": mask,
+            "old_logps": inputs.get("old_per_token_logps"),
+            "ref_logps": inputs["ref_per_token_logps"] if self.beta else None,
+            "importance_weights": self._importance_weights(inputs),
+            "num_items": num_items,
+        }
+        compute = self._log_probs_first if self._masks_by_log_probs(inputs) else self._at_once
+        scored = compute(model, inputs, arguments, unit)
+        if self.loss_type in BY_ITEMS:  # TRL reports it so
+            scored = scored._replace(policy_loss=scored.policy_loss / steps)
+        self._report(mode, inputs, mask, scored)
+        return scored.loss / steps
+
+    def _masks_by_log_probs(self, inputs: dict[str, Any]) -> bool:
+        """Whether tokens drop out by what only the log-probs tell, and the objective cannot tell by itself."""
+        by_sampler = self.off_policy_mask_threshold is not None and (
+            "sampling_per_token_logps" in inputs
+        )
+        return by_sampler or self.top_entropy_quantile < 1 or self._bonus_coefficient() != 0
+
+    def _importance_weights(self, inputs: dict[str, Any]) -> Tensor | None:
+        if self.loss_type == "vespo":
+            return inputs.get("importance_sampling_ratio")
+        if self.use_vllm and self.vllm_importance_sampling_correction:
+            return inputs["importance_sampling_ratio"]
+        return None
+
+    def _bonus_coefficient(self) -> float:
+        """The entropy coefficient of this optimiser step."""
+        if self.use_adaptive_entropy and self._last_world_entropy > self.args.entropy_target:
+            return 0.0
+        return self.entropy_coef
+
+    def _at_once(
+        self, model: Any, inputs: dict[str, Any], arguments: dict[str, Any], unit: float
+    ) -> Scored:
+        """Loss and gradient in one pass over the head."""
+        input_ids, attention_mask = _sequences(inputs)
+        ids = inputs["completion_ids"]
+        chosen = dataclasses.replace(self.objective, entropy_coef=0.0)
+
+        def score(hidden: Tensor, head: Head) -> tuple[Tensor, ...]:
+            with self._head_precision(hidden) as hidden:
+                out = _seam.linear_grpo_loss(
+                    hidden,
+                    head.weight,
+                    ids,
+                    advantages=inputs["advantages"],
+                    temperature=self.temperature,
+                    objective=chosen,
+                    return_entropy=True,
+                    **head.options,
+                    **arguments,
+                )
+            return out.loss, out.logps, out.entropy, out.metrics.get("kl", out.loss.detach())
+
+        with self.accelerator.autocast():
+            loss, logps, entropy, kl = with_head(
+                model, score, input_ids, attention_mask, last=ids.shape[1]
+            )
+        loss = unit * loss
+        return Scored(loss, loss.detach(), logps, entropy, kl, arguments["mask"])
+
+    def _log_probs_first(
+        self, model: Any, inputs: dict[str, Any], arguments: dict[str, Any], unit: float
+    ) -> Scored:
+        """Log-probs and entropy, then the loss: for masks over all devices, and over the sampler's log-probs."""
+        input_ids, attention_mask = _sequences(inputs)
+        ids, mask = inputs["completion_ids"], arguments["mask"]
+        logps, entropy = self._log_probs(model, input_ids, attention_mask, ids.shape[1], True)
+        advantages = _per_row(inputs["advantages"])
+        chosen = dataclasses.replace(self.objective, entropy_coef=0.0)
+        # A token whose advantage is 0 has no policy term, and keeps its KL: what TRL's masks do.
+        if self.off_policy_mask_threshold is not None and "sampling_per_token_logps" in inputs:
+            kept = self.get_off_policy_mask(
+                advantages,
+                logps,
+                inputs["sampling_per_token_logps"],
+                mask.to(logps.dtype),
+                self.off_policy_mask_threshold,
+            )
+            advantages = torch.where(kept.bool(), advantages, 0)
+            chosen = dataclasses.replace(chosen, off_policy_threshold=None)
+        bonus_mask = mask
+        if self.top_entropy_quantile < 1:
+            bonus_mask = self.get_high_entropy_mask(
+                entropy.detach(), mask, 1 - self.top_entropy_quantile
+            )
+            advantages = torch.where(bonus_mask, advantages, 0)
+        if advantages.shape != logps.shape:
+            advantages = advantages.squeeze(1)
+        out = policy_loss(logps, advantages=advantages, objective=chosen, **arguments)
+        loss = unit * out.loss
+        bonus = torch.where(bonus_mask, entropy, 0).sum() / bonus_mask.sum().clamp(min=1)
+        kl = out.metrics.get("kl")
+        coefficient = self._bonus_coefficient()
+        total = loss - coefficient * bonus if coefficient else loss
+        return Scored(total, loss.detach(), out.logps, entropy.detach(), kl, bonus_mask)
+
+    def _report(self, mode: str, inputs: dict[str, Any], mask: Tensor, scored: Scored) -> None:
+        """TRL's metrics, from one collective and one host sync."""
+        tokens = mask.sum().float()
+        rows = torch.full_like(tokens, len(mask))
+        sums: dict[str, tuple[Tensor, Tensor]] = {}  # name -> (sum, count)
+
+        def add(name: str, x: Tensor) -> None:
+            # TRL: one value per sequence where there is one column, else one per live token.
+            if x.shape[1] == 1:
+                sums[name] = x.sum().float(), rows
+            else:
+                sums[name] = torch.where(mask, x, 0).sum().float(), tokens
+
+        add("entropy", torch.where(mask, scored.entropy, 0))
+        if self.beta:
+            assert scored.kl is not None
+            sums["kl"] = scored.kl * tokens, sums["entropy"][1]
+        extremes: dict[str, Tensor] = {}
+        if self.loss_type == "vespo":
+            add("vespo/phi_seq_mean", self._phi(inputs, mask, scored.logps))
+        elif self.loss_type != "sapo":
+            low, high = self._clipped(inputs, mask, scored.logps)
+            if self.loss_type == "cispo":
+                add("cispo_clip_ratio", high.float())
+            else:
+                add("clip_ratio/low_mean", low.float())
+                add("clip_ratio/high_mean", high.float())
+                add("clip_ratio/region_mean", (low | high).float())
+                extremes["clip_ratio/low_min"] = nanmin(_row_means(low.float(), mask))
+                extremes["clip_ratio/high_max"] = nanmax(_row_means(high.float(), mask))
+        bonus = torch.where(scored.bonus_mask, scored.entropy, 0)
+        window = torch.stack([bonus.sum(), scored.bonus_mask.sum().float()])
+        if self.use_adaptive_entropy and mode == "train":
+            if self._entropy_window_stats is not None:
+                window = self._entropy_window_stats + window
+            self._entropy_window_stats = window
+        packed = [*sums.values(), (scored.policy_loss, torch.zeros_like(tokens)), tuple(window)]
+        flat = [x.float() for pair in packed for x in pair] + list(extremes.values())
+        gathered = self.accelerator.gather(torch.stack(flat)[None])  # (devices, values)
+        totals = gathered.double().sum(0)
+        at = 2 * len(packed)
+        ends = [nanmin(gathered[:, at : at + 1]), nanmax(gathered[:, at + 1 :])] if extremes else []
+        means = gathered[:, 2 * len(sums)].double().nanmean()
+        values = torch.stack([*totals[:at], means, *(x.double() for x in ends)]).tolist()
+
+        metrics = self._metrics[mode]
+        for i, name in enumerate(sums):
+            metrics[name].append(values[2 * i] / max(values[2 * i + 1], 1.0))
+        for name, value in zip(extremes, values[at + 1 :], strict=True):
+            metrics[name].append(value)
+        if self._entropy_bonus_enabled:
+            metrics["policy_loss"].append(values[at])
+            if mode == "train" and self.accelerator.sync_gradients:
+                if self.use_adaptive_entropy:
+                    self._adapt_entropy(values[at - 2] / max(values[at - 1], 1.0))
+                metrics["entropy_coef"].append(self.entropy_coef)
+
+    def _adapt_entropy(self, world_entropy: float) -> None:
+        """TRL's controller: one step of the coefficient towards the target, at the end of an optimiser step."""
+        args = self.args
+        if world_entropy <= args.entropy_target:
+            raised = self.entropy_coef + args.entropy_coef_delta
+            self.entropy_coef = min(raised, args.entropy_coef_max)
+        else:
+            lowered = self.entropy_coef - args.entropy_coef_delta
+            self.entropy_coef = max(lowered, args.entropy_coef_min)
+        self._last_world_entropy = world_entropy
+        self._entropy_window_stats = None
+
+    def _clipped(
+        self, inputs: dict[str, Any], mask: Tensor, logps: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """TRL's flags of tokens, or sequences, clipped below and above."""
+        old = inputs.get("old_per_token_logps")
+        log_ratio = torch.zeros_like(logps) if old is None else torch.where(mask, logps - old, 0)
+        if self.importance_sampling_level == "sequence":
+            log_ratio = log_ratio.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
+        ratio = log_ratio.exp()
+        advantages = _per_row(inputs["advantages"])
+        if self.loss_type == "cispo":
+            low, high = 0.0, self.epsilon_high
+        else:
+            low, high = 1 - self.epsilon_low, 1 + self.epsilon_high
+            if self.args.delta is not None:
+                ratio = ratio.clamp(max=self.args.delta)
+        return (ratio < low) & (advantages < 0), (ratio > high) & (advantages > 0)
+
+    def _phi(self, inputs: dict[str, Any], mask: Tensor, logps: Tensor) -> Tensor:
+        """VESPO's weights, by TRL's own formula: the metric alone, the loss has its own."""
+        old = inputs.get("old_per_token_logps")
+        args = self.args
+        return self.get_gamma_weights(
+            advantages=_per_row(inputs["advantages"]),
+            log_ratio_per_token=torch.zeros_like(logps) if old is None else logps - old,
+            mask=mask,
+            importance_sampling_ratio=inputs.get("importance_sampling_ratio"),
+            k_pos=args.vespo_k_pos,
+            lambda_pos=args.vespo_lambda_pos,
+            k_neg=args.vespo_k_neg,
+            lambda_neg=args.vespo_lambda_neg,
+        )
+
+
+def _sequences(inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Prompts and completions in one: ids and attention mask, (B, P + T)."""
+    ids, attention = (
+        torch.cat([inputs[f"prompt_{name}"], inputs[f"completion_{name}"]], dim=1)
+        for name in ("ids", "mask")
+    )
+    return ids, attention
+
+
+def _per_row(advantages: Tensor) -> Tensor:
+    """(B,) -> (B, 1); (B, T) as it is."""
+    return advantages[:, None] if advantages.ndim == 1 else advantages
+
+
+def _row_means(x: Tensor, mask: Tensor) -> Tensor:
+    """(B,) means over live tokens, NaN for rows without any."""
+    if x.shape[1] == 1:
+        return x.squeeze(1)
+    return torch.where(mask, x, 0).sum(1) / mask.sum(1)

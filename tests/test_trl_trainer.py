@@ -1,0 +1,150 @@
+"""`GRPOTrainer` against TRL's own, both trained on the CPU: the same parameters and the same metrics."""
+
+import copy
+import importlib.util
+
+import pytest
+import torch
+
+pytest.importorskip("trl", "1.16", reason="it is a subclass of TRL's trainer")
+# TRL and its libraries warn as they are imported and as they train; this adapter's own warnings are
+# expected one by one.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+from datasets import Dataset  # noqa: E402
+from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
+from trl import GRPOConfig  # noqa: E402
+from trl import GRPOTrainer as Stock  # noqa: E402
+
+from grpo_fast.integrations.trl import GRPOTrainer  # noqa: E402
+from grpo_fast.trainer.model import character_tokenizer  # noqa: E402
+
+PROMPTS = ["ab", "cde", "a", "bdca", "ee", "dab", "c", "bb"]
+
+
+@pytest.fixture(autouse=True)
+def torch_backend(monkeypatch):
+    """Both implementations are held against each other elsewhere; Triton's interpreter is slow."""
+    monkeypatch.setenv("GRPO_FAST_BACKEND", "torch")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    tokenizer = character_tokenizer("abcdefgh")
+    tokenizer.padding_side = "left"
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def model_path(tokenizer, tmp_path_factory):
+    """A tiny Llama on disk: TRL loads the reference model from where the policy came from."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("model")
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        initializer_range=0.3,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return str(path)
+
+
+def reward(completions, **_):
+    return [text.count("a") - 0.3 * text.count("b") + 0.05 * len(text) for text in completions]
+
+
+def config(tmp_path, **options):
+    defaults = {
+        "output_dir": str(tmp_path),
+        "per_device_train_batch_size": 8,
+        "num_generations": 4,
+        "max_completion_length": 7,
+        "max_steps": 3,
+        "learning_rate": 0.05,
+        "lr_scheduler_type": "constant",
+        "optim": "sgd",
+        "max_grad_norm": 0.0,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "disable_tqdm": True,
+    }
+    return GRPOConfig(**(defaults | options))
+
+
+def train(cls, model_path, tokenizer, tmp_path, prepare=None, peft_config=None, **options):
+    """(parameters, log history) after training from the same start and seed."""
+    torch.manual_seed(0)
+    trainer = cls(
+        model=model_path,
+        reward_funcs=reward,
+        args=config(tmp_path, **options),
+        train_dataset=Dataset.from_dict({"prompt": PROMPTS}),
+        processing_class=copy.deepcopy(tokenizer),
+        peft_config=peft_config,
+    )
+    if prepare is not None:
+        prepare(trainer)
+    trainer.train()
+    parameters = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    return parameters, trainer.state.log_history
+
+
+TIMES = ("step_time", "train_runtime", "per_second", "total_flos", "epoch")
+
+
+def assert_same_training(model_path, tokenizer, tmp_path, **options):
+    want, their_logs = train(Stock, model_path, tokenizer, tmp_path, **options)
+    got, our_logs = train(GRPOTrainer, model_path, tokenizer, tmp_path, **options)
+    start = dict(LlamaForCausalLM.from_pretrained(model_path).named_parameters())
+    moved = max(
+        (p - start[name.removeprefix("base_model.model.")]).abs().max().item() if name in start else 1.0
+        for name, p in want.items()
+    )
+    assert moved > 1e-3  # or it would prove nothing
+    assert got.keys() == want.keys()
+    for name in want:
+        torch.testing.assert_close(got[name], want[name], rtol=0, atol=1e-6)
+    assert len(our_logs) == len(their_logs)
+    for ours, theirs in zip(our_logs, their_logs, strict=True):
+        assert ours.keys() == theirs.keys()
+        for name, value in theirs.items():
+            if any(word in name for word in TIMES):
+                continue
+            assert ours[name] == pytest.approx(value, rel=1e-4, abs=2e-6, nan_ok=True), name
+    return their_logs
+
+
+LOSS_TYPES = ["grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo"]
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_off_policy_with_a_reference(loss_type, model_path, tokenizer, tmp_path):
+    """Two updates a batch, gradient accumulation, KL to a reference model."""
+    logs = assert_same_training(
+        model_path,
+        tokenizer,
+        tmp_path,
+        loss_type=loss_type,
+        beta=0.04,
+        num_iterations=2,
+        gradient_accumulation_steps=2,
+        per_device_train_batch_size=4,
+        max_steps=4,
+        epsilon=0.02,
+        epsilon_high=1.01 if loss_type == "cispo" else 0.03,
+    )
+    if loss_type in ("grpo", "bnpo", "dr_grpo", "dapo", "luspo"):
+        assert max(entry.get("clip_ratio/region_mean", 0) for entry in logs) > 0
+    assert max(entry.get("kl", 0) for entry in logs) > 0
