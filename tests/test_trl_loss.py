@@ -39,7 +39,10 @@ SIZES = {
 @pytest.fixture(autouse=True)
 def torch_backend(monkeypatch):
     monkeypatch.setenv("GRPO_FAST_BACKEND", "torch")
-    torch.set_num_threads(1)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the model is tiny
+    yield
+    torch.set_num_threads(threads)
 
 
 def make(cls, model, path, **options):
@@ -127,7 +130,9 @@ def inputs_of(trainer, change=()):
     prompt_mask = (torch.arange(P) >= torch.tensor([0, 2, 1, 0, 0])[:, None]).long()
     mask = (torch.arange(T) < torch.tensor([6, 3, 0, 5, 2])[:, None]).long()
     with torch.no_grad():
-        logits = trainer.model(input_ids=ids, attention_mask=torch.cat([prompt_mask, mask], 1)).logits
+        logits = trainer.model(
+            input_ids=ids, attention_mask=torch.cat([prompt_mask, mask], 1)
+        ).logits
         logps = logits.log_softmax(-1)[:, P - 1 : -1].gather(-1, ids[:, P:, None]).squeeze(-1)
     inputs = {
         "prompt_ids": ids[:, :P],
@@ -142,7 +147,9 @@ def inputs_of(trainer, change=()):
     extra = {
         "advantages": normal(B, T),
         "tool_mask": torch.randint(0, 2, (B, T), generator=generator),
-        "importance_sampling_ratio": torch.where(mask.bool(), 2 * torch.rand(B, T, generator=generator), 1),
+        "importance_sampling_ratio": torch.where(
+            mask.bool(), 2 * torch.rand(B, T, generator=generator), 1
+        ),
         "sampling_per_token_logps": torch.where(
             torch.rand(B, T, generator=generator) < 0.1,
             torch.nan,
@@ -251,3 +258,99 @@ def test_the_metrics_are_not_trivial(trainers):
     names = ("kl", "entropy", "clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/high_max")
     assert all(metrics[name] > 0 for name in names)
     assert metrics["clip_ratio/low_mean"] != metrics["clip_ratio/high_mean"]
+
+
+def test_one_collective_and_one_sync(trainers, monkeypatch):
+    """What TRL spends a dozen of each on."""
+    ours = trainers[1]
+    inputs = inputs_of(ours)
+    calls = defaultdict(int)
+
+    def counted(name, function):
+        def call(*args, **kwargs):
+            calls[name] += 1
+            return function(*args, **kwargs)
+
+        return call
+
+    for name in ("gather", "reduce", "gather_for_metrics"):
+        monkeypatch.setattr(ours.accelerator, name, counted(name, getattr(ours.accelerator, name)))
+    monkeypatch.setattr(torch.Tensor, "item", counted("item", torch.Tensor.item))
+    monkeypatch.setattr(torch.Tensor, "tolist", counted("tolist", torch.Tensor.tolist))
+    report = type(ours)._report
+
+    def only_the_report(self, *args):
+        calls["item"] = calls["tolist"] = (
+            0  # on the CPU, where a sync is free, the loss checks its arguments
+        )
+        report(self, *args)
+
+    monkeypatch.setattr(type(ours), "_report", only_the_report)
+    compute(ours, {"beta": 0.3, "entropy_coef": 0.1, "use_adaptive_entropy": True}, inputs)
+    assert {name: n for name, n in calls.items() if n} == {"gather": 1, "tolist": 1}
+
+
+class TestNotFused:
+    """TRL's own path runs, a warning says so once, and the result is TRL's."""
+
+    @pytest.fixture(autouse=True)
+    def warn_again(self, monkeypatch):
+        monkeypatch.setattr(adapter, "_WARNED", set())
+
+    def check(self, trainers, options, inputs, match):
+        with pytest.warns(UserWarning, match=match):
+            got = compute(trainers[1], options, inputs)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            compute(trainers[1], options, inputs)  # once
+        want = compute(trainers[0], options, inputs)
+        torch.testing.assert_close(got[0], want[0], rtol=0, atol=0)
+        assert got[2] == want[2]
+
+    def test_auxiliary_loss_of_a_mixture_of_experts(self, tmp_path):
+        torch.manual_seed(0)
+        config = MixtralConfig(**SIZES, num_local_experts=4, output_router_logits=True)
+        model = MixtralForCausalLM(config)
+        pair = make(Stock, copy.deepcopy(model), tmp_path), make(GRPOTrainer, model, tmp_path)
+        assert pair[1].aux_loss_enabled
+        self.check(pair, {}, inputs_of(pair[0]), "router_aux_loss_coef adds the auxiliary loss")
+
+    def test_a_mixture_of_experts_without_it_is_fused(self, tmp_path):
+        torch.manual_seed(0)
+        config = MixtralConfig(**SIZES, num_local_experts=4, router_aux_loss_coef=0.0)
+        model = MixtralForCausalLM(config)
+        pair = make(Stock, copy.deepcopy(model), tmp_path), make(GRPOTrainer, model, tmp_path)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="grpo_fast")
+            assert_same(pair, {"beta": 0.1})
+
+    def test_multimodal_inputs(self, trainers, monkeypatch):
+        # Any of their names: the model here takes none, so TRL's own forward is stubbed to see it arrive.
+        seen = []
+        inputs = inputs_of(trainers[0]) | {
+            "token_type_ids": torch.zeros(B, P + T, dtype=torch.long)
+        }
+
+        def stock(self, model, *args, **kwargs):
+            seen.append(kwargs["token_type_ids"])
+            logps = torch.zeros(B, T, requires_grad=True)
+            return logps, logps.detach(), None
+
+        monkeypatch.setattr(Stock, "_get_per_token_logps_and_entropies", stock)
+        self.check(trainers, {}, inputs, "not text alone .token_type_ids.")
+        assert seen[0] is inputs["token_type_ids"]
+
+    def test_a_model_compiled_as_a_whole(self, trainers):
+        stock, ours = trainers
+        configure(ours, {})
+        wrapped = torch.nn.Module()
+        wrapped._orig_mod = ours.model
+        assert "torch_compile" in ours._why_not_fused(wrapped, {})
+        assert ours._why_not_fused(ours.model, {}) is None
+
+
+def test_a_model_that_does_more_is_refused(tmp_path):
+    model = LlamaForCausalLM(LlamaConfig(**SIZES))
+    model.lm_head.register_forward_hook(lambda module, args, output: 2 * output)
+    with pytest.raises(ValueError, match="LlamaForCausalLM: its logits are not those"):
+        make(GRPOTrainer, model, tmp_path)

@@ -1,7 +1,6 @@
 """`GRPOTrainer` against TRL's own, both trained on the CPU: the same parameters and the same metrics."""
 
 import copy
-import importlib.util
 
 import pytest
 import torch
@@ -115,7 +114,9 @@ def assert_same_training(model_path, tokenizer, tmp_path, **options):
     got, our_logs = train(GRPOTrainer, model_path, tokenizer, tmp_path, **options)
     start = dict(LlamaForCausalLM.from_pretrained(model_path).named_parameters())
     moved = max(
-        (p - start[name.removeprefix("base_model.model.")]).abs().max().item() if name in start else 1.0
+        (p - start[name.removeprefix("base_model.model.")]).abs().max().item()
+        if name in start
+        else 1.0
         for name, p in want.items()
     )
     assert moved > 1e-3  # or it would prove nothing
@@ -162,7 +163,9 @@ def test_off_policy_with_a_reference(loss_type, model_path, tokenizer, tmp_path)
         pytest.param({"max_steps": 2}, id="on-policy"),
         pytest.param({"importance_sampling_level": "sequence", "beta": 0.04}, id="sequence"),
         pytest.param({"gradient_accumulation_steps": 2, "steps_per_generation": 4}, id="reused"),
-        pytest.param({"mask_truncated_completions": True, "max_completion_length": 4}, id="truncated"),
+        pytest.param(
+            {"mask_truncated_completions": True, "max_completion_length": 4}, id="truncated"
+        ),
         pytest.param({"temperature": 0.7, "scale_rewards": "batch"}, id="temperature"),
         # Equal entropies at the quantile, of completions with one prompt, would make the mask a matter of rounding.
         pytest.param({"entropy_coef": 0.1, "top_entropy_quantile": 0.3}, id="entropy"),
@@ -184,3 +187,28 @@ def test_off_policy_with_a_reference(loss_type, model_path, tokenizer, tmp_path)
 def test_options(options, model_path, tokenizer, tmp_path):
     """Options that matter around the loss: generation, normalisation, masks, precision, evaluation."""
     assert_same_training(model_path, tokenizer, tmp_path, **({"num_iterations": 2} | options))
+
+
+@pytest.mark.parametrize("options", [{"beta": 0.04}, {}], ids=["kl", "no-kl"])
+def test_lora(options, model_path, tokenizer, tmp_path):
+    """The reference is the model with its adapter off; the head is frozen."""
+    peft = pytest.importorskip("peft", reason="the adapters are PEFT's")
+    options |= {"num_iterations": 2, "peft_config": peft.LoraConfig(r=4, lora_alpha=64)}
+    logs = assert_same_training(model_path, tokenizer, tmp_path, **options)
+    if "beta" in options:
+        assert max(entry.get("kl", 0) for entry in logs) > 0
+
+
+def test_autocast(model_path, tokenizer, tmp_path):
+    """bfloat16 activations on float32 weights: as near to training in float32 as TRL's."""
+    exact, _ = train(Stock, model_path, tokenizer, tmp_path, max_steps=1)
+    stock, ours = (
+        train(cls, model_path, tokenizer, tmp_path, bf16=True, max_steps=1)[0]
+        for cls in (Stock, GRPOTrainer)
+    )
+
+    def error(got):
+        return max((got[name] - exact[name]).abs().max().item() for name in exact)
+
+    assert 1e-5 < error(stock) < 1e-2
+    assert error(ours) <= 2 * error(stock)
