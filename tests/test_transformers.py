@@ -14,6 +14,7 @@ from grpo_fast.integrations.transformers import (
     inside_forward,
     with_head,
 )
+from tests import ranks
 
 transformers = pytest.importorskip("transformers", reason="the models are Hugging Face's")
 needs_peft = pytest.mark.skipif(
@@ -305,3 +306,47 @@ class TestPeft:
         adapted = self.lora(build("Qwen2"), target_modules=["q_proj", "lm_head"])
         with pytest.raises(TypeError, match="an adapter on the head"):
             head_of(adapted)
+
+
+def shard_on_a_rank(tied):
+    """FSDP2 in two processes: gradients are those of one process on the whole batch."""
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    torch.manual_seed(0)
+    config = config_of("Qwen2", {"tie_word_embeddings": tied})
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    ids, upstream = torch.randint(2, 61, (4, 9)), torch.randn(4, 3, 61)
+
+    def loss_of(rows):
+        def loss(hidden, head):
+            assert type(head.weight) is not DTensor
+            assert head.weight.shape == (61, 32)
+            return (head.logits(hidden) * upstream[rows]).sum()
+
+        return with_head(model, loss, ids[rows], last=3)
+
+    (loss_of(slice(0, 4)) / 2).backward()  # FSDP takes the mean over processes
+    want = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    for layer in model.model.layers:
+        fully_shard(layer)
+    if not tied:
+        fully_shard(model.lm_head)  # a group of its own: gathered by the head's own hooks
+    fully_shard(model)
+    with pytest.raises(ValueError, match="the head's weight is sharded"):
+        head_of(model)
+    for _ in range(2):  # also once the first forward has set FSDP up
+        model.zero_grad()
+        loss_of(slice(2 * rank, 2 * rank + 2)).backward()
+        for name, p in model.named_parameters():
+            torch.testing.assert_close(p.grad.full_tensor(), want[name], rtol=1e-4, atol=1e-6)
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_sharded_over_two_processes(tied):
+    ranks.run("tests.test_transformers:shard_on_a_rank", 2, tied)

@@ -174,8 +174,9 @@ def test_loss_gradient_and_metrics(loss_type, level, change, backend, device):
         assert metrics[ours].item() == pytest.approx(reported[theirs_name][0], rel=1e-4, abs=1e-6)
 
 
-def test_entropy_bonus_with_a_token_mean(backend, device):
-    """TRL's bonus is a token mean whatever the loss type; the same as ours where the loss is one, too."""
+@pytest.mark.parametrize("loss_type", sorted(set(LOSS_TYPES) - set(BY_ITEMS)))
+def test_entropy_bonus(loss_type, backend, device):
+    """TRL's bonus is a token mean whatever the loss type. Where that has `num_items`, so has the loss's scale."""
     logits, ids, arguments = batch(5, 6, 40, device, garbage=False)
     double = in_double(arguments)
     options = DEFAULTS | {"entropy_coef": 0.1}
@@ -188,9 +189,9 @@ def test_entropy_bonus_with_a_token_mean(backend, device):
         "old_per_token_logps": double["old_logps"],
         "importance_sampling_ratio": torch.ones(5, 1, device=device),
     }
-    truth = loss_and_grad(lambda x: theirs(x, ids, inputs, "bnpo", options)[0], logits.double())
+    truth = loss_and_grad(lambda x: theirs(x, ids, inputs, loss_type, options)[0], logits.double())
     del arguments["ref_logps"]
-    arguments["objective"] = objective_of("bnpo", options)
+    arguments["objective"] = objective_of(loss_type, options)
     ours = loss_and_grad(lambda x: grpo_loss(x, ids, **arguments).loss / GAS, logits)
     for a, t in zip(ours, truth, strict=True):
         torch.testing.assert_close(a.double(), t, rtol=1e-4, atol=1e-7)

@@ -1,6 +1,7 @@
 """`GRPOTrainer` against TRL's own, both trained on the CPU: the same parameters and the same metrics."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from trl import GRPOTrainer as Stock  # noqa: E402
 
 from grpo_fast.integrations.trl import GRPOTrainer  # noqa: E402
 from grpo_fast.trainer.model import character_tokenizer  # noqa: E402
+from tests import ranks  # noqa: E402
 
 PROMPTS = ["ab", "cde", "a", "bdca", "ee", "dab", "c", "bb"]
 
@@ -212,3 +214,22 @@ def test_autocast(model_path, tokenizer, tmp_path):
 
     assert 1e-5 < error(stock) < 1e-2
     assert error(ours) <= 2 * error(stock)
+
+
+def train_on_a_rank(model_path, output):
+    tokenizer = character_tokenizer("abcdefgh")
+    tokenizer.padding_side = "left"
+    for options in (
+        {"loss_type": "dapo", "beta": 0.04, "gradient_accumulation_steps": 2},
+        {"loss_type": "grpo", "use_adaptive_entropy": True, "entropy_target": 2.0},
+        {"loss_type": "dapo", "entropy_coef": 0.1, "top_entropy_quantile": 0.3},
+    ):
+        options |= {"per_device_train_batch_size": 4, "num_iterations": 2, "max_steps": 2}
+        logs = assert_same_training(model_path, tokenizer, Path(output), **options)
+        assert any("entropy" in entry for entry in logs)
+    torch.distributed.destroy_process_group()
+
+
+def test_two_ranks(model_path, tmp_path):
+    """Normalisers and metrics are those of all devices (DDP on the CPU)."""
+    ranks.run("tests.test_trl_trainer:train_on_a_rank", 2, model_path, str(tmp_path))

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from grpo_fast.integrations.transformers import Head
@@ -37,19 +36,7 @@ def linear_grpo_loss(
     softcap=None,
     logit_scale=1.0,
     vocab_size=None,
-    return_entropy=False,
     **arguments,
 ) -> LossOutput:
-    logits = _logits(hidden, weight, {"bias": bias, "softcap": softcap, "logit_scale": logit_scale})
-    out = grpo_loss(logits, ids, **arguments)
-    if return_entropy and out.entropy is None:
-        with torch.no_grad():
-            _, entropy = logprob(
-                logits,
-                ids,
-                temperature=arguments["temperature"],
-                mask=arguments["mask"],
-                return_entropy=True,
-            )
-        out = out._replace(entropy=entropy)
-    return out
+    head = {"bias": bias, "softcap": softcap, "logit_scale": logit_scale}
+    return grpo_loss(_logits(hidden, weight, head), ids, **arguments)

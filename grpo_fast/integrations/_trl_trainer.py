@@ -12,6 +12,7 @@ from grpo_fast.integrations import _seam
 from grpo_fast.integrations.transformers import Head, causal_lm, check_head, with_head
 from grpo_fast.integrations.trl import BY_ITEMS, no_autocast, objective, warn_once
 from grpo_fast.loss import policy_loss
+from grpo_fast.objective import Objective
 
 # Inputs of a model that is not fed with text alone.
 MULTIMODAL = (
@@ -166,7 +167,7 @@ class GRPOTrainer(trl.GRPOTrainer):
         by_sampler = self.off_policy_mask_threshold is not None and (
             "sampling_per_token_logps" in inputs
         )
-        return by_sampler or self.top_entropy_quantile < 1 or self._bonus_coefficient() != 0
+        return by_sampler or self.top_entropy_quantile < 1
 
     def _importance_weights(self, inputs: dict[str, Any]) -> Tensor | None:
         if self.loss_type == "vespo":
@@ -181,13 +182,27 @@ class GRPOTrainer(trl.GRPOTrainer):
             return 0.0
         return self.entropy_coef
 
+    def _without_bonus(self) -> Objective:
+        """The objective without what depends on the step, or on all devices."""
+        bonus = {"entropy_coef": 0.0, "entropy_reduction": "same"}
+        return dataclasses.replace(self.objective, top_entropy_quantile=1.0, **bonus)
+
     def _at_once(
         self, model: Any, inputs: dict[str, Any], arguments: dict[str, Any], unit: float
     ) -> Scored:
         """Loss and gradient in one pass over the head."""
         input_ids, attention_mask = _sequences(inputs)
         ids = inputs["completion_ids"]
-        chosen = dataclasses.replace(self.objective, entropy_coef=0.0)
+        advantages, chosen = inputs["advantages"], self._without_bonus()
+        coefficient = self._bonus_coefficient() / unit
+        if coefficient:
+            bonus = {"entropy_coef": coefficient, "entropy_reduction": "token_mean"}
+            chosen = dataclasses.replace(chosen, **bonus)
+        if self.off_policy_mask_threshold is not None and arguments["old_logps"] is None:
+            # On policy the distance is 0.
+            chosen = dataclasses.replace(chosen, off_policy_threshold=None)
+            if self.off_policy_mask_threshold < 0:
+                advantages = advantages.clamp(min=0)
 
         def score(hidden: Tensor, head: Head) -> tuple[Tensor, ...]:
             with self._head_precision(hidden) as hidden:
@@ -195,7 +210,7 @@ class GRPOTrainer(trl.GRPOTrainer):
                     hidden,
                     head.weight,
                     ids,
-                    advantages=inputs["advantages"],
+                    advantages=advantages,
                     temperature=self.temperature,
                     objective=chosen,
                     return_entropy=True,
@@ -208,8 +223,10 @@ class GRPOTrainer(trl.GRPOTrainer):
             loss, logps, entropy, kl = with_head(
                 model, score, input_ids, attention_mask, last=ids.shape[1]
             )
-        loss = unit * loss
-        return Scored(loss, loss.detach(), logps, entropy, kl, arguments["mask"])
+        loss, mask = unit * loss, arguments["mask"]
+        mean_entropy = torch.where(mask, entropy, 0).sum() / mask.sum().clamp(min=1)
+        without_bonus = loss.detach() + unit * coefficient * mean_entropy
+        return Scored(loss, without_bonus, logps, entropy, kl, mask)
 
     def _log_probs_first(
         self, model: Any, inputs: dict[str, Any], arguments: dict[str, Any], unit: float
@@ -219,13 +236,14 @@ class GRPOTrainer(trl.GRPOTrainer):
         ids, mask = inputs["completion_ids"], arguments["mask"]
         logps, entropy = self._log_probs(model, input_ids, attention_mask, ids.shape[1], True)
         advantages = _per_row(inputs["advantages"])
-        chosen = dataclasses.replace(self.objective, entropy_coef=0.0)
+        chosen = self._without_bonus()
         # A token whose advantage is 0 has no policy term, and keeps its KL: what TRL's masks do.
-        if self.off_policy_mask_threshold is not None and "sampling_per_token_logps" in inputs:
+        if self.off_policy_mask_threshold is not None:
+            sampler = inputs.get("sampling_per_token_logps", arguments["old_logps"])
             kept = self.get_off_policy_mask(
                 advantages,
                 logps,
-                inputs["sampling_per_token_logps"],
+                logps.detach() if sampler is None else sampler,
                 mask.to(logps.dtype),
                 self.off_policy_mask_threshold,
             )

@@ -52,6 +52,7 @@ DEFAULTS: dict[str, Any] = {
     "vespo_k_neg": 3.0,
     "vespo_lambda_neg": 2.0,
     "off_policy_mask_threshold": None,
+    "top_entropy_quantile": 1.0,
     "entropy_coef": 0.0,
 }
 SMALLEST_LAMBDA = 1e-4  # TRL's
@@ -97,10 +98,12 @@ def objective(args: Any) -> Objective:
     # VESPO looks at the level through the ratio of the bias-corrected KL alone.
     if surrogate != "vespo" or (bias_corrected and given["beta"]):
         options["ratio"] = level
+    if given["entropy_coef"]:
+        options |= {"entropy_coef": given["entropy_coef"], "entropy_reduction": "token_mean"}
     return Objective(
         beta=given["beta"],
         kl="k3_unbiased" if bias_corrected else "k3",
-        entropy_coef=given["entropy_coef"],
+        top_entropy_quantile=given["top_entropy_quantile"],
         off_policy_threshold=given["off_policy_mask_threshold"],
         **options,
     )

@@ -1,0 +1,59 @@
+"""Run a function of a test module in several processes that form a gloo group."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+SECONDS = 240
+
+
+def run(function: str, number: int, *arguments) -> None:
+    """`tests.module:function(*arguments)` in `number` processes with torchrun's environment; all must succeed.
+
+    The arguments cross as JSON. Whoever joins the group in there leaves it by itself.
+    """
+    module, name = function.split(":")
+    code = (
+        "import json, sys, warnings; warnings.simplefilter('ignore')\n"
+        f"from {module} import {name} as function\n"
+        "function(*json.loads(sys.argv[1]))"
+    )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = []
+    for rank in range(number):
+        environment = os.environ | {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(number),
+            "LOCAL_WORLD_SIZE": str(number),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+            "GRPO_FAST_BACKEND": "torch",
+            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+        }
+        command = [sys.executable, "-c", code, json.dumps(arguments)]
+        processes.append(
+            subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=environment,
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+            )
+        )
+    try:
+        outputs = [process.communicate(timeout=SECONDS)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for rank, (process, output) in enumerate(zip(processes, outputs, strict=True)):
+        assert process.returncode == 0, f"rank {rank}:\n{output[-4000:]}"
