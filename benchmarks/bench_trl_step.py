@@ -1,8 +1,9 @@
 """A step of TRL's GRPO trainer, generation apart: forward, loss, backward of one micro-batch.
 
-`eager` is TRL's trainer on plain logits (what a subclass gets that overrides its log-probs with `model(...).logits`), `trl` is
-TRL's trainer as it is, `grpo_fast` the one of `grpo_fast.integrations.trl`. The model is small and its vocabulary is not:
-what differs between the three is the head and the loss. No bytes are counted: most of a step is the library's.
+`eager` is TRL's trainer on plain logits (a subclass that takes its log-probs from `model(...).logits`),
+`trl` is TRL's trainer as it is, `grpo_fast` the one of `grpo_fast.integrations.trl`. The model is small and
+its vocabulary is not: what differs between the three is the head and the loss. No bytes are counted: much
+of a step is the model's.
 """
 
 import copy

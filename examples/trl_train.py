@@ -1,6 +1,7 @@
-"""TRL's GRPO with the fused trainer: `python examples/trl_train.py`, or `accelerate launch examples/trl_train.py`.
+"""TRL's GRPO with the fused trainer: `python examples/trl_train.py`, or with `accelerate launch`.
 
-The import of `GRPOTrainer` is the only line that differs from a script for TRL. A tiny random model learns to write the letter a.
+The import of `GRPOTrainer` is the only line that differs from a script for TRL. A tiny random model learns to
+write the letter a.
 """
 
 import tempfile

@@ -12,7 +12,7 @@ SECONDS = 240
 
 
 def run(function: str, number: int, *arguments) -> None:
-    """`tests.module:function(*arguments)` in `number` processes with torchrun's environment; all must succeed.
+    """`tests.module:function(*arguments)` in `number` processes with torchrun's environment: all succeed.
 
     The arguments cross as JSON. Whoever joins the group in there leaves it by itself.
     """

@@ -169,7 +169,8 @@ def test_off_policy_with_a_reference(loss_type, model_path, tokenizer, tmp_path)
             {"mask_truncated_completions": True, "max_completion_length": 4}, id="truncated"
         ),
         pytest.param({"temperature": 0.7, "scale_rewards": "batch"}, id="temperature"),
-        # Equal entropies at the quantile, of completions with one prompt, would make the mask a matter of rounding.
+        # Equal entropies at the quantile, of completions of one prompt, would make the mask a matter of
+        # rounding.
         pytest.param({"entropy_coef": 0.1, "top_entropy_quantile": 0.3}, id="entropy"),
         pytest.param(
             {

@@ -1,4 +1,4 @@
-"""Placeholder for grpo_fast.ops.linear_logprob and grpo_fast.loss.linear_grpo_loss: materialises the logits."""
+"""Placeholder for linear_logprob and linear_grpo_loss: materialises the logits."""
 
 from typing import Any
 

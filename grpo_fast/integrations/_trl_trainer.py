@@ -1,6 +1,7 @@
 """`GRPOTrainer`: TRL 1.16's, with its head and its loss computed by grpo_fast."""
 
 import dataclasses
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ from trl.trainer.utils import nanmax, nanmin
 
 from grpo_fast.integrations import _seam
 from grpo_fast.integrations.transformers import Head, causal_lm, check_head, with_head
-from grpo_fast.integrations.trl import BY_ITEMS, no_autocast, objective, warn_once
+from grpo_fast.integrations.trl import BY_ITEMS, objective, warn_once, without_autocast
 from grpo_fast.loss import policy_loss
 from grpo_fast.objective import Objective
 
@@ -43,15 +44,20 @@ class Scored(NamedTuple):
 class GRPOTrainer(trl.GRPOTrainer):
     """TRL's `GRPOTrainer` with the same arguments, options and metrics; head and loss are fused.
 
-    Equivalent to `trl.GRPOTrainer`: the same loss and gradient up to rounding, without logits in memory. Old and
-    reference log-probs come from the same operator, so on policy the ratio is exactly 1.
+    Equivalent to `trl.GRPOTrainer`: the same loss and gradient up to rounding, without logits in memory. Old
+    and reference log-probs come from the same operator.
 
-    What is not fused goes through TRL's own code, and a warning says so once: multimodal inputs, the auxiliary
-    loss of mixtures of experts, a model under `torch_compile`.
+    What is not fused goes through TRL's own code, and a warning says so once: multimodal inputs, the
+    auxiliary loss of mixtures of experts, a model under `torch_compile`.
 
     Raises:
         ValueError: the model's logits are not those of its last hidden states and its head (`check_head`).
     """
+
+    # TRL's, which checkpoints them.
+    entropy_coef: float
+    _last_world_entropy: float
+    _entropy_window_stats: Tensor | None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -105,7 +111,7 @@ class GRPOTrainer(trl.GRPOTrainer):
     def _log_probs(
         self, model: Any, input_ids: Tensor, attention_mask: Tensor, T: int, with_entropy: bool
     ) -> tuple[Tensor, Tensor]:
-        """(B, T) log-probs and entropy of the last T tokens, 0 where there is no attention; differentiable."""
+        """(B, T) log-probs and entropy of the last T tokens, 0 where there is no attention."""
         ids, mask = input_ids[:, -T:], attention_mask[:, -T:].bool()
 
         def score(hidden: Tensor, head: Head) -> tuple[Tensor, Tensor]:
@@ -125,11 +131,8 @@ class GRPOTrainer(trl.GRPOTrainer):
         with self.accelerator.autocast():
             return with_head(model, score, input_ids, attention_mask, last=T)
 
-    def _head_precision(self, hidden: Tensor) -> no_autocast:
-        if self.args.cast_lm_head_to_fp32:
-            with torch.autocast(hidden.device.type, enabled=False):
-                return no_autocast(hidden.float())
-        return no_autocast(hidden)
+    def _head_precision(self, hidden: Tensor) -> AbstractContextManager[Tensor]:
+        return without_autocast(hidden, torch.float32 if self.args.cast_lm_head_to_fp32 else None)
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         reason = self._why_not_fused(model, inputs)
@@ -141,8 +144,8 @@ class GRPOTrainer(trl.GRPOTrainer):
         if "tool_mask" in inputs:
             mask = mask & inputs["tool_mask"].bool()
         steps = self.current_gradient_accumulation_steps if mode == "train" else 1
-        # Where TRL normalises by the tokens of all devices and all micro-batches of a generation, our loss times
-        # `unit` is normalised by a device's share of those of one optimiser step.
+        # Where TRL normalises by the tokens of all devices and of all micro-batches of a generation, our loss
+        # times `unit` is normalised by a device's share of those of one optimiser step.
         unit, num_items = 1.0, None
         if self.loss_type in BY_ITEMS:
             num_items = inputs["num_items_in_batch"].clamp(min=1)
@@ -163,7 +166,7 @@ class GRPOTrainer(trl.GRPOTrainer):
         return scored.loss / steps
 
     def _masks_by_log_probs(self, inputs: dict[str, Any]) -> bool:
-        """Whether tokens drop out by what only the log-probs tell, and the objective cannot tell by itself."""
+        """Whether tokens drop out by what only the log-probs tell, beyond what the objective knows."""
         by_sampler = self.off_policy_mask_threshold is not None and (
             "sampling_per_token_logps" in inputs
         )
@@ -184,8 +187,9 @@ class GRPOTrainer(trl.GRPOTrainer):
 
     def _without_bonus(self) -> Objective:
         """The objective without what depends on the step, or on all devices."""
-        bonus = {"entropy_coef": 0.0, "entropy_reduction": "same"}
-        return dataclasses.replace(self.objective, top_entropy_quantile=1.0, **bonus)
+        return dataclasses.replace(
+            self.objective, top_entropy_quantile=1.0, entropy_coef=0.0, entropy_reduction="same"
+        )
 
     def _at_once(
         self, model: Any, inputs: dict[str, Any], arguments: dict[str, Any], unit: float
@@ -196,8 +200,9 @@ class GRPOTrainer(trl.GRPOTrainer):
         advantages, chosen = inputs["advantages"], self._without_bonus()
         coefficient = self._bonus_coefficient() / unit
         if coefficient:
-            bonus = {"entropy_coef": coefficient, "entropy_reduction": "token_mean"}
-            chosen = dataclasses.replace(chosen, **bonus)
+            chosen = dataclasses.replace(
+                chosen, entropy_coef=coefficient, entropy_reduction="token_mean"
+            )
         if self.off_policy_mask_threshold is not None and arguments["old_logps"] is None:
             # On policy the distance is 0.
             chosen = dataclasses.replace(chosen, off_policy_threshold=None)
@@ -217,6 +222,7 @@ class GRPOTrainer(trl.GRPOTrainer):
                     **head.options,
                     **arguments,
                 )
+            assert out.entropy is not None
             return out.loss, out.logps, out.entropy, out.metrics.get("kl", out.loss.detach())
 
         with self.accelerator.autocast():
@@ -231,7 +237,7 @@ class GRPOTrainer(trl.GRPOTrainer):
     def _log_probs_first(
         self, model: Any, inputs: dict[str, Any], arguments: dict[str, Any], unit: float
     ) -> Scored:
-        """Log-probs and entropy, then the loss: for masks over all devices, and over the sampler's log-probs."""
+        """Log-probs and entropy, then the loss: for masks over all devices or the sampler's log-probs."""
         input_ids, attention_mask = _sequences(inputs)
         ids, mask = inputs["completion_ids"], arguments["mask"]
         logps, entropy = self._log_probs(model, input_ids, attention_mask, ids.shape[1], True)
@@ -323,7 +329,7 @@ class GRPOTrainer(trl.GRPOTrainer):
                 metrics["entropy_coef"].append(self.entropy_coef)
 
     def _adapt_entropy(self, world_entropy: float) -> None:
-        """TRL's controller: one step of the coefficient towards the target, at the end of an optimiser step."""
+        """TRL's controller: moves the coefficient once, at the end of an optimiser step."""
         args = self.args
         if world_entropy <= args.entropy_target:
             raised = self.entropy_coef + args.entropy_coef_delta

@@ -146,7 +146,7 @@ def with_head(
         if last is not None:
             if not 0 < last < hidden.shape[1]:
                 raise ValueError(
-                    f"with_head: last={last}: want 1 to {hidden.shape[1] - 1}, the tokens that have one before"
+                    f"with_head: last={last}: want 1 to {hidden.shape[1] - 1}: the first has none before it"
                 )
             hidden = hidden[:, -last - 1 : -1]
         module, config = _head_module(lm), _text_config(lm)

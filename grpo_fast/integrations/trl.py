@@ -1,34 +1,29 @@
 """TRL 1.16: `from grpo_fast.integrations.trl import GRPOTrainer` is the whole migration.
 
-`GRPOTrainer` is TRL's with head and loss fused. `objective` translates the loss options of a `GRPOConfig`; it needs no
-TRL. `patch` replaces the head of TRL's other trainers (RLOO, asynchronous GRPO, ...).
+`GRPOTrainer` is TRL's with head and loss fused. `objective` translates the loss options of a `GRPOConfig`; it
+needs no TRL. `patch` replaces the head of TRL's other trainers (RLOO, asynchronous GRPO, ...).
 """
 
+import contextlib
 import warnings
+from collections.abc import Iterator
 from importlib import metadata
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from grpo_fast import presets
 from grpo_fast.integrations import _seam
 from grpo_fast.objective import Objective
 
-__all__ = ["GRPOTrainer", "objective", "patch"]
+__all__ = ["GRPOTrainer", "objective", "patch"]  # noqa: F822 (the first is made by __getattr__)
 
-SUPPORTED = "1.16"  # a subclass of its trainer and its private names: another minor version is another trainer
+SUPPORTED = (
+    "1.16"  # the trainer overrides private methods: another minor version is another trainer
+)
 
-LOSS_TYPES: dict[str, dict[str, Any]] = {
-    "grpo": {"reduction": "sequence_mean"},
-    "bnpo": {"reduction": "token_mean"},
-    "dapo": {"reduction": "token_mean"},
-    "dr_grpo": {"reduction": "fixed_length"},
-    "luspo": {"reduction": "sequence_sum"},
-    "cispo": {"reduction": "token_mean", "surrogate": "cispo"},
-    "sapo": {"reduction": "sequence_mean", "surrogate": "sapo"},
-    "vespo": {"reduction": "token_mean", "surrogate": "vespo"},
-}
+LOSS_TYPES = tuple(name for name in presets.TRL if "/" not in name)
 BY_ITEMS = (
     "dapo",
     "cispo",
@@ -59,11 +54,12 @@ SMALLEST_LAMBDA = 1e-4  # TRL's
 
 
 def objective(args: Any) -> Objective:
-    """What TRL 1.16 optimises, given a `GRPOConfig` or any object with its attributes; what it lacks is TRL's default.
+    """What TRL 1.16 optimises, given a `GRPOConfig` or any object with its attributes.
 
-    The normaliser is not part of it: where `args.loss_type` is in `BY_ITEMS`, TRL's loss is that of `num_items`;
-    for the others it is divided by the gradient accumulation steps. An adaptive entropy coefficient changes
-    during training; here it is the one that training starts with.
+    An attribute that is not there has TRL's default. The normaliser is not part of the objective: where
+    `args.loss_type` is in `BY_ITEMS`, TRL's loss is that of `num_items`; for the others it is divided by the
+    gradient accumulation steps. An adaptive entropy coefficient changes during training; here it is the one
+    that training starts with.
 
     Raises:
         ValueError: an unknown loss type or level, or an option that the loss type does not use.
@@ -75,34 +71,30 @@ def objective(args: Any) -> Objective:
     if level not in ("token", "sequence"):
         raise ValueError(f"importance_sampling_level={level!r}: want 'token' or 'sequence'")
     bias_corrected = bool(given["use_bias_correction_kl"])
-    options = dict(LOSS_TYPES[loss_type])
     epsilon = given["epsilon"]
     epsilon_high = epsilon if given["epsilon_high"] is None else given["epsilon_high"]
-    surrogate = options.get("surrogate", "clip")
+    surrogate = presets.TRL[loss_type].get("surrogate", "clip")
+    options: dict[str, Any] = {"kl": "k3_unbiased" if bias_corrected else "k3"}
     if surrogate == "clip":
         options |= {"epsilon_low": epsilon, "epsilon_high": epsilon_high, "delta": given["delta"]}
     elif surrogate == "cispo":
-        # TRL's epsilon_high is the bound itself, and there is no lower one.
-        options |= {"epsilon_low": 1.0, "epsilon_high": epsilon_high - 1}
+        options["epsilon_high"] = epsilon_high - 1  # TRL's is the bound itself
     elif surrogate == "sapo":
-        options |= {
-            "tau_pos": given["sapo_temperature_pos"],
-            "tau_neg": given["sapo_temperature_neg"],
-        }
+        options["tau_pos"] = given["sapo_temperature_pos"]
+        options["tau_neg"] = given["sapo_temperature_neg"]
     else:
         for sign in ("pos", "neg"):
             options[f"vespo_k_{sign}"] = given[f"vespo_k_{sign}"]
             options[f"vespo_lambda_{sign}"] = max(given[f"vespo_lambda_{sign}"], SMALLEST_LAMBDA)
     if loss_type == "dr_grpo":
         options["max_length"] = given["max_completion_length"]
-    # VESPO looks at the level through the ratio of the bias-corrected KL alone.
-    if surrogate != "vespo" or (bias_corrected and given["beta"]):
-        options["ratio"] = level
     if given["entropy_coef"]:
         options |= {"entropy_coef": given["entropy_coef"], "entropy_reduction": "token_mean"}
-    return Objective(
+    # VESPO looks at the level through the ratio of the bias-corrected KL alone.
+    by_sequence = level == "sequence" and (surrogate != "vespo" or bias_corrected)
+    return Objective.preset(
+        f"trl/{loss_type}" + ("/sequence" if by_sequence else ""),
         beta=given["beta"],
-        kl="k3_unbiased" if bias_corrected else "k3",
         top_entropy_quantile=given["top_entropy_quantile"],
         off_policy_threshold=given["off_policy_mask_threshold"],
         **options,
@@ -110,10 +102,10 @@ def objective(args: Any) -> Objective:
 
 
 def patch() -> None:
-    """Give TRL's other trainers (RLOO, asynchronous GRPO, DPO, ...) the fused head. For the whole process; call it once.
+    """Give TRL's other trainers (RLOO, asynchronous GRPO, DPO, ...) the fused head, for the whole process.
 
-    Where they ask it for more than log-probs and entropy (SFT, KTO), or under ZeRO-3, TRL's own head runs, and a
-    warning says so once.
+    Where they ask it for more than log-probs and entropy (SFT, KTO), or under ZeRO-3, TRL's own head runs,
+    and a warning says so once.
 
     Raises:
         ImportError: no TRL, or another version than 1.16.
@@ -139,7 +131,7 @@ class FusedLogProb:
         logit_scale: float = 1.0,
         outputs: tuple[str, ...] = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1"),
     ) -> tuple[Tensor | None, ...]:
-        """(log-probs, entropy or None, None, None, None) of (N, D) hidden states, (V, D) weights, (N,) targets.
+        """(log-probs, entropy or None, None, None, None) of hidden (N, D), weight (V, D), targets (N,).
 
         `chunk_size` is that of TRL's kernel; ours has its own.
         """
@@ -158,7 +150,7 @@ class FusedLogProb:
                 *(final_logit_softcapping, logit_scale, outputs),
             )
         with_entropy = "entropy" in outputs
-        with no_autocast(hidden) as hidden:
+        with without_autocast(hidden) as hidden:
             scored = _seam.linear_logprob(
                 hidden,
                 weight,
@@ -173,21 +165,18 @@ class FusedLogProb:
         return logps, entropy, None, None, None
 
 
-class no_autocast:
-    """`with no_autocast(hidden) as hidden`: the hidden states as autocast would have them, and autocast off."""
+@contextlib.contextmanager
+def without_autocast(hidden: Tensor, dtype: torch.dtype | None = None) -> Iterator[Tensor]:
+    """`with without_autocast(hidden) as hidden`: of the dtype autocast would give it, and autocast off.
 
-    def __init__(self, hidden: Tensor) -> None:
-        kind = hidden.device.type
-        enabled = torch.is_autocast_enabled(kind)
-        self.hidden = hidden.to(torch.get_autocast_dtype(kind)) if enabled else hidden
-        self.context = torch.autocast(kind, enabled=False)
-
-    def __enter__(self) -> Tensor:
-        self.context.__enter__()
-        return self.hidden
-
-    def __exit__(self, *error: Any) -> None:
-        self.context.__exit__(*error)
+    Args:
+        dtype: to take instead.
+    """
+    kind = hidden.device.type
+    if dtype is None and torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+    with torch.autocast(kind, enabled=False):
+        yield hidden if dtype is None else hidden.to(dtype)
 
 
 _WARNED: set[str] = set()
@@ -199,7 +188,7 @@ def warn_once(message: str) -> None:
         warnings.warn(message, stacklevel=3)
 
 
-def _require() -> ModuleType:
+def _require() -> None:
     """TRL, of the version this was written for."""
     wanted = f"grpo_fast.integrations.trl needs trl {SUPPORTED} (pip install 'grpo-fast[trl]')"
     try:
@@ -208,9 +197,6 @@ def _require() -> ModuleType:
         raise ImportError(f"{wanted}; it is not installed") from None
     if found.split(".")[:2] != SUPPORTED.split("."):
         raise ImportError(f"{wanted}; found {found}")
-    import trl
-
-    return trl
 
 
 def __getattr__(name: str) -> Any:
