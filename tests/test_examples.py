@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests import ranks
+
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the libraries the examples use
 
@@ -46,6 +48,16 @@ def test_trl_train(tmp_path):
 
 
 def test_all_are_run():
-    assert {path.stem for path in EXAMPLES.glob("*.py")} == {
-        name.removeprefix("test_") for name in globals() if name.startswith("test_")
-    } - {"all_are_run"}
+    for path in EXAMPLES.glob("*.py"):
+        assert f"test_{path.stem}" in globals(), path
+
+
+def accelerate_on_a_rank():
+    torch.set_num_threads(1)
+    assert_learnt(load("accelerate_loop").main(cpu=True))
+    torch.distributed.destroy_process_group()
+
+
+def test_accelerate_loop_in_two_processes():
+    pytest.importorskip("accelerate", reason="the example is for Accelerate")
+    ranks.run("tests.test_examples:accelerate_on_a_rank", 2)
