@@ -98,6 +98,11 @@ def test_logits_are_those_of_the_model(name):
     assert "forward" not in vars(model)
 
 
+@pytest.mark.parametrize("name", ["Granite", "Gemma2"])
+def test_half_precision_passes_the_check(name):
+    check_head(build(name).bfloat16())
+
+
 @pytest.mark.parametrize("name", ["Qwen2", "Qwen2-tied", "Gemma2", "Cohere", "Phi"])
 def test_gradients_are_those_of_the_model(name):
     model = build(name)
@@ -228,12 +233,13 @@ def test_hyperclovax_multiplies():
 
 class TestRefused:
     def test_a_factor_that_the_configuration_does_not_tell(self):
-        model = build("Qwen2")
-        model.model.norm.register_forward_hook(lambda module, args, output: output * 1.0)
-        check_head(model)
-        model.lm_head.register_forward_hook(lambda module, args, output: output * 1.1)
+        model = build("Qwen2").train()
+        model.model.norm.eval()
+        model.config.logit_scale = 1.01  # as if Qwen2 had left it out
         with pytest.raises(ValueError, match="its logits are not those of its last hidden states"):
             check_head(model)
+        assert model.training  # as it was
+        assert not model.model.norm.training
 
     def test_a_head_that_is_not_linear(self):
         model = build("Qwen2")

@@ -10,6 +10,7 @@ import torch
 pytest.importorskip("trl", "1.16", reason="it is a subclass of TRL's trainer")
 pytestmark = pytest.mark.filterwarnings("ignore")  # of TRL and its libraries
 
+import transformers  # noqa: E402
 from datasets import Dataset  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM  # noqa: E402
 from trl import GRPOConfig  # noqa: E402
@@ -351,8 +352,28 @@ class TestNotFused:
         assert ours._why_not_fused(ours.model, {}) is None
 
 
-def test_a_model_that_does_more_is_refused(tmp_path):
+def test_a_model_that_does_something_else_is_refused(tmp_path):
     model = LlamaForCausalLM(LlamaConfig(**SIZES))
-    model.lm_head.register_forward_hook(lambda module, args, output: 2 * output)
+    ours = make(GRPOTrainer, model, tmp_path)
+    ours.model.config.logit_scale = 2.0  # which a Llama does not look at
     with pytest.raises(ValueError, match="LlamaForCausalLM: its logits are not those"):
-        make(GRPOTrainer, model, tmp_path)
+        compute(ours, {}, inputs_of(ours))
+    assert ours.model.training
+
+
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("Gemma2", {"final_logit_softcapping": 1.5, "head_dim": 8}),
+        ("Cohere", {"logit_scale": 0.25}),
+        ("Granite", {"logits_scaling": 4.0}),
+        ("Phi", {}),
+    ],
+)
+def test_other_heads(name, options, tmp_path):
+    """A soft cap, scales, a bias, tied weights."""
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**SIZES, **options)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    pair = make(Stock, copy.deepcopy(model), tmp_path), make(GRPOTrainer, model, tmp_path)
+    assert_same(pair, {"beta": 0.1, "entropy_coef": 0.1})

@@ -10,7 +10,7 @@ from torch import Tensor
 from trl.trainer.utils import nanmax, nanmin
 
 from grpo_fast.integrations import _seam
-from grpo_fast.integrations.transformers import Head, causal_lm, check_head, with_head
+from grpo_fast.integrations.transformers import Head, check_head, with_head
 from grpo_fast.integrations.trl import BY_ITEMS, objective, warn_once, without_autocast
 from grpo_fast.loss import policy_loss
 from grpo_fast.objective import Objective
@@ -51,7 +51,8 @@ class GRPOTrainer(trl.GRPOTrainer):
     auxiliary loss of mixtures of experts, a model under `torch_compile`.
 
     Raises:
-        ValueError: the model's logits are not those of its last hidden states and its head (`check_head`).
+        ValueError: at the first loss, if the model's logits are not those of its last hidden states and its
+            head (`check_head`).
     """
 
     # TRL's, which checkpoints them.
@@ -62,11 +63,7 @@ class GRPOTrainer(trl.GRPOTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.objective = objective(self.args)
-        weight = causal_lm(self.model).get_output_embeddings().weight
-        if (
-            not hasattr(weight, "ds_id") and weight.device.type != "meta"
-        ):  # sharded: nothing to look at
-            check_head(self.model)
+        self._head_is_checked = False
 
     def _why_not_fused(self, model: Any, inputs: dict[str, Any]) -> str | None:
         if self.aux_loss_enabled:
@@ -139,6 +136,12 @@ class GRPOTrainer(trl.GRPOTrainer):
         if reason is not None:
             warn_once(f"grpo_fast: TRL's own loss runs, since {reason}")
             return super()._compute_loss(model, inputs)
+        if (
+            not self._head_is_checked
+        ):  # not before: now the model is where, and wrapped as, it will be used
+            with self.accelerator.autocast():
+                check_head(model)
+            self._head_is_checked = True
         mode = "train" if self.model.training else "eval"
         mask = inputs["completion_mask"].bool()
         if "tool_mask" in inputs:
