@@ -1,6 +1,8 @@
 """Hidden states and head of real architectures, held against their own logits."""
 
 import importlib.util
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -356,3 +358,22 @@ def shard_on_a_rank(tied):
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_sharded_over_two_processes(tied):
     ranks.run("tests.test_transformers:shard_on_a_rank", 2, tied)
+
+
+def test_the_example_of_the_docs_runs():
+    pytest.importorskip("grpo_fast.ops.linear_logprob", reason="the fused head is not there")
+    text = (Path(__file__).resolve().parents[1] / "docs" / "transformers.md").read_text()
+    model = build("Qwen2")
+    ids, mask = batch()
+    scope = {
+        "model": model,
+        "input_ids": ids[:2],
+        "attention_mask": mask[:2],
+        "completion_ids": ids[:2, 4:],
+        "mask": mask[:2, 4:],
+        "rewards": torch.tensor([0.0, 1.0]),
+        "group_size": 2,
+    }
+    exec(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1], scope)
+    assert scope["statistics"].shape == (16,)
+    assert model.lm_head.weight.grad.abs().max() > 0
