@@ -1,5 +1,6 @@
 """TRL's own `_compute_loss`, run in float64 on a stubbed trainer, as an independent oracle."""
 
+import importlib.metadata
 import os
 from collections import defaultdict
 from pathlib import Path
@@ -233,11 +234,12 @@ class TestVersion:
         def version(package):
             assert package == "trl"
             if found is None:
-                raise adapter.metadata.PackageNotFoundError
+                raise importlib.metadata.PackageNotFoundError
             return found
 
-        monkeypatch.setattr(adapter.metadata, "version", version)
-        with pytest.raises(ImportError, match=rf"needs trl 1\.16 .*{found or 'not installed'}"):
+        monkeypatch.setattr(importlib.metadata, "version", version)
+        match = rf"needs trl >= 1\.16, < 1\.17.*{found or 'not installed'}"
+        with pytest.raises(ImportError, match=match):
             getattr(adapter, name)()
 
     def test_the_objective_needs_no_trl(self):

@@ -2,14 +2,14 @@
 
 import dataclasses
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import trl
 from torch import Tensor
-from trl.trainer.utils import nanmax, nanmin
 
-from grpo_fast.integrations import _seam
+from grpo_fast.integrations import _seam, _trl_metrics
+from grpo_fast.integrations._trl_metrics import Scored, per_row
 from grpo_fast.integrations.transformers import Head, check_head, with_head
 from grpo_fast.integrations.trl import BY_ITEMS, objective, warn_once, without_autocast
 from grpo_fast.loss import policy_loss
@@ -28,17 +28,6 @@ MULTIMODAL = (
     "mm_token_type_ids",
     "image_position_ids",
 )
-
-
-class Scored(NamedTuple):
-    """A micro-batch after its loss, detached but for `loss`."""
-
-    loss: Tensor  # TRL's, but for gradient accumulation
-    policy_loss: Tensor  # the same without the entropy bonus
-    logps: Tensor
-    entropy: Tensor
-    kl: Tensor | None  # its mean over live tokens
-    bonus_mask: Tensor  # the tokens of the entropy bonus
 
 
 class GRPOTrainer(trl.GRPOTrainer):
@@ -212,6 +201,10 @@ class GRPOTrainer(trl.GRPOTrainer):
             if self.off_policy_mask_threshold < 0:
                 advantages = advantages.clamp(min=0)
 
+        rest = None
+        if not (self.beta or coefficient):
+            rest = _without_gradient(advantages, arguments)
+
         def score(hidden: Tensor, head: Head) -> tuple[Tensor, ...]:
             with self._head_precision(hidden) as hidden:
                 out = _seam.linear_grpo_loss(
@@ -225,8 +218,21 @@ class GRPOTrainer(trl.GRPOTrainer):
                     **head.options,
                     **arguments,
                 )
-            assert out.entropy is not None
-            return out.loss, out.logps, out.entropy, out.metrics.get("kl", out.loss.detach())
+                assert out.entropy is not None
+                found: tuple[Tensor, ...] = (out.logps, out.entropy)
+                if rest is not None:  # TRL's metrics are of all live tokens
+                    with torch.no_grad():
+                        others = _seam.linear_logprob(
+                            hidden,
+                            head.weight,
+                            ids,
+                            mask=rest,
+                            temperature=self.temperature,
+                            return_entropy=True,
+                            **head.options,
+                        )
+                    found = tuple(torch.where(rest, *x) for x in zip(others, found, strict=True))
+            return out.loss, *found, out.metrics.get("kl", out.loss.detach())
 
         with self.accelerator.autocast():
             loss, logps, entropy, kl = with_head(
@@ -244,7 +250,7 @@ class GRPOTrainer(trl.GRPOTrainer):
         input_ids, attention_mask = _sequences(inputs)
         ids, mask = inputs["completion_ids"], arguments["mask"]
         logps, entropy = self._log_probs(model, input_ids, attention_mask, ids.shape[1], True)
-        advantages = _per_row(inputs["advantages"])
+        advantages = per_row(inputs["advantages"])
         chosen = self._without_bonus()
         # A token whose advantage is 0 has no policy term, and keeps its KL: what TRL's masks do.
         if self.off_policy_mask_threshold is not None:
@@ -275,106 +281,7 @@ class GRPOTrainer(trl.GRPOTrainer):
         return Scored(total, loss.detach(), out.logps, entropy.detach(), kl, bonus_mask)
 
     def _report(self, mode: str, inputs: dict[str, Any], mask: Tensor, scored: Scored) -> None:
-        """TRL's metrics, from one collective and one host sync."""
-        tokens = mask.sum().float()
-        rows = torch.full_like(tokens, len(mask))
-        sums: dict[str, tuple[Tensor, Tensor]] = {}  # name -> (sum, count)
-
-        def add(name: str, x: Tensor) -> None:
-            # TRL: one value per sequence where there is one column, else one per live token.
-            if x.shape[1] == 1:
-                sums[name] = x.sum().float(), rows
-            else:
-                sums[name] = torch.where(mask, x, 0).sum().float(), tokens
-
-        add("entropy", torch.where(mask, scored.entropy, 0))
-        if self.beta:
-            assert scored.kl is not None
-            sums["kl"] = scored.kl * tokens, sums["entropy"][1]
-        extremes: dict[str, Tensor] = {}
-        if self.loss_type == "vespo":
-            add("vespo/phi_seq_mean", self._phi(inputs, mask, scored.logps))
-        elif self.loss_type != "sapo":
-            low, high = self._clipped(inputs, mask, scored.logps)
-            if self.loss_type == "cispo":
-                add("cispo_clip_ratio", high.float())
-            else:
-                add("clip_ratio/low_mean", low.float())
-                add("clip_ratio/high_mean", high.float())
-                add("clip_ratio/region_mean", (low | high).float())
-                extremes["clip_ratio/low_min"] = nanmin(_row_means(low.float(), mask))
-                extremes["clip_ratio/high_max"] = nanmax(_row_means(high.float(), mask))
-        bonus = torch.where(scored.bonus_mask, scored.entropy, 0)
-        window = torch.stack([bonus.sum(), scored.bonus_mask.sum().float()])
-        if self.use_adaptive_entropy and mode == "train":
-            if self._entropy_window_stats is not None:
-                window = self._entropy_window_stats + window
-            self._entropy_window_stats = window
-        packed = [*sums.values(), (scored.policy_loss, torch.zeros_like(tokens)), tuple(window)]
-        flat = [x.float() for pair in packed for x in pair] + list(extremes.values())
-        gathered = self.accelerator.gather(torch.stack(flat)[None])  # (devices, values)
-        totals = gathered.double().sum(0)
-        at = 2 * len(packed)
-        ends = [nanmin(gathered[:, at : at + 1]), nanmax(gathered[:, at + 1 :])] if extremes else []
-        means = gathered[:, 2 * len(sums)].double().nanmean()
-        values = torch.stack([*totals[:at], means, *(x.double() for x in ends)]).tolist()
-
-        metrics = self._metrics[mode]
-        for i, name in enumerate(sums):
-            metrics[name].append(values[2 * i] / max(values[2 * i + 1], 1.0))
-        for name, value in zip(extremes, values[at + 1 :], strict=True):
-            metrics[name].append(value)
-        if self._entropy_bonus_enabled:
-            metrics["policy_loss"].append(values[at])
-            if mode == "train" and self.accelerator.sync_gradients:
-                if self.use_adaptive_entropy:
-                    self._adapt_entropy(values[at - 2] / max(values[at - 1], 1.0))
-                metrics["entropy_coef"].append(self.entropy_coef)
-
-    def _adapt_entropy(self, world_entropy: float) -> None:
-        """TRL's controller: moves the coefficient once, at the end of an optimiser step."""
-        args = self.args
-        if world_entropy <= args.entropy_target:
-            raised = self.entropy_coef + args.entropy_coef_delta
-            self.entropy_coef = min(raised, args.entropy_coef_max)
-        else:
-            lowered = self.entropy_coef - args.entropy_coef_delta
-            self.entropy_coef = max(lowered, args.entropy_coef_min)
-        self._last_world_entropy = world_entropy
-        self._entropy_window_stats = None
-
-    def _clipped(
-        self, inputs: dict[str, Any], mask: Tensor, logps: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """TRL's flags of tokens, or sequences, clipped below and above."""
-        old = inputs.get("old_per_token_logps")
-        log_ratio = torch.zeros_like(logps) if old is None else torch.where(mask, logps - old, 0)
-        if self.importance_sampling_level == "sequence":
-            log_ratio = log_ratio.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
-        ratio = log_ratio.exp()
-        advantages = _per_row(inputs["advantages"])
-        if self.loss_type == "cispo":
-            low, high = 0.0, self.epsilon_high
-        else:
-            low, high = 1 - self.epsilon_low, 1 + self.epsilon_high
-            if self.args.delta is not None:
-                ratio = ratio.clamp(max=self.args.delta)
-        return (ratio < low) & (advantages < 0), (ratio > high) & (advantages > 0)
-
-    def _phi(self, inputs: dict[str, Any], mask: Tensor, logps: Tensor) -> Tensor:
-        """VESPO's weights, by TRL's own formula: the metric alone, the loss has its own."""
-        old = inputs.get("old_per_token_logps")
-        args = self.args
-        return self.get_gamma_weights(
-            advantages=_per_row(inputs["advantages"]),
-            log_ratio_per_token=torch.zeros_like(logps) if old is None else logps - old,
-            mask=mask,
-            importance_sampling_ratio=inputs.get("importance_sampling_ratio"),
-            k_pos=args.vespo_k_pos,
-            lambda_pos=args.vespo_lambda_pos,
-            k_neg=args.vespo_k_neg,
-            lambda_neg=args.vespo_lambda_neg,
-        )
+        _trl_metrics.report(self, mode, inputs, mask, scored)
 
 
 def _sequences(inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -386,13 +293,10 @@ def _sequences(inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
     return ids, attention
 
 
-def _per_row(advantages: Tensor) -> Tensor:
-    """(B,) -> (B, 1); (B, T) as it is."""
-    return advantages[:, None] if advantages.ndim == 1 else advantages
-
-
-def _row_means(x: Tensor, mask: Tensor) -> Tensor:
-    """(B,) means over live tokens, NaN for rows without any."""
-    if x.shape[1] == 1:
-        return x.squeeze(1)
-    return torch.where(mask, x, 0).sum(1) / mask.sum(1)
+def _without_gradient(advantages: Tensor, arguments: dict[str, Any]) -> Tensor:
+    """The live tokens that the loss leaves out where there is neither KL nor bonus."""
+    importance = arguments["importance_weights"]
+    dead = per_row(advantages) == 0
+    if importance is not None:
+        dead = dead | (importance == 0)
+    return arguments["mask"] & dead

@@ -7,7 +7,6 @@ needs no TRL. `patch` replaces the head of TRL's other trainers (RLOO, asynchron
 import contextlib
 import warnings
 from collections.abc import Iterator
-from importlib import metadata
 from typing import Any
 
 import torch
@@ -15,20 +14,17 @@ from torch import Tensor
 
 from grpo_fast import presets
 from grpo_fast.integrations import _seam
+from grpo_fast.integrations._host import read, require
 from grpo_fast.objective import Objective
 
 __all__ = ["GRPOTrainer", "objective", "patch"]  # noqa: F822 (the first is made by __getattr__)
 
-SUPPORTED = (
-    "1.16"  # the trainer overrides private methods: another minor version is another trainer
-)
+# From, and below. The trainer overrides private methods: another minor version is another trainer.
+SUPPORTED = ("1.16", "1.17")
 
 LOSS_TYPES = tuple(name for name in presets.TRL if "/" not in name)
-BY_ITEMS = (
-    "dapo",
-    "cispo",
-    "vespo",
-)  # normalised by num_items_in_batch, the others over the micro-batch
+# Normalised by num_items_in_batch, the others over the micro-batch.
+BY_ITEMS = ("dapo", "cispo", "vespo")
 
 # TRL 1.16's defaults of the options that `objective` reads.
 DEFAULTS: dict[str, Any] = {
@@ -64,7 +60,7 @@ def objective(args: Any) -> Objective:
     Raises:
         ValueError: an unknown loss type or level, or an option that the loss type does not use.
     """
-    given = {name: getattr(args, name, default) for name, default in DEFAULTS.items()}
+    given = {name: read(args, name, default) for name, default in DEFAULTS.items()}
     loss_type, level = given["loss_type"], given["importance_sampling_level"]
     if loss_type not in LOSS_TYPES:
         raise ValueError(f"loss_type={loss_type!r} is unknown; TRL has {', '.join(LOSS_TYPES)}")
@@ -110,7 +106,7 @@ def patch() -> None:
     Raises:
         ImportError: no TRL, or another version than 1.16.
     """
-    _require()
+    require("trl", *SUPPORTED)
     from trl.trainer import utils
 
     utils._ChunkedLogProbFunction = FusedLogProb
@@ -188,21 +184,10 @@ def warn_once(message: str) -> None:
         warnings.warn(message, stacklevel=3)
 
 
-def _require() -> None:
-    """TRL, of the version this was written for."""
-    wanted = f"grpo_fast.integrations.trl needs trl {SUPPORTED} (pip install 'grpo-fast[trl]')"
-    try:
-        found = metadata.version("trl")
-    except metadata.PackageNotFoundError:
-        raise ImportError(f"{wanted}; it is not installed") from None
-    if found.split(".")[:2] != SUPPORTED.split("."):
-        raise ImportError(f"{wanted}; found {found}")
-
-
 def __getattr__(name: str) -> Any:
     """`GRPOTrainer`, made when it is first asked for: `objective` has to work without TRL."""
     if name == "GRPOTrainer":
-        _require()
+        require("trl", *SUPPORTED)
         from grpo_fast.integrations._trl_trainer import GRPOTrainer
 
         return GRPOTrainer
