@@ -55,8 +55,8 @@ def linear_grpo_loss(
 
     Args:
         hidden: (B, T, D) or (N, D), float32, bfloat16 or float16: the last hidden states, row t for token t.
-        weight: (rows, D) of the head, of the same dtype. Under FSDP call this inside the forward of the
-            module that owns it, where it has been gathered.
+        weight: (rows, D) of the head, of the same dtype or float32: its gradient is not rounded then. Under
+            FSDP call this inside the forward of the module that owns it, where it has been gathered.
         completion_ids: (B, T) or (N,), int32 or int64; anything where the mask is 0.
         bias: (rows,).
         softcap: of the logits (Gemma 2); None for none.

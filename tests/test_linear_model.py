@@ -159,3 +159,26 @@ def test_fsdp_on_two_processes():
     for rank, (process, output) in enumerate(zip(processes, outputs, strict=True)):
         assert process.returncode == 0, output
         assert f"rank {rank} done" in output
+
+
+@pytest.mark.parametrize("loss", [True, False], ids=["loss", "log-probs"])
+def test_a_float32_head_under_half_precision_states(loss, backend, device):
+    """As autocast has it: products of halves, but a gradient of the weight that is not rounded."""
+    hidden = torch.randn(2, 5, 16, device=device).half()
+    weight = torch.randn(33, 16, device=device)
+    ids = torch.randint(33, (2, 5), device=device)
+    advantages = torch.randn(2, device=device)
+
+    def gradients(weight):
+        leaves = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        if loss:
+            value = linear_grpo_loss(*leaves, ids, advantages=advantages).loss
+        else:
+            value = (linear_logprob(*leaves, ids) * advantages[:, None]).sum()
+        return torch.autograd.grad(value, leaves)
+
+    got, rounded = gradients(weight), gradients(weight.half())
+    assert [x.dtype for x in got] == [torch.float16, torch.float32]
+    torch.testing.assert_close(got[0], rounded[0], rtol=0, atol=0)
+    torch.testing.assert_close(got[1].half(), rounded[1], rtol=0, atol=0)
+    assert (got[1] != rounded[1].float()).any()

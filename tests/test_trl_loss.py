@@ -166,6 +166,8 @@ def inputs_of(trainer, change=()):
         elif name == "masked_ratio":
             ratio = extra["importance_sampling_ratio"]
             inputs["importance_sampling_ratio"] = ratio.masked_fill(ratio < 0.5, 0)
+        elif name == "no_difference":  # groups without a difference in reward, in part
+            inputs["advantages"][::2] = 0
         elif name == "nothing_live":
             inputs["completion_mask"] = torch.zeros_like(mask)
         elif name == "one_token":
@@ -237,6 +239,10 @@ def test_every_loss_type(loss_type, level, trainers):
         ({"entropy_coef": 0.1, "use_adaptive_entropy": True, "entropy_target": 1.3}, ()),
         ({"beta": 0.3, "entropy_coef": 0.1}, ("nothing_live",)),
         ({}, ("one_token",)),
+        ({}, ("no_difference",)),
+        ({"beta": 0.3}, ("no_difference",)),
+        ({"entropy_coef": 0.1}, ("no_difference",)),
+        (vllm, ("importance_sampling_ratio", "no_difference")),
     ]
     if loss_type in ("grpo", "bnpo", "dr_grpo", "dapo", "luspo"):
         cases.append(({"delta": 1.1, "epsilon_high": 0.28, "epsilon": 0.1}, ()))

@@ -8,11 +8,11 @@ import torch
 import trl
 from torch import Tensor
 
-from grpo_fast.integrations import _seam, _trl_metrics
+from grpo_fast.integrations import _trl_metrics
 from grpo_fast.integrations._trl_metrics import Scored, per_row
 from grpo_fast.integrations.transformers import Head, check_head, with_head
-from grpo_fast.integrations.trl import BY_ITEMS, objective, warn_once, without_autocast
-from grpo_fast.loss import policy_loss
+from grpo_fast.integrations.trl import BY_ITEMS, log_probs, objective, warn_once, without_autocast
+from grpo_fast.loss import linear_grpo_loss, policy_loss
 from grpo_fast.objective import Objective
 
 # Inputs of a model that is not fed with text alone.
@@ -102,16 +102,15 @@ class GRPOTrainer(trl.GRPOTrainer):
 
         def score(hidden: Tensor, head: Head) -> tuple[Tensor, Tensor]:
             with self._head_precision(hidden) as hidden:
-                scored = _seam.linear_logprob(
+                logps, entropy = log_probs(
                     hidden,
-                    head.weight,
+                    head,
                     ids,
                     mask=mask,
                     temperature=self.temperature,
-                    return_entropy=with_entropy,
-                    **head.options,
+                    with_entropy=with_entropy,
                 )
-            logps, entropy = scored if with_entropy else (scored, scored.detach())
+            entropy = torch.zeros_like(logps) if entropy is None else entropy
             return torch.where(mask, logps, 0), torch.where(mask, entropy, 0)
 
         with self.accelerator.autocast():
@@ -207,7 +206,7 @@ class GRPOTrainer(trl.GRPOTrainer):
 
         def score(hidden: Tensor, head: Head) -> tuple[Tensor, ...]:
             with self._head_precision(hidden) as hidden:
-                out = _seam.linear_grpo_loss(
+                out = linear_grpo_loss(
                     hidden,
                     head.weight,
                     ids,
@@ -219,19 +218,22 @@ class GRPOTrainer(trl.GRPOTrainer):
                     **arguments,
                 )
                 assert out.entropy is not None
-                found: tuple[Tensor, ...] = (out.logps, out.entropy)
+                found = out.logps, out.entropy
                 if rest is not None:  # TRL's metrics are of all live tokens
                     with torch.no_grad():
-                        others = _seam.linear_logprob(
+                        others = log_probs(
                             hidden,
-                            head.weight,
+                            head,
                             ids,
                             mask=rest,
                             temperature=self.temperature,
-                            return_entropy=True,
-                            **head.options,
+                            with_entropy=True,
                         )
-                    found = tuple(torch.where(rest, *x) for x in zip(others, found, strict=True))
+                    assert others[1] is not None
+                    found = (
+                        torch.where(rest, others[0], out.logps),
+                        torch.where(rest, others[1], out.entropy),
+                    )
             return out.loss, *found, out.metrics.get("kl", out.loss.detach())
 
         with self.accelerator.autocast():

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from grpo_fast import presets
-from grpo_fast.integrations import _seam
 from grpo_fast.integrations._host import read, require
+from grpo_fast.integrations.transformers import Head
 from grpo_fast.objective import Objective
+from grpo_fast.ops import linear_logprob
 
 __all__ = ["GRPOTrainer", "objective", "patch"]  # noqa: F822 (the first is made by __getattr__)
 
@@ -145,20 +146,28 @@ class FusedLogProb:
                 *(hidden, weight, bias, targets, temperature, chunk_size),
                 *(final_logit_softcapping, logit_scale, outputs),
             )
-        with_entropy = "entropy" in outputs
+        head = Head(weight, bias, final_logit_softcapping, logit_scale, len(weight))
         with without_autocast(hidden) as hidden:
-            scored = _seam.linear_logprob(
-                hidden,
-                weight,
-                targets,
-                bias=bias,
-                softcap=final_logit_softcapping,
-                logit_scale=logit_scale,
-                temperature=temperature,
-                return_entropy=with_entropy,
+            scored = log_probs(
+                hidden, head, targets, temperature=temperature, with_entropy="entropy" in outputs
             )
-        logps, entropy = scored if with_entropy else (scored, None)
-        return logps, entropy, None, None, None
+        return *scored, None, None, None
+
+
+def log_probs(
+    hidden: Tensor,
+    head: Head,
+    ids: Tensor,
+    *,
+    temperature: float,
+    with_entropy: bool,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """`linear_logprob` with a `Head`: (log-probs, entropy if wanted)."""
+    options = {"temperature": temperature, "mask": mask, **head.options}
+    if with_entropy:
+        return linear_logprob(hidden, head.weight, ids, return_entropy=True, **options)
+    return linear_logprob(hidden, head.weight, ids, **options), None
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 import math
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from grpo_fast.ops._arguments import LOGITS_DTYPES, check_device, check_tensor, shape_of
@@ -120,14 +121,15 @@ def check_head(
 
 
 def check_operand(op: str, name: str, x: Tensor, hidden: Tensor) -> None:
-    """A tensor of the head must be an ordinary one, where `hidden` is and of its dtype."""
+    """A tensor of the head must be an ordinary one, where `hidden` is and of its dtype or float32."""
     if hasattr(x, "placements"):
         raise TypeError(
             f"{op}: {name} is a DTensor: call {op} inside the forward of the module that owns it, "
             "where FSDP has gathered it"
         )
     check_device(op, name, x, hidden)
-    if x.dtype != hidden.dtype:
+    # Under autocast the head's weights stay in float32: cast inside, their gradient is not rounded.
+    if x.dtype not in (hidden.dtype, torch.float32):
         raise TypeError(f"{op}: {name} is {x.dtype}, hidden {hidden.dtype}: convert one of them")
 
 

@@ -372,7 +372,7 @@ def linear_logprob(
 
     Args:
         hidden: (B, T, D) or (N, D), float32, bfloat16 or float16: the last hidden states, row t for token t.
-        weight: (rows, D) of the head, of the same dtype.
+        weight: (rows, D) of the head, of the same dtype or float32: its gradient is not rounded then.
         ids: (B, T) or (N,), int32 or int64, each in [0, vocab_size) where the mask is not 0.
         bias: (rows,).
         softcap: of the logits (Gemma 2); None for none.
