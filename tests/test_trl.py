@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import os
+import sys
 from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -238,13 +239,13 @@ class TestVersion:
             return found
 
         monkeypatch.setattr(importlib.metadata, "version", version)
+        monkeypatch.setitem(sys.modules, "trl", None)
         match = rf"needs trl >= 1\.16, < 1\.17.*{found or 'not installed'}"
         with pytest.raises(ImportError, match=match):
             getattr(adapter, name)()
 
     def test_the_objective_needs_no_trl(self):
         import subprocess
-        import sys
 
         code = (
             "import sys; sys.modules['trl'] = None\n"

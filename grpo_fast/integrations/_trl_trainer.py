@@ -200,10 +200,6 @@ class GRPOTrainer(trl.GRPOTrainer):
             if self.off_policy_mask_threshold < 0:
                 advantages = advantages.clamp(min=0)
 
-        rest = None
-        if not (self.beta or coefficient):
-            rest = _without_gradient(advantages, arguments)
-
         def score(hidden: Tensor, head: Head) -> tuple[Tensor, ...]:
             with self._head_precision(hidden) as hidden:
                 out = linear_grpo_loss(
@@ -217,24 +213,8 @@ class GRPOTrainer(trl.GRPOTrainer):
                     **head.options,
                     **arguments,
                 )
-                assert out.entropy is not None
-                found = out.logps, out.entropy
-                if rest is not None:  # TRL's metrics are of all live tokens
-                    with torch.no_grad():
-                        others = log_probs(
-                            hidden,
-                            head,
-                            ids,
-                            mask=rest,
-                            temperature=self.temperature,
-                            with_entropy=True,
-                        )
-                    assert others[1] is not None
-                    found = (
-                        torch.where(rest, others[0], out.logps),
-                        torch.where(rest, others[1], out.entropy),
-                    )
-            return out.loss, *found, out.metrics.get("kl", out.loss.detach())
+            assert out.entropy is not None
+            return out.loss, out.logps, out.entropy, out.metrics.get("kl", out.loss.detach())
 
         with self.accelerator.autocast():
             loss, logps, entropy, kl = with_head(
@@ -293,12 +273,3 @@ def _sequences(inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         for name in ("ids", "mask")
     )
     return ids, attention
-
-
-def _without_gradient(advantages: Tensor, arguments: dict[str, Any]) -> Tensor:
-    """The live tokens that the loss leaves out where there is neither KL nor bonus."""
-    importance = arguments["importance_weights"]
-    dead = per_row(advantages) == 0
-    if importance is not None:
-        dead = dead | (importance == 0)
-    return arguments["mask"] & dead
