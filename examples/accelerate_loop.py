@@ -107,6 +107,7 @@ def main(cpu: bool = False) -> list[float]:
         history.append(accelerator.reduce(batch["rewards"].mean(), "mean").item())
         tokens = metrics["tokens"].item()
         accelerator.print(f"step {step}: reward {history[-1]:.3f}, tokens {tokens:.0f}")
+    accelerator.wait_for_everyone()
     accelerator.end_training()
     return history
 

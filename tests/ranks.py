@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-SECONDS = 240
+SECONDS = 120
 
 
 def run(function: str, number: int, *arguments) -> None:
