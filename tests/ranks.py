@@ -21,7 +21,7 @@ needs_gloo = pytest.mark.skipif(
 def run(function: str, number: int, *arguments, seconds: int = 120, **environment: str) -> None:
     """`tests.module:function(*arguments)` in `number` processes with torchrun's environment: all succeed.
 
-    The arguments cross as JSON; `environment` is set besides. Whoever joins the group in there leaves it by itself.
+    The arguments cross as JSON; `environment` is set besides. Whoever joins the group leaves it by itself.
     """
     module, name = function.split(":")
     code = (

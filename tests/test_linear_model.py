@@ -5,8 +5,10 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from grpo_fast import reference
 from grpo_fast.loss import linear_grpo_loss
 from grpo_fast.ops import linear_logprob
+from grpo_fast.testing import assert_as_accurate
 from tests.ranks import needs_gloo, run
 
 V, D = 40, 8
@@ -121,3 +123,34 @@ def train_sharded():
 def test_fsdp_on_two_processes():
     """`fully_shard`: gathered in the forward, reduced in the backward, as one process computes it."""
     run("tests.test_linear_model:train_sharded", 2)
+
+
+@pytest.mark.parametrize("loss", [True, False], ids=["loss", "log-probs"])
+def test_a_float32_head_under_half_precision_states(loss, backend, device):
+    """As autocast has it: products of halves, but a gradient of the weight that is not rounded."""
+    hidden = torch.randn(2, 5, 16, device=device).half()
+    weight = torch.randn(33, 16, device=device)
+    ids = torch.randint(33, (2, 5), device=device)
+    advantages = torch.randn(2, device=device)
+
+    def gradients(weight):
+        leaves = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        if loss:
+            value = linear_grpo_loss(*leaves, ids, advantages=advantages).loss
+        else:
+            value = (linear_logprob(*leaves, ids) * advantages[:, None]).sum()
+        return torch.autograd.grad(value, leaves)
+
+    got, rounded = gradients(weight), gradients(weight.half())
+    assert [x.dtype for x in got] == [torch.float16, torch.float32]
+    hidden, advantages = hidden.double(), advantages.double()
+    leaves = hidden.requires_grad_(), weight.double().requires_grad_()
+    logps = reference.logprob(leaves[0] @ leaves[1].T, ids)
+    if loss:
+        value = reference.policy_loss(logps, advantages=advantages)
+    else:
+        value = (logps * advantages[:, None]).sum()
+    truth = torch.autograd.grad(value, leaves)
+    for a, b, t in zip(got, rounded, truth, strict=True):
+        assert_as_accurate(a, b, t)
+    assert (got[1] != got[1].half()).any()

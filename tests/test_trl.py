@@ -1,12 +1,18 @@
 """TRL's own `_compute_loss`, run in float64 on a stubbed trainer, as an independent oracle."""
 
+import importlib.metadata
+import os
+import sys
 from collections import defaultdict
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from grpo_fast import Objective, reference
+from grpo_fast.integrations import trl as adapter
+from grpo_fast.integrations.trl import BY_ITEMS, LOSS_TYPES, objective
 from grpo_fast.loss import grpo_loss
 from grpo_fast.testing import assert_as_accurate
 from tests.cases import batch, in_double, loss_and_grad
@@ -84,35 +90,21 @@ def theirs(logits, ids, inputs, loss_type, options):
     return loss, stub._metrics["train"]
 
 
-LOSS_TYPES = {
-    "grpo": {"reduction": "sequence_mean"},
-    "bnpo": {"reduction": "token_mean"},
-    "dapo": {"reduction": "token_mean"},
-    "dr_grpo": {"reduction": "fixed_length", "max_length": MAX_LENGTH},
-    "luspo": {"reduction": "sequence_sum"},
-    # TRL's epsilon_high is the bound itself, and there is no lower one.
-    "cispo": {"reduction": "token_mean", "surrogate": "cispo", "epsilon_low": 1.0},
-    "sapo": {"reduction": "sequence_mean", "surrogate": "sapo"},
-    "vespo": {"reduction": "token_mean", "surrogate": "vespo"},
-}
-BY_ITEMS = ("dapo", "cispo", "vespo")  # normalised by num_items_in_batch
-
-
 def objective_of(loss_type, options):
-    chosen = dict(LOSS_TYPES[loss_type])
-    if loss_type == "cispo":
-        chosen["epsilon_high"] = options["epsilon_high"] - 1
-    elif "surrogate" not in chosen:
-        chosen |= {"epsilon_high": options["epsilon_high"], "delta": options["delta"]}
-    # VESPO looks at the level through the ratio of the bias-corrected KL alone.
-    if loss_type != "vespo" or (options["bias_correction"] and options["beta"]):
-        chosen["ratio"] = options["level"]
-    return Objective(
-        beta=options["beta"],
-        kl="k3_unbiased" if options["bias_correction"] else "k3",
-        entropy_coef=options["entropy_coef"],
-        off_policy_threshold=options["off_policy"],
-        **chosen,
+    """Through the adapter, from what a GRPOConfig holds."""
+    return objective(
+        SimpleNamespace(
+            loss_type=loss_type,
+            importance_sampling_level=options["level"],
+            beta=options["beta"],
+            use_bias_correction_kl=options["bias_correction"],
+            epsilon=0.2,
+            epsilon_high=options["epsilon_high"],
+            delta=options["delta"],
+            max_completion_length=MAX_LENGTH,
+            off_policy_mask_threshold=options["off_policy"],
+            entropy_coef=options["entropy_coef"],
+        )
     )
 
 
@@ -172,7 +164,7 @@ def test_loss_gradient_and_metrics(loss_type, level, change, backend, device):
     if level == "token":  # per sequence TRL counts sequences, empty ones too; we count tokens
         if loss_type == "cispo":
             names["cispo_clip_ratio"] = "clip_fraction_high"
-        elif "surrogate" not in LOSS_TYPES[loss_type]:
+        elif arguments["objective"].surrogate == "clip":
             names["clip_ratio/low_mean"] = "clip_fraction_low"
             if not options["delta"] or options["delta"] > 1 + options["epsilon_high"]:
                 names["clip_ratio/high_mean"] = "clip_fraction_high"  # TRL counts after its clamp
@@ -184,8 +176,9 @@ def test_loss_gradient_and_metrics(loss_type, level, change, backend, device):
         assert metrics[ours].item() == pytest.approx(reported[theirs_name][0], rel=1e-4, abs=1e-6)
 
 
-def test_entropy_bonus_with_a_token_mean(backend, device):
-    """TRL's bonus is a token mean whatever the loss type; the same as ours where the loss is one, too."""
+@pytest.mark.parametrize("loss_type", sorted(set(LOSS_TYPES) - set(BY_ITEMS)))
+def test_entropy_bonus(loss_type, backend, device):
+    """TRL's bonus is a mean over the micro-batch's tokens, whatever the loss type."""
     logits, ids, arguments = batch(5, 6, 40, device, garbage=False)
     double = in_double(arguments)
     options = DEFAULTS | {"entropy_coef": 0.1}
@@ -198,9 +191,140 @@ def test_entropy_bonus_with_a_token_mean(backend, device):
         "old_per_token_logps": double["old_logps"],
         "importance_sampling_ratio": torch.ones(5, 1, device=device),
     }
-    truth = loss_and_grad(lambda x: theirs(x, ids, inputs, "bnpo", options)[0], logits.double())
+    truth = loss_and_grad(lambda x: theirs(x, ids, inputs, loss_type, options)[0], logits.double())
     del arguments["ref_logps"]
-    arguments["objective"] = objective_of("bnpo", options)
+    arguments["objective"] = objective_of(loss_type, options)
     ours = loss_and_grad(lambda x: grpo_loss(x, ids, **arguments).loss / GAS, logits)
     for a, t in zip(ours, truth, strict=True):
         torch.testing.assert_close(a.double(), t, rtol=1e-4, atol=1e-7)
+
+
+class TestObjective:
+    def test_defaults_are_those_of_trl(self):
+        from trl import GRPOConfig
+
+        fields = GRPOConfig.__dataclass_fields__
+        assert {name: fields[name].default for name in adapter.DEFAULTS} == adapter.DEFAULTS
+        dapo = Objective(reduction="token_mean", kl="k3_unbiased")
+        assert objective(SimpleNamespace()) == dapo
+
+    def test_own_options_of_the_surrogates(self):
+        sapo = objective(SimpleNamespace(loss_type="sapo", sapo_temperature_neg=1.5))
+        assert (sapo.surrogate, sapo.tau_pos, sapo.tau_neg) == ("sapo", 1.0, 1.5)
+        vespo = objective(SimpleNamespace(loss_type="vespo", vespo_lambda_neg=0.0))
+        assert (vespo.vespo_k_pos, vespo.vespo_lambda_neg) == (2.0, 1e-4)  # TRL's floor
+        fixed = objective(SimpleNamespace(loss_type="dr_grpo", max_completion_length=77))
+        assert fixed.max_length == 77
+
+    @pytest.mark.parametrize(
+        "args, match",
+        [
+            ({"loss_type": "ppo"}, "loss_type='ppo' is unknown; TRL has grpo, bnpo"),
+            ({"importance_sampling_level": "batch"}, "importance_sampling_level='batch'"),
+        ],
+    )
+    def test_unknown(self, args, match):
+        with pytest.raises(ValueError, match=match):
+            objective(SimpleNamespace(**args))
+
+
+class TestVersion:
+    @pytest.mark.parametrize("name", ["GRPOTrainer", "patch"])
+    @pytest.mark.parametrize("found", ["1.15.2", "1.17.0", "2.0.0", None])
+    def test_another_one_is_named(self, name, found, monkeypatch):
+        def version(package):
+            assert package == "trl"
+            if found is None:
+                raise importlib.metadata.PackageNotFoundError
+            return found
+
+        monkeypatch.setattr(importlib.metadata, "version", version)
+        monkeypatch.setitem(sys.modules, "trl", None)
+        match = rf"needs trl >= 1\.16, < 1\.17.*{found or 'not installed'}"
+        with pytest.raises(ImportError, match=match):
+            getattr(adapter, name)()
+
+    def test_the_objective_needs_no_trl(self):
+        import subprocess
+
+        code = (
+            "import sys; sys.modules['trl'] = None\n"
+            "from types import SimpleNamespace\n"
+            "from grpo_fast.integrations.trl import objective\n"
+            "print(objective(SimpleNamespace(loss_type='cispo', epsilon_high=5.0)).epsilon_high)"
+        )
+        root = str(Path(adapter.__file__).parents[2])
+        environment = {**os.environ, "PYTHONPATH": root}
+        out = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, env=environment
+        )
+        assert out.stdout.strip() == "4.0", out.stderr
+
+    def test_nothing_else_in_there(self):
+        with pytest.raises(AttributeError, match="no attribute 'Trainer'"):
+            adapter.Trainer  # noqa: B018
+
+
+class TestPatch:
+    @pytest.fixture
+    def utils(self, monkeypatch):
+        from trl.trainer import utils
+
+        monkeypatch.setattr(utils, "_ChunkedLogProbFunction", utils._ChunkedLogProbFunction)
+        monkeypatch.setattr(adapter, "_WARNED", set())
+        adapter.patch()
+        return utils
+
+    @pytest.mark.parametrize("softcap, scale, with_bias", [(None, 1.0, False), (2.0, 0.5, True)])
+    def test_agrees_with_trls_head(self, utils, softcap, scale, with_bias, device):
+        from trl.kernels import ChunkedLogProbFunction
+
+        hidden = torch.randn(7, 8, device=device)
+        weight, bias = torch.randn(30, 8, device=device), torch.randn(30, device=device)
+        targets = torch.randint(30, (7,), device=device)
+        upstream = torch.randn(2, 7, device=device)
+
+        def run(function):
+            leaves = [x.clone().requires_grad_() for x in (hidden, weight, bias)]
+            logps, entropy, *rest = function.apply(
+                *leaves[:2],
+                leaves[2] if with_bias else None,
+                *(targets, 0.8, 13, softcap, scale, ("log_probs", "entropy")),
+            )
+            assert rest == [None, None, None]
+            grads = torch.autograd.grad(
+                (logps * upstream[0] + entropy * upstream[1]).sum(), leaves[: 2 + with_bias]
+            )
+            return [logps, entropy, *grads]
+
+        ours, theirs = run(utils._ChunkedLogProbFunction), run(ChunkedLogProbFunction)
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+    def test_is_what_trls_trainers_call(self, utils):
+        """Through TRL's own patched forward, as RLOO and the asynchronous trainer use it."""
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=20,
+                hidden_size=8,
+                intermediate_size=16,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                num_key_value_heads=2,
+            )
+        )
+        utils.add_fused_lm_head(model, temperature=0.9, outputs=("log_probs", "entropy"))
+        ids = torch.randint(20, (2, 6))
+        out = model(input_ids=ids, labels=ids, fused_lm_head=True)
+        want = reference.logprob(model(input_ids=ids).logits[:, :-1] / 0.9, ids[:, 1:])
+        torch.testing.assert_close(out.log_probs, want, rtol=1e-4, atol=1e-5)
+
+    def test_more_outputs_are_trls(self, utils):
+        arguments = (torch.randn(3, 4), torch.randn(9, 4), None, torch.tensor([1, 2, 3]), 1.0, 9)
+        with pytest.warns(
+            UserWarning, match="own log-prob head runs, since it is asked for is_top1"
+        ):
+            out = utils._ChunkedLogProbFunction.apply(*arguments, outputs=("log_probs", "is_top1"))
+        assert out[4].dtype == torch.bool

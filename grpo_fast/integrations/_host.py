@@ -84,22 +84,26 @@ def as_floats(metrics: dict[str, Tensor | float]) -> dict[str, float]:
     return dict(zip(metrics, values, strict=True))
 
 
-def require(package: str, at_least: str) -> None:
+def require(package: str, at_least: str, below: str | None = None) -> None:
     """Check that a host is installed in a version this adapter was written for.
 
     Raises:
-        ImportError: it is not installed, or older.
+        ImportError: it is not installed, older, or as new as `below`.
     """
+    wanted = f"this needs {package} >= {at_least}" + (f", < {below}" if below else "")
     found: str | None
     try:
         found = importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:  # a checkout on the path says it itself
         found = getattr(sys.modules.get(package), "__version__", None)
     if found is None:
-        raise ImportError(f"this needs {package} >= {at_least}, which is not installed")
-    numbers = [[int(n) for n in re.findall(r"\d+", v)[:3]] for v in (found, at_least)]
-    if numbers[0] < numbers[1]:
-        raise ImportError(f"this needs {package} >= {at_least}; {package} {found} is installed")
+        raise ImportError(f"{wanted}, which is not installed")
+
+    def numbers(version: str) -> list[int]:
+        return [int(n) for n in re.findall(r"\d+", version)[:3]]
+
+    if numbers(found) < numbers(at_least) or (below and numbers(found) >= numbers(below)):
+        raise ImportError(f"{wanted}; {package} {found} is installed")
 
 
 def replace(package: str, theirs: Any, ours: Any) -> None:

@@ -1,0 +1,136 @@
+"""TRL's metrics of a micro-batch: the same names and meanings, from one collective and one host sync."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from trl.trainer.utils import nanmax, nanmin
+
+
+class Scored(NamedTuple):
+    """A micro-batch after its loss, detached but for `loss`."""
+
+    loss: Tensor  # TRL's, but for gradient accumulation
+    policy_loss: Tensor  # the same without the entropy bonus
+    logps: Tensor
+    entropy: Tensor
+    kl: Tensor | None  # its mean over live tokens
+    bonus_mask: Tensor  # the tokens of the entropy bonus
+
+
+def report(trainer: Any, mode: str, inputs: dict[str, Any], mask: Tensor, scored: Scored) -> None:
+    """TRL's metrics, from one collective and one host sync."""
+    tokens = mask.sum().float()
+    rows = torch.full_like(tokens, len(mask))
+    sums: dict[str, tuple[Tensor, Tensor]] = {}  # name -> (sum, count)
+
+    def add(name: str, x: Tensor) -> None:
+        # TRL: one value per sequence where there is one column, else one per live token.
+        if x.shape[1] == 1:
+            sums[name] = x.sum().float(), rows
+        else:
+            sums[name] = torch.where(mask, x, 0).sum().float(), tokens
+
+    add("entropy", torch.where(mask, scored.entropy, 0))
+    if trainer.beta:
+        assert scored.kl is not None
+        sums["kl"] = scored.kl * tokens, sums["entropy"][1]
+    extremes: dict[str, Tensor] = {}
+    if trainer.loss_type == "vespo":
+        add("vespo/phi_seq_mean", phi(trainer, inputs, mask, scored.logps))
+    elif trainer.loss_type != "sapo":
+        low, high = clipped(trainer, inputs, mask, scored.logps)
+        if trainer.loss_type == "cispo":
+            add("cispo_clip_ratio", high.float())
+        else:
+            add("clip_ratio/low_mean", low.float())
+            add("clip_ratio/high_mean", high.float())
+            add("clip_ratio/region_mean", (low | high).float())
+            extremes["clip_ratio/low_min"] = nanmin(row_means(low.float(), mask))
+            extremes["clip_ratio/high_max"] = nanmax(row_means(high.float(), mask))
+    bonus = torch.where(scored.bonus_mask, scored.entropy, 0)
+    window = torch.stack([bonus.sum(), scored.bonus_mask.sum().float()])
+    if trainer.use_adaptive_entropy and mode == "train":
+        if trainer._entropy_window_stats is not None:
+            window = trainer._entropy_window_stats + window
+        trainer._entropy_window_stats = window
+    packed = [*sums.values(), (scored.policy_loss, torch.zeros_like(tokens)), tuple(window)]
+    flat = [x.float() for pair in packed for x in pair] + list(extremes.values())
+    gathered = trainer.accelerator.gather(torch.stack(flat)[None])  # (devices, values)
+    totals = gathered.double().sum(0)
+    at = 2 * len(packed)
+    ends = [nanmin(gathered[:, at : at + 1]), nanmax(gathered[:, at + 1 :])] if extremes else []
+    means = gathered[:, 2 * len(sums)].double().nanmean()
+    values = torch.stack([*totals[:at], means, *(x.double() for x in ends)]).tolist()
+
+    metrics = trainer._metrics[mode]
+    for i, name in enumerate(sums):
+        metrics[name].append(values[2 * i] / max(values[2 * i + 1], 1.0))
+    for name, value in zip(extremes, values[at + 1 :], strict=True):
+        metrics[name].append(value)
+    if trainer._entropy_bonus_enabled:
+        metrics["policy_loss"].append(values[at])
+        if mode == "train" and trainer.accelerator.sync_gradients:
+            if trainer.use_adaptive_entropy:
+                adapt_entropy(trainer, values[at - 2] / max(values[at - 1], 1.0))
+            metrics["entropy_coef"].append(trainer.entropy_coef)
+
+
+def adapt_entropy(trainer: Any, world_entropy: float) -> None:
+    """TRL's controller: moves the coefficient once, at the end of an optimiser step."""
+    args = trainer.args
+    if world_entropy <= args.entropy_target:
+        raised = trainer.entropy_coef + args.entropy_coef_delta
+        trainer.entropy_coef = min(raised, args.entropy_coef_max)
+    else:
+        lowered = trainer.entropy_coef - args.entropy_coef_delta
+        trainer.entropy_coef = max(lowered, args.entropy_coef_min)
+    trainer._last_world_entropy = world_entropy
+    trainer._entropy_window_stats = None
+
+
+def clipped(
+    trainer: Any, inputs: dict[str, Any], mask: Tensor, logps: Tensor
+) -> tuple[Tensor, Tensor]:
+    """TRL's flags of tokens, or sequences, clipped below and above."""
+    old = inputs.get("old_per_token_logps")
+    log_ratio = torch.zeros_like(logps) if old is None else torch.where(mask, logps - old, 0)
+    if trainer.importance_sampling_level == "sequence":
+        log_ratio = log_ratio.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
+    ratio = log_ratio.exp()
+    advantages = per_row(inputs["advantages"])
+    if trainer.loss_type == "cispo":
+        low, high = 0.0, trainer.epsilon_high
+    else:
+        low, high = 1 - trainer.epsilon_low, 1 + trainer.epsilon_high
+        if trainer.args.delta is not None:
+            ratio = ratio.clamp(max=trainer.args.delta)
+    return (ratio < low) & (advantages < 0), (ratio > high) & (advantages > 0)
+
+
+def phi(trainer: Any, inputs: dict[str, Any], mask: Tensor, logps: Tensor) -> Tensor:
+    """VESPO's weights, by TRL's own formula: the metric alone, the loss has its own."""
+    old = inputs.get("old_per_token_logps")
+    args = trainer.args
+    return trainer.get_gamma_weights(
+        advantages=per_row(inputs["advantages"]),
+        log_ratio_per_token=torch.zeros_like(logps) if old is None else logps - old,
+        mask=mask,
+        importance_sampling_ratio=inputs.get("importance_sampling_ratio"),
+        k_pos=args.vespo_k_pos,
+        lambda_pos=args.vespo_lambda_pos,
+        k_neg=args.vespo_k_neg,
+        lambda_neg=args.vespo_lambda_neg,
+    )
+
+
+def per_row(advantages: Tensor) -> Tensor:
+    """(B,) -> (B, 1); (B, T) as it is."""
+    return advantages[:, None] if advantages.ndim == 1 else advantages
+
+
+def row_means(x: Tensor, mask: Tensor) -> Tensor:
+    """(B,) means over live tokens, NaN for rows without any."""
+    if x.shape[1] == 1:
+        return x.squeeze(1)
+    return torch.where(mask, x, 0).sum(1) / mask.sum(1)

@@ -1,0 +1,275 @@
+"""`GRPOTrainer`: TRL 1.16's, with its head and its loss computed by grpo_fast."""
+
+import dataclasses
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+import trl
+from torch import Tensor
+
+from grpo_fast.integrations import _trl_metrics
+from grpo_fast.integrations._trl_metrics import Scored, per_row
+from grpo_fast.integrations.transformers import Head, check_head, with_head
+from grpo_fast.integrations.trl import BY_ITEMS, log_probs, objective, warn_once, without_autocast
+from grpo_fast.loss import linear_grpo_loss, policy_loss
+from grpo_fast.objective import Objective
+
+# Inputs of a model that is not fed with text alone.
+MULTIMODAL = (
+    "pixel_values",
+    "image_grid_thw",
+    "num_images",
+    "pixel_attention_mask",
+    "spatial_shapes",
+    "num_tiles",
+    "image_sizes",
+    "token_type_ids",
+    "mm_token_type_ids",
+    "image_position_ids",
+)
+
+
+class GRPOTrainer(trl.GRPOTrainer):
+    """TRL's `GRPOTrainer` with the same arguments, options and metrics; head and loss are fused.
+
+    Equivalent to `trl.GRPOTrainer`: the same loss and gradient up to rounding, without logits in memory. Old
+    and reference log-probs come from the same operator.
+
+    What is not fused goes through TRL's own code, and a warning says so once: multimodal inputs, the
+    auxiliary loss of mixtures of experts, a model under `torch_compile`.
+
+    Raises:
+        ValueError: at the first loss, if the model's logits are not those of its last hidden states and its
+            head (`check_head`).
+    """
+
+    # TRL's, which checkpoints them.
+    entropy_coef: float
+    _last_world_entropy: float
+    _entropy_window_stats: Tensor | None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.objective = objective(self.args)
+        self._head_is_checked = False
+
+    def _why_not_fused(self, model: Any, inputs: dict[str, Any]) -> str | None:
+        if self.aux_loss_enabled:
+            return "router_aux_loss_coef adds the auxiliary loss of a mixture of experts"
+        found = [name for name in MULTIMODAL if inputs.get(name) is not None]
+        if found:
+            return f"the inputs are not text alone ({', '.join(found)})"
+        if hasattr(model, "_orig_mod"):
+            return "the model is compiled as a whole (torch_compile)"
+        return None
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        compute_entropy: bool = False,
+        compute_aux_loss: bool = False,
+        **inputs: Any,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Old and reference log-probs, by the operator that also scores the policy."""
+        if self._why_not_fused(model, inputs) is not None:
+            return super()._get_per_token_logps_and_entropies(
+                model,
+                input_ids,
+                attention_mask,
+                logits_to_keep,
+                batch_size=batch_size,
+                compute_entropy=compute_entropy,
+                compute_aux_loss=compute_aux_loss,
+                **inputs,
+            )
+        size = batch_size or len(input_ids)
+        parts = []
+        for ids, attention in zip(input_ids.split(size), attention_mask.split(size), strict=True):
+            parts.append(self._log_probs(model, ids, attention, logits_to_keep, compute_entropy))
+        logps, entropy = (torch.cat([part[i] for part in parts]) for i in range(2))
+        return logps, entropy if compute_entropy else None, None
+
+    def _log_probs(
+        self, model: Any, input_ids: Tensor, attention_mask: Tensor, T: int, with_entropy: bool
+    ) -> tuple[Tensor, Tensor]:
+        """(B, T) log-probs and entropy of the last T tokens, 0 where there is no attention."""
+        ids, mask = input_ids[:, -T:], attention_mask[:, -T:].bool()
+
+        def score(hidden: Tensor, head: Head) -> tuple[Tensor, Tensor]:
+            with self._head_precision(hidden) as hidden:
+                logps, entropy = log_probs(
+                    hidden,
+                    head,
+                    ids,
+                    mask=mask,
+                    temperature=self.temperature,
+                    with_entropy=with_entropy,
+                )
+            entropy = torch.zeros_like(logps) if entropy is None else entropy
+            return torch.where(mask, logps, 0), torch.where(mask, entropy, 0)
+
+        with self.accelerator.autocast():
+            return with_head(model, score, input_ids, attention_mask, last=T)
+
+    def _head_precision(self, hidden: Tensor) -> AbstractContextManager[Tensor]:
+        return without_autocast(hidden, torch.float32 if self.args.cast_lm_head_to_fp32 else None)
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        reason = self._why_not_fused(model, inputs)
+        if reason is not None:
+            warn_once(f"grpo_fast: TRL's own loss runs, since {reason}")
+            return super()._compute_loss(model, inputs)
+        if (
+            not self._head_is_checked
+        ):  # not before: now the model is where, and wrapped as, it will be used
+            with self.accelerator.autocast():
+                check_head(model)
+            self._head_is_checked = True
+        mode = "train" if self.model.training else "eval"
+        mask = inputs["completion_mask"].bool()
+        if "tool_mask" in inputs:
+            mask = mask & inputs["tool_mask"].bool()
+        steps = self.current_gradient_accumulation_steps if mode == "train" else 1
+        # Where TRL normalises by the tokens of all devices and of all micro-batches of a generation, our loss
+        # times `unit` is normalised by a device's share of those of one optimiser step.
+        unit, num_items = 1.0, None
+        if self.loss_type in BY_ITEMS:
+            num_items = inputs["num_items_in_batch"].clamp(min=1)
+            unit = float(self.accelerator.num_processes)
+            unit *= self.args.steps_per_generation if mode == "train" else 1
+        arguments = {
+            "mask": mask,
+            "old_logps": inputs.get("old_per_token_logps"),
+            "ref_logps": inputs["ref_per_token_logps"] if self.beta else None,
+            "importance_weights": self._importance_weights(inputs),
+            "num_items": num_items,
+        }
+        compute = self._log_probs_first if self._masks_by_log_probs(inputs) else self._at_once
+        scored = compute(model, inputs, arguments, unit)
+        if self.loss_type in BY_ITEMS:  # TRL reports it so
+            scored = scored._replace(policy_loss=scored.policy_loss / steps)
+        self._report(mode, inputs, mask, scored)
+        return scored.loss / steps
+
+    def _masks_by_log_probs(self, inputs: dict[str, Any]) -> bool:
+        """Whether tokens drop out by what only the log-probs tell, beyond what the objective knows."""
+        by_sampler = self.off_policy_mask_threshold is not None and (
+            "sampling_per_token_logps" in inputs
+        )
+        return by_sampler or self.top_entropy_quantile < 1
+
+    def _importance_weights(self, inputs: dict[str, Any]) -> Tensor | None:
+        if self.loss_type == "vespo":
+            return inputs.get("importance_sampling_ratio")
+        if self.use_vllm and self.vllm_importance_sampling_correction:
+            return inputs["importance_sampling_ratio"]
+        return None
+
+    def _bonus_coefficient(self) -> float:
+        """The entropy coefficient of this optimiser step."""
+        if self.use_adaptive_entropy and self._last_world_entropy > self.args.entropy_target:
+            return 0.0
+        return self.entropy_coef
+
+    def _without_bonus(self) -> Objective:
+        """The objective without what depends on the step, or on all devices."""
+        return dataclasses.replace(
+            self.objective, top_entropy_quantile=1.0, entropy_coef=0.0, entropy_reduction="same"
+        )
+
+    def _at_once(
+        self, model: Any, inputs: dict[str, Any], arguments: dict[str, Any], unit: float
+    ) -> Scored:
+        """Loss and gradient in one pass over the head."""
+        input_ids, attention_mask = _sequences(inputs)
+        ids = inputs["completion_ids"]
+        advantages, chosen = inputs["advantages"], self._without_bonus()
+        coefficient = self._bonus_coefficient() / unit
+        if coefficient:
+            chosen = dataclasses.replace(
+                chosen, entropy_coef=coefficient, entropy_reduction="token_mean"
+            )
+        if self.off_policy_mask_threshold is not None and arguments["old_logps"] is None:
+            # On policy the distance is 0.
+            chosen = dataclasses.replace(chosen, off_policy_threshold=None)
+            if self.off_policy_mask_threshold < 0:
+                advantages = advantages.clamp(min=0)
+
+        def score(hidden: Tensor, head: Head) -> tuple[Tensor, ...]:
+            with self._head_precision(hidden) as hidden:
+                out = linear_grpo_loss(
+                    hidden,
+                    head.weight,
+                    ids,
+                    advantages=advantages,
+                    temperature=self.temperature,
+                    objective=chosen,
+                    return_entropy=True,
+                    **head.options,
+                    **arguments,
+                )
+            assert out.entropy is not None
+            return out.loss, out.logps, out.entropy, out.metrics.get("kl", out.loss.detach())
+
+        with self.accelerator.autocast():
+            loss, logps, entropy, kl = with_head(
+                model, score, input_ids, attention_mask, last=ids.shape[1]
+            )
+        loss, mask = unit * loss, arguments["mask"]
+        mean_entropy = torch.where(mask, entropy, 0).sum() / mask.sum().clamp(min=1)
+        without_bonus = loss.detach() + unit * coefficient * mean_entropy
+        return Scored(loss, without_bonus, logps, entropy, kl, mask)
+
+    def _log_probs_first(
+        self, model: Any, inputs: dict[str, Any], arguments: dict[str, Any], unit: float
+    ) -> Scored:
+        """Log-probs and entropy, then the loss: for masks over all devices or the sampler's log-probs."""
+        input_ids, attention_mask = _sequences(inputs)
+        ids, mask = inputs["completion_ids"], arguments["mask"]
+        logps, entropy = self._log_probs(model, input_ids, attention_mask, ids.shape[1], True)
+        advantages = per_row(inputs["advantages"])
+        chosen = self._without_bonus()
+        # A token whose advantage is 0 has no policy term, and keeps its KL: what TRL's masks do.
+        if self.off_policy_mask_threshold is not None:
+            sampler = inputs.get("sampling_per_token_logps", arguments["old_logps"])
+            kept = self.get_off_policy_mask(
+                advantages,
+                logps,
+                logps.detach() if sampler is None else sampler,
+                mask.to(logps.dtype),
+                self.off_policy_mask_threshold,
+            )
+            advantages = torch.where(kept.bool(), advantages, 0)
+            chosen = dataclasses.replace(chosen, off_policy_threshold=None)
+        bonus_mask = mask
+        if self.top_entropy_quantile < 1:
+            bonus_mask = self.get_high_entropy_mask(
+                entropy.detach(), mask, 1 - self.top_entropy_quantile
+            )
+            advantages = torch.where(bonus_mask, advantages, 0)
+        if advantages.shape != logps.shape:
+            advantages = advantages.squeeze(1)
+        out = policy_loss(logps, advantages=advantages, objective=chosen, **arguments)
+        loss = unit * out.loss
+        bonus = torch.where(bonus_mask, entropy, 0).sum() / bonus_mask.sum().clamp(min=1)
+        kl = out.metrics.get("kl")
+        coefficient = self._bonus_coefficient()
+        total = loss - coefficient * bonus if coefficient else loss
+        return Scored(total, loss.detach(), out.logps, entropy.detach(), kl, bonus_mask)
+
+    def _report(self, mode: str, inputs: dict[str, Any], mask: Tensor, scored: Scored) -> None:
+        _trl_metrics.report(self, mode, inputs, mask, scored)
+
+
+def _sequences(inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Prompts and completions in one: ids and attention mask, (B, P + T)."""
+    ids, attention = (
+        torch.cat([inputs[f"prompt_{name}"], inputs[f"completion_{name}"]], dim=1)
+        for name in ("ids", "mask")
+    )
+    return ids, attention
