@@ -38,7 +38,7 @@ def bench_forward(benchmark: Any, shape: str, variant: str, provider: str) -> No
 @by_case
 def bench_forward_backward(benchmark: Any, shape: str, variant: str, provider: str) -> None:
     def setup(batch: Batch) -> tuple[Any, ...]:
-        leaf, logits = measure.logits_setup(batch, copy=False)
+        leaf, logits = measure.logits_setup(batch, provider)
         return leaf, logits, batch.ids, batch.upstream
 
     def call(fn: Any) -> measure.Call:
