@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from benchmarks import measure, shapes
+from benchmarks import measure, shapes, traffic
 from benchmarks.inputs import Batch
 
 
@@ -32,5 +32,7 @@ def bench_forward_backward(benchmark: Any, shape: str, variant: str, provider: s
         variant=variant,
         setup=setup,
         call=call,
-        nbytes=lambda batch: measure.logits_bytes(batch, live_passes=1, all_passes=1),
+        nbytes=lambda batch: (
+            traffic.grpo(batch.shape.N, batch.live, batch.moving, *measure.row_of(batch)).least
+        ),
     )

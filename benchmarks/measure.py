@@ -181,11 +181,10 @@ def _about_the_head(batch: Batch) -> dict[str, Any]:
     }
 
 
-def logits_bytes(batch: Batch, live_passes: int, all_passes: int) -> int:
-    """Bytes of passes over the live rows of the logits and over all of them."""
+def row_of(batch: Batch) -> tuple[int, int]:
+    """(entries of a row of logits, bytes of each)."""
     assert batch.logits is not None
-    row = batch.logits.element_size() * batch.shape.V
-    return row * (live_passes * batch.live + all_passes * batch.shape.N)
+    return batch.shape.V, batch.logits.element_size()
 
 
 def _load(stem: str, provider: str) -> providers.Function:
