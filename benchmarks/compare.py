@@ -1,11 +1,11 @@
-"""Two commits, measured in turns on this machine. `python -m benchmarks.compare BASE HEAD [pytest's arguments]`.
+"""Two commits, measured in turns on this machine: `python -m benchmarks.compare BASE HEAD [of pytest]`.
 
     python -m benchmarks.compare main HEAD benchmarks/bench_grpo.py --rounds 5
     python -m benchmarks.compare HEAD . -k qwen        # "." is the working tree as it stands
 
-Each commit gets a git worktree in a temporary folder; the order changes from round to round (A B, B A, ...), so
-that a machine that warms up favours neither. A ratio is base over head: above 1 is faster. A difference counts
-only where no round of one is within the rounds of the other.
+Each commit gets a git worktree in a temporary folder; the order changes from round to round (A B, B A, ...),
+so that a machine that warms up favours neither. A ratio is base over head: above 1 is faster. A difference
+counts only where no round of one is within the rounds of the other.
 """
 
 import argparse

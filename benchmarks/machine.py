@@ -149,3 +149,7 @@ def _output_of(*command: str) -> str:
     except OSError:
         return ""
     return result.stdout.strip()
+
+
+if __name__ == "__main__":
+    print(json.dumps(calibration()))
