@@ -4,14 +4,14 @@
 
 An update is all of: log-probs of the old policy (the model itself) and of the reference without gradients,
 hidden states with gradients, each layer checkpointed, the loss of the head, the backward pass into every
-trainable parameter. bfloat16 on a GPU. Not part of it: sampling, the optimiser and its state. Two ways to train:
+trainable parameter. bfloat16 on a GPU. Not part of it: sampling, the optimiser and its state. Two ways:
 
     lora   the model frozen, adapters of rank 16 on every projection; the reference is the model without them
     full   every parameter trained, its bfloat16 gradient kept; the reference is a second copy of the weights
 
 Providers differ in the head alone (`linear_logprob`, `linear_grpo` of `providers`). One whose loss or
-gradient norm is not eager's gets no number. The longest completion is searched with one sequence, under caps on
-the memory that PyTorch may use; the search knows that the peak grows linearly with the length.
+gradient norm is not eager's gets no number. The longest completion is searched with one sequence, under caps
+on the memory that PyTorch may use; the search knows that the peak grows linearly with the length.
 """
 
 import argparse
