@@ -55,9 +55,9 @@ def policy_loss_backward(N: int) -> Traffic:
 
 
 def sequence_loss(N: int) -> Traffic:
-    """`policy_loss`; logp and old again for the sums; dlogp once more for the gradient through the mean."""
+    """GSPO: mask, logp and old again after the sums; mask and dlogp again for the gradient of the mean."""
     one = policy_loss(N)
-    return Traffic(one.read, N * 3 * FLOAT, one.written + N * FLOAT)
+    return Traffic(one.read, N * (3 * FLOAT + 2 * FLAG), one.written + N * FLOAT)
 
 
 def group_advantage(B: int) -> Traffic:
@@ -71,7 +71,7 @@ FORMULAS = {
     "logprob, backward": ("live V w", "-", "N V w"),
     "grpo": ("live V w", "moving V w + live w", "N V w"),
     "policy_loss": ("21 N", "-", "13 N"),
-    "sequence_loss": ("21 N", "12 N", "17 N"),
+    "sequence_loss": ("21 N", "14 N", "17 N"),
     "group_advantage": ("4 B", "-", "4 B"),
 }
 

@@ -14,7 +14,7 @@ if torch.cuda.is_available():
 from triton.runtime.interpreter import InterpreterBuilder
 
 from benchmarks import traffic as formulas
-from grpo_fast.kernels import group_advantage, grpo, logprob, policy_loss, rows
+from grpo_fast.kernels import group_advantage, grpo, logprob, policy_loss, rows, sequence_loss
 from grpo_fast.objective import Objective
 
 ID, FLAG, FLOAT = 8, 1, 4  # bytes of an id, of an entry of a mask, of anything else per token
@@ -260,6 +260,21 @@ def test_policy_loss(N):
         assert_visits(traffic.read(x)[1], mask.long())
     assert traffic.total(traffic.loads) == N * FLAG + live * 6 * FLOAT
     assert traffic.total(traffic.stores) == N * (3 * FLOAT + 1)
+
+
+@pytest.mark.parametrize("T", [7, 600, 1300])
+def test_sequence_loss(T):
+    N = 2 * T
+    logp, weight, advantages, old, ref = (torch.rand(N) for _ in range(5))
+    mask = torch.ones(N, dtype=torch.bool)
+    objective = Objective.preset("gspo", beta=0.1)
+    with counted() as traffic:
+        sequence_loss.sequence_loss_fwd(
+            *(logp, mask, weight, advantages, old, ref, None, None, None, None, T, objective)
+        )
+    documented = formulas.sequence_loss(N)
+    assert traffic.total(traffic.loads) == documented.read + documented.reread
+    assert traffic.total(traffic.stores) == documented.written
 
 
 @pytest.mark.parametrize("N", [5, 1024, 2500, 70_000])
