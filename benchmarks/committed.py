@@ -92,7 +92,7 @@ def _stems(document: dict[str, Any]) -> list[str]:
 
 
 def steps(results: Path) -> list[dict[str, Any]]:
-    """The newest document of `step_7b` on each machine, GPUs first; a tiny model's shows only that it runs."""
+    """The newest document of `step_7b` on each machine, GPUs first; a tiny model's says nothing."""
     found = [d for d in documents(results) if d.get("step") and d["step"][0]["model"] != "tiny"]
     newest = {d["machine_info"]["device"]: d for d in found}
     return sorted(newest.values(), key=lambda d: d["machine_info"]["device_type"] != "cuda")

@@ -48,6 +48,7 @@ OFF_DEVICE = (
     "test_layout",
     "test_memory",
     "test_packaging",
+    "test_report",
     "test_runner",
     "test_step_7b",
 )

@@ -21,7 +21,7 @@ def run_section(run: Run) -> Iterator[str]:
     yield (
         f"Commit {info['commit']}, {run.date[:10]}, `{info['command']}`. "
         f"{', '.join(v for v in versions if not v.endswith(' None'))}, "
-        f"{info['threads']} CPU threads. Measured bandwidth: {', '.join(roofs + rates)}.\n"
+        f"{info['threads']} CPU threads. Measured: {', '.join(roofs + rates)}.\n"
     )
     for entries in run.cases():
         yield case_table(entries)
