@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import hidden as hidden_states
-from benchmarks.shapes import REALISTIC, Shape
+from benchmarks.shapes import DEAD, REALISTIC, Shape
 from grpo_fast import Objective
 
 SPREAD = 2.0  # standard deviation of the logits but the scored one
@@ -130,6 +130,8 @@ def _mask(
     elif variant == REALISTIC:
         spread = torch.randn(B, 1, device=device, generator=generator) * LENGTH_SPREAD
         lengths = (MEDIAN_LENGTH * T * spread.exp()).ceil().clamp(max=T)
+    elif variant == DEAD:
+        lengths = torch.full((B, 1), T * 2 // 5, device=device)
     else:
         return None
     return torch.arange(T, device=device) < lengths

@@ -78,6 +78,7 @@ TOKENS = {
 VARIANTS = ("full", "padded", "zero-variance")
 SEQUENCE_VARIANT = "gspo"  # every token counts, the ratio is the sequence's
 REALISTIC = "realistic"  # half of it padding, 40 % of the groups with equal rewards, no KL term
+DEAD = "dead"  # 60 % padding, evenly; every other token has a gradient
 
 
 def device() -> torch.device:
@@ -110,4 +111,5 @@ def cases() -> list[tuple[str, str]]:
 def hidden_cases() -> list[tuple[str, str]]:
     """(shape, variant) of the losses from hidden states."""
     first, *others = hidden_shapes()
-    return [(first, "full"), (first, REALISTIC)] + [(name, "full") for name in others]
+    chosen = [(first, variant) for variant in ("full", DEAD, REALISTIC)]
+    return chosen + [(name, "full") for name in others]

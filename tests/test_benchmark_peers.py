@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 SHAPE = shapes.Shape(B=4, T=12, V=1003, G=2, D=48)
 NAMES = [(stem, name) for stem, table in providers.PROVIDERS.items() for name in table]
 VARIANTS = {"policy_loss": shapes.VARIANTS, "grpo": shapes.VARIANTS, "sequence_loss": ("gspo",)}
-VARIANTS["linear_grpo"] = (*shapes.VARIANTS, shapes.REALISTIC)
+VARIANTS["linear_grpo"] = (*shapes.VARIANTS, shapes.REALISTIC, shapes.DEAD)
 CASES = [
     (stem, name, variant)
     for stem, name in NAMES
@@ -130,3 +130,5 @@ def test_a_realistic_batch():
     groups = batch.arguments["advantages"].view(-1, 4)
     assert (groups == 0).all(1).float().mean().item() == pytest.approx(0.4)
     assert 0.25 < batch.moving / shape.N < 0.35
+    dead = make_batch(shape, shapes.DEAD, CPU, torch.float32)
+    assert dead.moving == dead.live == shape.N * 2 // 5
