@@ -117,6 +117,9 @@ def gradient_norm(model: decoder.Decoder) -> float:
 
 def measure(trained: Trained, size: Size, provider: str, rounds: int = ROUNDS) -> dict[str, Any]:
     """Time, peak and outcome of an update. The peak counts the weights."""
+    gc.collect()  # what another provider may have left when it ran out of memory
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
     model = trained.model
     device = model.lm_head.weight.device
     inputs = batch(size, model.c.V, device)
