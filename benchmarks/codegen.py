@@ -20,17 +20,16 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, get_args
 from unittest import mock
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from triton.runtime.jit import JITFunction, mangle_type
 
 from benchmarks import compiled
 from benchmarks.assembly import Loop, count_barriers, read_amd, read_loops, read_nvidia
+from benchmarks.launches import compile_launch, record
 from grpo_fast.kernels import (
     group_advantage,
     grpo,
@@ -295,44 +294,6 @@ CASES: dict[str, Callable[[], None]] = {
     "combine_rewards normalize": partial(launch_combine_rewards, True),
     "combine_rewards normalize labels": partial(launch_combine_rewards, True, labels=True),
 }
-
-
-class Launch(NamedTuple):
-    fn: Any  # a triton.JITFunction
-    arguments: dict[str, Any]  # compile options included
-
-
-def record(case: Callable[[], None]) -> Launch:
-    """The one launch that `case` makes, instead of making it."""
-    launches = []
-
-    def run(fn: Any, *, grid: Any, warmup: bool, **arguments: Any) -> None:
-        launches.append(Launch(fn, arguments))
-
-    with mock.patch.object(JITFunction, "run", run):
-        case()
-    (launch,) = launches
-    return launch
-
-
-def compile_launch(launch: Launch, target: GPUTarget) -> Any:
-    """Compile as `fn[grid](**arguments)` would on `target`: None and 1 are constants, 16 a known divisor."""
-    signature, constants, attributes = {}, {}, {}
-    for i, parameter in enumerate(launch.fn.params):
-        value = launch.arguments[parameter.name]
-        special = not parameter.do_not_specialize
-        number = type(value) is int
-        if parameter.is_constexpr or value is None or (special and number and value == 1):
-            signature[parameter.name] = "constexpr"
-            constants[(i,)] = value
-            continue
-        signature[parameter.name] = mangle_type(value)
-        if special and (isinstance(value, torch.Tensor) or (number and value % 16 == 0)):
-            attributes[(i,)] = [["tt.divisibility", 16]]
-    names = {parameter.name for parameter in launch.fn.params}
-    options = {name: x for name, x in launch.arguments.items() if name not in names}
-    source = ASTSource(launch.fn, signature, constants, attributes)
-    return triton.compile(source, target=target, options=options)
 
 
 def inspect(case: str, target: str) -> Report:
