@@ -1,4 +1,4 @@
-"""What a launcher would launch, and its compilation as Triton would do it, for a GPU that need not be there."""
+"""What a launcher would launch, compiled as Triton would do it for a GPU that need not be there."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
