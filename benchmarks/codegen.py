@@ -33,6 +33,8 @@ from benchmarks.launches import compile_launch, record
 from grpo_fast.kernels import (
     group_advantage,
     grpo,
+    linear_grpo,
+    linear_logprob,
     logprob,
     policy_loss,
     rows,
@@ -100,8 +102,15 @@ def logits(V: int, dtype: torch.dtype) -> torch.Tensor:
     return tensor(B, T_LEN, padded, dtype=dtype)[..., :V]
 
 
+CAP = (30.0, 0.5)  # softcap, logit_scale
+
+
 def launch_logprob_fwd(
-    V: int = V_ROW, dtype: torch.dtype = torch.bfloat16, entropy: bool = False, extras: bool = False
+    V: int = V_ROW,
+    dtype: torch.dtype = torch.bfloat16,
+    entropy: bool = False,
+    extras: bool = False,
+    cap: tuple[float, ...] = (),
 ) -> None:
     logprob.logprob_fwd(
         logits(V, dtype),
@@ -110,16 +119,22 @@ def launch_logprob_fwd(
         tokens(extras),
         1.0,
         entropy,
+        *cap,
     )
 
 
 def launch_logprob_bwd(
-    V: int = V_ROW, dtype: torch.dtype = torch.bfloat16, entropy: bool = False, extras: bool = False
+    V: int = V_ROW,
+    dtype: torch.dtype = torch.bfloat16,
+    entropy: bool = False,
+    extras: bool = False,
+    cap: tuple[float, ...] = (),
 ) -> None:
+    x = logits(V, dtype)
     logprob.logprob_bwd(
         tokens(),
         tokens(entropy),
-        logits(V, dtype),
+        x,
         tokens(dtype=torch.int64),
         tokens(extras, torch.bool),
         tokens(extras),
@@ -128,6 +143,8 @@ def launch_logprob_bwd(
         tokens(entropy),
         tokens(),
         tokens(),
+        x,
+        *cap,
     )
 
 
@@ -139,6 +156,8 @@ def launch_grpo(
     packed: bool = False,
     extras: bool = False,
     objective: Objective | None = None,
+    out: torch.dtype | None = None,
+    cap: tuple[float, ...] = (),
 ) -> None:
     x = logits(V, dtype)
     grpo.grpo_fwd_bwd(
@@ -160,12 +179,23 @@ def launch_grpo(
         1.0,
         False,
         objective or Objective(beta=0.04, entropy_coef=0.01 if entropy else 0.0),
-        x,
+        x if out is None else logits(V, out),
+        *cap,
     )
 
 
 def launch_scale_rows(V: int = V_ROW, dtype: torch.dtype = torch.bfloat16) -> None:
     grpo.scale_rows(tensor().expand(N), logits(V, dtype))
+
+
+def launch_scale(dtype: torch.dtype | None = None) -> None:
+    x = tensor(152_064, 3584)
+    linear_grpo.scale(x, tensor(), x if dtype is None else tensor(*x.shape, dtype=dtype))
+
+
+def launch_weigh_rows() -> None:
+    x = tensor(N, 3584, dtype=torch.bfloat16)
+    linear_logprob.weigh_rows(x, tensor(N), tensor(N, 3584, dtype=torch.bfloat16))
 
 
 def launch_policy_loss(extras: bool = True, objective: Objective | None = None) -> None:
@@ -269,9 +299,18 @@ CASES: dict[str, Callable[[], None]] = {
     "grpo fp16": partial(launch_grpo, V_SPLIT, torch.float16),
     "grpo fp32": partial(launch_grpo, V_SPLIT, torch.float32),
     "grpo fp32 entropy": partial(launch_grpo, V_ROW, torch.float32, entropy=True),
+    # Logits of the fused linear head: not rounded, their gradient in the dtype of the products.
+    "grpo fp32 to bf16": partial(launch_grpo, V_SPLIT, torch.float32, out=torch.bfloat16),
+    "grpo capped": partial(launch_grpo, V_SPLIT, torch.float32, out=torch.bfloat16, cap=CAP),
+    "grpo capped entropy": partial(launch_grpo, entropy=True, cap=CAP),
+    "logprob_fwd capped": partial(launch_logprob_fwd, V_SPLIT, torch.float32, cap=CAP),
+    "logprob_bwd capped": partial(launch_logprob_bwd, V_SPLIT, entropy=True, cap=CAP),
     **{f"grpo {name}": partial(launch_grpo, objective=x) for name, x in BY_TOKEN.items()},
     "scale_rows": launch_scale_rows,
     "scale_rows split fp32": partial(launch_scale_rows, V_SPLIT, torch.float32),
+    "linear_grpo scale": launch_scale,
+    "linear_grpo scale to bf16": partial(launch_scale, torch.bfloat16),
+    "linear_logprob weigh_rows": launch_weigh_rows,
     "policy_loss": launch_policy_loss,
     "policy_loss bare": partial(launch_policy_loss, extras=False),
     **{

@@ -24,9 +24,9 @@ from torch import Tensor
 
 from benchmarks import eager, peers_heads, peers_liger, peers_trl
 from benchmarks.peers import Function, UnavailableError
-from grpo_fast import Objective, loss, ops
-from grpo_fast.loss import grpo_loss, policy_loss
-from grpo_fast.ops import group_advantage, logprob
+from grpo_fast import Objective
+from grpo_fast.loss import grpo_loss, linear_grpo_loss, policy_loss
+from grpo_fast.ops import group_advantage, linear_logprob, logprob
 
 __all__ = [
     "EXTRA_ROW",
@@ -71,25 +71,13 @@ def own_group_advantage(rewards: Tensor, group_size: int) -> Tensor:
     return group_advantage(rewards, group_size=group_size)
 
 
-def newer(module: Any, name: str) -> Any:
-    """A function of this project that an older commit does not have."""
-    if not hasattr(module, name):
-        raise UnavailableError(f"{module.__name__}.{name} is not in this version")
-    return getattr(module, name)
-
-
 def own_linear_logprob(**options: Any) -> Callable[[], Function]:
-    return lambda: functools.partial(newer(ops, "linear_logprob"), **options)
-
-
-def own_linear_grpo(**options: Any) -> Callable[[], Function]:
-    return lambda: loss_of(newer(loss, "linear_grpo_loss"), **options)()
+    return lambda: functools.partial(linear_logprob, **options)
 
 
 def own_cross_entropy() -> Function:
     """The mean of -log-prob is the REINFORCE loss with an advantage of 1."""
     objective = Objective(surrogate="reinforce", reduction="token_mean")
-    linear_grpo_loss = newer(loss, "linear_grpo_loss")
 
     def call(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
         ones = torch.ones(ids.shape[0], device=ids.device)
@@ -155,9 +143,9 @@ HIDDEN_PROVIDERS: dict[str, dict[str, Callable[[], Function]]] = {
         "cce": peers_heads.with_eager_loss(peers_heads.cce_logprob(exact=False), ignores=True),
         "cce-exact": peers_heads.with_eager_loss(peers_heads.cce_logprob(exact=True), ignores=True),
         "verl": peers_heads.with_eager_loss(peers_heads.verl_logprob, ignores=False),
-        "grpo_fast": own_linear_grpo(),
-        "grpo_fast-bf16": own_linear_grpo(logits_dtype="bf16"),
-        "grpo_fast-all-rows": own_linear_grpo(compact=False),
+        "grpo_fast": loss_of(linear_grpo_loss),
+        "grpo_fast-bf16": loss_of(linear_grpo_loss, logits_dtype="bf16"),
+        "grpo_fast-all-rows": loss_of(linear_grpo_loss, compact=False),
     },
     "linear_cross_entropy": {
         "eager": lambda: eager.linear_cross_entropy,

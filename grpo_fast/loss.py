@@ -1,11 +1,12 @@
-"""The losses: `grpo_loss` on logits, `policy_loss` on log-probs."""
+"""The losses: `grpo_loss` on logits, `linear_grpo_loss` on hidden states, `policy_loss` on log-probs."""
 
 import dataclasses
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from grpo_fast._linear_loss import linear_grpo_loss
+from grpo_fast._output import LossOutput, loss_output
 from grpo_fast.objective import Objective
 from grpo_fast.ops import _arguments, _phases
 from grpo_fast.ops._metrics import fold_statistics, metrics_from
@@ -20,28 +21,15 @@ from grpo_fast.ops.grpo import (
     spread,
 )
 from grpo_fast.ops.logprob import logprob_fwd
-from grpo_fast.ops.policy_loss import token_statistics
 
-__all__ = ["LossOutput", "fold_statistics", "grpo_loss", "metrics_from", "policy_loss"]
-
-
-class LossOutput(NamedTuple):
-    """What a loss returns.
-
-    Attributes:
-        loss: 0-dim, differentiable.
-        logps: log-probs, of the shape of the ids, detached; finite but unspecified where masked.
-        entropy: the same of the entropy in nats, or None where it was not computed.
-        metrics: 0-dim tensors on the device of the loss; see `metrics_from`.
-        statistics: (16,) fp32, the sums the metrics come from. Gather them across ranks (one collective),
-            then `metrics_from(fold_statistics(gathered))` is the metrics of the global batch.
-    """
-
-    loss: Tensor
-    logps: Tensor
-    entropy: Tensor | None
-    metrics: dict[str, Tensor]
-    statistics: Tensor
+__all__ = [
+    "LossOutput",
+    "fold_statistics",
+    "grpo_loss",
+    "linear_grpo_loss",
+    "metrics_from",
+    "policy_loss",
+]
 
 
 def grpo_loss(
@@ -142,7 +130,7 @@ def grpo_loss(
         loss, logp, entropy, kl, clip = _by_phases(logits3, ids, tokens, sequences, *rest)
     if inplace:
         logits._grpo_fast_destroyed = logits._version  # type: ignore[attr-defined]
-    return _output(
+    return loss_output(
         completion_ids, loss, logp, entropy if return_entropy else None, kl, clip, tokens
     )
 
@@ -214,7 +202,7 @@ def policy_loss(
     logp = logps.reshape(-1).float()
     flat_entropy = None if entropy is None else entropy.reshape(-1).float()
     found = _phases.values(logp, flat_entropy, tokens, sequences, objective)
-    return _output(logps, found.loss, logp.detach(), flat_entropy, found.kl, found.clip, tokens)
+    return loss_output(logps, found.loss, logp.detach(), flat_entropy, found.kl, found.clip, tokens)
 
 
 def _by_launch(
@@ -291,35 +279,6 @@ def _by_phases(
         launched = _by_launch(logits, ids, known, *rest, without_kl, False, True, found.dlogp)[0]
         loss = _phases.WithGradientOf.apply(launched, loss)
     return loss, logp.detach(), entropy, found.kl, found.clip
-
-
-def _output(
-    like: Tensor,
-    loss: Tensor,
-    logp: Tensor,
-    entropy: Tensor | None,
-    kl: Tensor,
-    clip: Tensor,
-    tokens: Tokens,
-) -> LossOutput:
-    entropy = None if entropy is None else entropy.detach()
-    statistics = token_statistics(
-        tokens.mask,
-        loss.detach(),
-        logp,
-        tokens.old_logp,
-        tokens.importance,
-        kl if tokens.ref_logp is not None else None,
-        entropy,
-        clip,
-    )
-    metrics = metrics_from(statistics)
-    if tokens.ref_logp is None:
-        del metrics["kl"]
-    if entropy is None:
-        del metrics["entropy"]
-    shaped = None if entropy is None else entropy.view(like.shape)
-    return LossOutput(loss.sum(), logp.view(like.shape), shaped, metrics, statistics)
 
 
 def _check_not_destroyed(logits: Tensor) -> None:

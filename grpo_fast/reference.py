@@ -6,6 +6,7 @@ V vocabulary entries. Per-token tensors are (B, T) or (N,).
 """
 
 import math
+from typing import Any
 
 import torch
 from einops import rearrange, reduce
@@ -272,6 +273,70 @@ def grpo_loss(
         cu_seqlens=cu_seqlens,
         objective=objective,
     )
+
+
+def head_logits(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    vocab_size: int | None = None,
+    lora: tuple[Tensor, Tensor, float] | None = None,
+) -> Tensor:
+    """`cap(logit_scale * (hidden @ weight.T + bias + scaling * (hidden @ A.T) @ B.T))`, (..., vocab_size).
+
+    Args:
+        hidden: (..., D). weight: (rows, D). bias: (rows,). lora: (A (r, D), B (rows, r), scaling).
+        softcap: cap(x) = softcap * tanh(x / softcap); None for the identity.
+        vocab_size: the rows that count; None for all.
+    """
+    logits = hidden @ weight.T
+    if bias is not None:
+        logits = logits + bias
+    if lora is not None:
+        a, b, scaling = lora
+        logits = logits + scaling * (hidden @ a.T) @ b.T
+    logits = logit_scale * logits[..., : len(weight) if vocab_size is None else vocab_size]
+    return logits if softcap is None else softcap * (logits / softcap).tanh()
+
+
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    mask: Tensor | None = None,
+    return_entropy: bool = False,
+    **head: Any,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The values of `grpo_fast.ops.linear_logprob`; `head`: the arguments of `head_logits`."""
+    keep = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask != 0
+    hidden = torch.where(rearrange(keep, "... -> ... 1"), hidden, torch.zeros_like(hidden))
+    logits = head_logits(hidden, weight, **head)
+    logp = logprob(logits, ids.masked_fill(~keep, 0), temperature)
+    return (logp, entropy(logits, temperature)) if return_entropy else logp
+
+
+def linear_grpo(
+    hidden: Tensor,
+    weight: Tensor,
+    completion_ids: Tensor,
+    *,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    vocab_size: int | None = None,
+    lora: tuple[Tensor, Tensor, float] | None = None,
+    **loss: Any,
+) -> Tensor:
+    """The loss of `grpo_fast.loss.linear_grpo_loss`, 0-dim; `loss`: the other arguments of `grpo_loss`."""
+    keep = torch.ones_like(completion_ids, dtype=torch.bool) if mask is None else mask != 0
+    hidden = torch.where(rearrange(keep, "... -> ... 1"), hidden, torch.zeros_like(hidden))
+    logits = head_logits(hidden, weight, bias, softcap, logit_scale, vocab_size, lora)
+    return grpo_loss(logits, completion_ids, mask=mask, **loss)
 
 
 def policy_loss(

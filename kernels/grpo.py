@@ -30,6 +30,7 @@ from grpo_fast.kernels.rows import (
     read_statistics,
     row_offset,
     schedule,
+    soft_cap_scalars,
     write_dlogits,
     write_zeros,
 )
@@ -38,6 +39,7 @@ from grpo_fast.kernels.tiles import (
     dlogits_factors,
     dlogits_target,
     include_target,
+    soft_cap,
     standard_score,
     token_policy_terms,
 )
@@ -120,6 +122,9 @@ def _grpo_kernel(
     value_clip,
     entropy_coef,
     score_eps,
+    softcap,
+    logit_scale,
+    cap_rate,
     SURROGATE: tl.constexpr,
     KL: tl.constexpr,
     KL_GRADIENT: tl.constexpr,
@@ -145,7 +150,9 @@ def _grpo_kernel(
         target = tl.load(ids_ptr + row).to(tl.int32)
         inv_temperature = inverse_temperature(temperature_ptr, row, inv_temperature)
         scale = inv_temperature * LOG2E
-        m, s, t = read_statistics(row_ptr, target, scale, start, stop, K, T, HAS_ENTROPY)
+        m, s, t = read_statistics(
+            row_ptr, target, scale, start, stop, K, T, HAS_ENTROPY, softcap, logit_scale, cap_rate
+        )
         last = True
         if SPLIT:
             last = arrive(partial_ptr, arrived_ptr, row, part, parts, m, s, t)
@@ -153,6 +160,8 @@ def _grpo_kernel(
             if SPLIT:
                 m, s, t = combine_parts(partial_ptr, row, parts, BLOCK_PARTS, HAS_ENTROPY)
             z = tl.load(row_ptr + target).to(tl.float32)
+            if softcap is not None:
+                z, _ = soft_cap(z, softcap, logit_scale, cap_rate)
             m, s, log2_s, logp, entropy = include_target(m, s, t, z, scale)
             advantage = load_advantage(
                 advantages_ptr, rewards_ptr, sequence_ptr, row, T_len, G, score_eps, BLOCK_G
@@ -199,7 +208,22 @@ def _grpo_kernel(
                 k0, k1 = dlogits_factors(dlogp, dentropy, entropy, s, log2_s, inv_temperature)
                 dtarget = dlogits_target(dlogp, dentropy, entropy, logp, inv_temperature)
                 write_dlogits(
-                    row_ptr, drow_ptr, target, dtarget, scale, m, k0, k1, 0, V, K, T, HAS_ENTROPY
+                    row_ptr,
+                    drow_ptr,
+                    target,
+                    dtarget,
+                    scale,
+                    m,
+                    k0,
+                    k1,
+                    0,
+                    V,
+                    K,
+                    T,
+                    HAS_ENTROPY,
+                    softcap,
+                    logit_scale,
+                    cap_rate,
                 )
             else:
                 write_zeros(drow_ptr, 0, V, K, T)
@@ -265,6 +289,8 @@ def grpo_fwd_bwd(
     return_entropy,
     objective,
     dlogits,
+    softcap=None,
+    logit_scale=None,
 ):
     """Launch the kernel, `dlogits` (B, T, V) being written (it may be `logits`).
 
@@ -275,6 +301,7 @@ def grpo_fwd_bwd(
         rewards: (num_sequences,).
         return_entropy: also where the objective has no use for it.
         objective: a `grpo_fast.Objective`.
+        softcap, logit_scale: both or neither: z stands for softcap * tanh(logit_scale * logits / softcap).
 
     Returns:
         loss, logp, entropy (or None), kl (or None): (N,) fp32; clip: (N,) int8.
@@ -286,7 +313,7 @@ def grpo_fwd_bwd(
     entropy = new(N) if return_entropy or objective.entropy_coef else None
     kl = new(N) if ref_logp is not None else None
     clip = new(N, dtype=torch.int8)
-    plan = schedule(V)
+    plan = schedule(V, softcap is not None)
     if N:
         _grpo_kernel[(N * plan.parts,)](
             logits_ptr=logits,
@@ -318,6 +345,7 @@ def grpo_fwd_bwd(
             **scalars(objective),
             entropy_coef=objective.entropy_coef,
             score_eps=SCORE_EPS,
+            **soft_cap_scalars(softcap, logit_scale),
             SURROGATE=objective.variant,
             KL=objective.kl,
             KL_GRADIENT=objective.kl_gradient,

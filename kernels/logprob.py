@@ -24,6 +24,7 @@ from grpo_fast.kernels.rows import (
     read_statistics,
     row_offset,
     schedule,
+    soft_cap_scalars,
     write_dlogits,
     write_zeros,
 )
@@ -32,6 +33,7 @@ from grpo_fast.kernels.tiles import (
     dlogits_factors,
     dlogits_target,
     include_target,
+    soft_cap,
 )
 
 
@@ -54,6 +56,9 @@ def _logprob_fwd_kernel(
     parts,
     columns,
     inv_temperature,
+    softcap,
+    logit_scale,
+    cap_rate,
     K: tl.constexpr,
     T: tl.constexpr,
     BLOCK_PARTS: tl.constexpr,
@@ -72,7 +77,9 @@ def _logprob_fwd_kernel(
         scale = inverse_temperature(temperature_ptr, row, inv_temperature) * LOG2E
         start = part * columns
         stop = tl.minimum(start + columns, V)
-        m, s, t = read_statistics(row_ptr, target, scale, start, stop, K, T, HAS_ENTROPY)
+        m, s, t = read_statistics(
+            row_ptr, target, scale, start, stop, K, T, HAS_ENTROPY, softcap, logit_scale, cap_rate
+        )
         last = True
         if SPLIT:
             last = arrive(partial_ptr, arrived_ptr, row, part, parts, m, s, t)
@@ -80,6 +87,8 @@ def _logprob_fwd_kernel(
             if SPLIT:
                 m, s, t = combine_parts(partial_ptr, row, parts, BLOCK_PARTS, HAS_ENTROPY)
             z = tl.load(row_ptr + target).to(tl.float32)
+            if softcap is not None:
+                z, _ = soft_cap(z, softcap, logit_scale, cap_rate)
             m, s, _, logp, entropy = include_target(m, s, t, z, scale)
             tl.store(logp_ptr + row, logp)
             tl.store(m_ptr + row, m)
@@ -106,14 +115,19 @@ def _logprob_bwd_kernel(
     entropy_ptr,  # (N,) fp32, or None
     m_ptr,  # (N,) fp32
     s_ptr,  # (N,) fp32
-    dlogits_ptr,  # (B, T, V), contiguous
+    dlogits_ptr,  # (B, T, V)
     stride_b,
     stride_t,
+    dstride_b,
+    dstride_t,
     T_len,
     V,
     parts,
     columns,
     inv_temperature,
+    softcap,
+    logit_scale,
+    cap_rate,
     K: tl.constexpr,
     T: tl.constexpr,
 ):
@@ -122,7 +136,7 @@ def _logprob_bwd_kernel(
     row = (pid // parts).to(tl.int64)
     start = (pid % parts) * columns
     stop = tl.minimum(start + columns, V)
-    drow_ptr = dlogits_ptr + row * V
+    drow_ptr = dlogits_ptr + row_offset(row, T_len, dstride_b, dstride_t)
     dlogp = tl.load(dlogp_ptr + row)
     dentropy = 0.0
     entropy = 0.0
@@ -143,18 +157,43 @@ def _logprob_bwd_kernel(
         dtarget = dlogits_target(dlogp, dentropy, entropy, logp, inv_temperature)
         scale = inv_temperature * LOG2E
         write_dlogits(
-            row_ptr, drow_ptr, target, dtarget, scale, m, k0, k1, start, stop, K, T, HAS_ENTROPY
+            row_ptr,
+            drow_ptr,
+            target,
+            dtarget,
+            scale,
+            m,
+            k0,
+            k1,
+            start,
+            stop,
+            K,
+            T,
+            HAS_ENTROPY,
+            softcap,
+            logit_scale,
+            cap_rate,
         )
     else:
         write_zeros(drow_ptr, start, stop, K, T)
 
 
-def logprob_fwd(logits, ids, mask, temperature, inv_temperature, with_entropy):
+def logprob_fwd(
+    logits,
+    ids,
+    mask,
+    temperature,
+    inv_temperature,
+    with_entropy,
+    softcap=None,
+    logit_scale=None,
+):
     """Launch the forward kernel.
 
     Args:
         logits: (B, T, V), the last dimension contiguous.
         ids, mask, temperature: (N,) contiguous; the last two may be None.
+        softcap, logit_scale: both or neither: z stands for softcap * tanh(logit_scale * logits / softcap).
 
     Returns:
         logp, entropy (or None), m, s: (N,) fp32.
@@ -164,7 +203,7 @@ def logprob_fwd(logits, ids, mask, temperature, inv_temperature, with_entropy):
     new = functools.partial(torch.empty, device=logits.device, dtype=torch.float32)
     logp, m, s = new(N), new(N), new(N)
     entropy = new(N) if with_entropy else None
-    plan = schedule(V)
+    plan = schedule(V, softcap is not None)
     if N:
         _logprob_fwd_kernel[(N * plan.parts,)](
             logits_ptr=logits,
@@ -178,6 +217,7 @@ def logprob_fwd(logits, ids, mask, temperature, inv_temperature, with_entropy):
             **plan.meeting_point(N, logits.device),
             **plan.arguments(logits),
             inv_temperature=inv_temperature,
+            **soft_cap_scalars(softcap, logit_scale),
             BLOCK_PARTS=plan.block_parts,
             SPLIT=plan.split,
         )
@@ -185,12 +225,24 @@ def logprob_fwd(logits, ids, mask, temperature, inv_temperature, with_entropy):
 
 
 def logprob_bwd(
-    dlogp, dentropy, logits, ids, mask, temperature, inv_temperature, logp, entropy, m, s
+    dlogp,
+    dentropy,
+    logits,
+    ids,
+    mask,
+    temperature,
+    inv_temperature,
+    logp,
+    entropy,
+    m,
+    s,
+    dlogits,
+    softcap=None,
+    logit_scale=None,
 ):
-    """Launch the backward kernel. Returns dlogits, (B, T, V) contiguous, in the dtype of `logits`."""
+    """Launch the backward kernel, `dlogits` (B, T, V) being written (it may be `logits`)."""
     B, T_len, V = logits.shape
-    dlogits = torch.empty((B, T_len, V), device=logits.device, dtype=logits.dtype)
-    plan = schedule(V)
+    plan = schedule(V, softcap is not None)
     if dlogits.numel():
         _logprob_bwd_kernel[(B * T_len * plan.parts,)](
             dlogp_ptr=dlogp,
@@ -204,7 +256,9 @@ def logprob_bwd(
             m_ptr=m,
             s_ptr=s,
             dlogits_ptr=dlogits,
+            dstride_b=dlogits.stride(0),
+            dstride_t=dlogits.stride(1),
             **plan.arguments(logits),
             inv_temperature=inv_temperature,
+            **soft_cap_scalars(softcap, logit_scale),
         )
-    return dlogits

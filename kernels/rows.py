@@ -15,7 +15,13 @@ import torch
 import triton
 import triton.language as tl
 
-from grpo_fast.kernels.tiles import LOWEST, dlogits_tile, fold_softmax, reduce_softmax
+from grpo_fast.kernels.tiles import (
+    LOWEST,
+    dlogits_tile,
+    fold_softmax,
+    reduce_softmax,
+    soft_cap,
+)
 
 MAX_V_PER_PROGRAM = 32_768
 WARP_SIZE = 64 if torch.version.hip else 32
@@ -64,16 +70,26 @@ class Schedule:
         return {"partial_ptr": partial, "arrived_ptr": arrived}
 
 
-def schedule(V: int) -> Schedule:
-    """The schedule for rows of V entries."""
+def schedule(V: int, capped: bool = False) -> Schedule:
+    """The schedule for rows of V entries.
+
+    A soft cap takes registers: with half the threads a program spills none, and as many threads are resident.
+    """
     if V <= 1024:
         return Schedule(parts=1, columns=V, K=1, T=1024, num_warps=128 // WARP_SIZE)
-    K, T, warps = 4, 2048, 256 // WARP_SIZE
+    threads = 128 if capped else 256
+    K, T, warps = 4, 8 * threads, threads // WARP_SIZE
     if V <= MAX_V_PER_PROGRAM:
         return Schedule(parts=1, columns=V, K=K, T=T, num_warps=warps)
     tiles = triton.cdiv(V, K * T)
     columns = triton.cdiv(tiles, PARTS) * K * T
     return Schedule(parts=triton.cdiv(V, columns), columns=columns, K=K, T=T, num_warps=warps)
+
+
+def soft_cap_scalars(softcap, logit_scale) -> dict[str, float | None]:
+    """What the kernels take: the rate is known here, so that no program holds it in a register."""
+    rate = None if softcap is None else -2.8853900817779268 * logit_scale / softcap  # -2 / ln 2
+    return {"softcap": softcap, "logit_scale": logit_scale, "cap_rate": rate}
 
 
 @triton.jit
@@ -98,9 +114,22 @@ def tile_plan(target, start, stop, BLOCK: tl.constexpr):
 
 @triton.jit
 def read_statistics(
-    row_ptr, target, scale, start, stop, K: tl.constexpr, T: tl.constexpr, HAS_ENTROPY: tl.constexpr
+    row_ptr,
+    target,
+    scale,
+    start,
+    stop,
+    K: tl.constexpr,
+    T: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr,
+    softcap=None,
+    logit_scale=None,
+    cap_rate=None,
 ):
-    """(m, s, t) of columns [start, stop) of a row without column `target`."""
+    """(m, s, t) of columns [start, stop) of a row without column `target`.
+
+    softcap, logit_scale, cap_rate: all or none (`soft_cap_scalars`): what is read goes through `soft_cap`.
+    """
     BLOCK: tl.constexpr = K * T
     offs = tile_offsets(K, T)
     strip = tile_offsets(1, T)
@@ -112,6 +141,8 @@ def read_statistics(
         base = start + (i + (i >= skip).to(tl.int32)) * BLOCK
         # A second pass often follows: ask the cache to keep the row.
         z = tl.load(row_ptr + base + offs, eviction_policy="evict_last").to(tl.float32)
+        if softcap is not None:
+            z, _ = soft_cap(z, softcap, logit_scale, cap_rate)
         m, s, t = fold_softmax(m, s, t, z, scale, HAS_ENTROPY)
     for tile in range(skip, count, step):
         first = start + tile * BLOCK
@@ -120,6 +151,9 @@ def read_statistics(
             z = tl.load(
                 row_ptr + base + strip, mask=keep, other=-float("inf"), eviction_policy="evict_last"
             ).to(tl.float32)
+            if softcap is not None:
+                z, _ = soft_cap(z, softcap, logit_scale, cap_rate)
+                z = tl.where(keep, z, -float("inf"))
             z = tl.where(strip == target - base, -float("inf"), z)
             m, s, t = fold_softmax(m, s, t, z, scale, HAS_ENTROPY)
     return reduce_softmax(m, s, t, HAS_ENTROPY)
@@ -164,6 +198,9 @@ def write_dlogits(
     K: tl.constexpr,
     T: tl.constexpr,
     HAS_ENTROPY: tl.constexpr,
+    softcap=None,
+    logit_scale=None,
+    cap_rate=None,
 ):
     """Columns [start, stop) of the gradient of a row; `drow_ptr` may be `row_ptr`.
 
@@ -178,15 +215,23 @@ def write_dlogits(
         for base in range(first, tl.minimum(first + BLOCK, stop), T):
             keep = strip < stop - base
             z = tl.load(row_ptr + base + strip, mask=keep, other=-float("inf")).to(tl.float32)
+            if softcap is not None:
+                z, slope = soft_cap(z, softcap, logit_scale, cap_rate)
             dz = dlogits_tile(z, scale, m, k0, k1, HAS_ENTROPY)
             dz = tl.where(strip == target - base, dtarget, dz)
+            if softcap is not None:
+                dz = dz * slope
             tl.store(drow_ptr + base + strip, dz.to(drow_ptr.dtype.element_ty), mask=keep)
     rest = full - (skip < full).to(tl.int32)
     for i in range(0, rest):
         tile = rest - 1 - i
         base = start + (tile + (tile >= skip).to(tl.int32)) * BLOCK
         z = tl.load(row_ptr + base + offs).to(tl.float32)
+        if softcap is not None:
+            z, slope = soft_cap(z, softcap, logit_scale, cap_rate)
         dz = dlogits_tile(z, scale, m, k0, k1, HAS_ENTROPY)
+        if softcap is not None:
+            dz = dz * slope
         tl.store(drow_ptr + base + offs, dz.to(drow_ptr.dtype.element_ty))
 
 

@@ -26,6 +26,19 @@ CLIP_DUAL = tl.constexpr(4)
 
 
 @triton.jit
+def soft_cap(z, softcap, logit_scale, cap_rate):
+    """softcap * tanh(x) with x = logit_scale * z / softcap, and its derivative in z.
+
+    The derivative, logit_scale (1 - tanh^2), comes without the cancellation of that form.
+    """
+    t = tl.exp2(tl.abs(z) * cap_rate)  # e^(-2 |x|)
+    half = 1.0 / (1.0 + t)
+    capped = softcap * (1.0 - t) * half
+    twice = half + half
+    return tl.where(z < 0, -capped, capped), logit_scale * t * twice * twice
+
+
+@triton.jit
 def fold_softmax(m, s, t, z, scale, HAS_ENTROPY: tl.constexpr):
     """Fold a tile `z` [K, T] into the lane-wise statistics m, s, t [T]."""
     m_new = tl.maximum(m, tl.max(z, axis=0) * scale)

@@ -4,10 +4,12 @@ import pytest
 import torch
 
 from grpo_fast import Objective
-from grpo_fast.loss import grpo_loss, policy_loss
-from grpo_fast.ops import group_advantage, logprob
+from grpo_fast.loss import grpo_loss, linear_grpo_loss, policy_loss
+from grpo_fast.ops import group_advantage, linear_logprob, logprob
 from grpo_fast.ops.group_advantage import combine_rewards_fwd, group_advantage_fwd
 from grpo_fast.ops.grpo import grpo, grpo_, scale_rows_
+from grpo_fast.ops.linear_grpo import linear_grpo, scale_, scaled_to
+from grpo_fast.ops.linear_logprob import linear_logprob_bwd, linear_logprob_fwd, weigh_rows
 from grpo_fast.ops.logprob import logprob_bwd, logprob_fwd
 from grpo_fast.ops.policy_loss import policy_loss_fwd, token_statistics
 from grpo_fast.ops.sequence_loss import sequence_loss_fwd
@@ -65,6 +67,40 @@ def by_sequence(hidden, weight, ids, rewards, old):
     return out.loss, out.metrics["clip_fraction_low"], out.logps
 
 
+def linear(hidden, weight, ids, rewards, old):
+    """A small model that ends in the fused head, half of its rows compacted away."""
+    advantages = torch.where(torch.arange(4) < 2, 0, rewards)
+    objective = Objective(surrogate="cispo")
+    out = linear_grpo_loss(
+        torch.tanh(hidden @ weight.T) @ weight,
+        weight,
+        ids,
+        advantages=advantages,
+        old_logps=old,
+        objective=objective,
+        softcap=5.0,
+        chunk_size=4,
+    )
+    return 2 * out.loss, out.metrics["skipped_fraction"], out.logps
+
+
+def linear_by_sequence(hidden, weight, ids, rewards, old):
+    objective = Objective(ratio="sequence", epsilon_low=0.01, entropy_coef=0.1)
+    out = linear_grpo_loss(
+        torch.tanh(hidden), weight, ids, advantages=rewards, old_logps=old, objective=objective
+    )
+    return out.loss, out.entropy, out.logps
+
+
+def linear_composed(hidden, weight, ids, rewards, old):
+    logp, entropy = linear_logprob(
+        torch.tanh(hidden), weight, ids, mask=old < 1, return_entropy=True, chunk_size=5
+    )
+    objective = Objective(entropy_coef=0.1)
+    out = policy_loss(logp, advantages=rewards, old_logps=old, entropy=entropy, objective=objective)
+    return 2 * out.loss, entropy, out.logps
+
+
 def inputs(device):
     weight = torch.randn(V, D, device=device)
     hidden = torch.randn(4, 3, D, device=device)
@@ -73,8 +109,12 @@ def inputs(device):
     return hidden, weight.requires_grad_(), ids, torch.randn(4, device=device), old
 
 
+LINEAR = [linear, linear_by_sequence, linear_composed]
+STEPS = [from_logits, inplace, packed, composed, by_sequence, *LINEAR]
+
+
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager", "inductor"])
-@pytest.mark.parametrize("step", [from_logits, inplace, packed, composed, by_sequence])
+@pytest.mark.parametrize("step", STEPS, ids=lambda f: f.__name__)
 @pytest.mark.filterwarnings("ignore")  # of the compiler itself
 def test_full_graph(step, compiler, backend, device):
     arguments = inputs(device)
@@ -120,3 +160,39 @@ def test_opcheck(backend, device):
     several = x.view(-1, 2)
     check(combine_rewards_fwd, several, x[:2], 1, None, False, "group", 1e-4, True)
     check(combine_rewards_fwd, several, None, 3, None, True, "none", 1e-4, True, True, True)
+
+
+@pytest.mark.parametrize("backend", ["torch"], indirect=True)  # the kernels mutate nothing else
+def test_opcheck_of_the_linear_head(backend, device):
+    N = 6
+    hidden = torch.randn(N, D, device=device)
+    weight, bias = torch.randn(V, D, device=device), torch.randn(V, device=device)
+    ids = torch.randint(V, (N,), device=device)
+    x = torch.rand(N, device=device)
+    mask = torch.tensor([1, 1, 0, 1, 1, 1], device=device).bool()
+    head = (weight.clone().requires_grad_(), bias, None, None)
+    options = (1.0, 5.0, 0.5, True, V, 4)
+    scores = (ids, mask, None, 0.9)
+    key = Objective(beta=0.1, entropy_coef=0.1).key
+    tokens = (ids, mask, x, x, None, 1, None, x, x, *[None] * 5, 0.9, True, key)
+    tests = ("test_schema", "test_faketensor")
+    autograd = (*tests, "test_autograd_registration")
+
+    def check(op, *args, tests=tests):
+        torch.library.opcheck(op, args, test_utils=tests)
+
+    graded = hidden.clone().requires_grad_()
+    check(linear_logprob_fwd, graded, *head, *scores, mask, True, False, *options, tests=autograd)
+    frozen = (weight, bias, None, None)
+    check(linear_logprob_fwd, graded, *frozen, *scores, mask, False, True, *options, tests=autograd)
+    statistics = (-x, x, x, x + 1)
+    needs = [True, True, True, False, False]
+    check(*(linear_logprob_bwd, x, x, hidden, *frozen, *scores, mask, *statistics, needs, *options))
+    sequences = (None, None, 3)
+    check(
+        *(linear_grpo, graded, *head, *tokens, mask, *sequences, x, *options, needs, None),
+        tests=autograd,
+    )
+    check(weigh_rows, hidden, x)
+    check(scale_, hidden.clone(), x[0])
+    check(scaled_to, hidden, x[0], torch.float16)

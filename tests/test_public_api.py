@@ -26,6 +26,21 @@ SIGNATURES = {
         ["logps"],
         ["advantages", *LOSS, "entropy", "num_items", "cu_seqlens", "objective"],
     ),
+    grpo_fast.loss.linear_grpo_loss: (
+        ["hidden", "weight", "completion_ids"],
+        [
+            *("bias", "softcap", "logit_scale", "logits_dtype", "vocab_size", "compact"),
+            *("chunk_size", "lora", "dw_out", "advantages", "rewards", "group_size", *LOSS),
+            *("num_items", "cu_seqlens", "temperature", "objective", "return_entropy"),
+        ],
+    ),
+    grpo_fast.ops.linear_logprob: (
+        ["hidden", "weight", "ids"],
+        [
+            *("bias", "softcap", "logit_scale", "temperature", "mask", "return_entropy"),
+            *("logits_dtype", "vocab_size", "compact", "chunk_size", "lora"),
+        ],
+    ),
     grpo_fast.ops.logprob: (["logits", "ids"], ["temperature", "mask", "return_entropy"]),
     grpo_fast.ops.group_advantage: (
         ["rewards"],
@@ -47,7 +62,7 @@ def test_signatures(function):
 
 def test_names():
     assert grpo_fast.__all__ == ["Objective"]
-    assert grpo_fast.ops.__all__ == ["group_advantage", "logprob"]
+    assert grpo_fast.ops.__all__ == ["group_advantage", "linear_logprob", "logprob"]
     assert grpo_fast.loss.LossOutput._fields[:4] == ("loss", "logps", "entropy", "metrics")
     assert callable(Objective.preset)
 

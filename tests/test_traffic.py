@@ -14,7 +14,16 @@ if torch.cuda.is_available():
 from triton.runtime.interpreter import InterpreterBuilder
 
 from benchmarks import traffic as formulas
-from grpo_fast.kernels import group_advantage, grpo, logprob, policy_loss, rows, sequence_loss
+from grpo_fast.kernels import (
+    group_advantage,
+    grpo,
+    linear_grpo,
+    linear_logprob,
+    logprob,
+    policy_loss,
+    rows,
+    sequence_loss,
+)
 from grpo_fast.objective import Objective
 
 ID, FLAG, FLOAT = 8, 1, 4  # bytes of an id, of an entry of a mask, of anything else per token
@@ -150,8 +159,9 @@ def test_logprob_backward(V, dtype, entropy):
     dlogp = torch.ones(N)
     dlogp[0] = 0
     dentropy = torch.zeros(N) if entropy else None
+    dlogits = torch.empty(logits.shape, dtype=dtype)
     with counted() as traffic:
-        dlogits = logprob.logprob_bwd(dlogp, dentropy, logits, ids, mask, None, 1.0, logp, H, m, s)
+        logprob.logprob_bwd(dlogp, dentropy, logits, ids, mask, None, 1.0, logp, H, m, s, dlogits)
     live = mask & (dlogp != 0)
     parts, n = rows.schedule(V).parts, int(live.sum())
     size, visited = traffic.read(logits)
@@ -332,3 +342,49 @@ def test_combine_rewards(labels, normalize):
     if labels:
         assert traffic.read(ids)[0] == (B * K * (members + 1) * ID if normalize else 0)
     assert traffic.total(traffic.stores) == traffic.written(combined)[0] == B * FLOAT
+
+
+@by_size
+def test_capped_rows_move_the_same_bytes(V):
+    """A soft cap is arithmetic on what is loaded; gradients of unrounded logits are half their size."""
+    logits, ids, _ = batch(V, torch.float32)
+    N = len(ids)
+    dlogits = torch.empty(logits.shape, dtype=torch.float16)
+    ones = torch.ones(N)
+    with counted() as traffic:
+        grpo.grpo_fwd_bwd(
+            *(logits, ids, None, ones, ones, None, 1, *[None] * 8),
+            *(1.0, False, Objective(), dlogits, 5.0, 0.5),
+        )
+    assert traffic.read(logits)[0] == (2 * N * V + N) * FLOAT
+    assert traffic.written(dlogits)[0] == N * V * 2
+
+
+@pytest.mark.parametrize("n", [5, 4096, 10_000])
+def test_scale_of_the_linear_head(n):
+    x, y = torch.randn(n), torch.empty(n, dtype=torch.float16)
+    one, two = torch.tensor(1.0), torch.tensor(2.0)
+    programs = -(-n // linear_grpo.BLOCK)
+    with counted() as traffic:
+        linear_grpo.scale(x, one, x)
+    assert traffic.total(traffic.loads) == programs * FLOAT
+    assert traffic.total(traffic.stores) == 0
+    for out, width in ((x, FLOAT), (y, 2)):
+        with counted() as traffic:
+            linear_grpo.scale(x, two, out)
+        assert traffic.total(traffic.loads) == n * FLOAT + programs * FLOAT
+        assert traffic.total(traffic.stores) == traffic.written(out)[0] == n * width
+
+
+@pytest.mark.parametrize("D", [7, 2048, 3000])
+def test_weigh_rows(D):
+    x, c = torch.randn(5, D), torch.tensor([1.0, 0.0, 2.0, -1.0, 0.0])
+    y = torch.empty_like(x)
+    with counted() as traffic:
+        linear_logprob.weigh_rows(x, c, y)
+    blocks = -(-D // linear_logprob.BLOCK)
+    size, visited = traffic.read(x)
+    assert size == 3 * D * FLOAT
+    assert_visits(visited, (c != 0).long()[:, None].expand(5, D))
+    assert traffic.total(traffic.loads) == size + 5 * blocks * FLOAT
+    assert traffic.total(traffic.stores) == traffic.written(y)[0] == 5 * D * FLOAT

@@ -90,14 +90,15 @@ def check_device(op: str, name: str, x: Tensor, like: Tensor) -> None:
         raise ValueError(f"{op}: {name} is on {x.device}, the other arguments on {like.device}")
 
 
-def check_mask(op: str, mask: Tensor | None, like: Tensor) -> Tensor | None:
-    """(N,) bool: whether a token counts. Any nonzero number does."""
+def check_mask(op: str, mask: Tensor | None, like: Tensor, anywhere: bool = False) -> Tensor | None:
+    """(N,) bool: whether a token counts. Any nonzero number does. `anywhere`: it may be on the CPU."""
     if mask is None:
         return None
     check_tensor(op, "mask", mask)
     if mask.shape != like.shape:
         raise ValueError(f"{op}: mask: want {tuple(like.shape)}, got {shape_of(mask)}")
-    check_device(op, "mask", mask, like)
+    if not (anywhere and mask.device.type == "cpu"):
+        check_device(op, "mask", mask, like)
     return (mask.detach() != 0).reshape(-1).contiguous()
 
 

@@ -72,6 +72,13 @@ def _keep_top_entropy(tokens: Tokens, entropy: Tensor, objective: Objective) -> 
     return tokens._replace(importance=importance, entropy_weight=torch.where(kept, weight, 0))
 
 
+def known_on_policy(old_logp: Tensor | None, objective: Objective) -> bool:
+    """Whether `coefficient_on_policy` has an answer."""
+    through_mean = objective.ratio == "sequence" or objective.surrogate == "gmpo"
+    by_kl = objective.beta != 0 and objective.kl == "k3_unbiased" and through_mean
+    return old_logp is None and not by_kl and objective.top_entropy_quantile == 1
+
+
 def coefficient_on_policy(
     tokens: Tokens, sequences: Sequences, objective: Objective
 ) -> Tensor | None:
@@ -80,9 +87,7 @@ def coefficient_on_policy(
     On policy every ratio is 1, that of a sequence as well, so it is for all objectives on sequences; unless
     the KL comes back through the mean of the sequence, or entropies choose the tokens.
     """
-    through_mean = objective.ratio == "sequence" or objective.surrogate == "gmpo"
-    by_kl = objective.beta != 0 and objective.kl == "k3_unbiased" and through_mean
-    if tokens.old_logp is not None or by_kl or objective.top_entropy_quantile < 1:
+    if not known_on_policy(tokens.old_logp, objective):
         return None
     assert tokens.advantages is not None
     surrogate = dataclasses.replace(objective, beta=0.0, entropy_coef=0.0, entropy_reduction="same")

@@ -13,6 +13,23 @@ from torch import Tensor
 BLOCK_ELEMENTS = 1 << 21  # 8 MB of float32
 
 
+class SoftCap(NamedTuple):
+    """Logits z stand for `softcap * tanh(logit_scale * z / softcap)`."""
+
+    softcap: float
+    logit_scale: float
+
+    def apply(self, z: Tensor) -> Tensor:
+        """The capped logits, in float32."""
+        capped = z.float().mul(self.logit_scale / self.softcap)
+        return capped.tanh_().mul_(self.softcap)
+
+    def slope(self, capped: Tensor) -> Tensor:
+        """Their derivative in z, written over them."""
+        capped.div_(self.softcap).square_().neg_().add_(1)
+        return capped.mul_(self.logit_scale)
+
+
 class Statistics(NamedTuple):
     """Of each row of a block; all (R,)."""
 
@@ -127,10 +144,11 @@ def gradient(
     dentropy: Tensor | None,
     statistics: Statistics,
     inv_temperature: float | Tensor,
+    slope: Tensor | None = None,
 ) -> Tensor:
     """dL/dz of a block, written over `e`. dlogp, dentropy: (R,).
 
-    dz_v = (dlogp (1[v = y] - p_v) - dentropy p_v (log p_v + H)) / temperature
+    dz_v = (dlogp (1[v = y] - p_v) - dentropy p_v (log p_v + H)) / temperature, times `slope` (R, V)
     """
     logp, entropy, _, total = statistics
     factor = -dlogp / total
@@ -146,6 +164,8 @@ def gradient(
     else:
         e.mul_((factor * inv_temperature)[:, None])
     e.scatter_(1, ids[:, None], (target * inv_temperature)[:, None])
+    if slope is not None:
+        e.mul_(slope)
     # Select, not multiply: a row without gradient has none, whatever its logits hold.
     still = dlogp == 0 if dentropy is None else (dlogp == 0) & (dentropy == 0)
     if bool(still.any()):

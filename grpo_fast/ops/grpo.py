@@ -67,7 +67,7 @@ class Outputs(NamedTuple):
     clip: Tensor
 
 
-def _new_outputs(a: Arguments) -> Outputs:
+def new_outputs(a: Arguments) -> Outputs:
     N = len(a.weight)
     new = a.weight.new_zeros
     return Outputs(
@@ -79,21 +79,30 @@ def _new_outputs(a: Arguments) -> Outputs:
     )
 
 
-def _fill(logits: Tensor, a: Arguments, dlogits: Tensor) -> Outputs:
+def fill(
+    logits: Tensor, a: Arguments, dlogits: Tensor, softcap: _rows.SoftCap | None = None
+) -> Outputs:
     """Write the gradient into `dlogits`, (B, T, V), which may be `logits`; return the rest."""
     objective = Objective.from_key(a.objective)
     if use_triton(logits):
         from grpo_fast.kernels import grpo as kernels
 
         arguments = {**a._asdict(), "objective": objective}
-        outputs = launch(kernels.grpo_fwd_bwd, logits, logits=logits, **arguments, dlogits=dlogits)
+        outputs = launch(
+            kernels.grpo_fwd_bwd,
+            logits,
+            logits=logits,
+            **arguments,
+            dlogits=dlogits,
+            **(softcap._asdict() if softcap else {}),
+        )
         return Outputs(*(a.weight.new_empty(0) if x is None else x for x in outputs))
     advantages = a.advantages
     if advantages is None:
         assert a.rewards is not None
         score = group_advantage_fwd(a.rewards, a.group_size, None, "group", SCORE_EPS, True)
         advantages = spread(score, a.sequence, logits)
-    out = _new_outputs(a)
+    out = new_outputs(a)
     for rows, (block, dblock) in _rows.row_blocks(logits, dlogits):
         live = _rows.live_rows(a.mask, rows)
         where = rows if live is None else live + rows.start
@@ -102,6 +111,8 @@ def _fill(logits: Tensor, a: Arguments, dlogits: Tensor) -> Outputs:
         work = dblock if direct else torch.empty(z.shape, dtype=torch.float32, device=z.device)
         scale = a.inv_temperature if a.temperature is None else 1 / a.temperature[where]
         ids = a.ids[where].long()
+        if softcap is not None:
+            z = softcap.apply(z)
         e, statistics, u = _rows.exponentials(z, ids, scale, work, a.with_entropy)
         loss, dlogp, kl, clip = token_policy_terms(
             statistics.logp,
@@ -122,7 +133,8 @@ def _fill(logits: Tensor, a: Arguments, dlogits: Tensor) -> Outputs:
                 dentropy = -objective.entropy_coef * by_entropy
                 loss += weigh(dentropy, statistics.entropy)
             out.entropy[where] = statistics.entropy
-        dz = _rows.gradient(e, u, ids, dlogp, dentropy, statistics, scale)
+        slope = None if softcap is None else softcap.slope(z)
+        dz = _rows.gradient(e, u, ids, dlogp, dentropy, statistics, scale, slope)
         _rows.store(dblock, live, dz)
         out.loss[where], out.logp[where], out.clip[where] = loss, statistics.logp, clip
         if kl is not None:
@@ -140,12 +152,12 @@ def spread(score: Tensor, sequence: Tensor | None, logits: Tensor) -> Tensor:
 def _grpo(logits: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     """`Outputs`, then dlogits: the gradient of the sum of the losses."""
     dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    return (*_fill(logits, Arguments(*arguments), dlogits), dlogits)
+    return (*fill(logits, Arguments(*arguments), dlogits), dlogits)
 
 
 def _grpo_(logits: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     """`Outputs`, with the gradient written over the logits."""
-    return tuple(_fill(logits, Arguments(*arguments), logits))
+    return tuple(fill(logits, Arguments(*arguments), logits))
 
 
 five, six = (f"({', '.join(['Tensor'] * n)})" for n in (5, 6))
@@ -162,12 +174,12 @@ grpo_ = torch.library.custom_op(
 
 @grpo_.register_fake
 def _(logits: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    return tuple(_new_outputs(Arguments(*arguments)))
+    return tuple(new_outputs(Arguments(*arguments)))
 
 
 @grpo.register_fake
 def _(logits: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    outputs = _new_outputs(Arguments(*arguments))
+    outputs = new_outputs(Arguments(*arguments))
     return (*outputs, torch.empty(logits.shape, dtype=logits.dtype, device=logits.device))
 
 

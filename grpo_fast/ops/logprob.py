@@ -9,16 +9,20 @@ from grpo_fast.ops import _arguments, _rows
 from grpo_fast.ops._backend import launch, use_triton
 
 
-@torch.library.custom_op("grpo_fast::logprob_fwd", mutates_args=())
-def logprob_fwd(
-    logits: Tensor,  # (B, T, V)
-    ids: Tensor,  # (N,)
+def read_rows(
+    logits: Tensor,
+    ids: Tensor,
     mask: Tensor | None,
     temperature: Tensor | None,
     inv_temperature: float,
     with_entropy: bool,
+    softcap: _rows.SoftCap | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """logp, entropy ((0,) unless wanted), and the row statistics that the backward needs; (N,) fp32."""
+    """logp, entropy ((0,) unless wanted), and the row statistics that the gradient needs; (N,) fp32.
+
+    Args:
+        logits: (B, T, V), B T = N. ids, mask, temperature: (N,).
+    """
     if use_triton(logits):
         from grpo_fast.kernels import logprob as kernels
 
@@ -31,6 +35,7 @@ def logprob_fwd(
             temperature,
             inv_temperature,
             with_entropy,
+            *(softcap or ()),
         )
         return logp, logp.new_empty(0) if entropy is None else entropy, m, s
     N = ids.numel()
@@ -42,11 +47,26 @@ def logprob_fwd(
         where = rows if live is None else live + rows.start
         out = torch.empty(z.shape, dtype=torch.float32, device=z.device)
         scale = inv_temperature if temperature is None else 1 / temperature[where]
+        if softcap is not None:
+            z = softcap.apply(z)
         _, statistics, _ = _rows.exponentials(z, ids[where].long(), scale, out, with_entropy)
         logp[where], top[where], total[where] = statistics.logp, statistics.top, statistics.total
         if statistics.entropy is not None:
             entropy[where] = statistics.entropy
     return logp, entropy if with_entropy else entropy.new_empty(0), top, total
+
+
+@torch.library.custom_op("grpo_fast::logprob_fwd", mutates_args=())
+def logprob_fwd(
+    logits: Tensor,  # (B, T, V)
+    ids: Tensor,  # (N,)
+    mask: Tensor | None,
+    temperature: Tensor | None,
+    inv_temperature: float,
+    with_entropy: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`read_rows` as an operator."""
+    return read_rows(logits, ids, mask, temperature, inv_temperature, with_entropy)
 
 
 @logprob_fwd.register_fake
@@ -61,6 +81,71 @@ def _(
     N = ids.shape[0]
     vectors = [logits.new_empty(n, dtype=torch.float32) for n in (N, N * with_entropy, N, N)]
     return vectors[0], vectors[1], vectors[2], vectors[3]
+
+
+def write_rows(
+    dlogp: Tensor,
+    dentropy: Tensor | None,
+    logits: Tensor,
+    ids: Tensor,
+    mask: Tensor | None,
+    temperature: Tensor | None,
+    inv_temperature: float,
+    logp: Tensor,
+    entropy: Tensor,
+    top: Tensor,
+    total: Tensor,
+    dlogits: Tensor,
+    softcap: _rows.SoftCap | None = None,
+) -> None:
+    """Write the gradient into `dlogits`, (B, T, V), which may be `logits`."""
+    if use_triton(logits):
+        from grpo_fast.kernels import logprob as kernels
+
+        with_entropy = None if dentropy is None else entropy
+        launch(
+            kernels.logprob_bwd,
+            logits,
+            dlogp.contiguous(),
+            None if dentropy is None else dentropy.contiguous(),
+            logits,
+            ids,
+            mask,
+            temperature,
+            inv_temperature,
+            logp,
+            with_entropy,
+            top,
+            total,
+            dlogits,
+            *(softcap or ()),
+        )
+        return
+    for rows, (block, dblock) in _rows.row_blocks(logits, dlogits):
+        live = _rows.live_rows(mask, rows)
+        where = rows if live is None else live + rows.start
+        z = block if live is None else block[live]
+        if softcap is not None:
+            z = softcap.apply(z)
+        direct = live is None and dblock.dtype == torch.float32
+        out = dblock if direct else torch.empty(z.shape, dtype=torch.float32, device=z.device)
+        scale = inv_temperature if temperature is None else 1 / temperature[where]
+        u = _rows.scaled_difference(z, top[where][:, None], scale, out)
+        e = u.exp() if dentropy is not None else u.exp_()
+        statistics = _rows.Statistics(
+            logp[where], None if dentropy is None else entropy[where], top[where], total[where]
+        )
+        dz = _rows.gradient(
+            e,
+            u if dentropy is not None else None,
+            ids[where].long(),
+            dlogp[where],
+            None if dentropy is None else dentropy[where],
+            statistics,
+            scale,
+            None if softcap is None else softcap.slope(z),
+        )
+        _rows.store(dblock, live, dz)
 
 
 @torch.library.custom_op("grpo_fast::logprob_bwd", mutates_args=())
@@ -78,48 +163,9 @@ def logprob_bwd(
     total: Tensor,
 ) -> Tensor:
     """dlogits, (B, T, V) contiguous, in the dtype of `logits`."""
-    if use_triton(logits):
-        from grpo_fast.kernels import logprob as kernels
-
-        with_entropy = None if dentropy is None else entropy
-        return launch(
-            kernels.logprob_bwd,
-            logits,
-            dlogp.contiguous(),
-            None if dentropy is None else dentropy.contiguous(),
-            logits,
-            ids,
-            mask,
-            temperature,
-            inv_temperature,
-            logp,
-            with_entropy,
-            top,
-            total,
-        )
     dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    for rows, (block, dblock) in _rows.row_blocks(logits, dlogits):
-        live = _rows.live_rows(mask, rows)
-        where = rows if live is None else live + rows.start
-        z = block if live is None else block[live]
-        direct = live is None and dblock.dtype == torch.float32
-        out = dblock if direct else torch.empty(z.shape, dtype=torch.float32, device=z.device)
-        scale = inv_temperature if temperature is None else 1 / temperature[where]
-        u = _rows.scaled_difference(z, top[where][:, None], scale, out)
-        e = u.exp() if dentropy is not None else u.exp_()
-        statistics = _rows.Statistics(
-            logp[where], None if dentropy is None else entropy[where], top[where], total[where]
-        )
-        dz = _rows.gradient(
-            e,
-            u if dentropy is not None else None,
-            ids[where].long(),
-            dlogp[where],
-            None if dentropy is None else dentropy[where],
-            statistics,
-            scale,
-        )
-        _rows.store(dblock, live, dz)
+    row_arguments = (ids, mask, temperature, inv_temperature, logp, entropy, top, total)
+    write_rows(dlogp, dentropy, logits, *row_arguments, dlogits)
     return dlogits
 
 

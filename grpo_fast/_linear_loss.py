@@ -1,0 +1,278 @@
+"""`linear_grpo_loss`: the public half of `grpo_fast.ops.linear_grpo`."""
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from grpo_fast import reference
+from grpo_fast._output import LossOutput, loss_output
+from grpo_fast.objective import Objective
+from grpo_fast.ops import _arguments, _phases
+from grpo_fast.ops._head_arguments import Needs, check_head
+from grpo_fast.ops._tokens import Tokens, check_tokens
+from grpo_fast.ops.group_advantage import group_advantage_fwd
+from grpo_fast.ops.grpo import SCORE_EPS, Arguments, spread
+from grpo_fast.ops.linear_grpo import linear_grpo
+from grpo_fast.ops.linear_logprob import linear_logprob_fwd
+
+
+def linear_grpo_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    completion_ids: Tensor,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    logits_dtype: Literal["fp32", "bf16"] = "fp32",
+    vocab_size: int | None = None,
+    compact: bool = True,
+    chunk_size: int | None = None,
+    lora: tuple[Tensor, Tensor, float] | None = None,
+    dw_out: Tensor | None = None,
+    advantages: Tensor | None = None,
+    rewards: Tensor | None = None,
+    group_size: int | None = None,
+    mask: Tensor | None = None,
+    old_logps: Tensor | None = None,
+    ref_logps: Tensor | None = None,
+    importance_weights: Tensor | None = None,
+    token_weights: Tensor | None = None,
+    scores: Tensor | None = None,
+    num_items: float | Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    objective: Objective = Objective(),
+    return_entropy: bool = False,
+) -> LossOutput:
+    """The GRPO loss from the last hidden states and the head, with its gradients, the logits never in memory.
+
+    Equivalent to `grpo_loss(cap(logit_scale * (hidden @ weight.T + bias)), completion_ids, ...)` with
+    `cap(x) = softcap * tanh(x / softcap)`, the logits living in one chunk of tokens at a time. The gradients
+    are computed in the forward: three matrix products, two where the head is frozen. Beyond the gradients
+    and a float32 gradient of the weight, memory does not grow with the number of tokens.
+
+    Args:
+        hidden: (B, T, D) or (N, D), float32, bfloat16 or float16: the last hidden states, row t for token t.
+        weight: (rows, D) of the head, of the same dtype. Under FSDP call this inside the forward of the
+            module that owns it, where it has been gathered.
+        completion_ids: (B, T) or (N,), int32 or int64; anything where the mask is 0.
+        bias: (rows,).
+        softcap: of the logits (Gemma 2); None for none.
+        logit_scale: positive factor on the logits (Cohere).
+        logits_dtype: "fp32": logits of half-precision operands are not rounded. "bf16": they are rounded to
+            the operands' dtype, as a model's own head does; less workspace.
+        vocab_size: rows of `weight` that are vocabulary; those after it are padding, their gradient is 0.
+        compact: leave tokens that cannot have a gradient out of all products: masked ones, those whose
+            weight is 0, and, with beta = 0 and no entropy bonus, those whose advantage or importance weight
+            is 0 (for an objective that looks at sequences: sequences of such tokens). Their number must
+            reach the host: on a GPU one sync, none if `mask`, `token_weights`, `cu_seqlens` and
+            `advantages` or `rewards`, as far as given, are on the CPU, which is allowed. Loss and gradients
+            are the same up to the order of summation.
+        chunk_size: tokens per chunk. Every product has exactly so many rows. Default: chosen from the
+            number of tokens and the device.
+        lora: (A (r, D), B (rows, r), scaling): adds `scaling * (hidden @ A.T) @ B.T` to the logits.
+        dw_out: (rows, D) float32: the backward adds the gradient of the weight to it, unrounded, instead of
+            handing it to autograd, which sees none. The float32 buffer of the forward is added, so that any
+            upstream gradient is right; it saves the gradient in the dtype of the weight.
+        advantages, rewards, group_size, mask, old_logps, ref_logps, importance_weights, token_weights,
+            scores, num_items, cu_seqlens, temperature, objective, return_entropy: as in `grpo_loss`. Where
+            the mask is 0, `hidden` may hold NaN.
+
+    Returns:
+        `LossOutput`. Log-probs and entropy of tokens left out are unspecified (0), and the metrics are of
+        the tokens that were computed (`metrics["tokens"]` of them); `metrics["skipped_fraction"]` is the
+        share of rows that were left out. backward works once.
+
+    Raises:
+        ValueError, TypeError: as `grpo_loss`.
+    """
+    op = "linear_grpo_loss"
+    flat, parameters, options = check_head(
+        op,
+        hidden,
+        weight,
+        completion_ids,
+        "completion_ids",
+        bias,
+        softcap,
+        logit_scale,
+        logits_dtype,
+        vocab_size,
+        chunk_size,
+        lora,
+    )
+    _check_dw_out(op, dw_out, weight)
+    device = completion_ids.device
+
+    def here(x: Any) -> Any:
+        """On the device of the rest, without waiting for it."""
+        return x.to(device, non_blocking=True) if isinstance(x, Tensor) and x.is_cpu else x
+
+    deciding = [advantages, rewards, token_weights, cu_seqlens]
+    given = _arguments.check_mask(op, mask, completion_ids, anywhere=True)
+    live = here(given)
+    ids = _arguments.check_ids(op, "completion_ids", completion_ids, live, options.vocab_size)
+    temperatures, inv_temperature = _arguments.check_temperature(
+        op, temperature, completion_ids, live
+    )
+    tokens, sequences = check_tokens(
+        op,
+        completion_ids,
+        live,
+        here(advantages),
+        here(rewards),
+        group_size,
+        old_logps,
+        ref_logps,
+        importance_weights,
+        here(token_weights),
+        here(scores),
+        num_items,
+        here(cu_seqlens),
+        objective,
+    )
+    tokens = _scored(tokens, completion_ids)
+    keep = None
+    if compact:
+        # On the host if all that decides is there: nobody waits for the device then.
+        on_host = all(x is None or x.is_cpu for x in (given, *deciding))
+        at_hand = deciding if on_host else [here(x) for x in deciding]
+        keep = carries_gradient(
+            completion_ids,
+            given if on_host else live,
+            *at_hand,
+            group_size=group_size,
+            importance_weights=importance_weights,
+            objective=objective,
+        )
+    covered = live if keep is None else here(keep)
+    needs = Needs(
+        *(
+            torch.is_grad_enabled() and x is not None and x.requires_grad
+            for x in (flat, *parameters)
+        )
+    )
+    return_entropy = return_entropy or objective.needs_entropy
+    if any(needs):
+        arguments = Arguments(
+            ids=ids,
+            coefficient=None,
+            temperature=temperatures,
+            inv_temperature=inv_temperature,
+            return_entropy=return_entropy,
+            objective=objective.key,
+            **{name: getattr(tokens, name) for name in Tokens._fields if name in Arguments._fields},
+        )
+        loss, by_token, logp, entropy, kl, clip, *_ = linear_grpo(
+            *(flat, *parameters, *arguments, keep, *sequences, tokens.token_weight, *options),
+            *(list(needs), dw_out),
+        )
+    else:
+        logp, entropy, *_ = linear_logprob_fwd(
+            *(flat, *parameters, ids, live, temperatures, inv_temperature),
+            *(keep, return_entropy, False, *options),
+        )
+        of_live = tokens._replace(mask=covered)
+        found = _phases.values(logp, entropy, of_live, sequences, objective)
+        by_token, kl, clip = found.loss, found.kl, found.clip
+        loss = by_token.sum()
+    out = loss_output(
+        completion_ids,
+        by_token,
+        logp,
+        entropy if return_entropy else None,
+        kl,
+        clip,
+        tokens._replace(mask=covered),
+    )
+    skipped = torch.zeros((), device=device)
+    if keep is not None and keep.numel():
+        skipped = 1 - here(keep).float().mean()
+    return out._replace(loss=loss, metrics={**out.metrics, "skipped_fraction": skipped})
+
+
+def _scored(tokens: Tokens, ids: Tensor) -> Tokens:
+    """With advantages in the place of rewards: compaction wants them before the launch."""
+    if tokens.rewards is None:
+        return tokens._replace(sequence=None, group_size=1)
+    score = group_advantage_fwd(tokens.rewards, tokens.group_size, None, "group", SCORE_EPS, True)
+    advantages = spread(score, tokens.sequence, ids[None] if ids.ndim == 1 else ids)
+    return tokens._replace(advantages=advantages, rewards=None, sequence=None, group_size=1)
+
+
+def carries_gradient(
+    like: Tensor,
+    mask: Tensor | None,
+    advantages: Tensor | None,
+    rewards: Tensor | None,
+    token_weights: Tensor | None,
+    cu_seqlens: Tensor | None,
+    *,
+    group_size: int | None,
+    importance_weights: Tensor | None,
+    objective: Objective,
+) -> Tensor | None:
+    """(N,) bool, where the arguments are: whether a token may have a gradient. None if all may.
+
+    Args:
+        like: (B, T) or (N,), for its shape. mask: (N,) bool. The others as in `linear_grpo_loss`, checked.
+    """
+    N, T = like.numel(), like.shape[-1]
+    sequence = None if cu_seqlens is None else reference.sequence_of_token(cu_seqlens, N)
+
+    def per_token(x: Tensor) -> Tensor:
+        if x.shape == like.shape:
+            return x.reshape(-1)
+        x = x.reshape(-1)
+        return x[:, None].expand(len(x), T).reshape(-1) if sequence is None else x[sequence]
+
+    conditions = [] if mask is None else [mask]
+    if objective.top_entropy_quantile < 1:  # every live token's entropy counts
+        return mask
+    if token_weights is not None:
+        conditions.append(token_weights.reshape(-1) != 0)
+    if not (objective.beta or objective.entropy_coef):
+        if not objective.quadratic_coef:  # those do not vanish with the advantage
+            if advantages is None:
+                assert rewards is not None
+                advantages = group_advantage_fwd(
+                    rewards.float(), group_size or 1, None, "group", SCORE_EPS, True
+                )
+            conditions.append(per_token(advantages) != 0)
+        # They may be on the GPU where the others decide on the host: then they do not decide.
+        importance = None if objective.surrogate == "vespo" else importance_weights
+        if importance is not None and all(x.device == importance.device for x in conditions):
+            conditions.append(per_token(importance) != 0)
+    if not conditions:
+        return None
+    alive = conditions[0]
+    for condition in conditions[1:]:
+        alive = alive & condition
+    if not objective.needs_sequences:
+        return alive
+    # One token moves all of its sequence, and the ratio is that of all of them.
+    if sequence is None:
+        alive = alive.view(-1, max(T, 1)).any(1)[:, None].expand(-1, max(T, 1)).reshape(-1)
+    else:
+        assert cu_seqlens is not None
+        count = torch.nn.functional.pad(alive.cumsum(0), (1, 0))[cu_seqlens.long()]
+        alive = (count.diff() > 0)[sequence]
+    return alive if mask is None else alive & mask
+
+
+def _check_dw_out(op: str, dw_out: Tensor | None, weight: Tensor) -> None:
+    if dw_out is None:
+        return
+    _arguments.check_tensor(op, "dw_out", dw_out)
+    if dw_out.dtype != torch.float32 or dw_out.shape != weight.shape:
+        raise ValueError(
+            f"{op}: dw_out: want float32 {tuple(weight.shape)}, "
+            f"got {dw_out.dtype} {_arguments.shape_of(dw_out)}"
+        )
+    _arguments.check_device(op, "dw_out", dw_out, weight)
+    if not weight.requires_grad:
+        raise ValueError(f"{op}: dw_out has no effect: weight does not require grad")
+    if torch.compiler.is_compiling():
+        raise ValueError(f"{op}: dw_out is not available under torch.compile")

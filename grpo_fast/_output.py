@@ -1,0 +1,57 @@
+"""What the losses return."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from grpo_fast.ops._metrics import metrics_from
+from grpo_fast.ops._tokens import Tokens
+from grpo_fast.ops.policy_loss import token_statistics
+
+
+class LossOutput(NamedTuple):
+    """What a loss returns.
+
+    Attributes:
+        loss: 0-dim, differentiable.
+        logps: log-probs, of the shape of the ids, detached; finite but unspecified where masked.
+        entropy: the same of the entropy in nats, or None where it was not computed.
+        metrics: 0-dim tensors on the device of the loss; see `metrics_from`.
+        statistics: (16,) fp32, the sums the metrics come from. Gather them across ranks (one collective),
+            then `metrics_from(fold_statistics(gathered))` is the metrics of the global batch.
+    """
+
+    loss: Tensor
+    logps: Tensor
+    entropy: Tensor | None
+    metrics: dict[str, Tensor]
+    statistics: Tensor
+
+
+def loss_output(
+    like: Tensor,
+    loss: Tensor,
+    logp: Tensor,
+    entropy: Tensor | None,
+    kl: Tensor,
+    clip: Tensor,
+    tokens: Tokens,
+) -> LossOutput:
+    entropy = None if entropy is None else entropy.detach()
+    statistics = token_statistics(
+        tokens.mask,
+        loss.detach(),
+        logp,
+        tokens.old_logp,
+        tokens.importance,
+        kl if tokens.ref_logp is not None else None,
+        entropy,
+        clip,
+    )
+    metrics = metrics_from(statistics)
+    if tokens.ref_logp is None:
+        del metrics["kl"]
+    if entropy is None:
+        del metrics["entropy"]
+    shaped = None if entropy is None else entropy.view(like.shape)
+    return LossOutput(loss.sum(), logp.view(like.shape), shaped, metrics, statistics)

@@ -1,0 +1,234 @@
+"""The language-model head in chunks of tokens: logits into a workspace, and their gradient out of it.
+
+    z = h W^T + bias + scaling (h A^T) B^T        one chunk of C rows at a time
+    dh = dz W,  dW += dz^T h                      dz written over z by the caller
+
+dW is accumulated in float32 whatever the dtype of the weight. Every product of a call has the same C rows,
+the last chunk filled up with zeros: a row's result then depends on the batch around it no more than the
+matrix library makes it.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from grpo_fast.ops._head_arguments import Needs, Options, Parameters
+from grpo_fast.ops._rows import SoftCap
+
+# Of the workspace. A GPU wants long chunks: dW is read and written once per chunk.
+WORKSPACE_BYTES = {"cuda": 2 << 30, "cpu": 128 << 20}
+# cuBLAS tiles of the product that gives dh, and what a chunk costs besides, in waves of such tiles.
+TILE_ROWS, TILE_COLUMNS, CHUNK_COST = 128, 256, 0.35
+PAD = (
+    64  # elements: with row strides that are a multiple of it, rows of any vocabulary start aligned
+)
+
+
+def row_limit(hidden: Tensor, options: Options) -> int:
+    """How many rows of logits may exist at a time."""
+    if options.chunk_size:
+        return options.chunk_size
+    dtype, logits_dtype = working_dtypes(hidden, options)
+    size = logits_dtype.itemsize
+    if logits_dtype != dtype:
+        size += dtype.itemsize  # a buffer of its own for the gradient
+    kind = "cuda" if hidden.is_cuda else "cpu"
+    return max(1, WORKSPACE_BYTES[kind] // (padded(options.vocab_size) * size))
+
+
+def working_dtypes(hidden: Tensor, options: Options) -> tuple[torch.dtype, torch.dtype]:
+    """Of the operands, and of the logits."""
+    if not options.fp32_logits:
+        return hidden.dtype, hidden.dtype
+    # The CPU has no product of halves with a float32 result: it takes float32 copies.
+    return hidden.dtype if hidden.is_cuda else torch.float32, torch.float32
+
+
+def chunk_rows(N: int, D: int, most: int, device: torch.device) -> int:
+    """How many rows to take at a time, at most `most`: equal chunks, on a GPU whole waves of tiles."""
+    step = TILE_ROWS if device.type == "cuda" else 8
+    if most < step or step >= N:
+        return max(1, min(most, N))
+    if device.type != "cuda":
+        count = -(-N // (most // step * step))
+        return round_up(-(-N // count), step)
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    return min(
+        (equal_chunk(N, C) for C in range(step, min(most, round_up(N, step)) + 1, step)),
+        key=lambda C: (waves(N, C, D, processors), C),
+    )
+
+
+def equal_chunk(N: int, C: int) -> int:
+    """The rows of each of as many chunks as chunks of C would be."""
+    count = -(-N // C)
+    return round_up(-(-N // count), TILE_ROWS)
+
+
+def waves(N: int, C: int, D: int, processors: int) -> float:
+    """The cost of chunks of C rows: waves of tiles of dh, and what each chunk costs besides."""
+    tiles = -(-C // TILE_ROWS) * -(-D // TILE_COLUMNS)
+    return -(-N // C) * (-(-tiles // processors) + CHUNK_COST)
+
+
+def round_up(x: int, step: int) -> int:
+    return -(-x // step) * step
+
+
+def padded(V: int) -> int:
+    return round_up(V, PAD)
+
+
+def product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """`out = a @ b`; out may be float32 where a and b are halves (GPUs only)."""
+    if out.dtype == a.dtype:
+        torch.mm(a, b, out=out)
+    else:
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+
+
+def accumulate(out: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0, fresh: bool = False) -> None:
+    """`out += alpha a @ b`, or `out = alpha a @ b` if `fresh`; out is float32, or of the dtype of a and b."""
+    beta = 0 if fresh else 1  # with 0 what `out` holds is not read
+    if out.dtype == a.dtype:
+        torch.addmm(out, a, b, beta=beta, alpha=alpha, out=out)
+    elif a.device.type == "cpu":  # no such product of halves there
+        torch.addmm(out, a.float(), b.float(), beta=beta, alpha=alpha, out=out)
+    else:
+        torch.addmm(out, a, b, out_dtype=out.dtype, beta=beta, alpha=alpha, out=out)
+
+
+class Head:
+    """One pass over the rows of `hidden`: `logits` of a part, its gradient put in place, then `backward`.
+
+    Args:
+        hidden: (N, D).
+        rows: indices of the rows that take part, or None for all.
+        live: (N,) bool, or None; without `rows` only: `hidden` may hold anything where it is False.
+        needs: the gradients that `backward` is to collect.
+        length: rows of the longest part, where the parts are the caller's; 0 to choose.
+    """
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        parameters: Parameters,
+        options: Options,
+        rows: Tensor | None,
+        live: Tensor | None,
+        needs: Needs,
+        length: int = 0,
+    ) -> None:
+        V = options.vocab_size
+        self.dtype, self.logits_dtype = working_dtypes(hidden, options)
+        self.hidden, self.rows, self.live, self.needs = hidden, rows, live, needs
+        self.full = parameters
+        weight, bias, lora_a, lora_b = parameters
+        self.weight = weight[:V].to(self.dtype)
+        self.bias = None if bias is None else bias[:V].to(self.logits_dtype)
+        self.lora_a = None if lora_a is None else lora_a.to(self.dtype)
+        self.lora_b = None if lora_b is None else lora_b[:V].to(self.dtype)
+        self.scaling = options.lora_scaling
+        self.softcap = SoftCap(options.softcap, options.logit_scale) if options.softcap else None
+        self.N = len(hidden) if rows is None else len(rows)
+        most = row_limit(hidden, options)
+        D = hidden.shape[1]
+        self.C = options.chunk_size or length or chunk_rows(self.N, D, most, hidden.device)
+        self._work = self._new_workspace(V)
+        self._dlogits = self._work
+        if needs.hidden or needs.parameters:
+            self._new_gradients()
+
+    def _new_workspace(self, V: int, dtype: torch.dtype | None = None) -> Tensor:
+        size = (self.C if self.N else 0, padded(V))
+        return self.hidden.new_empty(size, dtype=dtype or self.logits_dtype)[:, :V]
+
+    def _new_gradients(self) -> None:
+        if self.logits_dtype != self.dtype:
+            self._dlogits = self._new_workspace(len(self.weight), self.dtype)
+        new = self.hidden.new_zeros
+        D, V = self.hidden.shape[1], len(self.weight)
+        weight, bias, lora_a, lora_b = self.full
+        # Rows that take no part have no gradient; those that do are all written.
+        whole = self.rows is None
+        self.dhidden = (self.hidden.new_empty if whole else new)(
+            self.hidden.shape if self.needs.hidden else 0
+        )
+        self.dweight = self.hidden.new_empty(0, dtype=torch.float32)
+        if self.needs.weight:
+            self.dweight = self.hidden.new_empty(weight.shape, dtype=torch.float32)
+            self.dweight[V:] = 0  # the first chunk writes the others
+            if not self.N:
+                self.dweight.zero_()
+
+        def zeros(wanted: bool, like: Tensor | None) -> Tensor:
+            return new(like.shape if wanted and like is not None else 0, dtype=torch.float32)
+
+        self.dbias = zeros(self.needs.bias, bias)
+        self.dlora_a = zeros(self.needs.lora_a, lora_a)
+        self.dlora_b = zeros(self.needs.lora_b, lora_b)
+        self._stage = self.hidden.new_empty((self.C if self.N else 0, D), dtype=self.dtype)
+        self._fresh = True
+
+    def parts(self) -> Iterator[slice]:
+        """Consecutive parts of the rows that take part, each of C but the last."""
+        for start in range(0, self.N, self.C):
+            yield slice(start, min(start + self.C, self.N))
+
+    def _take(self, part: slice) -> Tensor:
+        """(C, D) rows of a part, zeros after them and where they may hold anything."""
+        n = part.stop - part.start
+        index = None if self.rows is None else self.rows[part]
+        h = self.hidden[part] if index is None else self.hidden.index_select(0, index)
+        if self.live is not None:
+            h = torch.where(self.live[part, None], h, 0)
+        h = h.to(self.dtype)
+        return h if n == self.C else torch.nn.functional.pad(h, (0, 0, 0, self.C - n))
+
+    def logits(self, part: slice) -> tuple[Tensor, Tensor]:
+        """(1, n, V) logits of a part, and the buffer that their gradient belongs into, perhaps the same."""
+        n = part.stop - part.start
+        self._h = self._take(part)
+        if self.bias is None:
+            product(self._h, self.weight.T, self._work)
+        else:
+            self._work.copy_(self.bias.expand_as(self._work))
+            accumulate(self._work, self._h, self.weight.T)
+        if self.lora_a is not None and self.lora_b is not None:
+            self._inner = self._h @ self.lora_a.T
+            accumulate(self._work, self._inner, self.lora_b.T, self.scaling)
+        return self._work[:n][None], self._dlogits[:n][None]
+
+    def backward(self, part: slice) -> None:
+        """Collect the gradients of the part whose logits were last asked for."""
+        n = part.stop - part.start
+        dz = self._dlogits
+        dz[n:] = 0
+        V = len(self.weight)
+        dinner = None
+        if self.lora_b is not None and (self.needs.hidden or self.needs.lora_a):
+            dinner = (dz @ self.lora_b).mul_(self.scaling)
+        if self.needs.hidden:
+            direct = self.rows is None and n == self.C and self.dhidden.dtype == self.dtype
+            out = self.dhidden[part] if direct else self._stage
+            product(dz, self.weight, out)
+            if dinner is not None and self.lora_a is not None:
+                accumulate(out, dinner, self.lora_a)
+            if self.rows is not None:
+                self.dhidden.index_copy_(0, self.rows[part], out[:n].to(self.dhidden.dtype))
+            elif not direct:
+                self.dhidden[part] = out[:n]
+        if self.needs.weight:
+            accumulate(self.dweight[:V], dz.T, self._h, fresh=self._fresh)
+        if self.needs.bias:
+            self.dbias[:V] += dz.sum(0, dtype=torch.float32)
+        if self.needs.lora_b:
+            accumulate(self.dlora_b[:V], dz.T, self._inner, self.scaling)
+        if self.needs.lora_a and dinner is not None:
+            accumulate(self.dlora_a, dinner.T, self._h)
+        self._fresh = False
+
+    def gradients(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """In the order of `Needs`; (0,) where not wanted. Those of parameters in float32."""
+        return self.dhidden, self.dweight, self.dbias, self.dlora_a, self.dlora_b

@@ -1,0 +1,172 @@
+"""What a language-model head is given as: its tensors, its options, and their checks."""
+
+import math
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from grpo_fast.ops._arguments import LOGITS_DTYPES, check_device, check_tensor, shape_of
+
+
+class Options(NamedTuple):
+    """What the operators take about the head besides its tensors."""
+
+    lora_scaling: float
+    softcap: float  # 0: none
+    logit_scale: float
+    fp32_logits: bool
+    vocab_size: int
+    chunk_size: int  # 0: chosen here
+
+
+OPTIONS = (
+    "float lora_scaling, float softcap, float logit_scale, bool fp32_logits, int vocab_size, "
+    "int chunk_size"
+)
+
+
+class Parameters(NamedTuple):
+    """The tensors of a head."""
+
+    weight: Tensor  # (rows >= vocab_size, D)
+    bias: Tensor | None  # (rows,)
+    lora_a: Tensor | None  # (r, D)
+    lora_b: Tensor | None  # (rows, r)
+
+
+PARAMETERS = "Tensor head_weight, Tensor? bias, Tensor? lora_a, Tensor? lora_b"
+
+
+class Needs(NamedTuple):
+    """Which gradients are wanted."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+    lora_a: bool
+    lora_b: bool
+
+    @property
+    def parameters(self) -> bool:
+        return self.weight or self.bias or self.lora_a or self.lora_b
+
+
+def sorted_into(arguments: tuple, *kinds: Any) -> list[Any]:
+    """An operator's flat arguments, piece by piece: a NamedTuple class takes its fields, None takes one."""
+    found: list[Any] = []
+    start = 0
+    for kind in kinds:
+        size = 1 if kind is None else len(kind._fields)
+        piece = arguments[start : start + size]
+        found.append(piece[0] if kind is None else kind(*piece))
+        start += size
+    assert start == len(arguments)
+    return found
+
+
+def check_head(
+    op: str,
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    ids_name: str,
+    bias: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+    logits_dtype: str,
+    vocab_size: int | None,
+    chunk_size: int | None,
+    lora: tuple[Tensor, Tensor, float] | None,
+) -> tuple[Tensor, Parameters, Options]:
+    """`hidden` as (N, D), and the head, checked against it and the ids."""
+    check_tensor(op, "hidden", hidden)
+    check_tensor(op, "weight", weight)
+    check_tensor(op, ids_name, ids)
+    if hidden.dtype not in LOGITS_DTYPES:
+        raise TypeError(f"{op}: hidden: want float32, bfloat16 or float16, got {hidden.dtype}")
+    if hidden.ndim not in (2, 3):
+        raise ValueError(f"{op}: hidden: want (B, T, D) or (N, D), got {shape_of(hidden)}")
+    if ids.shape != hidden.shape[:-1]:
+        raise ValueError(
+            f"{op}: {ids_name}: want {tuple(hidden.shape[:-1])}, one per row of hidden "
+            f"{shape_of(hidden)}, got {shape_of(ids)}"
+        )
+    check_device(op, ids_name, ids, hidden)
+    D = hidden.shape[-1]
+    if weight.ndim != 2 or weight.shape[1] != D or not len(weight):
+        raise ValueError(
+            f"{op}: weight: want (vocabulary, {D}), since hidden is {shape_of(hidden)}, "
+            f"got {shape_of(weight)}"
+        )
+    rows = len(weight)
+    V = rows if vocab_size is None else check_count(op, "vocab_size", vocab_size)
+    if rows < V:
+        raise ValueError(f"{op}: vocab_size={V} is more than the {rows} rows of weight")
+    a, b, scaling = check_lora(op, lora, rows, D)
+    parameters = Parameters(weight, check_bias(op, bias, rows), a, b)
+    for name, x in zip(("weight", "bias", "lora A", "lora B"), parameters, strict=True):
+        if x is not None:
+            check_operand(op, name, x, hidden)
+    if softcap is not None:
+        check_positive(op, "softcap", softcap)
+    check_positive(op, "logit_scale", logit_scale)
+    if logits_dtype not in ("fp32", "bf16"):
+        raise ValueError(f"{op}: logits_dtype={logits_dtype!r} is unknown; choose from fp32, bf16")
+    size = 0 if chunk_size is None else check_count(op, "chunk_size", chunk_size)
+    options = Options(
+        scaling, float(softcap or 0), float(logit_scale), logits_dtype == "fp32", V, size
+    )
+    return hidden.reshape(-1, D), parameters, options
+
+
+def check_operand(op: str, name: str, x: Tensor, hidden: Tensor) -> None:
+    """A tensor of the head must be an ordinary one, where `hidden` is and of its dtype."""
+    if hasattr(x, "placements"):
+        raise TypeError(
+            f"{op}: {name} is a DTensor: call {op} inside the forward of the module that owns it, "
+            "where FSDP has gathered it"
+        )
+    check_device(op, name, x, hidden)
+    if x.dtype != hidden.dtype:
+        raise TypeError(f"{op}: {name} is {x.dtype}, hidden {hidden.dtype}: convert one of them")
+
+
+def check_bias(op: str, bias: Tensor | None, rows: int) -> Tensor | None:
+    if bias is not None and check_tensor(op, "bias", bias).shape != (rows,):
+        raise ValueError(f"{op}: bias: want ({rows},), got {shape_of(bias)}")
+    return bias
+
+
+def check_lora(
+    op: str, lora: tuple[Tensor, Tensor, float] | None, rows: int, D: int
+) -> tuple[Tensor | None, Tensor | None, float]:
+    """(A, B, scaling) of an adapter on the head."""
+    if lora is None:
+        return None, None, 1.0
+    if len(lora) != 3:
+        raise ValueError(f"{op}: lora: want (A, B, scaling), got {len(lora)} entries")
+    a, b, scaling = lora
+    check_tensor(op, "lora A", a)
+    check_tensor(op, "lora B", b)
+    if isinstance(scaling, bool) or not isinstance(scaling, (int, float)):
+        raise TypeError(f"{op}: lora scaling: want a number, got {scaling!r}")
+    if a.ndim != 2 or a.shape[1] != D:
+        raise ValueError(f"{op}: lora A: want (r, {D}), got {shape_of(a)}")
+    if b.shape != (rows, len(a)):
+        raise ValueError(f"{op}: lora B: want ({rows}, {len(a)}), got {shape_of(b)}")
+    return a, b, float(scaling)
+
+
+def check_count(op: str, name: str, x: object) -> int:
+    if isinstance(x, bool) or not isinstance(x, int):
+        raise TypeError(f"{op}: {name}: want an int, got {x!r}")
+    if x <= 0:
+        raise ValueError(f"{op}: {name}: want a positive int, got {x}")
+    return x
+
+
+def check_positive(op: str, name: str, x: object) -> None:
+    if isinstance(x, bool) or not isinstance(x, (int, float)):
+        raise TypeError(f"{op}: {name}: want a number, got {x!r}")
+    if not 0 < x < math.inf:
+        raise ValueError(f"{op}: {name}: want positive and finite, got {x}")

@@ -1,0 +1,377 @@
+"""Hidden states to the GRPO loss and its gradients, logits never held as a whole.
+
+The language-model head runs in chunks of tokens (`grpo_fast.ops._head`). Kernels: `grpo_fast.kernels.grpo`
+turns each chunk of logits into its gradient in place, `grpo_fast.kernels.linear_grpo` applies the upstream
+gradient.
+
+How often the logits are computed depends on when the coefficients dL/dlogp are known (`plan`), N D V
+multiplications each for logits, dH and dW, 2 operations per multiplication:
+
+    token       of a token alone: as soon as its log-prob is          6 N D V
+    known       of its sequence, but on policy: before any log-prob   6 N D V
+    late        after all, the head frozen: rows of (Y - P) W scaled  4 N D V
+    aligned     of its sequence: as soon as the chunk it is in is     6 N D V
+    two_phase   after all log-probs                                   8 N D V
+"""
+
+import itertools
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from grpo_fast.objective import Objective
+from grpo_fast.ops import _phases
+from grpo_fast.ops._backend import launch, use_triton
+from grpo_fast.ops._head import Head, row_limit
+from grpo_fast.ops._head_arguments import (
+    OPTIONS,
+    PARAMETERS,
+    Needs,
+    Options,
+    Parameters,
+    sorted_into,
+)
+from grpo_fast.ops._tokens import Sequences, Tokens
+from grpo_fast.ops.grpo import ARGUMENTS, Arguments, Outputs, fill, new_outputs
+from grpo_fast.ops.linear_logprob import (
+    Scores,
+    Statistics,
+    at,
+    empty_gradients,
+    kept_rows,
+    read_all,
+    read_with_unit_gradient,
+    scaled,
+    select,
+    slice_arguments,
+    spread_rows,
+    weigh_rows,
+    write_all,
+)
+from grpo_fast.ops.logprob import read_rows, write_rows
+
+USED_TWICE = (
+    "linear_grpo_loss: backward ran a second time. The gradients are computed once, in the forward, and "
+    "handed over by the first backward; compute the loss again for a second one."
+)
+
+
+class Call(NamedTuple):
+    """The arguments of the operator, sorted."""
+
+    parameters: Parameters
+    tokens: Arguments
+    keep: Tensor | None  # (N,) bool, on any device: the rows that take part; None for all
+    sequences: Sequences
+    token_weight: Tensor
+    options: Options
+    needs: Needs
+    dw_out: Tensor | None
+
+
+def sort(arguments: tuple) -> Call:
+    kinds = (Parameters, Arguments, None, Sequences, None, Options, None, None)
+    found = Call(*sorted_into(arguments, *kinds))
+    return found._replace(needs=Needs(*found.needs))
+
+
+def plan(
+    objective: Objective, known: bool, needs: Needs, ends: list[int] | None, limit: int
+) -> str:
+    """Which of the ways in the module docstring.
+
+    Args:
+        known: whether the surrogate's coefficients are known beforehand.
+        ends: boundaries of the sequences, where the host knows them.
+        limit: how many rows of logits may exist at a time.
+    """
+    if objective.by_token:
+        return "token"
+    if known:
+        return "known"
+    if not needs.parameters and not objective.entropy_coef:
+        return "late"
+    whole = objective.top_entropy_quantile == 1  # or tokens of all sequences decide
+    if whole and ends is not None and all(j - i <= limit for i, j in itertools.pairwise(ends)):
+        return "aligned"
+    return "two_phase"
+
+
+def compacted(
+    call: Call, hidden: Tensor, by_sequence: bool
+) -> tuple[Tensor | None, Arguments, Sequences, list[int] | None]:
+    """(rows that take part or None, their arguments, their sequences, the boundaries on the host or None)."""
+    a, sequences, keep = call.tokens, call.sequences, call.keep
+    if keep is not None:  # nothing masked is kept
+        a = a._replace(mask=None)
+    if not by_sequence:
+        rows = kept_rows(keep, hidden)
+        return rows, a if rows is None else slice_arguments(a, rows), sequences, None
+    if keep is None:
+        ends = None
+        if sequences.boundaries is None:  # every T_len tokens are one
+            ends = list(range(0, len(a.ids) + 1, max(sequences.T_len, 1)))
+        return None, a, sequences, ends
+    N, given = len(keep), sequences.boundaries
+    if given is None:
+        given = torch.arange(0, N + 1, max(sequences.T_len, 1), device=hidden.device)
+    counts = torch.nn.functional.pad(keep.to(hidden.device).cumsum(0), (1, 0))
+    boundaries = counts[given]
+    ends = boundaries.tolist()  # the one sync: what follows knows its size
+    order = torch.argsort((~keep).to(torch.uint8), stable=True).to(hidden.device)
+    rows = order[: ends[-1]]
+    log_importance = sequences.log_importance
+    if log_importance is not None:
+        log_importance = _at_first(log_importance, given, boundaries, ends[-1])
+    return rows, slice_arguments(a, rows), Sequences(log_importance, boundaries, 0), ends
+
+
+def _at_first(x: Tensor, given: Tensor, boundaries: Tensor, n: int) -> Tensor:
+    """The sum of x over each sequence, at the first of its tokens that take part; 0 at the others, (n,)."""
+    total = torch.segment_reduce(x.double(), "sum", offsets=given.to(x.device)).to(x.dtype)
+    first = torch.where(boundaries.diff() > 0, boundaries[:-1], n)  # n: nobody's
+    return x.new_zeros(n + 1).scatter_(0, first, total)[:n]
+
+
+def by_token(head: Head, a: Arguments) -> Outputs:
+    """Gradients of the rows that take part, their coefficients depending on nothing else."""
+    found = []
+    for part in head.parts():
+        logits, dlogits = head.logits(part)
+        found.append(fill(logits, slice_arguments(a, part), dlogits, head.softcap))
+        head.backward(part)
+    if not found:
+        return new_outputs(a)
+    return Outputs(*(torch.cat(x) for x in zip(*found, strict=True)))
+
+
+def as_tokens(a: Arguments, token_weight: Tensor) -> Tokens:
+    """The arguments as the objective on log-probs takes them."""
+    known = {name: x for name, x in a._asdict().items() if name in Tokens._fields}
+    return Tokens(**known, token_weight=token_weight)
+
+
+def with_coefficients(a: Arguments, c: Tensor, tokens: Tokens, objective: Objective) -> Arguments:
+    """What is left to find out where the surrogate's coefficients are known: KL and entropy bonus."""
+    rest, without = _phases.without_surrogate(tokens, objective)
+    known = {name: x for name, x in rest._asdict().items() if name in Arguments._fields}
+    return a._replace(**known, coefficient=c, objective=without.key)
+
+
+def _entropy_gradient(tokens: Tokens, objective: Objective, found: _phases.Values) -> Tensor | None:
+    if not objective.entropy_coef:
+        return None
+    weight = tokens.weight if found.entropy_weight is None else found.entropy_weight
+    return -objective.entropy_coef * weight
+
+
+def slice_tokens(tokens: Tokens, rows: slice) -> Tokens:
+    of_rows: list[Any] = [x[rows] if isinstance(x, Tensor) else x for x in tokens]
+    return Tokens(*of_rows)
+
+
+def by_chunk(
+    head: Head,
+    scores: Scores,
+    tokens: Tokens,
+    sequences: Sequences,
+    ends: list[int],
+    with_entropy: bool,
+    objective: Objective,
+) -> Statistics:
+    """Gradients where each chunk holds whole sequences, as many as fit."""
+    found = []
+    for first, last in _together(ends, head.C):
+        part = slice(ends[first], ends[last])
+        logits, dlogits = head.logits(part)
+        statistics = read_rows(logits, *select(scores, part), with_entropy, head.softcap)
+        logp, entropy, top, total = statistics
+        found.append(statistics)
+        boundaries = sequences.boundaries
+        if boundaries is not None:
+            boundaries = boundaries[first : last + 1] - ends[first]
+        mine = Sequences(at(sequences.log_importance, part), boundaries, sequences.T_len)
+        these = slice_tokens(tokens, part)
+        of_these = _phases.values(logp, entropy, these, mine, objective)
+        write_rows(
+            of_these.dlogp,
+            _entropy_gradient(these, objective, of_these),
+            logits,
+            *select(scores, part),
+            logp,
+            entropy,
+            top,
+            total,
+            dlogits,
+            head.softcap,
+        )
+        head.backward(part)
+    if not found:
+        return read_all(head, scores, with_entropy)
+    return Statistics(*(torch.cat(x) for x in zip(*found, strict=True)))
+
+
+def _together(ends: list[int], C: int) -> list[tuple[int, int]]:
+    """Runs [first, last) of sequences with at most C tokens, at least one token each."""
+    runs, first = [], 0
+    for i in range(len(ends) - 1):
+        if ends[i + 1] - ends[first] > C:
+            runs.append((first, i))
+            first = i
+    runs.append((first, len(ends) - 1))
+    return [(i, j) for i, j in runs if ends[j] > ends[i]]
+
+
+def _forward(hidden: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    """The loss, `Outputs` of every token, and the gradients in the order of `Needs`."""
+    call = sort(arguments)
+    options, needs = call.options, call.needs
+    objective = Objective.from_key(call.tokens.objective)
+    rows, a, sequences, ends = compacted(call, hidden, objective.needs_sequences)
+    scores = scaled(Scores(a.ids, a.mask, a.temperature, a.inv_temperature), options)
+    a = a._replace(temperature=scores.temperature, inv_temperature=scores.inv_temperature)
+    limit = row_limit(hidden, options)
+    token_weight = at(call.token_weight, rows)
+    assert token_weight is not None
+    known = not objective.by_token and _phases.known_on_policy(a.old_logp, objective)
+    way = plan(objective, known, needs, ends, limit)
+    length = 0
+    if way == "aligned" and ends is not None:
+        length = max((ends[j] - ends[i] for i, j in _together(ends, limit)), default=1)
+    head = Head(hidden, call.parameters, options, rows, a.mask, needs, length)
+    if way == "token":
+        out = by_token(head, a)
+    else:
+        out = _by_phases(way, head, scores, a, token_weight, sequences, ends, objective)
+    N = len(hidden)
+    optional = {"entropy": a.with_entropy, "kl": a.ref_logp is not None}
+    outputs = [
+        spread_rows(x, rows, N, computed=optional.get(name, True))
+        for name, x in out._asdict().items()
+    ]
+    dhidden, *others = head.gradients()
+    return (out.loss.sum(), *outputs, dhidden, *others)
+
+
+def _by_phases(
+    way: str,
+    head: Head,
+    scores: Scores,
+    a: Arguments,
+    token_weight: Tensor,
+    sequences: Sequences,
+    ends: list[int] | None,
+    objective: Objective,
+) -> Outputs:
+    """Gradients of the rows that take part, their coefficients depending on other rows."""
+    tokens = as_tokens(a, token_weight)
+    with_entropy = a.with_entropy
+    if way == "known":
+        c = _phases.coefficient_on_policy(tokens, sequences, objective)
+        assert c is not None
+        out = by_token(head, with_coefficients(a, c, tokens, objective))
+        logp, entropy = out.logp, out.entropy
+    elif way == "late":
+        logp, entropy = read_with_unit_gradient(head, scores, with_entropy)
+    elif way == "aligned":
+        assert ends is not None
+        statistics = by_chunk(head, scores, tokens, sequences, ends, with_entropy, objective)
+        logp, entropy = statistics.logp, statistics.entropy
+    else:
+        statistics = read_all(head, scores, with_entropy)
+        logp, entropy = statistics.logp, statistics.entropy
+    found = _phases.values(logp, entropy, tokens, sequences, objective)
+    if way == "late":
+        c = spread_rows(found.dlogp, head.rows, len(head.hidden))
+        head.dhidden = weigh_rows(head.dhidden, c)
+    elif way == "two_phase":
+        dentropy = _entropy_gradient(tokens, objective, found)
+        write_all(head, scores, found.dlogp, dentropy, statistics)
+    return Outputs(found.loss, logp, entropy, found.kl, found.clip)
+
+
+linear_grpo = torch.library.custom_op(
+    "grpo_fast::linear_grpo",
+    _forward,
+    mutates_args=(),
+    schema=f"(Tensor hidden, {PARAMETERS}, {ARGUMENTS}, Tensor? keep, Tensor? log_importance, "
+    f"Tensor? boundaries, int T_len, Tensor token_weight, {OPTIONS}, bool[] needs, Tensor? dw_out) -> "
+    f"({', '.join(['Tensor'] * 11)})",
+)
+
+
+@linear_grpo.register_fake
+def _(hidden: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    call = sort(arguments)
+    a = call.tokens
+    outputs = new_outputs(a)
+    gradients = empty_gradients(hidden, call.parameters, call.needs)
+    return (a.weight.new_empty(()), *outputs, *gradients)
+
+
+@torch.library.custom_op("grpo_fast::scale_", mutates_args=("x",))
+def scale_(x: Tensor, factor: Tensor) -> None:
+    """`x *= factor`, a 0-dim tensor; nothing is touched if it is 1. x is contiguous."""
+    if use_triton(x):
+        from grpo_fast.kernels import linear_grpo as kernels
+
+        launch(kernels.scale, x, x, factor, x)
+    elif bool(factor != 1):
+        x.copy_(torch.where(x == 0, 0, x * factor))
+
+
+@torch.library.custom_op("grpo_fast::scaled_to", mutates_args=())
+def scaled_to(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`(x * factor).to(dtype)`, in one read and one write. x is contiguous."""
+    y = torch.empty(x.shape, dtype=dtype, device=x.device)
+    if use_triton(x):
+        from grpo_fast.kernels import linear_grpo as kernels
+
+        launch(kernels.scale, x, x, factor, y)
+        return y
+    return y.copy_(torch.where(x == 0, 0, x * factor))
+
+
+@scaled_to.register_fake
+def _(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty(x.shape, dtype=dtype, device=x.device)
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    call = sort(inputs[1:])
+    ctx.inputs, ctx.used = len(inputs), False
+    ctx.dtypes = [None if x is None else x.dtype for x in (inputs[0], *call.parameters)]
+    ctx.given = list(call.needs)
+    # Saved, not kept aside: under activation checkpointing they are dropped and computed again.
+    ctx.save_for_backward(call.dw_out, *output[6:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+@torch.autograd.function.once_differentiable
+def _backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple:
+    none = (None,) * ctx.inputs
+    if dloss is None:
+        return none
+    if ctx.used:
+        raise RuntimeError(USED_TWICE)
+    ctx.used = True
+    dw_out, *gradients = ctx.saved_tensors
+    factor = dloss.float()
+    result: list[Tensor | None] = []
+    for i, (x, dtype, wanted) in enumerate(zip(gradients, ctx.dtypes, ctx.given, strict=True)):
+        if not wanted or dtype is None:
+            result.append(None)
+        elif i == 1 and dw_out is not None:
+            dw_out.addcmul_(x, factor)
+            result.append(None)
+        elif x.dtype == dtype:
+            scale_(x, factor)
+            result.append(x)
+        else:
+            result.append(scaled_to(x, factor, dtype))
+    return (*result, *none[5:])
+
+
+linear_grpo.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,433 @@
+"""Hidden states to differentiable log-probs and entropy, logits never held as a whole.
+
+The language-model head runs in chunks of tokens (`grpo_fast.ops._head`). Kernels: `grpo_fast.kernels.logprob`
+on each chunk, and `grpo_fast.kernels.linear_logprob`.
+"""
+
+from typing import Any, Literal, NamedTuple, overload
+
+import torch
+from torch import Tensor
+
+from grpo_fast.objective import Objective
+from grpo_fast.ops import _arguments
+from grpo_fast.ops._backend import launch, use_triton
+from grpo_fast.ops._head import Head
+from grpo_fast.ops._head_arguments import (
+    OPTIONS,
+    PARAMETERS,
+    Needs,
+    Options,
+    Parameters,
+    check_head,
+    sorted_into,
+)
+from grpo_fast.ops.grpo import Arguments, fill
+from grpo_fast.ops.logprob import read_rows, write_rows
+
+NO_GRADIENT = Needs(False, False, False, False, False)
+# -A log p with A = -1: the gradient of log p itself.
+UNIT = Objective(surrogate="reinforce")
+
+
+class Scores(NamedTuple):
+    """Which tokens are scored, and how. Per token, (N,)."""
+
+    ids: Tensor
+    mask: Tensor | None
+    temperature: Tensor | None
+    inv_temperature: float
+
+
+SCORES = "Tensor ids, Tensor? mask, Tensor? temperature, float inv_temperature"
+
+
+class Statistics(NamedTuple):
+    """Of each token, (N,) float32: what the gradient pass needs of the first pass."""
+
+    logp: Tensor
+    entropy: Tensor  # (0,) unless wanted
+    top: Tensor
+    total: Tensor
+
+
+def scaled(scores: Scores, options: Options) -> Scores:
+    """Without a soft cap a logit scale is a temperature."""
+    if options.softcap or options.logit_scale == 1:
+        return scores
+    temperature = scores.temperature
+    return scores._replace(
+        temperature=None if temperature is None else temperature / options.logit_scale,
+        inv_temperature=scores.inv_temperature * options.logit_scale,
+    )
+
+
+def at(x: Tensor | None, rows: Tensor | slice | None) -> Tensor | None:
+    """`x[rows]`; what is not there has no rows."""
+    return x if x is None or rows is None else x[rows]
+
+
+def select(scores: Scores, rows: Tensor | slice | None) -> Scores:
+    ids, mask, temperature, inv_temperature = scores
+    chosen = ids if rows is None else ids[rows]
+    return Scores(chosen, at(mask, rows), at(temperature, rows), inv_temperature)
+
+
+def kept_rows(keep: Tensor | None, like: Tensor) -> Tensor | None:
+    """Indices, on the device of `like`, of the rows to keep; None for all. On a GPU `keep` costs a sync."""
+    if keep is None:
+        return None
+    rows = keep.nonzero().squeeze(1)
+    return None if len(rows) == len(keep) else rows.to(like.device, non_blocking=True)
+
+
+def spread_rows(
+    x: Tensor, rows: Tensor | None, N: int, default: float = 0.0, computed: bool = True
+) -> Tensor:
+    """x of the rows that took part as (N,), `default` for the others; as it is if it was not computed."""
+    if rows is None or not computed:
+        return x
+    return x.new_full((N,), default).index_copy_(0, rows, x)
+
+
+def read_all(head: Head, scores: Scores, with_entropy: bool) -> Statistics:
+    """The log-probs of the rows that take part."""
+    found = [
+        read_rows(head.logits(part)[0], *select(scores, part), with_entropy, head.softcap)
+        for part in head.parts()
+    ]
+    if not found:
+        return Statistics(*(head.hidden.new_empty(0, dtype=torch.float32) for _ in range(4)))
+    return Statistics(*(torch.cat(x) for x in zip(*found, strict=True)))
+
+
+def write_all(
+    head: Head, scores: Scores, dlogp: Tensor, dentropy: Tensor | None, statistics: Statistics
+) -> None:
+    """The gradient pass: the logits again, their gradient, and what `head` makes of it."""
+    for part in head.parts():
+        logits, dlogits = head.logits(part)
+        logp, entropy, top, total = (x[part] for x in statistics)
+        write_rows(
+            dlogp[part],
+            at(dentropy, part),
+            logits,
+            *select(scores, part),
+            logp,
+            entropy,
+            top,
+            total,
+            dlogits,
+            head.softcap,
+        )
+        head.backward(part)
+
+
+def read_with_unit_gradient(
+    head: Head, scores: Scores, with_entropy: bool = False
+) -> tuple[Tensor, Tensor]:
+    """(log-probs, entropy), in one pass with the gradient of each log-prob in its hidden state."""
+    weight = head.hidden.new_ones(head.N, dtype=torch.float32)
+    given: dict[str, Any] = dict.fromkeys(Arguments._fields)
+    given |= {**scores._asdict(), "weight": weight, "advantages": -weight, "group_size": 1}
+    given |= {"return_entropy": with_entropy, "objective": UNIT.key}
+    a = Arguments(**given)
+    found = []
+    for part in head.parts():
+        logits, dlogits = head.logits(part)
+        out = fill(logits, slice_arguments(a, part), dlogits, head.softcap)
+        found.append((out.logp, out.entropy))
+        head.backward(part)
+    if not found:
+        return weight, weight
+    logp, entropy = (torch.cat(x) for x in zip(*found, strict=True))
+    return logp, entropy
+
+
+def slice_arguments(a: Arguments, rows: Tensor | slice) -> Arguments:
+    """The arguments of some rows; all tensors in `a` are per token."""
+    of_rows: list[Any] = [x[rows] if isinstance(x, Tensor) else x for x in a]
+    return Arguments(*of_rows)
+
+
+# What the two operators take after the hidden states: see their schemas.
+FORWARD = (Parameters, Scores, None, None, None, Options)
+BACKWARD = (Parameters, Scores, None, Statistics, None, Options)
+
+
+def _forward(hidden: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`Statistics`, then the gradient of each log-prob in its hidden state if `unit` asks for it."""
+    parameters, scores, keep, with_entropy, unit, options = sorted_into(arguments, *FORWARD)
+    rows = kept_rows(keep, hidden)
+    if keep is not None:  # nothing masked is kept
+        scores = scores._replace(mask=None)
+    needs = NO_GRADIENT._replace(hidden=unit)
+    head = Head(hidden, parameters, options, rows, scores.mask, needs)
+    scores = select(scaled(scores, options), rows)
+    N = len(hidden)
+    if unit:
+        logp = spread_rows(read_with_unit_gradient(head, scores)[0], rows, N)
+        nothing = [logp.new_empty(0) for _ in range(3)]
+        return logp, nothing[0], nothing[1], nothing[2], head.dhidden
+    logp, entropy, top, total = read_all(head, scores, with_entropy)
+    return (
+        spread_rows(logp, rows, N),
+        spread_rows(entropy, rows, N, computed=with_entropy),
+        spread_rows(top, rows, N),
+        spread_rows(total, rows, N, 1.0),
+        hidden.new_empty(0),
+    )
+
+
+linear_logprob_fwd = torch.library.custom_op(
+    "grpo_fast::linear_logprob_fwd",
+    _forward,
+    mutates_args=(),
+    schema=f"(Tensor hidden, {PARAMETERS}, {SCORES}, Tensor? keep, bool with_entropy, bool unit, {OPTIONS}) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+
+
+@linear_logprob_fwd.register_fake
+def _(hidden: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    _, scores, _, with_entropy, unit, _ = sorted_into(arguments, *FORWARD)
+    N = scores.ids.shape[0]
+    kept = N * (not unit)
+    vectors = [hidden.new_empty(n, dtype=torch.float32) for n in (N, N * with_entropy, kept, kept)]
+    return (*vectors, hidden.new_empty(hidden.shape if unit else 0))
+
+
+def _backward_pass(
+    dlogp: Tensor, dentropy: Tensor | None, hidden: Tensor, *arguments: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients named by `Needs`, (0,) where not wanted."""
+    parameters, scores, keep, statistics, needs, options = sorted_into(arguments, *BACKWARD)
+    rows = kept_rows(keep, hidden)
+    if keep is not None:
+        scores = scores._replace(mask=None)
+    head = Head(hidden, parameters, options, rows, scores.mask, Needs(*needs))
+    write_all(
+        head,
+        select(scaled(scores, options), rows),
+        dlogp if rows is None else dlogp[rows],
+        at(dentropy, rows),
+        Statistics(*(x[rows] if rows is not None and len(x) else x for x in statistics)),
+    )
+    return head.gradients()
+
+
+five = "(Tensor, Tensor, Tensor, Tensor, Tensor)"
+linear_logprob_bwd = torch.library.custom_op(
+    "grpo_fast::linear_logprob_bwd",
+    _backward_pass,
+    mutates_args=(),
+    schema=f"(Tensor dlogp, Tensor? dentropy, Tensor hidden, {PARAMETERS}, {SCORES}, Tensor? keep, "
+    f"Tensor logp, Tensor entropy, Tensor top, Tensor total, bool[] needs, {OPTIONS}) -> {five}",
+)
+
+
+def empty_gradients(hidden: Tensor, parameters: Parameters, needs: Needs) -> tuple[Tensor, ...]:
+    """What `Head.gradients` returns, without its values."""
+    shapes = [
+        x.shape if wanted and x is not None else 0
+        for x, wanted in zip(parameters, needs[1:], strict=True)
+    ]
+    return (
+        hidden.new_empty(hidden.shape if needs.hidden else 0),
+        *(hidden.new_empty(shape, dtype=torch.float32) for shape in shapes),
+    )
+
+
+@linear_logprob_bwd.register_fake
+def _(dlogp: Tensor, dentropy: Tensor | None, hidden: Tensor, *arguments: Any) -> tuple:
+    parameters, *_, needs, _ = sorted_into(arguments, *BACKWARD)
+    return empty_gradients(hidden, parameters, Needs(*needs))
+
+
+@torch.library.custom_op("grpo_fast::weigh_rows", mutates_args=())
+def weigh_rows(x: Tensor, c: Tensor) -> Tensor:
+    """`c[:, None] * x`, zeros where c is 0; x (N, D), c (N,)."""
+    y = torch.empty_like(x)
+    if use_triton(x):
+        from grpo_fast.kernels import linear_logprob as kernels
+
+        launch(kernels.weigh_rows, x, x, c, y)
+        return y
+    return torch.where(c[:, None] == 0, 0, c[:, None] * x).to(x.dtype)
+
+
+@weigh_rows.register_fake
+def _(x: Tensor, c: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    hidden, *rest = inputs
+    parameters, scores, keep, _, ctx.unit, ctx.options = sorted_into(tuple(rest), *FORWARD)
+    ctx.inv_temperature = scores.inv_temperature
+    ctx.inputs = len(inputs)
+    tensors = (scores.ids, scores.mask, scores.temperature)
+    if ctx.unit:  # the hidden states themselves are not needed any more
+        ctx.save_for_backward(output[4])
+    else:
+        ctx.save_for_backward(hidden, *parameters, *tensors, keep, *output[:4])
+    ctx.mark_non_differentiable(*output[2:])
+    ctx.set_materialize_grads(False)
+
+
+@torch.autograd.function.once_differentiable
+def _backward(ctx: Any, dlogp: Tensor | None, dentropy: Tensor | None, *_: Any) -> tuple:
+    none = (None,) * ctx.inputs
+    if ctx.unit:
+        (dhidden,) = ctx.saved_tensors
+        return none if dlogp is None else (weigh_rows(dhidden, dlogp), *none[1:])
+    hidden, *rest = ctx.saved_tensors
+    parameters = Parameters(*rest[:4])
+    ids, mask, temperature, keep, logp, entropy, top, total = rest[4:]
+    if not entropy.shape[0]:
+        dentropy = None
+    needs = Needs(*ctx.needs_input_grad[:5])
+    if (dlogp is None and dentropy is None) or not any(needs):
+        return none
+    gradients = linear_logprob_bwd(
+        torch.zeros_like(logp) if dlogp is None else dlogp,
+        dentropy,
+        hidden,
+        *parameters,
+        *(ids, mask, temperature, ctx.inv_temperature, keep),
+        *(logp, entropy, top, total),
+        list(needs),
+        *ctx.options,
+    )
+    wanted = [
+        g.to(x.dtype) if n and x is not None else None
+        for g, x, n in zip(gradients, (hidden, *parameters), needs, strict=True)
+    ]
+    return (*wanted, *none[5:])
+
+
+linear_logprob_fwd.register_autograd(_backward, setup_context=_setup_context)
+
+
+@overload
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    *,
+    bias: Tensor | None = ...,
+    softcap: float | None = ...,
+    logit_scale: float = ...,
+    temperature: float | Tensor = ...,
+    mask: Tensor | None = ...,
+    return_entropy: Literal[False] = ...,
+    logits_dtype: Literal["fp32", "bf16"] = ...,
+    vocab_size: int | None = ...,
+    compact: bool = ...,
+    chunk_size: int | None = ...,
+    lora: tuple[Tensor, Tensor, float] | None = ...,
+) -> Tensor: ...
+@overload
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    *,
+    bias: Tensor | None = ...,
+    softcap: float | None = ...,
+    logit_scale: float = ...,
+    temperature: float | Tensor = ...,
+    mask: Tensor | None = ...,
+    return_entropy: Literal[True],
+    logits_dtype: Literal["fp32", "bf16"] = ...,
+    vocab_size: int | None = ...,
+    compact: bool = ...,
+    chunk_size: int | None = ...,
+    lora: tuple[Tensor, Tensor, float] | None = ...,
+) -> tuple[Tensor, Tensor]: ...
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    temperature: float | Tensor = 1.0,
+    mask: Tensor | None = None,
+    return_entropy: bool = False,
+    logits_dtype: Literal["fp32", "bf16"] = "fp32",
+    vocab_size: int | None = None,
+    compact: bool = True,
+    chunk_size: int | None = None,
+    lora: tuple[Tensor, Tensor, float] | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Log-prob of `ids` under the head's distribution, and its entropy, without the logits in memory.
+
+    Equivalent to `logprob(cap(logit_scale * (hidden @ weight.T + bias)), ids, ...)` with `cap(x) = softcap *
+    tanh(x / softcap)`, the logits living in one chunk of tokens at a time. Differentiable in hidden, weight,
+    bias and `lora`, for any gradient of both outputs: the backward computes each chunk of logits again (8 N D
+    V operations in all; 4 N D V where only `hidden` wants a gradient and there is no entropy; 2 N D V
+    without a gradient).
+
+    Args:
+        hidden: (B, T, D) or (N, D), float32, bfloat16 or float16: the last hidden states, row t for token t.
+        weight: (rows, D) of the head, of the same dtype.
+        ids: (B, T) or (N,), int32 or int64, each in [0, vocab_size) where the mask is not 0.
+        bias: (rows,).
+        softcap: of the logits (Gemma 2); None for none.
+        logit_scale: positive factor on the logits (Cohere).
+        temperature: positive; a number, or one per token.
+        mask: per token; where it is 0 nothing is read (`hidden` may hold NaN there) and there is no gradient;
+            log-prob and entropy are unspecified (finite).
+        return_entropy: also return the entropy in nats.
+        logits_dtype: "fp32": logits of half-precision operands are not rounded. "bf16": they are rounded to
+            the operands' dtype, as a model's own head does; less workspace.
+        vocab_size: rows of `weight` that are vocabulary; those after it are padding. Default: all.
+        compact: leave masked tokens out of the products. Their number must reach the host: on a GPU a sync,
+            unless `mask` is on the CPU.
+        chunk_size: tokens per chunk. Every product has exactly so many rows, and at the same `chunk_size`
+            the result of a row does not depend on the batch around it beyond what the matrix library does.
+            Default: chosen from the number of tokens and the device.
+        lora: (A (r, D), B (rows, r), scaling): adds `scaling * (hidden @ A.T) @ B.T` to the logits.
+
+    Returns:
+        log-probs, float32, of the shape of `ids`; with `return_entropy` a tuple (log-probs, entropy).
+
+    Raises:
+        ValueError, TypeError: arguments that do not fit, by name; values as in `logprob`.
+    """
+    op = "linear_logprob"
+    flat, parameters, options = check_head(
+        op,
+        hidden,
+        weight,
+        ids,
+        "ids",
+        bias,
+        softcap,
+        logit_scale,
+        logits_dtype,
+        vocab_size,
+        chunk_size,
+        lora,
+    )
+    given = _arguments.check_mask(op, mask, ids, anywhere=True)
+    keep = given if compact else None
+    live = None if given is None else given.to(ids.device, non_blocking=True)
+    flat_ids = _arguments.check_ids(op, "ids", ids, live, options.vocab_size)
+    temperatures, inv_temperature = _arguments.check_temperature(op, temperature, ids, live)
+    graded = torch.is_grad_enabled()
+    frozen = not any(x is not None and x.requires_grad for x in parameters)
+    logp, entropy, *_ = linear_logprob_fwd(
+        flat,
+        *parameters,
+        *(flat_ids, live, temperatures, inv_temperature),
+        keep,
+        return_entropy,
+        graded and hidden.requires_grad and frozen and not return_entropy,
+        *options,
+    )
+    if return_entropy:
+        return logp.view(ids.shape), entropy.view(ids.shape)
+    return logp.view(ids.shape)
