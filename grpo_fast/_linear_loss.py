@@ -76,14 +76,18 @@ def linear_grpo_loss(
         dw_out: (rows, D) float32: the backward adds the gradient of the weight to it, unrounded, instead of
             handing it to autograd, which sees none. The float32 buffer of the forward is added, so that any
             upstream gradient is right; it saves the gradient in the dtype of the weight.
+        return_entropy: compute the entropy also where the objective does not need it, and it and the
+            log-probs of every token that is not masked: those that `compact` left out of the gradient get a
+            pass for their logits, one of the three products.
         advantages, rewards, group_size, mask, old_logps, ref_logps, importance_weights, token_weights,
-            scores, num_items, cu_seqlens, temperature, objective, return_entropy: as in `grpo_loss`. Where
-            the mask is 0, `hidden` may hold NaN.
+            scores, num_items, cu_seqlens, temperature, objective: as in `grpo_loss`. Where the mask is 0,
+            `hidden` may hold NaN.
 
     Returns:
         `LossOutput`. Log-probs and entropy of tokens left out are unspecified (0), and the metrics are of
-        the tokens that were computed (`metrics["tokens"]` of them); `metrics["skipped_fraction"]` is the
-        share of rows that were left out. backward works once.
+        the tokens that were computed (`metrics["tokens"]` of them); with `return_entropy` that is all that
+        are not masked. `metrics["skipped_fraction"]` is the share of rows without a gradient pass. backward
+        works once.
 
     Raises:
         ValueError, TypeError: as `grpo_loss`.
@@ -154,14 +158,14 @@ def linear_grpo_loss(
             for x in (flat, *parameters)
         )
     )
-    return_entropy = return_entropy or objective.needs_entropy
+    with_entropy = return_entropy or objective.needs_entropy
     if any(needs):
         arguments = Arguments(
             ids=ids,
             coefficient=None,
             temperature=temperatures,
             inv_temperature=inv_temperature,
-            return_entropy=return_entropy,
+            return_entropy=with_entropy,
             objective=objective.key,
             **{name: getattr(tokens, name) for name in Tokens._fields if name in Arguments._fields},
         )
@@ -172,17 +176,28 @@ def linear_grpo_loss(
     else:
         logp, entropy, *_ = linear_logprob_fwd(
             *(flat, *parameters, ids, live, temperatures, inv_temperature),
-            *(keep, return_entropy, False, *options),
+            *(keep, with_entropy, False, *options),
         )
         of_live = tokens._replace(mask=covered)
         found = _phases.values(logp, entropy, of_live, sequences, objective)
         by_token, kl, clip = found.loss, found.kl, found.clip
         loss = by_token.sum()
+    if return_entropy and keep is not None:
+        alive = given if given is None or given.device == keep.device else live
+        others = ~keep if alive is None else alive & ~keep
+        with torch.no_grad():
+            rest = linear_logprob_fwd(
+                *(flat, *parameters, ids, None, temperatures, inv_temperature),
+                *(others, True, False, *options),
+            )
+            logp, entropy = logp + rest[0], entropy + rest[1]  # each 0 where the other is not
+            found = _phases.values(logp, entropy, tokens, sequences, objective)
+        by_token, kl, clip, covered = found.loss, found.kl, found.clip, live
     out = loss_output(
         completion_ids,
         by_token,
         logp,
-        entropy if return_entropy else None,
+        entropy if with_entropy else None,
         kl,
         clip,
         tokens._replace(mask=covered),

@@ -42,7 +42,7 @@ TRAINERS = {
     "prime_rl": "prime-rl 0.8.0",
     "slime": "slime, August 2026",
     "nemo_rl": "NeMo-RL 0.6.0",
-    "areal": "AReaL 1.0.4",
+    "areal": "AReaL 1.0.4, CISPO of 2.0",
     "xtuner": "xtuner, August 2026",
 }
 
@@ -52,6 +52,7 @@ GUARDED_K3: Options = {"kl": "k3", "kl_gap_clip": 20.0, "kl_value_clip": 10.0}
 UNCLIPPED: Options = {"epsilon_low": 1.0, "epsilon_high": 1e30}
 TOKEN_MEAN: Options = {"reduction": "token_mean"}
 CLAMPED: Options = {"log_ratio_clip": 20.0}
+RATIO_DPPO: Options = {"dppo_value": "ratio", "ratio_cap": None}
 
 # TRL multiplies its KL by the ratio unless told not to (`use_bias_correction_kl`).
 _TRL: dict[str, Options] = {
@@ -107,6 +108,8 @@ SKYRL: dict[str, Options] = {
         "epsilon_high": 4.0,
     },
     "rollout_is": {**_SKYRL, **CLAMPED, "surrogate": "rollout_is"},
+    "dppo_tv": {**_SKYRL, **CLAMPED, **RATIO_DPPO, "surrogate": "dppo_tv"},
+    "dppo_kl": {**_SKYRL, **CLAMPED, **RATIO_DPPO, "surrogate": "dppo_kl"},
     "importance_sampling": {**_SKYRL, **UNCLIPPED},
     "clip_cov": _SKYRL,
     "kl_cov": {**TOKEN_MEAN, **UNCLIPPED, "kl": "abs", "beta": 1.0},
@@ -118,6 +121,7 @@ OPENRLHF: dict[str, Options] = {
 }
 
 PRIME_RL: dict[str, Options] = {
+    "default": {"surrogate": "dppo_tv", **RATIO_DPPO, **TOKEN_MEAN, "quadratic_coef": 1e-3},
     "ipo": {
         "surrogate": "ipo",
         **TOKEN_MEAN,
@@ -133,7 +137,8 @@ SLIME: dict[str, Options] = {
     "cispo": {"kl": "k1", "surrogate": "cispo"},
 }
 
-_NEMO_RL = {**GUARDED_K3, "beta": 0.01}
+# The gradient of its KL term goes through the sampling probability, too: for k3 that of k2.
+_NEMO_RL: Options = {**GUARDED_K3, "beta": 0.01, "kl_gradient": "k2_clipped"}
 NEMO_RL: dict[str, Options] = {
     "grpo": {**TOKEN_MEAN, **_NEMO_RL},
     "gspo": {"ratio": "sequence", **_NEMO_RL},
@@ -145,6 +150,7 @@ AREAL: dict[str, Options] = {
     "grpo": TOKEN_MEAN,
     "gspo": {**TOKEN_MEAN, "ratio": "sequence"},
     "sapo": {**TOKEN_MEAN, "surrogate": "sapo"},
+    "cispo": {**TOKEN_MEAN, "surrogate": "cispo", "epsilon_low": 1.0, "epsilon_high": 4.0},
 }
 
 XTUNER: dict[str, Options] = {
@@ -186,7 +192,11 @@ CALLER: dict[str, str] = {
     "skyrl/cispo": '`old_logps` of the sampler where `cispo_anchor` is "rollout"',
     "skyrl/rollout_is": "`old_logps` of the sampler",
     "skyrl/importance_sampling": "`num_items=1`: a sum",
+    "skyrl/dppo_tv": "`old_logps` of the sampler",
+    "skyrl/dppo_kl": "`old_logps` of the sampler",
+    "prime_rl/default": "`old_logps` of the sampler; `num_items` of the global batch",
     "prime_rl/ipo": "`old_logps` of the sampler; `num_items` of the global batch",
+    "areal/cispo": "AReaL has no default for the upper bound; these are the paper's",
     "areal/gspo": "each advantage replaced by the mean of its sequence",
     "xtuner/vanilla": "`token_weights`, which hold the denominator, with `num_items=1`",
 }

@@ -1,6 +1,7 @@
 """docs/objectives.md and docs/weights.md say what the code does."""
 
 import dataclasses
+import importlib
 import re
 from pathlib import Path
 from typing import get_args
@@ -10,6 +11,7 @@ import torch
 
 from benchmarks import accuracy
 from grpo_fast import weights
+from grpo_fast.integrations import skyrl, verl
 from grpo_fast.objective import (
     DEFAULTS,
     KL,
@@ -117,3 +119,17 @@ def test_the_examples_of_the_weights_run():
         exec(example, scope)
         scope.pop("out").loss.backward()
         assert scope["logps"].grad.isfinite().all()
+
+
+def test_every_adapter_is_documented_by_names_that_exist():
+    text = (DOCS / "integrations.md").read_text()
+    named = set(re.findall(r"grpo_fast\.integrations\.(\w+)(?:\.(\w+))?", text))
+    for module, name in named - {("verl_logprobs", "")}:  # importing that one patches verl
+        adapter = importlib.import_module(f"grpo_fast.integrations.{module}")
+        assert not name or hasattr(adapter, name), f"{module} has no {name}"
+    folder = DOCS.parent / "grpo_fast" / "integrations"
+    files = {path.stem for path in folder.glob("[a-z]*.py")}
+    elsewhere = {"trl", "transformers"}  # with pages of their own
+    assert files - elsewhere <= {module for module, _ in named}
+    for losses in (verl.POLICY_LOSSES, skyrl.POLICY_LOSSES):
+        assert all(f"`{name}`" in text for name in losses)

@@ -283,7 +283,10 @@ def test_the_ways_of_sequence_objectives_agree(name, compact, backend, device, m
             assert (x - found[0][key]).abs().max() <= 2e-6 * scale, key
 
 
-@pytest.mark.parametrize("name", [k for k, x in OBJECTIVES.items() if not x.by_token])
+ON_POLICY = [k for k, x in OBJECTIVES.items() if not x.by_token and x.off_policy_threshold is None]
+
+
+@pytest.mark.parametrize("name", ON_POLICY)
 def test_on_policy_one_phase_is_enough(name, backend, device, monkeypatch):
     """Without old log-probs coefficients are known up front, also in chunks below a sequence's length."""
     tensors, options, ids, arguments = batch(5, 6, 60, device)
@@ -320,6 +323,25 @@ def test_the_same_as_grpo_loss_on_the_logits(backend, device):
     want = grpo_loss(tensors["hidden"] @ tensors["weight"].T, ids, **arguments)
     torch.testing.assert_close(out.loss, want.loss)
     assert out.metrics.keys() == {*want.metrics, "skipped_fraction"}
+    for name, x in want.metrics.items():
+        torch.testing.assert_close(out.metrics[name], x, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("graded", [True, False])
+def test_entropy_on_request_covers_what_compaction_left_out(graded, backend, device):
+    """Log-probs, entropy and metrics of every live token, though only some have a gradient."""
+    tensors, options, ids, arguments = batch(4, 5, 300, device)
+    arguments["advantages"] = torch.tensor([0.5, 0.0, 0.0, -1.0], device=device)
+    if graded:
+        tensors = {k: x.clone().requires_grad_() for k, x in tensors.items()}
+    out = call(linear_grpo_loss, tensors, options, ids, return_entropy=True, **arguments)
+    logits = (tensors["hidden"] @ tensors["weight"].T).detach()
+    want = grpo_loss(logits, ids, return_entropy=True, **arguments)
+    torch.testing.assert_close(out.loss, want.loss)
+    assert out.metrics["skipped_fraction"] >= 0.25
+    mask = arguments["mask"]
+    for a, b in ((out.logps, want.logps), (out.entropy, want.entropy)):
+        torch.testing.assert_close(a[mask], b[mask], rtol=1e-5, atol=1e-5)
     for name, x in want.metrics.items():
         torch.testing.assert_close(out.metrics[name], x, rtol=1e-5, atol=1e-6)
 

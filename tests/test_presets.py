@@ -123,6 +123,7 @@ def test_dual_clip_is_always_on_in_some_and_off_in_others(name, dual, batch, bac
         ("slime/cispo", 0.8, 1.2),
         ("nemo_rl/cispo", 0.8, 1.2),
         ("skyrl/cispo", 0.0, 5.0),
+        ("areal/cispo", 0.0, 5.0),
         ("trl/cispo", None, 0.2),  # the bound itself, 0.2 unless `epsilon_high` is given
     ],
 )
@@ -275,9 +276,55 @@ def test_dppo_takes_a_detached_capped_ratio(name, batch, backend):
     agrees(preset(name), formula, logps, arguments)
 
 
-@pytest.mark.parametrize(
-    "name", [n for n in PRESETS if PRESETS[n].get("surrogate") not in ("dro", "ipo")]
-)
+@pytest.mark.parametrize("name", ["skyrl/dppo_tv", "skyrl/dppo_kl", "prime_rl/default"])
+def test_dppo_takes_the_plain_ratio(name, batch, backend):
+    """Another loss value than verl's, and no cap; clamped in SkyRL, with a quadratic term in prime-rl."""
+    logps, arguments = batch
+    arguments["old_logps"][0, :3] -= 2.0
+    arguments["old_logps"][0, 0] -= 20.0
+    arguments["advantages"][0, 0] = -1.0
+    del arguments["ref_logps"]
+
+    def formula(x, advantages, old_logps, mask):
+        new, old = x.detach().exp(), old_logps.exp()
+        tv = new - old
+        rest = (1 - old) * ((1 - old + 1e-8) / (1 - new + 1e-8)).log()
+        kl = (old * (old_logps - x.detach()) + rest) * tv.sign()
+        change = kl if name.endswith("kl") else tv
+        drop = ((advantages > 0) & (change > 0.2)) | ((advantages < 0) & (change < -0.2))
+        d = x - old_logps
+        if name == "prime_rl/default":
+            return token_mean(-advantages * d.exp() * ~drop + 1e-3 * d**2, mask)
+        return token_mean(-advantages * d.clamp(-20, 20).exp() * ~drop, mask)
+
+    grad = agrees(preset(name), formula, logps, arguments)
+    assert (grad[0, 0] == 0) == name.startswith("skyrl")
+
+
+def test_nemo_rls_kl_goes_through_the_sampling_probability(batch, backend):
+    """Its k3 is weighed by exp(x - sg(x)), of value 1, inside both clamps."""
+    logps, arguments = batch
+    arguments["advantages"] *= 0
+    arguments["ref_logps"][0, :3] = logps[0, :3] + torch.tensor([3.0, 21.0, -21.0]).to(logps)
+
+    def formula(x, ref_logps, mask, **_):
+        q = (ref_logps - x).clamp(-20, 20)
+        weight = (x - x.detach()).exp()
+        weight = torch.where((ref_logps - x).abs() > 20, weight.detach(), weight)
+        return token_mean(0.01 * (weight * (q.exp() - q - 1)).clamp(max=10), mask)
+
+    grad = agrees(preset("nemo_rl/grpo"), formula, logps, arguments)
+    assert (grad[0, :3] == 0).all()
+
+
+WITHOUT_ADVANTAGE = [
+    name
+    for name, options in PRESETS.items()
+    if options.get("surrogate") != "dro" and "quadratic_coef" not in options
+]
+
+
+@pytest.mark.parametrize("name", WITHOUT_ADVANTAGE)
 def test_no_advantage_no_gradient(name, batch):
     logps, arguments = batch
     arguments["advantages"] *= 0

@@ -3,7 +3,7 @@
 import importlib
 import importlib.metadata
 import sys
-from types import ModuleType, SimpleNamespace
+from types import MappingProxyType, ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ def configuration(**options):
 
     config = Config()
     policy = {
-        "clip_cov_ratio": 0.2,
+        "clip_cov_ratio": 1.0,  # all candidates, so that nothing depends on the draw
         "clip_cov_lb": 0.0,
         "clip_cov_ub": 5.0,
         "kl_cov_ratio": 0.3,
@@ -65,11 +65,12 @@ def batch(device, per_token=True):
     torch.manual_seed(7)
     mask = torch.arange(T) < torch.tensor([6, 0, 3, 5, 1])[:, None]
     logp = -2 * torch.rand(B, T) - 0.05
+    logp[3, 0] = -0.1
     old = logp - 0.5 * torch.randn(B, T)
     old[0, 0], old[0, 1], old[3, 0] = logp[0, 0] - 21, logp[0, 1] - 1.5, logp[3, 0] - 2.5
     advantages = torch.randn(B, T) if per_token else torch.randn(B, 1).expand(B, T).clone()
     advantages[2] = 0
-    advantages[0, 0] = -0.5
+    advantages[0, 0], advantages[3, 0] = -0.5, 1.0
     weights = 2 * torch.rand(B, T)
     return tuple(x.to(device) for x in (old, logp, advantages, weights, mask))
 
@@ -77,7 +78,6 @@ def batch(device, per_token=True):
 def run(fn, x, old, advantages, mask, aggregation, config, weights):
     """(loss, gradient, metrics) with an upstream gradient other than 1."""
     x = x.detach().clone().requires_grad_()
-    torch.manual_seed(0)  # clip_cov draws
     loss, metrics = fn(
         old_log_prob=old,
         log_prob=x,
@@ -134,6 +134,19 @@ def test_global_batch(mode, aggregation, device):
     compare(mode, aggregation, configuration(global_batch_info=on_device), device, True)
 
 
+def test_clip_cov_draws_as_many_as_verl(device):
+    old, logp, advantages, _, mask = batch(device)
+    config = configuration()
+    for ratio, drawn in ((0.2, 3), (1e-4, 1)):  # of 15 tokens
+        config.policy_loss.clip_cov_ratio = ratio
+        for loss in (
+            verl.POLICY_LOSSES["clip_cov"],
+            verl_core_algos().get_policy_loss_fn("clip_cov"),
+        ):
+            _, metrics = loss(old, logp, advantages, mask, "token-mean", config)
+            assert metrics["actor/pg_clipfrac"] == pytest.approx(drawn / 15)
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_one_advantage_per_sequence_and_a_common_clip_range(mode, device):
     common = configuration(clip_ratio_low=None, clip_ratio_high=None, clip_ratio=0.3)
@@ -171,6 +184,11 @@ KL = {
     "k2": {"kl": "k2"},
     "low_var_kl": GUARDED_K3,
     "k3": GUARDED_K3,
+    "k1+": {"kl": "k1", "kl_gradient": "k2"},
+    "abs+": {"kl": "abs", "kl_gradient": "k2"},
+    "k2+": {"kl": "k2"},
+    "k3+": GUARDED_K3 | {"kl_gradient": "k2"},
+    "low_var_kl+": GUARDED_K3 | {"kl_gradient": "k2"},
 }
 
 
@@ -208,17 +226,17 @@ def test_kl_penalty(kind, backend, device):
 
 
 def test_configurations_may_be_anything(device):
-    """A dict, an object, a mapping with attributes: the same."""
+    """An object, a dict, another mapping: the same."""
     old, logp, advantages, _, mask = batch(device)
     config = configuration()
     plain = vars(config) | {"policy_loss": vars(config.policy_loss)}
     for mode in MODES:
         results = []
-        for given in (config, plain):
+        for given in (config, plain, MappingProxyType(plain)):
             torch.manual_seed(0)
             loss = verl.POLICY_LOSSES[mode]
             results.append(loss(old, logp, advantages, mask, "token-mean", given)[0])
-        assert results[0] == results[1]
+        assert results[0] == results[1] == results[2]
 
 
 def test_bad_configurations(device):
@@ -243,6 +261,8 @@ def installed(monkeypatch):
     monkeypatch.setattr(core, "POLICY_LOSS_REGISTRY", dict(core.POLICY_LOSS_REGISTRY))
     tools, engine = ModuleType("verl.utils.torch_functional"), ModuleType("verl.workers.engine")
     tools.logprobs_from_logits = engine.logprobs_from_logits = lambda logits, labels: None
+    fused = ModuleType("verl.utils.kernel.linear_cross_entropy")
+    fused.linear_cross_entropy = engine.linear_cross_entropy = lambda *arguments: None
     for name, module in {
         "verl": ModuleType("verl"),
         "verl.trainer": ModuleType("verl.trainer"),
@@ -250,6 +270,8 @@ def installed(monkeypatch):
         "verl.trainer.ppo.core_algos": core,
         "verl.utils": ModuleType("verl.utils"),
         "verl.utils.torch_functional": tools,
+        "verl.utils.kernel": ModuleType("verl.utils.kernel"),
+        "verl.utils.kernel.linear_cross_entropy": fused,
         "verl.workers": ModuleType("verl.workers"),
         "verl.workers.engine": engine,
     }.items():
@@ -270,6 +292,29 @@ def test_importing_registers(installed):
     assert installed.core.get_policy_loss_fn("bypass_mode") is own["bypass_mode"]
 
 
+def test_a_verl_that_cannot_be_imported_leaves_the_losses(installed, monkeypatch, caplog, tmp_path):
+    """One that is too old, or without what it needs; a folder of that name is none at all."""
+    (tmp_path / "verl").mkdir()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "verl")
+    installed.version.found = "0.7.0"
+    (tmp_path / "verl" / "__init__.py").touch()
+    importlib.invalidate_caches()
+    assert importlib.reload(verl).POLICY_LOSSES
+    assert "nothing is registered with verl: this needs verl >= 0.9.1" in caplog.text
+
+
+def test_a_checkout_says_its_version_itself(installed, monkeypatch):
+    def missing(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    with pytest.raises(ImportError, match="which is not installed"):
+        verl.register()
+    sys.modules["verl"].__version__ = "0.9.2.dev0"
+    verl.register()
+
+
 def test_an_older_verl_is_refused(installed):
     installed.version.found = "0.7.0"
     with pytest.raises(ImportError, match=r"verl >= 0\.9\.1; verl 0\.7\.0 is installed"):
@@ -279,7 +324,8 @@ def test_an_older_verl_is_refused(installed):
 
 
 def test_patching_log_probs(installed, backend, device):
-    verl.patch_logprobs()
+    sys.modules.pop("grpo_fast.integrations.verl_logprobs", None)
+    importlib.import_module("grpo_fast.integrations.verl_logprobs")
     assert installed.tools.logprobs_from_logits is verl.logprobs_from_logits
     assert installed.engine.logprobs_from_logits is verl.logprobs_from_logits
     logits = torch.randn(2, 3, 7, device=device)
@@ -292,3 +338,28 @@ def test_patching_log_probs(installed, backend, device):
         upstream = torch.randn(shape, device=device)
         for a, b in zip(*(torch.autograd.grad(y, x, upstream) for y in (got, want)), strict=True):
             torch.testing.assert_close(a, b)
+
+
+def test_patching_the_fused_head(installed, backend, device):
+    """verl's call: (1, N, D) hidden states, (N,) log-probs and entropies."""
+    verl.patch_logprobs()
+    hidden = torch.randn(1, 6, 8, device=device, requires_grad=True)
+    weight = torch.randn(13, 8, device=device, requires_grad=True)
+    labels = torch.randint(13, (1, 6), device=device)
+    logp = (hidden @ weight.T / 0.7).log_softmax(-1)
+    want = logp.gather(-1, labels[..., None]).flatten(), -(logp.exp() * logp).sum(-1).flatten()
+    fused = installed.engine.linear_cross_entropy
+    got = fused(hidden, weight, labels, 0.7, "none")
+    for ours, theirs in zip(got, want, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    upstream = torch.randn(2, 6, device=device).unbind()
+    grads = [torch.autograd.grad(outputs, (hidden, weight), upstream) for outputs in (got, want)]
+    for ours, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    for reduction in ("sum", "mean"):
+        ours, _ = fused(hidden, weight, labels, 0.7, reduction)
+        torch.testing.assert_close(ours, getattr(want[0], reduction)())
+    with pytest.raises(ValueError, match="reduction='max'"):
+        fused(hidden, weight, labels, 0.7, "max")
+    with pytest.raises(ValueError, match="dist_process_group is not supported"):
+        fused(hidden, weight, labels, 0.7, "none", object())

@@ -2,6 +2,8 @@
 
 import importlib.metadata
 import re
+import sys
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -20,23 +22,16 @@ def read(config: Any, path: str, default: Any = REQUIRED) -> Any:
         AttributeError: nothing of that name and no default.
     """
     for name in path.split("."):
-        # Mappings first: a dict has methods of its own, and an OmegaConf node refuses unknown attributes.
-        value = (
-            config.get(name, REQUIRED)
-            if isinstance(config, dict)
-            else getattr(config, name, REQUIRED)
-        )
+        # A dict has methods of its own; a configuration class may be a mapping as well as an object.
+        value = REQUIRED if isinstance(config, dict) else getattr(config, name, REQUIRED)
+        if value is REQUIRED and isinstance(config, Mapping):
+            value = config.get(name, REQUIRED)
         if value is REQUIRED:
             if default is REQUIRED:
                 raise AttributeError(f"the configuration has no {path!r}: {config!r}")
             return default
         config = value
     return config
-
-
-def optional(**options: Any) -> dict[str, Any]:
-    """The options that are not None."""
-    return {name: value for name, value in options.items() if value is not None}
 
 
 def bounds(config: Any, low: str, high: str, both: str) -> dict[str, float]:
@@ -95,10 +90,22 @@ def require(package: str, at_least: str) -> None:
     Raises:
         ImportError: it is not installed, or older.
     """
+    found: str | None
     try:
         found = importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        raise ImportError(f"this needs {package} >= {at_least}, which is not installed") from None
+    except importlib.metadata.PackageNotFoundError:  # a checkout on the path says it itself
+        found = getattr(sys.modules.get(package), "__version__", None)
+    if found is None:
+        raise ImportError(f"this needs {package} >= {at_least}, which is not installed")
     numbers = [[int(n) for n in re.findall(r"\d+", v)[:3]] for v in (found, at_least)]
     if numbers[0] < numbers[1]:
         raise ImportError(f"this needs {package} >= {at_least}; {package} {found} is installed")
+
+
+def replace(package: str, theirs: Any, ours: Any) -> None:
+    """Put `ours` wherever a loaded module of the package has the name of `theirs` bound to it."""
+    for name, module in list(sys.modules.items()):
+        if name == package or name.startswith(f"{package}."):
+            for key, value in list(vars(module).items()):
+                if value is theirs:
+                    setattr(module, key, ours)

@@ -24,13 +24,15 @@ from grpo_fast.integrations._host import (
     bounds,
     masked_mean,
     read,
+    replace,
     require,
     sequence_average,
 )
 from grpo_fast.loss import LossOutput
 from grpo_fast.objective import Objective
-from grpo_fast.ops import logprob
+from grpo_fast.ops import linear_logprob, logprob
 from grpo_fast.ops.policy_loss import divergence_keeps
+from grpo_fast.weights import clip_cov, kl_cov
 
 NEEDS = "0.9.1"
 Result = tuple[Tensor, dict[str, Tensor | float]]
@@ -93,7 +95,7 @@ def average(loss_agg_mode: str, mask: Tensor, config: Any) -> Average:
     return result
 
 
-def _clip_range(config: Any) -> dict[str, float]:
+def _clip_range(config: Any) -> dict[str, Any]:
     return bounds(config, "clip_ratio_low", "clip_ratio_high", "clip_ratio")
 
 
@@ -208,6 +210,47 @@ def _geo_mean(call: _Call) -> Result:
     return out.loss, call.kl() | _clip_metrics(up, down)
 
 
+def _clip_cov(call: _Call) -> Result:
+    config, clip = call.config, _clip_range(call.config)
+    kept = clip_cov(
+        call.logp.detach(),
+        call.old,
+        call.advantages,
+        mask=call.mask,
+        fraction=_given(config, "clip_cov_ratio", 0.0002),
+        low=_given(config, "clip_cov_lb", 1.0),
+        high=_given(config, "clip_cov_ub", 5.0),
+        **clip,
+    )
+    weights = kept if call.weights is None else kept * call.weights
+    out = call._replace(weights=weights).loss("clip_cov", **clip)
+    return out.loss, {"actor/pg_clipfrac": call.share(kept == 0)} | call.kl()
+
+
+def _kl_cov(call: _Call) -> Result:
+    config, logp = call.config, call.logp.detach()
+    chosen = kl_cov(
+        logp, call.advantages, mask=call.mask, fraction=_given(config, "kl_cov_ratio", 0.0002)
+    )
+    how = average(call.mode, call.mask, config)
+    # A penalty on the distance to the old policy, where chosen; elsewhere the distance to itself is 0. The
+    # weights are on the penalty, too.
+    out = call.averaged(
+        how,
+        "kl_cov",
+        {"beta": _given(config, "ppo_kl_coef", 1.0)},
+        ref_logps=torch.where(chosen, call.old, logp),
+        token_weights=call.weights,
+    )
+    return out.loss, {"actor/ppo_kl": masked_mean((logp - call.old).abs(), call.mask)}
+
+
+def _given(config: Any, name: str, default: float) -> float:
+    """An option of `policy_loss`, or verl's stand-in for None."""
+    value = read(config, f"policy_loss.{name}")
+    return default if value is None else value
+
+
 def _with_verls_signature(mode: str, loss: Callable[[_Call], Result]) -> PolicyLoss:
     def policy_loss(
         old_log_prob: Tensor,
@@ -246,6 +289,8 @@ _LOSSES: dict[str, Callable[[_Call], Result]] = {
     "geo_mean": _geo_mean,
     "dppo_tv": functools.partial(_dppo, kind="dppo_tv"),
     "dppo_kl": functools.partial(_dppo, kind="dppo_kl"),
+    "clip_cov": _clip_cov,
+    "kl_cov": _kl_cov,
 }
 POLICY_LOSSES = {mode: _with_verls_signature(mode, loss) for mode, loss in _LOSSES.items()}
 
@@ -277,31 +322,70 @@ def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool 
     return logprob(logits.reshape(-1, V), labels.reshape(-1)).view(labels.shape)
 
 
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    temperature: float = 1.0,
+    reduction: str = "none",
+    dist_process_group: Any = None,
+) -> tuple[Tensor, Tensor]:
+    """verl's function of the same name: log-probs of `labels` and entropies, without the logits in memory.
+
+    Equivalent to `logprob((hidden @ weight.T).view(-1, V), labels.view(-1), temperature=temperature,
+    return_entropy=True)`, differentiable in both outputs.
+
+    Args:
+        hidden: (..., D).
+        weight: (V, D).
+        labels: (...).
+        reduction: of the log-probs: "none", "sum" or "mean".
+        dist_process_group: ranks that share the vocabulary; not supported.
+
+    Returns:
+        (log-probs, float32 (N,) or 0-dim; entropies, float32 (N,) in nats).
+    """
+    if dist_process_group is not None:
+        raise ValueError(
+            "linear_cross_entropy: dist_process_group is not supported: use one rank per vocabulary"
+        )
+    reduce = {"none": lambda x: x, "sum": torch.sum, "mean": torch.mean}.get(reduction.lower())
+    if reduce is None:
+        raise ValueError(f"reduction={reduction!r} is unknown; choose from none, sum, mean")
+    logps, entropy = linear_logprob(
+        hidden.reshape(-1, hidden.shape[-1]),
+        weight,
+        labels.reshape(-1),
+        temperature=temperature,
+        return_entropy=True,
+    )
+    return reduce(logps), entropy
+
+
 def patch_logprobs() -> None:
-    """Replace verl's `logprobs_from_logits`, in this process, also where verl has already imported it.
+    """Replace verl's two functions above, in this process, also where verl has already imported them.
 
     Raises:
         ImportError: verl is not installed, or too old.
     """
     require("verl", NEEDS)
     home = importlib.import_module("verl.utils.torch_functional")
-    _replace(home.logprobs_from_logits, logprobs_from_logits)
+    replace("verl", home.logprobs_from_logits, logprobs_from_logits)
+    fused = importlib.import_module("verl.utils.kernel.linear_cross_entropy")
+    replace("verl", fused.linear_cross_entropy, linear_cross_entropy)
 
 
-def _replace(theirs: Any, ours: Any) -> None:
-    for name, module in list(sys.modules.items()):
-        if name == "verl" or name.startswith("verl."):
-            for key, value in list(vars(module).items()):
-                if value is theirs:
-                    setattr(module, key, ours)
+def _is_installed() -> bool:
+    spec = importlib.util.find_spec("verl")
+    return (
+        spec is not None and spec.origin is not None
+    )  # not a folder that happens to have its name
 
 
 if "verl" in sys.modules:
     register()
-elif importlib.util.find_spec("verl") is not None:
+elif _is_installed():
     try:
         register()
-    except ModuleNotFoundError as missing:  # the losses themselves work without verl
-        logging.getLogger(__name__).warning(
-            "verl is installed but cannot be imported (%s): nothing is registered with it", missing
-        )
+    except ImportError as reason:  # the losses themselves work without verl
+        logging.getLogger(__name__).warning("nothing is registered with verl: %s", reason)

@@ -1,0 +1,144 @@
+"""OpenRLHF 0.11: its `PolicyLoss`, by this library.
+
+    import openrlhf.trainer.ray.ppo_actor as ppo_actor
+    from grpo_fast.integrations.openrlhf import PolicyLoss
+    ppo_actor.PolicyLoss = PolicyLoss
+
+before the actors start (OpenRLHF has no registry). The same constructor, arguments, loss, gradient and
+returned statistics. The KL and entropy terms stay OpenRLHF's.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from grpo_fast.integrations._host import Average, averaged_loss, masked_mean, sequence_average
+from grpo_fast.objective import Objective
+from grpo_fast.weights import importance_weights
+
+
+class PolicyLoss(nn.Module):
+    """`openrlhf.models.PolicyLoss` with the arguments of 0.11.2; see there.
+
+    Raises:
+        ValueError: an unknown choice, or a combination that OpenRLHF refuses.
+    """
+
+    def __init__(
+        self,
+        clip_eps_low: float = 0.2,
+        clip_eps_high: float = 0.2,
+        dual_clip: float | None = None,
+        token_level_loss: bool = True,
+        policy_loss_type: str = "ppo",
+        is_correction_level: str = "off",
+        is_correction_mode: str = "mask",
+        is_correction_gating: str = "ratio",
+        is_correction_threshold: tuple[float, float] | list[float] = (0.5, 5.0),
+    ) -> None:
+        super().__init__()
+        for name, value, choices in (
+            ("policy_loss_type", policy_loss_type, ("ppo", "gspo")),
+            ("is_correction_level", is_correction_level, ("off", "token", "seq")),
+            ("is_correction_mode", is_correction_mode, ("mask", "clip")),
+            ("is_correction_gating", is_correction_gating, ("ratio", "binary_kl", "tv")),
+        ):
+            if value not in choices:
+                raise ValueError(f"{name}={value!r} is unknown; choose from {', '.join(choices)}")
+        by_token = is_correction_level != "seq" and is_correction_gating == "ratio"
+        if is_correction_mode == "clip" and not by_token:
+            raise ValueError(
+                "is_correction_mode='clip' needs is_correction_level='token' and "
+                f"is_correction_gating='ratio', got {is_correction_level!r} and {is_correction_gating!r}"
+            )
+        gated = is_correction_gating != "ratio" and is_correction_level != "off"
+        if gated and is_correction_threshold[0] > 0:
+            raise ValueError(
+                f"is_correction_threshold={tuple(is_correction_threshold)}: a divergence "
+                f"({is_correction_gating}) is bounded from above alone"
+            )
+        self.policy_loss_type = policy_loss_type
+        self.token_level_loss = token_level_loss and policy_loss_type == "ppo"
+        self.is_correction_level = is_correction_level
+        self.is_correction_mode = is_correction_mode
+        self.is_correction_gating = is_correction_gating
+        self.is_correction_threshold = is_correction_threshold
+        self.options = {
+            "epsilon_low": clip_eps_low,
+            "epsilon_high": clip_eps_high,
+            "dual_clip": dual_clip,
+        }
+        Objective.preset(
+            f"openrlhf/{policy_loss_type}", **self.options
+        )  # refuses what it must here
+
+    def forward(
+        self,
+        log_probs: Tensor,
+        old_log_probs: Tensor,
+        advantages: Tensor,
+        action_mask: Tensor | None = None,
+        rollout_log_probs: Tensor | None = None,
+        dp_size: int = 1,
+        batch_num_tokens: float | Tensor | None = None,
+        global_batch_size: float | Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        """(loss, clip ratio, E[old - new], E[rollout - old] or None, share outside the band or None).
+
+        All tensors are (B, T).
+        """
+        mask = torch.ones_like(log_probs) if action_mask is None else action_mask
+        if self.is_correction_level != "off" and rollout_log_probs is None:
+            raise ValueError(
+                f"rollout_log_probs: needed, since is_correction_level={self.is_correction_level!r}"
+            )
+        behaviour, weights, rollout_kl, dropped = old_log_probs, None, None, None
+        if self.is_correction_level != "off":
+            assert rollout_log_probs is not None
+            if self.policy_loss_type == "gspo":
+                behaviour = rollout_log_probs  # the correction is the ratio itself
+            else:
+                weights, dropped = self._correct(old_log_probs, rollout_log_probs, mask)
+                rollout_kl = masked_mean(rollout_log_probs - old_log_probs, mask)
+        if not self.token_level_loss:
+            ranks = 1 if global_batch_size is None else dp_size
+            how = sequence_average("sequence_mean", mask, global_batch_size, ranks)
+        elif batch_num_tokens is None:
+            how = Average({"reduction": "token_mean"}, None, 1.0)
+        else:
+            how = Average({"reduction": "token_mean"}, batch_num_tokens, dp_size)
+        out = averaged_loss(
+            how,
+            f"openrlhf/{self.policy_loss_type}",
+            self.options,
+            logps=log_probs,
+            old_logps=behaviour,
+            advantages=advantages,
+            mask=mask,
+            importance_weights=weights,
+        )
+        clipped = out.metrics["clip_fraction_low"] + out.metrics["clip_fraction_high"]
+        return out.loss, clipped, masked_mean(old_log_probs - log_probs, mask), rollout_kl, dropped
+
+    def _correct(self, old: Tensor, rollout: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """(weights, share of tokens or sequences outside the band) of the mismatch correction."""
+        low, high = self.is_correction_threshold
+        seq, ratio = self.is_correction_level == "seq", self.is_correction_gating == "ratio"
+        rho = importance_weights(old, rollout, mask=mask)
+        if ratio:
+            level = "geometric" if seq else "token"
+            statistic = importance_weights(old, rollout, mask=mask, level=level)
+        else:
+            p, q = (x.detach().float().exp().clamp(1e-6, 1 - 1e-6) for x in (rollout, old))
+            if self.is_correction_gating == "tv":
+                statistic = (p - q).abs()
+            else:
+                statistic = p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
+            if seq:
+                live = mask != 0
+                total = torch.where(live, statistic, 0).sum(-1, keepdim=True)
+                statistic = total / live.sum(-1, keepdim=True).clamp(min=1)
+        outside = (statistic < low) | (statistic > high)
+        share = outside.float().mean() if seq else masked_mean(outside.float(), mask)
+        if self.is_correction_mode == "clip":
+            return statistic.clamp(low, high), share
+        return torch.where(outside, 0, rho), share

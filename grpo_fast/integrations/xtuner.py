@@ -1,0 +1,60 @@
+"""xtuner (August 2026): its "vanilla" policy loss, by this library.
+
+`GRPOLossConfig(policy_loss_cfg={"loss_type": "grpo_fast.integrations.xtuner.policy_loss", ...})`: xtuner
+imports a loss type with a dot in it. The other entries of `policy_loss_cfg` are those of "vanilla".
+"""
+
+from typing import Any
+
+from torch import Tensor
+
+from grpo_fast.integrations._host import Average, averaged_loss
+
+
+def policy_loss(
+    log_prob: Tensor,
+    old_log_prob: Tensor,
+    advantages: Tensor,
+    loss_weights: Tensor,
+    policy_loss_cfg: dict[str, Any],
+) -> Tensor:
+    """xtuner's `pg_loss_fn`: the clipped objective with dual clip, summed with weights; all tensors (1, T).
+
+    Args:
+        loss_weights: 0 where a token does not count, else its share of the global batch.
+        policy_loss_cfg: `cliprange_low`, `cliprange_high`, `clip_ratio_c`, and the clamp of the log-ratio
+            `log_prob_diff_min`, `log_prob_diff_max`, symmetric or from above alone (a minimum of -inf).
+
+    Raises:
+        ValueError: a clamp that is neither, or a missing entry.
+    """
+    for name in ("cliprange_low", "cliprange_high"):
+        if name not in policy_loss_cfg:
+            raise ValueError(f"policy_loss_cfg: {name!r} is missing, got {sorted(policy_loss_cfg)}")
+    low = policy_loss_cfg.get("log_prob_diff_min", -20.0)
+    high = policy_loss_cfg.get("log_prob_diff_max", 20.0)
+    if low == -high:
+        clamp = {"log_ratio_clip": high}
+    elif low == -float("inf"):
+        clamp = {"log_ratio_clip": None, "log_ratio_max": high}
+    else:
+        raise ValueError(
+            f"policy_loss_cfg: log_prob_diff_min={low}, log_prob_diff_max={high}: want -m and m, "
+            "or -inf and m"
+        )
+    out = averaged_loss(
+        Average({}, 1.0, 1.0),
+        "xtuner/vanilla",
+        {
+            "epsilon_low": policy_loss_cfg["cliprange_low"],
+            "epsilon_high": policy_loss_cfg["cliprange_high"],
+            "dual_clip": policy_loss_cfg.get("clip_ratio_c", 3.0),
+            **clamp,
+        },
+        logps=log_prob,
+        old_logps=old_log_prob.detach(),
+        advantages=advantages,
+        mask=loss_weights != 0,
+        token_weights=loss_weights,
+    )
+    return out.loss

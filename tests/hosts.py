@@ -1,0 +1,76 @@
+"""What the adapters' tests share: a batch, and the comparison with a host's formula."""
+
+import inspect
+from types import SimpleNamespace
+
+import torch
+
+from grpo_fast.testing import assert_as_accurate
+
+B, T = 5, 6
+
+
+def host_batch(device):
+    """Tensors (B, T): ragged, one row empty, one without an advantage, ratios beyond every bound."""
+    torch.manual_seed(11)
+    mask = torch.arange(T) < torch.tensor([6, 0, 3, 5, 1])[:, None]
+    logp = -2 * torch.rand(B, T) - 0.05
+    old = logp - 0.5 * torch.randn(B, T)
+    old[0, 0], old[0, 1], old[3, 0] = logp[0, 0] - 21, logp[0, 1] - 1.5, logp[3, 0] - 2.5
+    advantages = torch.randn(B, T)
+    advantages[2] = 0
+    advantages[0, 0] = -0.5
+    rollout = old + 0.4 * torch.randn(B, T)
+    tensors = {"logp": logp, "old": old, "A": advantages, "rollout": rollout, "mask": mask}
+    return SimpleNamespace(**{name: x.to(device) for name, x in tensors.items()})
+
+
+def agrees(ours, theirs, b):
+    """Loss and gradient of `ours(logp, batch)` on float32 with NaN in the padding against float64 without.
+
+    `theirs` in float32 is the plain PyTorch whose error is allowed. Returns what else `ours` returned.
+    """
+    results, rest = [], None
+    for fn, dtype, fill in (
+        (ours, torch.float32, torch.nan),
+        (theirs, torch.float32, 0.0),
+        (theirs, torch.float64, 0.0),
+    ):
+        given = {
+            name: torch.where(b.mask, x, fill).to(dtype) if x.is_floating_point() else x
+            for name, x in vars(b).items()
+        }
+        x = given.pop("logp").requires_grad_()
+        out = fn(x, SimpleNamespace(**given))
+        loss, *others = out if isinstance(out, tuple) else (out,)
+        rest = others if rest is None else rest
+        (grad,) = torch.autograd.grad(0.7 * loss, x)
+        results.append((loss, torch.where(b.mask, grad, 0)))
+    for name, (a, plain, truth) in zip(
+        ("loss", "gradient"), zip(*results, strict=True), strict=True
+    ):
+        assert_as_accurate(a, plain, truth, name=name)
+    assert results[2][1].abs().max() > 0
+    return rest
+
+
+def parameters(fn):
+    return list(inspect.signature(fn).parameters)
+
+
+def clipped(d, A, low, high, dual=None):
+    r = d.exp()
+    loss = torch.maximum(-A * r, -A * r.clamp(1 - low, 1 + high))
+    return loss if dual is None else torch.where(A < 0, torch.minimum(loss, -A * dual), loss)
+
+
+def sequence_mean(x, mask):
+    return (x * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
+
+
+def mean(x, mask):
+    return (torch.where(mask, x.double(), 0).sum() / mask.sum()).item()
+
+
+def with_options(config, **changes):
+    return SimpleNamespace(**(vars(config) | changes))

@@ -1,0 +1,215 @@
+"""NeMo-RL's adapter: calling convention, options, and its formulas in float64, from the sources of 0.6."""
+
+import sys
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+
+from grpo_fast.integrations import nemo_rl
+from tests.hosts import agrees, clipped, host_batch, mean, parameters, sequence_mean
+
+OPTIONS = {
+    "loss_type": SimpleNamespace(name="TOKEN_LEVEL"),
+    "disable_ppo_ratio": False,
+    "ratio_clip_min": 0.2,
+    "ratio_clip_max": 0.28,
+    "ratio_clip_c": None,
+    "reference_policy_kl_penalty": 0.0,
+    "reference_policy_kl_type": "k3",
+    "kl_input_clamp_value": 20.0,
+    "kl_output_clamp_value": 10.0,
+    "use_importance_sampling_correction": False,
+    "truncated_importance_sampling_type": None,
+    "truncated_importance_sampling_ratio": None,
+    "truncated_importance_sampling_ratio_min": None,
+    "use_on_policy_kl_approximation": False,
+    "force_on_policy_ratio": False,
+    "sequence_level_importance_ratios": False,
+    "use_cispo": False,
+    "positive_example_nll_weight": 0.0,
+}
+BY_SEQUENCE = {"loss_type": SimpleNamespace(name="SEQUENCE_LEVEL")}
+GSPO = BY_SEQUENCE | {"sequence_level_importance_ratios": True}
+
+
+def corrected(kind, low, high, **more):
+    return {
+        "use_importance_sampling_correction": True,
+        "truncated_importance_sampling_type": kind,
+        "truncated_importance_sampling_ratio_min": low,
+        "truncated_importance_sampling_ratio": high,
+        **more,
+    }
+
+
+CASES = {
+    "grpo": {},
+    "kl": {"reference_policy_kl_penalty": 0.3},
+    "kl-open": {
+        "reference_policy_kl_penalty": 0.3,
+        "kl_input_clamp_value": None,
+        "kl_output_clamp_value": None,
+    },
+    "dual": {"ratio_clip_c": 3.0},
+    "sequences": BY_SEQUENCE | {"reference_policy_kl_penalty": 0.3},
+    "gspo": GSPO | {"reference_policy_kl_penalty": 0.3},
+    "cispo": {"use_cispo": True},
+    "reinforce": {"disable_ppo_ratio": True, "reference_policy_kl_penalty": 0.3},
+    "on-policy": {"force_on_policy_ratio": True},
+    "raw": {"use_importance_sampling_correction": True},
+    "tis": corrected("tis", None, 1.2),
+    "icepop": corrected("icepop", 0.7, 1.3),
+    "seq-mask-tis": corrected("seq-mask-tis", 0.85, 1.15),
+    "gspo-tis": corrected("tis", 0.1, 1.5, **GSPO),
+    "positives": {"positive_example_nll_weight": 0.2},
+}
+SEQS, TOKS = torch.tensor(7.0), torch.tensor(40.0)
+
+
+@pytest.fixture
+def batch(device):
+    b = host_batch(device)
+    b.ref = b.logp + torch.randn_like(b.logp)
+    b.ref[0, :3] = b.logp[0, :3] + torch.tensor([3.0, 21.0, -21.0], device=device)
+    return b
+
+
+def shifted(x):
+    """NeMo-RL's tensors have a column more in front."""
+    return torch.cat([torch.full_like(x[:, :1], 0), x], 1)
+
+
+def data_of(b):
+    sample_mask = torch.tensor([1, 1, 1, 1, 0], device=b.A.device)
+    return {
+        "token_mask": shifted(b.mask.float()),
+        "sample_mask": sample_mask.float(),
+        "advantages": shifted(b.A),
+        "prev_logprobs": shifted(b.old),
+        "generation_logprobs": shifted(b.rollout),
+        "reference_policy_logprobs": shifted(b.ref),
+        "rewards": torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0], device=b.A.device),
+    }
+
+
+def formula(o):
+    def loss(x, b):
+        live = b.mask & (data_of(b)["sample_mask"] != 0)[:, None]
+        d = x - b.old
+        if o.sequence_level_importance_ratios:
+            d = sequence_mean(d, b.mask)
+        if o.force_on_policy_ratio:
+            d = x - x.detach()
+        policy = clipped(d, b.A, 0.2, 0.28, o.ratio_clip_c)
+        if o.use_cispo:
+            policy = -b.A * d.exp().clamp(0.8, 1.28).detach() * x
+        if o.disable_ppo_ratio:
+            policy = -b.A * x
+        if o.use_importance_sampling_correction:
+            gap = b.old - b.rollout
+            if o.sequence_level_importance_ratios:
+                gap = (gap * b.mask).sum(1, keepdim=True)
+            rho = gap.exp()
+            low = o.truncated_importance_sampling_ratio_min or 0
+            high = o.truncated_importance_sampling_ratio
+            kind = o.truncated_importance_sampling_type
+            if kind == "tis":
+                rho = rho.clamp(low, high)
+            elif kind is not None:
+                by = rho if kind == "icepop" else sequence_mean(gap, b.mask).exp()
+                rho = torch.where((by >= low) & (by <= high), rho, 0)
+            policy = policy * rho
+        q = b.ref - x
+        bound = o.kl_input_clamp_value or torch.inf
+        weight = (x - x.detach()).exp()
+        weight = torch.where(q.abs() > bound, weight.detach(), weight)
+        q = q.clamp(-bound, bound)
+        kl = (weight * (q.exp() - q - 1)).clamp(max=o.kl_output_clamp_value or torch.inf)
+        policy = torch.where(live, policy + o.reference_policy_kl_penalty * kl, 0)
+        if o.loss_type.name == "TOKEN_LEVEL":
+            total = policy.sum() / TOKS
+        else:
+            total = (policy.sum(1) / b.mask.sum(1).clamp(min=1)).sum() / SEQS
+        right = live & (data_of(b)["rewards"] > 0)[:, None]
+        return total - o.positive_example_nll_weight * (x * right).sum() / right.sum()
+
+    return loss
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_loss(case, batch):
+    o = SimpleNamespace(**OPTIONS | CASES[case])
+    (metrics,) = agrees(
+        lambda x, b: nemo_rl.clipped_pg_loss(o, x, data_of(b), SEQS, TOKS), formula(o), batch
+    )
+    live = batch.mask.clone()
+    live[4] = False
+    share = live.sum().item() / TOKS.item()
+    d = batch.logp - batch.old
+    if case in ("grpo", "kl", "dual", "tis"):
+        assert metrics["probs_ratio"] == pytest.approx(share * mean(d.exp(), live), rel=1e-5)
+        assert metrics["probs_ratio_max"] == pytest.approx(d[live].exp().max().item())
+        clamped = d.exp().clamp(0.8, 1.28)
+        assert metrics["probs_ratio_clamped"] == pytest.approx(share * mean(clamped, live))
+        assert metrics["probs_ratio_clamped_min"] == pytest.approx(0.8)
+    gap = batch.rollout - batch.old
+    if not o.force_on_policy_ratio:
+        want = share * mean((-gap).exp() - 1 + gap, live)
+        assert metrics["gen_kl_error"] == pytest.approx(want, rel=1e-4)
+        want = share * mean(gap.abs().exp(), live)
+        assert metrics["token_mult_prob_error"] == pytest.approx(want, rel=1e-5)
+    if case == "kl":
+        q = (batch.ref - batch.logp).clamp(-20, 20).double()
+        want = share * mean((q.exp() - q - 1).clamp(max=10), live)
+        assert metrics["kl_penalty"] == pytest.approx(want, rel=1e-5)
+    if case == "icepop":
+        outside = ((-gap).exp() < 0.7) | ((-gap).exp() > 1.3)
+        assert metrics["is_oob_ratio"] == pytest.approx(share * mean(outside, live))
+    assert metrics["num_valid_samples"] == 4
+    assert all(type(value) is float for value in metrics.values())
+
+
+def test_what_cannot_be_the_same_is_refused(batch):
+    penalised = {"reference_policy_kl_penalty": 0.1}
+    for changes, message in (
+        (penalised | {"reference_policy_kl_type": "k1"}, "reference_policy_kl_type='k1'"),
+        (penalised | {"use_on_policy_kl_approximation": True}, "use_on_policy_kl_approximation"),
+        ({"disable_ppo_ratio": True, "ratio_clip_c": 3.0}, "ratio_clip_c=3.0"),
+    ):
+        o = SimpleNamespace(**OPTIONS | changes)
+        with pytest.raises(ValueError, match=message):
+            nemo_rl.clipped_pg_loss(o, batch.logp, data_of(batch), SEQS, TOKS)
+    filtered = data_of(batch) | {"curr_logprobs_unfiltered": batch.logp}
+    o = SimpleNamespace(**OPTIONS | penalised)
+    with pytest.raises(ValueError, match="top-k or top-p"):
+        nemo_rl.clipped_pg_loss(o, batch.logp, filtered, SEQS, TOKS)
+
+
+def test_patching(batch, monkeypatch):
+    with pytest.raises(ImportError, match=r"NeMo-RL >= 0\.6"):
+        nemo_rl.patch()
+    for i in range(nemo_rl.HOME.count(".") + 1):
+        name = ".".join(nemo_rl.HOME.split(".")[: i + 1])
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    user = ModuleType("nemo_rl.algorithms.grpo")
+    monkeypatch.setitem(sys.modules, user.__name__, user)
+
+    class ClippedPGLossFn:
+        def __init__(self, cfg, use_fused_linear_logprobs=False):
+            vars(self).update(cfg)
+
+        def __call__(self, next_token_logprobs, data, global_valid_seqs, global_valid_toks):
+            raise NotImplementedError
+
+    home = sys.modules[nemo_rl.HOME]
+    home.ClippedPGLossFn = user.ClippedPGLossFn = ClippedPGLossFn
+    nemo_rl.patch()
+    nemo_rl.patch()  # once is enough
+    assert home.ClippedPGLossFn is user.ClippedPGLossFn is not ClippedPGLossFn
+    loss_fn = user.ClippedPGLossFn(OPTIONS)
+    assert isinstance(loss_fn, ClippedPGLossFn)
+    assert parameters(loss_fn.__call__) == parameters(ClippedPGLossFn.__call__)[1:]
+    loss, _ = loss_fn(batch.logp, data_of(batch), SEQS, TOKS)
+    o = SimpleNamespace(**OPTIONS)
+    assert loss == nemo_rl.clipped_pg_loss(o, batch.logp, data_of(batch), SEQS, TOKS)[0]
