@@ -5,11 +5,9 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from benchmarks import measure, shapes
+from benchmarks import measure, shapes, traffic
 
 CASES = [(shape, "full") for shape in shapes.TOKENS]
-# A reward read, an advantage written; the rest of the group is in the cache.
-BYTES_PER_SEQUENCE = 4 + 4
 
 
 @pytest.mark.parametrize("shape, variant, provider", measure.parameters(CASES, "group_advantage"))
@@ -28,5 +26,5 @@ def bench_forward(benchmark: Any, shape: str, variant: str, provider: str) -> No
         variant=variant,
         setup=lambda batch: (batch.rewards, batch.shape.G),
         call=call,
-        nbytes=lambda batch: BYTES_PER_SEQUENCE * batch.shape.B,
+        nbytes=lambda batch: traffic.group_advantage(batch.shape.B).least,
     )

@@ -5,22 +5,22 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from benchmarks import measure, shapes
+from benchmarks import measure, shapes, traffic
 from benchmarks.inputs import Batch
-from benchmarks.providers import INPLACE
 
 
 @pytest.mark.parametrize("shape, variant, provider", measure.parameters(shapes.cases(), "grpo"))
 def bench_forward_backward(benchmark: Any, shape: str, variant: str, provider: str) -> None:
     def setup(batch: Batch) -> tuple[Any, ...]:
-        leaf, logits = measure.logits_setup(batch, copy=provider == INPLACE)
+        leaf, logits = measure.logits_setup(batch, provider)
         return leaf, logits, batch
 
     def call(fn: Any) -> measure.Call:
         def both(leaf: Tensor, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-            return measure.value_and_grad(
+            loss, grad = measure.value_and_grad(
                 fn, leaf, logits, batch.ids, objective=batch.objective, **batch.arguments
             )
+            return loss, measure.without_extra_row(grad, batch)
 
         return both
 
@@ -32,5 +32,7 @@ def bench_forward_backward(benchmark: Any, shape: str, variant: str, provider: s
         variant=variant,
         setup=setup,
         call=call,
-        nbytes=lambda batch: measure.logits_bytes(batch, live_passes=1, all_passes=1),
+        nbytes=lambda batch: (
+            traffic.grpo(batch.shape.N, batch.live, batch.moving, *measure.row_of(batch)).least
+        ),
     )

@@ -1,33 +1,23 @@
-"""From hidden states to the loss and its gradients: three matrix products, the logits a chunk at a time."""
+"""From hidden states to the loss and its gradients: three matrix multiplications on the tokens that move."""
 
 from typing import Any
 
 import pytest
-import torch
-from torch import Tensor
 
 from benchmarks import measure, shapes
-from benchmarks.inputs import Batch
+
+STEM = "linear_grpo"
+CASES = shapes.hidden_cases()
+by_case = pytest.mark.parametrize("shape, variant, provider", measure.parameters(CASES, STEM))
 
 
-@pytest.mark.parametrize(
-    "shape, variant, provider", measure.parameters(shapes.head_cases(), "linear_grpo")
-)
+@by_case
 def bench_forward_backward(benchmark: Any, shape: str, variant: str, provider: str) -> None:
-    def call(fn: Any) -> measure.Call:
-        def both(hidden: Tensor, weight: Tensor, batch: Batch) -> tuple[Tensor, tuple[Tensor, ...]]:
-            loss = fn(hidden, weight, batch.ids, objective=batch.objective, **batch.arguments)
-            return loss, torch.autograd.grad(loss, (hidden, weight))
-
-        return both
-
-    measure.measure(
+    measure.hidden_measure(
         benchmark,
-        stem="linear_grpo",
+        stem=STEM,
         provider=provider,
         shape_name=shape,
         variant=variant,
-        setup=measure.head_setup,
-        call=call,
-        nbytes=lambda batch: measure.head_bytes(batch, gradients=True),
+        backward=True,
     )

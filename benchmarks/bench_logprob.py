@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import measure, shapes
+from benchmarks import measure, shapes, traffic
 from benchmarks.inputs import Batch
 
 CASES = [(shape, "full") for shape in shapes.logits_shapes()]
@@ -30,7 +30,7 @@ def bench_forward(benchmark: Any, shape: str, variant: str, provider: str) -> No
         variant=variant,
         setup=lambda batch: (batch.logits, batch.ids),
         call=call,
-        nbytes=lambda batch: measure.logits_bytes(batch, live_passes=1, all_passes=0),
+        nbytes=lambda batch: traffic.logprob_forward(batch.live, *measure.row_of(batch)).least,
         roof="read",
     )
 
@@ -38,7 +38,7 @@ def bench_forward(benchmark: Any, shape: str, variant: str, provider: str) -> No
 @by_case
 def bench_forward_backward(benchmark: Any, shape: str, variant: str, provider: str) -> None:
     def setup(batch: Batch) -> tuple[Any, ...]:
-        leaf, logits = measure.logits_setup(batch, copy=False)
+        leaf, logits = measure.logits_setup(batch, provider)
         return leaf, logits, batch.ids, batch.upstream
 
     def call(fn: Any) -> measure.Call:
@@ -56,5 +56,7 @@ def bench_forward_backward(benchmark: Any, shape: str, variant: str, provider: s
         variant=variant,
         setup=setup,
         call=call,
-        nbytes=lambda batch: measure.logits_bytes(batch, live_passes=2, all_passes=1),
+        nbytes=lambda batch: (
+            traffic.logprob(batch.shape.N, batch.live, *measure.row_of(batch)).least
+        ),
     )

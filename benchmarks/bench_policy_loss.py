@@ -1,21 +1,19 @@
 """The objective on log-probs, with its gradient: a dozen numbers per token, so launches are what costs."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 from torch import Tensor
 
-from benchmarks import measure, shapes
+from benchmarks import measure, shapes, traffic
 from benchmarks.inputs import Batch
 
 CASES = [(shape, "full") for shape in shapes.TOKENS]
-# Forward: logp, weight, advantage, old, ref read; loss, dlogp, kl, clip flag written. Backward: the
-# upstream gradient and dlogp read, their product written.
-BYTES_PER_TOKEN = 5 * 4 + 3 * 4 + 1 + 3 * 4
 
 
 def of_log_probs(
-    benchmark: Any, stem: str, shape: str, variant: str, provider: str, bytes_per_token: int
+    benchmark: Any, stem: str, shape: str, variant: str, provider: str, nbytes: Callable[[int], int]
 ) -> None:
     """Measure a loss of log-probs with its gradient."""
 
@@ -38,10 +36,13 @@ def of_log_probs(
         variant=variant,
         setup=setup,
         call=call,
-        nbytes=lambda batch: bytes_per_token * batch.shape.N,
+        nbytes=lambda batch: nbytes(batch.shape.N),
     )
 
 
 @pytest.mark.parametrize("shape, variant, provider", measure.parameters(CASES, "policy_loss"))
 def bench_forward_backward(benchmark: Any, shape: str, variant: str, provider: str) -> None:
-    of_log_probs(benchmark, "policy_loss", shape, variant, provider, BYTES_PER_TOKEN)
+    def nbytes(N: int) -> int:
+        return traffic.policy_loss(N).least + traffic.policy_loss_backward(N).least
+
+    of_log_probs(benchmark, "policy_loss", shape, variant, provider, nbytes)

@@ -3,7 +3,9 @@
 The launchers run on tensors without storage (device "meta"), and each launch is compiled with the
 specialisation that Triton would choose at run time; then the assembly is read.
 
-    python -m benchmarks.codegen [--json] [sm_80 sm_90 sm_100 gfx942]
+    python -m benchmarks.codegen [--save] [--json] [sm_80 sm_90 sm_100 gfx942]
+
+`--save` writes `codegen.json`, from which RESULTS.md and the cost model take their numbers.
 """
 
 import argparse
@@ -18,16 +20,16 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, get_args
 from unittest import mock
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from triton.runtime.jit import JITFunction, mangle_type
 
+from benchmarks import compiled
 from benchmarks.assembly import Loop, count_barriers, read_amd, read_loops, read_nvidia
+from benchmarks.launches import compile_launch, record
 from grpo_fast.kernels import (
     group_advantage,
     grpo,
@@ -330,44 +332,6 @@ CASES: dict[str, Callable[[], None]] = {
 }
 
 
-class Launch(NamedTuple):
-    fn: Any  # a triton.JITFunction
-    arguments: dict[str, Any]  # compile options included
-
-
-def record(case: Callable[[], None]) -> Launch:
-    """The one launch that `case` makes, instead of making it."""
-    launches = []
-
-    def run(fn: Any, *, grid: Any, warmup: bool, **arguments: Any) -> None:
-        launches.append(Launch(fn, arguments))
-
-    with mock.patch.object(JITFunction, "run", run):
-        case()
-    (launch,) = launches
-    return launch
-
-
-def compile_launch(launch: Launch, target: GPUTarget) -> Any:
-    """Compile as `fn[grid](**arguments)` would on `target`: None and 1 are constants, 16 a known divisor."""
-    signature, constants, attributes = {}, {}, {}
-    for i, parameter in enumerate(launch.fn.params):
-        value = launch.arguments[parameter.name]
-        special = not parameter.do_not_specialize
-        number = type(value) is int
-        if parameter.is_constexpr or value is None or (special and number and value == 1):
-            signature[parameter.name] = "constexpr"
-            constants[(i,)] = value
-            continue
-        signature[parameter.name] = mangle_type(value)
-        if special and (isinstance(value, torch.Tensor) or (number and value % 16 == 0)):
-            attributes[(i,)] = [["tt.divisibility", 16]]
-    names = {parameter.name for parameter in launch.fn.params}
-    options = {name: x for name, x in launch.arguments.items() if name not in names}
-    source = ASTSource(launch.fn, signature, constants, attributes)
-    return triton.compile(source, target=target, options=options)
-
-
 def inspect(case: str, target: str) -> Report:
     gpu = TARGETS[target]
     with mock.patch.object(rows, "WARP_SIZE", gpu.warp_size):
@@ -413,36 +377,42 @@ def collect(targets: Iterable[str] = TARGETS, jobs: int = 2) -> list[Report]:
         return [report for reports in pool.map(run, targets) for report in reports]
 
 
-def table(reports: list[Report]) -> str:
-    """The reports as a Markdown table."""
-    lines = [
-        "| target | launch | registers | resident programs | stack | shared memory | barriers "
-        "| instructions / element | bits per access |",
-        "|---|---|--:|--:|--:|--:|--:|---|---|",
-    ]
-    for r in reports:
-        loops = r.main_loops()
-        work = ", ".join(f"{k} {x.per_element(r.itemsize):.1f}" for k, x in loops.items())
-        bits = sorted({b for x in loops.values() for b in x.loads + x.stores})
-        cells = (
-            *(r.target, r.case, r.registers, r.resident_programs(), r.stack, r.shared, r.barriers),
-            *(work, bits),
-        )
-        lines.append(f"| {' | '.join(str(x).strip('[]') for x in cells)} |")
-    return "\n".join(lines)
+def summary(report: Report) -> dict[str, Any]:
+    """A report in the numbers that are published."""
+    loops = report.main_loops()
+    return {
+        "target": report.target,
+        "case": report.case,
+        "registers": report.registers,
+        "resident_programs": report.resident_programs(),
+        "stack": report.stack,
+        "shared": report.shared,
+        "barriers": report.barriers,
+        "per_element": {k: round(x.per_element(report.itemsize), 2) for k, x in loops.items()},
+        "bits": sorted({b for x in loops.values() for b in x.loads + x.stores}),
+    }
+
+
+def save(reports: list[Report], path: Path = compiled.SAVED) -> None:
+    rows = ",\n".join(json.dumps(summary(x)) for x in reports)
+    path.write_text(f'{{"triton": "{triton.__version__}", "rows": [\n{rows}\n]}}\n')
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("targets", nargs="*", help="all by default")
     parser.add_argument("--json", action="store_true", help="for programs")
+    parser.add_argument("--save", action="store_true", help=f"write {compiled.SAVED.name}")
     args = parser.parse_args()
     targets = args.targets or list(TARGETS)
     if args.json:
         reports = [inspect(case, target) for target in targets for case in CASES]
         json.dump([dataclasses.asdict(x) for x in reports], sys.stdout)
     else:
-        print(table(collect(targets)))
+        reports = collect(targets)
+        print(compiled.table(map(summary, reports)))
+        if args.save:
+            save(reports)
 
 
 if __name__ == "__main__":

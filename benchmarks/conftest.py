@@ -1,34 +1,82 @@
-"""What pytest-benchmark writes besides the times: the machine, the commit, and who is missing."""
+"""Options of the benchmarks, and what is written besides the times: machine, commit, who is missing."""
 
+import os
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks import inputs, machine, measure
+from benchmarks import inputs, machine, measure, providers, results, timing
+
+PLUGIN = "benchmark"  # pytest-benchmark's name among pytest's plugins
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("grpo_fast")
+    group.addoption("--results", type=Path, help="JSON file, written anew after each measurement")
+    group.addoption("--resume", action="store_true", help="leave out what --results has already")
+    group.addoption("--library", action="append", help="only this library's providers; repeatable")
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise pytest.UsageError("TRITON_INTERPRET=1: the time of an interpreter means nothing")
+    if not config.pluginmanager.hasplugin(PLUGIN):
+        config.pluginmanager.register(timing, "grpo_fast-timing")
     config.option.showcapture = "no"  # the log of torch.compile, thousands of lines on a failure
+    path = config.getoption("results", default=None)
+    resume = config.getoption("resume", default=False)
+    measure.RECORDER[:] = [results.Recorder(path, resume)] if path else []
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    wanted = config.getoption("library", default=None)
+    if wanted:
+        items[:] = [item for item in items if _library(item) in wanted]
+    if measure.RECORDER:
+        done = measure.RECORDER[0].finished()
+        items[:] = [item for item in items if _key(item) not in done]
     for item in items:
         # Providers warn as they compile; this project's own warnings are errors in tests/.
         item.add_marker(pytest.mark.filterwarnings("ignore"))
-        item.add_marker(pytest.mark.benchmark(timer=machine.synced_time, disable_gc=True))
+        if config.pluginmanager.hasplugin(PLUGIN):
+            item.add_marker(pytest.mark.benchmark(timer=machine.synced_time, disable_gc=True))
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    if not measure.RECORDER:
+        return (yield)
+    measure.RECORDER[0].start(_key(item))
+    result = yield
+    measure.RECORDER[0].finish(_key(item))
+    return result
+
+
+def _library(item: pytest.Item) -> str | None:
+    call = getattr(item, "callspec", None)
+    return providers.library(call.params["provider"]) if call else None
+
+
+def _key(item: pytest.Item) -> str:
+    return results.key(item.path.stem.removeprefix("bench_"), item.name)
+
+
+@pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:
     inputs.rotation.cache_clear()
     machine_info.clear()  # hostname, kernel build, every CPU flag
     machine_info |= machine.describe() | {"absent": dict(measure.ABSENT)}
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_update_commit_info(config: pytest.Config, commit_info: dict) -> None:
     commit_info.clear()
     commit_info["id"] = machine.commit()
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_update_json(
     config: pytest.Config, benchmarks: list[Any], output_json: dict
 ) -> None:

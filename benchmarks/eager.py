@@ -62,16 +62,20 @@ def grpo(
     )
 
 
-def linear_logprob(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
-    return logprob(hidden @ weight.T, ids)
-
-
-def linear_grpo(hidden: Tensor, weight: Tensor, ids: Tensor, **arguments: Any) -> Tensor:
-    return grpo(hidden @ weight.T, ids, **arguments)
-
-
 def group_advantage(rewards: Tensor, group_size: int) -> Tensor:
     groups = rewards.view(-1, group_size)
     mean = groups.mean(1).repeat_interleave(group_size)
     std = groups.std(1).repeat_interleave(group_size)
     return (rewards - mean) / (std + 1e-4)
+
+
+def linear_logprob(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
+    return logprob(hidden @ weight.mT, ids)
+
+
+def linear_grpo(hidden: Tensor, weight: Tensor, ids: Tensor, **arguments: Any) -> Tensor:
+    return policy_loss(linear_logprob(hidden, weight, ids), **arguments)
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
+    return -linear_logprob(hidden, weight, ids).mean()

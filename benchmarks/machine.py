@@ -1,6 +1,7 @@
 """The machine that measures: what it is, and how fast it moves memory."""
 
 import functools
+import json
 import os
 import platform
 import re
@@ -17,6 +18,9 @@ from benchmarks import shapes
 FOLDER = Path(__file__).resolve().parent
 CALIBRATION_BYTES = {"cuda": 1 << 30, "cpu": 1 << 28}
 CALIBRATION_ROUNDS = 10
+GEMM_SIZE = {"cuda": 8192, "cpu": 1536}
+GEMM_DTYPES = {"cuda": (torch.bfloat16, torch.float32), "cpu": (torch.float32,)}
+CALIBRATION_VARIABLE = "GRPO_FAST_CALIBRATION"  # what another process of the same run has measured
 COMMIT_VARIABLE = "GRPO_FAST_COMMIT"  # where a copy of the tree without .git knows its commit from
 COMMAND_VARIABLE = "GRPO_FAST_COMMAND"
 
@@ -34,16 +38,42 @@ def bandwidth() -> dict[str, float]:
     kind = shapes.device().type
     source = torch.zeros(CALIBRATION_BYTES[kind] // 4, device=kind)
     target = torch.ones_like(source)
-    copy = 2 * source.nbytes / _fastest(lambda: target.copy_(source))
+    copy = 2 * source.nbytes / fastest(lambda: target.copy_(source))
     words = source.view(torch.int32)
     # Two reductions: which of them streams at full speed depends on the device.
-    read = min(_fastest(source.sum), _fastest(words.amax))
+    read = min(fastest(source.sum), fastest(words.amax))
     return {"copy": copy, "read": source.nbytes / read}
 
 
-def _fastest(fn: Callable[[], object]) -> float:
+@functools.cache
+def gemm_rates() -> dict[str, float]:
+    """Measured FLOP per second of a large square matrix multiplication, by dtype; float32 without TF32."""
+    kind = shapes.device().type
+    size = GEMM_SIZE[kind]
+    rates = {}
+    for dtype in GEMM_DTYPES[kind]:
+        a = torch.randn(size, size, device=kind).to(dtype)
+        b = torch.randn(size, size, device=kind).to(dtype)
+        out = torch.empty_like(a)
+        seconds = fastest(lambda a=a, b=b, out=out: torch.mm(a, b, out=out))  # type: ignore[misc]
+        rates[str(dtype).removeprefix("torch.")] = 2 * size**3 / seconds
+    return rates
+
+
+@functools.cache
+def calibration() -> dict[str, dict[str, float]]:
+    """The roofs of this run: measured here, or by the process that started it."""
+    given = os.environ.get(CALIBRATION_VARIABLE)
+    if given:
+        return json.loads(given)
+    return {"bandwidth": bandwidth(), "gemm": gemm_rates()}
+
+
+def fastest(fn: Callable[[], object], rounds: int = CALIBRATION_ROUNDS) -> float:
+    """Seconds of the fastest of some calls, after one to warm up."""
+    fn()
     times = []
-    for _ in range(CALIBRATION_ROUNDS):
+    for _ in range(rounds):
         start = synced_time()
         fn()
         times.append(synced_time() - start)
@@ -89,7 +119,7 @@ def describe() -> dict[str, Any]:
         "commit": code,
         "dirty": not is_clean(code),
         "command": os.environ.get(COMMAND_VARIABLE, "pytest benchmarks"),
-        "bandwidth": bandwidth(),
+        **calibration(),
     }
 
 
@@ -119,3 +149,7 @@ def _output_of(*command: str) -> str:
     except OSError:
         return ""
     return result.stdout.strip()
+
+
+if __name__ == "__main__":
+    print(json.dumps(calibration()))

@@ -9,19 +9,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import gate, inputs, machine, memory, providers, shapes
+from benchmarks import gate, gate_hidden, inputs, machine, memory, providers, shapes
 from benchmarks.inputs import Batch
+from benchmarks.results import Recorder
 
 TIME_BUDGET = {"cuda": 0.6, "cpu": 2.0}  # seconds of timed rounds of one case
 ROUNDS = (5, 200)
 # Below this a call is mostly launches: the time of the device alone is recorded next to it.
 LAUNCH_BOUND = 200e-6
 
-Gradient = Tensor | tuple[Tensor, ...] | None
-Call = Callable[..., tuple[Tensor, Gradient]]
+Call = Callable[..., tuple[Tensor, Any]]
 Setup = Callable[[Batch], tuple[Any, ...]]
 
 ABSENT: dict[str, str] = {}  # "stem provider" -> why there is no number
+RECORDER: list[Recorder] = []  # the one that `--results` asked for
 
 
 def measure(
@@ -35,20 +36,24 @@ def measure(
     call: Callable[[providers.Function], Call],
     nbytes: Callable[[Batch], int],
     roof: str = "copy",
+    flops: Callable[[Batch], int] | None = None,
 ) -> None:
     """Gate, then time `call(function)(*setup(batch))`; `setup` is not timed.
 
     Args:
         call: from a provider's function to one that returns its value and gradient.
         nbytes: that have to move at least, by the formula in the kernel's docstring.
-        roof: which measured bandwidth they are held against: "copy" or "read".
+        roof: what was measured on this machine that they are held against: "copy" or "read" bandwidth, or
+            the rate of matrix multiplications, "gemm", for `flops`.
+        flops: of the matrix multiplications that have to be done at least.
     """
     fn = _load(stem, provider)
     shape, device, dtype = shapes.get(shape_name), shapes.device(), shapes.dtype()
-    batches = inputs.rotation(shape, variant, device, dtype)
-    run = call(fn)
+    hidden = stem in providers.HIDDEN_PROVIDERS
     try:
-        _check(stem, provider, batches[0], run(*setup(batches[0])))
+        batches = inputs.rotation(shape, variant, device, dtype, hidden)
+        run = call(fn)
+        errors = _check(stem, provider, batches[0], run(*setup(batches[0])))
         extra = memory.peak_extra_bytes(functools.partial(run, *setup(batches[0])))
         rounds = _rounds(run, setup, batches[0])
         turns = itertools.cycle(batches)
@@ -59,19 +64,29 @@ def measure(
             "provider": provider,
             "shape": shape_name,
             "variant": variant,
-            "sizes": {"B": shape.B, "T": shape.T, "V": shape.V, "G": shape.G, "D": shape.D},
+            "sizes": {"B": shape.B, "T": shape.T, "V": shape.V, "G": shape.G}
+            | ({"D": shape.D} if hidden else {}),
             "dtype": str(dtype).removeprefix("torch.") if shape.V else "float32",
             "live_tokens": batches[0].live,
+            "moving_tokens": batches[0].moving,
             "bytes": nbytes(batches[0]),
+            "flops": flops(batches[0]) if flops else 0,
             "roof": roof,
             "peak_extra_bytes": extra,
+            "errors": errors,
         }
+        if hidden:
+            benchmark.extra_info |= _about_the_head(batches[0])
         benchmark.pedantic(
             _discard(run), setup=lambda: (setup(next(turns)), {}), rounds=rounds, warmup_rounds=2
         )
         _add_device_time(benchmark, run, setup, batches[0])
+        if RECORDER and benchmark.stats is not None:
+            RECORDER[0].add(benchmark.name, benchmark.extra_info, benchmark.stats.stats)
     except torch.OutOfMemoryError:
-        _absent(stem, provider, f"out of memory at {shape_name}")
+        _absent(stem, f"{provider} {shape_name}", "out of memory")
+    except providers.UnavailableError as reason:
+        _absent(stem, provider, str(reason))
 
 
 def value_and_grad(fn: providers.Function, leaf: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -80,31 +95,96 @@ def value_and_grad(fn: providers.Function, leaf: Tensor, *args: Any, **kwargs: A
     return loss, torch.autograd.grad(loss, leaf)[0]
 
 
-def head_setup(batch: Batch) -> tuple[Tensor, Tensor, Batch]:
-    """(hidden states, weight), leaves that want a gradient, and the batch."""
-    assert batch.head is not None
-    hidden, weight = batch.head
-    return hidden.requires_grad_(), weight.requires_grad_(), batch
-
-
-def head_bytes(batch: Batch, gradients: bool) -> int:
-    """Bytes of hidden states and weight, and of their gradients: nothing of the size of the logits."""
-    assert batch.head is not None
-    return sum(x.numel() * x.element_size() for x in batch.head) * (2 if gradients else 1)
-
-
-def logits_setup(batch: Batch, copy: bool) -> tuple[Tensor, Tensor]:
+def logits_setup(batch: Batch, provider: str) -> tuple[Tensor, Tensor]:
     """(leaf, logits that depend on it): a copy where they may be overwritten."""
     assert batch.logits is not None
-    leaf = batch.logits.requires_grad_()
+    leaf = batch.logits.detach()
+    if provider in providers.EXTRA_ROW:
+        leaf = torch.nn.functional.pad(leaf, (0, 0, 0, 1))
+    leaf.requires_grad_()
+    # Padding has made a copy of its own already.
+    copy = provider in providers.OVERWRITES and provider not in providers.EXTRA_ROW
     return leaf, leaf.clone() if copy else leaf
 
 
-def logits_bytes(batch: Batch, live_passes: int, all_passes: int) -> int:
-    """Bytes of passes over the live rows of the logits and over all of them."""
+def without_extra_row(grad: Tensor, batch: Batch) -> Tensor:
+    return grad[:, : batch.shape.T]
+
+
+def hidden_measure(
+    benchmark: Any, *, stem: str, provider: str, shape_name: str, variant: str, backward: bool
+) -> None:
+    """Measure a provider of a stem that starts from hidden states."""
+
+    def setup(batch: Batch) -> tuple[Any, ...]:
+        return *gate_hidden.leaves(batch), batch
+
+    def call(fn: providers.Function) -> Call:
+        def both(hidden: Tensor, weight: Tensor, batch: Batch) -> tuple[Tensor, Any]:
+            return gate_hidden.run(fn, hidden, weight, batch, stem)
+
+        def forward(hidden: Tensor, weight: Tensor, batch: Batch) -> tuple[Tensor, None]:
+            with torch.no_grad():
+                return fn(hidden, weight, batch.ids), None
+
+        return both if backward else forward
+
+    def flops(batch: Batch) -> int:
+        rows = batch.moving if stem == "linear_grpo" else batch.shape.N
+        return (6 if backward else 2) * rows * batch.shape.D * batch.shape.V
+
+    def nbytes(batch: Batch) -> int:
+        assert batch.hidden is not None
+        assert batch.weight is not None
+        return (2 if backward else 1) * (batch.hidden.nbytes + batch.weight.nbytes)
+
+    measure(
+        benchmark,
+        stem=stem,
+        provider=provider,
+        shape_name=shape_name,
+        variant=variant,
+        setup=setup,
+        call=call,
+        nbytes=nbytes,
+        roof="gemm",
+        flops=flops,
+    )
+
+
+@functools.lru_cache(maxsize=4)
+def _bare_gemms(N: int, D: int, V: int, device: torch.device, dtype: torch.dtype) -> float:
+    """Seconds of the three matrix multiplications of a head with gradients, in chunks, nothing else."""
+    hidden = torch.randn(min(N, 4096), D, device=device).to(dtype)
+    weight = torch.randn(V, D, device=device).to(dtype)
+    logits = torch.empty(len(hidden), V, device=device, dtype=dtype)
+
+    def chunk() -> None:
+        torch.mm(hidden, weight.mT, out=logits)
+        logits @ weight
+        logits.mT @ hidden
+
+    return machine.fastest(chunk, rounds=3) * N / len(hidden)
+
+
+def _about_the_head(batch: Batch) -> dict[str, Any]:
+    from benchmarks import hidden
+
+    assert batch.hidden is not None
+    assert batch.weight is not None
+    shape, h = batch.shape, batch.hidden
+    if "about" not in batch.expected:
+        batch.expected["about"] = hidden.describe(h, batch.weight)
+    return {
+        "bare_gemms_seconds": _bare_gemms(shape.N, shape.D, shape.V, h.device, h.dtype),
+        "inputs": batch.expected["about"],
+    }
+
+
+def row_of(batch: Batch) -> tuple[int, int]:
+    """(entries of a row of logits, bytes of each)."""
     assert batch.logits is not None
-    row = batch.logits.element_size() * batch.shape.V
-    return row * (live_passes * batch.live + all_passes * batch.shape.N)
+    return batch.shape.V, batch.logits.element_size()
 
 
 def _load(stem: str, provider: str) -> providers.Function:
@@ -115,16 +195,23 @@ def _load(stem: str, provider: str) -> providers.Function:
         raise AssertionError("unreachable") from reason
 
 
-def _absent(stem: str, provider: str, reason: str) -> None:
+def _note(stem: str, provider: str, reason: str) -> None:
     ABSENT[f"{stem} {provider}"] = reason
+    if RECORDER:
+        RECORDER[0].skip(f"{stem} {provider}", reason)
+
+
+def _absent(stem: str, provider: str, reason: str) -> None:
+    _note(stem, provider, reason)
     pytest.skip(f"{provider}: {reason}")
 
 
-def _check(stem: str, provider: str, batch: Batch, result: tuple[Tensor, Gradient]) -> None:
+def _check(stem: str, provider: str, batch: Batch, result: tuple[Tensor, Any]) -> dict[str, float]:
+    check = gate_hidden.check if stem in providers.HIDDEN_PROVIDERS else gate.check
     try:
-        gate.check(stem, batch, *result)
+        return check(stem, batch, *result, factor=gate.factor_of(provider))
     except AssertionError as error:
-        ABSENT[f"{stem} {provider}"] = f"wrong result: {str(error).splitlines()[0]}"
+        _note(stem, provider, f"wrong result: {str(error).splitlines()[0]}")
         raise
 
 
@@ -157,9 +244,13 @@ def _add_device_time(benchmark: Any, run: Call, setup: Setup, batch: Batch) -> N
 
 
 def parameters(cases: list[tuple[str, str]], stem: str) -> list[Any]:
-    """pytest parameters (shape, variant, provider); the provider varies fastest."""
+    """pytest parameters (shape, variant, provider); the provider varies fastest.
+
+    torch.compile takes part at the first shape only: elsewhere compiling it would take most of the time.
+    """
     return [
         pytest.param(shape, variant, provider, id=f"{shape}-{variant}-{provider}")
-        for shape, variant in cases
+        for i, (shape, variant) in enumerate(cases)
         for provider in providers.PROVIDERS[stem]
+        if provider != "compile" or i == 0
     ]

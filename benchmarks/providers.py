@@ -4,31 +4,45 @@
     policy_loss, sequence_loss
                      (logps, *, mask, advantages, old_logps, ref_logps, objective) -> loss
     grpo             (logits, ids, *, mask, advantages, old_logps, ref_logps, objective) -> loss
-    linear_logprob   (hidden, weight, ids) -> log-probs
-    linear_grpo      (hidden, weight, ids, *, as grpo) -> loss
     group_advantage  (rewards, group_size) -> advantages
+    linear_logprob   (hidden, weight, ids) -> log-probs
+    linear_grpo      (hidden, weight, ids, *, mask, advantages, old_logps, ref_logps, objective) -> loss
+    linear_cross_entropy
+                     (hidden, weight, ids) -> mean of -log-prob
 
-To add a library, write a loader that imports it and returns such a function, and enter it below. A loader
-that raises `UnavailableError` or `ImportError` becomes a skip that names the reason.
+Other libraries live in `peers_*.py`. To add one, write a loader that imports it and returns such a function,
+and enter it below. A loader that raises `UnavailableError` or `ImportError` becomes a skip that names the
+reason.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks import eager
+from benchmarks import eager, peers_heads, peers_liger, peers_trl
+from benchmarks.peers import Function, UnavailableError
+from grpo_fast import Objective
 from grpo_fast.loss import grpo_loss, linear_grpo_loss, policy_loss
 from grpo_fast.ops import group_advantage, linear_logprob, logprob
 
-Function = Callable[..., Tensor]
+__all__ = [
+    "EXTRA_ROW",
+    "OVERWRITES",
+    "PROVIDERS",
+    "Function",
+    "UnavailableError",
+    "library",
+    "load",
+]
 
-INPLACE = "grpo_fast-inplace"  # may overwrite the logits: gets a copy of its own each time
-
-
-class UnavailableError(Exception):
-    """This provider cannot run here; the message says why."""
+INPLACE = "grpo_fast-inplace"
+# May overwrite the logits: these get a copy of their own each time.
+OVERWRITES = {INPLACE, "liger"}
+# Want the logits of one position more per sequence, as the model returns them.
+EXTRA_ROW = {"liger"}
 
 
 def compiled(fn: Function) -> Callable[[], Function]:
@@ -46,15 +60,6 @@ def compiled(fn: Function) -> Callable[[], Function]:
     return load
 
 
-def trl_logprob() -> Function:
-    """TRL's Triton kernel; it computes the entropy as well, always."""
-    if not torch.cuda.is_available():
-        raise UnavailableError("TRL's kernel needs a GPU")
-    from trl.kernels.logprob_entropy import selective_log_softmax_and_entropy
-
-    return lambda logits, ids: selective_log_softmax_and_entropy(logits, ids)[0]
-
-
 def loss_of(fn: Callable[..., Any], **options: Any) -> Callable[[], Function]:
     def call(*tensors: Tensor, **arguments: Any) -> Tensor:
         return fn(*tensors, **arguments, **options).loss
@@ -66,39 +71,49 @@ def own_group_advantage(rewards: Tensor, group_size: int) -> Tensor:
     return group_advantage(rewards, group_size=group_size)
 
 
+def own_linear_logprob(**options: Any) -> Callable[[], Function]:
+    return lambda: functools.partial(linear_logprob, **options)
+
+
+def own_cross_entropy() -> Function:
+    """The mean of -log-prob is the REINFORCE loss with an advantage of 1."""
+    objective = Objective(surrogate="reinforce", reduction="token_mean")
+
+    def call(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
+        ones = torch.ones(ids.shape[0], device=ids.device)
+        return linear_grpo_loss(
+            hidden, weight, ids, advantages=ones, objective=objective, compact=False
+        ).loss
+
+    return call
+
+
 PROVIDERS: dict[str, dict[str, Callable[[], Function]]] = {
     "logprob": {
         "eager": lambda: eager.logprob,
         "compile": compiled(eager.logprob),
-        "trl": trl_logprob,
+        "trl": peers_trl.logprob,
         "grpo_fast": lambda: logprob,
     },
     "policy_loss": {
         "eager": lambda: eager.policy_loss,
         "compile": compiled(eager.policy_loss),
+        "trl": peers_trl.policy_loss,
         "grpo_fast": loss_of(policy_loss),
     },
     "sequence_loss": {
         "eager": lambda: eager.policy_loss,
         "compile": compiled(eager.policy_loss),
+        "trl": peers_trl.policy_loss,
         "grpo_fast": loss_of(policy_loss),
     },
     "grpo": {
         "eager": lambda: eager.grpo,
         "compile": compiled(eager.grpo),
+        "trl": peers_trl.grpo,
+        "liger": peers_liger.grpo,
         "grpo_fast": loss_of(grpo_loss),
         INPLACE: loss_of(grpo_loss, inplace=True),
-    },
-    "linear_logprob": {
-        "eager": lambda: eager.linear_logprob,
-        "compile": compiled(eager.linear_logprob),
-        "grpo_fast": lambda: linear_logprob,
-    },
-    "linear_grpo": {
-        "eager": lambda: eager.linear_grpo,
-        "compile": compiled(eager.linear_grpo),
-        "grpo_fast": loss_of(linear_grpo_loss),
-        "grpo_fast-uncompacted": loss_of(linear_grpo_loss, compact=False),
     },
     "group_advantage": {
         "eager": lambda: eager.group_advantage,
@@ -106,6 +121,56 @@ PROVIDERS: dict[str, dict[str, Callable[[], Function]]] = {
         "grpo_fast": lambda: own_group_advantage,
     },
 }
+HIDDEN_PROVIDERS: dict[str, dict[str, Callable[[], Function]]] = {
+    "linear_logprob": {
+        "eager": lambda: eager.linear_logprob,
+        "compile": compiled(eager.linear_logprob),
+        "torch-lce": peers_heads.torch_logprob,
+        "trl": peers_trl.linear_logprob,
+        "liger-scaled-ce": peers_liger.linear_logprob,
+        "cce": peers_heads.cce_logprob(exact=False),
+        "cce-exact": peers_heads.cce_logprob(exact=True),
+        "verl": peers_heads.verl_logprob,
+        "grpo_fast": own_linear_logprob(),
+        "grpo_fast-bf16": own_linear_logprob(logits_dtype="bf16"),
+    },
+    "linear_grpo": {
+        "eager": lambda: eager.linear_grpo,
+        "compile": compiled(eager.linear_grpo),
+        "trl": peers_trl.linear_grpo,
+        "liger-chunked": peers_liger.linear_grpo,
+        "liger-scaled-ce": peers_heads.with_eager_loss(peers_liger.linear_logprob, ignores=True),
+        "cce": peers_heads.with_eager_loss(peers_heads.cce_logprob(exact=False), ignores=True),
+        "cce-exact": peers_heads.with_eager_loss(peers_heads.cce_logprob(exact=True), ignores=True),
+        "verl": peers_heads.with_eager_loss(peers_heads.verl_logprob, ignores=False),
+        "grpo_fast": loss_of(linear_grpo_loss),
+        "grpo_fast-bf16": loss_of(linear_grpo_loss, logits_dtype="bf16"),
+        "grpo_fast-all-rows": loss_of(linear_grpo_loss, compact=False),
+    },
+    "linear_cross_entropy": {
+        "eager": lambda: eager.linear_cross_entropy,
+        "compile": compiled(eager.linear_cross_entropy),
+        "torch-lce": peers_heads.torch_cross_entropy,
+        "liger-flce": peers_liger.cross_entropy,
+        "cce": peers_heads.cce_cross_entropy(exact=False),
+        "cce-exact": peers_heads.cce_cross_entropy(exact=True),
+        "quack": peers_heads.quack_cross_entropy,
+        "grpo_fast": own_cross_entropy,
+    },
+}
+PROVIDERS |= HIDDEN_PROVIDERS
+OWN = ("eager", "compile", "torch", "grpo_fast")
+
+
+def library(name: str) -> str:
+    """Whose code a provider runs: "cce-exact" is "cce"."""
+    return name.split("-")[0]
+
+
+def peer_libraries() -> list[str]:
+    """The libraries besides PyTorch and this one, in the order of the tables."""
+    names = (library(name) for table in PROVIDERS.values() for name in table)
+    return [name for name in dict.fromkeys(names) if name not in OWN]
 
 
 def load(stem: str, name: str) -> Function:

@@ -1,7 +1,9 @@
-"""Run the tests and then every benchmark in a given time, whatever crashes on the way (`benchmarks/run_all`).
+"""Tests, then every benchmark, in a given time, whatever crashes on the way (`benchmarks/run_all`).
 
-Each file runs in a process of its own. One that overruns its share of the time is interrupted, so that it
-still writes what it measured, and killed if it does not stop.
+Calibration; the tests that say most about a device; this project's benchmarks, a process for each stem; the
+7B step; the other libraries, a process for each; the other tests. What overruns its share of the time is
+interrupted, and killed if it does not stop. Results are written after every measurement: an end at any time
+loses one. After a crash a new process goes on behind the benchmark that crashed, which the results name.
 """
 
 import argparse
@@ -14,7 +16,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from benchmarks import machine
+from benchmarks import machine, providers, results
 
 ROOT = Path(__file__).resolve().parents[1]
 # The tests that say most about a device, and the benchmarks by importance with their weight in the time.
@@ -32,23 +34,52 @@ BENCHMARKS = {
     "linear_grpo": 4,
     "logprob": 3,
     "linear_logprob": 2,
+    "linear_cross_entropy": 1,
     "policy_loss": 1,
     "sequence_loss": 1,
     "group_advantage": 1,
 }
 # Tests of files, wheels and processes: they say nothing about a device.
-OFF_DEVICE = ("test_benchmarks", "test_layout", "test_memory", "test_packaging")
-TEST_SHARE = 0.35  # of the time, before the benchmarks; tests without a place there run at the end
+OFF_DEVICE = (
+    "test_benchmarks",
+    "test_benchmark_peers",
+    "test_compare",
+    "test_cost_model",
+    "test_layout",
+    "test_memory",
+    "test_packaging",
+    "test_report",
+    "test_runner",
+    "test_step_7b",
+)
+# By what share of all time a stage ends; tests without a place in the first stage run at the end.
+TESTS_END, BENCHMARKS_END, STEP_END, PEERS_END = 0.22, 0.60, 0.76, 0.93
 GRACE = 10.0  # seconds to write results after an interrupt
+RESTARTS = 3  # after crashes of one piece
 NO_TESTS = 5  # pytest's exit code
 FAILED, UNFINISHED = 1, 2  # ours
+STEP = "benchmarks.step_7b"
+OUT_OF_TIME = "out of time"
 
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
     name: str
-    arguments: tuple[str, ...]  # of pytest
+    arguments: tuple[str, ...]  # of the module
     weight: float  # of the time that is left, against the pieces of its stage that come after it
+    module: str = "pytest"
+    results: Path | None = None  # where it writes
+    peer: bool = False  # its failures are another library's
+
+    def command(self, seconds: float, resume: bool) -> list[str]:
+        command = [sys.executable, "-m", self.module]
+        if self.module == "pytest":
+            command += ["-q", "-p", "no:cacheprovider"]
+        if self.module == STEP:
+            command += ["--seconds", f"{seconds:.0f}"]
+        if self.results and self.module == "pytest":
+            command += [f"--results={self.results}"] + ["--resume"] * resume
+        return [*command, *self.arguments]
 
 
 def stages(out: Path, commit: str, tests: bool = True) -> list[tuple[float, list[Piece]]]:
@@ -57,24 +88,37 @@ def stages(out: Path, commit: str, tests: bool = True) -> list[tuple[float, list
     first = [ROOT / "tests" / f"{stem}.py" for stem in FIRST_TESTS]
     first = [path for path in first if path in files]
     rest = [path for path in files if path not in first and path.stem not in OFF_DEVICE]
+    own = tuple(f"--library={name}" for name in providers.OWN)
     benchmarks = [
         Piece(
             f"benchmark {stem}",
-            (
-                f"benchmarks/bench_{stem}.py",
-                f"--benchmark-json={out / f'{stem}-{commit}.json'}",
-                "--benchmark-columns=median,iqr,rounds",
-                "--benchmark-sort=fullname",
-            ),
+            (f"benchmarks/bench_{stem}.py", *own),
             weight,
+            results=out / f"{stem}-{commit}.json",
         )
         for stem, weight in BENCHMARKS.items()
     ]
+    step = out / f"step_7b-{commit}.json"
+    peers = [
+        Piece(
+            f"peer {library}",
+            (*(f"benchmarks/bench_{stem}.py" for stem in BENCHMARKS), f"--library={library}"),
+            1,
+            results=out / f"peer-{library}-{commit}.json",
+            peer=True,
+        )
+        for library in providers.peer_libraries()
+    ]
+    plan = [
+        (BENCHMARKS_END, benchmarks),
+        (STEP_END, [Piece("7B step", (f"--out={step}",), 1, STEP, step)]),
+        (PEERS_END, peers),
+    ]
     if not tests:
-        return [(1.0, benchmarks)]
+        return plan
     return [
-        (TEST_SHARE, [_test_piece(path) for path in first]),
-        (1.0, benchmarks),
+        (TESTS_END, [_test_piece(path) for path in first]),
+        *plan,
         *((1.0, [_test_piece(path)]) for path in rest),  # each may take all that is left
     ]
 
@@ -84,11 +128,26 @@ def _test_piece(path: Path) -> Piece:
 
 
 def run_piece(piece: Piece, seconds: float, environment: dict[str, str]) -> str:
-    """Run it; "passed", "failed" or "out of time"."""
+    """Run it, again behind a benchmark that crashes: "passed", "failed", "crashed ..." or "out of time"."""
+    start = time.monotonic()
+    crashes = []
+    for attempt in range(1 + RESTARTS):
+        left = seconds - (time.monotonic() - start)
+        outcome = _run_once(piece, left, environment, resume=attempt > 0)
+        if not piece.results or outcome in ("passed", "failed"):
+            break
+        running = results.note_end(piece.results, outcome)
+        if outcome == OUT_OF_TIME or running is None:
+            break
+        crashes.append(running)
+    return f"crashed in {'; '.join(crashes)}" if crashes else outcome
+
+
+def _run_once(piece: Piece, seconds: float, environment: dict[str, str], resume: bool) -> str:
     if seconds <= GRACE:
-        return "out of time"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *piece.arguments]
-    # A session of its own, so that an interrupt reaches whatever pytest started, and nothing else.
+        return OUT_OF_TIME
+    command = piece.command(seconds - GRACE, resume)
+    # A session of its own, so that an interrupt reaches whatever it started, and nothing else.
     process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)
     for limit, sign in ((seconds - GRACE, signal.SIGINT), (GRACE, signal.SIGKILL)):
         try:
@@ -98,54 +157,90 @@ def run_piece(piece: Piece, seconds: float, environment: dict[str, str]) -> str:
             continue
         if limit == GRACE:
             break  # it had to be interrupted
+        if code < 0:
+            return f"crashed: {signal.Signals(-code).name}"
         return "passed" if code in (0, NO_TESTS) else "failed"
     process.wait()
-    return "out of time"
+    return OUT_OF_TIME
 
 
-def run(plan: Sequence[tuple[float, list[Piece]]], seconds: float, commit: str) -> dict[str, str]:
-    """What became of each piece."""
+def calibrate(environment: dict[str, str], seconds: float) -> None:
+    """Measure the roofs once, in a process that gives the device back, for all the others."""
+    command = [sys.executable, "-m", "benchmarks.machine"]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=seconds
+    )
+    if done.returncode:
+        raise SystemExit(f"calibration failed\n{done.stderr}")
+    environment[machine.CALIBRATION_VARIABLE] = done.stdout
+    print(f"roofs: {done.stdout.strip()}", flush=True)
+
+
+def run(
+    plan: Sequence[tuple[float, list[Piece]]], seconds: float, commit: str, out: Path | None = None
+) -> dict[str, str]:
+    """What became of each piece; `out` gets the list after each."""
     environment = os.environ | {
         machine.COMMIT_VARIABLE: commit,
         machine.COMMAND_VARIABLE: "benchmarks/run_all",
         "PYTHONUNBUFFERED": "1",
     }
     start = time.monotonic()
+    if any(piece.results for _, pieces in plan for piece in pieces):
+        calibrate(environment, max(seconds, 1))
     outcome: dict[str, str] = {}
     for share, pieces in plan:
         for i, piece in enumerate(pieces):
-            left = share * seconds - (time.monotonic() - start)
-            limit = left * piece.weight / sum(p.weight for p in pieces[i:])
-            print(f"=== {piece.name}: {limit:.0f} s of {left:.0f} s left", flush=True)
+            spent = time.monotonic() - start
+            limit = (share * seconds - spent) * piece.weight / sum(p.weight for p in pieces[i:])
+            total = seconds - spent
+            print(f"=== {piece.name}: up to {limit:.0f} s; {total:.0f} s left in all", flush=True)
             outcome[piece.name] = run_piece(piece, limit, environment)
+            if out:
+                text = "\n".join(summary(outcome)) + "\n"
+                (out / f"outcome-{commit}.txt").write_text(text)
     return outcome
 
 
 def summary(outcome: dict[str, str]) -> Iterator[str]:
     for name, result in outcome.items():
-        yield f"{result:12} {name}"
+        yield f"{name}: {result}"
+
+
+def exit_code(plan: Sequence[tuple[float, list[Piece]]], outcome: dict[str, str]) -> int:
+    """1 if a test or one of this project's benchmarks failed, 2 if something did not get its time."""
+    own = [outcome[p.name] for _, pieces in plan for p in pieces if not p.peer]
+    if any(result not in ("passed", OUT_OF_TIME) for result in own):
+        return FAILED
+    return UNFINISHED if OUT_OF_TIME in outcome.values() else 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks/run_all", description=__doc__)
     parser.add_argument("--out", type=Path, help="folder of the JSON files (default: results/)")
-    parser.add_argument("--minutes", type=float, default=9.0, help="for everything (default: 9)")
+    parser.add_argument("--minutes", type=float, default=8.8, help="for everything (default: 8.8)")
     parser.add_argument("--list", action="store_true", help="print what would run, in order")
     parser.add_argument("--no-tests", action="store_true", help="only the benchmarks")
+    parser.add_argument("--only", action="append", help="pieces whose name holds this; repeatable")
     options = parser.parse_args(arguments)
     commit = machine.commit()
     out = (options.out or ROOT / "benchmarks" / "results" / machine.slug()).resolve()
     plan = stages(out, commit, tests=not options.no_tests)
+    if options.only:
+        plan = [
+            (share, [p for p in pieces if any(word in p.name for word in options.only)])
+            for share, pieces in plan
+        ]
+        last = max((i for i, (_, pieces) in enumerate(plan) if pieces), default=0)
+        plan = [(1.0 if i == last else s, pieces) for i, (s, pieces) in enumerate(plan)]
     if options.list:
         print("\n".join(piece.name for _, pieces in plan for piece in pieces))
         return 0
     out.mkdir(parents=True, exist_ok=True)
     print(f"commit {commit}, results in {out}", flush=True)
-    outcome = run(plan, 60 * options.minutes, commit)
+    outcome = run(plan, 60 * options.minutes, commit, out)
     print("\n".join(summary(outcome)), flush=True)
-    if "failed" in outcome.values():
-        return FAILED
-    return UNFINISHED if "out of time" in outcome.values() else 0
+    return exit_code(plan, outcome)
 
 
 if __name__ == "__main__":

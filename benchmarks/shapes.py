@@ -1,4 +1,4 @@
-"""The shapes that are measured, by name. A benchmark takes no other."""
+"""The shapes that are measured, by name: a model's head, and how many tokens. A benchmark takes no other."""
 
 import dataclasses
 
@@ -7,31 +7,66 @@ import torch
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """B sequences of T completion tokens over V entries, G of them for each prompt; D hidden features."""
+    """B sequences of T completion tokens over V entries, G of them for each prompt; D wide hidden states."""
 
     B: int
     T: int
     V: int
     G: int
-    D: int = 0  # where the benchmark starts from logits
+    D: int = 0
 
     @property
     def N(self) -> int:  # noqa: N802 (a dimension, like the fields)
         return self.B * self.T
 
 
-# The vocabularies of model families. Gemma's is so wide that it gets half the tokens; GPT-2's is odd,
-# so that its rows are not aligned to 16 bytes.
+# (D, V) of the models' heads, padded rows included. Gemma's vocabularies are so wide that they get half the
+# tokens; GPT-2's is odd, so that its rows are not aligned to 16 bytes.
+HEADS = {
+    "qwen2.5-7b": (3584, 152_064),
+    "qwen2.5-0.5b": (896, 151_936),
+    "llama2-7b": (4096, 32_000),
+    "llama3-8b": (4096, 128_256),
+    "gemma2-2b": (2304, 256_000),
+    "gemma3-1b": (1152, 262_144),
+    "gpt2": (768, 50_257),
+    # No model's: small enough for many tokens on a CPU, and still V >> D.
+    "small-head": (512, 64_000),
+}
+
+
+def of(model: str, B: int, T: int, G: int = 4) -> Shape:
+    D, V = HEADS[model]
+    return Shape(B=B, T=T, V=V, G=G, D=D)
+
+
 CUDA = {
-    "qwen2.5-7b": Shape(B=16, T=1024, V=152_064, G=4),
-    "llama3-8b": Shape(B=16, T=1024, V=128_256, G=4),
-    "gemma": Shape(B=8, T=1024, V=262_144, G=4),
-    "gpt2": Shape(B=16, T=1024, V=50_257, G=4),
+    "qwen2.5-7b-16k": of("qwen2.5-7b", 16, 1024),
+    "llama3-8b-16k": of("llama3-8b", 16, 1024),
+    "gemma3-1b-8k": of("gemma3-1b", 8, 1024),
+    "gemma2-2b-8k": of("gemma2-2b", 8, 1024),
+    "gpt2-16k": of("gpt2", 16, 1024),
 }
 CPU = {
-    "cpu-small": Shape(B=16, T=256, V=32_000, G=4),
-    "cpu-odd": Shape(B=8, T=64, V=50_257, G=4),
-    "cpu-tiny": Shape(B=8, T=32, V=4096, G=4),
+    "llama2-7b-4k": of("llama2-7b", 16, 256),
+    "qwen2.5-0.5b-256": of("qwen2.5-0.5b", 4, 64),
+    "gemma3-1b-128": of("gemma3-1b", 4, 32),
+    "gpt2-512": of("gpt2", 8, 64),
+}
+# From hidden states: the first three take part in the plots over N.
+CUDA_HIDDEN = {
+    "qwen2.5-7b-16k": of("qwen2.5-7b", 16, 1024),
+    "qwen2.5-7b-4k": of("qwen2.5-7b", 4, 1024),
+    "qwen2.5-7b-32k": of("qwen2.5-7b", 32, 1024),
+    "qwen2.5-0.5b-16k": of("qwen2.5-0.5b", 16, 1024),
+    "llama3-8b-16k": of("llama3-8b", 16, 1024),
+    "gemma2-2b-8k": of("gemma2-2b", 8, 1024),
+}
+CPU_HIDDEN = {
+    "small-head-4k": of("small-head", 16, 256),
+    "small-head-1k": of("small-head", 16, 64),
+    "small-head-2k": of("small-head", 16, 128),
+    "qwen2.5-0.5b-512": of("qwen2.5-0.5b", 8, 64),
 }
 # Per-token and per-sequence work, where the vocabulary plays no part: the same on every machine.
 TOKENS = {
@@ -39,21 +74,11 @@ TOKENS = {
     "step": Shape(B=512, T=2048, V=0, G=8),
 }
 
-# From hidden states.
-CUDA_HEADS = {
-    "qwen2.5-7b-head": Shape(B=16, T=1024, V=152_064, G=4, D=3584),
-    "qwen2.5-0.5b-head": Shape(B=16, T=1024, V=151_936, G=4, D=896),
-    "llama3-8b-head": Shape(B=16, T=1024, V=128_256, G=4, D=4096),
-}
-CPU_HEADS = {
-    "cpu-head": Shape(B=16, T=256, V=64_000, G=4, D=512),
-    "cpu-tiny-head": Shape(B=8, T=32, V=4096, G=4, D=128),
-}
-
 # What is in a batch: every token counts; about 30 % padding; half of the groups with equal rewards.
 VARIANTS = ("full", "padded", "zero-variance")
-DEAD_VARIANT = "dead"  # 60 % padding
 SEQUENCE_VARIANT = "gspo"  # every token counts, the ratio is the sequence's
+REALISTIC = "realistic"  # half of it padding, 40 % of the groups with equal rewards, no KL term
+DEAD = "dead"  # 60 % padding, evenly; every other token has a gradient
 
 
 def device() -> torch.device:
@@ -61,7 +86,7 @@ def device() -> torch.device:
 
 
 def dtype() -> torch.dtype:
-    """Of the logits: what a trainer has on that device."""
+    """Of the logits and hidden states: what a trainer has on that device."""
     return torch.bfloat16 if torch.cuda.is_available() else torch.float32
 
 
@@ -69,22 +94,22 @@ def logits_shapes() -> dict[str, Shape]:
     return CUDA if torch.cuda.is_available() else CPU
 
 
+def hidden_shapes() -> dict[str, Shape]:
+    return CUDA_HIDDEN if torch.cuda.is_available() else CPU_HIDDEN
+
+
 def get(name: str) -> Shape:
-    return {**CUDA, **CPU, **TOKENS, **CUDA_HEADS, **CPU_HEADS}[name]
-
-
-def head_shapes() -> dict[str, Shape]:
-    return CUDA_HEADS if torch.cuda.is_available() else CPU_HEADS
-
-
-def head_cases() -> list[tuple[str, str]]:
-    """(shape, variant) of the losses on hidden states."""
-    first, *others = head_shapes()
-    variants = ("full", DEAD_VARIANT, "zero-variance")
-    return [(first, variant) for variant in variants] + [(name, "full") for name in others]
+    return {**CUDA, **CPU, **CUDA_HIDDEN, **CPU_HIDDEN, **TOKENS}[name]
 
 
 def cases() -> list[tuple[str, str]]:
     """(shape, variant) of the losses on logits: all variants at the first shape, one at the others."""
     first, *others = logits_shapes()
     return [(first, variant) for variant in VARIANTS] + [(name, "full") for name in others]
+
+
+def hidden_cases() -> list[tuple[str, str]]:
+    """(shape, variant) of the losses from hidden states."""
+    first, *others = hidden_shapes()
+    chosen = [(first, variant) for variant in ("full", DEAD, REALISTIC)]
+    return chosen + [(name, "full") for name in others]

@@ -6,7 +6,9 @@ import pytest
 
 pytest.importorskip("triton", reason="the kernels need Triton")
 
-from benchmarks import codegen
+import triton
+
+from benchmarks import codegen, compiled
 
 # Of the main loops of the common path: instructions per element, as measured and 5 % more. A barrier, a
 # narrow load or a conversion that comes back costs more. (gfx942 has none that rounds to bfloat16.)
@@ -45,6 +47,16 @@ def streaming(reports):
 def test_every_case_is_compiled(reports):
     assert reports.keys() == codegen.CASES.keys()
     assert LOOPS.keys() < {x.kernel for x in reports.values()}
+
+
+def test_published_numbers_are_those_of_the_code(all_reports):
+    published = compiled.load()
+    if published["triton"] != triton.__version__:
+        pytest.skip(f"published with triton {published['triton']}, here is {triton.__version__}")
+    rows = [codegen.summary(x) for x in all_reports]
+    assert published["rows"] == rows, (
+        "run python -m benchmarks.codegen --save, then benchmarks.report"
+    )
 
 
 @by_target

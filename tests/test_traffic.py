@@ -13,6 +13,7 @@ if torch.cuda.is_available():
 
 from triton.runtime.interpreter import InterpreterBuilder
 
+from benchmarks import traffic as formulas
 from grpo_fast.kernels import (
     group_advantage,
     grpo,
@@ -21,6 +22,7 @@ from grpo_fast.kernels import (
     logprob,
     policy_loss,
     rows,
+    sequence_loss,
 )
 from grpo_fast.objective import Objective
 
@@ -138,7 +140,8 @@ def test_logprob_forward(V, dtype, entropy):
     size, visited = traffic.read(logits)
     expected = visits(mask, logits.shape, 1)
     expected.view(N, V)[mask, ids[mask]] += 1
-    assert size == live * (V + 1) * w
+    documented = formulas.logprob_forward(live, V, w)
+    assert size == documented.read + documented.reread
     assert_visits(visited, expected)
     loaded, stored = meeting(V, live)
     assert traffic.total(traffic.loads) == size + parts * (N * FLAG + live * ID) + loaded
@@ -162,11 +165,12 @@ def test_logprob_backward(V, dtype, entropy):
     live = mask & (dlogp != 0)
     parts, n = rows.schedule(V).parts, int(live.sum())
     size, visited = traffic.read(logits)
-    assert size == n * V * w
+    documented = formulas.logprob_backward(N, n, V, w)
+    assert size == documented.read
     assert_visits(visited, visits(live, logits.shape, 1))
     vectors = N * FLAG + N * (3 if entropy else 1) * FLOAT + n * (ID + 3 * FLOAT)
     assert traffic.total(traffic.loads) == size + parts * vectors
-    assert traffic.written(dlogits)[0] == traffic.total(traffic.stores) == N * V * w
+    assert traffic.written(dlogits)[0] == traffic.total(traffic.stores) == documented.written
     assert_visits(traffic.written(dlogits)[1], torch.ones(logits.shape, dtype=torch.int64))
 
 
@@ -192,10 +196,11 @@ def test_grpo(V, dtype, entropy, inplace):
     size, visited = traffic.read(logits)
     expected = visits(mask, logits.shape, 1) + visits(moving, logits.shape, 1)
     expected.view(N, V)[mask, ids[mask]] += 1
-    assert size == (int(moving.sum()) * 2 * V + (live - int(moving.sum())) * V + live) * w
+    documented = formulas.grpo(N, live, int(moving.sum()), V, w)
+    assert size == documented.read + documented.reread
     assert_visits(visited, expected)
     written, visited = traffic.written(dlogits)
-    assert written == N * V * w
+    assert written == documented.written
     assert_visits(visited, torch.ones(logits.shape, dtype=torch.int64))
     loaded, stored = meeting(V, live)
     # Per row: weight, advantage, old and reference log-prob; loss, log-prob, KL (and entropy), clip flags.
@@ -251,6 +256,13 @@ def test_policy_loss(N):
     mask, live, (logp, weight, advantages, old, ref, importance, _) = token_vectors(N)
     with counted() as traffic:
         policy_loss.policy_loss_fwd(
+            logp, mask | True, weight, advantages, old, ref, None, None, Objective(beta=0.1)
+        )
+    documented = formulas.policy_loss(N)
+    assert traffic.total(traffic.loads) == documented.read
+    assert traffic.total(traffic.stores) == documented.written
+    with counted() as traffic:
+        policy_loss.policy_loss_fwd(
             logp, mask, weight, advantages, old, ref, importance, None, Objective(beta=0.1)
         )
     assert traffic.read(mask)[0] == N * FLAG
@@ -258,6 +270,21 @@ def test_policy_loss(N):
         assert_visits(traffic.read(x)[1], mask.long())
     assert traffic.total(traffic.loads) == N * FLAG + live * 6 * FLOAT
     assert traffic.total(traffic.stores) == N * (3 * FLOAT + 1)
+
+
+@pytest.mark.parametrize("T", [7, 600, 1300])
+def test_sequence_loss(T):
+    N = 2 * T
+    logp, weight, advantages, old, ref = (torch.rand(N) for _ in range(5))
+    mask = torch.ones(N, dtype=torch.bool)
+    objective = Objective.preset("gspo", beta=0.1)
+    with counted() as traffic:
+        sequence_loss.sequence_loss_fwd(
+            *(logp, mask, weight, advantages, old, ref, None, None, None, None, T, objective)
+        )
+    documented = formulas.sequence_loss(N)
+    assert traffic.total(traffic.loads) == documented.read + documented.reread
+    assert traffic.total(traffic.stores) == documented.written
 
 
 @pytest.mark.parametrize("N", [5, 1024, 2500, 70_000])
@@ -295,7 +322,8 @@ def test_group_advantage(B, G, scale, labels, per_sequence, monkeypatch):
     assert traffic.read(rewards)[0] == B * per_sequence(B, G) * FLOAT
     if labels:
         assert traffic.read(ids)[0] == B * per_sequence(B, G) * ID
-    assert traffic.total(traffic.stores) == traffic.written(advantages)[0] == B * FLOAT
+    assert traffic.total(traffic.stores) == traffic.written(advantages)[0]
+    assert traffic.written(advantages)[0] == formulas.group_advantage(B).written
 
 
 @pytest.mark.parametrize("normalize", [False, True])

@@ -1,0 +1,198 @@
+"""How long a kernel should take: from bytes, instructions and ceilings. `python -m benchmarks.cost_model`.
+
+    time = max(bytes / bandwidth, instructions / issue rate, exponentials / their rate) + launch
+
+Bytes are `traffic`'s; the range is from "every second read is found in the cache" to "none is". Instructions
+per element are those of the compiled kernels (`codegen.json`). The path from hidden states adds its matrix
+multiplications. Ceilings are measured ones of that GPU where a result holds them, else the data sheet's times
+an assumed share; each line says which. A prediction stays next to the measurement that comes later.
+"""
+
+import argparse
+import dataclasses
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from benchmarks import compiled, shapes, traffic
+
+# Of the data sheet, reached by a plain copy and by a large bfloat16 multiplication: assumed, not measured.
+SHARE_OF_BANDWIDTH, SHARE_OF_GEMM = 0.90, 0.80
+LAUNCH = 5e-6
+EXPONENTIALS = {"read": 1.25, "write": 1.0}  # per element: the fold rescales once in K = 4
+MAX_V_PER_PROGRAM = 32_768  # kernels/rows.py: longer rows are split
+CHUNK = 3584  # tokens whose logits exist at a time, from hidden states
+
+
+@dataclasses.dataclass(frozen=True)
+class Gpu:
+    """Of the data sheets (dense, boost clock)."""
+
+    target: str  # of the compiled code
+    processors: int  # multiprocessors, compute units
+    lanes: int  # instructions of a lane per cycle and processor
+    special: int  # exponentials per cycle and processor
+    clock: float  # Hz
+    bandwidth: float  # bytes / s
+    bfloat16: float  # FLOP / s
+
+
+GPUS = {
+    "H200": Gpu("sm_90", 132, 128, 16, 1.98e9, 4.80e12, 989e12),
+    "H100": Gpu("sm_90", 132, 128, 16, 1.98e9, 3.35e12, 989e12),
+    "A100": Gpu("sm_80", 108, 128, 16, 1.41e9, 2.04e12, 312e12),
+    "MI300X": Gpu("gfx942", 304, 64, 16, 2.10e9, 5.30e12, 1307e12),
+}
+
+
+class Ceilings(NamedTuple):
+    bandwidth: float
+    gemm: float
+    origin: str
+
+
+class Prediction(NamedTuple):
+    """Seconds, from the best case of the cache to the worst, and what sets the lower one."""
+
+    low: float
+    high: float
+    bound: str
+
+
+def gpu_of(device: str) -> str | None:
+    """The entry of `GPUS` that a device's name speaks of."""
+    return next((name for name in GPUS if name in device), None)
+
+
+def ceilings(name: str, info: dict[str, Any] | None = None) -> Ceilings:
+    """Those measured in a run on this GPU, or the assumed share of the data sheet."""
+    gpu = GPUS[name]
+    if info:
+        rate = info["gemm"].get("bfloat16", gpu.bfloat16 * SHARE_OF_GEMM)
+        return Ceilings(info["bandwidth"]["copy"], rate, "measured")
+    return Ceilings(
+        gpu.bandwidth * SHARE_OF_BANDWIDTH,
+        gpu.bfloat16 * SHARE_OF_GEMM,
+        f"data sheet x {SHARE_OF_BANDWIDTH:.2f} (copy), x {SHARE_OF_GEMM:.2f} (GEMM): assumed",
+    )
+
+
+def _work(gpu: Gpu, case: str, loops: dict[str, int]) -> tuple[float, float]:
+    """Seconds to issue the instructions, and the exponentials, of loops over so many elements."""
+    rows = compiled.load()["rows"]
+    row = next(x for x in rows if (x["target"], x["case"]) == (gpu.target, case))
+    cycles = gpu.processors * gpu.clock
+    issue = sum(row["per_element"][kind] * n for kind, n in loops.items()) / gpu.lanes / cycles
+    special = sum(EXPONENTIALS[kind] * n for kind, n in loops.items()) / gpu.special / cycles
+    return issue, special
+
+
+def _bounded(moved: traffic.Traffic, top: Ceilings, work: tuple[float, float]) -> Prediction:
+    low, high = moved.least / top.bandwidth, moved.most / top.bandwidth
+    limits = {"bytes": low, "instructions": work[0], "exponentials": work[1]}
+    bound = max(limits, key=lambda name: limits[name])
+    return Prediction(max(limits.values()) + LAUNCH, max(high, *work) + LAUNCH, bound)
+
+
+def predict(
+    stem: str, case: str, sizes: dict[str, int], live: int, moving: int, name: str, top: Ceilings
+) -> Prediction | None:
+    """Of a benchmark of this project's own kernels in bfloat16; None where the model has nothing to say."""
+    gpu, V = GPUS[name], sizes["V"]
+    N, w = sizes["B"] * sizes["T"], 2
+    split = " split" if V > MAX_V_PER_PROGRAM else ""
+    if stem == "logprob":
+        work = _work(gpu, f"logprob_fwd{split}", {"read": live * V})
+        if case == "forward":
+            return _bounded(traffic.logprob_forward(live, V, w), top, work)
+        back = _work(gpu, "logprob_bwd", {"write": live * V})
+        both = (work[0] + back[0], work[1] + back[1])
+        return _bounded(traffic.logprob(N, live, V, w), top, both)
+    if stem == "grpo":
+        work = _work(gpu, f"grpo{split}", {"read": live * V, "write": moving * V})
+        return _bounded(traffic.grpo(N, live, moving, V, w), top, work)
+    if stem == "linear_grpo":
+        return _linear_grpo(gpu, sizes["D"], V, moving, w, top)
+    return None
+
+
+def _linear_grpo(gpu: Gpu, D: int, V: int, rows: int, w: int, top: Ceilings) -> Prediction:
+    """Three multiplications, the kernel on each chunk of logits, dweight read and written per chunk."""
+    split = " split" if V > MAX_V_PER_PROGRAM else ""
+    gemms = 6 * rows * D * V / top.gemm
+    work = _work(gpu, f"grpo{split}", {"read": rows * V, "write": rows * V})
+    kernel = _bounded(traffic.grpo(rows, rows, rows, V, w), top, work)
+    chunks = -(-rows // CHUNK)
+    dweight = (chunks * 2 * 4 + 6) * V * D / top.bandwidth  # float32; at the end a cast
+    # The multiplication that accumulates hides between none and all of its extra bytes.
+    return Prediction(gemms + kernel.low, gemms + kernel.high + dweight, "matrix multiplications")
+
+
+EXAMPLES = (
+    ("logprob", "forward", "qwen2.5-7b-16k"),
+    ("logprob", "forward_backward", "qwen2.5-7b-16k"),
+    ("grpo", "forward_backward", "qwen2.5-7b-16k"),
+    ("grpo", "forward_backward", "llama3-8b-16k"),
+    ("grpo", "forward_backward", "gpt2-16k"),
+    ("linear_grpo", "forward_backward", "qwen2.5-7b-16k"),
+)
+
+
+def _sizes(shape: shapes.Shape) -> dict[str, int]:
+    return dataclasses.asdict(shape)
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.2f}"
+
+
+def table() -> Iterator[str]:
+    """Predictions for GPUs that nothing was measured on."""
+    yield f"| launch | shape | {' | '.join(f'{name}, ms' for name in GPUS)} | set by |"
+    yield f"|---|---|{'--:|' * len(GPUS)}---|"
+    for stem, case, shape_name in EXAMPLES:
+        shape = shapes.get(shape_name)
+        made = [
+            predict(stem, case, _sizes(shape), shape.N, shape.N, name, ceilings(name))
+            for name in GPUS
+        ]
+        cells = [f"{_ms(p.low)} to {_ms(p.high)}" for p in made if p]
+        bounds = ", ".join(dict.fromkeys(p.bound for p in made if p))
+        yield f"| {stem}, {case.replace('_', ' + ')} | `{shape_name}` | {' | '.join(cells)} | {bounds} |"
+
+
+def comparison(run: dict[str, Any]) -> Iterator[str]:
+    """Prediction next to measurement, for the results of one run on a GPU that the model knows."""
+    info = run["machine_info"]
+    name = gpu_of(info["device"])
+    if name is None:
+        return
+    for entry in run["benchmarks"]:
+        extra = entry["extra_info"]
+        if not extra["provider"].startswith("grpo_fast") or extra["dtype"] != "bfloat16":
+            continue
+        for top in (ceilings(name), ceilings(name, info)):
+            live, moving = extra["live_tokens"], extra["moving_tokens"]
+            made = predict(extra["stem"], extra["case"], extra["sizes"], live, moving, name, top)
+            if made:
+                seconds = entry["stats"]["median"]
+                yield (
+                    f"| {extra['stem']}, {extra['case'].replace('_', ' + ')} | {extra['provider']} "
+                    f"| `{extra['shape']}`, {extra['variant']} | {_ms(made.low)} to {_ms(made.high)} "
+                    f"| {_ms(seconds)} | {seconds / made.low:.2f} | {top.origin.split(' x ')[0]} |"
+                )
+
+
+COMPARISON_HEADER = (
+    "| launch | provider | case | predicted, ms | measured, ms | measured / lower | ceilings |\n"
+    "|---|---|---|--:|--:|--:|---|"
+)
+
+
+def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()
+    print("\n".join(table()))
+    print(f"\nCeilings: {ceilings('H200').origin}.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""What a launcher would launch, compiled as Triton would do it for a GPU that need not be there."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction, mangle_type
+
+
+class Launch(NamedTuple):
+    fn: Any  # a triton.JITFunction
+    arguments: dict[str, Any]  # compile options included
+
+
+def record(case: Callable[[], None]) -> Launch:
+    """The one launch that `case` makes, instead of making it."""
+    launches = []
+
+    def run(fn: Any, *, grid: Any, warmup: bool, **arguments: Any) -> None:
+        launches.append(Launch(fn, arguments))
+
+    with mock.patch.object(JITFunction, "run", run):
+        case()
+    (launch,) = launches
+    return launch
+
+
+def compile_launch(launch: Launch, target: GPUTarget) -> Any:
+    """Compile as `fn[grid](**arguments)` would on `target`: None and 1 are constants, 16 a known divisor."""
+    signature, constants, attributes = {}, {}, {}
+    for i, parameter in enumerate(launch.fn.params):
+        value = launch.arguments[parameter.name]
+        special = not parameter.do_not_specialize
+        number = type(value) is int
+        if parameter.is_constexpr or value is None or (special and number and value == 1):
+            signature[parameter.name] = "constexpr"
+            constants[(i,)] = value
+            continue
+        signature[parameter.name] = mangle_type(value)
+        if special and (isinstance(value, torch.Tensor) or (number and value % 16 == 0)):
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    names = {parameter.name for parameter in launch.fn.params}
+    options = {name: x for name, x in launch.arguments.items() if name not in names}
+    source = ASTSource(launch.fn, signature, constants, attributes)
+    return triton.compile(source, target=target, options=options)

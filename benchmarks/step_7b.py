@@ -1,0 +1,376 @@
+"""One GRPO update of a 7B model: time, peak memory, and the longest completion that fits.
+
+    python -m benchmarks.step_7b --seconds 540 --out results/step_7b.json     # a tiny model on a CPU
+
+An update is all of: log-probs of the old policy (the model itself) and of the reference without gradients,
+hidden states with gradients, each layer checkpointed, the loss of the head, the backward pass into every
+trainable parameter. bfloat16 on a GPU. Not part of it: sampling, the optimiser and its state. Two ways:
+
+    lora   the model frozen, adapters of rank 16 on every projection; the reference is the model without them
+    full   every parameter trained, its bfloat16 gradient kept; the reference is a second copy of the weights
+
+Providers differ in the head alone (`linear_logprob`, `linear_grpo` of `providers`). One whose loss or
+gradient norm is not eager's gets no number. The longest completion is searched with one sequence, under caps
+on the memory that PyTorch may use; the search knows that the peak grows linearly with the length.
+"""
+
+import argparse
+import contextlib
+import copy
+import gc
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks import decoder, machine, memory, providers, results
+from grpo_fast import Objective
+
+PROVIDERS = ("eager", "trl", "grpo_fast", "grpo_fast-bf16")
+MODES = ("lora", "full")
+RANK = 16
+OBJECTIVE = Objective.preset("grpo", beta=0.04)
+CAPS = (24e9, 48e9, 80e9)  # bytes
+ROUNDS = 3
+AGREEMENT = {torch.bfloat16: 0.05, torch.float32: 1e-4}  # of loss and gradient norm with eager's
+STEP_OF_LENGTH = 256
+
+
+class Size(NamedTuple):
+    B: int
+    P: int  # of the prompt
+    T: int  # of the completion
+
+
+BATCH = {"cuda": Size(4, 256, 1024), "cpu": Size(2, 4, 12)}
+SEARCHED = {"cuda": Size(1, 256, 512), "cpu": Size(1, 4, 8)}
+
+
+class Trained(NamedTuple):
+    model: decoder.Decoder
+    reference: decoder.Decoder | None  # None: the model without its adapters
+
+
+def build(config: decoder.Config, mode: str, device: torch.device, dtype: torch.dtype) -> Trained:
+    model = decoder.make(config, device, dtype)
+    if mode == "full":
+        return Trained(model, copy.deepcopy(model).requires_grad_(False))
+    decoder.add_lora(model, RANK)
+    return Trained(model, None)
+
+
+def batch(size: Size, V: int, device: torch.device) -> dict[str, Tensor]:
+    generator = torch.Generator(device).manual_seed(0)
+    ids = torch.randint(V, (size.B, size.P + size.T), device=device, generator=generator)
+    sign = torch.ones(size.B, device=device)
+    sign[1::2] = -1
+    return {"ids": ids, "completion": ids[:, size.P :].contiguous(), "advantages": sign}
+
+
+def update(trained: Trained, inputs: dict[str, Tensor], log_probs: Any, loss_of: Any) -> Tensor:
+    """The loss; gradients are left in the parameters."""
+    model, reference = trained
+    ids, completion = inputs["ids"], inputs["completion"]
+    T = completion.shape[1]
+    weight = model.lm_head.weight
+
+    def hidden(of: decoder.Decoder) -> Tensor:
+        return of(ids)[:, -T - 1 : -1].contiguous()
+
+    with torch.no_grad():
+        old = log_probs(hidden(model), weight, completion)
+        if reference is None:
+            decoder.switch_adapters(model, on=False)
+            ref = log_probs(hidden(model), weight, completion)
+            decoder.switch_adapters(model, on=True)
+        else:
+            ref = log_probs(hidden(reference), reference.lm_head.weight, completion)
+    loss = loss_of(
+        hidden(model),
+        weight,
+        completion,
+        mask=None,
+        advantages=inputs["advantages"],
+        old_logps=old,
+        ref_logps=ref,
+        objective=OBJECTIVE,
+    )
+    loss.backward()
+    return loss.detach()
+
+
+def clear(model: decoder.Decoder) -> None:
+    for x in model.parameters():
+        x.grad = None
+
+
+def gradient_norm(model: decoder.Decoder) -> float:
+    squares = [x.grad.float().square().sum() for x in model.parameters() if x.grad is not None]
+    return math.sqrt(torch.stack(squares).sum().item())
+
+
+def measure(trained: Trained, size: Size, provider: str, rounds: int = ROUNDS) -> dict[str, Any]:
+    """Time, peak and outcome of an update. The peak counts the weights."""
+    gc.collect()  # what another provider may have left when it ran out of memory
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    model = trained.model
+    device = model.lm_head.weight.device
+    inputs = batch(size, model.c.V, device)
+    heads = providers.load("linear_logprob", provider), providers.load("linear_grpo", provider)
+
+    def run() -> Tensor:
+        clear(model)
+        return update(trained, inputs, *heads)
+
+    run()  # warm: compiles, and allocates what stays
+    loss = run()
+    norm = gradient_norm(model)
+    clear(model)
+    held = torch.cuda.memory_allocated() if device.type == "cuda" else 0
+    extra = memory.peak_extra_bytes(run)
+    times = []
+    for _ in range(rounds):
+        start = machine.synced_time()
+        run()
+        times.append(machine.synced_time() - start)
+    clear(model)
+    seconds = statistics.median(times)
+    return {
+        "loss": loss.item(),
+        "gradient_norm": norm,
+        "peak_bytes": None if extra is None else held + extra,
+        "seconds": seconds,
+        "spread": (max(times) - min(times)) / seconds,
+        "tokens_per_second": size.B * (size.P + size.T) / seconds,
+    }
+
+
+def disagreement(row: dict[str, Any], eager: dict[str, Any], dtype: torch.dtype) -> str | None:
+    """Why a provider's update is not eager's; None if it is."""
+    scale = {"loss": 1.0, "gradient_norm": abs(eager["gradient_norm"])}  # advantages are of size 1
+    for name, unit in scale.items():
+        error = abs(row[name] - eager[name]) / unit
+        if not error <= AGREEMENT[dtype]:
+            return f"wrong result: {name} {row[name]:.6g}, eager has {eager[name]:.6g}"
+    return None
+
+
+def peak_at(trained: Trained, size: Size, provider: str) -> int | None:
+    """Peak bytes of one update, weights included; None if it ran out of memory."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    inputs = batch(size, trained.model.c.V, trained.model.lm_head.weight.device)
+    heads = providers.load("linear_logprob", provider), providers.load("linear_grpo", provider)
+    try:
+        update(trained, inputs, *heads)
+    except torch.OutOfMemoryError:
+        return None
+    finally:
+        clear(trained.model)
+        decoder.switch_adapters(trained.model, on=True)
+    return torch.cuda.max_memory_reserved()
+
+
+def longest(
+    peak: Callable[[int], int | None], limit: float, start: int, deadline: float, step: int
+) -> tuple[int, int | None]:
+    """(the longest length that ran, the shortest that did not), multiples of `step`; 0: not even `start`.
+
+    Args:
+        peak: of a length, None where it does not fit.
+        limit: bytes. Peaks are linear in the length, so two of them tell where to look.
+        deadline: of `time.monotonic()`; what is known by then is returned.
+    """
+    low, high = 0, None
+    seen: list[tuple[int, int]] = []
+    length = start
+    while time.monotonic() < deadline:
+        used = peak(length)
+        if used is None:
+            high = length
+        else:
+            low = length
+            seen.append((length, used))
+        if high is not None and high - low <= step:
+            break
+        length = _next_length(low, high, seen, limit, step)
+    return low, high
+
+
+def _next_length(
+    low: int, high: int | None, seen: list[tuple[int, int]], limit: float, step: int
+) -> int:
+    guess = 2 * low
+    if len(seen) >= 2 and seen[-1][1] != seen[-2][1]:
+        (a, at_a), (b, at_b) = seen[-2:]
+        guess = int(b + (limit - at_b) * (b - a) / (at_b - at_a)) // step * step
+    if high is not None and not low < guess < high:
+        guess = (low + high) // 2
+    guess = max(guess // step * step, low + step)
+    return guess if high is None else min(guess, high - step)
+
+
+@contextlib.contextmanager
+def capped(limit: float) -> Iterator[None]:
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total))
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+class Sheet:
+    """The rows, written after each."""
+
+    def __init__(self, out: Path | None, config: decoder.Config, dtype: torch.dtype) -> None:
+        self.out = out
+        info = machine.describe() | {"absent": {}}
+        name = "qwen2.5-7b" if config == decoder.QWEN_7B else "tiny"
+        self.document: dict[str, Any] = {"machine_info": info, "benchmarks": [], "step": []}
+        self.common = {"model": name, "dtype": str(dtype).removeprefix("torch.")}
+
+    def add(self, **row: Any) -> None:
+        self.document["step"].append(self.common | row)
+        print(row, flush=True)
+        self.write()
+
+    def skip(self, who: str, why: str) -> None:
+        self.document["machine_info"]["absent"][who] = why
+        print(f"{who}: {why}", flush=True)
+        self.write()
+
+    def write(self) -> None:
+        if self.out:
+            results.write(self.out, self.document)
+
+
+def run(
+    config: decoder.Config,
+    device: torch.device,
+    dtype: torch.dtype,
+    seconds: float,
+    out: Path | None = None,
+    chosen: Sequence[str] = PROVIDERS,
+    modes: Sequence[str] = MODES,
+    caps: Sequence[float] = CAPS,
+) -> dict[str, Any]:
+    """Everything, the most telling first, as far as the time goes."""
+    end = time.monotonic() + seconds
+    sheet = Sheet(out, config, dtype)
+    for mode in modes:
+        trained = build(config, mode, device, dtype)
+        here = _same_batch(sheet, trained, mode, chosen, dtype)
+        if device.type == "cuda":
+            # The other way to train gets its share of the time, if it comes.
+            left = end - time.monotonic()
+            share = left * (0.7 if mode == modes[0] and len(modes) > 1 else 1.0)
+            _longest(sheet, trained, mode, here, caps, time.monotonic() + share)
+        del trained
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        if time.monotonic() > end:
+            sheet.skip("7B step", f"out of time after {mode}")
+            break
+    return sheet.document
+
+
+def _same_batch(
+    sheet: Sheet, trained: Trained, mode: str, chosen: Sequence[str], dtype: torch.dtype
+) -> list[str]:
+    """Measure the providers on one batch; those that can."""
+    size = BATCH[trained.model.lm_head.weight.device.type]
+    eager, able = None, []
+    for provider in chosen:
+        who = f"7B step, {mode}, {provider}"
+        try:
+            row = measure(trained, size, provider)
+        except providers.UnavailableError as reason:
+            sheet.skip(who, str(reason))
+            continue
+        except torch.OutOfMemoryError:
+            clear(trained.model)
+            sheet.skip(who, f"out of memory at {size}")
+            able.append(provider)  # a shorter completion may fit
+            continue
+        eager = row if provider == "eager" else eager
+        wrong = disagreement(row, eager, dtype) if eager else None
+        if wrong:
+            sheet.skip(who, wrong)
+            continue
+        sheet.add(kind="batch", mode=mode, provider=provider, **size._asdict(), **row)
+        able.append(provider)
+    return able
+
+
+def _longest(
+    sheet: Sheet,
+    trained: Trained,
+    mode: str,
+    able: list[str],
+    caps: Sequence[float],
+    deadline: float,
+) -> None:
+    """Search per cap and provider, the smallest cap first; each gets an equal part of what is left."""
+    total = torch.cuda.get_device_properties(0).total_memory
+    todo = [(cap, provider) for cap in caps if cap <= 1.02 * total for provider in reversed(able)]
+    size = SEARCHED["cuda"]
+    for i, (cap, provider) in enumerate(todo):
+        left = deadline - time.monotonic()
+        if left <= 0:
+            sheet.skip(f"7B step, {mode}, longest completion", f"out of time before {todo[i:]}")
+            return
+
+        def peak(length: int, provider: str = provider) -> int | None:
+            return peak_at(trained, size._replace(T=length), provider)
+
+        with capped(cap):
+            until = time.monotonic() + left / (len(todo) - i)
+            fits, fails = longest(peak, cap, size.T, until, STEP_OF_LENGTH)
+        sheet.add(
+            kind="longest",
+            mode=mode,
+            provider=provider,
+            cap_bytes=cap,
+            B=size.B,
+            P=size.P,
+            fits=fits,
+            fails=fails,
+        )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seconds", type=float, default=540.0, help="for everything")
+    parser.add_argument("--out", type=Path, help="JSON file, written anew after each row")
+    parser.add_argument("--provider", action="append", choices=PROVIDERS, help="repeatable")
+    parser.add_argument("--mode", action="append", choices=MODES, help="repeatable")
+    parser.add_argument("--cap", action="append", type=float, help="GB; repeatable")
+    options = parser.parse_args(arguments)
+    cuda = torch.cuda.is_available()
+    run(
+        decoder.QWEN_7B if cuda else decoder.TINY,
+        torch.device("cuda" if cuda else "cpu"),
+        torch.bfloat16 if cuda else torch.float32,
+        options.seconds,
+        options.out,
+        options.provider or PROVIDERS,
+        options.mode or MODES,
+        [cap * 1e9 for cap in options.cap] if options.cap else CAPS,
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,134 @@
+"""The other libraries' providers, where they are installed and run without a GPU: each computes its contract.
+
+Liger's Triton kernels run in Triton's interpreter here. What needs a GPU is a skip that says so.
+"""
+
+import builtins
+
+import pytest
+import torch
+
+from benchmarks import gate, gate_hidden, hidden, measure, providers, shapes
+from benchmarks.inputs import make_batch
+
+CPU = torch.device("cpu")
+SHAPE = shapes.Shape(B=4, T=12, V=1003, G=2, D=48)
+NAMES = [(stem, name) for stem, table in providers.PROVIDERS.items() for name in table]
+VARIANTS = {"policy_loss": shapes.VARIANTS, "grpo": shapes.VARIANTS, "sequence_loss": ("gspo",)}
+VARIANTS["linear_grpo"] = (*shapes.VARIANTS, shapes.REALISTIC, shapes.DEAD)
+CASES = [
+    (stem, name, variant)
+    for stem, name in NAMES
+    if name != "compile"
+    for variant in VARIANTS.get(stem, ("full",))
+]
+THEIRS = ("trl", "liger", "cce", "quack", "verl")
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),  # of the libraries
+    pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the gate checks real inputs"),
+]
+
+
+def load(stem, name):
+    try:
+        return providers.load(stem, name)
+    except providers.UnavailableError as reason:
+        pytest.skip(str(reason))
+
+
+@pytest.fixture(scope="module")
+def batches():
+    made = {}
+
+    def get(variant, hidden):
+        if (variant, hidden) not in made:
+            made[variant, hidden] = make_batch(
+                SHAPE, variant, CPU, torch.float32, seed=1, hidden=hidden
+            )
+        return made[variant, hidden]
+
+    return get
+
+
+def result(stem, name, fn, batch):
+    if stem in providers.HIDDEN_PROVIDERS:
+        return gate_hidden.run(fn, *gate_hidden.leaves(batch), batch, stem)
+    if stem == "group_advantage":
+        return fn(batch.rewards, batch.shape.G), None
+    arguments = {"objective": batch.objective, **batch.arguments}
+    if stem in ("policy_loss", "sequence_loss"):
+        logps = batch.logps.requires_grad_()
+        return measure.value_and_grad(fn, logps, logps, **arguments)
+    leaf, logits = measure.logits_setup(batch, name)
+    if stem == "logprob":
+        logps = fn(logits, batch.ids)
+        return logps, torch.autograd.grad(logps, leaf, batch.upstream)[0]
+    loss, grad = measure.value_and_grad(fn, leaf, logits, batch.ids, **arguments)
+    return loss, measure.without_extra_row(grad, batch)
+
+
+@pytest.mark.parametrize("stem, name, variant", CASES)
+def test_computes_its_contract(stem, name, variant, batches):
+    fn = load(stem, name)
+    batch = batches(variant, stem in providers.HIDDEN_PROVIDERS)
+    check = gate_hidden.check if stem in providers.HIDDEN_PROVIDERS else gate.check
+    errors = check(stem, batch, *result(stem, name, fn, batch), factor=gate.factor_of(name))
+    assert 0 <= max(errors.values()) < 1e-3
+
+
+@pytest.mark.parametrize("stem, name", [x for x in NAMES if providers.library(x[1]) in THEIRS])
+def test_missing_is_a_reason(stem, name, monkeypatch):
+    """On a CPU, with nothing else installed."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    real = builtins.__import__
+
+    def without(module, *args, **kwargs):
+        if module.split(".")[0] in ("trl", "liger_kernel", "cut_cross_entropy", "quack", "verl"):
+            raise ModuleNotFoundError(f"No module named {module!r}", name=module)
+        return real(module, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(providers.UnavailableError, match=r"needs? a GPU|not installed"):
+        providers.load(stem, name)
+
+
+@pytest.mark.parametrize("which", ["value", "dhidden", "dweight"])
+@pytest.mark.parametrize("stem", providers.HIDDEN_PROVIDERS)
+def test_gate_refuses_what_is_slightly_off(stem, which, batches):
+    batch = batches("full", True)
+    value, (dhidden, dweight) = result(stem, "eager", providers.load(stem, "eager"), batch)
+    off = {"value": value, "dhidden": dhidden, "dweight": dweight}
+    off[which] = off[which] * 1.002
+    with pytest.raises(AssertionError, match=f"{stem}: {which}"):
+        gate_hidden.check(stem, batch, off["value"], (off["dhidden"], off["dweight"]))
+
+
+def test_the_gate_knows_whose_code_it_checks():
+    assert gate.factor_of("grpo_fast-bf16") == gate.factor_of("eager") == gate.FACTOR
+    assert gate.factor_of("cce-exact") == gate.FACTOR_OF_PEERS
+    assert providers.peer_libraries() == ["trl", "liger", "cce", "verl", "quack"]
+
+
+def test_hidden_states_have_the_published_entropies():
+    made = hidden.make(512, 512, 20_000, CPU, torch.float32, seed=0)
+    seen = hidden.describe(made.hidden, made.weight, 512)
+    assert seen["entropy_below_0.01"] == pytest.approx(0.506, abs=0.02)
+    assert seen["entropy_above_0.672"] == pytest.approx(0.2, abs=0.02)
+    logp = torch.log_softmax(made.hidden @ made.weight.mT, -1)
+    drawn = logp.gather(1, made.ids[:, None]).mean().item()
+    mean_entropy = -(logp.exp() * logp).sum(1).mean().item()
+    assert drawn == pytest.approx(-mean_entropy, rel=0.2)  # ids come from their own distributions
+
+
+def test_a_realistic_batch():
+    shape = shapes.Shape(B=80, T=200, V=0, G=4)
+    batch = make_batch(shape, "realistic", CPU, torch.float32)
+    lengths = batch.arguments["mask"].sum(1)
+    assert 0.42 < lengths.float().mean().item() / shape.T < 0.58
+    assert 0 < (lengths == shape.T).float().mean().item() < 0.2  # cut off at T
+    groups = batch.arguments["advantages"].view(-1, 4)
+    assert (groups == 0).all(1).float().mean().item() == pytest.approx(0.4)
+    assert 0.25 < batch.moving / shape.N < 0.35
+    dead = make_batch(shape, shapes.DEAD, CPU, torch.float32)
+    assert dead.moving == dead.live == shape.N * 2 // 5

@@ -1,0 +1,85 @@
+"""The cost model: predictions by hand, and next to a measurement."""
+
+import pytest
+
+from benchmarks import cost_model, shapes, traffic
+
+S0 = shapes.get("qwen2.5-7b-16k")
+SIZES = {"B": 16, "T": 1024, "V": 152_064, "D": 3584, "G": 4}
+
+
+def predict(stem, case, name="H200", live=S0.N, moving=S0.N, sizes=SIZES):
+    return cost_model.predict(stem, case, sizes, live, moving, name, cost_model.ceilings(name))
+
+
+def test_bytes_set_the_time_of_the_kernels():
+    passes = S0.N * S0.V * 2 / (4.8e12 * 0.9)
+    read = predict("logprob", "forward")
+    assert read.bound == "bytes"
+    assert read.low == pytest.approx(passes + cost_model.LAUNCH)
+    both = predict("grpo", "forward_backward")
+    assert both.low == pytest.approx(2 * passes + cost_model.LAUNCH)
+    assert both.high == pytest.approx(3 * passes + cost_model.LAUNCH, rel=1e-4)
+
+
+def test_tokens_without_gradient_are_not_read_again():
+    some = predict("grpo", "forward_backward", moving=0)
+    assert some.high == pytest.approx(some.low, rel=1e-4)
+    none = predict("grpo", "forward_backward", live=0, moving=0)
+    assert none.low == pytest.approx(S0.N * S0.V * 2 / (4.8e12 * 0.9) + cost_model.LAUNCH)
+
+
+def test_matrix_multiplications_set_the_time_from_hidden_states():
+    made = predict("linear_grpo", "forward_backward")
+    gemms = 6 * S0.N * S0.D * S0.V / (989e12 * 0.8)
+    assert gemms < made.low < made.high < 1.25 * gemms
+
+
+def test_a_faster_memory_moves_the_bound_to_the_instructions():
+    slow = cost_model.Ceilings(1e12, 1e15, "")
+    fast = cost_model.Ceilings(1e15, 1e15, "")
+    arguments = ("grpo", "forward_backward", SIZES, S0.N, S0.N, "H200")
+    assert cost_model.predict(*arguments, slow).bound == "bytes"
+    assert cost_model.predict(*arguments, fast).bound in ("instructions", "exponentials")
+
+
+def test_every_gpu_of_the_table_has_every_example():
+    lines = list(cost_model.table())
+    assert len(lines) == 2 + len(cost_model.EXAMPLES)
+    assert all(line.count(" to ") == len(cost_model.GPUS) for line in lines[2:])
+
+
+def test_prediction_stands_next_to_the_measurement():
+    extra = {
+        "stem": "grpo",
+        "case": "forward_backward",
+        "provider": "grpo_fast-inplace",
+        "shape": "qwen2.5-7b-16k",
+        "variant": "full",
+        "dtype": "bfloat16",
+        "sizes": SIZES,
+        "live_tokens": S0.N,
+        "moving_tokens": S0.N,
+    }
+    info = {
+        "device": "NVIDIA H200",
+        "bandwidth": {"copy": 4e12, "read": 4e12},
+        "gemm": {"bfloat16": 7e14, "float32": 5e13},
+    }
+    run = {"machine_info": info, "benchmarks": [{"extra_info": extra, "stats": {"median": 2.6e-3}}]}
+    sheet, measured = cost_model.comparison(run)
+    assert "| 2.60 |" in sheet
+    assert sheet.endswith("| data sheet |")
+    least = traffic.grpo(S0.N, S0.N, S0.N, S0.V, 2).least
+    assert f"| {(least / 4e12 + cost_model.LAUNCH) * 1e3:.2f} to " in measured
+    assert measured.endswith("| measured |")
+    info["device"] = "Another GPU"
+    assert list(cost_model.comparison(run)) == []
+
+
+@pytest.mark.parametrize(
+    "device, name",
+    [("NVIDIA H100 80GB HBM3", "H100"), ("AMD Instinct MI300X", "MI300X"), ("T4", None)],
+)
+def test_gpu_by_the_name_of_its_driver(device, name):
+    assert cost_model.gpu_of(device) == name

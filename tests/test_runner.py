@@ -1,0 +1,132 @@
+"""run_all: its plan, its clock, and what it does about a provider that takes the process down."""
+
+import json
+import textwrap
+
+import pytest
+import torch
+
+from benchmarks import machine, providers, results, runner, timing
+
+CRASHING = """
+import os
+
+import pytest
+
+from benchmarks import measure, providers, traffic
+
+TABLE = providers.PROVIDERS["group_advantage"]
+TABLE["crashing"] = lambda: lambda *args: os.abort()
+
+
+@pytest.mark.parametrize("shape", ["micro-batch"])
+@pytest.mark.parametrize("provider", ["eager", "crashing", "grpo_fast"])
+def bench_forward(benchmark, shape, provider):
+    measure.measure(
+        benchmark,
+        stem="group_advantage",
+        provider=provider,
+        shape_name=shape,
+        variant="full",
+        setup=lambda batch: (batch.rewards, batch.shape.G),
+        call=lambda fn: lambda *args: (fn(*args), None),
+        nbytes=lambda batch: traffic.group_advantage(batch.shape.B).least,
+    )
+"""
+ROOFS = json.dumps({"bandwidth": {"copy": 1e10, "read": 1e10}, "gemm": {"float32": 1e11}})
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # set by tests/conftest.py
+    monkeypatch.setenv(machine.CALIBRATION_VARIABLE, ROOFS)
+    monkeypatch.setenv(machine.COMMIT_VARIABLE, "19274bf")
+    import os
+
+    return dict(os.environ)
+
+
+def crashing_piece(tmp_path, *more):
+    path = tmp_path / "bench_crash.py"
+    path.write_text(textwrap.dedent(CRASHING))
+    config = str(runner.ROOT / "pyproject.toml")
+    arguments = ("-c", config, "-p", "benchmarks.conftest", *more, str(path))
+    return runner.Piece("crash", arguments, 1, results=tmp_path / "r.json", peer=True)
+
+
+@pytest.mark.parametrize("plugin", [(), ("-p", "no:benchmark")], ids=["plugin", "pytest alone"])
+def test_a_crash_loses_one_number(tmp_path, environment, plugin):
+    piece = crashing_piece(tmp_path, *plugin)
+    outcome = runner.run_piece(piece, 300, environment)
+    who = "crash bench_forward[crashing-micro-batch]"
+    assert outcome == f"crashed in {who}"
+    document = json.loads(piece.results.read_text())
+    measured = [x["extra_info"]["provider"] for x in document["benchmarks"]]
+    assert measured == ["eager", "grpo_fast"]
+    assert document["machine_info"]["absent"] == {who: "crashed: SIGABRT"}
+    assert document["machine_info"]["bandwidth"]["copy"] == 1e10
+    assert document["machine_info"]["commit"] == "19274bf"
+    assert all(x["stats"]["median"] > 0 for x in document["benchmarks"])
+    assert runner.exit_code([(1.0, [piece])], {"crash": outcome}) == 0, "it is a peer's"
+
+
+def test_what_is_out_of_time_leaves_what_it_has(tmp_path, environment, monkeypatch):
+    monkeypatch.setattr(runner, "GRACE", 2.0)
+    text = CRASHING.replace("os.abort()", "__import__('time').sleep(600)")
+    monkeypatch.setitem(globals(), "CRASHING", text)
+    piece = crashing_piece(tmp_path)
+    assert runner.run_piece(piece, 45, environment) == runner.OUT_OF_TIME
+    document = json.loads(piece.results.read_text())
+    assert [x["extra_info"]["provider"] for x in document["benchmarks"]] == ["eager"]
+
+
+def test_the_plan(tmp_path):
+    plan = runner.stages(tmp_path, "19274bf")
+    shares = [share for share, _ in plan]
+    assert shares == sorted(shares)
+    assert shares[-1] == 1.0
+    names = [piece.name for _, pieces in plan for piece in pieces]
+    stems = {name.removeprefix("benchmark ") for name in names if name.startswith("benchmark ")}
+    assert stems == set(providers.PROVIDERS)
+    assert {f"peer {x}" for x in providers.peer_libraries()} < set(names)
+    assert names.index("test test_logprob") < names.index("benchmark grpo") < names.index("7B step")
+    files = [piece.results for _, pieces in plan for piece in pieces if piece.results]
+    assert len(files) == len(set(files))
+
+
+def test_own_failures_count_peers_do_not():
+    own, peer = runner.Piece("own", (), 1), runner.Piece("peer", (), 1, peer=True)
+    plan = [(1.0, [own, peer])]
+    assert runner.exit_code(plan, {"own": "passed", "peer": "failed"}) == 0
+    assert runner.exit_code(plan, {"own": "crashed in x", "peer": "passed"}) == runner.FAILED
+    late = {"own": "passed", "peer": runner.OUT_OF_TIME}
+    assert runner.exit_code(plan, late) == runner.UNFINISHED
+
+
+def test_the_timer_without_the_plugin():
+    timer = timing.Timer("x")
+    seen = []
+    timer.pedantic(seen.append, setup=lambda: ((1,), {}), rounds=5, warmup_rounds=2)
+    assert len(seen) == 7
+    assert timer.stats.stats.rounds == 5
+    assert 0 <= timer.stats.stats.min <= timer.stats.stats.median <= timer.stats.stats.max
+    assert all(hasattr(timer.stats.stats, name) for name in results.STATISTICS)
+
+
+def test_roofs_are_measured_once(monkeypatch):
+    monkeypatch.setenv(machine.CALIBRATION_VARIABLE, ROOFS)
+    machine.calibration.cache_clear()
+    try:
+        assert machine.calibration() == json.loads(ROOFS)
+    finally:
+        machine.calibration.cache_clear()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="sizes of a CPU")
+def test_matrix_multiplication_is_calibrated(monkeypatch):
+    monkeypatch.setitem(machine.GEMM_SIZE, "cpu", 128)
+    machine.gemm_rates.cache_clear()
+    rates = machine.gemm_rates()
+    machine.gemm_rates.cache_clear()
+    assert rates.keys() == {"float32"}
+    assert rates["float32"] > 1e6

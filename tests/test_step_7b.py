@@ -1,0 +1,132 @@
+"""The 7B step, with a tiny model: the decoder against transformers, the update, the search."""
+
+import time
+
+import pytest
+import torch
+
+from benchmarks import decoder, providers, step_7b
+from grpo_fast import reference
+
+CPU = torch.device("cpu")
+LIMIT = 1000
+
+
+def test_the_decoder_is_qwen2():
+    transformers = pytest.importorskip("transformers", reason="the oracle is its Qwen2")
+    c = decoder.TINY
+    config = transformers.Qwen2Config(
+        vocab_size=c.V,
+        hidden_size=c.D,
+        intermediate_size=c.ffn,
+        num_hidden_layers=c.layers,
+        num_attention_heads=c.heads,
+        num_key_value_heads=c.kv_heads,
+        rope_theta=c.theta,
+        rms_norm_eps=c.eps,
+        tie_word_embeddings=False,
+    )
+    theirs = transformers.Qwen2ForCausalLM(config)
+    ours = decoder.make(c, CPU, torch.float32)
+    theirs.load_state_dict(ours.state_dict())
+    ids = torch.randint(c.V, (2, 9))
+    logits = ours.lm_head(ours(ids))
+    torch.testing.assert_close(logits, theirs(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_seven_billion():
+    with torch.device("meta"):
+        model = decoder.Decoder(decoder.QWEN_7B)
+    assert sum(x.numel() for x in model.parameters()) == 7_615_616_512
+
+
+@pytest.mark.parametrize("mode", step_7b.MODES)
+def test_an_update_is_the_reference_of_the_same_log_probs(mode):
+    trained = step_7b.build(decoder.TINY, mode, CPU, torch.float32)
+    inputs = step_7b.batch(step_7b.Size(2, 3, 5), decoder.TINY.V, CPU)
+    heads = [providers.load(stem, "eager") for stem in ("linear_logprob", "linear_grpo")]
+    loss = step_7b.update(trained, inputs, *heads)
+    trained_names = {n for n, x in trained.model.named_parameters() if x.grad is not None}
+    every = {n for n, x in trained.model.named_parameters() if x.requires_grad}
+    assert trained_names == every
+    assert all("lora" in n for n in every) == (mode == "lora")
+
+    def log_probs(model):
+        logits = model.lm_head(model(inputs["ids"]))[:, 2:-1]
+        return reference.logprob(logits.double(), inputs["completion"])
+
+    new = log_probs(trained.model).detach()
+    if mode == "lora":
+        decoder.switch_adapters(trained.model, on=False)
+    ref = log_probs(trained.reference or trained.model).detach()
+    decoder.switch_adapters(trained.model, on=True)
+    assert ((new - ref).abs().max() > 1e-6) == (mode == "lora")
+    want = reference.policy_loss(
+        new,
+        advantages=inputs["advantages"],
+        old_logps=new,
+        ref_logps=ref,
+        objective=step_7b.OBJECTIVE,
+    )
+    torch.testing.assert_close(loss.double(), want, rtol=1e-3, atol=1e-6)
+
+
+def test_the_whole_program_on_a_cpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(step_7b, "ROUNDS", 2)
+    out = tmp_path / "step.json"
+    document = step_7b.run(decoder.TINY, CPU, torch.float32, 300, out)
+    rows = document["step"]
+    absent = document["machine_info"]["absent"]
+    named = {(row["mode"], row["provider"]) for row in rows} | {
+        tuple(who.split(", ")[1:]) for who in absent
+    }
+    assert named == {(mode, name) for mode in step_7b.MODES for name in step_7b.PROVIDERS}
+    assert {("lora", "eager"), ("full", "eager")} <= named
+    assert not [why for why in absent.values() if why.startswith("wrong")]
+    assert all(row["tokens_per_second"] > 0 and row["seconds"] > 0 for row in rows)
+    assert out.exists()
+
+
+def test_a_wrong_head_gets_no_number(monkeypatch):
+    good = providers.load("linear_grpo", "eager")
+    table = providers.PROVIDERS["linear_grpo"]
+    monkeypatch.setitem(table, "trl", lambda: lambda *a, **k: 1.01 * good(*a, **k))
+    monkeypatch.setitem(
+        providers.PROVIDERS["linear_logprob"],
+        "trl",
+        lambda: providers.load("linear_logprob", "eager"),
+    )
+    document = step_7b.run(
+        decoder.TINY, CPU, torch.float32, 300, chosen=("eager", "trl"), modes=("lora",)
+    )
+    assert [row["provider"] for row in document["step"]] == ["eager"]
+    assert "wrong result: gradient_norm" in document["machine_info"]["absent"]["7B step, lora, trl"]
+
+
+@pytest.mark.parametrize("slope, base", [(1, 0), (3, 100), (0.013, 900)])
+def test_the_search_finds_the_longest(slope, base):
+    tried = []
+
+    def peak(length):
+        tried.append(length)
+        used = int(base + slope * length)
+        return used if used <= LIMIT else None
+
+    fits, fails = step_7b.longest(peak, LIMIT, 16, time.monotonic() + 60, 16)
+    assert peak(fits) is not None
+    assert peak(fails) is None
+    assert fails - fits <= 16
+    assert len(tried) <= 14
+
+
+def test_the_search_knows_when_nothing_fits_and_when_time_is_up():
+    assert step_7b.longest(lambda _: None, 1, 16, time.monotonic() + 60, 16) == (0, 16)
+    assert step_7b.longest(lambda _: 1, 2, 16, time.monotonic() - 1, 16) == (0, None)
+
+    def slow(length):
+        time.sleep(0.05)
+        return length
+
+    fits, fails = step_7b.longest(slow, 1e9, 16, time.monotonic() + 0.12, 16)
+    assert fits >= 16
+    assert fails is None
