@@ -20,12 +20,13 @@ setup: $(READY)
 
 # torch first and alone, at the pinned version: other packages would otherwise pull the newest CUDA build.
 # verl last, for its sources alone, which tests/test_verl.py runs: its requirements exclude our transformers, and its
-# wheel brings a top-level `tests`. Hence without dependencies, and off the path.
+# wheel brings a top-level `tests`. Hence without dependencies, and off the path. So is Hugging Face's kernels, which
+# loads our hub package in tests/test_hub.py: transformers changes its ways where it can be imported.
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt torch setuptools
 	$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[test]'
-	$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt --no-deps --upgrade --target $(VENV)/oracles verl
+	$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt --no-deps --upgrade --target $(VENV)/oracles verl kernels
 	touch $@
 
 train: $(READY)
