@@ -21,6 +21,7 @@ class Loop:
     instructions: int
     barriers: int
     shuffles: int  # exchanges between lanes, shared memory included
+    reloads: int  # of scalars that gfx942 keeps in the lanes of a vector register, for want of scalar ones
     loads: list[int]  # bits of each
     stores: list[int]
 
@@ -52,6 +53,7 @@ def read_sass(sass: str) -> Iterator[str | Instruction]:
 
 
 def read_amdgcn(text: str) -> Iterator[str | Instruction]:
+    keeps = set(re.findall(r"\tv_writelane_b32 (v\d+),", text))
     for line in text.splitlines():
         if label := re.match(r"(\.LBB\w+):", line):
             yield label[1]
@@ -59,7 +61,9 @@ def read_amdgcn(text: str) -> Iterator[str | Instruction]:
             jump = re.search(r"\.LBB\w+", found[2]) if "branch" in found[1] else None
             # A data-parallel primitive is an exchange between lanes within another instruction.
             dpp = re.search(r"row_|quad_perm|wave_sh", found[2])
-            yield Instruction(found[1] + (" dpp" if dpp else ""), jump[0] if jump else None)
+            kept = re.search(r"v_readlane_b32 s\d+, (v\d+),", line)
+            op = "scalar_reload" if kept and kept[1] in keeps else found[1]
+            yield Instruction(op + (" dpp" if dpp else ""), jump[0] if jump else None)
 
 
 WIDTHS = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128, "256": 256}
@@ -80,6 +84,7 @@ LOAD = r"LDG\b|(global|buffer|flat)_load"
 STORE = r"STG\b|(global|buffer|flat)_store"
 BARRIER = r"BAR\b|s_barrier"
 SHUFFLE = r"SHFL|LDS\b|STS\b|ds_|v_permlane|v_readlane|.* dpp"
+RELOAD = r"scalar_reload"
 EXP = r"MUFU\.EX2|v_exp_f32"
 
 
@@ -96,7 +101,8 @@ def read_loop(body: list[Instruction]) -> Loop:
         (True, True, False): "scale",
     }
     kind = kinds.get((bool(loads), bool(stores), count(EXP) > 0), "other")
-    return Loop(kind, len(body), count(BARRIER), count(SHUFFLE), loads, stores)
+    exchanges = count(BARRIER), count(SHUFFLE), count(RELOAD)
+    return Loop(kind, len(body), *exchanges, loads, stores)
 
 
 def read_loops(listing: Listing) -> list[Loop]:

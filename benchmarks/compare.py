@@ -11,13 +11,14 @@ counts only where no round of one is within the rounds of the other.
 import argparse
 import contextlib
 import json
-import os
 import statistics
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+from benchmarks import machine
 
 ROOT = Path(__file__).resolve().parents[1]
 WORKING_TREE = "."
@@ -49,7 +50,7 @@ def measure(folder: Path, arguments: Sequence[str], out: Path) -> Times:
     own = (folder / "benchmarks" / "results.py").exists()  # else an older commit
     option = "--results" if own else "--benchmark-json"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"{option}={out}"]
-    environment = os.environ | {"PYTHONPATH": str(folder)}
+    environment = machine.environment() | {"PYTHONPATH": str(folder)}
     done = subprocess.run(
         [*command, *(arguments or ["benchmarks"])],
         cwd=folder,

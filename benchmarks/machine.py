@@ -25,6 +25,11 @@ COMMIT_VARIABLE = "GRPO_FAST_COMMIT"  # where a copy of the tree without .git kn
 COMMAND_VARIABLE = "GRPO_FAST_COMMAND"
 
 
+def environment() -> dict[str, str]:
+    """For a process of its own: not that of a worker of pytest-xdist, under which nothing is timed."""
+    return {name: x for name, x in os.environ.items() if not name.startswith("PYTEST_")}
+
+
 def synced_time() -> float:
     """A clock that waits for the device first."""
     if torch.cuda.is_available():

@@ -180,7 +180,7 @@ def run(
     plan: Sequence[tuple[float, list[Piece]]], seconds: float, commit: str, out: Path | None = None
 ) -> dict[str, str]:
     """What became of each piece; `out` gets the list after each."""
-    environment = os.environ | {
+    environment = machine.environment() | {
         machine.COMMIT_VARIABLE: commit,
         machine.COMMAND_VARIABLE: "benchmarks/run_all",
         "PYTHONUNBUFFERED": "1",

@@ -70,6 +70,8 @@ def test_row_loops_only_stream(streaming):
         assert report.main_loops().keys() == LOOPS[report.kernel], case
         for loop in report.row_loops():
             assert (loop.barriers, loop.shuffles) == (0, 0), (case, loop)
+            # One scalar for a tile of some thousand elements; the capped kernels on gfx942 alone need it.
+            assert loop.reloads <= ("capped" in case), (case, loop)
 
 
 @by_target

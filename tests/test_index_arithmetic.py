@@ -99,7 +99,8 @@ def test_logprob(shape, lazily, some_programs, device):
     expected_entropy = reference.entropy(x)
     torch.testing.assert_close(entropy[some].double(), expected_entropy, rtol=1e-5, atol=1e-5)
     dlogp = torch.ones_like(logp)
-    dlogits = logprob.logprob_bwd(dlogp, None, logits, ids, None, None, 1.0, logp, None, m, s)
+    dlogits = torch.empty_like(logits)
+    logprob.logprob_bwd(dlogp, None, logits, ids, None, None, 1.0, logp, None, m, s, dlogits)
     (dx,) = torch.autograd.grad(expected.sum(), x)
     torch.testing.assert_close(dlogits[0, some].double(), dx, rtol=2e-3, atol=1e-6)
 

@@ -17,8 +17,8 @@ import json, sys, torch
 from benchmarks import eager, inputs, measure, memory, shapes
 from grpo_fast.loss import grpo_loss
 
-def run(fn, copy, **options):
-    leaf, logits = measure.logits_setup(batch, copy=copy)
+def run(fn, provider, **options):
+    leaf, logits = measure.logits_setup(batch, provider)
     call = lambda: measure.value_and_grad(
         fn, leaf, logits, batch.ids, objective=batch.objective, **batch.arguments, **options)
     return memory.peak_extra_bytes(call)
@@ -27,9 +27,10 @@ loss = lambda *args, **kwargs: grpo_loss(*args, **kwargs).loss
 cpu = torch.device("cpu")
 batch = inputs.make_batch(shapes.Shape(B=2, T=8, V=1000, G=2), sys.argv[1], cpu, torch.float32)
 for warm_up in (eager.grpo, loss):
-    run(warm_up, False)
-batch = inputs.make_batch(shapes.get("cpu-small"), sys.argv[1], cpu, torch.float32)
-print(json.dumps([run(eager.grpo, False), run(loss, False), run(loss, True, inplace=True)]))
+    run(warm_up, "eager")
+batch = inputs.make_batch(shapes.get("llama2-7b-4k"), sys.argv[1], cpu, torch.float32)
+found = [run(eager.grpo, "eager"), run(loss, "grpo_fast"), run(loss, "grpo_fast-inplace", inplace=True)]
+print(json.dumps(found))
 """
 
 
