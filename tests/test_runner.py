@@ -41,9 +41,7 @@ def environment(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # set by tests/conftest.py
     monkeypatch.setenv(machine.CALIBRATION_VARIABLE, ROOFS)
     monkeypatch.setenv(machine.COMMIT_VARIABLE, "19274bf")
-    import os
-
-    return dict(os.environ)
+    return machine.environment()
 
 
 def crashing_piece(tmp_path, *more):
@@ -75,7 +73,7 @@ def test_what_is_out_of_time_leaves_what_it_has(tmp_path, environment, monkeypat
     text = CRASHING.replace("os.abort()", "__import__('time').sleep(600)")
     monkeypatch.setitem(globals(), "CRASHING", text)
     piece = crashing_piece(tmp_path)
-    assert runner.run_piece(piece, 45, environment) == runner.OUT_OF_TIME
+    assert runner.run_piece(piece, 30, environment) == runner.OUT_OF_TIME
     document = json.loads(piece.results.read_text())
     assert [x["extra_info"]["provider"] for x in document["benchmarks"]] == ["eager"]
 
