@@ -6,7 +6,7 @@ import functools
 import math
 from typing import Any, Literal, get_args
 
-from grpo_fast.presets import PRESETS
+from grpo_fast.presets import ENTROPY_BY_TOKENS, PRESETS
 
 Surrogate = Literal[
     "clip",
@@ -296,7 +296,10 @@ class Objective:
                 f"preset {name!r} is surrogate={own!r}, which surrogate={asked!r} contradicts; "
                 f"choose another preset, or Objective(surrogate={asked!r}, ...)"
             )
-        return Objective(**{**PRESETS[name], **overrides})
+        options = {**PRESETS[name], **overrides}
+        if name.partition("/")[0] in ENTROPY_BY_TOKENS and options.get("entropy_coef"):
+            options.setdefault("entropy_reduction", "token_mean")
+        return Objective(**options)
 
     @staticmethod
     @functools.lru_cache(maxsize=256)

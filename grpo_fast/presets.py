@@ -46,6 +46,8 @@ TRAINERS = {
     "xtuner": "xtuner, August 2026",
 }
 
+# Whose entropy bonus is a mean over tokens whatever else is reduced how, once `entropy_coef` is given.
+ENTROPY_BY_TOKENS = ("trl",)
 # k3 as verl, SkyRL, xtuner and NeMo-RL guard it. Without effect until `beta` is given.
 GUARDED_K3: Options = {"kl": "k3", "kl_gap_clip": 20.0, "kl_value_clip": 10.0}
 # -r A, clipped by nothing: a ratio is never below 0 and never reaches the other bound.

@@ -149,6 +149,14 @@ def test_objective(options, error, message):
         Objective(**options)
 
 
+def test_the_entropy_bonus_of_a_trl_preset_is_a_mean_over_tokens():
+    assert Objective.preset("trl/grpo", entropy_coef=0.1).entropy_reduction == "token_mean"
+    assert Objective.preset("trl/grpo").entropy_reduction == "same"
+    same = Objective.preset("trl/grpo", entropy_coef=0.1, entropy_reduction="same")
+    assert same.entropy_reduction == "same"
+    assert Objective.preset("grpo", entropy_coef=0.1).entropy_reduction == "same"
+
+
 def test_objective_is_frozen_and_keyword_only():
     with pytest.raises(AttributeError):
         Objective().beta = 0.1
