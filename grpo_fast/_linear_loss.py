@@ -58,8 +58,8 @@ def linear_grpo_loss(
     Args:
         hidden: (B, T, D) or (N, D), float32, bfloat16 or float16: the last hidden states, row t for token t.
         weight: (rows, D) of the head, of the same dtype, or float32 (rounded for the products, its gradient
-            is not). Under FSDP call this inside the forward of the
-            module that owns it, where it has been gathered.
+            is not). Under FSDP call this inside the forward of the module that owns it, where it has been
+            gathered.
         completion_ids: (B, T) or (N,), int32 or int64; anything where the mask is 0.
         bias: (rows,).
         softcap: of the logits (Gemma 2); None for none.
@@ -86,7 +86,7 @@ def linear_grpo_loss(
             upstream gradient is right; it saves the gradient in the dtype of the weight.
         return_entropy: compute the entropy also where the objective does not need it, and it and the
             log-probs of every token that is not masked: those that `compact` left out of the gradient get a
-            pass for their logits, one of the three products.
+            pass for their logits, one of the three products, and on a GPU another sync.
         advantages, rewards, group_size, mask, old_logps, ref_logps, importance_weights, token_weights,
             scores, num_items, cu_seqlens, temperature, objective: as in `grpo_loss`. Where the mask is 0,
             `hidden` may hold NaN.

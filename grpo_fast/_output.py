@@ -37,6 +37,7 @@ def loss_output(
     clip: Tensor,
     tokens: Tokens,
 ) -> LossOutput:
+    """What a loss returns of (N,) tokens; `like` has the shape that the caller knows."""
     entropy = None if entropy is None else entropy.detach()
     statistics = token_statistics(
         tokens.mask,

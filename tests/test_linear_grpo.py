@@ -423,3 +423,17 @@ def test_dw_out_takes_the_gradient_of_the_weight(dtype, upstream, backend, devic
     rounding = 1e-6 if dtype == torch.float32 else 1e-3
     torch.testing.assert_close(main - before, want.float(), rtol=rounding, atol=1e-5)
     torch.testing.assert_close(main, 1 + 2 * want.float(), rtol=rounding, atol=1e-5)
+
+
+def test_two_losses_share_a_main_gradient_in_one_backward(backend, device):
+    """The first addition to `dw_out` is not a modification that the second backward must not see."""
+    tensors, options, ids, arguments = batch(4, 5, 60, device)
+    want = loss_and_grads(linear_grpo_loss, tensors, options, ids, arguments)["dweight"]
+    leaves = graded(tensors)
+    main = torch.zeros_like(leaves["weight"])
+    losses = [
+        call(linear_grpo_loss, leaves, options, ids, **arguments, dw_out=main).loss
+        for _ in range(2)
+    ]
+    (losses[0] + 2 * losses[1]).backward()
+    torch.testing.assert_close(main, 3 * want)

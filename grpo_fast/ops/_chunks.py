@@ -8,7 +8,7 @@ from torch import Tensor
 from grpo_fast.objective import Objective
 from grpo_fast.ops._head import Head
 from grpo_fast.ops._head_arguments import Needs, Options
-from grpo_fast.ops._vocab_parallel import read_shared_rows, write_shared_rows
+from grpo_fast.ops._vocab_parallel import read_shared_rows
 from grpo_fast.ops.grpo import Arguments, fill
 from grpo_fast.ops.logprob import read_rows, write_rows
 
@@ -55,6 +55,7 @@ def at(x: Tensor | None, rows: Tensor | slice | None) -> Tensor | None:
 
 
 def select(scores: Scores, rows: Tensor | slice | None) -> Scores:
+    """The scores of some rows, or of all."""
     ids, mask, temperature, inv_temperature = scores
     chosen = ids if rows is None else ids[rows]
     return Scores(chosen, at(mask, rows), at(temperature, rows), inv_temperature)
@@ -96,11 +97,11 @@ def write_part(
     dlogits: Tensor,
 ) -> None:
     """Their gradient into `dlogits`, which may be `logits`."""
-    rest = (dlogp, dentropy, logits, *scores, *statistics, dlogits, head.softcap)
     if head.shard:
-        write_shared_rows(*rest, head.shard)
-    else:
-        write_rows(*rest)
+        if not logits.shape[-1]:
+            return
+        scores = scores._replace(ids=head.shard.local(scores.ids, logits.shape[-1]))
+    write_rows(dlogp, dentropy, logits, *scores, *statistics, dlogits, head.softcap)
 
 
 def read_all(head: Head, scores: Scores, with_entropy: bool) -> Statistics:

@@ -21,9 +21,8 @@ from grpo_fast.ops._vocab_parallel import Shard
 WORKSPACE_BYTES = {"cuda": 2 << 30, "cpu": 128 << 20}
 # cuBLAS tiles of the product that gives dh, and what a chunk costs besides, in waves of such tiles.
 TILE_ROWS, TILE_COLUMNS, CHUNK_COST = 128, 256, 0.35
-PAD = (
-    64  # elements: with row strides that are a multiple of it, rows of any vocabulary start aligned
-)
+# Elements: with row strides that are a multiple of it, rows of any vocabulary start aligned.
+PAD = 64
 
 
 def row_limit(hidden: Tensor, options: Options) -> int:
@@ -74,10 +73,12 @@ def waves(N: int, C: int, D: int, processors: int) -> float:
 
 
 def round_up(x: int, step: int) -> int:
+    """The least multiple of `step` that is not below x."""
     return -(-x // step) * step
 
 
 def padded(V: int) -> int:
+    """The row stride of a workspace for V columns."""
     return round_up(V, PAD)
 
 
@@ -197,6 +198,10 @@ class Head:
         self._h = self._take(part)
         if self.bias is None:
             product(self._h, self.weight.T, self._work)
+        elif (
+            self.bias.dtype == self._h.dtype
+        ):  # one pass over the chunk less where the library fuses it
+            torch.addmm(self.bias, self._h, self.weight.T, out=self._work)
         else:
             self._work.copy_(self.bias.expand_as(self._work))
             accumulate(self._work, self._h, self.weight.T)

@@ -154,6 +154,7 @@ def check_operand(op: str, name: str, x: Tensor, hidden: Tensor) -> None:
 
 
 def check_bias(op: str, bias: Tensor | None, rows: int) -> Tensor | None:
+    """A bias must have one value per row of weight."""
     if bias is not None and check_tensor(op, "bias", bias).shape != (rows,):
         raise ValueError(f"{op}: bias: want ({rows},), got {shape_of(bias)}")
     return bias
@@ -180,6 +181,7 @@ def check_lora(
 
 
 def check_count(op: str, name: str, x: object) -> int:
+    """An int above 0."""
     if isinstance(x, bool) or not isinstance(x, int):
         raise TypeError(f"{op}: {name}: want an int, got {x!r}")
     if x <= 0:
@@ -188,6 +190,7 @@ def check_count(op: str, name: str, x: object) -> int:
 
 
 def check_positive(op: str, name: str, x: object) -> None:
+    """A number above 0, finite."""
     if isinstance(x, bool) or not isinstance(x, (int, float)):
         raise TypeError(f"{op}: {name}: want a number, got {x!r}")
     if not 0 < x < math.inf:

@@ -2,7 +2,7 @@
 
 Each process reads its own columns (`read_rows`). One all-gather of four numbers per row makes the statistics
 of the whole row of them, in the order of the processes: all get the same bits. With these, each writes the
-gradient of its own columns.
+gradient of its own columns as `write_rows` does of all.
 """
 
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from grpo_fast.ops import _rows
 from grpo_fast.ops._backend import use_triton
-from grpo_fast.ops.logprob import read_rows, write_rows
+from grpo_fast.ops.logprob import read_rows
 
 LN2 = 0.6931471805599453
 # PyTorch 2.13 renamed it, and warns about the old name.
@@ -116,26 +116,3 @@ def combine(
         part = share / total * (entropies - log_share)
         entropy = torch.where(share > 0, part, 0).sum(0)
     return logp, entropy, top, total
-
-
-def write_shared_rows(
-    dlogp: Tensor,
-    dentropy: Tensor | None,
-    logits: Tensor,
-    ids: Tensor,
-    mask: Tensor | None,
-    temperature: Tensor | None,
-    inv_temperature: float,
-    logp: Tensor,
-    entropy: Tensor,
-    top: Tensor,
-    total: Tensor,
-    dlogits: Tensor,
-    softcap: _rows.SoftCap | None,
-    shard: Shard,
-) -> None:
-    """`write_rows` of this process's columns; `logp` ... `total` are those of whole rows."""
-    if logits.shape[-1]:
-        column = shard.local(ids, logits.shape[-1])
-        rest = (mask, temperature, inv_temperature, logp, entropy, top, total, dlogits, softcap)
-        write_rows(dlogp, dentropy, logits, column, *rest)

@@ -68,6 +68,7 @@ class Outputs(NamedTuple):
 
 
 def new_outputs(a: Arguments) -> Outputs:
+    """Zeros of the right shapes."""
     N = len(a.weight)
     new = a.weight.new_zeros
     return Outputs(

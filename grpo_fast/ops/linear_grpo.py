@@ -72,6 +72,7 @@ class Call(NamedTuple):
 
 
 def sort(arguments: tuple) -> Call:
+    """The operator's flat arguments after `hidden`."""
     kinds = (Parameters, Arguments, None, Sequences, None, Options, None, None)
     found = Call(*sorted_into(arguments, *kinds))
     return found._replace(needs=Needs(*found.needs))
@@ -174,6 +175,7 @@ def _entropy_gradient(tokens: Tokens, objective: Objective, found: _phases.Value
 
 
 def slice_tokens(tokens: Tokens, rows: slice) -> Tokens:
+    """The arguments of some rows; all tensors in `tokens` are per token."""
     of_rows: list[Any] = [x[rows] if isinstance(x, Tensor) else x for x in tokens]
     return Tokens(*of_rows)
 
@@ -390,7 +392,9 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.dtypes = [None if x is None else x.dtype for x in (inputs[0], *call.parameters)]
     ctx.given = list(call.needs)
     # Saved, not kept aside: under activation checkpointing they are dropped and computed again.
-    ctx.save_for_backward(call.dw_out, *output[6:])
+    ctx.save_for_backward(*output[6:])
+    # Not saved: other backwards add to it before this one does, which is what it is for.
+    ctx.dw_out = call.dw_out
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
@@ -403,14 +407,14 @@ def _backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple:
     if ctx.used:
         raise RuntimeError(USED_TWICE)
     ctx.used = True
-    dw_out, *gradients = ctx.saved_tensors
     factor = dloss.float()
     result: list[Tensor | None] = []
-    for i, (x, dtype, wanted) in enumerate(zip(gradients, ctx.dtypes, ctx.given, strict=True)):
+    saved = zip(ctx.saved_tensors, ctx.dtypes, ctx.given, strict=True)
+    for i, (x, dtype, wanted) in enumerate(saved):
         if not wanted or dtype is None:
             result.append(None)
-        elif i == 1 and dw_out is not None:
-            dw_out.addcmul_(x, factor)
+        elif i == 1 and ctx.dw_out is not None:
+            ctx.dw_out.addcmul_(x, factor)
             result.append(None)
         elif x.dtype == dtype:
             scale_(x, factor)

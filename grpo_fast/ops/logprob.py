@@ -98,7 +98,10 @@ def write_rows(
     dlogits: Tensor,
     softcap: _rows.SoftCap | None = None,
 ) -> None:
-    """Write the gradient into `dlogits`, (B, T, V), which may be `logits`."""
+    """Write the gradient into `dlogits`, (B, T, V), which may be `logits`.
+
+    ids: -1 where no column is scored.
+    """
     if use_triton(logits):
         from grpo_fast.kernels import logprob as kernels
 
