@@ -176,10 +176,10 @@ def linear_grpo_loss(
             inv_temperature=inv_temperature,
             return_entropy=with_entropy,
             objective=objective.key,
-            **{name: getattr(tokens, name) for name in Tokens._fields if name in Arguments._fields},
+            **tokens._asdict(),
         )
         loss, by_token, logp, entropy, kl, clip, *_ = linear_grpo(
-            *(flat, *parameters, *arguments, keep, *sequences, tokens.token_weight, *options),
+            *(flat, *parameters, *arguments, keep, *sequences, *options),
             *(list(needs), dw_out),
         )
     else:

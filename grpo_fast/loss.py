@@ -229,7 +229,7 @@ def _by_launch(
         inv_temperature=inv_temperature,
         return_entropy=return_entropy,
         objective=objective.key,
-        **{name: getattr(tokens, name) for name in Tokens._fields if name in Arguments._fields},
+        **tokens._asdict(),
     )
     return (grpo_inplace if inplace else grpo)(logits, *arguments)[:5]
 

@@ -190,7 +190,7 @@ def test_opcheck_of_the_linear_head(backend, device):
     check(*(linear_logprob_bwd, x, x, hidden, *frozen, *scores, mask, *statistics, needs, *options))
     sequences = (None, None, 3)
     check(
-        *(linear_grpo, graded, *head, *tokens, mask, *sequences, x, *options, needs, None),
+        *(linear_grpo, graded, *head, *tokens, mask, *sequences, *options, needs, None),
         tests=autograd,
     )
     check(weigh_rows, hidden, x)

@@ -68,7 +68,9 @@ def _keep_top_entropy(tokens: Tokens, entropy: Tensor, objective: Objective) -> 
     importance = kept.float() if tokens.importance is None else tokens.importance * kept
     weight = tokens.weight
     if objective.entropy_reduction == "token_mean":
-        weight = tokens.token_weight / kept.sum().clamp(min=1)
+        assert tokens.entropy_weight is not None
+        # A mean over all live tokens becomes one over those kept.
+        weight = tokens.entropy_weight * (live.sum() / kept.sum().clamp(min=1))
     return tokens._replace(importance=importance, entropy_weight=torch.where(kept, weight, 0))
 
 

@@ -26,9 +26,6 @@ class Tokens(NamedTuple):
     ref_logp: Tensor | None
     importance: Tensor | None
     score: Tensor | None  # TOPR's; None: the advantages
-    token_weight: (
-        Tensor  # 1 or the caller's, 0 where masked: what `weight` is besides the reduction
-    )
     entropy_weight: Tensor | None  # None: weight
 
 
@@ -136,7 +133,6 @@ def check_tokens(
         _arguments.per_token(op, "ref_logps", ref_logps, like),
         importance,
         spread("scores", rewards if scores is None and objective.surrogate == "topr" else scores),
-        token_weight,
         entropy_weight,
     )
     boundaries = None if cu_seqlens is None else cu_seqlens.long().contiguous()

@@ -65,7 +65,6 @@ class Call(NamedTuple):
     tokens: Arguments
     keep: Tensor | None  # (N,) bool, on any device: the rows that take part; None for all
     sequences: Sequences
-    token_weight: Tensor
     options: Options
     needs: Needs
     dw_out: Tensor | None
@@ -73,7 +72,7 @@ class Call(NamedTuple):
 
 def sort(arguments: tuple) -> Call:
     """The operator's flat arguments after `hidden`."""
-    kinds = (Parameters, Arguments, None, Sequences, None, Options, None, None)
+    kinds = (Parameters, Arguments, None, Sequences, Options, None, None)
     found = Call(*sorted_into(arguments, *kinds))
     return found._replace(needs=Needs(*found.needs))
 
@@ -154,17 +153,15 @@ def by_token(head: Head, a: Arguments) -> Outputs:
     return Outputs(*(torch.cat(x) for x in zip(*found, strict=True)))
 
 
-def as_tokens(a: Arguments, token_weight: Tensor) -> Tokens:
+def as_tokens(a: Arguments) -> Tokens:
     """The arguments as the objective on log-probs takes them."""
-    known = {name: x for name, x in a._asdict().items() if name in Tokens._fields}
-    return Tokens(**known, token_weight=token_weight)
+    return Tokens(*(getattr(a, name) for name in Tokens._fields))
 
 
 def with_coefficients(a: Arguments, c: Tensor, tokens: Tokens, objective: Objective) -> Arguments:
     """What is left to find out where the surrogate's coefficients are known: KL and entropy bonus."""
     rest, without = _phases.without_surrogate(tokens, objective)
-    known = {name: x for name, x in rest._asdict().items() if name in Arguments._fields}
-    return a._replace(**known, coefficient=c, objective=without.key)
+    return a._replace(**rest._asdict(), coefficient=c, objective=without.key)
 
 
 def _entropy_gradient(tokens: Tokens, objective: Objective, found: _phases.Values) -> Tensor | None:
@@ -276,8 +273,6 @@ def _forward(hidden: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     scores = scaled(Scores(a.ids, a.mask, a.temperature, a.inv_temperature), options)
     a = a._replace(temperature=scores.temperature, inv_temperature=scores.inv_temperature)
     limit = row_limit(hidden, options)
-    token_weight = at(call.token_weight, rows)
-    assert token_weight is not None
     known = not objective.by_token and _phases.known_on_policy(a.old_logp, objective)
     way = plan(objective, known, needs, ends, limit, bool(options.tp_group))
     length = 0
@@ -287,7 +282,7 @@ def _forward(hidden: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     if way == "token" and not head.shard:
         out = by_token(head, a)
     else:
-        out = _by_phases(way, head, scores, a, token_weight, sequences, ends, objective)
+        out = _by_phases(way, head, scores, a, sequences, ends, objective)
     N = len(hidden)
     optional = {"entropy": a.with_entropy, "kl": a.ref_logp is not None}
     outputs = [
@@ -303,13 +298,12 @@ def _by_phases(
     head: Head,
     scores: Scores,
     a: Arguments,
-    token_weight: Tensor,
     sequences: Sequences,
     ends: list[int] | None,
     objective: Objective,
 ) -> Outputs:
     """Gradients of the rows that take part, their coefficients depending on other rows."""
-    tokens = as_tokens(a, token_weight)
+    tokens = as_tokens(a)
     with_entropy = a.with_entropy
     c = None
     if way == "known":
@@ -344,7 +338,7 @@ linear_grpo = torch.library.custom_op(
     _forward,
     mutates_args=(),
     schema=f"(Tensor hidden, {PARAMETERS}, {ARGUMENTS}, Tensor? keep, Tensor? log_importance, "
-    f"Tensor? boundaries, int T_len, Tensor token_weight, {OPTIONS}, bool[] needs, Tensor? dw_out) -> "
+    f"Tensor? boundaries, int T_len, {OPTIONS}, bool[] needs, Tensor? dw_out) -> "
     f"({', '.join(['Tensor'] * 11)})",
 )
 
