@@ -81,12 +81,17 @@ def measure(
             _discard(run), setup=lambda: (setup(next(turns)), {}), rounds=rounds, warmup_rounds=2
         )
         _add_device_time(benchmark, run, setup, batches[0])
-        if RECORDER and benchmark.stats is not None:
-            RECORDER[0].add(benchmark.name, benchmark.extra_info, benchmark.stats.stats)
+        record(benchmark)
     except torch.OutOfMemoryError:
-        _absent(stem, f"{provider} {shape_name}", "out of memory")
+        absent(stem, f"{provider} {shape_name}", "out of memory")
     except providers.UnavailableError as reason:
-        _absent(stem, provider, str(reason))
+        absent(stem, provider, str(reason))
+
+
+def record(benchmark: Any) -> None:
+    """Write down what was timed, and what `extra_info` says of it, where `--results` asks for it."""
+    if RECORDER and benchmark.stats is not None:
+        RECORDER[0].add(benchmark.name, benchmark.extra_info, benchmark.stats.stats)
 
 
 def value_and_grad(fn: providers.Function, leaf: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -191,18 +196,20 @@ def _load(stem: str, provider: str) -> providers.Function:
     try:
         return providers.load(stem, provider)
     except providers.UnavailableError as reason:
-        _absent(stem, provider, str(reason))
+        absent(stem, provider, str(reason))
         raise AssertionError("unreachable") from reason
 
 
-def _note(stem: str, provider: str, reason: str) -> None:
+def note(stem: str, provider: str, reason: str) -> None:
+    """Write down why a provider has no number."""
     ABSENT[f"{stem} {provider}"] = reason
     if RECORDER:
         RECORDER[0].skip(f"{stem} {provider}", reason)
 
 
-def _absent(stem: str, provider: str, reason: str) -> None:
-    _note(stem, provider, reason)
+def absent(stem: str, provider: str, reason: str) -> None:
+    """Skip the benchmark, and say why."""
+    note(stem, provider, reason)
     pytest.skip(f"{provider}: {reason}")
 
 
@@ -211,7 +218,7 @@ def _check(stem: str, provider: str, batch: Batch, result: tuple[Tensor, Any]) -
     try:
         return check(stem, batch, *result, factor=gate.factor_of(provider))
     except AssertionError as error:
-        _note(stem, provider, f"wrong result: {str(error).splitlines()[0]}")
+        note(stem, provider, f"wrong result: {str(error).splitlines()[0]}")
         raise
 
 

@@ -1,9 +1,10 @@
 """Tests, then every benchmark, in a given time, whatever crashes on the way (`benchmarks/run_all`).
 
 Calibration; the tests that say most about a device; this project's benchmarks, a process for each stem; the
-7B step; the other libraries, a process for each; the other tests. What overruns its share of the time is
-interrupted, and killed if it does not stop. Results are written after every measurement: an end at any time
-loses one. After a crash a new process goes on behind the benchmark that crashed, which the results name.
+7B step; the other libraries, a process for each; a step of TRL's trainer; the other tests. What overruns its
+share of the time is interrupted, and killed if it does not stop. Results are written after every measurement:
+an end at any time loses one. After a crash a new process goes on behind the benchmark that crashed, which the
+results name.
 """
 
 import argparse
@@ -109,6 +110,8 @@ def stages(out: Path, commit: str, tests: bool = True) -> list[tuple[float, list
         )
         for library in providers.peer_libraries()
     ]
+    trainer = ("benchmarks/bench_trl_step.py",)
+    peers += [Piece("TRL step", trainer, 1, results=out / f"trl_step-{commit}.json", peer=True)]
     plan = [
         (BENCHMARKS_END, benchmarks),
         (STEP_END, [Piece("7B step", (f"--out={step}",), 1, STEP, step)]),

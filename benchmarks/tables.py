@@ -37,11 +37,11 @@ def eager_of(entries: list[dict[str, Any]]) -> dict[str, Any] | None:
 def case_table(entries: list[dict[str, Any]]) -> str:
     first = entries[0]
     sizes = ", ".join(f"{name} {size:,}" for name, size in first["sizes"].items() if size)
-    heads = first["roof"] == "gemm"
+    heads, rated = first["roof"] == "gemm", first["roof"] is not None
     eager = eager_of(entries)
     lines = [f"{title(first)}: {sizes}, {first['dtype']}{_about(first)}\n"]
-    speed, more = ("TFLOP/s", "x bare GEMMs | ") if heads else ("GB/s", "")
-    columns = f"| provider | time | ± | vs eager | {speed} | of {first['roof']} | {more}"
+    speed = f"{'TFLOP/s' if heads else 'GB/s'} | of {first['roof']} | " if rated else ""
+    columns = f"| provider | time | ± | vs eager | {speed}{'x bare GEMMs | ' if heads else ''}"
     columns += "extra memory | vs eager | error |"
     lines += [columns, "|---|" + "---:|" * (columns.count("|") - 2)]
     for e in entries:
@@ -50,7 +50,7 @@ def case_table(entries: list[dict[str, Any]]) -> str:
             time_text(e["median"]) + _device_time(e),
             f"{50 * e['iqr'] / e['median']:.0f} %",
             f"{eager['median'] / e['median']:.2f}x" if eager else "",
-            *_speed(e),
+            *(_speed(e) if rated else ()),
             *([f"{e['median'] / e['bare_gemms_seconds']:.2f}"] if heads else []),
             memory_text(e["peak_extra_bytes"]),
             memory_ratio(e, eager),

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import committed, pictures, report
+from benchmarks import committed, pictures, report, tables
 
 ROOT = Path(__file__).resolve().parents[1]
 S0 = {"B": 16, "T": 1024, "V": 152_064, "G": 4, "D": 3584}
@@ -143,6 +143,15 @@ def test_heads_are_held_against_their_multiplications(gpu_results):
     assert "x bare GEMMs" in text
     assert "| grpo_fast | 75.00 ms | 0 % | 1.60x | 133.33 | 19 % | 1.07 |" in text
     assert "in 30 % of the 128 x 128 blocks" in text
+
+
+def test_a_step_of_a_trainer_has_no_rate():
+    made = entry("eager", roof=None, bytes=0)
+    table = tables.case_table([made["extra_info"] | made["stats"]])
+    assert "2.60 ms" in table
+    assert "GB/s" not in table
+    header, rule, row = table.splitlines()[2:5]
+    assert header.count("|") == rule.count("|") == row.count("|")
 
 
 def test_the_step_has_its_tables(gpu_results):

@@ -1,5 +1,7 @@
 """The benchmark of a TRL step: what is wrong gets no number."""
 
+import json
+
 import pytest
 import torch
 
@@ -7,9 +9,10 @@ pytest.importorskip("trl", "1.16", reason="the benchmark is of TRL's trainer")
 pytestmark = pytest.mark.filterwarnings("ignore")  # of TRL and its libraries
 
 from benchmarks import bench_trl_step as bench  # noqa: E402
-from benchmarks import measure  # noqa: E402
+from benchmarks import measure, results, timing  # noqa: E402
 
-SIZES = {"B": 2, "T": 6, "V": 50, "D": 16}
+SHAPE = bench.Model(V=50, D=16, layers=1, heads=2, kv_heads=1, ffn=32, B=2, T=6, checked=6)
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -18,16 +21,17 @@ def torch_backend(monkeypatch):
     monkeypatch.setattr(measure, "ABSENT", {})
 
 
-def setup(provider, variant):
-    trainer = bench._trainer(provider, variant, SIZES, layers=1)
-    return trainer, bench._inputs(SIZES, torch.device("cpu"), variant)
+def setup(provider, variant, dtype=torch.float32):
+    trainer = bench._trainer(provider, variant, SHAPE, CPU, dtype)
+    return trainer, bench._inputs(SHAPE, CPU, variant)
 
 
-@pytest.mark.parametrize("variant", ["on-policy", "off-policy-kl"])
+@pytest.mark.parametrize("variant", bench.VARIANTS)
 @pytest.mark.parametrize("provider", bench.PROVIDERS)
 def test_providers_agree(provider, variant):
     trainer, inputs = setup(provider, variant)
-    bench._check(trainer, inputs, provider)
+    errors = bench._check(trainer, inputs, provider, torch.float64)
+    assert 0 < errors["gradient"] < 1e-5
     loss, gradient = bench._step(trainer, inputs)
     assert loss.isfinite()
     assert gradient.abs().max() > 0
@@ -39,5 +43,26 @@ def test_one_that_is_slightly_off_is_refused():
     fused = trainer._compute_loss
     trainer._compute_loss = lambda *args: 1.001 * fused(*args)
     with pytest.raises(AssertionError, match="loss: error"):
-        bench._check(trainer, inputs, "grpo_fast")
+        bench._check(trainer, inputs, "grpo_fast", torch.float64)
     assert measure.ABSENT["trl_step grpo_fast"].startswith("wrong result: loss")
+
+
+@pytest.mark.parametrize("provider", bench.PROVIDERS)
+def test_in_bfloat16_the_truth_is_float32(provider):
+    trainer, inputs = setup(provider, "off-policy-kl", torch.bfloat16)
+    assert trainer.model.dtype == torch.bfloat16
+    errors = bench._check(trainer, inputs, provider, torch.float32)
+    assert 0 < errors["gradient"] < 0.1
+
+
+def test_the_benchmark_records_what_it_measures(monkeypatch, tmp_path):
+    recorder = results.Recorder(tmp_path / "out.json")
+    monkeypatch.setattr(measure, "RECORDER", [recorder])
+    monkeypatch.setattr(bench, "MODELS", {"cpu": {"tiny": SHAPE}})
+    monkeypatch.setattr(bench.shapes, "device", lambda: CPU)
+    bench.bench_step(timing.Timer("bench_step"), "grpo_fast", "tiny", "on-policy")
+    (entry,) = json.loads((tmp_path / "out.json").read_text())["benchmarks"]
+    assert entry["stats"]["rounds"] == bench.ROUNDS
+    info = entry["extra_info"]
+    assert (info["stem"], info["shape"], info["roof"]) == ("trl_step", "tiny", None)
+    assert set(info["errors"]) == {"loss", "gradient"}
