@@ -137,6 +137,7 @@ HIDDEN_PROVIDERS: dict[str, dict[str, Callable[[], Function]]] = {
     "linear_grpo": {
         "eager": lambda: eager.linear_grpo,
         "compile": compiled(eager.linear_grpo),
+        "torch-lce": peers_heads.with_eager_loss(peers_heads.torch_logprob, ignores=True),
         "trl": peers_trl.linear_grpo,
         "liger-chunked": peers_liger.linear_grpo,
         "liger-scaled-ce": peers_heads.with_eager_loss(peers_liger.linear_logprob, ignores=True),
