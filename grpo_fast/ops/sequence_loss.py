@@ -19,14 +19,19 @@ from grpo_fast.ops.policy_loss import (
 
 
 class Segments(NamedTuple):
-    """Which of `number` sequences each of (N,) tokens belongs to."""
+    """The sequences of (N,) tokens: every `T_len` of them, or as `of_token` says."""
 
-    of_token: Tensor
-    number: int
+    T_len: int
+    of_token: Tensor | None = None
+    number: int = 0  # of sequences, with `of_token`
 
     def sum(self, x: Tensor) -> Tensor:
         """Per token: the sum over its sequence. Masked tokens must hold 0."""
-        # One by one: in float32 thousands of tokens would lose what a sum in pairs keeps.
+        # In float32 thousands of tokens, added one by one, would lose what a sum in pairs keeps.
+        if self.of_token is None:
+            rows = x.view(-1, max(self.T_len, 1))
+            total = rows.sum(-1, keepdim=True, dtype=torch.float64)
+            return total.to(x.dtype).expand(rows.shape).reshape(-1)
         total = x.new_zeros(self.number, dtype=torch.float64)
         return total.index_add_(0, self.of_token, x.double()).to(x.dtype)[self.of_token]
 
@@ -109,12 +114,10 @@ def sequence_loss_fwd(
             *(log_importance, boundaries, T_len, terms),
         )
         return loss, dlogp, logp.new_empty(0) if kl is None else kl, clip
-    if boundaries is None:
-        of_token = torch.arange(len(logp), device=logp.device) // max(T_len, 1)
-        segments = Segments(of_token, len(logp) // max(T_len, 1))
-    else:
+    segments = Segments(T_len)
+    if boundaries is not None:
         of_token = reference.sequence_of_token(boundaries, len(logp))
-        segments = Segments(of_token, len(boundaries) - 1)
+        segments = Segments(T_len, of_token, len(boundaries) - 1)
     live = torch.ones_like(logp, dtype=torch.bool) if mask is None else mask
 
     def kept(x: Tensor) -> Tensor:
