@@ -23,7 +23,7 @@ from grpo_fast.testing import assert_as_accurate
 PROVIDERS = ("eager", "trl", "grpo_fast")
 VARIANTS = ("on-policy", "off-policy-kl")
 PROMPT = 16
-ROUNDS = 5
+ROUNDS = 15
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,6 +15,9 @@ from benchmarks.results import Recorder
 
 TIME_BUDGET = {"cuda": 0.6, "cpu": 2.0}  # seconds of timed rounds of one case
 ROUNDS = (5, 200)
+WARMUP_ROUNDS = 2
+# Seconds of a call that gets fewer rounds and no more warming up: it has run three times by then.
+SLOW, SLOW_ROUNDS = 10.0, 3
 # Below this a call is mostly launches: the time of the device alone is recorded next to it.
 LAUNCH_BOUND = 200e-6
 
@@ -55,7 +58,7 @@ def measure(
         run = call(fn)
         errors = _check(stem, provider, batches[0], run(*setup(batches[0])))
         extra = memory.peak_extra_bytes(functools.partial(run, *setup(batches[0])))
-        rounds = _rounds(run, setup, batches[0])
+        rounds, warmup_rounds = _rounds(run, setup, batches[0])
         turns = itertools.cycle(batches)
         benchmark.group = f"{stem} {benchmark.name.split('[')[0]} {shape_name} {variant}"
         benchmark.extra_info |= {
@@ -78,7 +81,10 @@ def measure(
         if hidden:
             benchmark.extra_info |= _about_the_head(batches[0])
         benchmark.pedantic(
-            _discard(run), setup=lambda: (setup(next(turns)), {}), rounds=rounds, warmup_rounds=2
+            _discard(run),
+            setup=lambda: (setup(next(turns)), {}),
+            rounds=rounds,
+            warmup_rounds=warmup_rounds,
         )
         _add_device_time(benchmark, run, setup, batches[0])
         record(benchmark)
@@ -231,13 +237,17 @@ def _discard(run: Call) -> Callable[..., None]:
     return timed
 
 
-def _rounds(run: Call, setup: Setup, batch: Batch) -> int:
+def _rounds(run: Call, setup: Setup, batch: Batch) -> tuple[int, int]:
+    """(rounds that are timed, rounds before them)."""
     arguments = setup(batch)
     start = machine.synced_time()
     run(*arguments)
     seconds = machine.synced_time() - start
+    if seconds > SLOW:
+        return SLOW_ROUNDS, 0
     fewest, most = ROUNDS
-    return min(max(int(TIME_BUDGET[shapes.device().type] / seconds), fewest), most)
+    rounds = min(max(int(TIME_BUDGET[shapes.device().type] / seconds), fewest), most)
+    return rounds, WARMUP_ROUNDS
 
 
 def _add_device_time(benchmark: Any, run: Call, setup: Setup, batch: Batch) -> None:
