@@ -178,6 +178,9 @@ def test_skyrl_corrects_off_policy_with_its_own_code(batch, backend, monkeypatch
         return (loss * (b.old - b.rollout).exp().clamp(max=1.2) * keep).sum()
 
     agrees(run_skyrl("gspo", config), gspo, batch)
+    for name in ("importance_sampling", "clip_cov", "kl_cov"):  # without correction or its metrics
+        (metrics,) = agrees(run_skyrl(name, config), skyrl_formula(name, config), batch)
+        assert "is_ratio_mean" not in metrics
 
 
 def test_skyrl_conventions(monkeypatch):

@@ -18,6 +18,11 @@ from grpo_fast.diagnostics import TokenDiagnostics
 from grpo_fast.integrations._host import SUM, Call, as_floats, clip_fraction, read
 from grpo_fast.loss import LossOutput
 
+UNCORRECTED = (
+    "importance_sampling",
+    "clip_cov",
+    "kl_cov",
+)  # SkyRL's off-policy correction knows none
 CORRECTION = "skyrl.backends.skyrl_train.utils.off_policy_correction_utils"
 Metrics = dict[str, Tensor | float]
 Result = tuple[Tensor, Metrics]
@@ -110,11 +115,8 @@ def _dppo(call: _Call) -> Result:
     return _clipped(dataclasses.replace(call, name="dppo_" + kind.removeprefix("binary_")))
 
 
-# SkyRL corrects none of the following three.
-
-
 def _importance_sampling(call: _Call) -> Result:
-    out = dataclasses.replace(call, weights=None).loss()
+    out = call.loss()
     return out.loss, {"importance_ratio": out.metrics["ratio_mean"]}
 
 
@@ -128,7 +130,7 @@ def _clip_cov(call: _Call) -> Result:
 
 def _kl_cov(call: _Call) -> Result:
     fraction, coef = (read(call.config, f"kl_cov.{k}") for k in ("kl_cov_frac", "ppo_kl_coef"))
-    out = dataclasses.replace(call, weights=None).kl_cov(SUM, fraction, coef)
+    out = call.kl_cov(SUM, fraction, coef)
     return out.loss, {"clip_ratio": 0.0}
 
 
@@ -171,7 +173,9 @@ def _with_skyrls_signature(
         rollout_logprobs: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, float]]:
         mask = torch.ones_like(log_probs) if loss_mask is None else loss_mask
-        weights, metrics = _corrected(old_log_probs, rollout_logprobs, mask, config)
+        weights, metrics = None, {}
+        if name not in UNCORRECTED:
+            weights, metrics = _corrected(old_log_probs, rollout_logprobs, mask, config)
         call = _Call(
             name=name,
             logp=log_probs,
