@@ -150,6 +150,10 @@ def _corrected(
     return kept if weights is None else weights.where(kept != 0, 0), metrics
 
 
+def _uncorrected(*_: Any) -> tuple[None, dict[str, float]]:
+    return None, {}
+
+
 def _is_enabled(correction: Any) -> bool:
     names = (
         "tis_ratio_type",
@@ -173,9 +177,8 @@ def _with_skyrls_signature(
         rollout_logprobs: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, float]]:
         mask = torch.ones_like(log_probs) if loss_mask is None else loss_mask
-        weights, metrics = None, {}
-        if name not in UNCORRECTED:
-            weights, metrics = _corrected(old_log_probs, rollout_logprobs, mask, config)
+        correct = _uncorrected if name in UNCORRECTED else _corrected
+        weights, metrics = correct(old_log_probs, rollout_logprobs, mask, config)
         call = _Call(
             name=name,
             logp=log_probs,
