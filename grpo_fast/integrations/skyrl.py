@@ -18,15 +18,17 @@ from grpo_fast.diagnostics import TokenDiagnostics
 from grpo_fast.integrations._host import SUM, Call, as_floats, clip_fraction, read
 from grpo_fast.loss import LossOutput
 
-UNCORRECTED = (
-    "importance_sampling",
-    "clip_cov",
-    "kl_cov",
-)  # SkyRL's off-policy correction knows none
 CORRECTION = "skyrl.backends.skyrl_train.utils.off_policy_correction_utils"
+CORRECTIONS = (
+    "tis_ratio_type",
+    "sequence_mask_metric",
+    "outlier_token_is_threshold_low",
+    "outlier_token_is_threshold_high",
+    "token_mask_is_threshold_low",
+)
+UNCORRECTED = ("importance_sampling", "clip_cov", "kl_cov")
 Metrics = dict[str, Tensor | float]
 Result = tuple[Tensor, Metrics]
-
 
 # The options of each preset, and where SkyRL's algorithm configuration has them.
 _CLIP = {"epsilon_low": "eps_clip_low", "epsilon_high": "eps_clip_high"}
@@ -141,28 +143,13 @@ def _corrected(
 
     What it masks has a weight of 0: the means of sequences and of metrics are over the mask it was given.
     """
-    correction = read(config, "off_policy_correction", None)
-    if rollout is None or correction is None or not _is_enabled(correction):
+    options = (read(config, f"off_policy_correction.{name}", None) for name in CORRECTIONS)
+    if rollout is None or all(option is None for option in options):
         return None, {}
     compute = importlib.import_module(CORRECTION).compute_off_policy_correction
-    weights, metrics, kept = compute(old, rollout, mask, correction)
-    kept = (kept != 0).float()
-    return kept if weights is None else weights.where(kept != 0, 0), metrics
-
-
-def _uncorrected(*_: Any) -> tuple[None, dict[str, float]]:
-    return None, {}
-
-
-def _is_enabled(correction: Any) -> bool:
-    names = (
-        "tis_ratio_type",
-        "sequence_mask_metric",
-        "outlier_token_is_threshold_low",
-        "outlier_token_is_threshold_high",
-        "token_mask_is_threshold_low",
-    )
-    return any(read(correction, name, None) is not None for name in names)
+    weights, metrics, kept = compute(old, rollout, mask, read(config, "off_policy_correction"))
+    kept = kept != 0
+    return kept.float() if weights is None else weights.where(kept, 0), metrics
 
 
 def _with_skyrls_signature(
@@ -177,8 +164,8 @@ def _with_skyrls_signature(
         rollout_logprobs: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, float]]:
         mask = torch.ones_like(log_probs) if loss_mask is None else loss_mask
-        correct = _uncorrected if name in UNCORRECTED else _corrected
-        weights, metrics = correct(old_log_probs, rollout_logprobs, mask, config)
+        sampler = None if name in UNCORRECTED else rollout_logprobs
+        weights, metrics = _corrected(old_log_probs, sampler, mask, config)
         call = _Call(
             name=name,
             logp=log_probs,
