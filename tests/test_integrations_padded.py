@@ -178,9 +178,12 @@ def test_skyrl_corrects_off_policy_with_its_own_code(batch, backend, monkeypatch
         return (loss * (b.old - b.rollout).exp().clamp(max=1.2) * keep).sum()
 
     agrees(run_skyrl("gspo", config), gspo, batch)
-    for name in ("importance_sampling", "clip_cov", "kl_cov"):  # without correction or its metrics
-        (metrics,) = agrees(run_skyrl(name, config), skyrl_formula(name, config), batch)
-        assert "is_ratio_mean" not in metrics
+    name = "importance_sampling"  # without correction or its metrics
+    (metrics,) = agrees(run_skyrl(name, config), skyrl_formula(name, config), batch)
+    assert "is_ratio_mean" not in metrics
+    for name in ("clip_cov", "kl_cov"):
+        with pytest.raises(ValueError, match=f"{name}: off_policy_correction.*tis_ratio_type"):
+            run_skyrl(name, config)(batch.logp, batch)
 
 
 def test_skyrl_conventions(monkeypatch):

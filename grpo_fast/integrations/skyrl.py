@@ -26,7 +26,6 @@ CORRECTIONS = (
     "outlier_token_is_threshold_high",
     "token_mask_is_threshold_low",
 )
-UNCORRECTED = ("importance_sampling", "clip_cov", "kl_cov")
 Metrics = dict[str, Tensor | float]
 Result = tuple[Tensor, Metrics]
 
@@ -137,15 +136,20 @@ def _kl_cov(call: _Call) -> Result:
 
 
 def _corrected(
-    old: Tensor, rollout: Tensor | None, mask: Tensor, config: Any
+    name: str, old: Tensor, rollout: Tensor | None, mask: Tensor, config: Any
 ) -> tuple[Tensor | None, dict[str, float]]:
     """(importance weights, metrics) by SkyRL's off-policy correction, where it is configured.
 
     What it masks has a weight of 0: the means of sequences and of metrics are over the mask it was given.
     """
-    options = (read(config, f"off_policy_correction.{name}", None) for name in CORRECTIONS)
-    if rollout is None or all(option is None for option in options):
+    options = {
+        option: read(config, f"off_policy_correction.{option}", None) for option in CORRECTIONS
+    }
+    given = {option: value for option, value in options.items() if value is not None}
+    if not given or rollout is None or name == "importance_sampling":  # which is one by itself
         return None, {}
+    if name in ("clip_cov", "kl_cov"):  # SkyRL refuses it by their names, which ours are not
+        raise ValueError(f"{name}: off_policy_correction is not supported with it, got {given}")
     compute = importlib.import_module(CORRECTION).compute_off_policy_correction
     weights, metrics, kept = compute(old, rollout, mask, read(config, "off_policy_correction"))
     kept = kept != 0
@@ -164,8 +168,7 @@ def _with_skyrls_signature(
         rollout_logprobs: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, float]]:
         mask = torch.ones_like(log_probs) if loss_mask is None else loss_mask
-        sampler = None if name in UNCORRECTED else rollout_logprobs
-        weights, metrics = _corrected(old_log_probs, sampler, mask, config)
+        weights, metrics = _corrected(name, old_log_probs, rollout_logprobs, mask, config)
         call = _Call(
             name=name,
             logp=log_probs,
