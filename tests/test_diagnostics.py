@@ -1,6 +1,8 @@
 """Per-token diagnostics: by hand, and against the metrics and the loss of the same objective."""
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ import torch
 from grpo_fast import Objective, reference
 from grpo_fast.diagnostics import kl_estimate, token_diagnostics
 from grpo_fast.loss import policy_loss
-from tests.hosts import host_batch
+from tests.hosts import clipped, host_batch
 from tests.test_grpo import OBJECTIVES
 
 
@@ -152,6 +154,18 @@ def test_kl_estimates():
     torch.testing.assert_close(most[1], torch.tensor(0.5))
     with pytest.raises(ValueError, match="k3_unbiased"):
         kl_estimate(p, q, Objective(kl="k3_unbiased"))
+
+
+def test_the_example_of_an_adapter_runs():
+    text = (Path(__file__).resolve().parents[1] / "docs" / "integrations.md").read_text()
+    scope = {}
+    exec(re.search(r"```python\n(.*?def their_loss.*?)```", text, re.DOTALL)[1], scope)
+    b = host_batch("cpu")
+    config = {"clip_low": 0.2, "clip_high": 0.28, "clip_c": 3.0}
+    loss, metrics = scope["their_loss"](b.logp, b.old, b.A, b.mask, config)
+    want = clipped(b.logp - b.old, b.A, 0.2, 0.28, 3.0)[b.mask].mean()
+    torch.testing.assert_close(loss, want)
+    assert 0 < metrics["clipped"] < 1
 
 
 def test_errors():
