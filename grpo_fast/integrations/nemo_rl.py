@@ -9,13 +9,13 @@ same; what cannot be the same is refused.
 """
 
 import importlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from grpo_fast import reference
-from grpo_fast.diagnostics import kl_estimate, token_diagnostics
+from grpo_fast.diagnostics import TokenDiagnostics, kl_estimate, token_diagnostics
 from grpo_fast.integrations._host import Average, as_floats, averaged_loss, replace
 from grpo_fast.loss import policy_loss
 from grpo_fast.objective import Objective
@@ -103,48 +103,71 @@ def clipped_pg_loss(
         ).loss
         loss = loss + options.positive_example_nll_weight * nll
 
-    def total(x: Tensor) -> Tensor:
-        return torch.where(mask, x.detach().float(), 0).sum() / (global_valid_toks + 1e-8)
-
-    def over_sequences(x: Tensor) -> Tensor:
-        """Of (B, 1) values: the mean over the valid samples of the global batch."""
-        return x[:, 0].where(sample_mask != 0, 0).float().sum() / (global_valid_seqs + 1e-8)
-
     token = token_diagnostics(**given, objective=Objective.preset(preset, **chosen))
-    drift = Objective(kl=options.reference_policy_kl_type)
-    ratios, bounded = token.ratio, token.bounded_ratio
     if preset.endswith("reinforce"):  # no ratio: NeMo-RL reports the log-probs
-        ratios = bounded = next_token_logprobs.detach()
-    mixture = (0.5 * old.exp() + 0.5 * generated.exp()).log()
-    metrics: dict[str, Any] = {
+        x = next_token_logprobs.detach()
+        token = token._replace(ratio=x, bounded_ratio=x)
+    totals = _Totals(mask, sample_mask, global_valid_toks, global_valid_seqs)
+    metrics = _drift(options.reference_policy_kl_type, next_token_logprobs, old, generated, totals)
+    metrics |= _ratios(token, mask, totals)
+    kl = totals.tokens(token.kl)
+    if not by_token:
+        kl = totals.sequences(reference.sequence_mean(token.kl, mask))
+    by_sequence = options.sequence_level_importance_ratios
+    metrics |= {
         "loss": loss,
-        "probs_ratio": total(ratios),
-        "probs_ratio_clamped": total(bounded),
-        "probs_ratio_min": ratios.where(mask, torch.inf).amin(),
-        "probs_ratio_max": ratios.where(mask, -torch.inf).amax(),
-        "probs_ratio_clamped_min": bounded.where(mask, torch.inf).amin(),
-        "probs_ratio_clamped_max": bounded.where(mask, -torch.inf).amax(),
-        "kl_penalty": total(token.kl),
-        "token_mult_prob_error": total((generated - old).abs().exp()),
-        "gen_kl_error": total(kl_estimate(generated, old, drift)),
-        "policy_kl_error": total(kl_estimate(old, generated, drift)),
-        "js_divergence_error": total(
-            0.5 * kl_estimate(mixture, old) + 0.5 * kl_estimate(mixture, generated)
-        ),
-        "sampling_importance_ratio": total(weights.expand(mask.shape)),
+        "kl_penalty": kl,
+        "sampling_importance_ratio": (totals.sequences if by_sequence else totals.tokens)(weights),
         "num_valid_samples": sample_mask.sum(),
-        "approx_entropy": -total((next_token_logprobs - generated).exp() * next_token_logprobs),
         "positive_nll_loss": nll,
     }
-    if options.sequence_level_importance_ratios:
-        metrics["sampling_importance_ratio"] = over_sequences(weights)
-    if not by_token:
-        metrics["kl_penalty"] = over_sequences(reference.sequence_mean(token.kl, mask))
     if outside is not None:
         by_sample = options.truncated_importance_sampling_type == "seq-mask-tis"
-        share = over_sequences(outside) if by_sample else total(outside.expand(mask.shape))
-        metrics["is_oob_ratio"] = share
+        metrics["is_oob_ratio"] = (totals.sequences if by_sample else totals.tokens)(outside)
     return loss, as_floats(metrics)
+
+
+class _Totals(NamedTuple):
+    """NeMo-RL's means: over what is valid here, by the numbers of the global batch."""
+
+    mask: Tensor
+    sample_mask: Tensor
+    valid_toks: Tensor
+    valid_seqs: Tensor
+
+    def tokens(self, x: Tensor) -> Tensor:
+        """Of (B, S - 1) or (B, 1) values."""
+        return torch.where(self.mask, x.detach().float(), 0).sum() / (self.valid_toks + 1e-8)
+
+    def sequences(self, x: Tensor) -> Tensor:
+        """Of (B, 1) values, or of such that are the same all along their sequence."""
+        x = x[:, 0].where(self.sample_mask != 0, 0)
+        return x.float().sum() / (self.valid_seqs + 1e-8)
+
+
+def _ratios(token: TokenDiagnostics, mask: Tensor, totals: _Totals) -> dict[str, Any]:
+    metrics = {}
+    for name, x in (("probs_ratio", token.ratio), ("probs_ratio_clamped", token.bounded_ratio)):
+        metrics[name] = totals.tokens(x)
+        metrics[f"{name}_min"] = x.where(mask, torch.inf).amin()
+        metrics[f"{name}_max"] = x.where(mask, -torch.inf).amax()
+    return metrics
+
+
+def _drift(
+    kind: str, logp: Tensor, old: Tensor, generated: Tensor, totals: _Totals
+) -> dict[str, Any]:
+    """Metrics of the distance between the trainer's policies and the one that generated."""
+    estimator = Objective(kl=kind)  # type: ignore[arg-type]
+    mixture = (0.5 * old.exp() + 0.5 * generated.exp()).log()
+    js = 0.5 * kl_estimate(mixture, old) + 0.5 * kl_estimate(mixture, generated)
+    return {
+        "token_mult_prob_error": totals.tokens((generated - old).abs().exp()),
+        "gen_kl_error": totals.tokens(kl_estimate(generated, old, estimator)),
+        "policy_kl_error": totals.tokens(kl_estimate(old, generated, estimator)),
+        "js_divergence_error": totals.tokens(js),
+        "approx_entropy": -totals.tokens((logp - generated).exp() * logp),
+    }
 
 
 def _check(options: Any, data: Any) -> None:
