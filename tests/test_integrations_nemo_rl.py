@@ -170,6 +170,22 @@ def test_loss(case, batch):
     assert all(type(value) is float for value in metrics.values())
 
 
+@pytest.mark.parametrize("case", ["raw", "icepop", "gspo-tis"])
+def test_a_token_that_neither_policy_can_sample_has_no_weight(case, batch):
+    """-inf less -inf: NeMo-RL's weight is 0, of the token or of its sequence; bounds come after that."""
+    o = SimpleNamespace(**OPTIONS | CASES[case])
+    data = data_of(batch)
+    data["prev_logprobs"][0, 2] = data["generation_logprobs"][0, 2] = -torch.inf
+    weights, _ = nemo_rl._weights(
+        o, data["prev_logprobs"][:, 1:], data["generation_logprobs"][:, 1:], batch.mask
+    )
+    if case == "gspo-tis":
+        assert weights[0] == pytest.approx(0.1)
+    else:
+        assert weights[0, 1] == 0
+    assert (weights.expand(batch.mask.shape)[3, :5] > 0).any()
+
+
 def test_what_cannot_be_the_same_is_refused(batch):
     penalised = {"reference_policy_kl_penalty": 0.1}
     for changes, message in (

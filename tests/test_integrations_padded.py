@@ -145,7 +145,7 @@ def test_skyrl_dppo_by_kl_and_to_the_old_policy(batch):
         run_skyrl("dppo", config)(batch.logp, batch)
 
 
-def test_skyrl_corrects_off_policy_with_its_own_code(batch, monkeypatch):
+def test_skyrl_corrects_off_policy_with_its_own_code(batch, backend, monkeypatch):
     """Truncated importance sampling and a mask, as SkyRL's function would return them."""
 
     def compute(old, rollout, mask, correction):
@@ -166,7 +166,24 @@ def test_skyrl_corrects_off_policy_with_its_own_code(batch, monkeypatch):
 
     (metrics,) = agrees(run_skyrl("regular", config), formula, batch)
     assert metrics["is_ratio_mean"] == 1.5
-    assert "clip_ratio" in metrics
+    # Metrics and, for GSPO, the ratio of a sequence are of all tokens, those that it masks too.
+    r, A = (batch.logp - batch.old).exp(), batch.A
+    outside = ((r > 1.28) & (A > 0)) | ((r < 0.8) & (A < 0))
+    assert metrics["clip_ratio"] == pytest.approx(mean(outside, batch.mask))
+
+    def gspo(x, b):
+        s = sequence_mean(x - b.old, b.mask).detach() + x - x.detach()
+        keep = b.mask & (torch.arange(T, device=x.device) != 1)
+        loss = clipped(s.clamp(max=10), b.A, 0.2, 0.28)
+        return (loss * (b.old - b.rollout).exp().clamp(max=1.2) * keep).sum()
+
+    agrees(run_skyrl("gspo", config), gspo, batch)
+    name = "importance_sampling"  # without correction or its metrics
+    (metrics,) = agrees(run_skyrl(name, config), skyrl_formula(name, config), batch)
+    assert "is_ratio_mean" not in metrics
+    for name in ("clip_cov", "kl_cov"):
+        with pytest.raises(ValueError, match=f"{name}: off_policy_correction.*tis_ratio_type"):
+            run_skyrl(name, config)(batch.logp, batch)
 
 
 def test_skyrl_conventions(monkeypatch):
@@ -309,5 +326,7 @@ def test_openrlhf_conventions(batch):
     ):
         with pytest.raises(ValueError, match=message):
             openrlhf.PolicyLoss(**options)
+    with pytest.raises(TypeError, match=r"enable_vllm_is_correction.*openrlhf >= 0\.11\.2"):
+        openrlhf.PolicyLoss(enable_vllm_is_correction=False)  # what 0.11.0 passes
     with pytest.raises(ValueError, match="rollout_log_probs: needed"):
         openrlhf.PolicyLoss(is_correction_level="token")(batch.logp, batch.old, batch.A, batch.mask)

@@ -15,7 +15,7 @@ LAYERS = [
     {"objective"},
     {"reference", "reference_terms"},
     {"ops"},
-    {"loss", "weights"},
+    {"loss", "weights", "diagnostics"},
     {"integrations"},
     {"trainer"},
 ]

@@ -361,5 +361,3 @@ def test_patching_the_fused_head(installed, backend, device):
         torch.testing.assert_close(ours, getattr(want[0], reduction)())
     with pytest.raises(ValueError, match="reduction='max'"):
         fused(hidden, weight, labels, 0.7, "max")
-    with pytest.raises(ValueError, match="dist_process_group is not supported"):
-        fused(hidden, weight, labels, 0.7, "none", object())

@@ -1,16 +1,19 @@
 """What the adapters share: reading a host's configuration, its ways to average, its version."""
 
+import dataclasses
 import importlib.metadata
 import re
 import sys
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
+from grpo_fast.diagnostics import TokenDiagnostics, token_diagnostics
 from grpo_fast.loss import LossOutput, policy_loss
 from grpo_fast.objective import Objective
+from grpo_fast.weights import clip_cov, kl_cov
 
 REQUIRED: Any = object()
 
@@ -68,10 +71,66 @@ def averaged_loss(
     return out._replace(loss=out.loss * average.scale)
 
 
+SUM = Average({"reduction": "token_mean"}, 1.0, 1.0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Call:
+    """One call of a host's policy loss, tensors (B, T): what verl and SkyRL, its heir, have in common."""
+
+    host: ClassVar[str]  # whose presets
+
+    logp: Tensor
+    old: Tensor
+    advantages: Tensor
+    mask: Tensor
+    config: Any
+    weights: Tensor | None = None  # on the surrogate
+
+    def averaged(self, how: Average, preset: str, options: dict, **extra: Any) -> LossOutput:
+        """The loss of a preset with the host's options."""
+        return averaged_loss(
+            how,
+            f"{self.host}/{preset}",
+            options,
+            logps=self.logp,
+            old_logps=self.old,
+            advantages=self.advantages,
+            mask=self.mask,
+            **({"importance_weights": self.weights} | extra),
+        )
+
+    def diagnose(self, preset: str, options: dict) -> TokenDiagnostics:
+        """What the same objective makes of each token."""
+        objective = Objective.preset(f"{self.host}/{preset}", **options)
+        return token_diagnostics(
+            self.logp, self.old, self.advantages, mask=self.mask, objective=objective
+        )
+
+    def mean(self, x: Tensor) -> Tensor:
+        return masked_mean(x.float(), self.mask)
+
+    def clip_cov(self, **options: Any) -> Tensor:
+        """Which tokens Clip-Cov keeps, as weights."""
+        return clip_cov(self.logp.detach(), self.old, self.advantages, mask=self.mask, **options)
+
+    def kl_cov(self, how: Average, fraction: float, coef: float, **extra: Any) -> LossOutput:
+        """KL-Cov: a penalty on the distance to the old policy where the covariance is highest."""
+        logp = self.logp.detach()
+        chosen = kl_cov(logp, self.advantages, mask=self.mask, fraction=fraction)
+        ref = torch.where(chosen, self.old, logp)  # elsewhere the distance to itself: 0
+        return self.averaged(how, "kl_cov", {"beta": coef}, ref_logps=ref, **extra)
+
+
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     """The mean of x over live tokens, detached; 0 without any."""
     live = mask != 0
     return torch.where(live, x.detach(), 0).sum(dtype=torch.float32) / live.sum().clamp(min=1)
+
+
+def clip_fraction(out: LossOutput) -> Tensor:
+    """The share of tokens whose ratio is out of the range on the side that their advantage bounds."""
+    return out.metrics["clip_fraction_low"] + out.metrics["clip_fraction_high"]
 
 
 def as_floats(metrics: dict[str, Tensor | float]) -> dict[str, float]:

@@ -8,6 +8,7 @@ in the module that calls them (AReaL has no registry). The same arguments, loss,
 statistics; rejection sampling is AReaL's own. Tensors are (B, T) or packed (N,) with `cu_seqlens`.
 """
 
+import dataclasses
 import importlib
 from typing import Any
 
@@ -15,10 +16,12 @@ import torch
 from torch import Tensor
 
 from grpo_fast import reference
+from grpo_fast.diagnostics import TokenDiagnostics, token_diagnostics
 from grpo_fast.loss import policy_loss
 from grpo_fast.objective import Objective
 
 ACTOR = "areal.trainer.ppo.actor"
+Result = tuple[Tensor, dict[str, Any]]
 
 
 def ppo_actor_loss_fn(
@@ -33,38 +36,17 @@ def ppo_actor_loss_fn(
     rejection_sampling: Any = None,
     importance_sampling_level: str = "token",
     cu_seqlens: Tensor | None = None,
-) -> tuple[Tensor, dict[str, Any]]:
+) -> Result:
     """AReaL's function of the same name: PPO on the ratio to the proximal policy, a mean over `loss_mask`.
 
     `rejection_sampling` may take tokens out, but not out of the mean, and weighs the others by the ratio of
     the proximal to the behaviour policy.
     """
     high = eps_clip if eps_clip_higher is None else eps_clip_higher
+    call = _Call(logprobs, proximal_logprobs, advantages, loss_mask, cu_seqlens)
+    call = call.rejecting(old_logprobs, rejection_sampling).at(importance_sampling_level)
     options = {"epsilon_low": eps_clip, "epsilon_high": high, "dual_clip": c_clip}
-    result = _rejected(proximal_logprobs, old_logprobs, loss_mask, cu_seqlens, rejection_sampling)
-    mask = loss_mask if result is None else result.loss_mask
-    loss, stat = _loss(
-        "grpo",
-        options,
-        logprobs,
-        proximal_logprobs,
-        advantages,
-        mask,
-        loss_mask,
-        None if result is None else result.behave_imp_weight,
-        importance_sampling_level,
-        cu_seqlens,
-    )
-    ratio, A = stat["importance_weight"], stat.pop("advantages")
-    live = mask != 0
-    free = -A * ratio
-    bound = -A * ratio.clamp(1 - eps_clip, 1 + high)
-    clipped = torch.maximum(free, bound)
-    stat["clip_mask"] = live & (free < bound)
-    none = torch.zeros_like(live)
-    stat["dual_clip_mask"] = none if c_clip is None else live & (c_clip * A.abs() < clipped)
-    stat["loss"] = clipped if c_clip is None else torch.minimum(clipped, c_clip * A.abs())
-    return loss, _with_rejection(stat, result, proximal_logprobs, old_logprobs)
+    return call.result("grpo", options)
 
 
 def sapo_loss_fn(
@@ -76,25 +58,15 @@ def sapo_loss_fn(
     loss_mask: Tensor,
     importance_sampling_level: str = "token",
     cu_seqlens: Tensor | None = None,
-) -> tuple[Tensor, dict[str, Any]]:
+) -> Result:
     """AReaL's function of the same name: SAPO, a mean over `loss_mask`."""
-    loss, stat = _loss(
-        "sapo",
-        {"tau_pos": tau_pos, "tau_neg": tau_neg},
-        logprobs,
-        old_logprobs,
-        advantages,
-        loss_mask,
-        loss_mask,
-        None,
-        importance_sampling_level,
-        cu_seqlens,
-    )
-    A, x = stat.pop("advantages"), stat["importance_weight"] - 1
-    up, down = ((tau * x).sigmoid() * (4 / tau) for tau in (tau_pos, tau_neg))
-    gate = torch.where(A > 0, up, down)
-    none = torch.zeros_like(loss_mask, dtype=torch.bool)
-    stat |= {"loss": -gate * A, "clip_mask": none, "dual_clip_mask": none.clone()}
+    call = _Call(logprobs, old_logprobs, advantages, loss_mask, cu_seqlens)
+    call, taus = call.at(importance_sampling_level), {"tau_pos": tau_pos, "tau_neg": tau_neg}
+    loss, stat = call.result("sapo", taus)
+    # A gate is what an advantage of 1 gains, or one of -1 loses.
+    one, objective = torch.ones_like(logprobs), call.objective("sapo", taus)
+    up, down = -call.diagnose(objective, one).loss, call.diagnose(objective, -one).loss
+    gate = torch.where(call.advantages > 0, up, down)
     names = ("sapo_soft_gate", "sapo_scaled_gate_pos", "sapo_scaled_gate_neg")
     return loss, stat | dict(zip(names, (gate, up, down), strict=True))
 
@@ -109,116 +81,116 @@ def cispo_loss_fn(
     old_logprobs: Tensor | None = None,
     rejection_sampling: Any = None,
     cu_seqlens: Tensor | None = None,
-) -> tuple[Tensor, dict[str, Any]]:
+) -> Result:
     """The function of the same name in AReaL 2.0: CISPO, a mean over `loss_mask`."""
     if eps_clip_higher is None or eps_clip_higher <= 0:
         raise ValueError(f"eps_clip_higher: want a positive number, got {eps_clip_higher}")
-    result = _rejected(proximal_logprobs, old_logprobs, loss_mask, cu_seqlens, rejection_sampling)
-    mask = loss_mask if result is None else result.loss_mask
-    loss, stat = _loss(
-        "cispo",
-        {"epsilon_low": eps_clip, "epsilon_high": eps_clip_higher},
-        logprobs,
-        proximal_logprobs,
-        advantages,
-        mask,
-        loss_mask,
-        None if result is None else result.behave_imp_weight,
-        "token",
-        cu_seqlens,
-    )
-    ratio, A = stat["importance_weight"], stat.pop("advantages")
-    bounded = ratio.clamp(1 - eps_clip, 1 + eps_clip_higher)
-    live = mask != 0
-    stat |= {
-        "loss": -bounded * A * logprobs.detach(),
-        "clip_mask": live & (bounded != ratio),
-        "dual_clip_mask": torch.zeros_like(live),
-    }
-    return loss, _with_rejection(stat, result, proximal_logprobs, old_logprobs)
+    call = _Call(logprobs, proximal_logprobs, advantages, loss_mask, cu_seqlens)
+    call = call.rejecting(old_logprobs, rejection_sampling)
+    return call.result("cispo", {"epsilon_low": eps_clip, "epsilon_high": eps_clip_higher})
 
 
-def _rejected(
-    proximal: Tensor,
-    old: Tensor | None,
-    loss_mask: Tensor,
-    cu_seqlens: Tensor | None,
-    config: Any,
-) -> Any:
-    """AReaL's own rejection sampling, or None where it is not configured."""
-    if config is None:
-        return None
-    if old is None:
-        raise ValueError("old_logprobs: needed with rejection_sampling")
-    return importlib.import_module("areal.utils.functional.functional").apply_rejection_sampling(
-        proximal_logprobs=proximal,
-        old_logprobs=old,
-        loss_mask=loss_mask,
-        cu_seqlens=cu_seqlens,
-        config=config,
-    )
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """The tokens of one call; `loss_mask` has the denominator, `live` are those not rejected."""
 
+    logps: Tensor
+    old: Tensor
+    advantages: Tensor
+    loss_mask: Tensor
+    cu_seqlens: Tensor | None
+    by_sequence: bool = False
+    behaviour: Tensor | None = None
+    rejected: Any = None  # AReaL's result
 
-def _with_rejection(
-    stat: dict[str, Any], result: Any, proximal: Tensor, old: Tensor | None
-) -> dict[str, Any]:
-    if result is None or old is None:
-        return stat
-    kept = (result.loss_mask != 0) & (result.behave_imp_weight > 0)
-    return stat | {
-        "loss": stat["loss"] * result.behave_imp_weight,
-        "behave_approx_kl": torch.where(kept, (proximal - old).detach(), 0),
-        "behave_imp_weight": result.behave_imp_weight.detach(),
-        "behave_mask": kept,
-        "filtered_fraction": result.filtered_fraction,
-    }
+    @property
+    def live(self) -> Tensor:
+        return (self.loss_mask if self.rejected is None else self.rejected.loss_mask) != 0
 
+    @property
+    def boundaries(self) -> Tensor | None:
+        return self.cu_seqlens if self.logps.ndim == 1 else None
 
-def _loss(
-    preset: str,
-    options: dict[str, Any],
-    logps: Tensor,
-    old: Tensor,
-    advantages: Tensor,
-    mask: Tensor,
-    counted: Tensor,
-    weights: Tensor | None,
-    level: str,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, dict[str, Any]]:
-    """The loss, and what the statistics of both functions share; `counted` is the denominator's mask."""
-    if level not in ("token", "sequence"):
-        raise ValueError(
-            f"importance_sampling_level={level!r} is unknown; choose from token, sequence"
+    def rejecting(self, behaviour: Tensor | None, config: Any) -> "_Call":
+        """The same after AReaL's own rejection sampling, where it is configured."""
+        if config is None:
+            return self
+        if behaviour is None:
+            raise ValueError("old_logprobs: needed with rejection_sampling")
+        home = importlib.import_module("areal.utils.functional.functional")
+        result = home.apply_rejection_sampling(
+            proximal_logprobs=self.old,
+            old_logprobs=behaviour,
+            loss_mask=self.loss_mask,
+            cu_seqlens=self.cu_seqlens,
+            config=config,
         )
-    live, d = mask != 0, (logps - old).detach()
-    by_sequence = level == "sequence"
-    if by_sequence:
-        if d.ndim == 1 and cu_seqlens is None:
+        return dataclasses.replace(self, behaviour=behaviour, rejected=result)
+
+    def at(self, level: str) -> "_Call":
+        """The same at AReaL's `importance_sampling_level`."""
+        if level not in ("token", "sequence"):
+            raise ValueError(
+                f"importance_sampling_level={level!r} is unknown; choose from token, sequence"
+            )
+        if level == "token":
+            return self
+        if self.logps.ndim == 1 and self.cu_seqlens is None:
             raise ValueError(
                 "cu_seqlens: needed with packed tokens and importance_sampling_level='sequence'"
             )
-        boundaries = cu_seqlens if d.ndim == 1 else None
-        # One advantage per sequence, the mean of its tokens', and the ratio of the sequence.
-        advantages = torch.where(live, reference.sequence_mean(advantages, live, boundaries), 0)
-        ratio = reference.sequence_mean(d, live, boundaries).exp()
-    else:
-        ratio = d.exp()
-    if preset == "grpo" or by_sequence:
-        ratio = torch.where(live, ratio, 0)
-    out = policy_loss(
-        logps,
-        advantages=advantages,
-        mask=live,
-        old_logps=old,
-        importance_weights=weights,
-        num_items=(counted != 0).sum(),
-        cu_seqlens=cu_seqlens if logps.ndim == 1 else None,
-        objective=Objective.preset(
-            f"areal/{preset}", ratio="sequence" if by_sequence else "token", **options
-        ),
-    )
-    return out.loss, {"importance_weight": ratio, "approx_kl": d, "advantages": advantages.detach()}
+        # One advantage per sequence, the mean of its tokens'.
+        mean = reference.sequence_mean(self.advantages, self.live, self.boundaries)
+        return dataclasses.replace(self, advantages=mean.where(self.live, 0), by_sequence=True)
+
+    def objective(self, preset: str, options: dict[str, Any]) -> Objective:
+        ratio = "sequence" if self.by_sequence else "token"
+        return Objective.preset(f"areal/{preset}", ratio=ratio, **options)
+
+    def diagnose(self, objective: Objective, advantages: Tensor) -> TokenDiagnostics:
+        return token_diagnostics(
+            self.logps,
+            self.old,
+            advantages,
+            # Rejected tokens have a ratio in AReaL's statistics, but no part in that of their sequence.
+            mask=self.live if self.by_sequence else self.loss_mask,
+            cu_seqlens=self.boundaries,
+            objective=objective,
+        )
+
+    def result(self, preset: str, options: dict[str, Any]) -> Result:
+        """The loss, and the statistics that AReaL's losses share."""
+        objective, live, rejected = self.objective(preset, options), self.live, self.rejected
+        out = policy_loss(
+            self.logps,
+            advantages=self.advantages,
+            mask=live,
+            old_logps=self.old,
+            importance_weights=None if rejected is None else rejected.behave_imp_weight,
+            num_items=(self.loss_mask != 0).sum(),
+            cu_seqlens=self.boundaries,
+            objective=objective,
+        )
+        token = self.diagnose(objective, self.advantages)
+        cispo = objective.surrogate == "cispo"
+        stat = {
+            "loss": token.loss,
+            "importance_weight": token.ratio if cispo else token.ratio.where(live, 0),
+            "approx_kl": (self.logps - self.old).detach(),
+            "clip_mask": live & (token.outside if cispo else token.clipped),
+            "dual_clip_mask": live & token.clipped_dual,
+        }
+        if rejected is not None and self.behaviour is not None:
+            weight = rejected.behave_imp_weight.detach()
+            kept = live & (weight > 0)
+            stat |= {
+                "loss": stat["loss"] * weight,
+                "behave_approx_kl": (self.old - self.behaviour).detach().where(kept, 0),
+                "behave_imp_weight": weight,
+                "behave_mask": kept,
+                "filtered_fraction": rejected.filtered_fraction,
+            }
+        return out.loss, stat
 
 
 def patch() -> None:

@@ -9,16 +9,16 @@ same; what cannot be the same is refused.
 """
 
 import importlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from grpo_fast import reference
+from grpo_fast.diagnostics import TokenDiagnostics, kl_estimate, token_diagnostics
 from grpo_fast.integrations._host import Average, as_floats, averaged_loss, replace
 from grpo_fast.loss import policy_loss
 from grpo_fast.objective import Objective
-from grpo_fast.ops.policy_loss import kl_terms
 from grpo_fast.weights import importance_weights
 
 HOME = "nemo_rl.algorithms.loss.loss_functions"
@@ -74,94 +74,100 @@ def clipped_pg_loss(
         ValueError: an option that cannot be the same here.
     """
     _check(options, data)
-    logp, beta = next_token_logprobs, options.reference_policy_kl_penalty
-    sample_mask, advantages = data["sample_mask"], data["advantages"][:, 1:]
-    mask = (data["token_mask"][:, 1:] * sample_mask[:, None]) != 0
-    generated = data["generation_logprobs"][:, 1:]
-    forced = options.force_on_policy_ratio
-    old = logp.detach() if forced else data["prev_logprobs"][:, 1:]
+    given = {"logps": next_token_logprobs, "advantages": data["advantages"][:, 1:]}
+    sample_mask, generated = data["sample_mask"], data["generation_logprobs"][:, 1:]
+    mask = given["mask"] = (data["token_mask"][:, 1:] * sample_mask[:, None]) != 0
+    old = next_token_logprobs.detach()
+    given["old_logps"] = None
+    if not options.force_on_policy_ratio:
+        old = given["old_logps"] = data["prev_logprobs"][:, 1:]
+    if options.reference_policy_kl_penalty:
+        given["ref_logps"] = data["reference_policy_logprobs"][:, 1:]
     by_token = getattr(options.loss_type, "name", options.loss_type) == "TOKEN_LEVEL"
-    preset = "nemo_rl/" + _kind(options)
+    how = Average({"reduction": "token_mean"}, global_valid_toks, 1.0)
+    if not by_token:
+        scale = len(mask) / (global_valid_seqs + 1e-8)
+        how = Average({"reduction": "sequence_mean"}, None, scale)
+    preset, chosen = to_preset(options)
     weights, outside = _weights(options, old, generated, mask)
     corrects = options.use_importance_sampling_correction
-    if by_token:
-        how = Average({"reduction": "token_mean"}, global_valid_toks, 1.0)
-    else:
-        scale = len(logp) / (global_valid_seqs + 1e-8)
-        how = Average({"reduction": "sequence_mean"}, None, scale)
-    kl_options = _kl_options(options) if beta else {"beta": 0.0}
-    ref = data["reference_policy_logprobs"][:, 1:] if beta else None
-    clip = {"epsilon_low": options.ratio_clip_min, "epsilon_high": options.ratio_clip_max}
-    surrogate: dict[str, Any] = {} if preset.endswith("reinforce") else clip
-    if options.ratio_clip_c is not None:
-        surrogate["dual_clip"] = options.ratio_clip_c
     out = averaged_loss(
-        how,
-        preset,
-        surrogate | kl_options,
-        logps=logp,
-        old_logps=None if forced else old,
-        ref_logps=ref,
-        advantages=advantages,
-        mask=mask,
-        importance_weights=weights if corrects else None,
+        how, preset, chosen, **given, importance_weights=weights if corrects else None
     )
-    loss, nll = out.loss, logp.new_zeros(())
+    loss, nll = out.loss, out.loss.new_zeros(())
     if options.positive_example_nll_weight > 0 and "rewards" in data:
         right = mask & (data["rewards"] > 0)[:, None]
-        objective = Objective.preset("gpg")  # with an advantage of 1: the mean of -logp
-        nll = policy_loss(
-            logp, advantages=torch.ones_like(logp), mask=right, objective=objective
+        ones = torch.ones_like(next_token_logprobs)
+        nll = policy_loss(  # with an advantage of 1: the mean of -logp
+            next_token_logprobs, advantages=ones, mask=right, objective=Objective.preset("gpg")
         ).loss
         loss = loss + options.positive_example_nll_weight * nll
 
-    def total(x: Tensor, live: Tensor = mask) -> Tensor:
-        return torch.where(live, x.detach().float(), 0).sum() / (global_valid_toks + 1e-8)
-
-    x = logp.detach()
-    ratios = _ratios(options, x, old, mask)
-    bounded = ratios
-    if not (forced or options.disable_ppo_ratio):
-        bounded = ratios.clamp(1 - clip["epsilon_low"], 1 + clip["epsilon_high"])
-    gap = (generated - old).detach()
-    mixture = (0.5 * old.exp() + 0.5 * generated.exp()).log()
-    metrics: dict[str, Any] = {
+    token = token_diagnostics(**given, objective=Objective.preset(preset, **chosen))
+    if preset.endswith("reinforce"):  # no ratio: NeMo-RL reports the log-probs
+        x = next_token_logprobs.detach()
+        token = token._replace(ratio=x, bounded_ratio=x)
+    totals = _Totals(mask, sample_mask, global_valid_toks, global_valid_seqs)
+    metrics = _drift(options.reference_policy_kl_type, next_token_logprobs, old, generated, totals)
+    metrics |= _ratios(token, mask, totals)
+    kl = totals.tokens(token.kl)
+    if not by_token:
+        kl = totals.sequences(reference.sequence_mean(token.kl, mask))
+    by_sequence = options.sequence_level_importance_ratios
+    metrics |= {
         "loss": loss,
-        "probs_ratio": total(ratios),
-        "probs_ratio_clamped": total(bounded),
-        "probs_ratio_min": torch.where(mask, ratios, torch.inf).amin(),
-        "probs_ratio_max": torch.where(mask, ratios, -torch.inf).amax(),
-        "probs_ratio_clamped_min": torch.where(mask, bounded, torch.inf).amin(),
-        "probs_ratio_clamped_max": torch.where(mask, bounded, -torch.inf).amax(),
-        "kl_penalty": 0.0,
-        "token_mult_prob_error": total(gap.abs().exp()),
-        "gen_kl_error": total(_divergence(gap, options.reference_policy_kl_type)),
-        "policy_kl_error": total(_divergence(-gap, options.reference_policy_kl_type)),
-        "js_divergence_error": total(
-            0.5 * _divergence(old - mixture, "k3", True)
-            + 0.5 * _divergence(generated - mixture, "k3", True)
-        ),
-        "sampling_importance_ratio": total(weights.expand(logp.shape)),
+        "kl_penalty": kl,
+        "sampling_importance_ratio": (totals.sequences if by_sequence else totals.tokens)(weights),
         "num_valid_samples": sample_mask.sum(),
-        "approx_entropy": -total((x - generated).exp() * x),
         "positive_nll_loss": nll,
     }
-    if options.sequence_level_importance_ratios:
-        metrics["sampling_importance_ratio"] = _over_sequences(weights, data, global_valid_seqs)
-    if ref is not None:
-        objective = Objective.preset(preset, **surrogate, **kl_options)
-        kl = kl_terms(x.float(), ref.float(), torch.ones_like(x), objective)[0]
-        if by_token:
-            metrics["kl_penalty"] = total(kl)
-        else:
-            each = reference.sequence_mean(kl, mask)[:, 0]
-            metrics["kl_penalty"] = each.sum() / (global_valid_seqs + 1e-8)
     if outside is not None:
-        if options.truncated_importance_sampling_type == "seq-mask-tis":
-            metrics["is_oob_ratio"] = _over_sequences(outside, data, global_valid_seqs)
-        else:
-            metrics["is_oob_ratio"] = total(outside.expand(mask.shape).float())
+        by_sample = options.truncated_importance_sampling_type == "seq-mask-tis"
+        metrics["is_oob_ratio"] = (totals.sequences if by_sample else totals.tokens)(outside)
     return loss, as_floats(metrics)
+
+
+class _Totals(NamedTuple):
+    """NeMo-RL's means: over what is valid here, by the numbers of the global batch."""
+
+    mask: Tensor
+    sample_mask: Tensor
+    valid_toks: Tensor
+    valid_seqs: Tensor
+
+    def tokens(self, x: Tensor) -> Tensor:
+        """Of (B, S - 1) or (B, 1) values."""
+        return torch.where(self.mask, x.detach().float(), 0).sum() / (self.valid_toks + 1e-8)
+
+    def sequences(self, x: Tensor) -> Tensor:
+        """Of (B, 1) values, or of such that are the same all along their sequence."""
+        x = x[:, 0].where(self.sample_mask != 0, 0)
+        return x.float().sum() / (self.valid_seqs + 1e-8)
+
+
+def _ratios(token: TokenDiagnostics, mask: Tensor, totals: _Totals) -> dict[str, Any]:
+    metrics = {}
+    for name, x in (("probs_ratio", token.ratio), ("probs_ratio_clamped", token.bounded_ratio)):
+        metrics[name] = totals.tokens(x)
+        metrics[f"{name}_min"] = x.where(mask, torch.inf).amin()
+        metrics[f"{name}_max"] = x.where(mask, -torch.inf).amax()
+    return metrics
+
+
+def _drift(
+    kind: str, logp: Tensor, old: Tensor, generated: Tensor, totals: _Totals
+) -> dict[str, Any]:
+    """Metrics of the distance between the trainer's policies and the one that generated."""
+    estimator = Objective(kl=kind)  # type: ignore[arg-type]
+    mixture = (0.5 * old.exp() + 0.5 * generated.exp()).log()
+    js = 0.5 * kl_estimate(mixture, old) + 0.5 * kl_estimate(mixture, generated)
+    return {
+        "token_mult_prob_error": totals.tokens((generated - old).abs().exp()),
+        "gen_kl_error": totals.tokens(kl_estimate(generated, old, estimator)),
+        "policy_kl_error": totals.tokens(kl_estimate(old, generated, estimator)),
+        "js_divergence_error": totals.tokens(js),
+        "approx_entropy": -totals.tokens((logp - generated).exp() * logp),
+    }
 
 
 def _check(options: Any, data: Any) -> None:
@@ -184,37 +190,28 @@ def _check(options: Any, data: Any) -> None:
         )
 
 
-def _kind(options: Any) -> str:
+def to_preset(options: Any) -> tuple[str, dict[str, Any]]:
+    """NeMo-RL's options as a preset and what to set in it, but for the reduction."""
+    chosen = {"epsilon_low": options.ratio_clip_min, "epsilon_high": options.ratio_clip_max}
+    kind = "grpo"
     if options.use_cispo:
-        return "cispo"
-    if options.force_on_policy_ratio:
-        return "grpo"
-    if options.disable_ppo_ratio:
-        return "reinforce"
-    return "gspo" if options.sequence_level_importance_ratios else "grpo"
-
-
-def _kl_options(options: Any) -> dict[str, Any]:
-    """k3 with NeMo-RL's clamps and its gradient, which goes through the sampling probability, too."""
+        kind = "cispo"
+    elif options.disable_ppo_ratio and not options.force_on_policy_ratio:
+        kind, chosen = "reinforce", {}
+    elif options.sequence_level_importance_ratios and not options.force_on_policy_ratio:
+        kind = "gspo"
+    if options.ratio_clip_c is not None:
+        chosen["dual_clip"] = options.ratio_clip_c
     gap, most = options.kl_input_clamp_value, options.kl_output_clamp_value
     clamped = gap is not None or most is not None
-    return {
+    chosen |= {
         "beta": float(options.reference_policy_kl_penalty),
         "kl_gap_clip": gap,
         "kl_value_clip": most,
+        # That of k3 through the sampling probability, too, is that of k2.
         "kl_gradient": "k2_clipped" if clamped else "k2",
     }
-
-
-def _ratios(options: Any, logp: Tensor, old: Tensor, mask: Tensor) -> Tensor:
-    if options.force_on_policy_ratio:
-        return torch.ones_like(logp)
-    if options.disable_ppo_ratio:
-        return logp
-    d = logp - old
-    if options.sequence_level_importance_ratios:
-        d = reference.sequence_mean(d, mask)
-    return d.exp()
+    return f"nemo_rl/{kind}", chosen
 
 
 def _weights(
@@ -223,7 +220,10 @@ def _weights(
     """(the mismatch weights, per token or (B, 1); which of them are out of bounds, if there are bounds)."""
     level = "sequence" if options.sequence_level_importance_ratios else "token"
     rho = importance_weights(old, generated, mask=mask, level=level)
-    rho = torch.where(rho.isinf(), 0, rho)
+    missing = (old - generated).isnan() & mask
+    if level == "sequence":
+        missing = missing.any(-1, keepdim=True)
+    rho = torch.where(rho.isinf() | missing, 0, rho)
     high, kind = (
         options.truncated_importance_sampling_ratio,
         options.truncated_importance_sampling_type,
@@ -236,18 +236,4 @@ def _weights(
         outside = (mean < low) | (mean > high)
         return torch.where(outside, 0, rho), outside
     outside = (rho < low) | (rho > high)
-    return (rho.clamp(low, high) if kind == "tis" else torch.where(outside, 0, rho)), outside
-
-
-def _over_sequences(x: Tensor, data: Any, count: Tensor) -> Tensor:
-    """The sum of (B, 1) values over valid samples, by their number in the global batch."""
-    return torch.where(data["sample_mask"] != 0, x[:, 0].float(), 0).sum() / (count + 1e-8)
-
-
-def _divergence(d: Tensor, kind: str, forward: bool = False) -> Tensor:
-    """An estimate from d = log p - log q under p; the k3 of the mixture takes e^d, as NeMo-RL's does."""
-    if kind == "k1":
-        return d
-    if kind == "k2":
-        return d.square() / 2
-    return d.exp() - d - 1 if forward else (-d).exp() + d - 1
+    return rho.clamp(low, high) if kind == "tis" else torch.where(outside, 0, rho), outside

@@ -1,4 +1,4 @@
-"""OpenRLHF 0.11: its `PolicyLoss`, by this library.
+"""OpenRLHF 0.11.2: its `PolicyLoss`, by this library.
 
     import openrlhf.trainer.ray.ppo_actor as ppo_actor
     from grpo_fast.integrations.openrlhf import PolicyLoss
@@ -8,10 +8,19 @@ before the actors start (OpenRLHF has no registry). The same constructor, argume
 returned statistics. The KL and entropy terms stay OpenRLHF's.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from grpo_fast.integrations._host import Average, averaged_loss, masked_mean, sequence_average
+from grpo_fast import reference
+from grpo_fast.integrations._host import (
+    Average,
+    averaged_loss,
+    clip_fraction,
+    masked_mean,
+    sequence_average,
+)
 from grpo_fast.objective import Objective
 from grpo_fast.weights import importance_weights
 
@@ -20,7 +29,8 @@ class PolicyLoss(nn.Module):
     """`openrlhf.models.PolicyLoss` with the arguments of 0.11.2; see there.
 
     Raises:
-        ValueError: an unknown choice, or a combination that OpenRLHF refuses.
+        ValueError: an unknown choice, or a combination that OpenRLHF refuses. TypeError: an argument of
+            another release.
     """
 
     def __init__(
@@ -34,8 +44,13 @@ class PolicyLoss(nn.Module):
         is_correction_mode: str = "mask",
         is_correction_gating: str = "ratio",
         is_correction_threshold: tuple[float, float] | list[float] = (0.5, 5.0),
+        **others: Any,
     ) -> None:
         super().__init__()
+        if others:  # 0.11.0's `enable_vllm_is_correction`, for one
+            raise TypeError(
+                f"PolicyLoss: unknown arguments {sorted(others)}: this needs openrlhf >= 0.11.2, < 0.12"
+            )
         for name, value, choices in (
             ("policy_loss_type", policy_loss_type, ("ppo", "gspo")),
             ("is_correction_level", is_correction_level, ("off", "token", "seq")),
@@ -116,8 +131,8 @@ class PolicyLoss(nn.Module):
             mask=mask,
             importance_weights=weights,
         )
-        clipped = out.metrics["clip_fraction_low"] + out.metrics["clip_fraction_high"]
-        return out.loss, clipped, masked_mean(old_log_probs - log_probs, mask), rollout_kl, dropped
+        kl = masked_mean(old_log_probs - log_probs, mask)
+        return out.loss, clip_fraction(out), kl, rollout_kl, dropped
 
     def _correct(self, old: Tensor, rollout: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """(weights, share of tokens or sequences outside the band) of the mismatch correction."""
@@ -134,9 +149,7 @@ class PolicyLoss(nn.Module):
             else:
                 statistic = p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
             if seq:
-                live = mask != 0
-                total = torch.where(live, statistic, 0).sum(-1, keepdim=True)
-                statistic = total / live.sum(-1, keepdim=True).clamp(min=1)
+                statistic = reference.sequence_mean(statistic, mask != 0)[:, :1]
         outside = (statistic < low) | (statistic > high)
         share = outside.float().mean() if seq else masked_mean(outside.float(), mask)
         if self.is_correction_mode == "clip":

@@ -12,9 +12,9 @@ prime-rl divides by those of the global batch.
 import importlib
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from grpo_fast.diagnostics import TokenDiagnostics, kl_estimate, token_diagnostics
 from grpo_fast.integrations._host import masked_mean
 from grpo_fast.loss import LossOutput, policy_loss
 from grpo_fast.objective import Objective
@@ -29,21 +29,16 @@ def default_loss(
 ) -> Any:
     """prime-rl's `type = "default"`, DPPO with a quadratic term: its options and metrics."""
     bound = {"epsilon_low": dppo_mask_low, "epsilon_high": dppo_mask_high}
-    out = _sum(
-        inputs, adv_tau, Objective.preset("prime_rl/default", **bound, quadratic_coef=kl_tau)
-    )
-    moved, up, down = _moved(inputs), inputs.advantages > 0, inputs.advantages < 0
-    above, below = moved > dppo_mask_high, moved < -dppo_mask_low
-    dropped = torch.where(up, above, below)
-    metrics = _masked(inputs, dropped)
-    for name, x, live in (
-        ("is_masked_low", down & below, inputs.loss_mask),
-        ("is_masked_high", up & above, inputs.loss_mask),
-        ("masked_advantage_positive", up, inputs.loss_mask & dropped),
-        ("masked_advantage_negative", down, inputs.loss_mask & dropped),
-    ):
-        metrics[name] = masked_mean(x.float(), live)
-    return _outputs(inputs, out, metrics)
+    objective = Objective.preset("prime_rl/default", **bound, quadratic_coef=kl_tau)
+    token, metrics = _diagnose(inputs, objective)
+    dropped = inputs.loss_mask & token.outside
+    metrics |= {
+        "is_masked_low": _mean(token.clipped_low, inputs.loss_mask),
+        "is_masked_high": _mean(token.clipped_high, inputs.loss_mask),
+        "masked_advantage_positive": _mean(inputs.advantages > 0, dropped),
+        "masked_advantage_negative": _mean(inputs.advantages < 0, dropped),
+    }
+    return _outputs(inputs, _sum(inputs, adv_tau, objective), metrics)
 
 
 def ipo_loss(
@@ -51,9 +46,8 @@ def ipo_loss(
 ) -> Any:
     """prime-rl's `type = "ipo"`, with its options and metrics."""
     bound = {"epsilon_low": ipo_threshold, "epsilon_high": ipo_threshold}
-    out = _sum(inputs, adv_tau, Objective.preset("prime_rl/ipo", **bound, quadratic_coef=kl_tau))
-    moved = _moved(inputs)
-    return _outputs(inputs, out, _masked(inputs, moved.abs() > ipo_threshold))
+    objective = Objective.preset("prime_rl/ipo", **bound, quadratic_coef=kl_tau)
+    return _outputs(inputs, _sum(inputs, adv_tau, objective), _diagnose(inputs, objective)[1])
 
 
 def loss(inputs: Any, preset: str = "dapo", adv_tau: float = 1.0, **options: Any) -> Any:
@@ -79,19 +73,22 @@ def _sum(inputs: Any, adv_tau: float, objective: Objective) -> LossOutput:
     )
 
 
-def _moved(inputs: Any) -> Tensor:
-    """The change of each token's probability since it was sampled."""
-    return inputs.trainer_logprobs.detach().exp() - inputs.inference_logprobs.exp()
-
-
-def _masked(inputs: Any, dropped: Tensor) -> dict[str, Tensor]:
-    d = (inputs.trainer_logprobs - inputs.inference_logprobs).detach()
-    mismatch, live = d.exp() - d - 1, inputs.loss_mask
-    return {
-        "masked_mismatch_kl": masked_mean(mismatch, live & dropped),
-        "unmasked_mismatch_kl": masked_mean(mismatch, live & ~dropped),
-        "is_masked": masked_mean(dropped.float(), live),
+def _diagnose(inputs: Any, objective: Objective) -> tuple[TokenDiagnostics, dict[str, Tensor]]:
+    """What the objective makes of each token, and the metrics that prime-rl's losses share."""
+    logp, sampler, live = inputs.trainer_logprobs, inputs.inference_logprobs, inputs.loss_mask
+    token = token_diagnostics(logp, sampler, inputs.advantages, mask=live, objective=objective)
+    mismatch = kl_estimate(
+        sampler, logp
+    )  # of the sampler to the trainer, from the sampler's tokens
+    return token, {
+        "masked_mismatch_kl": _mean(mismatch, live & token.outside),
+        "unmasked_mismatch_kl": _mean(mismatch, live & ~token.outside),
+        "is_masked": _mean(token.outside, live),
     }
+
+
+def _mean(x: Tensor, live: Tensor) -> Tensor:
+    return masked_mean(x.float(), live)
 
 
 def _outputs(inputs: Any, out: LossOutput, metrics: dict[str, Tensor]) -> Any:

@@ -1,4 +1,4 @@
-"""slime (August 2026): its policy loss, by this library.
+"""slime (August 2026): its policy loss, by this library; `miles` is the same for miles.
 
     --loss-type custom_loss --custom-loss-function-path grpo_fast.integrations.slime.policy_loss
 
@@ -15,17 +15,23 @@ import torch
 from torch import Tensor
 
 from grpo_fast import reference
-from grpo_fast.loss import LossOutput, grpo_loss
-from grpo_fast.loss import policy_loss as loss_of_log_probs
+from grpo_fast.diagnostics import TokenDiagnostics, token_diagnostics
+from grpo_fast.integrations._responses import (
+    boundaries,
+    from_log_probs,
+    from_logits,
+    reducer_weights,
+)
+from grpo_fast.loss import LossOutput
 from grpo_fast.objective import Objective
-from grpo_fast.ops.policy_loss import kl_terms
 
 LOSS = "slime.backends.megatron_utils.loss"
+Metrics = dict[str, Tensor]
 
 
 def policy_loss(
     args: Any, batch: dict[str, Any], logits: Tensor, sum_of_sample_mean: Any
-) -> tuple[Tensor, dict[str, Tensor]]:
+) -> tuple[Tensor, Metrics]:
     """slime's `policy_loss_function`.
 
     Returns:
@@ -36,45 +42,10 @@ def policy_loss(
         ValueError: options that cannot be the same here.
         ImportError: Megatron or slime is missing where it is needed.
     """
-    objective = to_objective(args)
-    mpu = _import("megatron.core").mpu
-    ranks = (mpu.get_tensor_model_parallel_world_size(), mpu.get_context_parallel_world_size())
-    if ranks[1] > 1 and objective.needs_sequences:
-        raise ValueError(
-            f"context parallelism ({ranks[1]} ranks) splits sequences, which "
-            f"{'OPSM' if objective.ratio == 'token' else args.advantage_estimator} needs whole"
-        )
-    old = batch["rollout_log_probs"] if args.use_rollout_logprobs else batch.get("log_probs")
-    sampled = batch.get("rollout_log_probs")
-    metrics: dict[str, Tensor] = {}
-    importance, reduce = None, sum_of_sample_mean
-    if args.use_tis or args.get_mismatch_metrics:
-        importance, reduce, corrected = _correct(args, batch)
-        # Of all tokens, those that are rejected too.
-        metrics = {name: sum_of_sample_mean(x) for name, x in corrected.items()}
-    tokens: dict[str, Any] = {
-        "advantages": torch.cat(batch["advantages"]),
-        "old_logps": torch.cat(old) if old else None,
-        "ref_logps": torch.cat(batch["ref_log_probs"]) if args.use_kl_loss else None,
-        "importance_weights": importance,
-        "token_weights": _weights(reduce, torch.cat(batch["advantages"])),
-    }
-    mask = _local_mask(batch, tokens["token_weights"], ranks[1])
-    fused = ranks == (1, 1) and getattr(args, "rollout_top_p", 1.0) == 1.0
-    out = (_from_logits if fused else _from_log_probs)(
-        args, batch, logits, objective, mask, {k: x for k, x in tokens.items() if x is not None}
-    )
-    own, ratio = _metrics(args, batch, out, objective, tokens, mask, reduce)
-    if importance is not None:
-        metrics["ois"] = sum_of_sample_mean(ratio)
-    if sampled:
-        old_logp = tokens["old_logps"]
-        compared = out.logps if args.use_rollout_logprobs or old_logp is None else old_logp
-        own["train_rollout_logprob_abs_diff"] = reduce((compared - torch.cat(sampled)).abs())
-    return out.loss, own | metrics
+    return Slime().policy_loss(args, batch, logits, sum_of_sample_mean)
 
 
-def to_objective(args: Any) -> Objective:
+def to_objective(args: Any, **more: Any) -> Objective:
     """slime's arguments as an objective; the weights of its sum are `token_weights`."""
     if getattr(args, "custom_pg_loss_reducer_function_path", None) is not None:
         raise ValueError("custom_pg_loss_reducer_function_path is not supported")
@@ -100,165 +71,170 @@ def to_objective(args: Any) -> Objective:
         options |= {"beta": args.kl_loss_coef, "kl": "k3_unbiased" if unbiased else name}
         if name == "low_var_kl":
             options |= {"kl": "k3", "kl_value_clip": 10.0}
-    return Objective.preset(f"slime/{kind}", **options)
+    return Objective.preset(f"slime/{kind}", **options | more)
 
 
-def _from_logits(
-    args: Any,
-    batch: dict[str, Any],
-    logits: Tensor,
-    objective: Objective,
-    mask: Tensor,
-    tokens: dict[str, Any],
-) -> LossOutput:
-    """One pass over (1, T, V) logits: prompts are masked rows, a response's scores begin one before it."""
-    rows, start = [], 0
-    for total, response in zip(batch["total_lengths"], batch["response_lengths"], strict=True):
-        rows.append(torch.arange(start + total - response - 1, start + total - 1))
-        start += total
-    T, device = logits.shape[1], logits.device
-    where = torch.cat(rows).to(device, non_blocking=True)
-    boundaries = torch.tensor([0, *batch["total_lengths"], T - start]).cumsum(0)
-    targets = zip(batch["unconcat_tokens"], batch["response_lengths"], strict=True)
+class Slime:
+    """The policy loss; what miles has elsewhere is a method."""
 
-    def spread(x: Tensor) -> Any:
-        return x.new_zeros(T).index_copy(0, where, x)
+    needs = "slime of August 2026 or later on Megatron-LM"
 
-    out = grpo_loss(
-        logits[0],
-        spread(torch.cat([tokens_[len(tokens_) - n :] for tokens_, n in targets]).to(device)),
-        mask=spread(mask),
-        cu_seqlens=boundaries.to(device, non_blocking=True),
-        temperature=getattr(args, "rollout_temperature", 1.0),
-        num_items=1.0,
-        objective=objective,
-        inplace=not args.recompute_loss_function and not logits.is_leaf,
-        **{name: spread(x) for name, x in tokens.items()},
-    )
-    entropy = None if out.entropy is None else out.entropy[where]
-    return out._replace(logps=out.logps[where], entropy=entropy)
+    def load(self, name: str) -> Any:
+        try:
+            return importlib.import_module(name)
+        except ImportError as error:
+            raise ImportError(f"this needs {self.needs}: no module {name}") from error
+
+    def ranks(self) -> tuple[int, int]:
+        """Tensor- and context-parallel ranks."""
+        mpu = self.load("megatron.core").mpu
+        return (
+            mpu.get_tensor_model_parallel_world_size(),
+            mpu.get_context_parallel_world_size(),
+        )
+
+    def objective(self, args: Any) -> Objective:
+        return to_objective(args)
+
+    def old_log_probs(self, args: Any, batch: dict[str, Any]) -> list[Tensor] | None:
+        return batch["rollout_log_probs"] if args.use_rollout_logprobs else batch.get("log_probs")
+
+    def reads_logits(self, args: Any) -> bool:
+        """Whether one rank's logits are all that the log-probs need."""
+        return getattr(args, "rollout_top_p", 1.0) == 1.0
+
+    def wants_entropy(self, args: Any) -> bool:
+        """Beyond what the objective needs."""
+        return False
+
+    def score(self, args: Any, batch: dict[str, Any], logits: Tensor) -> dict[str, list[Tensor]]:
+        """The host's own log-probs and entropies, which know its parallelism."""
+        home = self.load(LOSS)
+        return home.get_log_probs_and_entropy(
+            logits,
+            args=args,
+            unconcat_tokens=batch["unconcat_tokens"],
+            total_lengths=batch["total_lengths"],
+            response_lengths=batch["response_lengths"],
+            with_entropy=True,
+            **home.get_rollout_top_p_logprob_kwargs(args, batch),
+        )[1]
+
+    def correction(self, args: Any, batch: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """The host's or the user's TIS function, and its arguments beyond the batch."""
+        home, path = self.load(LOSS), args.custom_tis_function_path
+        return home.vanilla_tis_function if path is None else home.load_function(path), {}
+
+    def reducer(self, args: Any, batch: dict[str, Any], masks: list[Tensor]) -> Any:
+        return self.load(LOSS).get_sum_of_sample_mean(
+            batch["total_lengths"],
+            batch["response_lengths"],
+            masks,
+            batch["rollout_mask_sums"],
+            args.calculate_per_token_loss,
+        )
+
+    def drift(self, args: Any, logp: Tensor, old: Tensor, sampled: Tensor, reduce: Any) -> Metrics:
+        """Metrics of the distance between trainer and sampler."""
+        compared = logp if args.use_rollout_logprobs else old
+        return {"train_rollout_logprob_abs_diff": reduce((compared - sampled).abs())}
+
+    def more_metrics(self, args: Any, batch: dict[str, Any], token: TokenDiagnostics) -> Metrics:
+        return {}
+
+    def policy_loss(
+        self, args: Any, batch: dict[str, Any], logits: Tensor, sum_of_sample_mean: Any
+    ) -> tuple[Tensor, Metrics]:
+        objective, ranks = self.objective(args), self.ranks()
+        if ranks[1] > 1 and objective.needs_sequences:
+            raise ValueError(
+                f"context parallelism ({ranks[1]} ranks) splits sequences, which "
+                f"{'OPSM' if objective.ratio == 'token' else args.advantage_estimator} needs whole"
+            )
+        old, sampled = self.old_log_probs(args, batch), batch.get("rollout_log_probs")
+        metrics: Metrics = {}
+        importance, reduce = None, sum_of_sample_mean
+        corrects = args.use_tis or args.get_mismatch_metrics
+        if corrects:
+            importance, reduce, corrected = self._correct(args, batch)
+            # Of all tokens, those that are rejected too.
+            metrics = {name: sum_of_sample_mean(x) for name, x in corrected.items()}
+        advantages = torch.cat(batch["advantages"])
+        weights = reducer_weights(reduce, advantages)
+        # Which response tokens count; with context parallelism those of this rank.
+        mask = weights != 0 if ranks[1] > 1 else torch.cat(batch["loss_masks"]) != 0
+        given: dict[str, Any] = {
+            "advantages": advantages,
+            "mask": mask,
+            "old_logps": torch.cat(old) if old else None,
+            "ref_logps": torch.cat(batch["ref_log_probs"]) if args.use_kl_loss else None,
+        }
+        tokens = {"importance_weights": importance, "token_weights": weights} | given
+        tokens = {name: x for name, x in tokens.items() if x is not None}
+        if ranks == (1, 1) and self.reads_logits(args):
+            out = from_logits(args, batch, logits, objective, tokens, self.wants_entropy(args))
+        else:
+            out = from_log_probs(self.score(args, batch, logits), logits, objective, tokens)
+        with torch.no_grad():
+            if objective.needs_sequences:
+                given["cu_seqlens"] = boundaries(batch["response_lengths"], mask.device)
+            token = token_diagnostics(out.logps, **given, objective=objective)
+
+            def mean(x: Tensor) -> Tensor:
+                return reduce(torch.where(mask, x, 0))
+
+            metrics = _metrics(args, batch, out, token, objective, given, mean) | metrics
+            metrics |= self.more_metrics(args, batch, token)
+            if corrects:
+                metrics["ois"] = sum_of_sample_mean(token.log_ratio.exp())
+            if sampled:
+                old_logp = out.logps if given["old_logps"] is None else given["old_logps"]
+                metrics |= self.drift(args, out.logps, old_logp, torch.cat(sampled), mean)
+        return out.loss, metrics
+
+    def _correct(self, args: Any, batch: dict[str, Any]) -> tuple[Tensor, Any, Metrics]:
+        """(importance weights, reducer, metrics) of the TIS function."""
+        if not batch.get("log_probs"):
+            raise ValueError("use_tis: batch['log_probs'], the trainer's old log-probs, are needed")
+        function, more = self.correction(args, batch)
+        weights, masks, metrics = function(
+            args=args,
+            pg_loss=torch.ones_like(torch.cat(batch["log_probs"])),
+            train_log_probs=batch["log_probs"],
+            rollout_log_probs=batch["rollout_log_probs"],
+            loss_masks=batch["loss_masks"],
+            total_lengths=batch["total_lengths"],
+            response_lengths=batch["response_lengths"],
+            **more,
+        )
+        return weights.detach(), self.reducer(args, batch, masks), metrics
 
 
-def _from_log_probs(
-    args: Any,
-    batch: dict[str, Any],
-    logits: Tensor,
-    objective: Objective,
-    mask: Tensor,
-    tokens: dict[str, Any],
-) -> LossOutput:
-    """From slime's own log-probs, which know its parallelism."""
-    home = _import(LOSS)
-    _, scored = home.get_log_probs_and_entropy(
-        logits,
-        args=args,
-        unconcat_tokens=batch["unconcat_tokens"],
-        total_lengths=batch["total_lengths"],
-        response_lengths=batch["response_lengths"],
-        with_entropy=True,
-        **home.get_rollout_top_p_logprob_kwargs(args, batch),
-    )
-    logps, entropy = torch.cat(scored["log_probs"]), torch.cat(scored["entropy"])
-    lengths = torch.tensor([0, *map(len, scored["log_probs"])]).cumsum(0)
-    out = loss_of_log_probs(
-        logps,
-        mask=mask,
-        entropy=entropy if objective.needs_entropy else None,
-        cu_seqlens=lengths.to(logps.device, non_blocking=True),
-        num_items=1.0,
-        objective=objective,
-        **tokens,
-    )
-    loss = out.loss if logps.numel() else out.loss + 0 * logits.sum()
-    return out._replace(loss=loss, entropy=entropy.detach())
-
-
-def _weights(reduce: Any, like: Tensor) -> Tensor:
-    """What a reducer, which is linear, multiplies each token with."""
-    with torch.enable_grad():
-        probe = torch.zeros_like(like, dtype=torch.float32, requires_grad=True)
-        (weights,) = torch.autograd.grad(reduce(probe), probe, materialize_grads=True)
-    return weights
-
-
-def _local_mask(batch: dict[str, Any], weights: Tensor, cp_size: int) -> Tensor:
-    """Which response tokens count; with context parallelism those of this rank."""
-    return weights != 0 if cp_size > 1 else torch.cat(batch["loss_masks"]) != 0
-
-
-def _correct(args: Any, batch: dict[str, Any]) -> tuple[Tensor, Any, dict[str, Tensor]]:
-    """(importance weights, reducer, metrics) of slime's or the user's TIS function."""
-    if not batch.get("log_probs"):
-        raise ValueError("use_tis: batch['log_probs'], the trainer's old log-probs, are needed")
-    home = _import(LOSS)
-    path = args.custom_tis_function_path
-    function = home.vanilla_tis_function if path is None else home.load_function(path)
-    ones = torch.ones_like(torch.cat(batch["log_probs"]))
-    weights, masks, metrics = function(
-        args=args,
-        pg_loss=ones,
-        train_log_probs=batch["log_probs"],
-        rollout_log_probs=batch["rollout_log_probs"],
-        loss_masks=batch["loss_masks"],
-        total_lengths=batch["total_lengths"],
-        response_lengths=batch["response_lengths"],
-    )
-    reduce = home.get_sum_of_sample_mean(
-        batch["total_lengths"],
-        batch["response_lengths"],
-        masks,
-        batch["rollout_mask_sums"],
-        args.calculate_per_token_loss,
-    )
-    return weights.detach(), reduce, metrics
-
-
-@torch.no_grad()
 def _metrics(
     args: Any,
     batch: dict[str, Any],
     out: LossOutput,
+    token: TokenDiagnostics,
     objective: Objective,
-    tokens: dict[str, Any],
-    mask: Tensor,
+    given: dict[str, Any],
     reduce: Any,
-) -> tuple[dict[str, Tensor], Tensor]:
-    """(slime's metrics of the loss, the ratio of each token)."""
-    logp, A = out.logps, tokens["advantages"]
-    old = logp if tokens["old_logps"] is None else tokens["old_logps"]
-    d = torch.where(mask, logp - old, 0)
-    if objective.ratio == "sequence" or args.use_opsm:
-        lengths = torch.tensor([0, *batch["response_lengths"]]).cumsum(0).to(d.device)
-        by_sequence = reference.sequence_mean(d, mask, lengths)
-        if objective.ratio == "sequence":
-            d = by_sequence
-    ratio = d.exp()
-    below, above = ratio < 1 - objective.epsilon_low, ratio > 1 + objective.epsilon_high
-    clipped = below | above
-    if objective.surrogate == "clip":
-        clipped = (below & (A < 0)) | (above & (A > 0))
+) -> Metrics:
+    """slime's metrics of the loss."""
+    clipped = token.clipped if objective.surrogate == "clip" else token.outside
     metrics = {"loss": out.loss.detach(), "pg_loss": out.loss.detach()}
     if out.entropy is not None:
         metrics["entropy_loss"] = reduce(out.entropy)
         metrics["pg_loss"] = metrics["pg_loss"] + objective.entropy_coef * metrics["entropy_loss"]
-    metrics |= {"pg_clipfrac": reduce(clipped.float()), "ppo_kl": reduce(-d)}
+    metrics |= {"pg_clipfrac": reduce(clipped.float()), "ppo_kl": reduce(-token.log_ratio)}
     if args.use_kl_loss:
-        ref = torch.where(mask, tokens["ref_logps"], logp)
-        metrics["kl_loss"] = reduce(kl_terms(logp, ref, ratio, objective)[0])
+        metrics["kl_loss"] = reduce(token.kl)
         metrics["pg_loss"] = metrics["pg_loss"] - objective.beta * metrics["kl_loss"]
-    if args.use_opsm:
-        dropped = ((A < 0) & (-by_sequence > args.opsm_delta)).float()
-        count = reference.sequence_sum(torch.ones_like(dropped), mask, lengths).clamp(min=1)
+    if args.use_opsm:  # slime counts the masked tokens of a stale response as well
+        layout = given["mask"], given["cu_seqlens"]
+        stale = reference.sequence_mean(-token.log_ratio, *layout) > args.opsm_delta
+        dropped = (stale & (given["advantages"] < 0)).float()
+        count = reference.sequence_sum(torch.ones_like(dropped), *layout).clamp(min=1)
         metrics["opsm_clipfrac"] = (dropped / count).sum()
     if batch.get("opd_reverse_kl"):
         metrics["opd_reverse_kl"] = reduce(torch.cat(batch["opd_reverse_kl"]))
-    return metrics, ratio
-
-
-def _import(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise ImportError(
-            f"this needs slime of August 2026 or later on Megatron-LM: no module {name}"
-        ) from error
+    return metrics

@@ -6,36 +6,37 @@ signature, configuration, losses, gradients and metrics. "bypass_mode", which ca
 name, stays verl's. `patch_logprobs()` replaces verl's log-prob functions.
 """
 
+import dataclasses
 import functools
 import importlib
 import importlib.util
 import logging
+import math
 import sys
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
+from grpo_fast import reference
 from grpo_fast.integrations._host import (
+    SUM,
     Average,
+    Call,
     as_floats,
-    averaged_loss,
     bounds,
-    masked_mean,
+    clip_fraction,
     read,
     replace,
     require,
     sequence_average,
 )
+from grpo_fast.integrations._verl_logprobs import linear_cross_entropy, logprobs_from_logits
 from grpo_fast.loss import LossOutput
-from grpo_fast.objective import Objective
-from grpo_fast.ops import linear_logprob, logprob
-from grpo_fast.ops.policy_loss import divergence_keeps
-from grpo_fast.weights import clip_cov, kl_cov
 
 NEEDS = "0.9.1"
-Result = tuple[Tensor, dict[str, Tensor | float]]
+Metrics = dict[str, Tensor | float]
+Result = tuple[Tensor, Metrics]
 
 
 class PolicyLoss(Protocol):
@@ -77,7 +78,7 @@ def average(loss_agg_mode: str, mask: Tensor, config: Any) -> Average:
     if loss_agg_mode == "token-mean":
         return Average({"reduction": "token_mean"}, total("batch_num_tokens"), dp_size)
     if loss_agg_mode == "token-sum":
-        return Average({"reduction": "token_mean"}, 1.0, dp_size)
+        return SUM._replace(scale=dp_size)
     names = {
         "seq-mean-token-mean": "sequence_mean",
         "seq-mean-token-sum": "sequence_sum",
@@ -99,84 +100,53 @@ def _clip_range(config: Any) -> dict[str, Any]:
     return bounds(config, "clip_ratio_low", "clip_ratio_high", "clip_ratio")
 
 
-class _Call(NamedTuple):
-    """The arguments of one call; the average is decided by the loss."""
-
-    old: Tensor
-    logp: Tensor
-    advantages: Tensor
-    mask: Tensor
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Call(Call):
+    host = "verl"
     mode: str
-    config: Any
-    weights: Tensor | None
 
     def loss(self, preset: str, **options: Any) -> LossOutput:
-        """The loss of a preset with this call's importance weights on it."""
-        how = average(self.mode, self.mask, self.config)
-        return self.averaged(how, preset, options, importance_weights=self.weights)
+        """The loss of a preset, averaged as `mode` says."""
+        return self.averaged(average(self.mode, self.mask, self.config), preset, options)
 
-    def averaged(self, how: Average, preset: str, options: dict, **extra: Any) -> LossOutput:
-        return averaged_loss(
-            how,
-            f"verl/{preset}",
-            options,
-            logps=self.logp,
-            old_logps=self.old,
-            advantages=self.advantages,
-            mask=self.mask,
-            **extra,
-        )
-
-    def share(self, condition: Tensor) -> Tensor:
-        return masked_mean(condition.float(), self.mask)
-
-    def kl(self, clamp: float | None = None) -> dict[str, Tensor | float]:
+    def kl(self, clamp: float = math.inf) -> Metrics:
         """The metric of E[old - new], of log-ratios within the clamp."""
-        d = (self.logp - self.old).detach().float()
-        return {
-            "actor/ppo_kl": masked_mean(
-                -(d if clamp is None else d.clamp(-clamp, clamp)), self.mask
-            )
-        }
+        d = (self.old - self.logp).clamp(-clamp, clamp)
+        return {"actor/ppo_kl": self.mean(d)}
 
 
-def _clip_metrics(clipped: Tensor | float, lower: Tensor | float) -> dict[str, Tensor | float]:
+def _clip_metrics(clipped: Tensor | float, lower: Tensor | float) -> Metrics:
     return {"actor/pg_clipfrac": clipped, "actor/pg_clipfrac_lower": lower}
 
 
 def _vanilla(call: _Call) -> Result:
     dual = read(call.config, "clip_ratio_c", 3.0)
     out = call.loss("vanilla", dual_clip=dual, **_clip_range(call.config))
-    m = out.metrics
-    clipped = m["clip_fraction_low"] + m["clip_fraction_high"]
-    return out.loss, call.kl(20) | _clip_metrics(clipped, m["clip_fraction_dual"])
+    metrics = _clip_metrics(clip_fraction(out), out.metrics["clip_fraction_dual"])
+    return out.loss, call.kl(20) | metrics
 
 
 def _gspo(call: _Call) -> Result:
     out = call.loss("gspo", **_clip_range(call.config))
-    m = out.metrics
-    return out.loss, call.kl() | _clip_metrics(
-        m["clip_fraction_low"] + m["clip_fraction_high"], 0.0
-    )
+    return out.loss, call.kl() | _clip_metrics(clip_fraction(out), 0.0)
 
 
 def _sapo(call: _Call) -> Result:
     taus = {name: read(call.config, name) for name in ("tau_pos", "tau_neg")}
-    out = call._replace(mode="seq-mean-token-mean").loss("sapo", **taus)
+    out = dataclasses.replace(call, mode="seq-mean-token-mean").loss("sapo", **taus)
     return out.loss, call.kl(20) | _clip_metrics(0.0, 0.0)
 
 
 def _gpg(call: _Call) -> Result:
     # No ratio: the old log-probs may be anything.
-    return call._replace(old=call.logp.detach()).loss("gpg").loss, {}
+    return dataclasses.replace(call, old=call.logp.detach()).loss("gpg").loss, {}
 
 
 def _cispo(call: _Call) -> Result:
     clip = _clip_range(call.config)
-    ratio = (call.logp - call.old).detach().float().clamp(-20, 20).exp()
-    outside = (ratio < 1 - clip["epsilon_low"]) | (ratio > 1 + clip["epsilon_high"])
-    metrics = call.kl(20) | _clip_metrics(call.share(outside), 0.0)
-    return call.loss("cispo", **clip).loss, metrics
+    outside = call.diagnose("cispo", clip).outside
+    metrics = _clip_metrics(call.mean(outside), 0.0)
+    return call.loss("cispo", **clip).loss, call.kl(20) | metrics
 
 
 def _dro(call: _Call) -> Result:
@@ -187,62 +157,45 @@ def _dro(call: _Call) -> Result:
 
 
 def _dppo(call: _Call, kind: str) -> Result:
-    cap = read(call.config, "clip_ratio_c", 20.0)
-    options = {"ratio_cap": cap, **_clip_range(call.config)}
-    logp, old = (x.detach().float() for x in (call.logp, call.old))
-    keep = divergence_keeps(logp, old, call.advantages, Objective.preset(f"verl/{kind}", **options))
-    above = (logp - old).clamp(-20, 20).exp() > cap
-    metrics = call.kl(20) | _clip_metrics(call.share(~keep), call.share(keep & above))
-    return call.loss(kind, **options).loss, metrics
+    options = {"ratio_cap": read(call.config, "clip_ratio_c", 20.0), **_clip_range(call.config)}
+    token = call.diagnose(kind, options)
+    metrics = _clip_metrics(call.mean(token.outside), call.mean(token.capped))
+    return call.loss(kind, **options).loss, call.kl(20) | metrics
 
 
 def _geo_mean(call: _Call) -> Result:
-    clip = _clip_range(call.config)
-    weights = call.weights
+    clip, weights = _clip_range(call.config), call.weights
     if weights is not None:  # one per sequence: their geometric mean
-        logs = torch.where(call.mask != 0, (weights + 1e-10).log(), 0)
-        weights = (logs.sum(-1) / (call.mask != 0).sum(-1).clamp(min=1)).exp()
+        weights = reference.sequence_mean((weights + 1e-10).log(), call.mask != 0)[:, 0].exp()
     how = Average({}, None, 1.0)  # all sequences at hand, empty ones too
     out = call.averaged(how, "geo_mean", clip, importance_weights=weights)
-    d = (call.logp - call.old).detach()
-    outside = (d < -clip["epsilon_low"]) | (d > clip["epsilon_high"])
-    up, down = (call.share(outside & side) for side in (call.advantages > 0, call.advantages < 0))
-    return out.loss, call.kl() | _clip_metrics(up, down)
+    outside, A = call.diagnose("geo_mean", clip).outside, call.advantages
+    metrics = _clip_metrics(call.mean(outside & (A > 0)), call.mean(outside & (A < 0)))
+    return out.loss, call.kl() | metrics
 
 
 def _clip_cov(call: _Call) -> Result:
-    config, clip = call.config, _clip_range(call.config)
-    kept = clip_cov(
-        call.logp.detach(),
-        call.old,
-        call.advantages,
-        mask=call.mask,
-        fraction=_given(config, "clip_cov_ratio", 0.0002),
-        low=_given(config, "clip_cov_lb", 1.0),
-        high=_given(config, "clip_cov_ub", 5.0),
+    clip = _clip_range(call.config)
+    kept = call.clip_cov(
+        fraction=_given(call.config, "clip_cov_ratio", 0.0002),
+        low=_given(call.config, "clip_cov_lb", 1.0),
+        high=_given(call.config, "clip_cov_ub", 5.0),
         **clip,
     )
     weights = kept if call.weights is None else kept * call.weights
-    out = call._replace(weights=weights).loss("clip_cov", **clip)
-    return out.loss, {"actor/pg_clipfrac": call.share(kept == 0)} | call.kl()
+    out = dataclasses.replace(call, weights=weights).loss("clip_cov", **clip)
+    return out.loss, {"actor/pg_clipfrac": call.mean(kept == 0)} | call.kl()
 
 
 def _kl_cov(call: _Call) -> Result:
-    config, logp = call.config, call.logp.detach()
-    chosen = kl_cov(
-        logp, call.advantages, mask=call.mask, fraction=_given(config, "kl_cov_ratio", 0.0002)
+    out = call.kl_cov(
+        average(call.mode, call.mask, call.config),
+        fraction=_given(call.config, "kl_cov_ratio", 0.0002),
+        coef=_given(call.config, "ppo_kl_coef", 1.0),
+        importance_weights=None,
+        token_weights=call.weights,  # on the penalty, too
     )
-    how = average(call.mode, call.mask, config)
-    # A penalty on the distance to the old policy, where chosen; elsewhere the distance to itself is 0. The
-    # weights are on the penalty, too.
-    out = call.averaged(
-        how,
-        "kl_cov",
-        {"beta": _given(config, "ppo_kl_coef", 1.0)},
-        ref_logps=torch.where(chosen, call.old, logp),
-        token_weights=call.weights,
-    )
-    return out.loss, {"actor/ppo_kl": masked_mean((logp - call.old).abs(), call.mask)}
+    return out.loss, {"actor/ppo_kl": call.mean((call.logp - call.old).abs())}
 
 
 def _given(config: Any, name: str, default: float) -> float:
@@ -264,13 +217,13 @@ def _with_verls_signature(mode: str, loss: Callable[[_Call], Result]) -> PolicyL
         if config is None:
             raise ValueError(f"{mode}: config: needed, verl's actor configuration")
         call = _Call(
-            old_log_prob,
-            log_prob,
-            advantages,
-            response_mask,
-            loss_agg_mode,
-            config,
-            rollout_is_weights,
+            logp=log_prob,
+            old=old_log_prob,
+            advantages=advantages,
+            mask=response_mask,
+            config=config,
+            weights=rollout_is_weights,
+            mode=loss_agg_mode,
         )
         value, metrics = loss(call)
         return value, as_floats(metrics)
@@ -305,62 +258,6 @@ def register() -> None:
     core_algos = importlib.import_module("verl.trainer.ppo.core_algos")
     for mode, loss in POLICY_LOSSES.items():
         core_algos.register_policy_loss(mode)(loss)
-
-
-def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool = True) -> Tensor:
-    """verl's function of the same name: log-probs of `labels`, float32 whatever the dtype of `logits`.
-
-    Equivalent to `logits.float().log_softmax(-1).gather(-1, labels[..., None]).squeeze(-1)`.
-
-    Args:
-        logits: (..., V).
-        labels: (...).
-        inplace_backward: accepted since verl passes it; the gradient gets memory of its own either way,
-            and the logits stay what they are.
-    """
-    V = logits.shape[-1]
-    return logprob(logits.reshape(-1, V), labels.reshape(-1)).view(labels.shape)
-
-
-def linear_cross_entropy(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    temperature: float = 1.0,
-    reduction: str = "none",
-    dist_process_group: Any = None,
-) -> tuple[Tensor, Tensor]:
-    """verl's function of the same name: log-probs of `labels` and entropies, without the logits in memory.
-
-    Equivalent to `logprob((hidden @ weight.T).view(-1, V), labels.view(-1), temperature=temperature,
-    return_entropy=True)`, differentiable in both outputs.
-
-    Args:
-        hidden: (..., D).
-        weight: (V, D).
-        labels: (...).
-        reduction: of the log-probs: "none", "sum" or "mean".
-        dist_process_group: ranks that share the vocabulary; not supported.
-
-    Returns:
-        (log-probs, float32 (N,) or 0-dim; entropies, float32 (N,) in nats).
-    """
-    if dist_process_group is not None:
-        raise ValueError(
-            "linear_cross_entropy: dist_process_group is not supported: use one rank per vocabulary"
-        )
-    if reduction.lower() not in ("none", "sum", "mean"):
-        raise ValueError(f"reduction={reduction!r} is unknown; choose from none, sum, mean")
-    logps, entropy = linear_logprob(
-        hidden.reshape(-1, hidden.shape[-1]),
-        weight,
-        labels.reshape(-1),
-        temperature=temperature,
-        return_entropy=True,
-    )
-    if reduction.lower() == "none":
-        return logps, entropy
-    return logps.sum() if reduction.lower() == "sum" else logps.mean(), entropy
 
 
 def patch_logprobs() -> None:

@@ -115,58 +115,81 @@ def surrogate_terms(
     objective: Objective,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss, dloss/dlogp through the ratio, through logp alone, clip flags); the twin is in `tiles`."""
-    low, high = 1 - objective.epsilon_low, 1 + objective.epsilon_high
     zero, surrogate = torch.zeros_like(logp), objective.surrogate
-    below, above = ratio < low, ratio > high
+    below, above = beyond_bounds(logp, old, ratio, advantage, objective)
+    flags = _flags(below, above, advantage)
     if surrogate == "clip":
         loss, by_ratio, dual = clip_surrogate(ratio, advantage, objective)
-        return loss, by_ratio, zero, _flags(below, above, advantage) + CLIP_DUAL * dual
+        return loss, by_ratio, zero, flags + CLIP_DUAL * dual
     if surrogate == "sapo":
         tau = torch.where(advantage > 0, objective.tau_pos, objective.tau_neg)
         gate = (tau * (ratio - 1)).sigmoid()
         slope = gate * (1 - gate)
         by_ratio = torch.where(slope > 0, -4 * advantage * slope * ratio, 0)
-        return -advantage * (4 / tau) * gate, by_ratio, zero, _flags(None, None, advantage)
-    d, change = logp - old, logp.exp() - old.exp()
-    q = objective.quadratic_coef
+        return -advantage * (4 / tau) * gate, by_ratio, zero, flags
+    d, q = logp - old, objective.quadratic_coef
     if surrogate == "dro":
         loss = q * d.square() / 2 - advantage * logp
-        return loss, zero, q * d - advantage, _flags(None, None, advantage)
+        return loss, zero, q * d - advantage, flags
+    cap = ratio_cap(objective)
     if objective.has_quadratic:
-        if surrogate == "ipo":
-            below, above = change < -objective.epsilon_low, change > objective.epsilon_high
-        else:
-            below = above = ~divergence_keeps(logp, old, advantage, objective)
-        cap = math.inf if surrogate == "ipo" or objective.ratio_cap is None else objective.ratio_cap
+        assert below is not None
+        assert above is not None
         out = below | above | (advantage == 0)  # the ratio may be inf
         by_ratio = torch.where(out | (ratio > cap), 0, -advantage * ratio)
         loss = torch.where(out, 0, -advantage * ratio.clamp(max=cap)) + q * d.square()
-        return loss, by_ratio, 2 * q * d, _flags(below, above, advantage)
+        return loss, by_ratio, 2 * q * d, flags
     if surrogate == "gmpo":  # the ratio is the sequence's, its bounds are behind it
-        below, above = d < -objective.epsilon_low, d > objective.epsilon_high
-        return -advantage * ratio, -advantage * ratio, zero, _flags(below, above, advantage)
+        return -advantage * ratio, -advantage * ratio, zero, flags
+    low, high = 1 - objective.epsilon_low, 1 + objective.epsilon_high
     if surrogate == "vespo":
         assert log_w is not None
-        weight, flags = vespo_weight(log_w, advantage, objective), _flags(None, None, advantage)
+        weight = vespo_weight(log_w, advantage, objective)
     elif surrogate == "reinforce":
-        weight, flags = torch.ones_like(ratio), _flags(None, None, advantage)
+        weight = torch.ones_like(ratio)
     elif surrogate == "topr":
         up = (advantage if score is None else score) > 0
         weight = torch.where(
             up, objective.topr_weight_pos, objective.topr_weight_neg * ratio.clamp(max=1)
         )
-        flags = _flags(None, None, advantage)
     elif surrogate == "cispo":
-        weight, flags = ratio.clamp(low, high), _flags(below, above, advantage)
+        weight = ratio.clamp(low, high)
     elif surrogate == "rollout_is":
         weight = torch.where((ratio > low) & (ratio < high), ratio, 0)
-        flags = _flags(below, above, advantage)
     else:
-        keep = divergence_keeps(logp, old, advantage, objective)
-        cap = math.inf if objective.ratio_cap is None else objective.ratio_cap
-        weight = torch.where(keep, ratio.clamp(max=cap), 0)
-        flags = _flags(~keep, ~keep, advantage)
+        assert below is not None
+        weight = torch.where(below, 0, ratio.clamp(max=cap))
     return -weight * advantage * logp, zero, -weight * advantage, flags
+
+
+def beyond_bounds(
+    logp: Tensor, old: Tensor, ratio: Tensor, advantage: Tensor, objective: Objective
+) -> tuple[Tensor | None, Tensor | None]:
+    """Which tokens lie below, and which above, what the surrogate bounds; None where it bounds nothing.
+
+    Whether that matters is up to the advantage (`_flags`); for DPPO, whose mask asks for it, both are the
+    tokens that the mask drops.
+    """
+    low, high = objective.epsilon_low, objective.epsilon_high
+    if objective.surrogate in ("clip", "cispo", "rollout_is"):
+        return ratio < 1 - low, ratio > 1 + high
+    if objective.surrogate == "ipo":
+        change = logp.exp() - old.exp()
+        return change < -low, change > high
+    if objective.surrogate == "gmpo":
+        d = logp - old
+        return d < -low, d > high
+    if objective.surrogate in ("dppo_tv", "dppo_kl"):
+        dropped = ~divergence_keeps(logp, old, advantage, objective)
+        return dropped, dropped
+    return None, None
+
+
+def ratio_cap(objective: Objective) -> float:
+    """DPPO's bound of the ratio from above; inf where there is none."""
+    if objective.surrogate not in ("dppo_tv", "dppo_kl") or objective.ratio_cap is None:
+        return math.inf
+    return objective.ratio_cap
 
 
 def vespo_weight(log_w: Tensor, advantage: Tensor, objective: Objective) -> Tensor:

@@ -25,6 +25,14 @@ class Segments(NamedTuple):
     of_token: Tensor | None = None
     number: int = 0  # of sequences, with `of_token`
 
+    @staticmethod
+    def of(N: int, boundaries: Tensor | None, T_len: int) -> "Segments":
+        """Of `boundaries` (num_sequences + 1,), or of `T_len` tokens each where they are None."""
+        if boundaries is None:
+            return Segments(T_len)
+        of_token = reference.sequence_of_token(boundaries, N)
+        return Segments(T_len, of_token, len(boundaries) - 1)
+
     def sum(self, x: Tensor) -> Tensor:
         """Per token: the sum over its sequence. Masked tokens must hold 0."""
         # In float32 thousands of tokens, added one by one, would lose what a sum in pairs keeps.
@@ -50,10 +58,43 @@ def sequence_policy_terms(
     objective: Objective,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """Weighted (loss, dloss/dlogp), KL or None, clip flags: the twin of `_sequence_loss_kernel`."""
-    count = segments.sum(live.to(logp.dtype)).clamp(min=1)
     old = logp if old_logp is None else old_logp
-    d = own = logp - old
-    opened = live
+    found = ratio_terms(logp - old, advantage, log_importance, live, segments, objective)
+    terms = policy_terms(
+        *(logp, old, ref_logp, found.ratio, found.log_w, found.dropped),
+        *(advantage, score, importance, objective),
+    )
+    through = weigh(weight, torch.where(found.free, terms.by_ratio, 0))
+    if objective.ratio == "sequence" or objective.surrogate == "gmpo":
+        through = torch.where(found.opened, segments.sum(through) / found.tokens, 0)
+    dlogp = weigh(weight, terms.by_logp) + through
+    clip = torch.where(live, terms.clip, 0)
+    return weigh(weight, terms.loss), dlogp, terms.kl, clip
+
+
+class Ratios(NamedTuple):
+    """Of tokens, what their sequences make of them."""
+
+    log_ratio: Tensor  # before its clamp
+    ratio: Tensor
+    free: Tensor  # the clamp lets a gradient through
+    opened: Tensor  # live, and not bounded before the mean is taken (GMPO)
+    tokens: Tensor  # live tokens of the sequence, at least 1
+    log_w: Tensor | None  # VESPO's log sequence weight
+    dropped: Tensor | None  # by `off_policy_threshold`
+
+
+def ratio_terms(
+    own: Tensor,
+    advantage: Tensor,
+    log_importance: Tensor | None,
+    live: Tensor,
+    segments: Segments,
+    objective: Objective,
+) -> Ratios:
+    """The ratio of each token, from the tokens' own log-ratios, 0 where masked."""
+    count = segments.sum(live.to(own.dtype)).clamp(min=1)
+    d, opened = own, live
     if objective.surrogate == "gmpo":
         up, down = d.clamp(max=objective.epsilon_high), d.clamp(min=-objective.epsilon_low)
         d = torch.where(advantage > 0, up, torch.where(advantage < 0, down, 0))
@@ -71,15 +112,7 @@ def sequence_policy_terms(
     if objective.off_policy_threshold is not None:
         stale = segments.sum(-own) / count > objective.off_policy_threshold
         dropped = stale & (advantage < 0)
-    terms = policy_terms(
-        logp, old, ref_logp, ratio, log_w, dropped, advantage, score, importance, objective
-    )
-    through = weigh(weight, torch.where(free, terms.by_ratio, 0))
-    if objective.ratio == "sequence" or objective.surrogate == "gmpo":
-        through = torch.where(opened, segments.sum(through) / count, 0)
-    dlogp = weigh(weight, terms.by_logp) + through
-    clip = torch.where(live, terms.clip, 0)
-    return weigh(weight, terms.loss), dlogp, terms.kl, clip
+    return Ratios(d, ratio, free, opened, count, log_w, dropped)
 
 
 @torch.library.custom_op("grpo_fast::sequence_loss", mutates_args=())
@@ -114,10 +147,7 @@ def sequence_loss_fwd(
             *(log_importance, boundaries, T_len, terms),
         )
         return loss, dlogp, logp.new_empty(0) if kl is None else kl, clip
-    segments = Segments(T_len)
-    if boundaries is not None:
-        of_token = reference.sequence_of_token(boundaries, len(logp))
-        segments = Segments(T_len, of_token, len(boundaries) - 1)
+    segments = Segments.of(len(logp), boundaries, T_len)
     live = torch.ones_like(logp, dtype=torch.bool) if mask is None else mask
 
     def kept(x: Tensor) -> Tensor:

@@ -1,0 +1,75 @@
+"""A micro-batch of responses as slime and miles hold it: lists of tensors, all sequences end to end."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grpo_fast.loss import LossOutput, grpo_loss, policy_loss
+from grpo_fast.objective import Objective
+
+
+def from_logits(
+    args: Any,
+    batch: dict[str, Any],
+    logits: Tensor,
+    objective: Objective,
+    tokens: dict[str, Any],
+    with_entropy: bool,
+) -> LossOutput:
+    """One pass over (1, T, V) logits: prompts are masked rows, a response's scores begin one before it."""
+    rows, start = [], 0
+    for total, response in zip(batch["total_lengths"], batch["response_lengths"], strict=True):
+        rows.append(torch.arange(start + total - response - 1, start + total - 1))
+        start += total
+    T, device = logits.shape[1], logits.device
+    where = torch.cat(rows).to(device, non_blocking=True)
+    targets = zip(batch["unconcat_tokens"], batch["response_lengths"], strict=True)
+
+    def spread(x: Tensor) -> Any:
+        return x.new_zeros(T).index_copy(0, where, x)
+
+    out = grpo_loss(
+        logits[0],
+        spread(torch.cat([tokens_[len(tokens_) - n :] for tokens_, n in targets]).to(device)),
+        cu_seqlens=boundaries([*batch["total_lengths"], T - start], device),
+        temperature=getattr(args, "rollout_temperature", 1.0),
+        num_items=1.0,
+        objective=objective,
+        return_entropy=with_entropy,
+        inplace=not args.recompute_loss_function and not logits.is_leaf,
+        **{name: spread(x) for name, x in tokens.items()},
+    )
+    entropy = None if out.entropy is None else out.entropy[where]
+    return out._replace(logps=out.logps[where], entropy=entropy)
+
+
+def from_log_probs(
+    scored: dict[str, list[Tensor]], logits: Tensor, objective: Objective, tokens: dict[str, Any]
+) -> LossOutput:
+    """From the host's own log-probs and entropies, a tensor per response."""
+    logps = torch.cat(scored["log_probs"])
+    entropy = torch.cat(scored["entropy"]) if "entropy" in scored else None
+    out = policy_loss(
+        logps,
+        entropy=entropy if objective.needs_entropy else None,
+        cu_seqlens=boundaries([len(x) for x in scored["log_probs"]], logps.device),
+        num_items=1.0,
+        objective=objective,
+        **tokens,
+    )
+    loss = out.loss if logps.numel() else out.loss + 0 * logits.sum()
+    return out._replace(loss=loss, entropy=None if entropy is None else entropy.detach())
+
+
+def boundaries(lengths: list[int], device: torch.device) -> Tensor:
+    """`cu_seqlens` of sequences end to end."""
+    return torch.tensor([0, *lengths]).cumsum(0).to(device, non_blocking=True)
+
+
+def reducer_weights(reduce: Any, like: Tensor) -> Tensor:
+    """What a reducer, which is linear, multiplies each token with."""
+    with torch.enable_grad():
+        probe = torch.zeros_like(like, dtype=torch.float32, requires_grad=True)
+        (weights,) = torch.autograd.grad(reduce(probe), probe, materialize_grads=True)
+    return weights
