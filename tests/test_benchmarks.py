@@ -1,5 +1,7 @@
 """The benchmarks' own rules: nothing wrong is timed, nothing of unknown origin is published."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -87,6 +89,12 @@ def test_inputs_are_confident_and_ragged():
     assert 0.6 < batch.live / batch.shape.N < 0.8
     level = make_batch(batch.shape, "zero-variance", CPU, torch.float32).arguments["advantages"]
     assert (level == 0).float().mean().item() == 0.5
+
+
+@pytest.mark.parametrize("shape, variant", [*shapes.hidden_cases(), *shapes.cases()])
+def test_every_case_has_tokens_with_a_gradient(shape, variant):
+    small = dataclasses.replace(shapes.get(shape), V=0, D=0)
+    assert make_batch(small, variant, CPU, torch.float32).moving > small.N / 8
 
 
 @pytest.mark.parametrize(
