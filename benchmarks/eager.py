@@ -1,7 +1,8 @@
 """What a trainer writes without a fused kernel: the baseline, and what torch.compile is given.
 
-The leanest form that is still accurate: no division by a temperature of 1, no float32 copy of the logits
-(`log_softmax` converts as it reads), no metrics. Checked against `grpo_fast.reference` like everything else.
+The leanest form that is still accurate: no division by a temperature of 1, no float32 copy of the logits of
+its own (`log_softmax` makes one of bfloat16, and drops it), no metrics. Checked against
+`grpo_fast.reference` like everything else.
 """
 
 from typing import Any

@@ -8,7 +8,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from benchmarks import compiled, cost_model, pictures, tables, traffic
+from benchmarks import compiled, cost_model, memory_model, pictures, tables, traffic
 from benchmarks.committed import ResultError, Run, documents, load, steps
 
 FOLDER = Path(__file__).resolve().parent
@@ -46,6 +46,14 @@ PREDICTED = """
 `python -m benchmarks.cost_model`: bytes, instructions and ceilings, bfloat16. The range is from "what is read
 again is found in the cache" to "nothing is". Nothing here is measured. Ceilings: {origin}.
 """
+PREDICTED_MEMORY = """
+### Predicted memory of a 7B update
+
+`python -m benchmarks.memory_model`, operators of torch {torch}: every storage counted on tensors without
+contents, chunks as on a GPU of {processors} multiprocessors. Weights and gradients are included, an
+optimiser's state is not. Providers differ in the head alone: where they agree, the backward pass of a layer
+or the gradients at its end set the peak. Nothing here is measured.
+"""
 MAIN_LAUNCHES = (
     "logprob_fwd",
     "logprob_fwd split",
@@ -80,7 +88,7 @@ def render(results: Path) -> str:
                 sections.extend(f"![{x}]({pictures.FOLDER}/{x})\n" for x in pictures.names(run))
         for document in whole:
             if (document["machine_info"]["device_type"] == "cuda") == cuda:
-                sections.extend(tables.step_section(document))
+                sections.extend(tables.step_section(document, memory_model.load()["step"]))
         if cuda:
             sections.extend(_predictions_met(results))
     return "\n".join([*sections, *_without_gpu()])
@@ -113,6 +121,9 @@ def _without_gpu() -> Iterator[str]:
     yield traffic.table()
     yield PREDICTED.format(origin=cost_model.ceilings("H200").origin)
     yield "\n".join(cost_model.table()) + "\n"
+    memory = memory_model.load()
+    yield PREDICTED_MEMORY.format(torch=memory["torch"], processors=memory_model.PROCESSORS)
+    yield from tables.step_tables(memory["step"], [])
 
 
 def headline(results: Path) -> str:

@@ -110,42 +110,73 @@ def memory_ratio(entry: dict[str, Any], eager: dict[str, Any] | None) -> str:
     return f"{own / base:.3f}"
 
 
-def step_section(document: dict[str, Any]) -> Iterator[str]:
+def step_section(document: dict[str, Any], predicted: list[dict[str, Any]]) -> Iterator[str]:
+    """predicted: rows of `memory_model`, for their column."""
     info, rows = document["machine_info"], document["step"]
     yield f"#### A GRPO update of a whole model ({rows[0]['model']}, {rows[0]['dtype']})\n"
     yield (
         f"Commit {info['commit']}, {document['datetime'][:10]}, `{info['command']}`. What is part of it: "
-        "[step_7b.py](step_7b.py). The peak holds weights, gradients and activations.\n"
+        "[step_7b.py](step_7b.py). The peak holds weights, gradients and activations; predicted is what "
+        "`python -m benchmarks.memory_model` had said.\n"
     )
-    same = [row for row in rows if row["kind"] == "batch"]
-    if same:
-        yield "\n".join(
-            [
-                "| trained | head | sequences x (prompt + completion) | time | tokens / s | peak memory |",
-                "|---|---|--:|--:|--:|--:|",
-                *(
-                    f"| {r['mode']} | {r['provider']} | {r['B']} x ({r['P']} + {r['T']}) "
-                    f"| {time_text(r['seconds'])} | {r['tokens_per_second']:,.0f} "
-                    f"| {memory_text(r['peak_bytes'])} |"
-                    for r in same
-                ),
-                "",
-            ]
-        )
-    lengths = [row for row in rows if row["kind"] == "longest"]
-    if lengths:
-        yield "\n".join(
-            [
-                "| trained | memory | head | longest completion that ran | shortest that did not |",
-                "|---|--:|---|--:|--:|",
-                *(
-                    f"| {r['mode']} | {r['cap_bytes'] / 1e9:.0f} GB | {r['provider']} "
-                    f"| {r['fits'] or 'none'} | {r['fails'] or 'not reached in time'} |"
-                    for r in lengths
-                ),
-                "",
-            ]
-        )
+    yield from step_tables(rows, predicted)
     absent = [f"- {who}: {why}" for who, why in sorted(info["absent"].items())]
     if absent:
         yield "\n".join(["Not measured:\n", *absent, ""])
+
+
+def step_tables(rows: list[dict[str, Any]], predicted: list[dict[str, Any]]) -> Iterator[str]:
+    """Updates of one batch, and longest completions; rows that are predictions have no times."""
+    for kind, columns in (("batch", _batch_columns), ("longest", _longest_columns)):
+        chosen = [row for row in rows if row["kind"] == kind]
+        if chosen:
+            table = [columns(row, predicted) for row in chosen]
+            head = list(table[0])
+            yield "\n".join(
+                [
+                    f"| {' | '.join(head)} |",
+                    f"|{'--:|' * len(head)}",
+                    *(f"| {' | '.join(str(cell) for cell in row.values())} |" for row in table),
+                    "",
+                ]
+            )
+
+
+def _batch_columns(r: dict[str, Any], predicted: list[dict[str, Any]]) -> dict[str, Any]:
+    cells = {
+        "trained": r["mode"],
+        "head": r["provider"],
+        "sequences x (prompt + completion)": f"{r['B']} x ({r['P']} + {r['T']})",
+    }
+    if "seconds" in r:
+        cells |= {
+            "time": time_text(r["seconds"]),
+            "tokens / s": f"{r['tokens_per_second']:,.0f}",
+        }
+    cells["peak memory"] = memory_text(r["peak_bytes"])
+    if "seconds" in r:
+        twin = _twin(r, predicted, ("mode", "provider", "B", "P", "T"))
+        cells["predicted"] = memory_text(twin["peak_bytes"]) if twin else ""
+    return cells
+
+
+def _longest_columns(r: dict[str, Any], predicted: list[dict[str, Any]]) -> dict[str, Any]:
+    cells = {
+        "trained": r["mode"],
+        "memory": f"{r['cap_bytes'] / 1e9:.0f} GB",
+        "head": r["provider"],
+        "longest completion that fits": r["fits"] or "none",
+        "shortest that does not": r["fails"] or "not reached in time",
+    }
+    if predicted:
+        twin = _twin(r, predicted, ("mode", "provider", "B", "P", "cap_bytes"))
+        cells["predicted longest"] = (twin["fits"] or "none") if twin else ""
+    return cells
+
+
+def _twin(
+    row: dict[str, Any], rows: list[dict[str, Any]], keys: tuple[str, ...]
+) -> dict[str, Any] | None:
+    """The row of the same kind and case."""
+    keys = ("kind", *keys)
+    return next((x for x in rows if all(x.get(k) == row[k] for k in keys)), None)

@@ -51,19 +51,27 @@ def working_dtypes(hidden: Tensor, options: Options) -> tuple[torch.dtype, torch
     return hidden.dtype if hidden.is_cuda else torch.float32, torch.float32
 
 
-def chunk_rows(N: int, D: int, most: int, device: torch.device) -> int:
-    """How many rows to take at a time, at most `most`: equal chunks, on a GPU whole waves of tiles."""
-    step = TILE_ROWS if device.type == "cuda" else 8
+def chunk_rows(N: int, D: int, most: int, processors: int | None) -> int:
+    """How many rows to take at a time, at most `most`: equal chunks, on a GPU whole waves of tiles.
+
+    Args:
+        processors: of the GPU; None for a CPU.
+    """
+    step = TILE_ROWS if processors else 8
     if most < step or step >= N:
         return max(1, min(most, N))
-    if device.type != "cuda":
+    if not processors:
         count = -(-N // (most // step * step))
         return round_up(-(-N // count), step)
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
     return min(
         (equal_chunk(N, C) for C in range(step, min(most, round_up(N, step)) + 1, step)),
         key=lambda C: (waves(N, C, D, processors), C),
     )
+
+
+def processors(x: Tensor) -> int | None:
+    """How many multiprocessors the GPU of x has; None on a CPU."""
+    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else None
 
 
 def equal_chunk(N: int, C: int) -> int:
@@ -143,7 +151,7 @@ class Head:
         self.N = len(hidden) if rows is None else len(rows)
         most = row_limit(hidden, options)
         D = hidden.shape[1]
-        self.C = options.chunk_size or length or chunk_rows(self.N, D, most, hidden.device)
+        self.C = options.chunk_size or length or chunk_rows(self.N, D, most, processors(hidden))
         self._work = self._new_workspace(V)
         self._dlogits = self._work
         if needs.hidden or needs.parameters:
