@@ -202,9 +202,16 @@ def run(
             print(f"=== {piece.name}: up to {limit:.0f} s; {total:.0f} s left in all", flush=True)
             outcome[piece.name] = run_piece(piece, limit, environment)
             if out:
-                text = "\n".join(summary(outcome)) + "\n"
-                (out / f"outcome-{commit}.txt").write_text(text)
+                keep(out / f"outcome-{commit}.txt", outcome)
     return outcome
+
+
+def keep(path: Path, outcome: dict[str, str]) -> None:
+    """Write down what became of pieces, next to what is known of those that an earlier part has run."""
+    known = {}
+    if path.exists():
+        known = dict(line.split(": ", 1) for line in path.read_text().splitlines())
+    path.write_text("\n".join(summary(known | outcome)) + "\n")
 
 
 def summary(outcome: dict[str, str]) -> Iterator[str]:

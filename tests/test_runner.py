@@ -139,6 +139,13 @@ def test_the_plan(tmp_path):
     assert len(files) == len(set(files))
 
 
+def test_parts_of_a_run_keep_each_others_outcome(tmp_path):
+    path = tmp_path / "outcome.txt"
+    runner.keep(path, {"a": "passed", "b": "out of time"})
+    runner.keep(path, {"b": "crashed in x: y", "c": "failed"})
+    assert path.read_text().splitlines() == ["a: passed", "b: crashed in x: y", "c: failed"]
+
+
 def test_own_failures_count_peers_do_not():
     own, peer = runner.Piece("own", (), 1), runner.Piece("peer", (), 1, peer=True)
     plan = [(1.0, [own, peer])]
