@@ -20,16 +20,16 @@ from pathlib import Path
 from benchmarks import machine, providers, results
 
 ROOT = Path(__file__).resolve().parents[1]
-# The tests that say most about a device, and the benchmarks by importance with their weight in the time.
-FIRST_TESTS = (
-    "test_grpo",
-    "test_logprob",
-    "test_linear_grpo",
-    "test_linear_logprob",
-    "test_policy_loss",
-    "test_sequence_loss",
-    "test_group_advantage",
-)
+# The tests that say most about a device, and the benchmarks, by importance, with their weight in the time.
+FIRST_TESTS = {
+    "test_grpo": 4,
+    "test_logprob": 2,
+    "test_linear_grpo": 4,
+    "test_linear_logprob": 2,
+    "test_policy_loss": 1,
+    "test_sequence_loss": 1,
+    "test_group_advantage": 1,
+}
 BENCHMARKS = {
     "grpo": 4,
     "linear_grpo": 4,
@@ -129,7 +129,8 @@ def stages(out: Path, commit: str, tests: bool = True) -> list[tuple[float, list
 
 
 def _test_piece(path: Path) -> Piece:
-    return Piece(f"test {path.stem}", (str(path.relative_to(ROOT)),), 1)
+    weight = FIRST_TESTS.get(path.stem, 1)
+    return Piece(f"test {path.stem}", (str(path.relative_to(ROOT)),), weight)
 
 
 def run_piece(piece: Piece, seconds: float, environment: dict[str, str]) -> str:
