@@ -216,20 +216,28 @@ def run(
     """Everything, the most telling first, as far as the time goes."""
     end = time.monotonic() + seconds
     sheet = Sheet(out, config, dtype)
+    able: dict[str, list[str]] = {}
     for mode in modes:
+        if time.monotonic() > end:
+            sheet.skip(f"7B step, {mode}", "out of time")
+            break
         trained = build(config, mode, device, dtype)
-        here = _same_batch(sheet, trained, mode, chosen, dtype)
-        if device.type == "cuda":
-            # The other way to train gets its share of the time, if it comes.
-            left = end - time.monotonic()
-            share = left * (0.7 if mode == modes[0] and len(modes) > 1 else 1.0)
-            _longest(sheet, trained, mode, here, caps, time.monotonic() + share)
+        able[mode] = _same_batch(sheet, trained, mode, chosen, dtype)
         del trained
         memory.release()
-        if time.monotonic() > end:
-            sheet.skip("7B step", f"out of time after {mode}")
-            break
+    for mode in able if device.type == "cuda" else ():
+        # The other way to train gets its share of the time, if it comes.
+        share = 0.7 if mode == modes[0] and len(able) > 1 else 1.0
+        deadline = time.monotonic() + (end - time.monotonic()) * share
+        trained = build(config, mode, device, dtype)
+        _longest(sheet, trained, mode, able[mode], caps, deadline)
+        del trained
+        memory.release()
     return sheet.document
+
+
+def failure(error: Exception) -> str:
+    return f"failed: {type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
 
 
 def _same_batch(
@@ -252,8 +260,7 @@ def _same_batch(
             continue
         except Exception as error:  # of a library: it costs its own row
             clear(trained.model)
-            first = next(iter(str(error).splitlines()), "")
-            sheet.skip(who, f"failed: {type(error).__name__}: {first}")
+            sheet.skip(who, failure(error))
             continue
         eager = row if provider == "eager" else eager
         wrong = disagreement(row, eager, dtype) if eager else None
@@ -288,7 +295,11 @@ def _longest(
 
         with capped(cap):
             until = time.monotonic() + left / (len(todo) - i)
-            fits, fails = longest(peak, cap, size.T, until, STEP_OF_LENGTH)
+            try:
+                fits, fails = longest(peak, cap, size.T, until, STEP_OF_LENGTH)
+            except Exception as error:
+                sheet.skip(f"7B step, {mode}, {cap / 1e9:.0f} GB, {provider}", failure(error))
+                continue
         sheet.add(
             kind="longest",
             mode=mode,

@@ -87,6 +87,22 @@ def test_the_whole_program_on_a_cpu(tmp_path, monkeypatch):
     assert out.exists()
 
 
+def test_both_ways_to_train_come_before_the_longest_completions(monkeypatch):
+    order = []
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(step_7b, "build", lambda config, mode, *_: mode)
+    monkeypatch.setattr(
+        step_7b, "_same_batch", lambda sheet, trained, mode, *_: order.append(mode) or [mode]
+    )
+    monkeypatch.setattr(
+        step_7b, "_longest", lambda sheet, trained, mode, able, *_: order.append((trained, able))
+    )
+    step_7b.run(decoder.TINY, cuda, torch.float32, 300)
+    assert order == ["lora", "full", ("lora", ["lora"]), ("full", ["full"])]
+    document = step_7b.run(decoder.TINY, cuda, torch.float32, -1.0, modes=("full",))
+    assert document["machine_info"]["absent"] == {"7B step, full": "out of time"}
+
+
 def test_a_wrong_head_gets_no_number(monkeypatch):
     good = providers.load("linear_grpo", "eager")
     table = providers.PROVIDERS["linear_grpo"]
@@ -193,3 +209,32 @@ def test_the_search_knows_when_nothing_fits_and_when_time_is_up():
     fits, fails = longest.longest(slow, 1e9, 16, time.monotonic() + 0.12, 16)
     assert fits >= 16
     assert fails is None
+
+
+def test_a_search_that_raises_costs_its_row(monkeypatch):
+    """Driven without a GPU: the calls of the search, in order, for every cap and head."""
+    properties = type("Properties", (), {"total_memory": 85_000_000_000})
+    fractions = []
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", fractions.append)
+
+    def peak(trained, size, provider):
+        if provider == "trl":
+            raise RuntimeError("invalid configuration")
+        return 10**9 + 10**7 * size.T if size.T < 4000 else None
+
+    monkeypatch.setattr(step_7b, "peak_at", peak)
+    sheet = step_7b.Sheet(None, decoder.TINY, torch.float32)
+    deadline = time.monotonic() + 60
+    step_7b._longest(sheet, None, "lora", ["eager", "trl"], (24e9, 80e9, 160e9), deadline)
+    rows = sheet.document["step"]
+    assert [(row["provider"], row["cap_bytes"]) for row in rows] == [
+        ("eager", 24e9),
+        ("eager", 80e9),
+    ]
+    assert all(row["fits"] < 4000 <= row["fails"] for row in rows)
+    why = "failed: RuntimeError: invalid configuration"
+    who = [f"7B step, lora, {cap} GB, trl" for cap in (24, 80)]
+    assert sheet.document["machine_info"]["absent"] == dict.fromkeys(who, why)
+    assert fractions == [24 / 85, 1.0] * 2 + [80 / 85, 1.0] * 2
+    assert all(type(x) is float for x in fractions), "PyTorch takes nothing else"
