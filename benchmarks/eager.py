@@ -1,8 +1,9 @@
 """What a trainer writes without a fused kernel: the baseline, and what torch.compile is given.
 
-The leanest form that is still accurate: no division by a temperature of 1, no float32 copy of the logits of
-its own (`log_softmax` makes one of bfloat16, and drops it), no metrics. Checked against
-`grpo_fast.reference` like everything else.
+The leanest form that is still accurate: no division by a temperature of 1, no metrics, the conversion to
+float32 left to `log_softmax`. Float16 logits on a GPU it converts as it reads; for bfloat16 PyTorch has no
+such kernel and makes a copy, which is gone before the backward pass. Checked against `grpo_fast.reference`
+like everything else.
 """
 
 from typing import Any

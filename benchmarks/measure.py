@@ -24,6 +24,11 @@ LAUNCH_BOUND = 200e-6
 Call = Callable[..., tuple[Tensor, Any]]
 Setup = Callable[[Batch], tuple[Any, ...]]
 
+
+class WrongError(AssertionError):
+    """A result that is further from the truth than it may be."""
+
+
 ABSENT: dict[str, str] = {}  # "stem provider" -> why there is no number
 RECORDER: list[Recorder] = []  # the one that `--results` asked for
 
@@ -50,6 +55,7 @@ def measure(
             the rate of matrix multiplications, "gemm", for `flops`.
         flops: of the matrix multiplications that have to be done at least.
     """
+    memory.release()
     fn = _load(stem, provider)
     shape, device, dtype = shapes.get(shape_name), shapes.device(), shapes.dtype()
     hidden = stem in providers.HIDDEN_PROVIDERS
@@ -92,6 +98,17 @@ def measure(
         absent(stem, f"{provider} {shape_name}", "out of memory")
     except providers.UnavailableError as reason:
         absent(stem, provider, str(reason))
+    except WrongError as error:
+        note(stem, provider, f"wrong result: {_first_line(error)}")
+        raise
+    except Exception as error:
+        what = f"{type(error).__name__}: {_first_line(error)}"
+        note(stem, f"{provider} {shape_name} {variant}", what)
+        raise
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "")
 
 
 def record(benchmark: Any) -> None:
@@ -224,8 +241,7 @@ def _check(stem: str, provider: str, batch: Batch, result: tuple[Tensor, Any]) -
     try:
         return check(stem, batch, *result, factor=gate.factor_of(provider))
     except AssertionError as error:
-        note(stem, provider, f"wrong result: {str(error).splitlines()[0]}")
-        raise
+        raise WrongError(*error.args) from None
 
 
 def _discard(run: Call) -> Callable[..., None]:

@@ -11,12 +11,12 @@ limit too), and holes between blocks. Predictions are put next to the measuremen
 """
 
 import argparse
+import bisect
 import contextlib
 import copy
 import functools
 import importlib
 import json
-import math
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -42,6 +42,7 @@ linear_grpo, linear_logprob = (
 SAVED = Path(__file__).resolve().parent / "memory_model.json"
 META = torch.device("meta")
 BLOCK = 512  # bytes: what the allocator rounds to
+STEP, MOST = step_7b.STEP_OF_LENGTH, 1 << 18  # tokens: the lengths that are looked at
 PROCESSORS = 132  # multiprocessors of an H100 or H200: they decide the chunk length
 
 
@@ -216,19 +217,15 @@ def _of_provider(trained: step_7b.Trained, provider: str) -> Iterator[dict[str, 
         return peak(trained, searched._replace(T=T), provider)
 
     for cap in step_7b.CAPS:
-        fits, fails = longest(peak_at, cap, searched.T)
-        row = {"cap_bytes": cap, "B": searched.B, "P": searched.P}
-        yield {"kind": "longest", **row, "fits": fits, "fails": fails}
+        fits = longest(peak_at, cap)
+        about = {"cap_bytes": cap, "B": searched.B, "P": searched.P}
+        yield {"kind": "longest", **about, "fits": fits, "fails": fits + STEP}
 
 
-def longest(peak_at: Callable[[int], int], cap: float, start: int) -> tuple[int, int | None]:
-    """As `step_7b.longest` finds it, by trial."""
-
-    def within(T: int) -> int | None:
-        used = peak_at(T)
-        return used if used <= cap else None
-
-    return step_7b.longest(within, cap, start, math.inf, step_7b.STEP_OF_LENGTH)
+def longest(peak_at: Callable[[int], int], cap: float) -> int:
+    """The longest completion, a multiple of `STEP`, whose peak is at most `cap` bytes; 0 if there is none."""
+    lengths = range(STEP, MOST, STEP)
+    return STEP * bisect.bisect_right(lengths, cap, key=peak_at)
 
 
 def load(path: Path = SAVED) -> dict[str, Any]:

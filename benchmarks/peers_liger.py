@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks import shapes
 from benchmarks.peers import IGNORED, Function, UnavailableError, need_gpu
 from grpo_fast import Objective
 
@@ -95,7 +96,11 @@ def linear_logprob() -> Function:
     """The scaled cross-entropy per token: CuTe kernels on Hopper, chunks of PyTorch elsewhere."""
     from liger_kernel.ops.fused_linear_scaled_cross_entropy import (
         LigerFusedLinearScaledCrossEntropyFunction,
+        _resolve_implementation,
     )
+
+    # It imports the kernels of this device when it is called; what they lack is to be known now.
+    _resolve_implementation(shapes.device())
 
     def call(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
         loss = LigerFusedLinearScaledCrossEntropyFunction.apply(

@@ -10,19 +10,18 @@ trainable parameter. bfloat16 on a GPU. Not part of it: sampling, the optimiser 
     full   every parameter trained, its bfloat16 gradient kept; the reference is a second copy of the weights
 
 Providers differ in the head alone (`linear_logprob`, `linear_grpo` of `providers`). One whose loss or
-gradient norm is not eager's gets no number. The longest completion is searched with one sequence, under caps
+gradient norm is not eager's gets no number, nor does one that fails; the exit code is 1 if it is one of this
+project's. The longest completion is searched with one sequence, under caps
 on the memory that PyTorch may use; the search knows that the peak grows linearly with the length.
 """
 
 import argparse
-import contextlib
 import copy
-import gc
 import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +29,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import decoder, machine, memory, providers, results
+from benchmarks.longest import capped, longest
 from grpo_fast import Objective
 
 PROVIDERS = ("eager", "trl", "grpo_fast", "grpo_fast-bf16")
@@ -87,8 +87,10 @@ def update(trained: Trained, inputs: dict[str, Tensor], log_probs: Any, loss_of:
         old = log_probs(hidden(model), weight, completion)
         if reference is None:
             decoder.switch_adapters(model, on=False)
-            ref = log_probs(hidden(model), weight, completion)
-            decoder.switch_adapters(model, on=True)
+            try:
+                ref = log_probs(hidden(model), weight, completion)
+            finally:  # it may run out of memory here
+                decoder.switch_adapters(model, on=True)
         else:
             ref = log_probs(hidden(reference), reference.lm_head.weight, completion)
     loss = loss_of(
@@ -117,9 +119,7 @@ def gradient_norm(model: decoder.Decoder) -> float:
 
 def measure(trained: Trained, size: Size, provider: str, rounds: int = ROUNDS) -> dict[str, Any]:
     """Time, peak and outcome of an update. The peak counts the weights."""
-    gc.collect()  # what another provider may have left when it ran out of memory
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    memory.release()  # what another provider may have left when it ran out of memory
     model = trained.model
     device = model.lm_head.weight.device
     inputs = batch(size, model.c.V, device)
@@ -163,9 +163,8 @@ def disagreement(row: dict[str, Any], eager: dict[str, Any], dtype: torch.dtype)
 
 
 def peak_at(trained: Trained, size: Size, provider: str) -> int | None:
-    """Peak bytes of one update, weights included; None if it ran out of memory."""
-    gc.collect()
-    torch.cuda.empty_cache()
+    """Bytes in use at once in one update, weights included; None if it ran out of memory."""
+    memory.release()
     torch.cuda.reset_peak_memory_stats()
     inputs = batch(size, trained.model.c.V, trained.model.lm_head.weight.device)
     heads = providers.load("linear_logprob", provider), providers.load("linear_grpo", provider)
@@ -175,57 +174,8 @@ def peak_at(trained: Trained, size: Size, provider: str) -> int | None:
         return None
     finally:
         clear(trained.model)
-        decoder.switch_adapters(trained.model, on=True)
-    return torch.cuda.max_memory_reserved()
-
-
-def longest(
-    peak: Callable[[int], int | None], limit: float, start: int, deadline: float, step: int
-) -> tuple[int, int | None]:
-    """(the longest length that ran, the shortest that did not), multiples of `step`; 0: not even `start`.
-
-    Args:
-        peak: of a length, None where it does not fit.
-        limit: bytes. Peaks are linear in the length, so two of them tell where to look.
-        deadline: of `time.monotonic()`; what is known by then is returned.
-    """
-    low, high = 0, None
-    seen: list[tuple[int, int]] = []
-    length = start
-    while time.monotonic() < deadline:
-        used = peak(length)
-        if used is None:
-            high = length
-        else:
-            low = length
-            seen.append((length, used))
-        if high is not None and high - low <= step:
-            break
-        length = _next_length(low, high, seen, limit, step)
-    return low, high
-
-
-def _next_length(
-    low: int, high: int | None, seen: list[tuple[int, int]], limit: float, step: int
-) -> int:
-    guess = 2 * low
-    if len(seen) >= 2 and seen[-1][1] != seen[-2][1]:
-        (a, at_a), (b, at_b) = seen[-2:]
-        guess = int(b + (limit - at_b) * (b - a) / (at_b - at_a)) // step * step
-    if high is not None and not low < guess < high:
-        guess = (low + high) // 2
-    guess = max(guess // step * step, low + step)
-    return guess if high is None else min(guess, high - step)
-
-
-@contextlib.contextmanager
-def capped(limit: float) -> Iterator[None]:
-    total = torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total))
-    try:
-        yield
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0)
+    # Not what was reserved: near a cap that is the cap, whatever the length.
+    return torch.cuda.max_memory_allocated()
 
 
 class Sheet:
@@ -266,22 +216,28 @@ def run(
     """Everything, the most telling first, as far as the time goes."""
     end = time.monotonic() + seconds
     sheet = Sheet(out, config, dtype)
+    able: dict[str, list[str]] = {}
     for mode in modes:
-        trained = build(config, mode, device, dtype)
-        here = _same_batch(sheet, trained, mode, chosen, dtype)
-        if device.type == "cuda":
-            # The other way to train gets its share of the time, if it comes.
-            left = end - time.monotonic()
-            share = left * (0.7 if mode == modes[0] and len(modes) > 1 else 1.0)
-            _longest(sheet, trained, mode, here, caps, time.monotonic() + share)
-        del trained
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
         if time.monotonic() > end:
-            sheet.skip("7B step", f"out of time after {mode}")
+            sheet.skip(f"7B step, {mode}", "out of time")
             break
+        trained = build(config, mode, device, dtype)
+        able[mode] = _same_batch(sheet, trained, mode, chosen, dtype)
+        del trained
+        memory.release()
+    for mode in able if device.type == "cuda" else ():
+        # The other way to train gets its share of the time, if it comes.
+        share = 0.7 if mode == modes[0] and len(able) > 1 else 1.0
+        deadline = time.monotonic() + (end - time.monotonic()) * share
+        trained = build(config, mode, device, dtype)
+        _longest(sheet, trained, mode, able[mode], caps, deadline)
+        del trained
+        memory.release()
     return sheet.document
+
+
+def failure(error: Exception) -> str:
+    return f"failed: {type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
 
 
 def _same_batch(
@@ -301,6 +257,10 @@ def _same_batch(
             clear(trained.model)
             sheet.skip(who, f"out of memory at {size}")
             able.append(provider)  # a shorter completion may fit
+            continue
+        except Exception as error:  # of a library: it costs its own row
+            clear(trained.model)
+            sheet.skip(who, failure(error))
             continue
         eager = row if provider == "eager" else eager
         wrong = disagreement(row, eager, dtype) if eager else None
@@ -335,7 +295,11 @@ def _longest(
 
         with capped(cap):
             until = time.monotonic() + left / (len(todo) - i)
-            fits, fails = longest(peak, cap, size.T, until, STEP_OF_LENGTH)
+            try:
+                fits, fails = longest(peak, cap, size.T, until, STEP_OF_LENGTH)
+            except Exception as error:
+                sheet.skip(f"7B step, {mode}, {cap / 1e9:.0f} GB, {provider}", failure(error))
+                continue
         sheet.add(
             kind="longest",
             mode=mode,
@@ -346,6 +310,16 @@ def _longest(
             fits=fits,
             fails=fails,
         )
+
+
+def own_failures(document: dict[str, Any]) -> list[str]:
+    """Who of this project's providers is wrong, or raised."""
+    return [
+        who
+        for who, why in document["machine_info"]["absent"].items()
+        if why.startswith(("wrong result", "failed"))
+        and providers.library(who.rsplit(", ")[-1]) in providers.OWN
+    ]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -359,7 +333,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--cap", action="append", type=float, help="GB; repeatable")
     options = parser.parse_args(arguments)
     cuda = torch.cuda.is_available()
-    run(
+    document = run(
         decoder.QWEN_7B if cuda else decoder.TINY,
         torch.device("cuda" if cuda else "cpu"),
         torch.bfloat16 if cuda else torch.float32,
@@ -369,7 +343,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.mode or MODES,
         [cap * 1e9 for cap in options.cap] if options.cap else CAPS,
     )
-    return 0
+    return 1 if own_failures(document) else 0
 
 
 if __name__ == "__main__":

@@ -93,6 +93,18 @@ def test_missing_is_a_reason(stem, name, monkeypatch):
         providers.load(stem, name)
 
 
+def test_what_a_head_imports_when_called_is_known_at_load(monkeypatch):
+    pytest.importorskip("liger_kernel", reason="it is Liger's scaled cross-entropy")
+
+    def lacking(device):
+        raise ImportError("cutedsl backend requires the NVIDIA CUTLASS Python DSL")
+
+    module = "liger_kernel.ops.fused_linear_scaled_cross_entropy"
+    monkeypatch.setattr(f"{module}._resolve_implementation", lacking)
+    with pytest.raises(providers.UnavailableError, match="CUTLASS"):
+        providers.load("linear_logprob", "liger-scaled-ce")
+
+
 @pytest.mark.parametrize("which", ["value", "dhidden", "dweight"])
 @pytest.mark.parametrize("stem", providers.HIDDEN_PROVIDERS)
 def test_gate_refuses_what_is_slightly_off(stem, which, batches):

@@ -1,6 +1,8 @@
 """The benchmarks' own rules: nothing wrong is timed, nothing of unknown origin is published."""
 
 import dataclasses
+import gc
+import weakref
 
 import pytest
 import torch
@@ -71,6 +73,76 @@ def test_a_wrong_provider_is_not_timed(monkeypatch):
             nbytes=lambda batch: 0,
         )
     assert measure.ABSENT["group_advantage wrong"].startswith("wrong result")
+
+
+class Timer:
+    name = "bench_forward[x]"
+    group = None
+
+    def __init__(self):
+        self.extra_info = {}
+
+
+def of_group_advantage(provider):
+    measure.measure(
+        Timer(),
+        stem="group_advantage",
+        provider=provider,
+        shape_name="micro-batch",
+        variant="full",
+        setup=lambda batch: (batch.rewards, batch.shape.G),
+        call=lambda fn: lambda *args: (fn(*args), None),
+        nbytes=lambda batch: 0,
+    )
+
+
+def test_whatever_a_provider_raises_is_a_reason(monkeypatch):
+    def raising(*args):
+        raise RuntimeError("no kernel image\nis available")
+
+    monkeypatch.setitem(providers.PROVIDERS["group_advantage"], "raising", lambda: raising)
+    monkeypatch.setattr(measure, "ABSENT", {})
+    with pytest.raises(RuntimeError, match="no kernel image"):
+        of_group_advantage("raising")
+    want = {"group_advantage raising micro-batch full": "RuntimeError: no kernel image"}
+    assert want == measure.ABSENT
+
+
+def test_a_failure_keeps_no_memory(monkeypatch):
+    """Its traceback holds the tensors, and pytest's own frames in it hold the traceback."""
+    held = []
+
+    def failing(*args):
+        kept = Tracked()
+        held.append(weakref.ref(kept))
+        raise RuntimeError
+
+    def cyclic():
+        try:
+            of_group_advantage("failing")
+        except RuntimeError as error:
+            caught = error  # this frame is in the traceback: a cycle
+            return len(str(caught))
+
+    class Tracked:
+        pass
+
+    monkeypatch.setitem(providers.PROVIDERS["group_advantage"], "failing", lambda: failing)
+    monkeypatch.setattr(measure, "ABSENT", {})
+    gc.disable()
+    try:
+        cyclic()
+        assert held[0]() is not None
+        monkeypatch.setattr(providers, "load", unavailable)
+        with pytest.raises(pytest.skip.Exception):
+            of_group_advantage("eager")
+        assert held[0]() is None
+    finally:
+        gc.enable()
+
+
+def unavailable(stem, provider):
+    raise providers.UnavailableError("not now")
 
 
 def test_a_missing_library_is_a_reason(monkeypatch):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from grpo_fast import reference
-from grpo_fast.ops import linear_logprob, logprob
+from grpo_fast.ops import _head, linear_logprob, logprob
 from grpo_fast.testing import assert_as_accurate
 from tests.properties import given, settings, st
 
@@ -260,3 +260,20 @@ def test_half_operands(logits_dtype, backend, device):
             tensors["hidden"].double(), tensors["weight"].double(), ids
         )
         assert (logp - truth).abs().max() < 5e-6
+
+
+@pytest.mark.parametrize("fresh, alpha", [(True, 1.0), (True, 0.5), (False, 1.0), (False, 2.0)])
+def test_sums_of_halves_where_addmm_takes_none(monkeypatch, fresh, alpha):
+    """Before torch 2.10: products of slabs, added up in float32."""
+
+    def mixed(a, b, *, out_dtype, out=None):  # a CPU has it not
+        found = (a.double() @ b.double()).to(out_dtype)
+        return found if out is None else out.copy_(found)
+
+    a, b = torch.randn(37, 50).bfloat16(), torch.randn(50, 7).bfloat16()
+    out = torch.full((37, 7), float("nan")) if fresh else torch.randn(37, 7)
+    want = alpha * (a.double() @ b.double()) + (0 if fresh else out.double())
+    monkeypatch.setattr(_head, "SLAB", 16)
+    monkeypatch.setattr(torch, "mm", mixed)
+    _head._accumulate_in_slabs(out, a, b, alpha, fresh)
+    torch.testing.assert_close(out.double(), want, rtol=1e-6, atol=1e-5)

@@ -1,12 +1,14 @@
 """run_all: its plan, its clock, and what it does about a provider that takes the process down."""
 
 import json
+import subprocess
+import sys
 import textwrap
 
 import pytest
 import torch
 
-from benchmarks import machine, providers, results, runner, timing
+from benchmarks import machine, providers, results, runner, shapes, timing
 
 CRASHING = """
 import os
@@ -78,6 +80,51 @@ def test_what_is_out_of_time_leaves_what_it_has(tmp_path, environment, monkeypat
     assert [x["extra_info"]["provider"] for x in document["benchmarks"]] == ["eager"]
 
 
+def test_a_process_without_its_gpu_gives_way_to_another(tmp_path, environment, monkeypatch):
+    """An illegal access leaves the process alive and every later call failing."""
+    text = CRASHING.replace(
+        'TABLE["crashing"] =', 'machine.lost = lambda: LOST\nLOST = []\nTABLE["crashing"] ='
+    )
+    text = text.replace("os.abort()", "LOST.append(1)").replace("measure,", "machine, measure,")
+    monkeypatch.setitem(globals(), "CRASHING", text)
+    piece = crashing_piece(tmp_path)
+    who = "crash bench_forward[crashing-micro-batch]"
+    assert runner.run_piece(piece, 300, environment) == f"crashed in {who}"
+    document = json.loads(piece.results.read_text())
+    measured = [x["extra_info"]["provider"] for x in document["benchmarks"]]
+    assert measured == ["eager", "grpo_fast"]
+    assert document["machine_info"]["absent"][who] == "crashed: SIGKILL"
+
+
+@pytest.mark.parametrize("error, lost", [(None, False), (RuntimeError, True)])
+def test_a_gpu_is_lost_when_it_cannot_be_waited_for(monkeypatch, error, lost):
+    def synchronize():
+        if error:
+            raise error("CUDA error: an illegal memory access was encountered")
+
+    assert machine.lost() is False or torch.cuda.is_available()
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    assert machine.lost() is lost
+
+
+def test_the_first_case_of_every_kernel_comes_first(environment):
+    """A library's process may be stopped early: by then it has done what tells most."""
+    stems = ("linear_grpo", "grpo", "logprob", "linear_logprob")
+    files = [f"benchmarks/bench_{stem}.py" for stem in stems]
+    command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "--library=trl", *files]
+    done = subprocess.run(
+        command, cwd=runner.ROOT, env=environment, capture_output=True, text=True, check=True
+    )
+    found = [x.split("/bench_")[1] for x in done.stdout.splitlines() if "::" in x]
+    order = [x.split(".py")[0] for x in found]
+    assert order[:6] == ["grpo", "logprob", "logprob", "linear_grpo", *["linear_logprob"] * 2]
+    cases = [
+        x.partition("[")[2].removesuffix("-trl]") for x in found if x.startswith("linear_grpo")
+    ]
+    assert cases == [f"{shape}-{variant}" for shape, variant in shapes.hidden_cases()]
+
+
 def test_the_plan(tmp_path):
     plan = runner.stages(tmp_path, "19274bf")
     shares = [share for share, _ in plan]
@@ -90,6 +137,13 @@ def test_the_plan(tmp_path):
     assert names.index("test test_logprob") < names.index("benchmark grpo") < names.index("7B step")
     files = [piece.results for _, pieces in plan for piece in pieces if piece.results]
     assert len(files) == len(set(files))
+
+
+def test_parts_of_a_run_keep_each_others_outcome(tmp_path):
+    path = tmp_path / "outcome.txt"
+    runner.keep(path, {"a": "passed", "b": "out of time"})
+    runner.keep(path, {"b": "crashed in x: y", "c": "failed"})
+    assert path.read_text().splitlines() == ["a: passed", "b: crashed in x: y", "c: failed"]
 
 
 def test_own_failures_count_peers_do_not():

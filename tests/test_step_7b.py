@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from benchmarks import decoder, providers, step_7b
+from benchmarks import decoder, longest, providers, step_7b
 from grpo_fast import reference
 
 CPU = torch.device("cpu")
@@ -87,6 +87,22 @@ def test_the_whole_program_on_a_cpu(tmp_path, monkeypatch):
     assert out.exists()
 
 
+def test_both_ways_to_train_come_before_the_longest_completions(monkeypatch):
+    order = []
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(step_7b, "build", lambda config, mode, *_: mode)
+    monkeypatch.setattr(
+        step_7b, "_same_batch", lambda sheet, trained, mode, *_: order.append(mode) or [mode]
+    )
+    monkeypatch.setattr(
+        step_7b, "_longest", lambda sheet, trained, mode, able, *_: order.append((trained, able))
+    )
+    step_7b.run(decoder.TINY, cuda, torch.float32, 300)
+    assert order == ["lora", "full", ("lora", ["lora"]), ("full", ["full"])]
+    document = step_7b.run(decoder.TINY, cuda, torch.float32, -1.0, modes=("full",))
+    assert document["machine_info"]["absent"] == {"7B step, full": "out of time"}
+
+
 def test_a_wrong_head_gets_no_number(monkeypatch):
     good = providers.load("linear_grpo", "eager")
     table = providers.PROVIDERS["linear_grpo"]
@@ -103,6 +119,39 @@ def test_a_wrong_head_gets_no_number(monkeypatch):
     assert "wrong result: gradient_norm" in document["machine_info"]["absent"]["7B step, lora, trl"]
 
 
+def test_a_head_that_raises_costs_its_row(monkeypatch):
+    def raising(*args, **kwargs):
+        raise RuntimeError("misaligned address\n")
+
+    for stem in ("linear_logprob", "linear_grpo"):
+        monkeypatch.setitem(providers.PROVIDERS[stem], "trl", lambda: raising)
+    chosen = ("eager", "trl", "grpo_fast")
+    document = step_7b.run(decoder.TINY, CPU, torch.float32, 300, chosen=chosen, modes=("lora",))
+    assert [row["provider"] for row in document["step"]] == ["eager", "grpo_fast"]
+    absent = document["machine_info"]["absent"]
+    assert absent == {"7B step, lora, trl": "failed: RuntimeError: misaligned address"}
+    assert step_7b.own_failures(document) == []
+    absent["7B step, full, grpo_fast-bf16"] = "wrong result: loss 1, eager has 2"
+    absent["7B step, full, grpo_fast"] = "out of memory at Size(B=4, P=256, T=1024)"
+    assert step_7b.own_failures(document) == ["7B step, full, grpo_fast-bf16"]
+
+
+def test_adapters_are_on_again_when_the_reference_does_not_fit():
+    trained = step_7b.build(decoder.TINY, "lora", CPU, torch.float32)
+    inputs = step_7b.batch(step_7b.Size(2, 3, 5), decoder.TINY.V, CPU)
+    old = providers.load("linear_logprob", "eager")
+    adapted = [m for m in trained.model.modules() if isinstance(m, decoder.Linear)]
+
+    def fails_without(*args):
+        if not any(m.adapted for m in adapted):
+            raise torch.OutOfMemoryError
+        return old(*args)
+
+    with pytest.raises(torch.OutOfMemoryError):
+        step_7b.update(trained, inputs, fails_without, None)
+    assert all(m.adapted for m in adapted)
+
+
 @pytest.mark.parametrize("slope, base", [(1, 0), (3, 100), (0.013, 900)])
 def test_the_search_finds_the_longest(slope, base):
     tried = []
@@ -112,21 +161,80 @@ def test_the_search_finds_the_longest(slope, base):
         used = int(base + slope * length)
         return used if used <= LIMIT else None
 
-    fits, fails = step_7b.longest(peak, LIMIT, 16, time.monotonic() + 60, 16)
+    fits, fails = longest.longest(peak, LIMIT, 16, time.monotonic() + 60, 16)
+    assert len(tried) <= 12
     assert peak(fits) is not None
     assert peak(fails) is None
-    assert fails - fits <= 16
-    assert len(tried) <= 14
+    assert fails - fits <= max(16, fits // longest.RESOLUTION)
+
+
+def test_the_search_allows_for_memory_in_pieces():
+    """What fits is less than what is in use at the limit: the prediction is a little too long."""
+    tried = []
+
+    def peak(length):
+        tried.append(length)
+        return 200 + length if length <= 20_000 else None
+
+    fits, fails = longest.longest(peak, 22_000, 512, time.monotonic() + 60, 256)
+    assert fits <= 20_000 < fails
+    assert fails - fits <= max(256, fits // longest.RESOLUTION)
+    assert len(tried) <= 8
+    assert sum(tried) < 7 * 20_000  # most tries were near the answer, none far beyond
+
+
+def test_the_search_begins_nothing_that_it_cannot_end():
+    tried = []
+
+    def slow(length):
+        tried.append(length)
+        time.sleep(length / 1000)
+        return length
+
+    start = time.monotonic()
+    fits, fails = longest.longest(slow, 1e9, 50, start + 0.5, 50)
+    assert (fits, fails) == (100, None)
+    assert tried == [50, 100]  # the next would be a million
+    assert time.monotonic() - start < 0.5
 
 
 def test_the_search_knows_when_nothing_fits_and_when_time_is_up():
-    assert step_7b.longest(lambda _: None, 1, 16, time.monotonic() + 60, 16) == (0, 16)
-    assert step_7b.longest(lambda _: 1, 2, 16, time.monotonic() - 1, 16) == (0, None)
+    assert longest.longest(lambda _: None, 1, 16, time.monotonic() + 60, 16) == (0, 16)
+    assert longest.longest(lambda _: 1, 2, 16, time.monotonic() - 1, 16) == (0, None)
 
     def slow(length):
         time.sleep(0.05)
         return length
 
-    fits, fails = step_7b.longest(slow, 1e9, 16, time.monotonic() + 0.12, 16)
+    fits, fails = longest.longest(slow, 1e9, 16, time.monotonic() + 0.12, 16)
     assert fits >= 16
     assert fails is None
+
+
+def test_a_search_that_raises_costs_its_row(monkeypatch):
+    """Driven without a GPU: the calls of the search, in order, for every cap and head."""
+    properties = type("Properties", (), {"total_memory": 85_000_000_000})
+    fractions = []
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", fractions.append)
+
+    def peak(trained, size, provider):
+        if provider == "trl":
+            raise RuntimeError("invalid configuration")
+        return 10**9 + 10**7 * size.T if size.T < 4000 else None
+
+    monkeypatch.setattr(step_7b, "peak_at", peak)
+    sheet = step_7b.Sheet(None, decoder.TINY, torch.float32)
+    deadline = time.monotonic() + 60
+    step_7b._longest(sheet, None, "lora", ["eager", "trl"], (24e9, 80e9, 160e9), deadline)
+    rows = sheet.document["step"]
+    assert [(row["provider"], row["cap_bytes"]) for row in rows] == [
+        ("eager", 24e9),
+        ("eager", 80e9),
+    ]
+    assert all(row["fits"] < 4000 <= row["fails"] for row in rows)
+    why = "failed: RuntimeError: invalid configuration"
+    who = [f"7B step, lora, {cap} GB, trl" for cap in (24, 80)]
+    assert sheet.document["machine_info"]["absent"] == dict.fromkeys(who, why)
+    assert fractions == [24 / 85, 1.0] * 2 + [80 / 85, 1.0] * 2
+    assert all(type(x) is float for x in fractions), "PyTorch takes nothing else"

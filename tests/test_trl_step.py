@@ -1,12 +1,16 @@
 """The benchmark of a TRL step: what is wrong gets no number."""
 
+import gc
 import json
 
 import pytest
 import torch
 
 pytest.importorskip("trl", "1.16", reason="the benchmark is of TRL's trainer")
-pytestmark = pytest.mark.filterwarnings("ignore")  # of TRL and its libraries
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),  # of TRL and its libraries
+    pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU TRL moves the model there"),
+]
 
 from benchmarks import bench_trl_step as bench  # noqa: E402
 from benchmarks import measure, results, timing  # noqa: E402
@@ -36,6 +40,34 @@ def test_providers_agree(provider, variant):
     assert loss.isfinite()
     assert gradient.abs().max() > 0
     assert type(trainer).__module__.startswith("grpo_fast") == (provider == "grpo_fast")
+
+
+def test_the_check_leaves_no_copy_of_the_model():
+    """A 7B model in float32 takes 30 GB: a copy that waits for the garbage collector is one too many."""
+    trainer, inputs = setup("trl", "on-policy")
+    rows = bench._some_rows(inputs, SHAPE.V)
+    assert rows.tolist() == list(range(SHAPE.V))
+
+    def weights():
+        shape = trainer.model.get_output_embeddings().weight.shape
+        found = [x for x in gc.get_objects() if isinstance(x, torch.nn.Parameter)]
+        return sum(x.shape == shape for x in found)
+
+    gc.collect()
+    before = weights()
+    gc.disable()
+    try:
+        bench._plain_step(trainer, inputs, torch.float64, rows)
+        assert weights() == before
+    finally:
+        gc.enable()
+
+
+def test_the_rows_that_are_checked():
+    inputs = {"completion_ids": torch.tensor([[7, 99_999], [7, 31]])}
+    rows = bench._some_rows(inputs, 100_000)
+    assert {7, 31, 99_999} <= set(rows.tolist())
+    assert bench.CHECKED_ROWS <= len(rows) <= bench.CHECKED_ROWS + 3
 
 
 def test_one_that_is_slightly_off_is_refused():

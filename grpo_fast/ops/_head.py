@@ -24,6 +24,9 @@ WORKSPACE_BYTES = {"cuda": 2 << 30, "cpu": 128 << 20}
 CPU_WORKSPACE_SHARE = 1 / 7
 # cuBLAS tiles of the product that gives dh, and what a chunk costs besides, in waves of such tiles.
 TILE_ROWS, TILE_COLUMNS, CHUNK_COST = 128, 256, 0.35
+# `addmm` of halves into a float32 sum: before 2.10 it wanted the sum in the dtype of the operands.
+MIXED_ADDMM = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10)
+SLAB = 8192  # rows of such a sum at a time, where it has to be added up separately
 # Elements: with row strides that are a multiple of it, rows of any vocabulary start aligned.
 PAD = 64
 
@@ -111,8 +114,20 @@ def accumulate(out: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0, fresh: boo
         torch.addmm(out, a, b, beta=beta, alpha=alpha, out=out)
     elif a.device.type == "cpu":  # no such product of halves there
         torch.addmm(out, a.float(), b.float(), beta=beta, alpha=alpha, out=out)
-    else:
+    elif MIXED_ADDMM:
         torch.addmm(out, a, b, out_dtype=out.dtype, beta=beta, alpha=alpha, out=out)
+    else:
+        _accumulate_in_slabs(out, a, b, alpha, fresh)
+
+
+def _accumulate_in_slabs(out: Tensor, a: Tensor, b: Tensor, alpha: float, fresh: bool) -> None:
+    """`accumulate` by products of their own, of a slab of rows at a time."""
+    for mine, rows in zip(out.split(SLAB), a.split(SLAB), strict=True):
+        if fresh and alpha == 1:
+            torch.mm(rows, b, out_dtype=out.dtype, out=mine)
+        else:
+            found = torch.mm(rows, b, out_dtype=out.dtype)
+            torch.mul(found, alpha, out=mine) if fresh else mine.add_(found, alpha=alpha)
 
 
 class Head:
