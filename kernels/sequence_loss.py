@@ -183,12 +183,13 @@ def _sequence_loss_kernel(
         for base in range(start, stop, BLOCK):
             offs, live = live_tokens(mask_ptr, base, stop, BLOCK)
             open_ = live
-            if SURROGATE == "gmpo" and old_logp_ptr is not None:
+            if SURROGATE == "gmpo":
                 advantage = load_tokens(advantages_ptr, offs, live, 0.0)
-                d = load_tokens(logp_ptr, offs, live, 0.0)
-                d -= load_tokens(old_logp_ptr, offs, live, 0.0)
-                inside = tl.where(advantage > 0, d <= high, d >= -low)
-                open_ = live & inside & (advantage != 0)
+                open_ = live & (advantage != 0)
+                if old_logp_ptr is not None:
+                    d = load_tokens(logp_ptr, offs, live, 0.0)
+                    d -= load_tokens(old_logp_ptr, offs, live, 0.0)
+                    open_ = open_ & tl.where(advantage > 0, d <= high, d >= -low)
             dlogp = tl.load(dlogp_ptr + offs, mask=live, other=0.0)
             tl.store(dlogp_ptr + offs, dlogp + tl.where(open_, pull / n, 0.0), mask=live)
 

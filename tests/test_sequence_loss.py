@@ -20,6 +20,7 @@ def test_sequence_objectives_with_every_argument(objective, policy, backend, dev
         arguments |= {"objective": objective, "token_weights": torch.rand(4, 9, device=device)}
         shape = (4, 9) if per_token else (4,)
         arguments["advantages"] = torch.randn(shape, device=device)
+        arguments["advantages"][..., ::3] = 0  # of single tokens, or of whole sequences
         arguments["importance_weights"] = torch.rand(shape, device=device) + 0.3
         if policy == "on" and objective.off_policy_threshold is None:
             del arguments["old_logps"]
