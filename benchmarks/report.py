@@ -68,7 +68,11 @@ MAIN_LAUNCHES = (
     "group_advantage",
 )
 MARKERS = ("<!-- measured: python -m benchmarks.report -->\n", "<!-- end of measured -->\n")
-HEADLINES = ("grpo", "linear_grpo")
+HEADLINES = {
+    "grpo": "grpo, loss and gradients",
+    "linear_grpo": "linear_grpo, loss and gradients",
+    "trl_step": "A step of TRL's GRPOTrainer after generation (eager: on plain logits; trl: as it is)",
+}
 
 
 def render(results: Path) -> str:
@@ -133,7 +137,9 @@ def headline(results: Path) -> str:
     if not any(run.cuda for run in runs):
         lines.append(
             "**No GPU has run the benchmarks yet.** What is known of the GPU path comes from compiling every "
-            "kernel for sm_80, sm_90,\nsm_100 and gfx942 and from counting the bytes it moves.\n"
+            "kernel for sm_80, sm_90,\nsm_100 and gfx942 and from counting the bytes it moves; times, and "
+            "the memory of a 7B update, are predicted in\n"
+            "[RESULTS.md](benchmarks/RESULTS.md#what-is-known-without-a-gpu).\n"
         )
     for device, group in groupby(runs, lambda run: run.device):
         lines.extend(_headline_table(device, run) for run in group)
@@ -146,7 +152,7 @@ def _headline_table(device: str, run: Run) -> str:
     sizes = entries[0]["sizes"]
     what = f"{sizes['B'] * sizes['T']:,} tokens x {sizes['V']:,} entries, {entries[0]['dtype']}"
     lines = [
-        f"{run.stem}, loss and gradients, {what}: {device}, commit {run.info['commit']}, {run.date[:10]}\n",
+        f"{HEADLINES[run.stem]}, {what}: {device}, commit {run.info['commit']}, {run.date[:10]}\n",
         "| | time | faster than eager | extra memory | of eager's |",
         "|---|--:|--:|--:|--:|",
     ]

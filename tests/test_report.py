@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import committed, pictures, report, tables
+from benchmarks import committed, memory_model, pictures, report, tables
 
 ROOT = Path(__file__).resolve().parents[1]
 S0 = {"B": 16, "T": 1024, "V": 152_064, "G": 4, "D": 3584}
@@ -156,8 +156,12 @@ def test_a_step_of_a_trainer_has_no_rate():
 
 def test_the_step_has_its_tables(gpu_results):
     text = report.render(gpu_results)
-    assert "| lora | eager | 4 x (256 + 1024) | 2,000.00 ms | 2,560 | 30,720 MiB |" in text
-    assert "| lora | 24 GB | eager | 8192 | not reached in time |" in text
+    batch, longest = memory_model.load()["step"][:2]
+    assert (batch["mode"], batch["provider"], longest["cap_bytes"]) == ("lora", "eager", 24e9)
+    peak = tables.memory_text(batch["peak_bytes"])
+    row = "| lora | eager | 4 x (256 + 1024) | 2,000.00 ms | 2,560 | 30,720 MiB |"
+    assert f"{row} {peak} |" in text
+    assert f"| lora | 24 GB | eager | 8192 | not reached in time | {longest['fits']} |" in text
     assert "7B step, full, trl: not installed: trl" in text
 
 
