@@ -12,7 +12,7 @@ from torch import Tensor
 
 from grpo_fast.objective import Objective
 from grpo_fast.ops import _arguments
-from grpo_fast.ops.policy_loss import (
+from grpo_fast.ops._terms import (
     CLIP_DUAL,
     CLIP_HIGH,
     CLIP_LOW,

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from grpo_fast.objective import Objective
 from grpo_fast.ops._selection import top_entropy_mask
+from grpo_fast.ops._terms import weigh
 from grpo_fast.ops._tokens import Sequences, Tokens
-from grpo_fast.ops.policy_loss import policy_loss_fwd, weigh
+from grpo_fast.ops.policy_loss import policy_loss_fwd
 from grpo_fast.ops.sequence_loss import sequence_loss_fwd
 
 

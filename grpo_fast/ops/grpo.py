@@ -8,8 +8,8 @@ from torch import Tensor
 from grpo_fast.objective import Objective
 from grpo_fast.ops import _rows
 from grpo_fast.ops._backend import launch, use_triton
+from grpo_fast.ops._terms import token_policy_terms, weigh
 from grpo_fast.ops.group_advantage import group_advantage_fwd
-from grpo_fast.ops.policy_loss import token_policy_terms, weigh
 
 SCORE_EPS = 1e-4  # of the z-score of `rewards`, as in kernels/grpo.py
 

@@ -8,14 +8,8 @@ from torch import Tensor
 from grpo_fast import reference
 from grpo_fast.objective import Objective
 from grpo_fast.ops._backend import launch, use_triton
-from grpo_fast.ops.policy_loss import (
-    backward,
-    bounded_ratio,
-    fake,
-    policy_terms,
-    setup_context,
-    weigh,
-)
+from grpo_fast.ops._terms import bounded_ratio, policy_terms, weigh
+from grpo_fast.ops.policy_loss import backward, fake, setup_context
 
 
 class Segments(NamedTuple):

@@ -1,0 +1,254 @@
+"""A token's share of an objective, in closed form: the twin of `kernels/tiles.py` on the PyTorch path."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from grpo_fast.objective import Objective
+
+CLIP_LOW, CLIP_HIGH, CLIP_DUAL = 1, 2, 4  # bits of the clip flags, as in kernels/tiles.py
+
+
+class Terms(NamedTuple):
+    """Of tokens, before weighting: the twin of what `tiles.policy_terms` returns."""
+
+    loss: Tensor
+    by_logp: Tensor  # dloss/dlogp, without what comes through the ratio
+    by_ratio: Tensor  # dloss/d(log ratio)
+    kl: Tensor | None
+    clip: Tensor
+
+
+def token_policy_terms(
+    logp: Tensor,
+    old_logp: Tensor | None,
+    ref_logp: Tensor | None,
+    advantage: Tensor,
+    score: Tensor | None,
+    importance: Tensor | None,
+    objective: Objective,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """(loss, dloss/dlogp, KL or None, clip flags) of tokens whose ratio is their own.
+
+    In closed form, so that it can run inside an operator, where autograd does not record.
+    """
+    old = logp if old_logp is None else old_logp
+    ratio, free = bounded_ratio(logp - old, objective)
+    terms = policy_terms(
+        logp, old, ref_logp, ratio, None, None, advantage, score, importance, objective
+    )
+    dlogp = terms.by_logp + torch.where(free, terms.by_ratio, 0)
+    return terms.loss, dlogp, terms.kl, terms.clip
+
+
+def bounded_ratio(d: Tensor, objective: Objective) -> tuple[Tensor, Tensor]:
+    """(exp of the log-ratio d after its clamp, whether the clamp lets a gradient through)."""
+    low, high = objective.log_ratio_bounds
+    low, high = -math.inf if low is None else low, math.inf if high is None else high
+    return d.clamp(low, high).exp(), (d >= low) & (d <= high)
+
+
+def policy_terms(
+    logp: Tensor,
+    old: Tensor,
+    ref_logp: Tensor | None,
+    ratio: Tensor,
+    log_w: Tensor | None,
+    dropped: Tensor | None,
+    advantage: Tensor,
+    score: Tensor | None,
+    importance: Tensor | None,
+    objective: Objective,
+) -> Terms:
+    """What tokens contribute, given their ratio, VESPO's log W, and which surrogates are dropped."""
+    loss, by_ratio, by_logp, clip = surrogate_terms(
+        logp, old, ratio, log_w, advantage, score, objective
+    )
+    none = torch.zeros_like(advantage, dtype=torch.bool) if dropped is None else dropped
+    if importance is not None:
+        loss, by_ratio, by_logp = (x * importance for x in (loss, by_ratio, by_logp))
+        none = none | (importance == 0)  # where the loss may be inf: that is why it is left out
+    if not objective.has_quadratic:
+        # Without an advantage there is no surrogate, also where the ratio is inf.
+        none = none | (advantage == 0)
+    loss, by_ratio, by_logp = (torch.where(none, 0, x) for x in (loss, by_ratio, by_logp))
+    if ref_logp is None:
+        return Terms(loss, by_logp, by_ratio, None, clip)
+    kl, dkl, kl_by_ratio = kl_terms(logp, ref_logp, ratio, objective)
+    if objective.beta:
+        loss = loss + objective.beta * kl
+        by_logp = by_logp + objective.beta * dkl
+        by_ratio = by_ratio + objective.beta * kl_by_ratio
+    return Terms(loss, by_logp, by_ratio, kl, clip)
+
+
+def surrogate_terms(
+    logp: Tensor,
+    old: Tensor,
+    ratio: Tensor,
+    log_w: Tensor | None,
+    advantage: Tensor,
+    score: Tensor | None,
+    objective: Objective,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(loss, dloss/dlogp through the ratio, through logp alone, clip flags); the twin is in `tiles`."""
+    zero, surrogate = torch.zeros_like(logp), objective.surrogate
+    below, above = beyond_bounds(logp, old, ratio, advantage, objective)
+    flags = _flags(below, above, advantage)
+    if surrogate == "clip":
+        loss, by_ratio, dual = clip_surrogate(ratio, advantage, objective)
+        return loss, by_ratio, zero, flags + CLIP_DUAL * dual
+    if surrogate == "sapo":
+        tau = torch.where(advantage > 0, objective.tau_pos, objective.tau_neg)
+        gate = (tau * (ratio - 1)).sigmoid()
+        slope = gate * (1 - gate)
+        by_ratio = torch.where(slope > 0, -4 * advantage * slope * ratio, 0)
+        return -advantage * (4 / tau) * gate, by_ratio, zero, flags
+    d, q = logp - old, objective.quadratic_coef
+    if surrogate == "dro":
+        loss = q * d.square() / 2 - advantage * logp
+        return loss, zero, q * d - advantage, flags
+    cap = ratio_cap(objective)
+    if objective.has_quadratic:
+        assert below is not None
+        assert above is not None
+        out = below | above | (advantage == 0)  # the ratio may be inf
+        by_ratio = torch.where(out | (ratio > cap), 0, -advantage * ratio)
+        loss = torch.where(out, 0, -advantage * ratio.clamp(max=cap)) + q * d.square()
+        return loss, by_ratio, 2 * q * d, flags
+    if surrogate == "gmpo":  # the ratio is the sequence's, its bounds are behind it
+        return -advantage * ratio, -advantage * ratio, zero, flags
+    low, high = 1 - objective.epsilon_low, 1 + objective.epsilon_high
+    if surrogate == "vespo":
+        assert log_w is not None
+        weight = vespo_weight(log_w, advantage, objective)
+    elif surrogate == "reinforce":
+        weight = torch.ones_like(ratio)
+    elif surrogate == "topr":
+        up = (advantage if score is None else score) > 0
+        weight = torch.where(
+            up, objective.topr_weight_pos, objective.topr_weight_neg * ratio.clamp(max=1)
+        )
+    elif surrogate == "cispo":
+        weight = ratio.clamp(low, high)
+    elif surrogate == "rollout_is":
+        weight = torch.where((ratio > low) & (ratio < high), ratio, 0)
+    else:
+        assert below is not None
+        weight = torch.where(below, 0, ratio.clamp(max=cap))
+    return -weight * advantage * logp, zero, -weight * advantage, flags
+
+
+def beyond_bounds(
+    logp: Tensor, old: Tensor, ratio: Tensor, advantage: Tensor, objective: Objective
+) -> tuple[Tensor | None, Tensor | None]:
+    """Which tokens lie below, and which above, what the surrogate bounds; None where it bounds nothing.
+
+    Whether that matters is up to the advantage (`_flags`); for DPPO, whose mask asks for it, both are the
+    tokens that the mask drops.
+    """
+    low, high = objective.epsilon_low, objective.epsilon_high
+    if objective.surrogate in ("clip", "cispo", "rollout_is"):
+        return ratio < 1 - low, ratio > 1 + high
+    if objective.surrogate == "ipo":
+        change = logp.exp() - old.exp()
+        return change < -low, change > high
+    if objective.surrogate == "gmpo":
+        d = logp - old
+        return d < -low, d > high
+    if objective.surrogate in ("dppo_tv", "dppo_kl"):
+        dropped = ~divergence_keeps(logp, old, advantage, objective)
+        return dropped, dropped
+    return None, None
+
+
+def ratio_cap(objective: Objective) -> float:
+    """DPPO's bound of the ratio from above; inf where there is none."""
+    if objective.surrogate not in ("dppo_tv", "dppo_kl") or objective.ratio_cap is None:
+        return math.inf
+    return objective.ratio_cap
+
+
+def vespo_weight(log_w: Tensor, advantage: Tensor, objective: Objective) -> Tensor:
+    """phi(W) of the sequence weight W: the twin of the one in `tiles`."""
+    log_w = log_w.clamp(math.log(1e-8), 20)
+    up = advantage >= 0
+    k = torch.where(up, objective.vespo_k_pos, objective.vespo_k_neg)
+    rate = torch.where(up, objective.vespo_lambda_pos, objective.vespo_lambda_neg)
+    return (rate + k * log_w - rate * log_w.exp()).exp()
+
+
+def _flags(below: Tensor | None, above: Tensor | None, advantage: Tensor) -> Tensor:
+    flags = torch.zeros_like(advantage, dtype=torch.int8)
+    if below is not None:
+        flags += CLIP_LOW * (below & (advantage < 0))
+    if above is not None:
+        flags += CLIP_HIGH * (above & (advantage > 0))
+    return flags
+
+
+def clip_surrogate(
+    ratio: Tensor, advantage: Tensor, objective: Objective
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, dloss/dlogp, whether the dual bound holds): the twin of the one in `tiles`."""
+    low, high = 1 - objective.epsilon_low, 1 + objective.epsilon_high
+    bounded = ratio if objective.delta is None else ratio.clamp(max=objective.delta)
+    free, clipped = bounded * advantage, ratio.clamp(low, high) * advantage
+    loss = -torch.minimum(free, clipped)
+    inside = torch.where(free <= clipped, bounded == ratio, (ratio >= low) & (ratio <= high))
+    dual = torch.zeros_like(inside)
+    if objective.dual_clip is not None:
+        ceiling = -objective.dual_clip * advantage
+        dual = (advantage < 0) & (ceiling < loss)
+        loss = torch.where(dual, ceiling, loss)
+    # Select, not multiply: the ratio may be inf where no gradient passes.
+    by_ratio = torch.where(inside & ~dual, -ratio * advantage, 0)
+    bound = objective.delta or objective.dual_clip or math.inf
+    return loss, by_ratio, ((ratio > bound) & (advantage < 0)).to(torch.int8)
+
+
+def divergence_keeps(logp: Tensor, old: Tensor, advantage: Tensor, objective: Objective) -> Tensor:
+    """DPPO's mask: the twin of the one in `tiles`."""
+    low, high = objective.epsilon_low, objective.epsilon_high
+    new_p, old_p = logp.exp(), old.exp()
+    if objective.surrogate == "dppo_tv":
+        up, down = new_p - old_p <= high, new_p - old_p >= -low
+    else:
+        rest = (1 - old_p) * ((1 - old_p + 1e-8) / (1 - new_p + 1e-8)).log()
+        kl = old_p * (old - logp) + rest
+        up, down = (kl <= high) | (new_p <= old_p), (kl <= low) | (new_p >= old_p)
+    return torch.where(advantage > 0, up, down)
+
+
+def kl_terms(
+    logp: Tensor, ref_logp: Tensor, ratio: Tensor, objective: Objective
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(KL estimate, d/dlogp, d/dlogp through the ratio): the twin of `tiles.kl_terms`."""
+    kl, gap = objective.kl, ref_logp - logp
+    pull = -gap if objective.kl_gradient != "own" else None
+    zero = torch.zeros_like(gap)
+    if kl == "k1":
+        return -gap, torch.ones_like(gap) if pull is None else pull, zero
+    if kl == "abs":
+        return gap.abs(), -gap.sign() if pull is None else pull, zero
+    if kl == "k2":
+        return gap.square() / 2, -gap, zero
+    reach = math.inf if objective.kl_gap_clip is None else objective.kl_gap_clip
+    most = math.inf if objective.kl_value_clip is None else objective.kl_value_clip
+    near, gap = gap.abs() <= reach, gap.clamp(-reach, reach)
+    k3 = gap.expm1() - gap
+    near &= k3 <= most
+    dk3 = torch.where(near, -gap.expm1(), 0)
+    if pull is not None:
+        dk3 = torch.where(near, pull, 0) if objective.kl_gradient == "k2_clipped" else pull
+    k3 = k3.clamp(max=most)
+    if kl == "k3_unbiased":
+        return ratio * k3, ratio * dk3, ratio * k3
+    return k3, dk3, zero
+
+
+def weigh(weight: Tensor, x: Tensor) -> Tensor:
+    """`weight * x`; 0 where the weight is, whatever x holds there."""
+    return torch.where(weight == 0, 0, weight * x)
