@@ -15,7 +15,7 @@ LAYERS = [
     {"objective"},
     {"reference", "reference_terms"},
     {"ops"},
-    {"loss", "weights", "diagnostics"},
+    {"loss", "weights", "_selected", "diagnostics"},
     {"integrations"},
     {"trainer"},
 ]

@@ -1,6 +1,7 @@
 """The weights of `grpo_fast.weights` against float64 formulas written here and TRL's own statements."""
 
 import inspect
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -147,7 +148,25 @@ def test_kpop(device):
     assert weights.kpop(sure, sampled, 0.1).tolist() == [1, 1, 0]
 
 
+@pytest.mark.parametrize("floor", [0.0, 1e-2])
+def test_binary_divergence(floor, device):
+    x, y, mask = tokens(device)
+    p, q = (z.double().clamp(max=-0.01).exp() for z in (x, y))
+    p, q = p.clamp(floor, 1 - floor), q.clamp(floor, 1 - floor)
+    x, y = (z.clamp(max=-0.01) for z in (x, y))
+    wants = {"tv": (p - q).abs(), "kl": binary_kl(p.log(), q.log())}
+    for kind, want in wants.items():
+        ours = weights.binary_divergence(x, y, kind=kind, mask=mask, floor=floor)
+        torch.testing.assert_close(ours, torch.where(mask, want, 0).float(), rtol=1e-5, atol=1e-7)
+    sure = torch.tensor([0.0, 0.0, -torch.inf, -1.0], device=device)  # log-probs of 1, 1, 0
+    other = torch.tensor([0.0, -1.0, -1.0, 0.0], device=device)
+    found = weights.binary_divergence(sure, other).tolist()
+    assert found[0] == 0
+    assert found[1:] == pytest.approx([1.0, -math.log1p(-math.exp(-1)), math.inf])
+
+
 FUNCTIONS = {
+    "binary_divergence": lambda x, y, A, m: weights.binary_divergence(x, y, mask=m, floor=1e-6),
     "importance_weights": lambda x, y, A, m: weights.importance_weights(x, y, mask=m, high=2.0),
     "sequence": lambda x, y, A, m: weights.importance_weights(x, y, mask=m, level="sequence"),
     "kpop": lambda x, y, A, m: weights.kpop(x, y, 0.1, mask=m),
@@ -253,6 +272,8 @@ ERRORS = {
     "no tensor": ("importance_weights", ([0.0], X), {}, "old_logps: want a tensor"),
     "a cap as text": ("truncated_importance", (X, X, "2"), {}, "high: want a number, got '2'"),
     "delta": ("kpop", (X, X, -0.1), {}, "delta: want .*got -0.1"),
+    "kind": ("binary_divergence", (X, X), {"kind": "js"}, "kind='js' is unknown; choose from kl, tv"),
+    "floor": ("binary_divergence", (X, X), {"floor": 0.7}, "floor: want .*got 0.7"),
     "threshold": ("m2po", (X, X, float("nan")), {}, "threshold: .*nan"),
     "fraction": ("top_entropy", (X, 1.5), {}, r"fraction: want a number in \[0.0, 1.0\], got 1.5"),
     "advantages": (

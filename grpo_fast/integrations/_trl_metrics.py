@@ -1,10 +1,13 @@
 """TRL's metrics of a micro-batch: the same names and meanings, from one collective and one host sync."""
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from trl.trainer.utils import nanmax, nanmin
+
+from grpo_fast.diagnostics import token_diagnostics
 
 
 class Scored(NamedTuple):
@@ -93,12 +96,12 @@ def clipped(
     trainer: Any, inputs: dict[str, Any], mask: Tensor, logps: Tensor
 ) -> tuple[Tensor, Tensor]:
     """TRL's flags of tokens, or sequences, clipped below and above."""
-    old = inputs.get("old_per_token_logps")
-    log_ratio = torch.zeros_like(logps) if old is None else torch.where(mask, logps - old, 0)
-    if trainer.importance_sampling_level == "sequence":
-        log_ratio = log_ratio.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
-    ratio = log_ratio.exp()
-    advantages = per_row(inputs["advantages"])
+    old, advantages = inputs.get("old_per_token_logps"), per_row(inputs["advantages"])
+    own = dataclasses.replace(trainer.objective, beta=0.0)
+    given = logps, old, advantages.expand_as(logps)
+    ratio = token_diagnostics(*given, mask=mask, objective=own).ratio
+    if trainer.importance_sampling_level == "sequence":  # one column: that of any live token
+        ratio = ratio.gather(1, mask.int().argmax(1, keepdim=True))
     if trainer.loss_type == "cispo":
         low, high = 0.0, trainer.epsilon_high
     else:

@@ -22,7 +22,7 @@ from grpo_fast.integrations._host import (
     sequence_average,
 )
 from grpo_fast.objective import Objective
-from grpo_fast.weights import importance_weights
+from grpo_fast.weights import binary_divergence, importance_weights
 
 
 class PolicyLoss(nn.Module):
@@ -143,11 +143,8 @@ class PolicyLoss(nn.Module):
             level = "geometric" if seq else "token"
             statistic = importance_weights(old, rollout, mask=mask, level=level)
         else:
-            p, q = (x.detach().float().exp().clamp(1e-6, 1 - 1e-6) for x in (rollout, old))
-            if self.is_correction_gating == "tv":
-                statistic = (p - q).abs()
-            else:
-                statistic = p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
+            kind = self.is_correction_gating.removeprefix("binary_")
+            statistic = binary_divergence(rollout, old, kind=kind, mask=mask, floor=1e-6)
             if seq:
                 statistic = reference.sequence_mean(statistic, mask != 0)[:, :1]
         outside = (statistic < low) | (statistic > high)

@@ -9,6 +9,22 @@ from grpo_fast import reference
 from grpo_fast.ops import _arguments
 
 
+def check_choice(op: str, name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Refuse a value that is not among the choices."""
+    if value not in choices:
+        raise ValueError(f"{op}: {name}={value!r} is unknown; choose from {', '.join(choices)}")
+
+
+def check_number(
+    op: str, name: str, value: float, minimum: float = 0.0, high: float = math.inf
+) -> None:
+    """Refuse what is not a finite number within the bounds, both included."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{op}: {name}: want a number, got {value!r}")
+    if not (minimum <= value <= high and math.isfinite(value)):
+        raise ValueError(f"{op}: {name}: want a number in [{minimum}, {high}], got {value}")
+
+
 def live_tokens(op: str, mask: Tensor | None, **given: Tensor) -> tuple[Tensor, ...]:
     """(which tokens count, the tensors in float32 with 0 elsewhere), all (N,)."""
     name, like = next(iter(given.items()))
@@ -24,6 +40,11 @@ def live_tokens(op: str, mask: Tensor | None, **given: Tensor) -> tuple[Tensor, 
         assert values is not None
         flat.append(torch.where(live, values, 0))
     return live, *flat
+
+
+def gap_of(old: Tensor, sampling: Tensor) -> Tensor:
+    """`old - sampling`, 0 where one is missing, finite everywhere."""
+    return torch.nan_to_num(old - sampling, nan=0.0)
 
 
 def per_sequence(x: Tensor, like: Tensor, cu_seqlens: Tensor | None) -> Tensor:
