@@ -127,6 +127,60 @@ def test_full_graph(step, compiler, backend, device):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
+def any_length_from_logits(hidden, weight, *rest, objective, cu_seqlens):
+    given = arguments_of_any_length(*rest, objective, cu_seqlens)
+    return grpo_loss(hidden @ weight.T, **given).loss
+
+
+def any_length_linear(hidden, weight, *rest, objective, cu_seqlens):
+    given = arguments_of_any_length(*rest, objective, cu_seqlens)
+    return linear_grpo_loss(hidden, weight, **given, chunk_size=8).loss
+
+
+def arguments_of_any_length(ids, advantages, old, objective, cu_seqlens):
+    return {
+        "completion_ids": ids,
+        "advantages": advantages,
+        "old_logps": old,
+        "objective": objective,
+        "cu_seqlens": cu_seqlens,
+    }
+
+
+@pytest.mark.parametrize(
+    "objective", [Objective(), Objective(ratio="sequence")], ids=["token", "sequence"]
+)
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+@pytest.mark.parametrize(
+    "step", [any_length_from_logits, any_length_linear], ids=lambda f: f.__name__
+)
+@pytest.mark.filterwarnings("ignore")  # of the compiler itself
+def test_one_graph_for_every_length(step, layout, objective, device, monkeypatch):
+    """The lengths of batches vary: more of them than a frame may be compiled for, in one dynamic graph."""
+    monkeypatch.setenv("GRPO_FAST_BACKEND", "torch")
+    weight = torch.randn(V, D, device=device, requires_grad=True)
+    graphs = []
+
+    def counted(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    compiled = torch.compile(step, fullgraph=True, backend=counted)
+    for T in range(2, 14):
+        hidden, ids = torch.randn(2, T, D, device=device), torch.randint(V, (2, T), device=device)
+        old, advantages = torch.full((2, T), -3.0, device=device), torch.ones(2, device=device)
+        given = {"objective": objective, "cu_seqlens": None}
+        if layout == "packed":
+            hidden, ids, old = hidden.flatten(0, 1), ids.flatten(), old.flatten()
+            given["cu_seqlens"] = torch.tensor([0, 1, 2 * T], device=device)
+        got, want = (f(hidden, weight, ids, advantages, old, **given) for f in (compiled, step))
+        torch.testing.assert_close(got, want)
+        dgot, dwant = (torch.autograd.grad(x, weight)[0] for x in (got, want))
+        torch.testing.assert_close(dgot, dwant, rtol=1e-5, atol=1e-6)
+    assert len(graphs) == 2  # of the first length, then of any
+
+
 def test_opcheck(backend, device):
     """Schema, fake implementation and autograd registration of every operator."""
     N = 6

@@ -69,7 +69,7 @@ class Outputs(NamedTuple):
 
 def new_outputs(a: Arguments) -> Outputs:
     """Zeros of the right shapes."""
-    N = len(a.weight)
+    N = a.weight.shape[0]  # not len(): it would tie a compiled graph to this one length
     new = a.weight.new_zeros
     return Outputs(
         new(N),

@@ -338,7 +338,7 @@ linear_grpo = torch.library.custom_op(
     _forward,
     mutates_args=(),
     schema=f"(Tensor hidden, {PARAMETERS}, {ARGUMENTS}, Tensor? keep, Tensor? log_importance, "
-    f"Tensor? boundaries, int T_len, {OPTIONS}, bool[] needs, Tensor? dw_out) -> "
+    f"Tensor? boundaries, SymInt T_len, {OPTIONS}, bool[] needs, Tensor? dw_out) -> "
     f"({', '.join(['Tensor'] * 11)})",
 )
 
