@@ -272,7 +272,12 @@ ERRORS = {
     "no tensor": ("importance_weights", ([0.0], X), {}, "old_logps: want a tensor"),
     "a cap as text": ("truncated_importance", (X, X, "2"), {}, "high: want a number, got '2'"),
     "delta": ("kpop", (X, X, -0.1), {}, "delta: want .*got -0.1"),
-    "kind": ("binary_divergence", (X, X), {"kind": "js"}, "kind='js' is unknown; choose from kl, tv"),
+    "kind": (
+        "binary_divergence",
+        (X, X),
+        {"kind": "js"},
+        "kind='js' is unknown; choose from kl, tv",
+    ),
     "floor": ("binary_divergence", (X, X), {"floor": 0.7}, "floor: want .*got 0.7"),
     "threshold": ("m2po", (X, X, float("nan")), {}, "threshold: .*nan"),
     "fraction": ("top_entropy", (X, 1.5), {}, r"fraction: want a number in \[0.0, 1.0\], got 1.5"),
