@@ -66,6 +66,7 @@ class Report:
     barriers: int
     loops: list[Loop]
     offsets: dict[str, list[str]]  # pointer argument -> types of the offsets added to it
+    hide_nan: int  # minima and maxima that return the other operand
 
     def row_loops(self) -> list[Loop]:
         return [loop for loop in self.loops if loop.kind != "other"]
@@ -356,6 +357,7 @@ def inspect(case: str, target: str) -> Report:
         barriers=count_barriers(listing),
         loops=[] if big is None else read_loops(listing),
         offsets={name: sorted(kinds) for name, kinds in sorted(offsets.items())},
+        hide_nan=len(re.findall(r"arith\.(?:min|max)numf", kernel.asm["ttir"])),
     )
 
 

@@ -15,6 +15,7 @@ A program owns a row, or a part of one until the last part to arrive takes over 
 `logits`: a row is rewritten after all of it has been read.
 """
 
+import dataclasses
 import functools
 
 import torch
@@ -44,6 +45,7 @@ from grpo_fast.kernels.tiles import (
     token_policy_terms,
 )
 
+MANY_ROWS = 1024
 SCORE_EPS = 1e-4  # of the z-score taken in the launch: TRL's and the paper code's
 
 
@@ -365,6 +367,8 @@ def scale_rows(factor, x):
     """
     B, T_len, V = x.shape
     plan = schedule(V)
+    if B * T_len >= MANY_ROWS:  # most programs only read a factor of 1: one for each row is enough
+        plan = dataclasses.replace(plan, parts=1, columns=V)
     if x.numel():
         _scale_rows_kernel[(B * T_len * plan.parts,)](
             factor_ptr=factor,

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from grpo_fast.kernels.policy_loss import load_tokens, scalars
-from grpo_fast.kernels.tiles import bounded_ratio, policy_terms
+from grpo_fast.kernels.tiles import bounded_ratio, greater, lesser, policy_terms
 
 BLOCK = 512
 
@@ -51,15 +51,15 @@ def sequence_statistics(
         total += tl.sum(d, axis=0)
         if SURROGATE == "gmpo":
             advantage = load_tokens(advantages_ptr, offs, live, 0.0)
-            up = tl.minimum(d, high)
-            down = tl.maximum(d, -low)
+            up = lesser(d, high)
+            down = greater(d, -low)
             d = tl.where(advantage > 0, up, tl.where(advantage < 0, down, 0.0))
         taken += tl.sum(d, axis=0)
         if SURROGATE == "vespo":
-            log_w += tl.sum(tl.minimum(tl.maximum(d, -20.0), 20.0), axis=0)
+            log_w += tl.sum(lesser(greater(d, -20.0), 20.0), axis=0)
             # Not `live`: a weight per sequence stands at its first token, masked or not.
             log_w += tl.sum(load_tokens(log_importance_ptr, offs, offs < stop, 0.0), axis=0)
-    n = tl.maximum(count, 1.0)
+    n = greater(count, 1.0)
     return n, total / n, taken / n, log_w
 
 

@@ -26,6 +26,18 @@ CLIP_DUAL = tl.constexpr(4)
 
 
 @triton.jit
+def lesser(a, b):
+    """The minimum, NaN where either is: hardware's own returns the other, and hides what went wrong."""
+    return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def greater(a, b):
+    """The maximum, NaN where either is."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def soft_cap(z, softcap, logit_scale, cap_rate):
     """softcap * tanh(x) with x = logit_scale * z / softcap, and its derivative in z.
 
@@ -101,7 +113,7 @@ def include_target(m, s, t, z, scale):
     t_rest = tl.exp2(m - top) * (t + (m - top) * s)
     t_all = tl.where(confident, t_rest - u * rest, t_rest + p * tl.maximum(u, LOG2_ZERO))
     entropy = (tl.where(confident, surprise, log2_total) - t_all / total) * LN2
-    return top, total, log2_total, tl.minimum(-surprise, 0.0) * LN2, entropy
+    return top, total, log2_total, tl.where(surprise <= 0, 0.0, -surprise) * LN2, entropy
 
 
 @triton.jit
@@ -134,9 +146,9 @@ def dlogits_tile(z, scale, m, k0, k1, HAS_ENTROPY: tl.constexpr):
 @triton.jit
 def clip_surrogate(ratio, advantage, low, high, delta, dual_clip):
     """PPO's clipped surrogate: (loss, dloss/dlogp, bounded). An infinite bound is no bound."""
-    free = tl.minimum(ratio, delta) * advantage
-    clipped = tl.minimum(tl.maximum(ratio, low), high) * advantage
-    loss = -tl.minimum(free, clipped)
+    free = lesser(ratio, delta) * advantage
+    clipped = lesser(greater(ratio, low), high) * advantage
+    loss = -lesser(free, clipped)
     # Where both branches agree (inside the clip range) either gradient is right: they are the same.
     inside = tl.where(free <= clipped, ratio <= delta, (ratio >= low) & (ratio <= high))
     ceiling = -tl.where(advantage < 0, dual_clip, 0.0) * advantage
@@ -176,7 +188,7 @@ def divergence_keeps(logp, old_logp, advantage, low, high, SURROGATE: tl.constex
 @triton.jit
 def vespo_weight(log_w, advantage, k_pos, k_neg, lambda_pos, lambda_neg):
     """phi(W) = W^k e^(lambda (1 - W)), with log W clamped to [log 1e-8, 20]."""
-    log_w = tl.minimum(tl.maximum(log_w, -18.420680743952367), 20.0)
+    log_w = lesser(greater(log_w, -18.420680743952367), 20.0)
     k = tl.where(advantage >= 0, k_pos, k_neg)
     rate = tl.where(advantage >= 0, lambda_pos, lambda_neg)
     return tl.exp(rate + k * log_w - rate * tl.exp(log_w))
@@ -214,10 +226,10 @@ def surrogate_terms(
         inside = inside & (advantage != 0)  # the ratio may be inf
         by_ratio = tl.where(inside & (ratio <= cap), -advantage * ratio, 0.0)
         by_logp = 2.0 * second * d
-        loss = tl.where(inside, -advantage * tl.minimum(ratio, cap), 0.0) + second * d * d
+        loss = tl.where(inside, -advantage * lesser(ratio, cap), 0.0) + second * d * d
     else:
         if SURROGATE == "cispo":
-            weight = tl.minimum(tl.maximum(ratio, low), high)
+            weight = lesser(greater(ratio, low), high)
         elif SURROGATE == "rollout_is":
             weight = tl.where((ratio > low) & (ratio < high), ratio, 0.0)
         elif SURROGATE == "vespo":
@@ -225,10 +237,10 @@ def surrogate_terms(
         elif SURROGATE == "reinforce":
             weight = tl.zeros_like(ratio) + 1.0
         elif SURROGATE == "topr":
-            weight = tl.where(score > 0, cap, second * tl.minimum(ratio, 1.0))
+            weight = tl.where(score > 0, cap, second * lesser(ratio, 1.0))
         else:
             keep = divergence_keeps(logp, old_logp, advantage, low, high, SURROGATE)
-            weight = tl.where(keep, tl.minimum(ratio, cap), 0.0)
+            weight = tl.where(keep, lesser(ratio, cap), 0.0)
         by_logp = -weight * advantage
         loss = by_logp * logp
     return loss, by_ratio, by_logp
@@ -263,7 +275,7 @@ def clip_flags(logp, old_logp, ratio, advantage, low, high, cap, second, SURROGA
     clip += tl.where(below & (advantage < 0), CLIP_LOW, 0)
     clip += tl.where(above & (advantage > 0), CLIP_HIGH, 0)
     if SURROGATE == "clip":
-        clip += tl.where((ratio > tl.minimum(cap, second)) & (advantage < 0), CLIP_DUAL, 0)
+        clip += tl.where((ratio > lesser(cap, second)) & (advantage < 0), CLIP_DUAL, 0)
     return clip
 
 
@@ -286,11 +298,11 @@ def kl_terms(
         dkl = -gap
     else:
         near = tl.abs(gap) <= gap_clip
-        gap = tl.minimum(tl.maximum(gap, -gap_clip), gap_clip)
+        gap = lesser(greater(gap, -gap_clip), gap_clip)
         kl = tl.exp(gap) - gap - 1.0
         inside = kl <= value_clip
         dkl = tl.where(near & inside, 1.0 - tl.exp(gap), 0.0)
-        kl = tl.minimum(kl, value_clip)
+        kl = lesser(kl, value_clip)
         if KL == "k3_unbiased":
             kl = ratio * kl
             dkl = ratio * dkl
@@ -305,7 +317,7 @@ def kl_terms(
 @triton.jit
 def bounded_ratio(d, log_ratio_min, log_ratio_max):
     """(exp of the log-ratio d after its clamp, whether the clamp lets a gradient through)."""
-    clamped = tl.minimum(tl.maximum(d, log_ratio_min), log_ratio_max)
+    clamped = lesser(greater(d, log_ratio_min), log_ratio_max)
     return tl.exp(clamped), (d >= log_ratio_min) & (d <= log_ratio_max)
 
 

@@ -117,6 +117,15 @@ def test_rows_are_addressed_with_64_bits(streaming):
 
 
 @by_target
+def test_a_log_prob_that_is_nan_makes_the_loss_nan(reports):
+    """As on the CPU. Hardware's minimum of NaN and 1 is 1; the interpreter's is NaN, and can't show it."""
+    bounded = {"_policy_loss_kernel", "_sequence_loss_kernel"}
+    hidden = {case: x.hide_nan for case, x in reports.items() if x.kernel in bounded}
+    assert hidden
+    assert {case: n for case, n in hidden.items() if n} == {}
+
+
+@by_target
 def test_the_scored_logit_is_read_by_all_before_it_is_overwritten(reports):
     """In place every thread loads the scored logit and one overwrites it: a barrier must stand between.
 
