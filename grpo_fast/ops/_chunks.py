@@ -144,7 +144,7 @@ def read_with_unit_gradient(
         found.append((out.logp, out.entropy))
         head.backward(part)
     if not found:
-        return weight, weight
+        return weight, torch.empty_like(weight)  # an operator may not return one tensor twice
     logp, entropy = (torch.cat(x) for x in zip(*found, strict=True))
     return logp, entropy
 
