@@ -1,10 +1,11 @@
-"""The fused head where it is used unusually: no tokens at all."""
+"""The fused head where it is used unusually: no tokens at all, under autocast."""
 
 import pytest
 import torch
 
 from grpo_fast import Objective
 from grpo_fast.loss import linear_grpo_loss
+from grpo_fast.ops import linear_logprob
 
 B, T, D, V = 3, 4, 8, 20
 GSPO = Objective(ratio="sequence")
@@ -25,3 +26,26 @@ def test_no_tokens_at_all(objective, frozen, shape, backend, device):
         out = linear_grpo_loss(hidden, weight, ids, advantages=advantages, **given)
         assert out.loss == 0
         assert all(g.eq(0).all() for g in torch.autograd.grad(out.loss, leaves))
+
+
+@pytest.mark.parametrize("objective", [Objective(), GSPO], ids=["token", "sequence"])
+def test_autocast_changes_nothing(objective, backend, device):
+    """The same bits, the adapter's products included: what is computed in which dtype is decided here."""
+    ids = torch.randint(V, (B, T), device=device)
+    old, advantages = torch.full((B, T), -3.0, device=device), torch.randn(B, device=device)
+    tensors = {"hidden": (B, T, D), "weight": (V, D), "A": (2, D), "B": (V, 2)}
+    leaves = [torch.randn(x, device=device, requires_grad=True) for x in tensors.values()]
+
+    def computed():
+        hidden, weight, *adapter = leaves
+        lora = (*adapter, 0.7)
+        logps = linear_logprob(hidden, weight, ids, lora=lora)
+        given = {"advantages": advantages, "old_logps": old, "objective": objective}
+        loss = linear_grpo_loss(hidden, weight, ids, lora=lora, **given).loss
+        return [x for y in (logps, loss) for x in (y, *torch.autograd.grad(y.sum(), leaves))]
+
+    want = computed()
+    with torch.autocast(torch.device(device).type, dtype=torch.bfloat16):
+        got = computed()
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)

@@ -100,7 +100,10 @@ def padded(V: int) -> int:
 
 
 def product(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """`out = a @ b`; out may be float32 where a and b are halves (GPUs only)."""
+    """`out = a @ b`; out may be float32 where a and b are halves (GPUs only).
+
+    Into a buffer everywhere: of `@` autocast would make a product of halves.
+    """
     if out.dtype == a.dtype:
         torch.mm(a, b, out=out)
     else:
@@ -235,7 +238,8 @@ class Head:
             self._work.copy_(self.bias.expand_as(self._work))
             accumulate(self._work, self._h, self.weight.T)
         if self.lora_a is not None and self.lora_b is not None:
-            self._inner = self._h @ self.lora_a.T
+            self._inner = self._h.new_empty(self.C, len(self.lora_a))
+            product(self._h, self.lora_a.T, self._inner)
             accumulate(self._work, self._inner, self.lora_b.T, self.scaling)
         return self._work[:n][None], self._dlogits[:n][None]
 
@@ -247,7 +251,9 @@ class Head:
         V = len(self.weight)
         dinner = None
         if self.lora_b is not None and (self.needs.hidden or self.needs.lora_a):
-            dinner = (dz @ self.lora_b).mul_(self.scaling)
+            dinner = dz.new_empty(self.C, self.lora_b.shape[1])
+            product(dz, self.lora_b, dinner)
+            dinner.mul_(self.scaling)
         if self.needs.hidden:
             direct = self.rows is None and n == self.C and self.dhidden.dtype == self.dtype
             out = self.dhidden[part] if direct else self._stage
