@@ -1,4 +1,4 @@
-"""The fused head where it is used unusually: no tokens at all, under autocast."""
+"""The fused head where it is used unusually: no tokens at all, under autocast, packed without padding."""
 
 import pytest
 import torch
@@ -6,6 +6,7 @@ import torch
 from grpo_fast import Objective
 from grpo_fast.loss import linear_grpo_loss
 from grpo_fast.ops import linear_logprob
+from tests.test_linear_grpo import ways_taken
 
 B, T, D, V = 3, 4, 8, 20
 GSPO = Objective(ratio="sequence")
@@ -49,3 +50,27 @@ def test_autocast_changes_nothing(objective, backend, device):
         got = computed()
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_packed_sequences_take_one_phase(masked, backend, device, monkeypatch):
+    """Where the host may wait for their ends; with nothing to leave out, no rows are gathered."""
+    hidden = torch.randn(B * T, D, device=device, requires_grad=True)
+    weight = torch.randn(V, D, device=device, requires_grad=True)
+    ids, old = torch.randint(V, (B * T,), device=device), torch.full((B * T,), -3.0, device=device)
+    given = {
+        "advantages": torch.randn(3, device=device),
+        "cu_seqlens": torch.tensor([0, 5, 6, B * T], device=device),
+        "mask": torch.ones(B * T, device=device) if masked else None,
+        "old_logps": old,
+        "ref_logps": old,
+        "objective": Objective(ratio="sequence", beta=0.1),
+    }
+    taken, found = ways_taken(monkeypatch), []
+    for compact in (True, False):
+        out = linear_grpo_loss(hidden, weight, ids, **given, compact=compact)
+        found.append((out.loss, *torch.autograd.grad(out.loss, (hidden, weight))))
+        assert out.metrics["skipped_fraction"] == 0
+    assert taken == ["aligned", "two_phase"]
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
