@@ -97,10 +97,11 @@ def linear_grpo_loss(
         `LossOutput`. Log-probs and entropy of tokens left out are unspecified (0), and the metrics are of
         the tokens that were computed (`metrics["tokens"]` of them); with `return_entropy` that is all that
         are not masked. `metrics["skipped_fraction"]` is the share of rows without a gradient pass. backward
-        works once.
+        works once; its gradients have no graph of their own, with `create_graph=True` either.
 
     Raises:
         ValueError, TypeError: as `grpo_loss`.
+        NotImplementedError: forward-mode derivatives.
     """
     op = "linear_grpo_loss"
     flat, parameters, options, V = check_head(
