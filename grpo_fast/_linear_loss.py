@@ -175,8 +175,11 @@ def linear_grpo_loss(
         everyone = keep
         off_policy = not _phases.known_on_policy(tokens.old_logp, objective)
         by_sequence = objective.needs_sequences and objective.top_entropy_quantile == 1
-        if compact and keep is None and cu_seqlens is not None and by_sequence and off_policy:
-            # With a mask the operator may wait for the ends of sequences: no second phase then.
+        # With a frozen head and no bonus the coefficients may come late: no second phase either way.
+        trained = needs.parameters or objective.entropy_coef or tp_group is not None
+        packed = compact and keep is None and cu_seqlens is not None
+        if packed and by_sequence and off_policy and trained:
+            # Given a mask the operator may wait for the ends of sequences: no second phase then.
             everyone = torch.ones(completion_ids.numel(), dtype=torch.bool)
         arguments = Arguments(
             ids=ids,
