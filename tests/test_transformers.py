@@ -299,6 +299,10 @@ class TestPeft:
         assert head_of(adapted).weight.requires_grad
         got = with_head(adapted, lambda hidden, head: head.logits(hidden), ids, mask)
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+        with adapted.disable_adapter():
+            want = adapted(input_ids=ids, attention_mask=mask).logits
+            got = with_head(adapted, lambda hidden, head: head.logits(hidden), ids, mask)
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
 
     def test_virtual_tokens(self):
         import peft

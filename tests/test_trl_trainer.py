@@ -202,6 +202,23 @@ def test_lora(options, model_path, tokenizer, tmp_path):
         assert max(entry.get("kl", 0) for entry in logs) > 0
 
 
+@pytest.mark.parametrize(
+    "kind, options",
+    [
+        ("LoraConfig", {"r": 4, "lora_alpha": 64, "modules_to_save": ["lm_head"]}),
+    ],
+    ids=["copy-of-the-head"],
+)
+def test_the_reference_of_other_adapters(kind, options, model_path, tokenizer, tmp_path):
+    """With the adapter off the model is the one it came from, head and prompt included."""
+    peft = pytest.importorskip("peft", reason="the adapters are PEFT's")
+    adapter = getattr(peft, kind)(task_type="CAUSAL_LM", **options)
+    logs = assert_same_training(
+        model_path, tokenizer, tmp_path, beta=0.1, num_iterations=2, peft_config=adapter
+    )
+    assert max(entry.get("kl", 0) for entry in logs) > 0
+
+
 def test_autocast(model_path, tokenizer, tmp_path):
     """bfloat16 activations on float32 weights: as near to training in float32 as TRL's."""
     exact, _ = train(Stock, model_path, tokenizer, tmp_path, max_steps=1)
