@@ -17,7 +17,7 @@ from trl import GRPOConfig  # noqa: E402
 from trl import GRPOTrainer as Stock  # noqa: E402
 
 from grpo_fast.integrations import trl as adapter  # noqa: E402
-from grpo_fast.integrations.trl import GRPOTrainer, objective  # noqa: E402
+from grpo_fast.integrations.trl import GRPOTrainer  # noqa: E402
 from grpo_fast.trainer.model import character_tokenizer  # noqa: E402
 
 B, P, T, V = 5, 3, 6, 11
@@ -116,8 +116,6 @@ def configure(trainer, options):
     trainer._entropy_bonus_enabled = options["entropy_coef"] != 0 or options["use_adaptive_entropy"]
     trainer._last_world_entropy, trainer._entropy_window_stats = 1.4, None
     trainer._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
-    if isinstance(trainer, GRPOTrainer):
-        trainer.objective = objective(trainer.args)
 
 
 def inputs_of(trainer, change=()):
@@ -254,6 +252,47 @@ def test_every_loss_type(loss_type, level, trainers):
     for options, change in cases:
         print(options, change)  # of the case that failed
         assert_same(trainers, base | options, change)
+
+
+@pytest.mark.parametrize(
+    "of_trainer, of_args",
+    [
+        ({"beta": 0.5}, {}),
+        ({"beta": 0.0}, {}),
+        ({"epsilon_low": 0.05, "epsilon_high": 0.1}, {}),
+        ({"importance_sampling_level": "sequence"}, {"use_bias_correction_kl": False}),
+        ({"loss_type": "dr_grpo", "max_completion_length": 3}, {}),
+        ({"off_policy_mask_threshold": 0.02}, {"delta": 1.1}),
+        ({"top_entropy_quantile": 0.4}, {}),
+        ({"loss_type": "cispo", "epsilon_high": 1.1}, {"epsilon_high": 5.0}),
+        ({"loss_type": "sapo"}, {"sapo_temperature_pos": 2.0}),
+        ({}, {"beta": 0.9, "epsilon": 0.9, "loss_type": "sapo"}),  # TRL has read these
+    ],
+)
+def test_options_changed_during_training(of_trainer, of_args, trainers, monkeypatch):
+    """What a callback sets counts where, and only where, TRL's loss looks for it."""
+    stock, ours = trainers
+    inputs = inputs_of(stock)
+    before = compute(stock, {"beta": 0.1}, inputs)
+    compute(ours, {"beta": 0.1}, inputs)
+    results = []
+    for trainer in trainers:
+        for where, options in ((trainer, of_trainer), (trainer.args, of_args)):
+            for name, value in options.items():
+                monkeypatch.setattr(where, name, value)
+        trainer.model.zero_grad()
+        trainer._metrics["train"].clear()
+        loss = trainer._compute_loss(trainer.model, dict(inputs))
+        loss.backward()
+        gradients = [p.grad for p in trainer.model.parameters()]
+        results.append((loss, gradients, dict(trainer._metrics["train"])))
+    (want, their_gradients, theirs), (got, gradients, metrics) = results
+    assert (abs(want - before[0]) > 1e-4) == bool(of_trainer)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gradients, their_gradients, rtol=1e-4, atol=2e-6)
+    assert metrics.keys() == theirs.keys()
+    for name, value in theirs.items():
+        assert metrics[name] == pytest.approx(value, rel=1e-4, abs=1e-6, nan_ok=True), name
 
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)

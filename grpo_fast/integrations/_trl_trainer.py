@@ -11,7 +11,14 @@ from torch import Tensor
 from grpo_fast.integrations import _trl_metrics
 from grpo_fast.integrations._trl_metrics import Scored, per_row
 from grpo_fast.integrations.transformers import Head, check_head, with_head
-from grpo_fast.integrations.trl import BY_ITEMS, log_probs, objective, warn_once, without_autocast
+from grpo_fast.integrations.trl import (
+    BY_ITEMS,
+    DEFAULTS,
+    log_probs,
+    objective,
+    warn_once,
+    without_autocast,
+)
 from grpo_fast.loss import linear_grpo_loss, policy_loss
 from grpo_fast.objective import Objective
 
@@ -27,6 +34,17 @@ MULTIMODAL = (
     "token_type_ids",
     "mm_token_type_ids",
     "image_position_ids",
+)
+
+# Options that TRL's loss reads off the trainer; the others, off its arguments.
+HELD = (
+    "beta",
+    "entropy_coef",
+    "importance_sampling_level",
+    "loss_type",
+    "max_completion_length",
+    "off_policy_mask_threshold",
+    "top_entropy_quantile",
 )
 
 
@@ -51,8 +69,15 @@ class GRPOTrainer(trl.GRPOTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.objective = objective(self.args)
+        self.current_objective()  # refuses what it must here
         self._head_is_checked = False
+
+    def current_objective(self) -> Objective:
+        """The objective of this loss: callbacks may change what TRL reads anew each time."""
+        options = {name: getattr(self.args, name) for name in DEFAULTS}
+        options |= {name: getattr(self, name) for name in HELD}
+        options |= {"epsilon": self.epsilon_low, "epsilon_high": self.epsilon_high}
+        return objective(options)
 
     def _why_not_fused(self, model: Any, inputs: dict[str, Any]) -> str | None:
         if self.aux_loss_enabled:
@@ -179,7 +204,7 @@ class GRPOTrainer(trl.GRPOTrainer):
     def _without_bonus(self) -> Objective:
         """The objective without what depends on the step, or on all devices."""
         return dataclasses.replace(
-            self.objective, top_entropy_quantile=1.0, entropy_coef=0.0, entropy_reduction="same"
+            self.current_objective(), top_entropy_quantile=1.0, entropy_coef=0.0, entropy_reduction="same"
         )
 
     def _at_once(
