@@ -47,6 +47,9 @@ HELD = (
     "top_entropy_quantile",
 )
 
+# Steps of TRL's loss that the fused one does not call, or not always.
+STEPS = ("_get_per_token_logps_and_entropies", "get_gamma_weights", "get_off_policy_mask")
+
 
 class GRPOTrainer(trl.GRPOTrainer):
     """TRL's `GRPOTrainer` with the same arguments, options and metrics; head and loss are fused.
@@ -55,7 +58,7 @@ class GRPOTrainer(trl.GRPOTrainer):
     and reference log-probs come from the same operator.
 
     What is not fused goes through TRL's own code, and a warning says so once: multimodal inputs, the
-    auxiliary loss of mixtures of experts, a model under `torch_compile`.
+    auxiliary loss of mixtures of experts, a model under `torch_compile`, a subclass with `STEPS` of its own.
 
     Raises:
         ValueError: at the first loss, if the model's logits are not those of its last hidden states and its
@@ -87,7 +90,13 @@ class GRPOTrainer(trl.GRPOTrainer):
             return f"the inputs are not text alone ({', '.join(found)})"
         if hasattr(model, "_orig_mod"):
             return "the model is compiled as a whole (torch_compile)"
+        own = [name for name in STEPS if name in vars(self) or self._overrides(name)]
+        if own:
+            return f"{type(self).__name__} has its own {', '.join(own)}"
         return None
+
+    def _overrides(self, name: str) -> bool:
+        return getattr(type(self), name) is not getattr(GRPOTrainer, name)
 
     def _get_per_token_logps_and_entropies(
         self,
@@ -204,7 +213,10 @@ class GRPOTrainer(trl.GRPOTrainer):
     def _without_bonus(self) -> Objective:
         """The objective without what depends on the step, or on all devices."""
         return dataclasses.replace(
-            self.current_objective(), top_entropy_quantile=1.0, entropy_coef=0.0, entropy_reduction="same"
+            self.current_objective(),
+            top_entropy_quantile=1.0,
+            entropy_coef=0.0,
+            entropy_reduction="same",
         )
 
     def _at_once(

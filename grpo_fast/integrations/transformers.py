@@ -253,7 +253,9 @@ def _head_module(lm: Any) -> Any:
             f"{type(lm).__name__}: an adapter on the head ({type(module).__name__}) would have no effect: "
             "leave the output embeddings out of its target modules"
         )
-    if hasattr(module, "modules_to_save"):  # PEFT's trainable copies of the head, unless adapters are off
+    if hasattr(
+        module, "modules_to_save"
+    ):  # PEFT's trainable copies of the head, unless adapters are off
         names = [] if module.disable_adapters else module.active_adapters
         names = [name for name in names if name in module.modules_to_save]
         module = module.modules_to_save[names[0]] if names else module.original_module
