@@ -170,11 +170,10 @@ def patch() -> None:
     """
     require("openrlhf", *SUPPORTED)
     home: Any = importlib.import_module(ACTOR)
-    theirs = home.ActorPPOTrainer
-    if hasattr(theirs, "loss_of_grpo_fast"):
+    if hasattr(home.ActorPPOTrainer, "loss_of_grpo_fast"):
         return
 
-    class ActorPPOTrainer(theirs):
+    class ActorPPOTrainer(home.ActorPPOTrainer):
         loss_of_grpo_fast = PolicyLoss
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
