@@ -90,7 +90,7 @@ def test_the_loader_of_the_hub_takes_it(folder, interpreted):
 
 
 def test_the_documented_call_is_that_of_the_packages_page():
-    """The loader takes a repository that is not of its own organisation only with trust_remote_code."""
+    """Of a publisher that the hub does not vouch for, the loader takes nothing without it."""
     page = re.search(r"get_kernel\(.*\)", hub.README)[0].replace("{version}", str(hub.VERSION))
     text = (ROOT / "docs" / "integrations.md").read_text()
     documented = re.search(r"get_kernel\(.*?\)", text)[0]

@@ -309,9 +309,7 @@ class TestPeft:
         import peft
 
         size = {"encoder_hidden_size": 8} if kind == "PromptEncoder" else {}
-        config = getattr(peft, f"{kind}Config")(
-            task_type="CAUSAL_LM", num_virtual_tokens=3, **size
-        )
+        config = getattr(peft, f"{kind}Config")(task_type="CAUSAL_LM", num_virtual_tokens=3, **size)
         model = build("Qwen2")
         ids, mask = batch()
         plain = model(input_ids=ids, attention_mask=mask).logits

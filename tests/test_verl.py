@@ -319,7 +319,9 @@ def test_a_checkout_says_its_version_itself(installed, monkeypatch):
 def test_another_verl_is_refused(found, installed):
     installed.version.found = found
     for patch in (verl.register, verl.patch_logprobs):
-        with pytest.raises(ImportError, match=rf"verl >= 0\.9\.1, < 0\.10; verl {found} is installed"):
+        with pytest.raises(
+            ImportError, match=rf"verl >= 0\.9\.1, < 0\.10; verl {found} is installed"
+        ):
             patch()
     with pytest.raises(ImportError, match=r"nosuchhost >= 1\.0, which is not installed"):
         _host.require("nosuchhost", "1.0")
