@@ -89,6 +89,15 @@ def test_the_loader_of_the_hub_takes_it(folder, interpreted):
     run(BY_THE_LOADER + USE + COMPARE, folder, ROOT, ORACLES, HF_HUB_OFFLINE="1", **switches)
 
 
+def test_the_documented_call_is_that_of_the_packages_page():
+    """Of a publisher that the hub does not vouch for, the loader takes nothing without it."""
+    page = re.search(r"get_kernel\(.*\)", hub.README)[0].replace("{version}", str(hub.VERSION))
+    text = (ROOT / "docs" / "integrations.md").read_text()
+    documented = re.search(r"get_kernel\(.*?\)", text)[0]
+    assert "trust_remote_code=True" in documented
+    assert documented == page.replace("<this repository>", "<repository>")
+
+
 def test_a_second_build_replaces_the_first(tmp_path):
     variant = hub.build(tmp_path)
     stale = variant / "stale.py"

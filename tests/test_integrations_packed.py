@@ -3,8 +3,11 @@
 The formulas are written out from the sources of the release that docs/integrations.md names.
 """
 
+import os
+import subprocess
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -343,6 +346,30 @@ def test_areal_conventions(batch, monkeypatch):
     assert actor.cispo_loss_fn is areal.cispo_loss_fn
     assert actor.ppo_actor_loss_fn is areal.ppo_actor_loss_fn
     assert actor.sapo_loss_fn is areal.sapo_loss_fn
+
+
+def test_areal_workers_start_with_our_losses(tmp_path):
+    """On a stand-in for AReaL: the server has its arguments, and the actor our functions."""
+    server = (
+        "import sys\nfrom areal.trainer.ppo import actor\n"
+        "print(__name__, sys.argv[1:], actor.ppo_actor_loss_fn.__module__, actor.sapo_loss_fn.__module__)"
+    )
+    for name, text in (
+        ("trainer/ppo/actor", "ppo_actor_loss_fn = sapo_loss_fn = None"),
+        ("infra/rpc/rpc_server", server),
+    ):
+        path = tmp_path / "areal" / f"{name}.py"
+        path.parent.mkdir(parents=True)
+        path.write_text(text)
+    root = Path(areal.__file__).parents[2]
+    out = subprocess.run(
+        [sys.executable, "-m", "grpo_fast.integrations.areal", "--role", "actor"],
+        env=os.environ | {"PYTHONPATH": f"{root}{os.pathsep}{tmp_path}"},
+        capture_output=True,
+        text=True,
+    )
+    ours = "grpo_fast.integrations.areal"
+    assert out.stdout == f"__main__ ['--role', 'actor'] {ours} {ours}\n", out.stderr
 
 
 def test_presets_are_what_the_adapters_compute(batch):

@@ -322,9 +322,28 @@ class TestPatch:
         torch.testing.assert_close(out.log_probs, want, rtol=1e-4, atol=1e-5)
 
     def test_more_outputs_are_trls(self, utils):
-        arguments = (torch.randn(3, 4), torch.randn(9, 4), None, torch.tensor([1, 2, 3]), 1.0, 9)
-        with pytest.warns(
-            UserWarning, match="own log-prob head runs, since it is asked for is_top1"
-        ):
-            out = utils._ChunkedLogProbFunction.apply(*arguments, outputs=("log_probs", "is_top1"))
+        """Beside our log-probs and entropy; without gradient, as in TRL."""
+        from trl.kernels import ChunkedLogProbFunction
+
+        weight = torch.randn(9, 4)
+        arguments = (weight, None, torch.tensor([1, 2, 3]), 0.7, 9, 2.0, 0.5)
+        outputs = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+        hidden = torch.randn(3, 4, requires_grad=True)
+        theirs = ChunkedLogProbFunction.apply(hidden, *arguments, outputs)
+        plain = utils._ChunkedLogProbFunction.apply(hidden, *arguments, outputs[:1])
+        assert plain[1:] == (None, None, None, None)
+        some = utils._ChunkedLogProbFunction.apply(hidden, *arguments, (outputs[0], outputs[3]))
+        assert [x is None for x in some] == [False, True, True, False, True]
+        ours = utils._ChunkedLogProbFunction.apply(hidden, *arguments, outputs)
+        torch.testing.assert_close(ours[0], plain[0], rtol=0, atol=0)  # whatever else is asked for
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        assert [x.requires_grad for x in ours] == [True, True, False, False, False]
+
+    def test_under_zero_3_trls_head_runs(self, utils):
+        weight = torch.randn(9, 4)
+        weight.ds_id = 0
+        arguments = (torch.randn(3, 4), weight, None, torch.tensor([1, 2, 3]), 1.0, 9)
+        with pytest.warns(UserWarning, match="own log-prob head runs, since the head is sharded"):
+            out = utils._ChunkedLogProbFunction.apply(*arguments, outputs=("is_top1",))
         assert out[4].dtype == torch.bool

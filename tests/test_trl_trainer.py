@@ -16,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 from trl import GRPOConfig  # noqa: E402
 from trl import GRPOTrainer as Stock  # noqa: E402
 
+from grpo_fast.integrations import trl as adapter  # noqa: E402
 from grpo_fast.integrations.trl import GRPOTrainer  # noqa: E402
 from grpo_fast.trainer.model import character_tokenizer  # noqa: E402
 from tests import ranks  # noqa: E402
@@ -66,6 +67,22 @@ def reward(completions, **_):
     return [text.count("a") - 0.3 * text.count("b") + 0.05 * len(text) for text in completions]
 
 
+# Of any TRL trainer.
+COMMON = {
+    "learning_rate": 0.05,
+    "lr_scheduler_type": "constant",
+    "optim": "sgd",
+    "max_grad_norm": 0.0,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": "none",
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "disable_tqdm": True,
+}
+
+
 def config(tmp_path, **options):
     defaults = {
         "output_dir": str(tmp_path),
@@ -74,19 +91,8 @@ def config(tmp_path, **options):
         "num_generations": 4,
         "max_completion_length": 7,
         "max_steps": 3,
-        "learning_rate": 0.05,
-        "lr_scheduler_type": "constant",
-        "optim": "sgd",
-        "max_grad_norm": 0.0,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "disable_tqdm": True,
     }
-    return GRPOConfig(**(defaults | options))
+    return GRPOConfig(**(COMMON | defaults | options))
 
 
 def train(cls, model_path, tokenizer, tmp_path, prepare=None, peft_config=None, **options):
@@ -252,3 +258,50 @@ def train_on_a_rank(model_path, output):
 def test_two_ranks(model_path, tmp_path):
     """Normalisers and metrics are those of all devices (DDP on the CPU)."""
     ranks.run("tests.test_trl_trainer:train_on_a_rank", 2, model_path, str(tmp_path))
+
+
+@pytest.mark.parametrize("kind, passes", [("DPO", 2), ("SFT", 1), ("KTO", 4)])
+def test_trls_other_trainers(kind, passes, model_path, tokenizer, tmp_path, monkeypatch):
+    """Under `patch()`: the training is TRL's, and DPO's policy and reference start equal, bit for bit."""
+    import trl
+    from trl.trainer import utils
+
+    data = {"prompt": PROMPTS, "chosen": PROMPTS[::-1], "rejected": [*PROMPTS[3:], *PROMPTS[:3]]}
+    if kind == "SFT":
+        data = {"text": PROMPTS}
+    elif kind == "KTO":
+        data = {"prompt": PROMPTS, "completion": PROMPTS[::-1], "label": [True, False] * 4}
+
+    def run():
+        torch.manual_seed(0)
+        arguments = getattr(trl, f"{kind}Config")(
+            output_dir=str(tmp_path), per_device_train_batch_size=4, max_steps=2, **COMMON
+        )
+        trainer = getattr(trl, f"{kind}Trainer")(
+            model=model_path,
+            args=arguments,
+            train_dataset=Dataset.from_dict(data),
+            processing_class=copy.deepcopy(tokenizer),
+        )
+        trainer.train()
+        return dict(trainer.model.named_parameters()), trainer.state.log_history
+
+    want, their_logs = run()
+    calls = []
+    fused = adapter.log_probs
+    monkeypatch.setattr(adapter, "log_probs", lambda *a, **k: calls.append(1) or fused(*a, **k))
+    monkeypatch.setattr(utils, "_ChunkedLogProbFunction", utils._ChunkedLogProbFunction)
+    adapter.patch()
+    got, logs = run()
+    assert (
+        len(calls) == 2 * passes
+    )  # two steps; policy and reference, of other pairs, too, for KTO's KL
+    for name in want:
+        torch.testing.assert_close(got[name], want[name], rtol=0, atol=1e-6)
+    for ours, theirs in zip(logs, their_logs, strict=True):
+        for name, value in theirs.items():
+            if not any(word in name for word in TIMES):
+                assert ours[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
+    if kind == "DPO":
+        assert logs[0]["rewards/margins"] == 0
+        assert logs[1]["rewards/margins"] != 0

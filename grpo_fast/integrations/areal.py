@@ -1,15 +1,18 @@
 """AReaL 1.0.4 and 2.0: its PPO, SAPO and CISPO actor losses, by this library.
 
-    import grpo_fast.integrations.areal
-    grpo_fast.integrations.areal.patch()
+    scheduling_spec:  # of the actor
+      - cmd: python -m grpo_fast.integrations.areal  # instead of: python -m areal.infra.rpc.rpc_server
 
-in the training script replaces `ppo_actor_loss_fn`, `sapo_loss_fn` and, where there is one, `cispo_loss_fn`
-in the module that calls them (AReaL has no registry). The same arguments, loss, gradient and per-token
-statistics; rejection sampling is AReaL's own. Tensors are (B, T) or packed (N,) with `cu_seqlens`.
+makes the workers, which never run the training script, start with `patch()`: it replaces
+`ppo_actor_loss_fn`, `sapo_loss_fn` and, where there is one, `cispo_loss_fn` in the module that calls them
+(AReaL has no registry). In SPMD mode, where the script trains itself, it is called there. The same
+arguments, loss, gradient and per-token statistics; rejection sampling is AReaL's own. Tensors are (B, T) or
+packed (N,) with `cu_seqlens`.
 """
 
 import dataclasses
 import importlib
+import runpy
 from typing import Any
 
 import torch
@@ -207,3 +210,8 @@ def patch() -> None:
     actor.ppo_actor_loss_fn, actor.sapo_loss_fn = ppo_actor_loss_fn, sapo_loss_fn
     if hasattr(actor, "cispo_loss_fn"):  # AReaL 2.0
         actor.cispo_loss_fn = cispo_loss_fn
+
+
+if __name__ == "__main__":
+    importlib.import_module("grpo_fast.integrations.areal").patch()
+    runpy.run_module("areal.infra.rpc.rpc_server", run_name="__main__", alter_sys=True)

@@ -1,13 +1,13 @@
 """OpenRLHF 0.11.2: its `PolicyLoss`, by this library.
 
-    import openrlhf.trainer.ray.ppo_actor as ppo_actor
-    from grpo_fast.integrations.openrlhf import PolicyLoss
-    ppo_actor.PolicyLoss = PolicyLoss
+    python -m grpo_fast.integrations.openrlhf ...  # instead of: python -m openrlhf.cli.train_ppo_ray
 
-before the actors start (OpenRLHF has no registry). The same constructor, arguments, loss, gradient and
-returned statistics. The KL and entropy terms stay OpenRLHF's.
+or, in a script of one's own, `patch()` before the actors start (OpenRLHF has no registry). The same
+constructor, arguments, loss, gradient and returned statistics. The KL and entropy terms stay OpenRLHF's.
 """
 
+import importlib
+import runpy
 from typing import Any
 
 import torch
@@ -19,10 +19,14 @@ from grpo_fast.integrations._host import (
     averaged_loss,
     clip_fraction,
     masked_mean,
+    require,
     sequence_average,
 )
 from grpo_fast.objective import Objective
 from grpo_fast.weights import binary_divergence, importance_weights
+
+SUPPORTED = ("0.11.2", "0.12")  # from, and below
+ACTOR = "openrlhf.trainer.ray.ppo_actor"
 
 
 class PolicyLoss(nn.Module):
@@ -152,3 +156,45 @@ class PolicyLoss(nn.Module):
         if self.is_correction_mode == "clip":
             return statistic.clamp(low, high), share
         return torch.where(outside, 0, rho), share
+
+
+def patch() -> None:
+    """Give the policy actors that start after this call `PolicyLoss`, in their own processes, too.
+
+    An actor's process imports OpenRLHF afresh: a name replaced here is not replaced there. What Ray sends
+    along is the actor's class with the globals it uses, among them the trainer: ours is a local class, so
+    that it travels by value.
+
+    Raises:
+        ImportError: no OpenRLHF, or another version than 0.11.2 and later 0.11.
+    """
+    require("openrlhf", *SUPPORTED)
+    home: Any = importlib.import_module(ACTOR)
+    if hasattr(home.ActorPPOTrainer, "loss_of_grpo_fast"):
+        return
+
+    class ActorPPOTrainer(home.ActorPPOTrainer):
+        loss_of_grpo_fast = PolicyLoss
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            actor, correction = self.args.actor, self.args.algo.advantage
+            self.actor_loss_fn = self.loss_of_grpo_fast(
+                clip_eps_low=actor.eps_clip_low_high[0],
+                clip_eps_high=actor.eps_clip_low_high[1],
+                dual_clip=actor.dual_clip,
+                token_level_loss=actor.loss_agg_mode == "token-mean",
+                policy_loss_type=actor.policy_loss_type,
+                is_correction_level=correction.is_correction_level,
+                is_correction_mode=correction.is_correction_mode,
+                is_correction_gating=correction.is_correction_gating,
+                is_correction_threshold=correction.is_correction_threshold,
+            )
+
+    home.ActorPPOTrainer = ActorPPOTrainer
+
+
+if __name__ == "__main__":
+    # By its own name: Ray's workers cannot import what is in __main__.
+    importlib.import_module("grpo_fast.integrations.openrlhf").patch()
+    runpy.run_module("openrlhf.cli.train_ppo_ray", run_name="__main__", alter_sys=True)

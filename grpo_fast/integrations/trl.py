@@ -101,8 +101,9 @@ def objective(args: Any) -> Objective:
 def patch() -> None:
     """Give TRL's other trainers (RLOO, asynchronous GRPO, DPO, ...) the fused head, for the whole process.
 
-    Where they ask it for more than log-probs and entropy (SFT, KTO), or under ZeRO-3, TRL's own head runs,
-    and a warning says so once.
+    Where they ask it for more than log-probs and entropy (DPO, SFT, KTO: statistics for their metrics), TRL's
+    own adds that without gradient, which costs one more product with the head: policy and reference are
+    scored by the same operator. Under ZeRO-3 TRL's head runs, and a warning says so once.
 
     Raises:
         ImportError: no TRL, or another version than 1.16.
@@ -128,30 +129,34 @@ class FusedLogProb:
         logit_scale: float = 1.0,
         outputs: tuple[str, ...] = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1"),
     ) -> tuple[Tensor | None, ...]:
-        """(log-probs, entropy or None, None, None, None) of hidden (N, D), weight (V, D), targets (N,).
+        """(log-probs, entropy, log_sum_sq_probs, mean_logits, is_top1) of hidden (N, D), weight (V, D).
 
-        `chunk_size` is that of TRL's kernel; ours has its own.
+        What is not in `outputs` is None. `chunk_size` is that of TRL's kernel; ours has its own.
         """
         from trl.kernels import ChunkedLogProbFunction
 
-        reason = None
-        others = sorted(set(outputs) - {"log_probs", "entropy"})
-        if others:
-            reason = f"it is asked for {', '.join(others)}"
-        elif hasattr(weight, "ds_id"):
-            reason = "the head is sharded by ZeRO-3"
-        if reason is not None:
-            warn_once(f"grpo_fast: TRL's own log-prob head runs, since {reason}")
+        def theirs(wanted: tuple[str, ...]) -> tuple[Tensor | None, ...]:
             return ChunkedLogProbFunction.apply(
                 *(hidden, weight, bias, targets, temperature, chunk_size),
-                *(final_logit_softcapping, logit_scale, outputs),
+                *(final_logit_softcapping, logit_scale, wanted),
             )
+
+        if hasattr(weight, "ds_id"):
+            warn_once(
+                "grpo_fast: TRL's own log-prob head runs, since the head is sharded by ZeRO-3"
+            )
+            return theirs(outputs)
+        others: tuple[Tensor | None, ...] = (None, None, None)
+        wanted = tuple(name for name in outputs if name not in ("log_probs", "entropy"))
+        if wanted:  # they have no gradient in TRL either
+            with torch.no_grad():
+                others = theirs(wanted)[2:]
         head = Head(weight, bias, final_logit_softcapping, logit_scale, len(weight))
-        with without_autocast(hidden) as hidden:
+        with without_autocast(hidden) as hidden_:
             scored = log_probs(
-                hidden, head, targets, temperature=temperature, with_entropy="entropy" in outputs
+                hidden_, head, targets, temperature=temperature, with_entropy="entropy" in outputs
             )
-        return *scored, None, None, None
+        return *scored, *others
 
 
 def log_probs(
