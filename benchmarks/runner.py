@@ -13,11 +13,12 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from benchmarks import machine, providers, results
+from benchmarks import failures, machine, providers, results
 
 ROOT = Path(__file__).resolve().parents[1]
 # The tests that say most about a device, and the benchmarks, by importance, with their weight in the time.
@@ -63,6 +64,7 @@ NO_TESTS = 5  # pytest's exit code
 FAILED, UNFINISHED = 1, 2  # ours
 STEP = "benchmarks.step_7b"
 OUT_OF_TIME = "out of time"
+FAILED_LATE = f"failed, then {OUT_OF_TIME}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +79,7 @@ class Piece:
     def command(self, seconds: float, resume: bool) -> list[str]:
         command = [sys.executable, "-m", self.module]
         if self.module == "pytest":
-            command += ["-q", "-p", "no:cacheprovider"]
+            command += ["-q", "-p", "no:cacheprovider", "-p", failures.__name__]
         if self.module == STEP:
             command += ["--seconds", f"{seconds:.0f}"]
         if self.results and self.module == "pytest":
@@ -134,7 +136,7 @@ def _test_piece(path: Path) -> Piece:
 
 
 def run_piece(piece: Piece, seconds: float, environment: dict[str, str]) -> str:
-    """Run it, again behind a benchmark that crashes: "passed", "failed", "crashed ..." or "out of time"."""
+    """Run it, again behind a benchmark that crashes: "passed", "failed", "crashed ..." or why it is late."""
     start = time.monotonic()
     crashes = []
     for attempt in range(1 + RESTARTS):
@@ -142,8 +144,9 @@ def run_piece(piece: Piece, seconds: float, environment: dict[str, str]) -> str:
         outcome = _run_once(piece, left, environment, resume=attempt > 0)
         if not piece.results or outcome in ("passed", "failed"):
             break
-        running = results.note_end(piece.results, outcome)
-        if outcome == OUT_OF_TIME or running is None:
+        late = outcome.endswith(OUT_OF_TIME)
+        running = results.note_end(piece.results, OUT_OF_TIME if late else outcome)
+        if late or running is None:
             break
         crashes.append(running)
     return f"crashed in {'; '.join(crashes)}" if crashes else outcome
@@ -152,30 +155,42 @@ def run_piece(piece: Piece, seconds: float, environment: dict[str, str]) -> str:
 def _run_once(piece: Piece, seconds: float, environment: dict[str, str], resume: bool) -> str:
     if seconds <= GRACE:
         return OUT_OF_TIME
-    command = piece.command(seconds - GRACE, resume)
-    # A session of its own, so that an interrupt reaches whatever it started, and nothing else.
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)
-    for limit, sign in ((seconds - GRACE, signal.SIGINT), (GRACE, signal.SIGKILL)):
+    with tempfile.TemporaryDirectory() as folder:
+        failed = Path(folder) / "failed"
+        environment = environment | {failures.VARIABLE: str(failed)}
+        command = piece.command(seconds - GRACE, resume)
+        # A session of its own, so that an interrupt reaches whatever it started, and nothing else.
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)
+        code = _wait(process, seconds - GRACE)
+        if code is None:  # pytest's exit code is then that of an interrupt, whatever failed before
+            return FAILED_LATE if failed.exists() else OUT_OF_TIME
+    if code < 0:
+        return f"crashed: {signal.Signals(-code).name}"
+    return "passed" if code in (0, NO_TESTS) else "failed"
+
+
+def _wait(process: subprocess.Popen, seconds: float) -> int | None:
+    """The exit code; None if the process had to be interrupted."""
+    for limit, sign in ((seconds, signal.SIGINT), (GRACE, signal.SIGKILL)):
         try:
             code = process.wait(limit)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, sign)
             continue
-        if sign == signal.SIGKILL:
-            break  # it had to be interrupted
-        if code < 0:
-            return f"crashed: {signal.Signals(-code).name}"
-        return "passed" if code in (0, NO_TESTS) else "failed"
+        return None if sign == signal.SIGKILL else code
     process.wait()
-    return OUT_OF_TIME
+    return None
 
 
 def calibrate(environment: dict[str, str], seconds: float) -> None:
     """Measure the roofs once, in a process that gives the device back, for all the others."""
     command = [sys.executable, "-m", "benchmarks.machine"]
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=seconds
-    )
+    try:
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=seconds
+        )
+    except subprocess.TimeoutExpired:
+        raise SystemExit(f"calibration: {OUT_OF_TIME} after {seconds:.0f} s") from None
     if done.returncode:
         raise SystemExit(f"calibration failed\n{done.stderr}")
     environment[machine.CALIBRATION_VARIABLE] = done.stdout
@@ -225,7 +240,8 @@ def exit_code(plan: Sequence[tuple[float, list[Piece]]], outcome: dict[str, str]
     own = [outcome[p.name] for _, pieces in plan for p in pieces if not p.peer]
     if any(result not in ("passed", OUT_OF_TIME) for result in own):
         return FAILED
-    return UNFINISHED if OUT_OF_TIME in outcome.values() else 0
+    late = any(result.endswith(OUT_OF_TIME) for result in outcome.values())
+    return UNFINISHED if late else 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
