@@ -13,6 +13,7 @@ import os
 import signal
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -63,6 +64,7 @@ RESTARTS = 3  # after crashes of one piece
 NO_TESTS = 5  # pytest's exit code
 FAILED, UNFINISHED = 1, 2  # ours
 STEP = "benchmarks.step_7b"
+BUNDLE = "results.tar.gz"
 OUT_OF_TIME = "out of time"
 FAILED_LATE = f"failed, then {OUT_OF_TIME}"
 
@@ -219,6 +221,7 @@ def run(
             outcome[piece.name] = run_piece(piece, limit, environment)
             if out:
                 keep(out / f"outcome-{commit}.txt", outcome)
+                bundle(out, commit)
     return outcome
 
 
@@ -228,6 +231,15 @@ def keep(path: Path, outcome: dict[str, str]) -> None:
     if path.exists():
         known = dict(line.split(": ", 1) for line in path.read_text().splitlines())
     path.write_text("\n".join(summary(known | outcome)) + "\n")
+
+
+def bundle(out: Path, commit: str) -> None:
+    """All files of a commit in one, for machines that give few files back."""
+    temporary = out / f"{BUNDLE}.part"
+    with tarfile.open(temporary, "w:gz") as archive:
+        for path in sorted(out.glob(f"*-{commit}.*")):
+            archive.add(path, path.name)
+    os.replace(temporary, out / BUNDLE)
 
 
 def summary(outcome: dict[str, str]) -> Iterator[str]:
@@ -251,6 +263,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--list", action="store_true", help="print what would run, in order")
     parser.add_argument("--no-tests", action="store_true", help="only the benchmarks")
     parser.add_argument("--only", action="append", help="pieces whose name holds this; repeatable")
+    parser.add_argument(
+        "--allow-unknown", action="store_true", help="measure code whose commit is unknown"
+    )
     options = parser.parse_args(arguments)
     commit = machine.commit()
     out = (options.out or ROOT / "benchmarks" / "results" / machine.slug()).resolve()
@@ -265,6 +280,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.list:
         print("\n".join(piece.name for _, pieces in plan for piece in pieces))
         return 0
+    if commit == machine.UNKNOWN and not options.allow_unknown:
+        raise SystemExit(
+            f"the commit is unknown, and no such results can be published: set {machine.COMMIT_VARIABLE} "
+            "to the output of `git describe --always --dirty` of the original, or --allow-unknown"
+        )
     out.mkdir(parents=True, exist_ok=True)
     print(f"commit {commit}, results in {out}", flush=True)
     outcome = run(plan, 60 * options.minutes, commit, out)

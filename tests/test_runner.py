@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import tarfile
 import textwrap
 
 import pytest
@@ -178,6 +179,30 @@ def test_parts_of_a_run_keep_each_others_outcome(tmp_path):
     runner.keep(path, {"a": "passed", "b": "out of time"})
     runner.keep(path, {"b": "crashed in x: y", "c": "failed"})
     assert path.read_text().splitlines() == ["a: passed", "b: crashed in x: y", "c: failed"]
+
+
+def test_code_of_an_unknown_commit_is_not_measured(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv(machine.COMMIT_VARIABLE, raising=False)
+    monkeypatch.setattr(machine, "_output_of", lambda *_: "")
+    monkeypatch.setattr(runner, "run", lambda *_: {})
+    out = tmp_path / "out"
+    with pytest.raises(SystemExit, match="set GRPO_FAST_COMMIT"):
+        runner.main([f"--out={out}"])
+    assert not out.exists()
+    arguments = [f"--out={out}", "--only=none"]
+    assert runner.main([*arguments, "--list"]) == 0
+    assert runner.main([*arguments, "--allow-unknown"]) == 0
+    assert "commit unknown" in capsys.readouterr().out
+
+
+def test_one_file_holds_all_of_a_commit(tmp_path, monkeypatch):
+    (tmp_path / "grpo-19274bf.json").write_text("{}")
+    (tmp_path / "grpo-0000000.json").write_text("{}")
+    monkeypatch.setattr(runner, "run_piece", lambda *_: "passed")
+    runner.run([(1.0, [runner.Piece("a", (), 1)])], 5, "19274bf", tmp_path)
+    with tarfile.open(tmp_path / "results.tar.gz") as archive:
+        assert archive.getnames() == ["grpo-19274bf.json", "outcome-19274bf.txt"]
+        assert archive.extractfile("outcome-19274bf.txt").read() == b"a: passed\n"
 
 
 def test_own_failures_count_peers_do_not():
