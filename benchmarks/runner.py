@@ -83,7 +83,7 @@ class Piece:
         if self.module == "pytest":
             command += ["-q", "-p", "no:cacheprovider", "-p", failures.__name__]
         if self.module == STEP:
-            command += ["--seconds", f"{seconds:.0f}"]
+            command += ["--until", f"{time.time() + seconds:.0f}"]  # imports count
         if self.results and self.module == "pytest":
             command += [f"--results={self.results}"] + ["--resume"] * resume
         return [*command, *self.arguments]
