@@ -47,7 +47,7 @@ def case_table(entries: list[dict[str, Any]]) -> str:
     for e in entries:
         cells = [
             e["provider"],
-            time_text(e["median"]) + _device_time(e),
+            time_text(e["median"]) + _event_time(e),
             f"{50 * e['iqr'] / e['median']:.0f} %",
             f"{eager['median'] / e['median']:.2f}x" if eager else "",
             *(_speed(e) if rated else ()),
@@ -91,9 +91,9 @@ def time_text(seconds: float) -> str:
     return f"{seconds * 1e3:,.2f} ms" if seconds >= 1e-3 else f"{seconds * 1e6:,.1f} µs"
 
 
-def _device_time(entry: dict[str, Any]) -> str:
-    seconds = entry.get("device_seconds")
-    return "" if seconds is None else f" ({time_text(seconds)} without launch)"
+def _event_time(entry: dict[str, Any]) -> str:
+    seconds = entry.get("event_seconds")
+    return "" if seconds is None else f" ({time_text(seconds)} between events)"
 
 
 def memory_text(extra: int | None) -> str:
