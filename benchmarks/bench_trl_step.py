@@ -25,6 +25,9 @@ VARIANTS = ("on-policy", "off-policy-kl")
 PROMPT = 16
 ROUNDS = 15
 CHECKED_ROWS = 4096
+ENTROPY_ROWS = (
+    256  # tokens at a time: a metric without a gradient needs no second copy of the logits
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,15 +172,21 @@ def _plain_step(
 
 
 def _plain_log_probs(temperature: float) -> Any:
-    """TRL's hook for log-probs, from logits."""
+    """TRL's hook for log-probs, from logits, as lean as `eager` is elsewhere."""
 
     def function(
         model: Any, ids: Tensor, mask: Tensor, T: int, **_: Any
     ) -> tuple[Tensor, Tensor, None]:
         out = model(input_ids=ids, attention_mask=mask, use_cache=False)
-        logits = out.logits[:, -T - 1 : -1] / temperature
-        logps = logits.log_softmax(-1)
-        entropy = -(logps.exp() * logps).sum(-1).detach()
+        logits = out.logits[:, -T - 1 : -1]
+        if temperature != 1:
+            logits = logits / temperature
+        # Of float64 logits, the truth, they stay float64.
+        wider = torch.promote_types(logits.dtype, torch.float32)
+        logps = logits.log_softmax(-1, dtype=wider)
+        with torch.no_grad():
+            parts = logps.flatten(0, 1).split(ENTROPY_ROWS)
+            entropy = torch.cat([-(x.exp() * x).sum(-1) for x in parts]).view(logps.shape[:-1])
         return logps.gather(-1, ids[:, -T:, None]).squeeze(-1), entropy, None
 
     return function

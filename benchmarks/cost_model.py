@@ -4,23 +4,29 @@
 
 Bytes are `traffic`'s; the range is from "every second read is found in the cache" to "none is". Instructions
 per element are those of the compiled kernels (`codegen.json`). The path from hidden states adds its matrix
-multiplications. Ceilings are measured ones of that GPU where a result holds them, else the data sheet's times
-an assumed share; each line says which. A prediction stays next to the measurement that comes later.
+multiplications, in chunks of the rows that this project would take there. Ceilings are measured ones of that
+GPU where a result holds them, else the data sheet's times an assumed share; each line says which. A
+prediction stays next to the measurement that comes later.
 """
 
 import argparse
 import dataclasses
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import torch
+
 from benchmarks import compiled, shapes, traffic
+from grpo_fast.ops import _head
 
 # Of the data sheet, reached by a plain copy and by a large bfloat16 multiplication: assumed, not measured.
 SHARE_OF_BANDWIDTH, SHARE_OF_GEMM = 0.90, 0.80
 LAUNCH = 5e-6
 EXPONENTIALS = {"read": 1.25, "write": 1.0}  # per element: the fold rescales once in K = 4
 MAX_V_PER_PROGRAM = 32_768  # kernels/rows.py: longer rows are split
-CHUNK = 3584  # tokens whose logits exist at a time, from hidden states
+HALF, FULL = 2, 4  # bytes of an entry
+OWN, BF16, ALL_ROWS = "grpo_fast", "grpo_fast-bf16", "grpo_fast-all-rows"  # from hidden states
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,11 +100,18 @@ def _bounded(moved: traffic.Traffic, top: Ceilings, work: tuple[float, float]) -
 
 
 def predict(
-    stem: str, case: str, sizes: dict[str, int], live: int, moving: int, name: str, top: Ceilings
+    stem: str,
+    case: str,
+    sizes: dict[str, int],
+    live: int,
+    moving: int,
+    name: str,
+    top: Ceilings,
+    provider: str = OWN,
 ) -> Prediction | None:
     """Of a benchmark of this project's own kernels in bfloat16; None where the model has nothing to say."""
     gpu, V = GPUS[name], sizes["V"]
-    N, w = sizes["B"] * sizes["T"], 2
+    N, w = sizes["B"] * sizes["T"], HALF
     split = " split" if V > MAX_V_PER_PROGRAM else ""
     if stem == "logprob":
         work = _work(gpu, f"logprob_fwd{split}", {"read": live * V})
@@ -111,29 +124,45 @@ def predict(
         work = _work(gpu, f"grpo{split}", {"read": live * V, "write": moving * V})
         return _bounded(traffic.grpo(N, live, moving, V, w), top, work)
     if stem == "linear_grpo":
-        return _linear_grpo(gpu, sizes["D"], V, moving, w, top)
+        rows = N if provider == ALL_ROWS else moving
+        return _linear_grpo(gpu, sizes["D"], V, rows, provider != BF16, top)
     return None
 
 
-def _linear_grpo(gpu: Gpu, D: int, V: int, rows: int, w: int, top: Ceilings) -> Prediction:
+def chunk(gpu: Gpu, rows: int, D: int, V: int, fp32: bool) -> int:
+    """How many rows of logits this project's head makes at a time for bfloat16 hidden states."""
+    hidden: Any = SimpleNamespace(dtype=torch.bfloat16, is_cuda=True, shape=(rows, D))
+    options: Any = SimpleNamespace(fp32_logits=fp32, chunk_size=0, widest=V)
+    return _head.chunk_rows(rows, D, _head.row_limit(hidden, options), gpu.processors)
+
+
+def _linear_grpo(gpu: Gpu, D: int, V: int, rows: int, fp32: bool, top: Ceilings) -> Prediction:
     """Three multiplications, the kernel on each chunk of logits, dweight read and written per chunk."""
+    C = chunk(gpu, rows, D, V, fp32)
+    chunks = max(-(-rows // C), 1)
+    gemms = 6 * chunks * C * D * V / top.gemm  # the last chunk is filled up
     split = " split" if V > MAX_V_PER_PROGRAM else ""
-    gemms = 6 * rows * D * V / top.gemm
-    work = _work(gpu, f"grpo{split}", {"read": rows * V, "write": rows * V})
-    kernel = _bounded(traffic.grpo(rows, rows, rows, V, w), top, work)
-    chunks = -(-rows // CHUNK)
-    dweight = (chunks * 2 * 4 + 6) * V * D / top.bandwidth  # float32; at the end a cast
-    # The multiplication that accumulates hides between none and all of its extra bytes.
-    return Prediction(gemms + kernel.low, gemms + kernel.high + dweight, "matrix multiplications")
+    launch = "grpo fp32 to bf16" if fp32 else f"grpo{split}"
+    work = _work(gpu, launch, {"read": rows * V, "write": rows * V})
+    moved = traffic.grpo(rows, rows, rows, V, FULL if fp32 else HALF)
+    kernel = _bounded(dataclasses.replace(moved, written=rows * V * HALF), top, work)
+    # What the products move beyond those of halves: dweight in float32, which the first chunk does not read,
+    # a cast of it at the end, and float32 logits.
+    extra = ((2 * chunks - 1) * FULL + FULL + HALF) * V * D + fp32 * (FULL - HALF) * rows * V
+    # They hide between none and all of these bytes behind their arithmetic.
+    return Prediction(
+        gemms + kernel.low, gemms + kernel.high + extra / top.bandwidth, "matrix multiplications"
+    )
 
 
 EXAMPLES = (
-    ("logprob", "forward", "qwen2.5-7b-16k"),
-    ("logprob", "forward_backward", "qwen2.5-7b-16k"),
-    ("grpo", "forward_backward", "qwen2.5-7b-16k"),
-    ("grpo", "forward_backward", "llama3-8b-16k"),
-    ("grpo", "forward_backward", "gpt2-16k"),
-    ("linear_grpo", "forward_backward", "qwen2.5-7b-16k"),
+    ("logprob", "forward", OWN, "qwen2.5-7b-16k"),
+    ("logprob", "forward_backward", OWN, "qwen2.5-7b-16k"),
+    ("grpo", "forward_backward", OWN, "qwen2.5-7b-16k"),
+    ("grpo", "forward_backward", OWN, "llama3-8b-16k"),
+    ("grpo", "forward_backward", OWN, "gpt2-16k"),
+    ("linear_grpo", "forward_backward", OWN, "qwen2.5-7b-16k"),
+    ("linear_grpo", "forward_backward", BF16, "qwen2.5-7b-16k"),
 )
 
 
@@ -147,17 +176,18 @@ def _ms(seconds: float) -> str:
 
 def table() -> Iterator[str]:
     """Predictions for GPUs that nothing was measured on."""
-    yield f"| launch | shape | {' | '.join(f'{name}, ms' for name in GPUS)} | set by |"
-    yield f"|---|---|{'--:|' * len(GPUS)}---|"
-    for stem, case, shape_name in EXAMPLES:
+    yield f"| launch | provider | shape | {' | '.join(f'{name}, ms' for name in GPUS)} | set by |"
+    yield f"|---|---|---|{'--:|' * len(GPUS)}---|"
+    for stem, case, provider, shape_name in EXAMPLES:
         shape = shapes.get(shape_name)
         made = [
-            predict(stem, case, _sizes(shape), shape.N, shape.N, name, ceilings(name))
+            predict(stem, case, _sizes(shape), shape.N, shape.N, name, ceilings(name), provider)
             for name in GPUS
         ]
         cells = [f"{_ms(p.low)} to {_ms(p.high)}" for p in made if p]
         bounds = ", ".join(dict.fromkeys(p.bound for p in made if p))
-        yield f"| {stem}, {case.replace('_', ' + ')} | `{shape_name}` | {' | '.join(cells)} | {bounds} |"
+        launch = f"{stem}, {case.replace('_', ' + ')} | {provider}"
+        yield f"| {launch} | `{shape_name}` | {' | '.join(cells)} | {bounds} |"
 
 
 def comparison(run: dict[str, Any]) -> Iterator[str]:
@@ -172,7 +202,8 @@ def comparison(run: dict[str, Any]) -> Iterator[str]:
             continue
         for top in (ceilings(name), ceilings(name, info)):
             live, moving = extra["live_tokens"], extra["moving_tokens"]
-            made = predict(extra["stem"], extra["case"], extra["sizes"], live, moving, name, top)
+            case = extra["stem"], extra["case"], extra["sizes"]
+            made = predict(*case, live, moving, name, top, extra["provider"])
             if made:
                 seconds = entry["stats"]["median"]
                 yield (

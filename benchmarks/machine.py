@@ -23,6 +23,7 @@ GEMM_SIZE = {"cuda": 8192, "cpu": 1536}
 GEMM_DTYPES = {"cuda": (torch.bfloat16, torch.float32), "cpu": (torch.float32,)}
 CALIBRATION_VARIABLE = "GRPO_FAST_CALIBRATION"  # what another process of the same run has measured
 COMMIT_VARIABLE = "GRPO_FAST_COMMIT"  # where a copy of the tree without .git knows its commit from
+UNKNOWN = "unknown"
 COMMAND_VARIABLE = "GRPO_FAST_COMMAND"
 
 
@@ -101,7 +102,7 @@ def commit() -> str:
     """`git describe --always --dirty`, or what the environment says; "unknown" without either."""
     if os.environ.get(COMMIT_VARIABLE):
         return os.environ[COMMIT_VARIABLE]
-    return _output_of("git", "describe", "--always", "--dirty") or "unknown"
+    return _output_of("git", "describe", "--always", "--dirty") or UNKNOWN
 
 
 def is_clean(name: str) -> bool:

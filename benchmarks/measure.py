@@ -18,7 +18,7 @@ ROUNDS = (5, 200)
 WARMUP_ROUNDS = 2
 # Seconds of a call that gets fewer rounds and no more warming up: it has run three times by then.
 SLOW, SLOW_ROUNDS = 10.0, 3
-# Below this a call is mostly launches: the time of the device alone is recorded next to it.
+# Below this a call is mostly launches and waiting: the time between two events is recorded next to it.
 LAUNCH_BOUND = 200e-6
 
 Call = Callable[..., tuple[Tensor, Any]]
@@ -92,7 +92,7 @@ def measure(
             rounds=rounds,
             warmup_rounds=warmup_rounds,
         )
-        _add_device_time(benchmark, run, setup, batches[0])
+        _add_event_time(benchmark, run, setup, batches[0])
         record(benchmark)
     except torch.OutOfMemoryError:
         absent(stem, f"{provider} {shape_name}", "out of memory")
@@ -266,14 +266,15 @@ def _rounds(run: Call, setup: Setup, batch: Batch) -> tuple[int, int]:
     return rounds, WARMUP_ROUNDS
 
 
-def _add_device_time(benchmark: Any, run: Call, setup: Setup, batch: Batch) -> None:
+def _add_event_time(benchmark: Any, run: Call, setup: Setup, batch: Batch) -> None:
+    """Without the synchronisation. Not without launches: between the events the device may wait for them."""
     if not torch.cuda.is_available() or benchmark.stats is None:
         return
     if benchmark.stats.stats.median < LAUNCH_BOUND:
         from triton.testing import do_bench
 
         median = do_bench(functools.partial(run, *setup(batch)), return_mode="median")
-        benchmark.extra_info["device_seconds"] = median / 1e3
+        benchmark.extra_info["event_seconds"] = median / 1e3
 
 
 def parameters(cases: list[tuple[str, str]], stem: str) -> list[Any]:

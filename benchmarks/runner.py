@@ -13,11 +13,13 @@ import os
 import signal
 import subprocess
 import sys
+import tarfile
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from benchmarks import machine, providers, results
+from benchmarks import failures, machine, providers, results
 
 ROOT = Path(__file__).resolve().parents[1]
 # The tests that say most about a device, and the benchmarks, by importance, with their weight in the time.
@@ -62,7 +64,9 @@ RESTARTS = 3  # after crashes of one piece
 NO_TESTS = 5  # pytest's exit code
 FAILED, UNFINISHED = 1, 2  # ours
 STEP = "benchmarks.step_7b"
+BUNDLE = "results.tar.gz"
 OUT_OF_TIME = "out of time"
+FAILED_LATE = f"failed, then {OUT_OF_TIME}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,9 +81,9 @@ class Piece:
     def command(self, seconds: float, resume: bool) -> list[str]:
         command = [sys.executable, "-m", self.module]
         if self.module == "pytest":
-            command += ["-q", "-p", "no:cacheprovider"]
+            command += ["-q", "-p", "no:cacheprovider", "-p", failures.__name__]
         if self.module == STEP:
-            command += ["--seconds", f"{seconds:.0f}"]
+            command += ["--until", f"{time.time() + seconds:.0f}"]  # imports count
         if self.results and self.module == "pytest":
             command += [f"--results={self.results}"] + ["--resume"] * resume
         return [*command, *self.arguments]
@@ -134,7 +138,7 @@ def _test_piece(path: Path) -> Piece:
 
 
 def run_piece(piece: Piece, seconds: float, environment: dict[str, str]) -> str:
-    """Run it, again behind a benchmark that crashes: "passed", "failed", "crashed ..." or "out of time"."""
+    """Run it, again behind a benchmark that crashes: "passed", "failed", "crashed ..." or why it is late."""
     start = time.monotonic()
     crashes = []
     for attempt in range(1 + RESTARTS):
@@ -142,8 +146,9 @@ def run_piece(piece: Piece, seconds: float, environment: dict[str, str]) -> str:
         outcome = _run_once(piece, left, environment, resume=attempt > 0)
         if not piece.results or outcome in ("passed", "failed"):
             break
-        running = results.note_end(piece.results, outcome)
-        if outcome == OUT_OF_TIME or running is None:
+        late = outcome.endswith(OUT_OF_TIME)
+        running = results.note_end(piece.results, OUT_OF_TIME if late else outcome)
+        if late or running is None:
             break
         crashes.append(running)
     return f"crashed in {'; '.join(crashes)}" if crashes else outcome
@@ -152,30 +157,42 @@ def run_piece(piece: Piece, seconds: float, environment: dict[str, str]) -> str:
 def _run_once(piece: Piece, seconds: float, environment: dict[str, str], resume: bool) -> str:
     if seconds <= GRACE:
         return OUT_OF_TIME
-    command = piece.command(seconds - GRACE, resume)
-    # A session of its own, so that an interrupt reaches whatever it started, and nothing else.
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)
-    for limit, sign in ((seconds - GRACE, signal.SIGINT), (GRACE, signal.SIGKILL)):
+    with tempfile.TemporaryDirectory() as folder:
+        failed = Path(folder) / "failed"
+        environment = environment | {failures.VARIABLE: str(failed)}
+        command = piece.command(seconds - GRACE, resume)
+        # A session of its own, so that an interrupt reaches whatever it started, and nothing else.
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)
+        code = _wait(process, seconds - GRACE)
+        if code is None:  # pytest's exit code is then that of an interrupt, whatever failed before
+            return FAILED_LATE if failed.exists() else OUT_OF_TIME
+    if code < 0:
+        return f"crashed: {signal.Signals(-code).name}"
+    return "passed" if code in (0, NO_TESTS) else "failed"
+
+
+def _wait(process: subprocess.Popen, seconds: float) -> int | None:
+    """The exit code; None if the process had to be interrupted."""
+    for limit, sign in ((seconds, signal.SIGINT), (GRACE, signal.SIGKILL)):
         try:
             code = process.wait(limit)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, sign)
             continue
-        if sign == signal.SIGKILL:
-            break  # it had to be interrupted
-        if code < 0:
-            return f"crashed: {signal.Signals(-code).name}"
-        return "passed" if code in (0, NO_TESTS) else "failed"
+        return None if sign == signal.SIGKILL else code
     process.wait()
-    return OUT_OF_TIME
+    return None
 
 
 def calibrate(environment: dict[str, str], seconds: float) -> None:
     """Measure the roofs once, in a process that gives the device back, for all the others."""
     command = [sys.executable, "-m", "benchmarks.machine"]
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=seconds
-    )
+    try:
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=seconds
+        )
+    except subprocess.TimeoutExpired:
+        raise SystemExit(f"calibration: {OUT_OF_TIME} after {seconds:.0f} s") from None
     if done.returncode:
         raise SystemExit(f"calibration failed\n{done.stderr}")
     environment[machine.CALIBRATION_VARIABLE] = done.stdout
@@ -204,6 +221,7 @@ def run(
             outcome[piece.name] = run_piece(piece, limit, environment)
             if out:
                 keep(out / f"outcome-{commit}.txt", outcome)
+                bundle(out, commit)
     return outcome
 
 
@@ -213,6 +231,15 @@ def keep(path: Path, outcome: dict[str, str]) -> None:
     if path.exists():
         known = dict(line.split(": ", 1) for line in path.read_text().splitlines())
     path.write_text("\n".join(summary(known | outcome)) + "\n")
+
+
+def bundle(out: Path, commit: str) -> None:
+    """All files of a commit in one, for machines that give few files back."""
+    temporary = out / f"{BUNDLE}.part"
+    with tarfile.open(temporary, "w:gz") as archive:
+        for path in sorted(out.glob(f"*-{commit}.*")):
+            archive.add(path, path.name)
+    os.replace(temporary, out / BUNDLE)
 
 
 def summary(outcome: dict[str, str]) -> Iterator[str]:
@@ -225,7 +252,8 @@ def exit_code(plan: Sequence[tuple[float, list[Piece]]], outcome: dict[str, str]
     own = [outcome[p.name] for _, pieces in plan for p in pieces if not p.peer]
     if any(result not in ("passed", OUT_OF_TIME) for result in own):
         return FAILED
-    return UNFINISHED if OUT_OF_TIME in outcome.values() else 0
+    late = any(result.endswith(OUT_OF_TIME) for result in outcome.values())
+    return UNFINISHED if late else 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -235,6 +263,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--list", action="store_true", help="print what would run, in order")
     parser.add_argument("--no-tests", action="store_true", help="only the benchmarks")
     parser.add_argument("--only", action="append", help="pieces whose name holds this; repeatable")
+    parser.add_argument(
+        "--allow-unknown", action="store_true", help="measure code whose commit is unknown"
+    )
     options = parser.parse_args(arguments)
     commit = machine.commit()
     out = (options.out or ROOT / "benchmarks" / "results" / machine.slug()).resolve()
@@ -249,6 +280,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.list:
         print("\n".join(piece.name for _, pieces in plan for piece in pieces))
         return 0
+    if commit == machine.UNKNOWN and not options.allow_unknown:
+        raise SystemExit(
+            f"the commit is unknown, and no such results can be published: set {machine.COMMIT_VARIABLE} "
+            "to the output of `git describe --always --dirty` of the original, or --allow-unknown"
+        )
     out.mkdir(parents=True, exist_ok=True)
     print(f"commit {commit}, results in {out}", flush=True)
     outcome = run(plan, 60 * options.minutes, commit, out)

@@ -11,8 +11,10 @@ trainable parameter. bfloat16 on a GPU. Not part of it: sampling, the optimiser 
 
 Providers differ in the head alone (`linear_logprob`, `linear_grpo` of `providers`). One whose loss or
 gradient norm is not eager's gets no number, nor does one that fails; the exit code is 1 if it is one of this
-project's. The longest completion is searched with one sequence, under caps
-on the memory that PyTorch may use; the search knows that the peak grows linearly with the length.
+project's. On a GPU two questions come first (`HEADLINES`): does one update fit into that memory with this
+project's head, and with eager's. The longest completion is searched with one sequence, under caps on the
+memory that PyTorch may use; the search knows that the peak grows linearly with the length. What was planned
+and not done, because time was up or the process was killed, is listed as "not_reached".
 """
 
 import argparse
@@ -40,6 +42,7 @@ CAPS = (24e9, 48e9, 80e9)  # bytes
 ROUNDS = 3
 AGREEMENT = {torch.bfloat16: 0.05, torch.float32: 1e-4}  # of loss and gradient norm with eager's
 STEP_OF_LENGTH = 256
+HEADLINE_PROVIDERS = ("grpo_fast", "eager")
 
 
 class Size(NamedTuple):
@@ -50,6 +53,10 @@ class Size(NamedTuple):
 
 BATCH = {"cuda": Size(4, 256, 1024), "cpu": Size(2, 4, 12)}
 SEARCHED = {"cuda": Size(1, 256, 512), "cpu": Size(1, 4, 8)}
+
+
+# (mode, cap, sequences): by `memory_model` each fits with this project's head and not with eager's.
+HEADLINES = (("lora", 24e9, Size(1, 256, 8192)), ("full", 80e9, Size(1, 256, 32_768)))
 
 
 class Trained(NamedTuple):
@@ -166,9 +173,9 @@ def peak_at(trained: Trained, size: Size, provider: str) -> int | None:
     """Bytes in use at once in one update, weights included; None if it ran out of memory."""
     memory.release()
     torch.cuda.reset_peak_memory_stats()
-    inputs = batch(size, trained.model.c.V, trained.model.lm_head.weight.device)
     heads = providers.load("linear_logprob", provider), providers.load("linear_grpo", provider)
     try:
+        inputs = batch(size, trained.model.c.V, trained.model.lm_head.weight.device)
         update(trained, inputs, *heads)
     except torch.OutOfMemoryError:
         return None
@@ -181,19 +188,33 @@ def peak_at(trained: Trained, size: Size, provider: str) -> int | None:
 class Sheet:
     """The rows, written after each."""
 
-    def __init__(self, out: Path | None, config: decoder.Config, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        out: Path | None,
+        config: decoder.Config,
+        dtype: torch.dtype,
+        planned: Sequence[str] = (),
+    ) -> None:
         self.out = out
         info = machine.describe() | {"absent": {}}
         name = "qwen2.5-7b" if config == decoder.QWEN_7B else "tiny"
         self.document: dict[str, Any] = {"machine_info": info, "benchmarks": [], "step": []}
+        self.document["not_reached"] = list(planned)
         self.common = {"model": name, "dtype": str(dtype).removeprefix("torch.")}
 
-    def add(self, **row: Any) -> None:
+    def add(self, who: str, **row: Any) -> None:
+        self.drop(who)
         self.document["step"].append(self.common | row)
         print(row, flush=True)
         self.write()
 
+    def drop(self, who: str) -> None:
+        """It is no longer to be done."""
+        waiting = self.document["not_reached"]
+        waiting[:] = [name for name in waiting if name != who]
+
     def skip(self, who: str, why: str) -> None:
+        self.drop(who)
         self.document["machine_info"]["absent"][who] = why
         print(f"{who}: {why}", flush=True)
         self.write()
@@ -215,25 +236,89 @@ def run(
 ) -> dict[str, Any]:
     """Everything, the most telling first, as far as the time goes."""
     end = time.monotonic() + seconds
-    sheet = Sheet(out, config, dtype)
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(0).total_memory
+        caps = [cap for cap in caps if cap <= 1.02 * total]
+    else:
+        caps = []
+    headlines = [x for x in HEADLINES if x[0] in modes and x[1] in caps]
+    sheet = Sheet(out, config, dtype, planned(headlines, modes, chosen, caps))
+    sheet.write()
+    for mode, cap, size in headlines:
+        if time.monotonic() > end:
+            break
+        trained = build(config, mode, device, dtype)
+        _headline(sheet, trained, mode, cap, size, chosen, end)
+        del trained
+        memory.release()
     able: dict[str, list[str]] = {}
     for mode in modes:
         if time.monotonic() > end:
-            sheet.skip(f"7B step, {mode}", "out of time")
             break
         trained = build(config, mode, device, dtype)
-        able[mode] = _same_batch(sheet, trained, mode, chosen, dtype)
+        able[mode] = _same_batch(sheet, trained, mode, chosen, dtype, end)
         del trained
         memory.release()
-    for mode in able if device.type == "cuda" else ():
+    for mode in able if caps else ():
         # The other way to train gets its share of the time, if it comes.
         share = 0.7 if mode == modes[0] and len(able) > 1 else 1.0
         deadline = time.monotonic() + (end - time.monotonic()) * share
+        if time.monotonic() > deadline:
+            break
         trained = build(config, mode, device, dtype)
         _longest(sheet, trained, mode, able[mode], caps, deadline)
         del trained
         memory.release()
+    sheet.write()
     return sheet.document
+
+
+def named(mode: str, provider: str, cap: float = 0.0, length: int = 0) -> str:
+    """What a row is called where it has no number."""
+    limit = f"{cap / 1e9:.0f} GB, " if cap else ""
+    return f"7B step, {mode}, {limit}{f'{length} tokens, ' if length else ''}{provider}"
+
+
+def planned(
+    headlines: Sequence[tuple[str, float, Size]],
+    modes: Sequence[str],
+    chosen: Sequence[str],
+    caps: Sequence[float],
+) -> list[str]:
+    """Every row that a run is to have."""
+    first = [
+        named(mode, who, cap, size.T)
+        for mode, cap, size in headlines
+        for who in HEADLINE_PROVIDERS
+        if who in chosen
+    ]
+    batches = [named(mode, who) for mode in modes for who in chosen]
+    searches = [named(mode, who, cap) for mode in modes for cap in caps for who in reversed(chosen)]
+    return first + batches + searches
+
+
+def _headline(
+    sheet: Sheet,
+    trained: Trained,
+    mode: str,
+    cap: float,
+    size: Size,
+    chosen: Sequence[str],
+    end: float,
+) -> None:
+    """Does one update fit into a memory? The peak, or none."""
+    for provider in HEADLINE_PROVIDERS:
+        if provider not in chosen or time.monotonic() > end:
+            continue
+        who = named(mode, provider, cap, size.T)
+        with capped(cap):
+            try:
+                peak = peak_at(trained, size, provider)
+            except Exception as error:
+                sheet.skip(who, failure(error))
+                continue
+        about = {"mode": mode, "provider": provider, "cap_bytes": cap}
+        sheet.add(who, kind="headline", **about, **size._asdict(), peak_bytes=peak)
 
 
 def failure(error: Exception) -> str:
@@ -241,13 +326,20 @@ def failure(error: Exception) -> str:
 
 
 def _same_batch(
-    sheet: Sheet, trained: Trained, mode: str, chosen: Sequence[str], dtype: torch.dtype
+    sheet: Sheet,
+    trained: Trained,
+    mode: str,
+    chosen: Sequence[str],
+    dtype: torch.dtype,
+    end: float,
 ) -> list[str]:
     """Measure the providers on one batch; those that can."""
     size = BATCH[trained.model.lm_head.weight.device.type]
     eager, able = None, []
     for provider in chosen:
-        who = f"7B step, {mode}, {provider}"
+        if time.monotonic() > end:
+            break
+        who = named(mode, provider)
         try:
             row = measure(trained, size, provider)
         except providers.UnavailableError as reason:
@@ -267,7 +359,7 @@ def _same_batch(
         if wrong:
             sheet.skip(who, wrong)
             continue
-        sheet.add(kind="batch", mode=mode, provider=provider, **size._asdict(), **row)
+        sheet.add(who, kind="batch", mode=mode, provider=provider, **size._asdict(), **row)
         able.append(provider)
     return able
 
@@ -281,14 +373,17 @@ def _longest(
     deadline: float,
 ) -> None:
     """Search per cap and provider, the smallest cap first; each gets an equal part of what is left."""
-    total = torch.cuda.get_device_properties(0).total_memory
-    todo = [(cap, provider) for cap in caps if cap <= 1.02 * total for provider in reversed(able)]
+    todo = [(cap, provider) for cap in caps for provider in reversed(able)]
+    for who in sheet.document["not_reached"].copy():
+        # The others have said already why they have no number.
+        if who in {named(mode, x, cap) for cap in caps for x in PROVIDERS if x not in able}:
+            sheet.drop(who)
     size = SEARCHED["cuda"]
     for i, (cap, provider) in enumerate(todo):
         left = deadline - time.monotonic()
         if left <= 0:
-            sheet.skip(f"7B step, {mode}, longest completion", f"out of time before {todo[i:]}")
             return
+        who = named(mode, provider, cap)
 
         def peak(length: int, provider: str = provider) -> int | None:
             return peak_at(trained, size._replace(T=length), provider)
@@ -298,9 +393,12 @@ def _longest(
             try:
                 fits, fails = longest(peak, cap, size.T, until, STEP_OF_LENGTH)
             except Exception as error:
-                sheet.skip(f"7B step, {mode}, {cap / 1e9:.0f} GB, {provider}", failure(error))
+                sheet.skip(who, failure(error))
                 continue
+        if (fits, fails) == (0, None):
+            continue  # no length was tried
         sheet.add(
+            who,
             kind="longest",
             mode=mode,
             provider=provider,
@@ -327,6 +425,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seconds", type=float, default=540.0, help="for everything")
+    parser.add_argument("--until", type=float, help="instead: when to end, of Python's time.time()")
     parser.add_argument("--out", type=Path, help="JSON file, written anew after each row")
     parser.add_argument("--provider", action="append", choices=PROVIDERS, help="repeatable")
     parser.add_argument("--mode", action="append", choices=MODES, help="repeatable")
@@ -337,7 +436,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         decoder.QWEN_7B if cuda else decoder.TINY,
         torch.device("cuda" if cuda else "cpu"),
         torch.bfloat16 if cuda else torch.float32,
-        options.seconds,
+        options.seconds if options.until is None else options.until - time.time(),
         options.out,
         options.provider or PROVIDERS,
         options.mode or MODES,

@@ -47,7 +47,7 @@ def case_table(entries: list[dict[str, Any]]) -> str:
     for e in entries:
         cells = [
             e["provider"],
-            time_text(e["median"]) + _device_time(e),
+            time_text(e["median"]) + _event_time(e),
             f"{50 * e['iqr'] / e['median']:.0f} %",
             f"{eager['median'] / e['median']:.2f}x" if eager else "",
             *(_speed(e) if rated else ()),
@@ -91,9 +91,9 @@ def time_text(seconds: float) -> str:
     return f"{seconds * 1e3:,.2f} ms" if seconds >= 1e-3 else f"{seconds * 1e6:,.1f} µs"
 
 
-def _device_time(entry: dict[str, Any]) -> str:
-    seconds = entry.get("device_seconds")
-    return "" if seconds is None else f" ({time_text(seconds)} without launch)"
+def _event_time(entry: dict[str, Any]) -> str:
+    seconds = entry.get("event_seconds")
+    return "" if seconds is None else f" ({time_text(seconds)} between events)"
 
 
 def memory_text(extra: int | None) -> str:
@@ -123,11 +123,15 @@ def step_section(document: dict[str, Any], predicted: list[dict[str, Any]]) -> I
     absent = [f"- {who}: {why}" for who, why in sorted(info["absent"].items())]
     if absent:
         yield "\n".join(["Not measured:\n", *absent, ""])
+    late = [f"- {who}" for who in document.get("not_reached", ())]
+    if late:
+        yield "\n".join(["Not reached in time:\n", *late, ""])
 
 
 def step_tables(rows: list[dict[str, Any]], predicted: list[dict[str, Any]]) -> Iterator[str]:
-    """Updates of one batch, and longest completions; rows that are predictions have no times."""
-    for kind, columns in (("batch", _batch_columns), ("longest", _longest_columns)):
+    """Updates that fit or not, of a batch, and longest completions; predictions have no times."""
+    kinds = {"headline": _headline_columns, "batch": _batch_columns, "longest": _longest_columns}
+    for kind, columns in kinds.items():
         chosen = [row for row in rows if row["kind"] == kind]
         if chosen:
             table = [columns(row, predicted) for row in chosen]
@@ -140,6 +144,17 @@ def step_tables(rows: list[dict[str, Any]], predicted: list[dict[str, Any]]) -> 
                     "",
                 ]
             )
+
+
+def _headline_columns(r: dict[str, Any], predicted: list[dict[str, Any]]) -> dict[str, Any]:
+    peak = r["peak_bytes"]
+    return {
+        "trained": r["mode"],
+        "memory": f"{r['cap_bytes'] / 1e9:.0f} GB",
+        "head": r["provider"],
+        "sequences x (prompt + completion)": f"{r['B']} x ({r['P']} + {r['T']})",
+        "peak memory": "does not fit" if peak is None else memory_text(peak),
+    }
 
 
 def _batch_columns(r: dict[str, Any], predicted: list[dict[str, Any]]) -> dict[str, Any]:

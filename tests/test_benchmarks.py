@@ -2,12 +2,13 @@
 
 import dataclasses
 import gc
+import types
 import weakref
 
 import pytest
 import torch
 
-from benchmarks import eager, gate, machine, measure, memory, providers, runner, shapes
+from benchmarks import eager, gate, machine, measure, memory, providers, runner, shapes, tables
 from benchmarks.inputs import make_batch
 
 SHAPE = shapes.Shape(B=4, T=6, V=101, G=2)
@@ -201,6 +202,22 @@ def test_run_all_stops_what_overruns(tmp_path, monkeypatch):
     assert runner.run_piece(piece, 1.5, {}) == "out of time"
     outcome = runner.run([(1.0, [piece])], 0.1, "19274bf")
     assert outcome == {"slow": "out of time"}
+
+
+def test_a_short_call_has_the_time_between_events_too(monkeypatch):
+    testing = pytest.importorskip("triton.testing", reason="it measures")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(testing, "do_bench", lambda run, return_mode: run() or 0.05)
+    called = []
+    for median, want in ((1e-4, {"event_seconds": 0.05e-3}), (1e-2, {})):
+        stats = types.SimpleNamespace(stats=types.SimpleNamespace(median=median))
+        benchmark = types.SimpleNamespace(extra_info={}, stats=stats)
+        measure._add_event_time(benchmark, called.append, lambda batch: (batch,), "batch")
+        assert benchmark.extra_info == pytest.approx(want)
+    assert called == ["batch"]
+    info = {"median": 1e-4, "event_seconds": 0.05e-3}
+    assert tables._event_time(info) == " (50.0 µs between events)"
+    assert tables._event_time({"median": 1e-4}) == ""
 
 
 def test_peak_memory_sees_what_is_freed_again():

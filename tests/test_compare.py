@@ -1,5 +1,6 @@
 """Two commits of a tiny repository, measured in turns."""
 
+import math
 import subprocess
 
 import pytest
@@ -68,6 +69,21 @@ def test_a_difference_within_the_spread_is_none():
     assert row.endswith("| no difference |")
     (row,) = list(compare.table(base, [{"x": 2.0}, {"x": 1.2}]))[2:]
     assert row.endswith("| slower |")
+
+
+def test_by_default_chance_alone_rarely_makes_a_difference(repository, monkeypatch, capsys):
+    """Of all orders of the rounds of two equal commits, two keep them apart."""
+    asked = []
+    monkeypatch.setattr(compare, "alternate", lambda *a: asked.append(a[3]) or ([], []))
+    assert compare.main(["HEAD~", "HEAD"], root=repository) == 0
+    (rounds,) = asked
+    assert 2 / math.comb(2 * rounds, rounds) < 0.01
+    assert math.comb(2 * rounds, rounds) == 2 * 126, "what the help says"
+    with pytest.raises(SystemExit):
+        compare.main(["--help"])
+    printed = capsys.readouterr().out
+    assert f"default: {rounds}" in printed
+    assert "in 126 by chance with 5 rounds" in printed
 
 
 def test_bad_arguments(repository):

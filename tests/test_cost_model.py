@@ -8,8 +8,9 @@ S0 = shapes.get("qwen2.5-7b-16k")
 SIZES = {"B": 16, "T": 1024, "V": 152_064, "D": 3584, "G": 4}
 
 
-def predict(stem, case, name="H200", live=S0.N, moving=S0.N, sizes=SIZES):
-    return cost_model.predict(stem, case, sizes, live, moving, name, cost_model.ceilings(name))
+def predict(stem, case, name="H200", live=S0.N, moving=S0.N, sizes=SIZES, provider=cost_model.OWN):
+    top = cost_model.ceilings(name)
+    return cost_model.predict(stem, case, sizes, live, moving, name, top, provider)
 
 
 def test_bytes_set_the_time_of_the_kernels():
@@ -33,6 +34,37 @@ def test_matrix_multiplications_set_the_time_from_hidden_states():
     made = predict("linear_grpo", "forward_backward")
     gemms = 6 * S0.N * S0.D * S0.V / (989e12 * 0.8)
     assert gemms < made.low < made.high < 1.25 * gemms
+
+
+@pytest.mark.parametrize("fp32, rows", [(True, 2048), (False, 5504)])
+def test_chunks_are_those_of_the_head(fp32, rows):
+    h200 = cost_model.GPUS["H200"]
+    assert cost_model.chunk(h200, S0.N, S0.D, S0.V, fp32) == rows
+
+
+def test_each_provider_has_its_own_prediction():
+    """By hand: bytes of an entry of the logits, chunks of 2048 (8) and 5504 (3, of 16,512 rows)."""
+    top = cost_model.Ceilings(1e12, 1e15, "")
+    entries, parameters = S0.N * S0.V, S0.V * S0.D
+    for provider, read, chunks, rows, more in (
+        ("grpo_fast", 4, 8, 16_384, 2),
+        ("grpo_fast-bf16", 2, 3, 16_512, 0),
+    ):
+        arguments = "linear_grpo", "forward_backward", SIZES, S0.N, S0.N, "H200", top, provider
+        made = cost_model.predict(*arguments)
+        gemms = 6 * rows * parameters / 1e15
+        assert made.low == pytest.approx(gemms + (read + 2) * entries / 1e12, rel=1e-3)
+        dweight = (8 * chunks - 4 + 6) * parameters
+        high = gemms + ((2 * read + 2 + more) * entries + dweight) / 1e12
+        assert made.high == pytest.approx(high, rel=1e-3)
+    half = predict("linear_grpo", "forward_backward", moving=S0.N // 2)
+    every = predict(
+        "linear_grpo", "forward_backward", moving=S0.N // 2, provider="grpo_fast-all-rows"
+    )
+    assert every == predict("linear_grpo", "forward_backward")
+    assert half.high < 0.52 * every.high
+    none = predict("linear_grpo", "forward_backward", moving=0)
+    assert 0 < none.low < none.high < 0.1 * every.low
 
 
 def test_a_faster_memory_moves_the_bound_to_the_instructions():

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import tarfile
 import textwrap
 
 import pytest
@@ -80,6 +81,40 @@ def test_what_is_out_of_time_leaves_what_it_has(tmp_path, environment, monkeypat
     assert [x["extra_info"]["provider"] for x in document["benchmarks"]] == ["eager"]
 
 
+SLOW = """
+import signal, time
+
+def test_fails():
+    assert {right}
+
+def test_takes_long():
+    signal.signal(signal.SIGINT, signal.{signal})
+    time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("sign", ["default_int_handler", "SIG_IGN"], ids=["stops", "is killed"])
+@pytest.mark.parametrize("right", [True, False], ids=["passes", "fails"])
+def test_a_failure_before_the_time_is_out_counts(tmp_path, environment, monkeypatch, right, sign):
+    monkeypatch.setattr(runner, "GRACE", 2.0)
+    path = tmp_path / "test_slow.py"
+    path.write_text(SLOW.format(right=right, signal=sign))
+    piece = runner.Piece("slow", ("-c", "/dev/null", "--rootdir", str(tmp_path), str(path)), 1)
+    outcome = runner.run_piece(piece, 12, environment)
+    assert outcome == (runner.OUT_OF_TIME if right else runner.FAILED_LATE)
+    code = runner.exit_code([(1.0, [piece])], {"slow": outcome})
+    assert code == (runner.UNFINISHED if right else runner.FAILED)
+
+
+def test_a_calibration_that_hangs_is_named(monkeypatch):
+    def hangs(command, timeout, **_):
+        raise subprocess.TimeoutExpired(command, timeout)
+
+    monkeypatch.setattr(subprocess, "run", hangs)
+    with pytest.raises(SystemExit, match="calibration: out of time after 7 s"):
+        runner.calibrate({}, 7)
+
+
 def test_a_process_without_its_gpu_gives_way_to_another(tmp_path, environment, monkeypatch):
     """An illegal access leaves the process alive and every later call failing."""
     text = CRASHING.replace(
@@ -146,12 +181,38 @@ def test_parts_of_a_run_keep_each_others_outcome(tmp_path):
     assert path.read_text().splitlines() == ["a: passed", "b: crashed in x: y", "c: failed"]
 
 
+def test_code_of_an_unknown_commit_is_not_measured(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv(machine.COMMIT_VARIABLE, raising=False)
+    monkeypatch.setattr(machine, "_output_of", lambda *_: "")
+    monkeypatch.setattr(runner, "run", lambda *_: {})
+    out = tmp_path / "out"
+    with pytest.raises(SystemExit, match="set GRPO_FAST_COMMIT"):
+        runner.main([f"--out={out}"])
+    assert not out.exists()
+    arguments = [f"--out={out}", "--only=none"]
+    assert runner.main([*arguments, "--list"]) == 0
+    assert runner.main([*arguments, "--allow-unknown"]) == 0
+    assert "commit unknown" in capsys.readouterr().out
+
+
+def test_one_file_holds_all_of_a_commit(tmp_path, monkeypatch):
+    (tmp_path / "grpo-19274bf.json").write_text("{}")
+    (tmp_path / "grpo-0000000.json").write_text("{}")
+    monkeypatch.setattr(runner, "run_piece", lambda *_: "passed")
+    runner.run([(1.0, [runner.Piece("a", (), 1)])], 5, "19274bf", tmp_path)
+    with tarfile.open(tmp_path / "results.tar.gz") as archive:
+        assert archive.getnames() == ["grpo-19274bf.json", "outcome-19274bf.txt"]
+        assert archive.extractfile("outcome-19274bf.txt").read() == b"a: passed\n"
+
+
 def test_own_failures_count_peers_do_not():
     own, peer = runner.Piece("own", (), 1), runner.Piece("peer", (), 1, peer=True)
     plan = [(1.0, [own, peer])]
     assert runner.exit_code(plan, {"own": "passed", "peer": "failed"}) == 0
     assert runner.exit_code(plan, {"own": "crashed in x", "peer": "passed"}) == runner.FAILED
     late = {"own": "passed", "peer": runner.OUT_OF_TIME}
+    assert runner.exit_code(plan, late) == runner.UNFINISHED
+    late["peer"] = runner.FAILED_LATE
     assert runner.exit_code(plan, late) == runner.UNFINISHED
 
 

@@ -1,15 +1,17 @@
 """The 7B step, with a tiny model: the decoder against transformers, the update, the search."""
 
+import json
 import time
 
 import pytest
 import torch
 
-from benchmarks import decoder, longest, providers, step_7b
+from benchmarks import decoder, longest, providers, runner, step_7b, tables
 from grpo_fast import reference
 
 CPU = torch.device("cpu")
 LIMIT = 1000
+PROPERTIES = type("Properties", (), {"total_memory": 85_000_000_000})
 
 
 def test_the_decoder_is_qwen2():
@@ -87,8 +89,12 @@ def test_the_whole_program_on_a_cpu(tmp_path, monkeypatch):
     assert out.exists()
 
 
-def test_both_ways_to_train_come_before_the_longest_completions(monkeypatch):
+def test_both_ways_to_train_come_before_the_longest_completions(monkeypatch, tmp_path):
     order = []
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: PROPERTIES)
+    monkeypatch.setattr(
+        step_7b, "_headline", lambda sheet, trained, mode, cap, *_: order.append((mode, cap))
+    )
     cuda = torch.device("cuda")
     monkeypatch.setattr(step_7b, "build", lambda config, mode, *_: mode)
     monkeypatch.setattr(
@@ -98,9 +104,68 @@ def test_both_ways_to_train_come_before_the_longest_completions(monkeypatch):
         step_7b, "_longest", lambda sheet, trained, mode, able, *_: order.append((trained, able))
     )
     step_7b.run(decoder.TINY, cuda, torch.float32, 300)
-    assert order == ["lora", "full", ("lora", ["lora"]), ("full", ["full"])]
-    document = step_7b.run(decoder.TINY, cuda, torch.float32, -1.0, modes=("full",))
-    assert document["machine_info"]["absent"] == {"7B step, full": "out of time"}
+    first = [("lora", 24e9), ("full", 80e9)]
+    assert order == [*first, "lora", "full", ("lora", ["lora"]), ("full", ["full"])]
+    arguments = decoder.TINY, cuda, torch.float32, -1.0, tmp_path / "out.json"
+    step_7b.run(*arguments, ("eager", "grpo_fast"), ("full",))
+    document = json.loads((tmp_path / "out.json").read_text())
+    assert document["machine_info"]["absent"] == {}
+    assert document["not_reached"] == [
+        "7B step, full, 80 GB, 32768 tokens, grpo_fast",
+        "7B step, full, 80 GB, 32768 tokens, eager",
+        "7B step, full, eager",
+        "7B step, full, grpo_fast",
+        *(f"7B step, full, {x} GB, {y}" for x in (24, 48, 80) for y in ("grpo_fast", "eager")),
+    ]
+    assert len(order) == 6
+
+
+def test_the_headlines(monkeypatch):
+    """Driven without a GPU: one try for each head, under the cap."""
+    fractions = []
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: PROPERTIES)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", fractions.append)
+    monkeypatch.setattr(
+        step_7b, "peak_at", lambda _, size, who: None if who == "eager" else 10**6 * size.T
+    )
+    mode, cap, size = step_7b.HEADLINES[0]
+    plan = step_7b.planned(step_7b.HEADLINES[:1], (), step_7b.PROVIDERS, ())
+    assert len(plan) == 2
+    sheet = step_7b.Sheet(None, decoder.TINY, torch.float32, plan)
+    late = time.monotonic() - 1
+    step_7b._headline(sheet, None, mode, cap, size, step_7b.PROVIDERS, late)
+    assert sheet.document["not_reached"] == plan
+    step_7b._headline(sheet, None, mode, cap, size, step_7b.PROVIDERS, time.monotonic() + 60)
+    assert sheet.document["not_reached"] == []
+    assert fractions == [24 / 85, 1.0] * 2
+    (ours, eager) = sheet.document["step"]
+    assert (ours["provider"], ours["T"], ours["peak_bytes"]) == ("grpo_fast", 8192, 8_192_000_000)
+    assert (eager["provider"], eager["peak_bytes"]) == ("eager", None)
+    text = "".join(tables.step_tables([ours, eager], []))
+    assert "| lora | 24 GB | eager | 1 x (256 + 8192) | does not fit |" in text
+
+
+def test_inputs_that_do_not_fit_are_no_failure(monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(step_7b, "batch", full)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    trained = step_7b.build(decoder.TINY, "lora", CPU, torch.float32)
+    assert step_7b.peak_at(trained, step_7b.Size(1, 4, 8), "grpo_fast") is None
+
+
+def test_the_runner_says_when_to_end(monkeypatch):
+    """Seconds would count from when the imports are done."""
+    asked = []
+    piece = runner.Piece("7B step", (), 1, runner.STEP)
+    arguments = piece.command(90, resume=False)[3:]
+    time.sleep(1.5)
+    monkeypatch.setattr(
+        step_7b, "run", lambda *a: asked.append(a[3]) or {"machine_info": {"absent": {}}}
+    )
+    assert step_7b.main(arguments) == 0
+    assert 85 < asked[0] < 89.5
 
 
 def test_a_wrong_head_gets_no_number(monkeypatch):
@@ -213,9 +278,8 @@ def test_the_search_knows_when_nothing_fits_and_when_time_is_up():
 
 def test_a_search_that_raises_costs_its_row(monkeypatch):
     """Driven without a GPU: the calls of the search, in order, for every cap and head."""
-    properties = type("Properties", (), {"total_memory": 85_000_000_000})
     fractions = []
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: PROPERTIES)
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", fractions.append)
 
     def peak(trained, size, provider):
@@ -224,9 +288,12 @@ def test_a_search_that_raises_costs_its_row(monkeypatch):
         return 10**9 + 10**7 * size.T if size.T < 4000 else None
 
     monkeypatch.setattr(step_7b, "peak_at", peak)
-    sheet = step_7b.Sheet(None, decoder.TINY, torch.float32)
+    caps = (24e9, 80e9)
+    plan = step_7b.planned((), ("lora",), step_7b.PROVIDERS, caps)
+    sheet = step_7b.Sheet(None, decoder.TINY, torch.float32, plan)
     deadline = time.monotonic() + 60
-    step_7b._longest(sheet, None, "lora", ["eager", "trl"], (24e9, 80e9, 160e9), deadline)
+    step_7b._longest(sheet, None, "lora", ["eager", "trl"], caps, deadline)
+    assert sheet.document["not_reached"] == plan[:4]
     rows = sheet.document["step"]
     assert [(row["provider"], row["cap_bytes"]) for row in rows] == [
         ("eager", 24e9),

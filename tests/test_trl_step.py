@@ -42,6 +42,31 @@ def test_providers_agree(provider, variant):
     assert type(trainer).__module__.startswith("grpo_fast") == (provider == "grpo_fast")
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_the_plain_head_is_lean_and_accurate(monkeypatch, dtype):
+    monkeypatch.setattr(bench, "ENTROPY_ROWS", 4)
+    logits = (4 * torch.randn(2, 8, 50)).to(dtype).requires_grad_()
+    ids = torch.randint(50, (2, 8))
+
+    def model(**_):
+        return type("Output", (), {"logits": logits})
+
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        logps, entropy, _ = bench._plain_log_probs(1.0)(model, ids, None, 5)
+    assert len({x.data_ptr() for x in kept if x.shape[-1] == 50}) == 1, "nothing of the entropy"
+    assert not entropy.requires_grad
+    assert logps.dtype == entropy.dtype == (dtype if dtype == torch.float64 else torch.float32)
+    want = logits.double()[:, -6:-1].log_softmax(-1)
+    close = {"rtol": 1e-5, "atol": 1e-5}
+    right = want.gather(-1, ids[:, -5:, None]).squeeze(-1)
+    torch.testing.assert_close(logps.double(), right, **close)
+    torch.testing.assert_close(entropy.double(), -(want.exp() * want).sum(-1).detach(), **close)
+    half, _, _ = bench._plain_log_probs(2.0)(model, ids, None, 5)
+    warm = (logits[:, -6:-1] / 2).double().log_softmax(-1).gather(-1, ids[:, -5:, None])
+    torch.testing.assert_close(half.double(), warm.squeeze(-1), **close)
+
+
 def test_the_check_leaves_no_copy_of_the_model():
     """A 7B model in float32 takes 30 GB: a copy that waits for the garbage collector is one too many."""
     trainer, inputs = setup("trl", "on-policy")
