@@ -243,10 +243,6 @@ def _trainer(
         variant == "off-policy-kl"
     ):  # TRL would load a reference model from the hub; here the log-probs are given
         trainer.args.beta = trainer.beta = 0.04
-    if provider == "grpo_fast":
-        from grpo_fast.integrations.trl import objective
-
-        trainer.objective = objective(trainer.args)
     if provider == "eager":
         trainer._get_per_token_logps_and_entropies = _plain_log_probs(trainer.temperature)
     trainer.model.train()
