@@ -131,6 +131,29 @@ def test_a_process_without_its_gpu_gives_way_to_another(tmp_path, environment, m
     assert document["machine_info"]["absent"][who] == "crashed: SIGKILL"
 
 
+def test_which_gpu_it_was_is_written_down(monkeypatch):
+    said = ["580.1, GPU-aa", "580.1, GPU-aa\n580.1, GPU-bb", "NVIDIA-SMI has failed", ""]
+    asked = []
+    monkeypatch.setattr(machine, "_output_of", lambda *a: asked.append(a) or said.pop(0))
+    assert machine._from_the_driver() == {"driver": "580.1", "gpu_uuid": "GPU-aa"}
+    assert machine._from_the_driver() == {"driver": "580.1", "gpu_uuid": "GPU-aa, GPU-bb"}
+    assert machine._from_the_driver() == {"driver": None, "gpu_uuid": None}
+    assert machine._from_the_driver() == {"driver": None, "gpu_uuid": None}
+    assert asked[0][1] == "--query-gpu=driver_version,uuid"
+
+
+@pytest.mark.parametrize("stem", ["grpo", "linear_grpo"])
+def test_what_compiles_for_minutes_comes_last(environment, stem):
+    command = [sys.executable, "-m", "pytest", "-q", "--collect-only"]
+    command += [f"benchmarks/bench_{stem}.py", *(f"--library={x}" for x in providers.OWN)]
+    done = subprocess.run(
+        command, cwd=runner.ROOT, env=environment, capture_output=True, text=True, check=True
+    )
+    order = ["-compile]" in x for x in done.stdout.splitlines() if "::" in x]
+    assert any(order)
+    assert order == sorted(order)
+
+
 @pytest.mark.parametrize("error, lost", [(None, False), (RuntimeError, True)])
 def test_a_gpu_is_lost_when_it_cannot_be_waited_for(monkeypatch, error, lost):
     def synchronize():
