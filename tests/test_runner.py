@@ -106,6 +106,21 @@ def test_a_failure_before_the_time_is_out_counts(tmp_path, environment, monkeypa
     assert code == (runner.UNFINISHED if right else runner.FAILED)
 
 
+@pytest.mark.parametrize("who", ["grpo_fast", "trl"])
+def test_a_wrong_7b_step_before_the_time_is_out_counts(tmp_path, monkeypatch, who):
+    class Process:
+        def __init__(self, *_, **__):
+            absent = {f"7B step, lora, {who}": "wrong result: loss 1, eager has 2"}
+            path.write_text(json.dumps({"machine_info": {"absent": absent}}))
+
+    path = tmp_path / "step.json"
+    monkeypatch.setattr(subprocess, "Popen", Process)
+    monkeypatch.setattr(runner, "_wait", lambda *_: None)
+    piece = runner.Piece("7B step", (f"--out={path}",), 1, runner.STEP, path)
+    outcome = runner.run_piece(piece, 60, {})
+    assert outcome == (runner.FAILED_LATE if who == "grpo_fast" else runner.OUT_OF_TIME)
+
+
 def test_a_calibration_that_hangs_is_named(monkeypatch):
     def hangs(command, timeout, **_):
         raise subprocess.TimeoutExpired(command, timeout)
