@@ -70,9 +70,11 @@ def linear_grpo_loss(
         compact: leave tokens that cannot have a gradient out of all products: masked ones, those whose
             weight is 0, and, with beta = 0 and no entropy bonus, those whose advantage or importance weight
             is 0 (for an objective that looks at sequences: sequences of such tokens). Their number must
-            reach the host: on a GPU one sync, none if `mask`, `token_weights`, `cu_seqlens` and
-            `advantages` or `rewards`, as far as given, are on the CPU, which is allowed. Loss and gradients
-            are the same up to the order of summation.
+            reach the host: on a GPU one sync. For an objective of the token there is none if `mask`,
+            `token_weights`, `cu_seqlens` and `advantages` or `rewards`, as far as given, are on the CPU,
+            which is allowed. Loss and gradients are the same up to the order of summation. Without it the
+            ends of packed sequences stay on the device, and objectives on sequences take two phases (four
+            products), unless on policy or the head is frozen.
         chunk_size: tokens per chunk. Every product has exactly so many rows. Default: chosen from the
             number of tokens and the device.
         lora: (A (r, D), B (rows, r), scaling): adds `scaling * (hidden @ A.T) @ B.T` to the logits.
@@ -95,10 +97,11 @@ def linear_grpo_loss(
         `LossOutput`. Log-probs and entropy of tokens left out are unspecified (0), and the metrics are of
         the tokens that were computed (`metrics["tokens"]` of them); with `return_entropy` that is all that
         are not masked. `metrics["skipped_fraction"]` is the share of rows without a gradient pass. backward
-        works once.
+        works once; its gradients have no graph of their own, with `create_graph=True` either.
 
     Raises:
         ValueError, TypeError: as `grpo_loss`.
+        NotImplementedError: forward-mode derivatives.
     """
     op = "linear_grpo_loss"
     flat, parameters, options, V = check_head(
@@ -169,6 +172,15 @@ def linear_grpo_loss(
     )
     with_entropy = return_entropy or objective.needs_entropy
     if any(needs):
+        everyone = keep
+        off_policy = not _phases.known_on_policy(tokens.old_logp, objective)
+        by_sequence = objective.needs_sequences and objective.top_entropy_quantile == 1
+        # With a frozen head and no bonus the coefficients may come late: no second phase either way.
+        trained = needs.parameters or objective.entropy_coef or tp_group is not None
+        packed = compact and keep is None and cu_seqlens is not None
+        if packed and by_sequence and off_policy and trained:
+            # Given a mask the operator may wait for the ends of sequences: no second phase then.
+            everyone = torch.ones(completion_ids.numel(), dtype=torch.bool)
         arguments = Arguments(
             ids=ids,
             coefficient=None,
@@ -179,7 +191,7 @@ def linear_grpo_loss(
             **tokens._asdict(),
         )
         loss, by_token, logp, entropy, kl, clip, *_ = linear_grpo(
-            *(flat, *parameters, *arguments, keep, *sequences, *options),
+            *(flat, *parameters, *arguments, everyone, *sequences, *options),
             *(list(needs), dw_out),
         )
     else:

@@ -24,10 +24,13 @@ def run(function: str, number: int, *arguments, seconds: int = 120, **environmen
     The arguments cross as JSON; `environment` is set besides. Whoever joins the group leaves it by itself.
     """
     module, name = function.split(":")
+    # A library's thread that still runs while the interpreter is torn down can abort a process that has
+    # succeeded ("terminate called without an active exception"): it leaves without that.
     code = (
-        "import json, sys, warnings; warnings.simplefilter('ignore')\n"
+        "import json, os, sys, warnings; warnings.simplefilter('ignore')\n"
         f"from {module} import {name} as function\n"
-        "function(*json.loads(sys.argv[1]))"
+        "function(*json.loads(sys.argv[1]))\n"
+        "sys.stdout.flush(); sys.stderr.flush(); os._exit(0)"
     )
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -40,7 +40,7 @@ def inplace(hidden, weight, ids, rewards, old):
 
 def packed(hidden, weight, ids, rewards, old):
     logits = (hidden @ weight.T).view(-1, V)
-    boundaries = torch.tensor([0, 2, 2, 3, 12])
+    boundaries = torch.tensor([0, 2, 2, 3, 12], device=hidden.device)
     out = grpo_loss(
         logits,
         ids.view(-1),
@@ -69,7 +69,7 @@ def by_sequence(hidden, weight, ids, rewards, old):
 
 def linear(hidden, weight, ids, rewards, old):
     """A small model that ends in the fused head, half of its rows compacted away."""
-    advantages = torch.where(torch.arange(4) < 2, 0, rewards)
+    advantages = torch.where(torch.arange(4, device=hidden.device) < 2, 0, rewards)
     objective = Objective(surrogate="cispo")
     out = linear_grpo_loss(
         torch.tanh(hidden @ weight.T) @ weight,

@@ -25,9 +25,9 @@ by_shape = pytest.mark.parametrize("shape", [LARGE, MANY], ids=["large", "many"]
 class SomePrograms:
     """A kernel of which only the programs of the first and last rows run; notes the grid."""
 
-    def __init__(self, kernel, shape, monkeypatch):
+    def __init__(self, kernel, shape, monkeypatch, parts=None):
         self.kernel, self.monkeypatch = kernel, monkeypatch
-        self.N, self.parts = shape[0], rows.schedule(shape[1]).parts
+        self.N, self.parts = shape[0], parts or rows.schedule(shape[1]).parts
 
     def __getitem__(self, grid):
         assert grid == (self.N * self.parts,)  # 1-D: the other dimensions stop at 65,535
@@ -63,13 +63,13 @@ def lazily():
 
 @pytest.fixture
 def some_programs(monkeypatch, shape):
-    for module, name in (
-        (logprob, "_logprob_fwd_kernel"),
-        (logprob, "_logprob_bwd_kernel"),
-        (grpo, "_grpo_kernel"),
-        (grpo, "_scale_rows_kernel"),
+    for module, name, parts in (
+        (logprob, "_logprob_fwd_kernel", None),
+        (logprob, "_logprob_bwd_kernel", None),
+        (grpo, "_grpo_kernel", None),
+        (grpo, "_scale_rows_kernel", 1),  # of many rows, one program each
     ):
-        kernel = SomePrograms(getattr(module, name), shape, monkeypatch)
+        kernel = SomePrograms(getattr(module, name), shape, monkeypatch, parts)
         monkeypatch.setattr(module, name, kernel)
 
 

@@ -82,3 +82,21 @@ def test_loss(change, error, message):
     given = [*given.values()], {"advantages": torch.ones(B)} | change
     with pytest.raises(error, match=f"linear_grpo_loss: .*{message}"):
         linear_grpo_loss(*given[0], **given[1])
+
+
+@pytest.mark.parametrize("name", ["hidden", "weight"])
+def test_forward_mode_is_refused(name):
+    """Not answered with 0, which is what a custom operator does by itself."""
+    given = arguments()
+
+    def computed(loss, x):
+        leading = (given | {name: x}).values()
+        return (
+            linear_grpo_loss(*leading, advantages=torch.ones(B)).loss
+            if loss
+            else linear_logprob(*leading)
+        )
+
+    for loss in (True, False):
+        with pytest.raises(NotImplementedError, match=f"linear_.*: {name} carries a tangent"):
+            torch.func.jvp(lambda x, loss=loss: computed(loss, x), (given[name],), (given[name],))

@@ -283,3 +283,12 @@ def test_objective_survives_its_key():
         assert Objective.from_key(objective.key) == objective
     changed = dataclasses.replace(Objective(), beta=0.5)
     assert Objective.from_key(changed.key) == changed
+
+
+@pytest.mark.parametrize("name", ["advantages", "importance_weights", "token_weights"])
+def test_a_factor_that_requires_grad_is_refused(name):
+    given = {"advantages": torch.ones(2, 3), name: torch.ones(2, 3, requires_grad=True)}
+    with pytest.raises(ValueError, match=f"{name} requires grad"):
+        policy_loss(torch.zeros(2, 3), **given)
+    with pytest.raises(ValueError, match=f"{name} requires grad"):
+        grpo_loss(torch.zeros(2, 3, 5), torch.zeros(2, 3, dtype=torch.int64), **given)

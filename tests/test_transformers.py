@@ -304,15 +304,26 @@ class TestPeft:
             got = with_head(adapted, lambda hidden, head: head.logits(hidden), ids, mask)
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
 
-    def test_virtual_tokens(self):
+    @pytest.mark.parametrize("kind", ["PromptTuning", "PrefixTuning", "PromptEncoder"])
+    def test_virtual_tokens(self, kind):
         import peft
 
-        config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
-        adapted = peft.get_peft_model(build("Qwen2"), config).eval()
+        size = {"encoder_hidden_size": 8} if kind == "PromptEncoder" else {}
+        config = getattr(peft, f"{kind}Config")(task_type="CAUSAL_LM", num_virtual_tokens=3, **size)
+        model = build("Qwen2")
         ids, mask = batch()
+        plain = model(input_ids=ids, attention_mask=mask).logits
+        adapted = peft.get_peft_model(model, config).eval()
         want = adapted(input_ids=ids, attention_mask=mask).logits[:, -4:-1]
+        assert (want - plain[:, -4:-1]).abs().max() > 1e-3
         got = with_head(adapted, lambda hidden, head: head.logits(hidden), ids, mask, last=3)
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+        with adapted.disable_adapter():
+            got = with_head(adapted, lambda hidden, head: head.logits(hidden), ids, mask)
+            held = adapted.forward
+        torch.testing.assert_close(got, plain, rtol=1e-5, atol=1e-6)
+        assert held == model.forward
+        assert "forward" not in vars(model)
 
     def test_an_adapter_on_the_head_is_refused(self):
         adapted = self.lora(build("Qwen2"), target_modules=["q_proj", "lm_head"])

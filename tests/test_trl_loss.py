@@ -17,7 +17,7 @@ from trl import GRPOConfig  # noqa: E402
 from trl import GRPOTrainer as Stock  # noqa: E402
 
 from grpo_fast.integrations import trl as adapter  # noqa: E402
-from grpo_fast.integrations.trl import GRPOTrainer, objective  # noqa: E402
+from grpo_fast.integrations.trl import GRPOTrainer  # noqa: E402
 from grpo_fast.trainer.model import character_tokenizer  # noqa: E402
 
 B, P, T, V = 5, 3, 6, 11
@@ -116,8 +116,6 @@ def configure(trainer, options):
     trainer._entropy_bonus_enabled = options["entropy_coef"] != 0 or options["use_adaptive_entropy"]
     trainer._last_world_entropy, trainer._entropy_window_stats = 1.4, None
     trainer._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
-    if isinstance(trainer, GRPOTrainer):
-        trainer.objective = objective(trainer.args)
 
 
 def inputs_of(trainer, change=()):
@@ -179,9 +177,11 @@ def inputs_of(trainer, change=()):
     return inputs
 
 
-def compute(trainer, options, inputs, mode="train"):
+def compute(trainer, options, inputs, mode="train", prepare=None):
     """(loss, gradients, metrics)."""
     configure(trainer, options)
+    if prepare is not None:
+        prepare(trainer)
     trainer.model.train(mode == "train")
     trainer.model.zero_grad()
     loss = trainer._compute_loss(trainer.model, dict(inputs))
@@ -190,11 +190,11 @@ def compute(trainer, options, inputs, mode="train"):
     return loss, gradients, {name: values[0] for name, values in trainer._metrics[mode].items()}
 
 
-def assert_same(trainers, options, change=(), mode="train"):
+def assert_same(trainers, options, change=(), mode="train", prepare=None):
     stock, ours = trainers
     inputs = inputs_of(stock, change)
-    want, their_gradients, their_metrics = compute(stock, options, inputs, mode)
-    got, gradients, metrics = compute(ours, options, inputs, mode)
+    want, their_gradients, their_metrics = compute(stock, options, inputs, mode, prepare)
+    got, gradients, metrics = compute(ours, options, inputs, mode, prepare)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
     assert gradients.keys() == their_gradients.keys()
     for name, gradient in their_gradients.items():
@@ -254,6 +254,33 @@ def test_every_loss_type(loss_type, level, trainers):
     for options, change in cases:
         print(options, change)  # of the case that failed
         assert_same(trainers, base | options, change)
+
+
+@pytest.mark.parametrize(
+    "of_trainer, of_args",
+    [
+        ({"beta": 0.5}, {}),
+        ({"beta": 0.0}, {}),
+        ({"epsilon_low": 0.05, "epsilon_high": 0.1}, {}),
+        ({"importance_sampling_level": "sequence"}, {"use_bias_correction_kl": False}),
+        ({"loss_type": "dr_grpo", "max_completion_length": 3}, {}),
+        ({"off_policy_mask_threshold": 0.02}, {"delta": 1.1}),
+        ({"top_entropy_quantile": 0.4}, {}),
+        ({"loss_type": "cispo", "epsilon_high": 1.1}, {"epsilon_high": 5.0}),
+        ({"loss_type": "sapo"}, {"sapo_temperature_pos": 2.0}),
+        ({}, {"beta": 0.9, "epsilon": 0.9, "loss_type": "sapo"}),  # TRL has read these
+    ],
+)
+def test_options_changed_during_training(of_trainer, of_args, trainers, monkeypatch):
+    """What a callback sets counts where, and only where, TRL's loss looks for it."""
+
+    def change(trainer):
+        for where, options in ((trainer, of_trainer), (trainer.args, of_args)):
+            for name, value in options.items():
+                monkeypatch.setattr(where, name, value)
+
+    assert_same(trainers, {"beta": 0.1})
+    assert_same(trainers, {"beta": 0.1}, prepare=change)
 
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
@@ -356,6 +383,38 @@ class TestNotFused:
         wrapped._orig_mod = ours.model
         assert "torch_compile" in ours._why_not_fused(wrapped, {})
         assert ours._why_not_fused(ours.model, {}) is None
+
+    @pytest.mark.parametrize(
+        "name, options",
+        [
+            ("_get_per_token_logps_and_entropies", {}),
+            ("get_gamma_weights", {"loss_type": "vespo"}),
+            ("get_off_policy_mask", {"off_policy_mask_threshold": 0.02}),
+        ],
+    )
+    @pytest.mark.parametrize("on", ["class", "instance"])
+    def test_a_step_overridden(self, on, name, options, trainers, monkeypatch):
+        """On policy, too, where TRL's trainer would ask for it."""
+        calls = []
+
+        def replaced(theirs):
+            def step(*args, **kwargs):
+                calls.append(name)
+                return theirs(*args, **kwargs)
+
+            return step
+
+        ours = trainers[1]
+        if on == "class":
+            step = replaced(getattr(GRPOTrainer, name))
+            whole = name.startswith("_")
+            body = {name: step if whole else staticmethod(step)}
+            monkeypatch.setattr(ours, "__class__", type("Mine", (GRPOTrainer,), body))
+        else:
+            monkeypatch.setattr(ours, name, replaced(getattr(ours, name)), raising=False)
+        inputs = inputs_of(trainers[0], ("on_policy",))
+        self.check(trainers, options, inputs, f"since {type(ours).__name__} has its own {name}")
+        assert calls
 
 
 def test_a_model_that_does_something_else_is_refused(tmp_path):

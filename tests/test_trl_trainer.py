@@ -206,8 +206,9 @@ def test_lora(options, model_path, tokenizer, tmp_path):
     "kind, options",
     [
         ("LoraConfig", {"r": 4, "lora_alpha": 64, "modules_to_save": ["lm_head"]}),
+        ("PromptTuningConfig", {"num_virtual_tokens": 3}),
     ],
-    ids=["copy-of-the-head"],
+    ids=["copy-of-the-head", "prompt"],
 )
 def test_the_reference_of_other_adapters(kind, options, model_path, tokenizer, tmp_path):
     """With the adapter off the model is the one it came from, head and prompt included."""

@@ -315,10 +315,14 @@ def test_a_checkout_says_its_version_itself(installed, monkeypatch):
     verl.register()
 
 
-def test_an_older_verl_is_refused(installed):
-    installed.version.found = "0.7.0"
-    with pytest.raises(ImportError, match=r"verl >= 0\.9\.1; verl 0\.7\.0 is installed"):
-        verl.register()
+@pytest.mark.parametrize("found", ["0.7.0", "0.10.0", "1.0"])
+def test_another_verl_is_refused(found, installed):
+    installed.version.found = found
+    for patch in (verl.register, verl.patch_logprobs):
+        with pytest.raises(
+            ImportError, match=rf"verl >= 0\.9\.1, < 0\.10; verl {found} is installed"
+        ):
+            patch()
     with pytest.raises(ImportError, match=r"nosuchhost >= 1\.0, which is not installed"):
         _host.require("nosuchhost", "1.0")
 

@@ -97,7 +97,7 @@ def clipped(
 ) -> tuple[Tensor, Tensor]:
     """TRL's flags of tokens, or sequences, clipped below and above."""
     old, advantages = inputs.get("old_per_token_logps"), per_row(inputs["advantages"])
-    own = dataclasses.replace(trainer.objective, beta=0.0)
+    own = dataclasses.replace(trainer.current_objective(), beta=0.0)
     given = logps, old, advantages.expand_as(logps)
     ratio = token_diagnostics(*given, mask=mask, objective=own).ratio
     if trainer.importance_sampling_level == "sequence":  # one column: that of any live token

@@ -11,7 +11,14 @@ from torch import Tensor
 from grpo_fast.integrations import _trl_metrics
 from grpo_fast.integrations._trl_metrics import Scored, per_row
 from grpo_fast.integrations.transformers import Head, check_head, with_head
-from grpo_fast.integrations.trl import BY_ITEMS, log_probs, objective, warn_once, without_autocast
+from grpo_fast.integrations.trl import (
+    BY_ITEMS,
+    DEFAULTS,
+    log_probs,
+    objective,
+    warn_once,
+    without_autocast,
+)
 from grpo_fast.loss import linear_grpo_loss, policy_loss
 from grpo_fast.objective import Objective
 
@@ -29,6 +36,20 @@ MULTIMODAL = (
     "image_position_ids",
 )
 
+# Options that TRL's loss reads off the trainer; the others, off its arguments.
+HELD = (
+    "beta",
+    "entropy_coef",
+    "importance_sampling_level",
+    "loss_type",
+    "max_completion_length",
+    "off_policy_mask_threshold",
+    "top_entropy_quantile",
+)
+
+# Steps of TRL's loss that the fused one does not call, or not always.
+STEPS = ("_get_per_token_logps_and_entropies", "get_gamma_weights", "get_off_policy_mask")
+
 
 class GRPOTrainer(trl.GRPOTrainer):
     """TRL's `GRPOTrainer` with the same arguments, options and metrics; head and loss are fused.
@@ -37,7 +58,7 @@ class GRPOTrainer(trl.GRPOTrainer):
     and reference log-probs come from the same operator.
 
     What is not fused goes through TRL's own code, and a warning says so once: multimodal inputs, the
-    auxiliary loss of mixtures of experts, a model under `torch_compile`.
+    auxiliary loss of mixtures of experts, a model under `torch_compile`, a subclass with `STEPS` of its own.
 
     Raises:
         ValueError: at the first loss, if the model's logits are not those of its last hidden states and its
@@ -51,8 +72,15 @@ class GRPOTrainer(trl.GRPOTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.objective = objective(self.args)
+        self.current_objective()  # refuses what it must here
         self._head_is_checked = False
+
+    def current_objective(self) -> Objective:
+        """The objective of this loss: callbacks may change what TRL reads anew each time."""
+        options = {name: getattr(self.args, name) for name in DEFAULTS}
+        options |= {name: getattr(self, name) for name in HELD}
+        options |= {"epsilon": self.epsilon_low, "epsilon_high": self.epsilon_high}
+        return objective(options)
 
     def _why_not_fused(self, model: Any, inputs: dict[str, Any]) -> str | None:
         if self.aux_loss_enabled:
@@ -62,7 +90,13 @@ class GRPOTrainer(trl.GRPOTrainer):
             return f"the inputs are not text alone ({', '.join(found)})"
         if hasattr(model, "_orig_mod"):
             return "the model is compiled as a whole (torch_compile)"
+        own = [name for name in STEPS if name in vars(self) or self._overrides(name)]
+        if own:
+            return f"{type(self).__name__} has its own {', '.join(own)}"
         return None
+
+    def _overrides(self, name: str) -> bool:
+        return getattr(type(self), name) is not getattr(GRPOTrainer, name)
 
     def _get_per_token_logps_and_entropies(
         self,
@@ -179,7 +213,10 @@ class GRPOTrainer(trl.GRPOTrainer):
     def _without_bonus(self) -> Objective:
         """The objective without what depends on the step, or on all devices."""
         return dataclasses.replace(
-            self.objective, top_entropy_quantile=1.0, entropy_coef=0.0, entropy_reduction="same"
+            self.current_objective(),
+            top_entropy_quantile=1.0,
+            entropy_coef=0.0,
+            entropy_reduction="same",
         )
 
     def _at_once(

@@ -172,8 +172,20 @@ def inside_forward(model: nn.Module, function: Callable[..., T], /, *args: Any, 
     def forward(*args: Any, **kwargs: Any) -> T:
         return function(lm, *args, **kwargs)
 
-    with _forward_as(lm, forward):
+    with _forward_as(_bypassing(model) or lm, forward):
         return model(*args, **kwargs)
+
+
+def _bypassing(model: nn.Module) -> nn.Module | None:
+    """The PEFT wrapper that holds the bare model's forward as its own, and so would not call ours.
+
+    That is what `disable_adapter` does to a prompt adapter.
+    """
+    for module in model.modules():
+        own = vars(module)
+        if own.get("_adapters_disabled") and "forward" in own:
+            return module
+    return None
 
 
 def causal_lm(model: nn.Module) -> Any:

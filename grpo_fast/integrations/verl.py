@@ -34,7 +34,7 @@ from grpo_fast.integrations._host import (
 from grpo_fast.integrations._verl_logprobs import linear_cross_entropy, logprobs_from_logits
 from grpo_fast.loss import LossOutput
 
-NEEDS = "0.9.1"
+SUPPORTED = ("0.9.1", "0.10")  # from, and below
 Metrics = dict[str, Tensor | float]
 Result = tuple[Tensor, Metrics]
 
@@ -252,9 +252,9 @@ def register() -> None:
     """Replace verl's policy losses by `POLICY_LOSSES`, in this process.
 
     Raises:
-        ImportError: verl is not installed, or too old.
+        ImportError: verl is not installed, or in another version.
     """
-    require("verl", NEEDS)
+    require("verl", *SUPPORTED)
     core_algos = importlib.import_module("verl.trainer.ppo.core_algos")
     for mode, loss in POLICY_LOSSES.items():
         core_algos.register_policy_loss(mode)(loss)
@@ -264,9 +264,9 @@ def patch_logprobs() -> None:
     """Replace verl's two functions above, in this process, also where verl has already imported them.
 
     Raises:
-        ImportError: verl is not installed, or too old.
+        ImportError: verl is not installed, or in another version.
     """
-    require("verl", NEEDS)
+    require("verl", *SUPPORTED)
     home = importlib.import_module("verl.utils.torch_functional")
     replace("verl", home.logprobs_from_logits, logprobs_from_logits)
     fused = importlib.import_module("verl.utils.kernel.linear_cross_entropy")

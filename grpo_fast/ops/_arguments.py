@@ -23,6 +23,16 @@ def check_tensor(op: str, name: str, x: object) -> Tensor:
     return x
 
 
+def check_no_tangent(op: str, name: str, x: Tensor) -> None:
+    """Refuse forward-mode derivatives: a custom operator would silently make them 0."""
+    if torch.compiler.is_compiling():
+        return
+    if torch.autograd.forward_ad.unpack_dual(x).tangent is not None:
+        raise NotImplementedError(
+            f"{op}: {name} carries a tangent, but there is no forward-mode derivative (torch.func.jvp)"
+        )
+
+
 def check_logits(op: str, logits: Tensor, ids: Tensor, ids_name: str) -> Tensor:
     """`logits` as (B, T, V) without a copy; (N, V) becomes (1, N, V)."""
     check_tensor(op, "logits", logits)

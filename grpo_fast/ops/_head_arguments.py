@@ -8,7 +8,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from grpo_fast.ops._arguments import LOGITS_DTYPES, check_device, check_tensor, shape_of
+from grpo_fast.ops._arguments import (
+    LOGITS_DTYPES,
+    check_device,
+    check_no_tangent,
+    check_tensor,
+    shape_of,
+)
 from grpo_fast.ops._vocab_parallel import rows_of_all
 
 
@@ -116,8 +122,10 @@ def check_head(
     rank = 0 if tp_group is None else tp_group.rank()
     a, b, scaling = check_lora(op, lora, rows, D)
     parameters = Parameters(weight, check_bias(op, bias, rows), a, b)
+    check_no_tangent(op, "hidden", hidden)
     for name, x in zip(("weight", "bias", "lora A", "lora B"), parameters, strict=True):
         if x is not None:
+            check_no_tangent(op, name, x)
             check_operand(op, name, x, hidden)
     if softcap is not None:
         check_positive(op, "softcap", softcap)

@@ -77,6 +77,7 @@ def check_tokens(
         raise ValueError(f"{op}: group_size={group_size} has no effect with advantages")
     _check_needed(op, objective, old_logps, ref_logps, scores)
     for name, factor in (
+        ("advantages", advantages),
         ("importance_weights", importance_weights),
         ("token_weights", token_weights),
     ):

@@ -126,6 +126,8 @@ def compacted(
     counts = torch.nn.functional.pad(keep.to(hidden.device).cumsum(0), (1, 0))
     boundaries = counts[given]
     ends = boundaries.tolist()  # the one sync: what follows knows its size
+    if ends[-1] == N:  # nothing to gather
+        return None, a, sequences, ends
     order = torch.argsort((~keep).to(torch.uint8), stable=True).to(hidden.device)
     rows = order[: ends[-1]]
     log_importance = sequences.log_importance

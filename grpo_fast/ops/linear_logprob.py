@@ -258,7 +258,8 @@ def linear_logprob(
     tanh(x / softcap)`, the logits living in one chunk of tokens at a time. Differentiable in hidden, weight,
     bias and `lora`, for any gradient of both outputs: the backward computes each chunk of logits again (8 N D
     V operations in all; 4 N D V where only `hidden` wants a gradient and there is no entropy; 2 N D V
-    without a gradient).
+    without a gradient). Gradients have no graph of their own: a double backward is not supported, and with
+    `create_graph=True` they are constants.
 
     Args:
         hidden: (B, T, D) or (N, D), float32, bfloat16 or float16: the last hidden states, row t for token t.
@@ -288,6 +289,7 @@ def linear_logprob(
 
     Raises:
         ValueError, TypeError: arguments that do not fit, by name; values as in `logprob`.
+        NotImplementedError: forward-mode derivatives.
     """
     op = "linear_logprob"
     flat, parameters, options, V = check_head(
