@@ -62,14 +62,16 @@ def _first_cases_first(items: list[pytest.Item]) -> None:
     """The first case of every file, then the second of every file: what there is no time for matters least.
 
     Within a case those that start from hidden states come last, next to each other: they share their inputs.
+    What torch.compile compiles, for minutes, comes after all of them.
     """
     cases: dict[Path, dict[Any, int]] = {}
 
-    def place(item: pytest.Item) -> tuple[int, bool]:
+    def place(item: pytest.Item) -> tuple[bool, int, bool]:
         call = getattr(item, "callspec", None)
         case = [x for name, x in call.params.items() if name != "provider"] if call else []
         seen = cases.setdefault(item.path, {})
-        return seen.setdefault(tuple(case), len(seen)), "linear" in item.path.stem
+        turn = seen.setdefault(tuple(case), len(seen))
+        return _library(item) == "compile", turn, "linear" in item.path.stem
 
     items.sort(key=place)
 

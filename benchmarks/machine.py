@@ -1,6 +1,7 @@
 """The machine that measures: what it is, and how fast it moves memory."""
 
 import functools
+import itertools
 import json
 import os
 import platform
@@ -24,6 +25,7 @@ GEMM_DTYPES = {"cuda": (torch.bfloat16, torch.float32), "cpu": (torch.float32,)}
 CALIBRATION_VARIABLE = "GRPO_FAST_CALIBRATION"  # what another process of the same run has measured
 COMMIT_VARIABLE = "GRPO_FAST_COMMIT"  # where a copy of the tree without .git knows its commit from
 UNKNOWN = "unknown"
+DRIVER_FIELDS = {"driver": "driver_version", "gpu_uuid": "uuid"}  # our names, nvidia-smi's
 COMMAND_VARIABLE = "GRPO_FAST_COMMAND"
 
 
@@ -128,7 +130,7 @@ def describe() -> dict[str, Any]:
     return {
         "device": name(),
         "device_type": "cuda" if cuda else "cpu",
-        "driver": _driver() if cuda else None,
+        **(_from_the_driver() if cuda else dict.fromkeys(DRIVER_FIELDS)),
         "cuda": torch.version.cuda,
         "torch": torch.__version__,
         "triton": _triton_version(),
@@ -157,8 +159,14 @@ def _triton_version() -> str | None:
     return triton.__version__
 
 
-def _driver() -> str | None:
-    return _output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") or None
+def _from_the_driver() -> dict[str, str | None]:
+    """Its version, and which of several equal GPUs this is; of all that are visible, where there are more."""
+    query = f"--query-gpu={','.join(DRIVER_FIELDS.values())}"
+    lines = _output_of("nvidia-smi", query, "--format=csv,noheader").splitlines()
+    rows = [x.split(", ") for x in lines]
+    columns = zip(*(row for row in rows if len(row) == len(DRIVER_FIELDS)), strict=True)
+    found = [", ".join(dict.fromkeys(column)) for column in columns]
+    return dict(itertools.zip_longest(DRIVER_FIELDS, found))
 
 
 def _output_of(*command: str) -> str:

@@ -9,6 +9,7 @@ results name.
 
 import argparse
 import dataclasses
+import json
 import os
 import signal
 import subprocess
@@ -19,7 +20,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from benchmarks import failures, machine, providers, results
+from benchmarks import failures, machine, providers, results, step_7b
 
 ROOT = Path(__file__).resolve().parents[1]
 # The tests that say most about a device, and the benchmarks, by importance, with their weight in the time.
@@ -63,7 +64,7 @@ GRACE = 4.0
 RESTARTS = 3  # after crashes of one piece
 NO_TESTS = 5  # pytest's exit code
 FAILED, UNFINISHED = 1, 2  # ours
-STEP = "benchmarks.step_7b"
+STEP = step_7b.__name__
 BUNDLE = "results.tar.gz"
 OUT_OF_TIME = "out of time"
 FAILED_LATE = f"failed, then {OUT_OF_TIME}"
@@ -165,10 +166,17 @@ def _run_once(piece: Piece, seconds: float, environment: dict[str, str], resume:
         process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)
         code = _wait(process, seconds - GRACE)
         if code is None:  # pytest's exit code is then that of an interrupt, whatever failed before
-            return FAILED_LATE if failed.exists() else OUT_OF_TIME
+            return FAILED_LATE if failed.exists() or _step_failed(piece) else OUT_OF_TIME
     if code < 0:
         return f"crashed: {signal.Signals(-code).name}"
     return "passed" if code in (0, NO_TESTS) else "failed"
+
+
+def _step_failed(piece: Piece) -> bool:
+    """Whether the 7B step has written down a failure of this project's."""
+    if piece.module != STEP or piece.results is None or not piece.results.exists():
+        return False
+    return bool(step_7b.own_failures(json.loads(piece.results.read_text())))
 
 
 def _wait(process: subprocess.Popen, seconds: float) -> int | None:

@@ -106,6 +106,21 @@ def test_a_failure_before_the_time_is_out_counts(tmp_path, environment, monkeypa
     assert code == (runner.UNFINISHED if right else runner.FAILED)
 
 
+@pytest.mark.parametrize("who", ["grpo_fast", "trl"])
+def test_a_wrong_7b_step_before_the_time_is_out_counts(tmp_path, monkeypatch, who):
+    class Process:
+        def __init__(self, *_, **__):
+            absent = {f"7B step, lora, {who}": "wrong result: loss 1, eager has 2"}
+            path.write_text(json.dumps({"machine_info": {"absent": absent}}))
+
+    path = tmp_path / "step.json"
+    monkeypatch.setattr(subprocess, "Popen", Process)
+    monkeypatch.setattr(runner, "_wait", lambda *_: None)
+    piece = runner.Piece("7B step", (f"--out={path}",), 1, runner.STEP, path)
+    outcome = runner.run_piece(piece, 60, {})
+    assert outcome == (runner.FAILED_LATE if who == "grpo_fast" else runner.OUT_OF_TIME)
+
+
 def test_a_calibration_that_hangs_is_named(monkeypatch):
     def hangs(command, timeout, **_):
         raise subprocess.TimeoutExpired(command, timeout)
@@ -129,6 +144,29 @@ def test_a_process_without_its_gpu_gives_way_to_another(tmp_path, environment, m
     measured = [x["extra_info"]["provider"] for x in document["benchmarks"]]
     assert measured == ["eager", "grpo_fast"]
     assert document["machine_info"]["absent"][who] == "crashed: SIGKILL"
+
+
+def test_which_gpu_it_was_is_written_down(monkeypatch):
+    said = ["580.1, GPU-aa", "580.1, GPU-aa\n580.1, GPU-bb", "NVIDIA-SMI has failed", ""]
+    asked = []
+    monkeypatch.setattr(machine, "_output_of", lambda *a: asked.append(a) or said.pop(0))
+    assert machine._from_the_driver() == {"driver": "580.1", "gpu_uuid": "GPU-aa"}
+    assert machine._from_the_driver() == {"driver": "580.1", "gpu_uuid": "GPU-aa, GPU-bb"}
+    assert machine._from_the_driver() == {"driver": None, "gpu_uuid": None}
+    assert machine._from_the_driver() == {"driver": None, "gpu_uuid": None}
+    assert asked[0][1] == "--query-gpu=driver_version,uuid"
+
+
+@pytest.mark.parametrize("stem", ["grpo", "linear_grpo"])
+def test_what_compiles_for_minutes_comes_last(environment, stem):
+    command = [sys.executable, "-m", "pytest", "-q", "--collect-only"]
+    command += [f"benchmarks/bench_{stem}.py", *(f"--library={x}" for x in providers.OWN)]
+    done = subprocess.run(
+        command, cwd=runner.ROOT, env=environment, capture_output=True, text=True, check=True
+    )
+    order = ["-compile]" in x for x in done.stdout.splitlines() if "::" in x]
+    assert any(order)
+    assert order == sorted(order)
 
 
 @pytest.mark.parametrize("error, lost", [(None, False), (RuntimeError, True)])
