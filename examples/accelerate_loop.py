@@ -79,8 +79,8 @@ def loss_of(model: Any, batch: dict[str, Tensor], num_items: Tensor) -> tuple[Te
     return with_head(model, score, batch["sequences"], batch["attention"], last=T)
 
 
-def main(cpu: bool = False) -> list[float]:
-    accelerator = Accelerator(cpu=cpu, gradient_accumulation_steps=MICRO_BATCHES)
+def train(accelerator: Accelerator) -> list[float]:
+    """The mean reward of each step, over all processes."""
     set_seed(0)
     model = build()
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
@@ -107,6 +107,14 @@ def main(cpu: bool = False) -> list[float]:
         history.append(accelerator.reduce(batch["rewards"].mean(), "mean").item())
         tokens = metrics["tokens"].item()
         accelerator.print(f"step {step}: reward {history[-1]:.3f}, tokens {tokens:.0f}")
+    return history
+
+
+def main(cpu: bool = False) -> list[float]:
+    accelerator = Accelerator(cpu=cpu, gradient_accumulation_steps=MICRO_BATCHES)
+    history = train(accelerator)
+    # DDP goes before the process group it holds: freed after it, a process could wait for its own threads.
+    accelerator.free_memory()
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return history

@@ -21,15 +21,21 @@ needs_gloo = pytest.mark.skipif(
 def run(function: str, number: int, *arguments, seconds: int = 120, **environment: str) -> None:
     """`tests.module:function(*arguments)` in `number` processes with torchrun's environment: all succeed.
 
-    The arguments cross as JSON; `environment` is set besides. Whoever joins the group leaves it by itself.
+    The arguments cross as JSON; `environment` is set besides. The group is left behind the function.
     """
     module, name = function.split(":")
-    # A library's thread that still runs while the interpreter is torn down can abort a process that has
-    # succeeded ("terminate called without an active exception"): it leaves without that.
+    # A wrapped model that is freed after its process group waits for threads that wait for the interpreter:
+    # the group is left here, when the function's objects are gone. A library's thread that still runs while
+    # the interpreter is torn down can abort a process that has succeeded: it leaves without that. One that
+    # hangs says where.
     code = (
-        "import json, os, sys, warnings; warnings.simplefilter('ignore')\n"
+        "import faulthandler, gc, json, os, sys, warnings; warnings.simplefilter('ignore')\n"
+        f"faulthandler.dump_traceback_later({seconds - 10}, exit=True)\n"
+        "import torch.distributed as dist\n"
         f"from {module} import {name} as function\n"
         "function(*json.loads(sys.argv[1]))\n"
+        "gc.collect()\n"
+        "if dist.is_initialized(): dist.destroy_process_group()\n"
         "sys.stdout.flush(); sys.stderr.flush(); os._exit(0)"
     )
     with socket.socket() as free:
@@ -66,5 +72,6 @@ def run(function: str, number: int, *arguments, seconds: int = 120, **environmen
     finally:
         for process in processes:
             process.kill()
+            process.communicate()
     for rank, (process, output) in enumerate(zip(processes, outputs, strict=True)):
         assert process.returncode == 0, f"rank {rank}:\n{output[-4000:]}"

@@ -367,7 +367,6 @@ def shard_on_a_rank(tied):
         loss_of(slice(2 * rank, 2 * rank + 2)).backward()
         for name, p in model.named_parameters():
             torch.testing.assert_close(p.grad.full_tensor(), want[name], rtol=1e-4, atol=1e-6)
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])

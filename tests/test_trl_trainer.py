@@ -252,7 +252,6 @@ def train_on_a_rank(model_path, output):
         options |= {"per_device_train_batch_size": 4, "num_iterations": 2, "max_steps": 2}
         logs = assert_same_training(model_path, tokenizer, Path(output), **options)
         assert any("entropy" in entry for entry in logs)
-    torch.distributed.destroy_process_group()
 
 
 def test_two_ranks(model_path, tmp_path):
