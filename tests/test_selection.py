@@ -10,6 +10,7 @@ from grpo_fast.loss import policy_loss
 from grpo_fast.testing import assert_as_accurate
 from tests.cases import loss_and_grad, packed, tokens
 from tests.oracles import verl_core_algos
+from tests.ranks import needs_gloo, run
 
 
 def m2po_by_elimination(gap, threshold):
@@ -76,10 +77,9 @@ def test_top_entropy_beyond_what_torch_quantile_takes(device):
     assert weights.top_entropy(entropy, 0.25).sum().item() == 2**22 + 1
 
 
-def quantile_of_ranks(rank, folder):
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
-    )
+def quantile_of_ranks():
+    torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank()
     torch.manual_seed(0)
     entropy = torch.randn(31)  # of either sign: the order of floats as integers differs
     entropy[:4] = torch.tensor([0.0, -0.0, 1.0, 1.0])
@@ -96,10 +96,9 @@ def quantile_of_ranks(rank, folder):
         assert nobody.sum() == 0
 
 
-def test_top_entropy_over_processes(tmp_path):
-    if not torch.distributed.is_available():
-        pytest.skip("PyTorch was built without torch.distributed")
-    torch.multiprocessing.spawn(quantile_of_ranks, (str(tmp_path),), nprocs=2)
+@needs_gloo
+def test_top_entropy_over_processes():
+    run("tests.test_selection:quantile_of_ranks", 2)
 
 
 def covariances(advantages, logps, mask):
