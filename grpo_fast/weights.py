@@ -20,6 +20,7 @@ from grpo_fast.ops._selection import check_choice, check_number, gap_of, live_to
 __all__ = [
     "binary_divergence",
     "clip_cov",
+    "geometric_mean",
     "icepop",
     "importance_weights",
     "kl_cov",
@@ -32,6 +33,7 @@ __all__ = [
 
 LEVELS = ("token", "sequence", "geometric")
 MODES = ("truncate", "mask", "gate")
+UNDEFINED = ("one", "zero")
 DIVERGENCES = ("kl", "tv")
 
 
@@ -46,6 +48,7 @@ def importance_weights(
     mode: str = "truncate",
     low: float | None = None,
     high: float | None = None,
+    undefined: str = "one",
 ) -> Tensor:
     """The ratio rho of the trainer's policy to the one that sampled, kept within bounds.
 
@@ -55,7 +58,7 @@ def importance_weights(
 
     Args:
         old_logps: (B, T) or (N,), by the trainer, of the weights that sampled.
-        sampling_logps: the same shape, by the inference engine. A difference that is NaN counts as 0.
+        sampling_logps: the same shape, by the inference engine.
         mask: the same shape; a masked token counts as a difference of 0.
         cu_seqlens: (num_seqs + 1,) boundaries of packed tokens. Without it they are one sequence.
         level: rho of each "token"; of the "sequence", exp of the sum of the differences; "geometric", exp
@@ -63,33 +66,39 @@ def importance_weights(
         mode: "truncate" clamps rho to the bounds, "mask" makes it 0 outside of them, "gate" is 1 inside
             and 0 outside.
         low, high: the bounds, both within; None: none.
+        undefined: a difference that is NaN (a missing log-prob; -inf from both) makes rho "one", at the other
+            levels counts as 0. With "zero", rho is 0 where it is NaN or infinite, and the bounds come after
+            that (NeMo-RL).
 
     Returns:
         Float32, of the shape of `old_logps`; at the other levels one weight per sequence, (B, 1) padded or
         (num_seqs,) packed.
 
     Raises:
-        ValueError, TypeError: shapes that do not fit, an unknown level or mode, bounds that are negative or
-            in the wrong order, a gate without bounds.
+        ValueError, TypeError: shapes that do not fit, an unknown choice, bounds that are negative or in the
+            wrong order, a gate without bounds.
     """
     op = "importance_weights"
     check_choice(op, "level", level, LEVELS)
     check_choice(op, "mode", mode, MODES)
+    check_choice(op, "undefined", undefined, UNDEFINED)
     _check_bounds(op, low, high)
     if mode == "gate" and low is None and high is None:
         raise ValueError(f"{op}: mode='gate' has no effect without low or high")
     live, old, sampling = live_tokens(op, mask, old_logps=old_logps, sampling_logps=sampling_logps)
-    gap = gap_of(old, sampling)
+    gap = gap_of(old, sampling) if undefined == "one" else old - sampling
     if cu_seqlens is not None:
         _arguments.check_cu_seqlens(op, cu_seqlens, old_logps)
     if level == "token":
         gap = gap.view(old_logps.shape)
+    elif level == "sequence":
+        gap = per_sequence(gap, old_logps, cu_seqlens)
     else:
-        total = per_sequence(gap, old_logps, cu_seqlens)
-        if level == "geometric":
-            total = total / per_sequence(live, old_logps, cu_seqlens).clamp(min=1)
-        gap = total
-    return _bounded(gap.exp().float(), mode, low, high)
+        gap = _mean(gap, live, old_logps, cu_seqlens)
+    rho = gap.exp().float()
+    if undefined == "zero":
+        rho = rho.nan_to_num(nan=0.0, posinf=0.0)
+    return _bounded(rho, mode, low, high)
 
 
 def truncated_importance(
@@ -125,6 +134,36 @@ def icepop(
     `rho = (old_logps - sampling_logps).exp()`.
     """
     return importance_weights(old_logps, sampling_logps, mask=mask, mode="mask", low=low, high=high)
+
+
+@torch.no_grad()
+def geometric_mean(
+    weights: Tensor,
+    *,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    eps: float = 0.0,
+) -> Tensor:
+    """One weight per sequence: the geometric mean of those of its tokens, 1 without any.
+
+    Equivalent to `(weights + eps).log().mean(-1, keepdim=True).exp()`. For objectives whose ratio is such a
+    mean, too: GMPO, as verl's "geo_mean" weighs it.
+
+    Args:
+        weights: (B, T) or (N,), at least 0.
+        mask, cu_seqlens: as in `importance_weights`.
+        eps: added to each; with 0, one weight of 0 makes that of its sequence 0.
+
+    Returns:
+        Float32, (B, 1) padded or (num_seqs,) packed.
+    """
+    op = "geometric_mean"
+    check_number(op, "eps", eps)
+    live, given = live_tokens(op, mask, weights=weights)
+    if cu_seqlens is not None:
+        _arguments.check_cu_seqlens(op, cu_seqlens, weights)
+    logs = torch.where(live, (given + eps).log(), 0)
+    return _mean(logs, live, weights, cu_seqlens).exp().float()
 
 
 @torch.no_grad()
@@ -188,6 +227,12 @@ def binary_divergence(
         pairs = ((p, q), (1 - p, 1 - q))
         found = sum((a.xlogy(a) - a.xlogy(b) for a, b in pairs), torch.zeros_like(p))
     return torch.where(live, found, 0).float().view(logps.shape)
+
+
+def _mean(x: Tensor, live: Tensor, like: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Means of (N,), 0 where masked, over the sequences of `like`, as `per_sequence` sums them."""
+    count = per_sequence(live, like, cu_seqlens).clamp(min=1)
+    return per_sequence(x, like, cu_seqlens) / count
 
 
 def _bounded(rho: Tensor, mode: str, low: float | None, high: float | None) -> Tensor:

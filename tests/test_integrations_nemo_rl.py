@@ -157,6 +157,10 @@ def test_loss(case, batch):
     if not o.force_on_policy_ratio:
         want = share * mean((-gap).exp() - 1 + gap, live)
         assert metrics["gen_kl_error"] == pytest.approx(want, rel=1e-4)
+        p, q = batch.old.double().exp(), batch.rollout.double().exp()
+        x, y = (z / ((p + q) / 2) for z in (p, q))
+        want = share * mean((x - 1 - x.log() + y - 1 - y.log()) / 2, live)
+        assert metrics["js_divergence_error"] == pytest.approx(want, rel=1e-4)
         want = share * mean(gap.abs().exp(), live)
         assert metrics["token_mult_prob_error"] == pytest.approx(want, rel=1e-5)
     if case == "kl":
@@ -184,6 +188,16 @@ def test_a_token_that_neither_policy_can_sample_has_no_weight(case, batch):
     else:
         assert weights[0, 1] == 0
     assert (weights.expand(batch.mask.shape)[3, :5] > 0).any()
+
+
+def test_an_infinite_difference_does_not_reject_its_sequence(batch):
+    """seq-mask-tis: it counts as none in the mean that is bounded, and its own weight is 0."""
+    o = SimpleNamespace(**OPTIONS | CASES["seq-mask-tis"])
+    old, generated = batch.old.clone(), batch.old.clone()
+    old[0, 2], generated[0, 3] = -torch.inf, -torch.inf
+    weights, outside = nemo_rl._weights(o, old, generated, batch.mask)
+    assert not outside.any()
+    assert weights[0].tolist() == [1, 1, 0, 0, 1, 1]
 
 
 def test_what_cannot_be_the_same_is_refused(batch):

@@ -94,6 +94,45 @@ def test_bounds_are_kept_where_the_ratio_overflows(device):
         assert gone.eq(missing).all()
 
 
+def test_what_has_no_ratio(device):
+    """NaN, -inf from both policies, -inf from one: a ratio of 1 or 0, before the bounds."""
+    inf = torch.inf
+    old = torch.tensor([[torch.nan, 0.0], [-inf, 0.0], [0.0, 0.0], [0.0, 0.0]], device=device)
+    sampling = torch.tensor([[0.0, -1.0], [-inf, 0.0], [-inf, -1.0], [-1.0, 0.0]], device=device)
+    e = math.exp(1)
+
+    def found(**options):
+        return weights.importance_weights(old, sampling, **options)[:, 0].tolist()
+
+    assert found() == pytest.approx([1, 1, inf, e])
+    assert found(undefined="zero") == pytest.approx([0, 0, 0, e])
+    assert found(undefined="zero", low=0.5, high=2.0) == [0.5, 0.5, 0.5, 2]
+    assert found(undefined="zero", level="sequence") == pytest.approx([0, 0, 0, e])
+    assert found(undefined="zero", level="sequence", mode="gate", low=0.1) == [0, 0, 0, 1]
+    assert found(level="sequence") == pytest.approx([e, 1, inf, e])
+
+
+def test_geometric_mean(device):
+    log_w, _, mask = tokens(device)
+    w = log_w.exp()
+
+    def formula(w, eps):
+        logs = torch.where(mask, (w + eps).log(), 0)
+        return (logs.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)).exp()
+
+    for eps in (0.0, 0.5):
+        ours = weights.geometric_mean(w, mask=mask, eps=eps)
+        assert ours.shape == (6, 1)
+        given = torch.where(mask, w, 1)
+        assert_as_accurate(ours, formula(given, eps), formula(given.double(), eps))
+        boundaries, live, flat = packed(mask, w)
+        flat = weights.geometric_mean(flat, mask=live, cu_seqlens=boundaries, eps=eps)
+        torch.testing.assert_close(flat, ours[:, 0], rtol=0, atol=0)
+    one_of_none = torch.tensor([[0.0, 4.0]], device=device)
+    assert weights.geometric_mean(one_of_none).item() == 0
+    assert weights.geometric_mean(one_of_none, eps=1e-4).item() == pytest.approx(0.02, rel=1e-4)
+
+
 @pytest.mark.filterwarnings("ignore")  # of TRL's imports
 @pytest.mark.parametrize("low, high", [(None, 3.0), (0.7, 1.3), (0.5, None), (None, None)])
 @pytest.mark.parametrize(
@@ -167,6 +206,7 @@ def test_binary_divergence(floor, device):
 
 FUNCTIONS = {
     "binary_divergence": lambda x, y, A, m: weights.binary_divergence(x, y, mask=m, floor=1e-6),
+    "geometric_mean": lambda x, y, A, m: weights.geometric_mean(x.exp(), mask=m),
     "importance_weights": lambda x, y, A, m: weights.importance_weights(x, y, mask=m, high=2.0),
     "sequence": lambda x, y, A, m: weights.importance_weights(x, y, mask=m, level="sequence"),
     "kpop": lambda x, y, A, m: weights.kpop(x, y, 0.1, mask=m),
@@ -257,6 +297,8 @@ X = torch.zeros(2, 3)
 ERRORS = {
     "level": ("importance_weights", (X, X), {"level": "batch"}, "level='batch' is unknown"),
     "mode": ("importance_weights", (X, X), {"mode": "clip"}, "mode='clip' is unknown"),
+    "undefined": ("importance_weights", (X, X), {"undefined": "nan"}, "undefined='nan' is unknown"),
+    "eps": ("geometric_mean", (X,), {"eps": -1.0}, "eps: want .*got -1.0"),
     "gate": ("importance_weights", (X, X), {"mode": "gate"}, "mode='gate' has no effect"),
     "order": ("importance_weights", (X, X), {"low": 2.0, "high": 1.0}, "high: want .*got 1.0"),
     "negative": ("importance_weights", (X, X), {"low": -1.0}, "low: want .*got -1.0"),

@@ -157,7 +157,11 @@ def _ratios(token: TokenDiagnostics, mask: Tensor, totals: _Totals) -> dict[str,
 def _drift(
     kind: str, logp: Tensor, old: Tensor, generated: Tensor, totals: _Totals
 ) -> dict[str, Any]:
-    """Metrics of the distance between the trainer's policies and the one that generated."""
+    """Metrics of the distance between the trainer's policies and the one that generated.
+
+    NeMo-RL's own: its "js_divergence_error" takes KL(mixture || policy) where Jensen and Shannon have
+    KL(policy || mixture).
+    """
     estimator = Objective(kl=kind)  # type: ignore[arg-type]
     mixture = (0.5 * old.exp() + 0.5 * generated.exp()).log()
     js = 0.5 * kl_estimate(mixture, old) + 0.5 * kl_estimate(mixture, generated)
@@ -219,21 +223,24 @@ def _weights(
 ) -> tuple[Tensor, Tensor | None]:
     """(the mismatch weights, per token or (B, 1); which of them are out of bounds, if there are bounds)."""
     level = "sequence" if options.sequence_level_importance_ratios else "token"
-    rho = importance_weights(old, generated, mask=mask, level=level)
-    missing = (old - generated).isnan() & mask
-    if level == "sequence":
-        missing = missing.any(-1, keepdim=True)
-    rho = torch.where(rho.isinf() | missing, 0, rho)
-    high, kind = (
-        options.truncated_importance_sampling_ratio,
-        options.truncated_importance_sampling_type,
-    )
+    low = options.truncated_importance_sampling_ratio_min
+    high = options.truncated_importance_sampling_ratio
+    kind = options.truncated_importance_sampling_type
+
+    def rho(**bounds: Any) -> Tensor:
+        return importance_weights(
+            old, generated, mask=mask, level=level, undefined="zero", **bounds
+        )
+
     if high is None:
-        return rho, None
-    low = options.truncated_importance_sampling_ratio_min or 0.0
+        return rho(), None
     if kind == "seq-mask-tis":
-        mean = importance_weights(old, generated, mask=mask, level="geometric")
-        outside = (mean < low) | (mean > high)
-        return torch.where(outside, 0, rho), outside
-    outside = (rho < low) | (rho > high)
-    return rho.clamp(low, high) if kind == "tis" else torch.where(outside, 0, rho), outside
+        # For the mean NeMo-RL takes any difference that is not finite as none.
+        gap = torch.nan_to_num(old - generated, nan=0.0, posinf=0.0, neginf=0.0)
+        none = torch.zeros_like(gap)
+        gate = importance_weights(
+            gap, none, mask=mask, level="geometric", mode="gate", low=low, high=high
+        )
+        return gate * rho(), gate == 0
+    outside = rho(mode="gate", low=low, high=high) == 0
+    return rho(mode="truncate" if kind == "tis" else "mask", low=low, high=high), outside
