@@ -214,6 +214,7 @@ CORRECTIONS = [
     {},
     {"is_correction_level": "token"},
     {"is_correction_level": "token", "is_correction_mode": "clip"},
+    {"is_correction_level": "token", "is_correction_threshold": (-1.0, 1.2)},
     {"is_correction_level": "seq", "is_correction_threshold": (0.9, 1.1)},
     {
         "is_correction_level": "token",

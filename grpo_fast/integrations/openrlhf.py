@@ -140,22 +140,25 @@ class PolicyLoss(nn.Module):
 
     def _correct(self, old: Tensor, rollout: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """(weights, share of tokens or sequences outside the band) of the mismatch correction."""
-        low, high = self.is_correction_threshold
-        seq, ratio = self.is_correction_level == "seq", self.is_correction_gating == "ratio"
-        rho = importance_weights(old, rollout, mask=mask)
-        if ratio:
+        least, high = self.is_correction_threshold
+        low = max(least, 0.0)  # a ratio is not below 0, nor is a divergence
+        seq = self.is_correction_level == "seq"
+        if self.is_correction_gating == "ratio":
             level = "geometric" if seq else "token"
-            statistic = importance_weights(old, rollout, mask=mask, level=level)
+            gate = importance_weights(
+                old, rollout, mask=mask, level=level, mode="gate", low=low, high=high
+            )
+            outside = gate == 0
         else:
             kind = self.is_correction_gating.removeprefix("binary_")
-            statistic = binary_divergence(rollout, old, kind=kind, mask=mask, floor=1e-6)
+            divergence = binary_divergence(rollout, old, kind=kind, mask=mask, floor=1e-6)
             if seq:
-                statistic = reference.sequence_mean(statistic, mask != 0)[:, :1]
-        outside = (statistic < low) | (statistic > high)
-        share = outside.float().mean() if seq else masked_mean(outside.float(), mask)
+                divergence = reference.sequence_mean(divergence, mask != 0)[:, :1]
+            outside = divergence > high
+        share = outside.float().mean() if seq else masked_mean(outside, mask)
         if self.is_correction_mode == "clip":
-            return statistic.clamp(low, high), share
-        return torch.where(outside, 0, rho), share
+            return importance_weights(old, rollout, mask=mask, low=low, high=high), share
+        return importance_weights(old, rollout, mask=mask).where(~outside, 0), share
 
 
 def patch() -> None:
