@@ -108,7 +108,7 @@ class Call:
         )
 
     def mean(self, x: Tensor) -> Tensor:
-        return masked_mean(x.float(), self.mask)
+        return masked_mean(x, self.mask)
 
     def clip_cov(self, **options: Any) -> Tensor:
         """Which tokens Clip-Cov keeps, as weights."""
@@ -123,7 +123,7 @@ class Call:
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """The mean of x over live tokens, detached; 0 without any."""
+    """The mean of x, floating or bool, over live tokens, detached; 0 without any."""
     live = mask != 0
     return torch.where(live, x.detach(), 0).sum(dtype=torch.float32) / live.sum().clamp(min=1)
 

@@ -33,10 +33,10 @@ def default_loss(
     token, metrics = _diagnose(inputs, objective)
     dropped = inputs.loss_mask & token.outside
     metrics |= {
-        "is_masked_low": _mean(token.clipped_low, inputs.loss_mask),
-        "is_masked_high": _mean(token.clipped_high, inputs.loss_mask),
-        "masked_advantage_positive": _mean(inputs.advantages > 0, dropped),
-        "masked_advantage_negative": _mean(inputs.advantages < 0, dropped),
+        "is_masked_low": masked_mean(token.clipped_low, inputs.loss_mask),
+        "is_masked_high": masked_mean(token.clipped_high, inputs.loss_mask),
+        "masked_advantage_positive": masked_mean(inputs.advantages > 0, dropped),
+        "masked_advantage_negative": masked_mean(inputs.advantages < 0, dropped),
     }
     return _outputs(inputs, _sum(inputs, adv_tau, objective), metrics)
 
@@ -77,18 +77,12 @@ def _diagnose(inputs: Any, objective: Objective) -> tuple[TokenDiagnostics, dict
     """What the objective makes of each token, and the metrics that prime-rl's losses share."""
     logp, sampler, live = inputs.trainer_logprobs, inputs.inference_logprobs, inputs.loss_mask
     token = token_diagnostics(logp, sampler, inputs.advantages, mask=live, objective=objective)
-    mismatch = kl_estimate(
-        sampler, logp
-    )  # of the sampler to the trainer, from the sampler's tokens
+    mismatch = kl_estimate(sampler, logp)  # of the sampler's tokens: KL(sampler || trainer)
     return token, {
-        "masked_mismatch_kl": _mean(mismatch, live & token.outside),
-        "unmasked_mismatch_kl": _mean(mismatch, live & ~token.outside),
-        "is_masked": _mean(token.outside, live),
+        "masked_mismatch_kl": masked_mean(mismatch, live & token.outside),
+        "unmasked_mismatch_kl": masked_mean(mismatch, live & ~token.outside),
+        "is_masked": masked_mean(token.outside, live),
     }
-
-
-def _mean(x: Tensor, live: Tensor) -> Tensor:
-    return masked_mean(x.float(), live)
 
 
 def _outputs(inputs: Any, out: LossOutput, metrics: dict[str, Tensor]) -> Any:

@@ -14,11 +14,10 @@ import logging
 import math
 import sys
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 
-from grpo_fast import reference
 from grpo_fast.integrations._host import (
     SUM,
     Average,
@@ -33,29 +32,11 @@ from grpo_fast.integrations._host import (
 )
 from grpo_fast.integrations._verl_logprobs import linear_cross_entropy, logprobs_from_logits
 from grpo_fast.loss import LossOutput
+from grpo_fast.weights import geometric_mean
 
 SUPPORTED = ("0.9.1", "0.10")  # from, and below
 Metrics = dict[str, Tensor | float]
 Result = tuple[Tensor, Metrics]
-
-
-class PolicyLoss(Protocol):
-    """verl's signature of a policy loss; all tensors (B, T).
-
-    Returns the loss, averaged over the global batch as `config.global_batch_info` says, and the metrics as
-    Python numbers.
-    """
-
-    def __call__(
-        self,
-        old_log_prob: Tensor,
-        log_prob: Tensor,
-        advantages: Tensor,
-        response_mask: Tensor,
-        loss_agg_mode: str = ...,
-        config: Any = ...,
-        rollout_is_weights: Tensor | None = ...,
-    ) -> tuple[Tensor, dict[str, float]]: ...
 
 
 def average(loss_agg_mode: str, mask: Tensor, config: Any) -> Average:
@@ -110,7 +91,7 @@ class _Call(Call):
         return self.averaged(average(self.mode, self.mask, self.config), preset, options)
 
     def kl(self, clamp: float = math.inf) -> Metrics:
-        """The metric of E[old - new], of log-ratios within the clamp."""
+        """verl's metric of E[old - new]: of log-ratios within the clamp, unlike that of the losses here."""
         d = (self.old - self.logp).clamp(-clamp, clamp)
         return {"actor/ppo_kl": self.mean(d)}
 
@@ -166,7 +147,7 @@ def _dppo(call: _Call, kind: str) -> Result:
 def _geo_mean(call: _Call) -> Result:
     clip, weights = _clip_range(call.config), call.weights
     if weights is not None:  # one per sequence: their geometric mean
-        weights = reference.sequence_mean((weights + 1e-10).log(), call.mask != 0)[:, 0].exp()
+        weights = geometric_mean(weights, mask=call.mask, eps=1e-10)
     how = Average({}, None, 1.0)  # all sequences at hand, empty ones too
     out = call.averaged(how, "geo_mean", clip, importance_weights=weights)
     outside, A = call.diagnose("geo_mean", clip).outside, call.advantages
@@ -204,7 +185,11 @@ def _given(config: Any, name: str, default: float) -> float:
     return default if value is None else value
 
 
-def _with_verls_signature(mode: str, loss: Callable[[_Call], Result]) -> PolicyLoss:
+def _with_verls_signature(
+    mode: str, loss: Callable[[_Call], Result]
+) -> Callable[..., tuple[Tensor, dict[str, float]]]:
+    """verl's policy loss: the loss and its metrics as Python numbers; all tensors (B, T)."""
+
     def policy_loss(
         old_log_prob: Tensor,
         log_prob: Tensor,
