@@ -187,7 +187,7 @@ class GRPOTrainer(trl.GRPOTrainer):
         scored = compute(model, inputs, arguments, unit)
         if self.loss_type in BY_ITEMS:  # TRL reports it so
             scored = scored._replace(policy_loss=scored.policy_loss / steps)
-        self._report(mode, inputs, mask, scored)
+        _trl_metrics.report(self, mode, inputs, mask, scored)
         return scored.loss / steps
 
     def _masks_by_log_probs(self, inputs: dict[str, Any]) -> bool:
@@ -210,32 +210,51 @@ class GRPOTrainer(trl.GRPOTrainer):
             return 0.0
         return self.entropy_coef
 
-    def _without_bonus(self) -> Objective:
-        """The objective without what depends on the step, or on all devices."""
-        return dataclasses.replace(
+    def _terms(
+        self, inputs: dict[str, Any], mask: Tensor, logps: Tensor
+    ) -> tuple[Objective, Tensor]:
+        """(the objective without what depends on the step or on all devices, its advantages).
+
+        The advantages are 0 where TRL's off-policy mask drops a token for a distance that is not the one to
+        the old policy, which the objective knows: that to the sampler, or none, on policy. Such a token has
+        no policy term, and keeps its KL.
+        """
+        chosen = dataclasses.replace(
             self.current_objective(),
             top_entropy_quantile=1.0,
             entropy_coef=0.0,
             entropy_reduction="same",
         )
+        advantages, old = inputs["advantages"], inputs.get("old_per_token_logps")
+        sampler = inputs.get("sampling_per_token_logps", old)
+        if self.off_policy_mask_threshold is None or (sampler is old and old is not None):
+            return chosen, advantages
+        advantages = per_row(advantages)
+        kept = self.get_off_policy_mask(
+            advantages,
+            logps,
+            logps.detach() if sampler is None else sampler,
+            mask.to(logps.dtype),
+            self.off_policy_mask_threshold,
+        )
+        advantages = torch.where(kept.bool(), advantages, 0)
+        if advantages.shape != mask.shape:
+            advantages = advantages.squeeze(1)
+        return dataclasses.replace(chosen, off_policy_threshold=None), advantages
 
     def _at_once(
         self, model: Any, inputs: dict[str, Any], arguments: dict[str, Any], unit: float
     ) -> Scored:
         """Loss and gradient in one pass over the head."""
         input_ids, attention_mask = _sequences(inputs)
-        ids = inputs["completion_ids"]
-        advantages, chosen = inputs["advantages"], self._without_bonus()
-        coefficient = self._bonus_coefficient() / unit
+        ids, mask = inputs["completion_ids"], arguments["mask"]
+        # Where TRL's mask asks for the log-probs here, it is on policy, and any will do.
+        chosen, advantages = self._terms(inputs, mask, torch.zeros_like(mask, dtype=torch.float32))
+        coefficient = self._bonus_coefficient()
         if coefficient:
             chosen = dataclasses.replace(
-                chosen, entropy_coef=coefficient, entropy_reduction="token_mean"
+                chosen, entropy_coef=coefficient / unit, entropy_reduction="token_mean"
             )
-        if self.off_policy_mask_threshold is not None and arguments["old_logps"] is None:
-            # On policy the distance is 0.
-            chosen = dataclasses.replace(chosen, off_policy_threshold=None)
-            if self.off_policy_mask_threshold < 0:
-                advantages = advantages.clamp(min=0)
 
         def score(hidden: Tensor, head: Head) -> tuple[Tensor, ...]:
             with self._head_precision(hidden) as hidden:
@@ -251,16 +270,17 @@ class GRPOTrainer(trl.GRPOTrainer):
                     **arguments,
                 )
             assert out.entropy is not None
-            return out.loss, out.logps, out.entropy, out.metrics.get("kl", out.loss.detach())
+            means = [out.metrics[name] for name in ("entropy", "kl") if name in out.metrics]
+            return out.loss, out.logps, out.entropy, *means
 
         with self.accelerator.autocast():
-            loss, logps, entropy, kl = with_head(
+            loss, logps, entropy, mean_entropy, *kl = with_head(
                 model, score, input_ids, attention_mask, last=ids.shape[1]
             )
-        loss, mask = unit * loss, arguments["mask"]
-        mean_entropy = torch.where(mask, entropy, 0).sum() / mask.sum().clamp(min=1)
-        without_bonus = loss.detach() + unit * coefficient * mean_entropy
-        return Scored(loss, without_bonus, logps, entropy, kl, mask)
+        loss = unit * loss
+        # One pass has one loss; TRL reports it without what the bonus took off.
+        without_bonus = loss.detach() + coefficient * mean_entropy
+        return Scored(loss, without_bonus, logps, entropy, kl[0] if kl else None, mask)
 
     def _log_probs_first(
         self, model: Any, inputs: dict[str, Any], arguments: dict[str, Any], unit: float
@@ -269,38 +289,28 @@ class GRPOTrainer(trl.GRPOTrainer):
         input_ids, attention_mask = _sequences(inputs)
         ids, mask = inputs["completion_ids"], arguments["mask"]
         logps, entropy = self._log_probs(model, input_ids, attention_mask, ids.shape[1], True)
-        advantages = per_row(inputs["advantages"])
-        chosen = self._without_bonus()
-        # A token whose advantage is 0 has no policy term, and keeps its KL: what TRL's masks do.
-        if self.off_policy_mask_threshold is not None:
-            sampler = inputs.get("sampling_per_token_logps", arguments["old_logps"])
-            kept = self.get_off_policy_mask(
-                advantages,
-                logps,
-                logps.detach() if sampler is None else sampler,
-                mask.to(logps.dtype),
-                self.off_policy_mask_threshold,
-            )
-            advantages = torch.where(kept.bool(), advantages, 0)
-            chosen = dataclasses.replace(chosen, off_policy_threshold=None)
+        chosen, advantages = self._terms(inputs, mask, logps)
         bonus_mask = mask
-        if self.top_entropy_quantile < 1:
+        if self.top_entropy_quantile < 1:  # of all devices' tokens
             bonus_mask = self.get_high_entropy_mask(
                 entropy.detach(), mask, 1 - self.top_entropy_quantile
             )
-            advantages = torch.where(bonus_mask, advantages, 0)
-        if advantages.shape != logps.shape:
-            advantages = advantages.squeeze(1)
+            advantages = torch.where(bonus_mask, per_row(advantages), 0)
         out = policy_loss(logps, advantages=advantages, objective=chosen, **arguments)
         loss = unit * out.loss
-        bonus = torch.where(bonus_mask, entropy, 0).sum() / bonus_mask.sum().clamp(min=1)
+        total = loss + self._entropy_bonus(entropy, bonus_mask)
         kl = out.metrics.get("kl")
-        coefficient = self._bonus_coefficient()
-        total = loss - coefficient * bonus if coefficient else loss
         return Scored(total, loss.detach(), out.logps, entropy.detach(), kl, bonus_mask)
 
-    def _report(self, mode: str, inputs: dict[str, Any], mask: Tensor, scored: Scored) -> None:
-        _trl_metrics.report(self, mode, inputs, mask, scored)
+    def _entropy_bonus(self, entropy: Tensor, mask: Tensor) -> Tensor:
+        """The bonus of some tokens as a loss: the mean over them, whatever normalises the policy's."""
+        bonus = Objective(
+            surrogate="reinforce", reduction="token_mean", entropy_coef=self._bonus_coefficient()
+        )
+        nothing = torch.zeros_like(entropy)
+        return policy_loss(
+            nothing, advantages=nothing, mask=mask, entropy=entropy, objective=bonus
+        ).loss
 
 
 def _sequences(inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:

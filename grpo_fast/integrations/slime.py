@@ -185,7 +185,7 @@ class Slime:
 
             metrics = _metrics(args, batch, out, token, objective, given, mean) | metrics
             metrics |= self.more_metrics(args, batch, token)
-            if corrects:
+            if corrects:  # not `token.ratio`: this one is not clamped where miles clamps its loss's
                 metrics["ois"] = sum_of_sample_mean(token.log_ratio.exp())
             if sampled:
                 old_logp = out.logps if given["old_logps"] is None else given["old_logps"]

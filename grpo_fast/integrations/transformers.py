@@ -34,24 +34,17 @@ class Head:
         bias: (V,) or None.
         softcap: c of c tanh(x / c), or None.
         logit_scale: factor of the logits, before the cap.
-        vocab_size: rows of `weight` that are logits of the model: all of them.
     """
 
     weight: Tensor
     bias: Tensor | None = None
     softcap: float | None = None
     logit_scale: float = 1.0
-    vocab_size: int = 0
 
     @property
     def options(self) -> dict[str, Any]:
         """The keyword arguments that `linear_logprob` and `linear_grpo_loss` take besides the weight."""
-        return {
-            "bias": self.bias,
-            "softcap": self.softcap,
-            "logit_scale": self.logit_scale,
-            "vocab_size": self.vocab_size,
-        }
+        return {"bias": self.bias, "softcap": self.softcap, "logit_scale": self.logit_scale}
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., D) -> (..., V): what the model itself computes. Materialises the logits."""
@@ -275,13 +268,7 @@ def _read_head(module: Any, config: Any) -> Head:
             "use it inside the wrapped model's forward, with with_head"
         )
     softcap = _first(config, SOFTCAPS)
-    return Head(
-        weight,
-        bias,
-        None if softcap is None else float(softcap),
-        _logit_scale(config),
-        weight.shape[0],
-    )
+    return Head(weight, bias, None if softcap is None else float(softcap), _logit_scale(config))
 
 
 def _logit_scale(config: Any) -> float:

@@ -151,7 +151,7 @@ class FusedLogProb:
         if wanted:  # they have no gradient in TRL either
             with torch.no_grad():
                 others = theirs(wanted)[2:]
-        head = Head(weight, bias, final_logit_softcapping, logit_scale, len(weight))
+        head = Head(weight, bias, final_logit_softcapping, logit_scale)
         with without_autocast(hidden) as hidden_:
             scored = log_probs(
                 hidden_, head, targets, temperature=temperature, with_entropy="entropy" in outputs
