@@ -79,8 +79,9 @@ class Objective:
         quadratic_coef: of "ipo", "dro", and DPPO on the ratio.
         vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg: of "vespo".
         topr_weight_pos, topr_weight_neg: of "topr".
-        top_entropy_quantile: rho in (0, 1]; keep the surrogate and the entropy bonus of the tokens whose
-            entropy is at least the (1 - rho) quantile over the live tokens of the batch; the KL of all.
+        top_entropy_quantile: rho in [0, 1]; keep the surrogate and the entropy bonus of the tokens whose
+            entropy is at least the (1 - rho) quantile over the live tokens of the batch (0: the highest); the
+            KL of all.
         off_policy_threshold: drop the surrogate of tokens with A < 0 in sequences whose mean of -d is
             above this (DeepSeek-V3.2).
         log_ratio_clip: clamp d (for a sequence ratio, its mean) to [-log_ratio_clip,
@@ -156,7 +157,7 @@ class Objective:
         low = -1.0 if self.surrogate == "cispo" else 0.0
         _check_number("epsilon_high", self.epsilon_high, low=low, strict=low < 0)
         _check_number("entropy_coef", self.entropy_coef)
-        _check_number("top_entropy_quantile", self.top_entropy_quantile, low=0.0, strict=True)
+        _check_number("top_entropy_quantile", self.top_entropy_quantile, low=0.0)
         if self.top_entropy_quantile > 1:
             raise ValueError(f"top_entropy_quantile: want <= 1, got {self.top_entropy_quantile}")
         if self.off_policy_threshold is not None:

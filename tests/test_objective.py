@@ -85,10 +85,10 @@ OBJECTIVE_CASES = {
         ValueError,
         "epsilon_high: want > -1",
     ),
-    "share of nothing": (
-        {"top_entropy_quantile": 0.0},
+    "share of less": (
+        {"top_entropy_quantile": -0.1},
         ValueError,
-        "top_entropy_quantile: want > 0",
+        "top_entropy_quantile: want >= 0, got -0.1",
     ),
     "share of more": (
         {"top_entropy_quantile": 1.2},

@@ -123,7 +123,7 @@ def test_a_weight_of_zero_leaves_out_an_infinite_ratio(backend, device):
 
 
 @pytest.mark.parametrize("N", [1, 2, 7, 100])
-@pytest.mark.parametrize("quantile", [0.01, 0.2, 0.5, 1 / 3, 0.999])
+@pytest.mark.parametrize("quantile", [0.0, 0.01, 0.2, 0.5, 1 / 3, 0.999])
 def test_top_entropy_is_the_quantile_of_the_live_tokens(N, quantile, device):
     entropy = torch.rand(N, device=device)
     live = torch.rand(N, device=device) > 0.3
@@ -134,6 +134,29 @@ def test_top_entropy_is_the_quantile_of_the_live_tokens(N, quantile, device):
         threshold = entropy[live].quantile(1 - quantile)
         torch.testing.assert_close(kept, live & (entropy >= threshold), rtol=0, atol=0)
         assert kept.any()
+
+
+def test_a_top_entropy_quantile_of_0_is_the_highest(backend, device):
+    """Its surrogate alone counts, in the mean over all tokens; so does its entropy, as a mean of its own."""
+    entropy = torch.tensor([[1.0, 3.0, 2.0], [0.5, 9.0, 0.1]], device=device)
+    chosen = Objective(
+        top_entropy_quantile=0.0,
+        reduction="token_mean",
+        entropy_coef=0.5,
+        entropy_reduction="token_mean",
+    )
+    arguments = {
+        "advantages": torch.tensor([2.0, 1.0], device=device),
+        "mask": torch.tensor([[1, 1, 1], [1, 0, 1]], device=device),
+        "entropy": entropy,
+        "objective": chosen,
+    }
+    logps = torch.full((2, 3), -1.0, device=device)
+    loss, grad = loss_and_grad(policy_loss, logps, **arguments)
+    assert loss.item() == pytest.approx(-2 / 5 - 0.5 * 3)
+    torch.testing.assert_close(grad.cpu(), torch.tensor([[0, -0.4, 0], [0, 0, 0]]))
+    want = reference.policy_loss(logps.double(), **arguments | {"entropy": entropy.double()})
+    assert want.item() == pytest.approx(loss.item())
 
 
 def test_gradient_in_the_entropy(backend, device):

@@ -221,9 +221,10 @@ class TestObjective:
         [
             ({"loss_type": "ppo"}, "loss_type='ppo' is unknown; TRL has grpo, bnpo"),
             ({"importance_sampling_level": "batch"}, "importance_sampling_level='batch'"),
+            ({"beta": -0.1}, r"beta=-0\.1: .* away from the reference, without a bound"),
         ],
     )
-    def test_unknown(self, args, match):
+    def test_refused(self, args, match):
         with pytest.raises(ValueError, match=match):
             objective(SimpleNamespace(**args))
 

@@ -233,6 +233,7 @@ def test_every_loss_type(loss_type, level, trainers):
         (vllm | {"vllm_importance_sampling_correction": False}, ()),
         ({"top_entropy_quantile": 0.4}, ()),
         ({"top_entropy_quantile": 0.4, "entropy_coef": 0.1, "beta": 0.3}, ("tool_mask",)),
+        ({"top_entropy_quantile": 0.0, "entropy_coef": 0.1, "beta": 0.3}, ()),
         ({"top_entropy_quantile": 0.4, "off_policy_mask_threshold": -0.02}, ("on_policy",)),
         ({"top_entropy_quantile": 0.4, "off_policy_mask_threshold": 0.02}, ()),
         ({"entropy_coef": 0.1}, ()),

@@ -59,7 +59,8 @@ def objective(args: Any) -> Objective:
     that training starts with.
 
     Raises:
-        ValueError: an unknown loss type or level, or an option that the loss type does not use.
+        ValueError: an unknown loss type or level, a negative `beta`, or an option that the loss type does not
+            use.
     """
     given = {name: read(args, name, default) for name, default in DEFAULTS.items()}
     loss_type, level = given["loss_type"], given["importance_sampling_level"]
@@ -67,6 +68,11 @@ def objective(args: Any) -> Objective:
         raise ValueError(f"loss_type={loss_type!r} is unknown; TRL has {', '.join(LOSS_TYPES)}")
     if level not in ("token", "sequence"):
         raise ValueError(f"importance_sampling_level={level!r}: want 'token' or 'sequence'")
+    if given["beta"] < 0:
+        raise ValueError(
+            f"beta={given['beta']}: not supported: TRL's loss would pay for moving away from the reference, "
+            "without a bound"
+        )
     bias_corrected = bool(given["use_bias_correction_kl"])
     epsilon = given["epsilon"]
     epsilon_high = epsilon if given["epsilon_high"] is None else given["epsilon_high"]
