@@ -95,7 +95,11 @@ def adapt_entropy(trainer: Any, world_entropy: float) -> None:
 def clipped(
     trainer: Any, inputs: dict[str, Any], mask: Tensor, logps: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """TRL's flags of tokens, or sequences, clipped below and above."""
+    """TRL's flags of tokens, or sequences, clipped below and above.
+
+    Not those of `token_diagnostics`: TRL's come after its clamp to `delta`, and a sequence without a live
+    token has one, too.
+    """
     old, advantages = inputs.get("old_per_token_logps"), per_row(inputs["advantages"])
     own = dataclasses.replace(trainer.current_objective(), beta=0.0)
     given = logps, old, advantages.expand_as(logps)
