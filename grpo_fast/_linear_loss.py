@@ -53,7 +53,8 @@ def linear_grpo_loss(
     Equivalent to `grpo_loss(cap(logit_scale * (hidden @ weight.T + bias)), completion_ids, ...)` with
     `cap(x) = softcap * tanh(x / softcap)`, the logits living in one chunk of tokens at a time. The gradients
     are computed in the forward: three matrix products, two where the head is frozen. Beyond the gradients
-    and a float32 gradient of the weight, memory does not grow with the number of tokens.
+    and a float32 gradient of the weight, memory does not grow with the number of tokens; in float16 that of
+    `hidden` is float32 until the backward, so that a loss scale keeps it from underflow.
 
     Args:
         hidden: (B, T, D) or (N, D), float32, bfloat16 or float16: the last hidden states, row t for token t.

@@ -60,7 +60,8 @@ def grpo_loss(
     Args:
         logits: (B, T, V) padded or (N, V) packed, float32, bfloat16 or float16, aligned: row t scores
             token t. The last dimension contiguous; a strided view (`logits[:, prompt - 1 : -1]`) is not
-            copied.
+            copied. Their gradient is stored in their dtype before the upstream gradient is applied: in
+            float16 no loss scale keeps it from underflow.
         completion_ids: (B, T) or (N,), int32 or int64; anything where the mask is 0.
         advantages: (B,) per sequence, or per token. Or:
         rewards: (B,) with `group_size`: z-scored within groups of consecutive sequences, on the device,
