@@ -86,7 +86,8 @@ def linear_grpo_loss(
             each other's numbers of rows, a sync (compiled: they must be equal).
         dw_out: (rows, D) float32: the backward adds the gradient of the weight to it, unrounded, instead of
             handing it to autograd, which sees none. The float32 buffer of the forward is added, so that any
-            upstream gradient is right; it saves the gradient in the dtype of the weight.
+            upstream gradient is right; it saves the gradient in the dtype of the weight. An upstream gradient
+            of 0 does not undo an inf or NaN of the forward, here as in PyTorch: 0 times inf is NaN.
         return_entropy: compute the entropy also where the objective does not need it, and it and the
             log-probs of every token that is not masked: those that `compact` left out of the gradient get a
             pass for their logits, one of the three products, and on a GPU another sync.

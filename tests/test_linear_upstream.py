@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from grpo_fast import reference
-from grpo_fast.loss import linear_grpo_loss
+from grpo_fast.loss import grpo_loss, linear_grpo_loss
 from grpo_fast.testing import assert_as_accurate
 from tests.cases import in_double
 from tests.test_grpo import OBJECTIVES
@@ -89,3 +89,37 @@ def test_two_losses_share_a_main_gradient_in_one_backward(backend, device):
     ]
     (losses[0] + 2 * losses[1]).backward()
     torch.testing.assert_close(main, 3 * want)
+
+
+@pytest.mark.parametrize("upstream", [0.0, float("inf"), float("nan")], ids=str)
+@pytest.mark.parametrize("spoilt", [False, True])
+def test_dw_out_takes_what_autograd_would(upstream, spoilt, backend, device):
+    """Where the forward or the factor overflowed: 0 times inf is NaN, as by the chain rule."""
+    tensors, options, ids, arguments = batch(4, 5, 60, device)
+    if spoilt:
+        tensors["hidden"][2, 0] = torch.inf
+    leaves = graded(tensors)
+    loss = call(linear_grpo_loss, leaves, options, ids, **arguments).loss
+    (want,) = torch.autograd.grad(loss, leaves["weight"], torch.full_like(loss, upstream))
+    main = torch.zeros_like(want)
+    leaves = graded(tensors)
+    out = call(linear_grpo_loss, leaves, options, ids, **arguments, dw_out=main)
+    out.loss.backward(torch.full_like(out.loss, upstream))
+    torch.testing.assert_close(main, want, rtol=0, atol=0, equal_nan=True)
+    if upstream == 0:
+        assert want.isnan().any() == spoilt
+        live = torch.where(arguments["mask"][..., None], tensors["hidden"], 0)
+        plain = tensors["weight"].clone().requires_grad_()
+        loss = grpo_loss(live @ plain.T, ids, **arguments).loss
+        (plain,) = torch.autograd.grad(0 * loss, plain)
+        assert plain.isnan().any() == spoilt
+
+
+def test_a_weight_without_gradient_has_none_under_an_infinite_factor(backend, device):
+    """A vocabulary entry behind `vocab_size`: 0 times inf would put NaN into the main gradient."""
+    tensors, options, ids, arguments = batch(4, 5, 60, device, {"vocab_size": 50})
+    main = torch.zeros_like(tensors["weight"])
+    out = call(linear_grpo_loss, graded(tensors), options, ids, **arguments, dw_out=main)
+    (float("inf") * out.loss).backward()
+    assert main[50:].eq(0).all()
+    assert not main[:50].isfinite().all()

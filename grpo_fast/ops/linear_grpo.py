@@ -418,7 +418,10 @@ def _backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple:
         if not wanted or dtype is None:
             result.append(None)
         elif i == 1 and ctx.dw_out is not None:
-            ctx.dw_out.addcmul_(x, factor)
+            scale_(
+                x, factor
+            )  # not `addcmul_`: a gradient of 0 stays one under a factor of inf here too
+            ctx.dw_out.add_(x)
             result.append(None)
         elif x.dtype == dtype:
             scale_(x, factor)
