@@ -53,7 +53,8 @@ def linear_grpo_loss(
     Equivalent to `grpo_loss(cap(logit_scale * (hidden @ weight.T + bias)), completion_ids, ...)` with
     `cap(x) = softcap * tanh(x / softcap)`, the logits living in one chunk of tokens at a time. The gradients
     are computed in the forward: three matrix products, two where the head is frozen. Beyond the gradients
-    and a float32 gradient of the weight, memory does not grow with the number of tokens.
+    and a float32 gradient of the weight, memory does not grow with the number of tokens; in float16 that of
+    `hidden` is float32 until the backward, so that a loss scale keeps it from underflow.
 
     Args:
         hidden: (B, T, D) or (N, D), float32, bfloat16 or float16: the last hidden states, row t for token t.
@@ -85,13 +86,14 @@ def linear_grpo_loss(
             each other's numbers of rows, a sync (compiled: they must be equal).
         dw_out: (rows, D) float32: the backward adds the gradient of the weight to it, unrounded, instead of
             handing it to autograd, which sees none. The float32 buffer of the forward is added, so that any
-            upstream gradient is right; it saves the gradient in the dtype of the weight.
+            upstream gradient is right; it saves the gradient in the dtype of the weight. An upstream gradient
+            of 0 does not undo an inf or NaN of the forward, here as in PyTorch: 0 times inf is NaN.
         return_entropy: compute the entropy also where the objective does not need it, and it and the
             log-probs of every token that is not masked: those that `compact` left out of the gradient get a
             pass for their logits, one of the three products, and on a GPU another sync.
         advantages, rewards, group_size, mask, old_logps, ref_logps, importance_weights, token_weights,
-            scores, num_items, cu_seqlens, temperature, objective: as in `grpo_loss`. Where the mask is 0,
-            `hidden` may hold NaN.
+            scores, num_items, cu_seqlens, temperature, objective: as in `grpo_loss`: constants, `old_logps`
+            and `ref_logps` with a graph too. Where the mask is 0, `hidden` may hold NaN.
 
     Returns:
         `LossOutput`. Log-probs and entropy of tokens left out are unspecified (0), and the metrics are of

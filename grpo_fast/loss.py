@@ -60,13 +60,15 @@ def grpo_loss(
     Args:
         logits: (B, T, V) padded or (N, V) packed, float32, bfloat16 or float16, aligned: row t scores
             token t. The last dimension contiguous; a strided view (`logits[:, prompt - 1 : -1]`) is not
-            copied.
+            copied. Their gradient is stored in their dtype before the upstream gradient is applied: in
+            float16 no loss scale keeps it from underflow.
         completion_ids: (B, T) or (N,), int32 or int64; anything where the mask is 0.
         advantages: (B,) per sequence, or per token. Or:
         rewards: (B,) with `group_size`: z-scored within groups of consecutive sequences, on the device,
             in the same launch. Across ranks use `grpo_fast.ops.group_advantage` on gathered rewards.
         mask: per token; 0 leaves a token out: nothing of it is read, it may hold NaN. Default: all count.
-        old_logps: per token, of the policy that sampled. None: on policy, the ratio is 1.
+        old_logps: per token, of the policy that sampled. None: on policy, the ratio is 1. It and `ref_logps`
+            are constants, detached here if they come with a graph: no gradient flows through them.
         ref_logps: per token, of the reference policy; needed where `objective.beta` is not 0.
         importance_weights: (B,), (B, 1) or per token; a detached factor on the surrogate, not on the KL
             term (train/inference mismatch).
@@ -90,8 +92,9 @@ def grpo_loss(
         backward, raises.
 
     Raises:
-        ValueError, TypeError: arguments that do not fit, by name. Values of tensors on a GPU (ids,
-            `cu_seqlens`, per-token temperatures) are checked only with GRPO_FAST_VALIDATE=1.
+        ValueError, TypeError: arguments that do not fit, by name; advantages, rewards, weights, scores,
+            `num_items` and temperatures that require grad, which none reaches. Values of tensors on a GPU
+            (ids, `cu_seqlens`, per-token temperatures) are checked only with GRPO_FAST_VALIDATE=1.
     """
     op = "grpo_loss"
     logits3 = _arguments.check_logits(op, logits, completion_ids, "completion_ids")
@@ -159,7 +162,7 @@ def policy_loss(
         logps: (B, T) padded or (N,) packed log-probs of the completion tokens, any floating dtype.
         entropy: per token, in nats; needed where `objective.needs_entropy`.
         advantages, mask, old_logps, ref_logps, importance_weights, token_weights, scores, num_items,
-            cu_seqlens, objective: as in `grpo_loss`.
+            cu_seqlens, objective: as in `grpo_loss`: constants, `old_logps=logps` too.
 
     Returns:
         `LossOutput`; its `entropy` is the given one, detached.

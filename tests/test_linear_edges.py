@@ -52,6 +52,34 @@ def test_autocast_changes_nothing(objective, backend, device):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="asks CUDA itself whether anything synchronised"
+)
+@pytest.mark.parametrize("compact", [True, False])
+def test_no_host_sync_where_the_host_knows_what_counts(compact):
+    """Masks, advantages and token weights on the CPU decide what is left out, without a word of the GPU's."""
+    hidden = torch.randn(B, T, D, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(50_000, D, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    ids = torch.randint(50_000, (B, T), device="cuda")
+    given = {
+        "mask": torch.arange(T) < torch.tensor([T, 0, 2])[:, None],
+        "advantages": torch.tensor([1.0, -1.0, 0.5]),
+        "token_weights": torch.ones(B, T),
+        "old_logps": torch.full((B, T), -10.0, device="cuda"),
+        "ref_logps": torch.full((B, T), -10.0, device="cuda"),
+        "objective": Objective(beta=0.1, entropy_coef=0.1, reduction="token_mean"),
+    }
+    for mode in ("default", "error"):  # the first call compiles the kernels
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            loss = linear_grpo_loss(hidden, weight, ids, **given, compact=compact).loss
+            (0.5 * loss).backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
 @pytest.mark.parametrize("masked", [False, True])
 def test_packed_sequences_take_one_phase(masked, backend, device, monkeypatch):
     """Where the host may wait for their ends; with nothing to leave out, no rows are gathered."""

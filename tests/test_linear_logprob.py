@@ -236,6 +236,52 @@ def test_rows_do_not_depend_on_the_batch(backend, device):
         torch.testing.assert_close(alone, whole[rows], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("limit", [None, 16])
+def test_rows_hardly_depend_on_the_batch_by_default(limit, monkeypatch, backend, device):
+    """The length of a chunk follows from N: between lengths a dot product is rounded otherwise, no more.
+
+    limit: the most rows of a chunk; None: all are one.
+    """
+    N, D, V = 40, 16, 300
+    if limit:
+        room = dict.fromkeys(("cuda", "cpu"), limit * _head.padded(V) * 4)
+        monkeypatch.setattr(_head, "WORKSPACE_BYTES", room)
+        monkeypatch.setattr(_head, "CPU_WORKSPACE_SHARE", 0)
+    heights = []
+    real = _head.product
+
+    def recorded(a, b, out):
+        heights.append((len(a), len(out)))
+        real(a, b, out)
+
+    monkeypatch.setattr(_head, "product", recorded)
+    tensors, _ = make(N, D, V, device)
+    ids = torch.randint(V, (N,), device=device)
+    hidden, weight = tensors["hidden"], tensors["weight"]
+
+    def computed(rows):
+        heights.clear()
+        logps = linear_logprob(hidden[rows], weight, ids[rows])
+        # The workspace has the same shape for every chunk, the last included.
+        assert len(set(heights)) == 1
+        assert len(heights) == -(-len(logps) // heights[0][0])
+        return logps, heights[0][0]
+
+    whole, length = computed(slice(0, N))
+    assert length == (limit or N)
+    # Of a dot product of length D in float32, in logit and normaliser.
+    magnitude = (hidden.double().abs() @ weight.double().abs().T).amax(1)
+    bound = 2 * D * torch.finfo(torch.float32).eps * magnitude
+    for rows in (slice(0, 1), slice(3, 12), slice(16, 39), slice(1, 40)):
+        alone, other = computed(rows)
+        assert ((alone - whole[rows]).abs() <= bound[rows]).all()
+        if other == length:
+            torch.testing.assert_close(alone, whole[rows], rtol=0, atol=0)
+    # The same number of rows: the same length, and the same bits in whatever company.
+    hidden = hidden.index_copy(0, torch.arange(20, N, device=device), -2 * hidden[20:])
+    torch.testing.assert_close(computed(slice(0, N))[0][:20], whole[:20], rtol=0, atol=0)
+
+
 def test_run_to_run_the_same_bits(backend, device):
     tensors, options = make(33, 16, 300, device, HEADS["everything"])
     ids, mask, upstream = batch(33, 90, device)

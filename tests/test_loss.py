@@ -7,7 +7,15 @@ import pytest
 import torch
 
 from grpo_fast import Objective
-from grpo_fast.loss import LossOutput, fold_statistics, grpo_loss, metrics_from, policy_loss
+from grpo_fast.loss import (
+    LossOutput,
+    fold_statistics,
+    grpo_loss,
+    linear_grpo_loss,
+    metrics_from,
+    policy_loss,
+)
+from grpo_fast.ops import linear_logprob, logprob
 from tests.cases import batch, loss_and_grad
 from tests.test_grpo import OBJECTIVES, by_objective
 
@@ -285,10 +293,65 @@ def test_objective_survives_its_key():
     assert Objective.from_key(changed.key) == changed
 
 
-@pytest.mark.parametrize("name", ["advantages", "importance_weights", "token_weights"])
-def test_a_factor_that_requires_grad_is_refused(name):
-    given = {"advantages": torch.ones(2, 3), name: torch.ones(2, 3, requires_grad=True)}
-    with pytest.raises(ValueError, match=f"{name} requires grad"):
-        policy_loss(torch.zeros(2, 3), **given)
-    with pytest.raises(ValueError, match=f"{name} requires grad"):
-        grpo_loss(torch.zeros(2, 3, 5), torch.zeros(2, 3, dtype=torch.int64), **given)
+CONSTANTS = {
+    "advantages": (torch.ones(4, 3), {}),
+    "importance_weights": (torch.ones(4, 3), {}),
+    "token_weights": (torch.ones(4, 3), {}),
+    "rewards": (torch.ones(4), {"advantages": None, "group_size": 2}),
+    "scores": (torch.ones(4), {"objective": Objective(surrogate="topr")}),
+    "num_items": (torch.ones(()), {"objective": Objective(reduction="token_mean")}),
+    "temperature": (torch.ones(4, 3), {}),
+    "temperature, one": (torch.ones(()), {}),
+}
+
+
+@pytest.mark.parametrize("which", CONSTANTS)
+def test_a_constant_that_requires_grad_is_refused(which):
+    name, (value, rest) = which.split(",")[0], CONSTANTS[which]
+    given = {"advantages": torch.ones(4), **rest, name: value.clone().requires_grad_()}
+    ids = torch.zeros(4, 3, dtype=torch.int64)
+    hidden, weight = torch.zeros(4, 3, 2), torch.zeros(5, 2)
+    remedy = rf"{name} requires grad.*pass {name}.detach\(\)"
+    with pytest.raises(ValueError, match=f"grpo_loss: {remedy}"):
+        grpo_loss(torch.zeros(4, 3, 5), ids, **given)
+    with pytest.raises(ValueError, match=f"linear_grpo_loss: {remedy}"):
+        linear_grpo_loss(hidden, weight, ids, **given)
+    if name == "temperature":
+        heat = {"temperature": given["temperature"]}
+        for scored in (
+            lambda: logprob(torch.zeros(4, 3, 5), ids, **heat),
+            lambda: linear_logprob(hidden, weight, ids, **heat),
+        ):
+            with pytest.raises(ValueError, match=f"logprob: {remedy}"):
+                scored()
+    elif name != "rewards":
+        with pytest.raises(ValueError, match=f"policy_loss: {remedy}"):
+            policy_loss(torch.zeros(4, 3), **given)
+
+
+def test_log_probs_of_other_policies_are_constants():
+    """Also where they come with a graph: `old_logps=logps`, or a reference scored without no_grad."""
+    head = torch.randn(5, 2, requires_grad=True)
+    other = torch.randn(5, 2, requires_grad=True)
+    hidden, ids = torch.randn(4, 3, 2), torch.randint(5, (4, 3))
+    logps, ref = logprob(hidden @ head.T, ids), logprob(hidden @ other.T, ids)
+    losses = (
+        lambda **rest: policy_loss(logps, **rest),
+        lambda **rest: grpo_loss(hidden @ head.T, ids, **rest),
+        lambda **rest: linear_grpo_loss(hidden, head, ids, **rest),
+    )
+    for loss in losses:
+        grads = []
+        for old, reference in ((logps, ref), (logps.detach(), ref.detach())):
+            out = loss(
+                advantages=torch.arange(4.0),
+                old_logps=old,
+                ref_logps=reference,
+                objective=Objective(beta=0.1),
+            ).loss
+            grads += torch.autograd.grad(
+                out, (head, other), retain_graph=True, materialize_grads=True
+            )
+        torch.testing.assert_close(grads[0], grads[2], rtol=0, atol=0)
+        assert grads[0].ne(0).any()
+        assert grads[1].eq(0).all()

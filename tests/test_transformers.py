@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from grpo_fast import Objective
 from grpo_fast.integrations.transformers import (
     causal_lm,
     check_head,
@@ -16,6 +17,8 @@ from grpo_fast.integrations.transformers import (
     inside_forward,
     with_head,
 )
+from grpo_fast.loss import grpo_loss, linear_grpo_loss
+from grpo_fast.ops import logprob
 from tests import ranks
 
 transformers = pytest.importorskip("transformers", reason="the models are Hugging Face's")
@@ -124,6 +127,45 @@ def test_gradients_are_those_of_the_model(name):
     )
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_fused_loss_trains_the_model_alike(name):
+    """Loss and gradients of all parameters, head and embedding included, as from the model's own logits."""
+    model = build(name)
+    ids, mask = batch()
+    T = 4
+    completions, live = ids[:, -T:], mask[:, -T:]
+    given = {
+        "advantages": torch.tensor([1.0, -0.5, 2.0]),
+        "mask": live,
+        "ref_logps": torch.full((3, T), -4.0),
+        "objective": Objective(beta=0.1, entropy_coef=0.05),
+    }
+    with torch.no_grad():
+        logits = model(input_ids=ids, attention_mask=mask).logits[:, -T - 1 : -1]
+        given["old_logps"] = logprob(logits, completions) + 0.3 * torch.randn(3, T)
+
+    def trained(loss):
+        model.zero_grad()
+        loss.backward()
+        return {k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None}
+
+    whole = model(input_ids=ids, attention_mask=mask).logits[:, -T - 1 : -1]
+    plain = grpo_loss(whole, completions, **given).loss
+    want = trained(plain)
+
+    def function(hidden, head):
+        return linear_grpo_loss(hidden, head.weight, completions, **head.options, **given).loss
+
+    fused = with_head(model, function, ids, mask, last=T)
+    got = trained(fused)
+    torch.testing.assert_close(fused, plain, rtol=1e-5, atol=1e-6)
+    assert got.keys() == want.keys() == {key for key, _ in model.named_parameters()}
+    for key, x in want.items():
+        # A key's bias moves all scores of a softmax alike: what is left of its gradient is rounding.
+        scale = max(x.abs().max().item(), 1e-3)
+        assert (got[key] - x).abs().max() <= 1e-5 * scale, key
 
 
 @pytest.mark.parametrize("softcap", [None, 1.5])

@@ -173,6 +173,48 @@ def test_processes_agree_with_one_in_the_kernels():
     run("tests.test_vocab_parallel:check_ranks", 2, True, seconds=600, **switches)
 
 
+def check_processes_without_rows(sizes):
+    """What each process of the tests below runs."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    group, rank, few = dist.group.WORLD, dist.get_rank(), sum(sizes)
+    for head in (HEADS["plain"], {"bias": True, "lora": 0.7, "softcap": 4.0}):
+        for name, frozen in (("entropy", ()), ("gspo", ()), ("default", ("weight", "bias"))):
+            torch.manual_seed(0)
+            tensors, options, ids, arguments = batch(4, 5, few, "cpu", head)
+            arguments["objective"] = OBJECTIVES[name]
+            mine, rows, n = split(tensors, sizes, rank)
+            want = gradients(linear_grpo_loss, tensors, options, ids, None, frozen, **arguments)
+            got = gradients(
+                linear_grpo_loss, mine, options, ids, None, frozen, tp_group=group, **arguments
+            )
+            compare(name, want, got, rows, n, arguments["mask"])
+            same = {"mask": arguments["mask"], "return_entropy": True}
+            upstream = torch.randn(2, 4, 5)
+            want = gradients(linear_logprob, tensors, options, ids, upstream, frozen, **same)
+            same["tp_group"] = group
+            got = gradients(linear_logprob, mine, options, ids, upstream, frozen, **same)
+            compare(f"log-probs, {name}", want, got, rows, n, arguments["mask"])
+    mine = torch.zeros(0, 8)
+    with pytest.raises(ValueError, match=r"linear_logprob: weight: want .*, got \(0, 8\)"):
+        linear_logprob(torch.zeros(3, 8), mine, torch.zeros(3).long(), tp_group=group)
+
+
+@needs_gloo
+@pytest.mark.parametrize("sizes", [[2, 2, 1, 0], [0, 3, 0, 2]], ids=str)
+def test_processes_without_rows(sizes):
+    """Few rows in shares of equal size leave none for the last; no rows at all are refused by everyone."""
+    run("tests.test_vocab_parallel:check_processes_without_rows", 4, sizes, seconds=300)
+
+
+@needs_gloo
+def test_processes_without_rows_in_the_kernels():
+    switches = {"TRITON_INTERPRET": "1", "GRPO_FAST_BACKEND": "triton"}
+    test = "tests.test_vocab_parallel:check_processes_without_rows"
+    run(test, 2, [0, 5], seconds=300, **switches)
+
+
 def test_combine_keeps_what_little_a_confident_token_leaves():
     """The shard of the scored token holds all but e^-60; 1 - p and the entropy survive."""
     far = [[0.0, 1.0, 0.0, 0.0], [-60.0, 1.0, 0.0, 1.0]]

@@ -94,6 +94,19 @@ def check_real(op: str, name: str, x: Tensor) -> None:
         raise TypeError(f"{op}: {name}: want real numbers, got {x.dtype}")
 
 
+def check_constant(op: str, name: str, x: object) -> None:
+    """A tensor in which a loss is not differentiated may not ask for its gradient: it would get none.
+
+    Log-probs of other policies are taken as they come: every trainer holds them constant, and a reference
+    that was scored with a graph, or `old_logps=logps`, is common.
+    """
+    if isinstance(x, Tensor) and x.requires_grad:
+        raise ValueError(
+            f"{op}: {name} requires grad, but it is a constant that no gradient reaches; "
+            f"pass {name}.detach(), or compute it under torch.no_grad()"
+        )
+
+
 def check_device(op: str, name: str, x: Tensor, like: Tensor) -> None:
     """x must be where the others are: nothing is moved silently."""
     if x.device != like.device:
@@ -116,6 +129,7 @@ def check_temperature(
     op: str, temperature: float | Tensor, like: Tensor, mask: Tensor | None
 ) -> tuple[Tensor | None, float]:
     """(per-token temperatures (N,) or None, 1 / the common temperature)."""
+    check_constant(op, "temperature", temperature)
     if isinstance(temperature, Tensor) and temperature.ndim > 0:
         values = per_token(op, "temperature", temperature, like)
         assert values is not None

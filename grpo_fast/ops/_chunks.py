@@ -15,6 +15,8 @@ from grpo_fast.ops.logprob import read_rows, write_rows
 NO_GRADIENT = Needs(False, False, False, False, False)
 # -A log p with A = -1: the gradient of log p itself.
 UNIT = Objective(surrogate="reinforce")
+# What `lifted` makes of the largest weight, at most: 4000 times as much is left for advantage and ratio.
+LIFTED = 16.0
 
 
 class Scores(NamedTuple):
@@ -153,3 +155,18 @@ def slice_arguments(a: Arguments, rows: Tensor | slice) -> Arguments:
     """The arguments of some rows; all tensors in `a` are per token."""
     of_rows: list[Any] = [x[rows] if isinstance(x, Tensor) else x for x in a]
     return Arguments(*of_rows)
+
+
+def lifted(a: Arguments) -> tuple[Arguments, Tensor]:
+    """With weights as large as gradients of logits in float16 want them, and the factor: a power of two.
+
+    The gradients are computed before the loss scale arrives that would keep them out of float16's underflow:
+    they get one here, chosen from the weights, and lose it again in float32.
+    """
+    largest = torch.nn.functional.pad(a.weight.abs(), (0, 1)).amax()
+    exponent = torch.frexp(largest).exponent.clamp(-100, 100)
+    lift = torch.ldexp(torch.full_like(largest, LIFTED), -exponent)
+    entropy_weight = a.entropy_weight
+    if entropy_weight is not None:
+        entropy_weight = entropy_weight * lift
+    return a._replace(weight=a.weight * lift, entropy_weight=entropy_weight), lift

@@ -54,6 +54,11 @@ def working_dtypes(hidden: Tensor, options: Options) -> tuple[torch.dtype, torch
     return hidden.dtype if hidden.is_cuda else torch.float32, torch.float32
 
 
+def early_dtype(hidden: Tensor) -> torch.dtype:
+    """Of a gradient of `hidden` that is yet to be scaled: below 6e-8 float16 has nothing."""
+    return torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
+
+
 def chunk_rows(N: int, D: int, most: int, processors: int | None) -> int:
     """How many rows to take at a time, at most `most`: equal chunks, on a GPU whole waves of tiles.
 
@@ -142,6 +147,7 @@ class Head:
         live: (N,) bool, or None; without `rows` only: `hidden` may hold anything where it is False.
         needs: the gradients that `backward` is to collect.
         length: rows of the longest part, where the parts are the caller's; 0 to choose.
+        early: the upstream gradient is yet to come; see `early_dtype`.
     """
 
     def __init__(
@@ -153,11 +159,13 @@ class Head:
         live: Tensor | None,
         needs: Needs,
         length: int = 0,
+        early: bool = False,
     ) -> None:
         V = options.vocab_size
         self.dtype, self.logits_dtype = working_dtypes(hidden, options)
         self.hidden, self.rows, self.live, self.needs = hidden, rows, live, needs
         self.full = parameters
+        self.dhidden_dtype = early_dtype(hidden) if early else hidden.dtype
         weight, bias, lora_a, lora_b = parameters
         self.weight = weight[:V].to(self.dtype)
         self.bias = None if bias is None else bias[:V].to(self.logits_dtype)
@@ -188,7 +196,7 @@ class Head:
         # Rows that take no part have no gradient; those that do are all written.
         whole = self.rows is None
         # A sum over processes is rounded once, at its end.
-        exact = torch.float32 if self.shard else self.hidden.dtype
+        exact = torch.float32 if self.shard else self.dhidden_dtype
         self.dhidden = (self.hidden.new_empty if whole else new)(
             self.hidden.shape if self.needs.hidden else 0, dtype=exact
         )
@@ -205,7 +213,8 @@ class Head:
         self.dbias = zeros(self.needs.bias, bias)
         self.dlora_a = zeros(self.needs.lora_a, lora_a)
         self.dlora_b = zeros(self.needs.lora_b, lora_b)
-        stage = torch.float32 if self.shard and self.hidden.is_cuda else self.dtype
+        # On a CPU the product of two halves is one.
+        stage = exact if self.hidden.is_cuda else self.dtype
         self._stage = self.hidden.new_empty((self.C if self.N else 0, D), dtype=stage)
         self._fresh = True
 
@@ -255,7 +264,7 @@ class Head:
             product(dz, self.lora_b, dinner)
             dinner.mul_(self.scaling)
         if self.needs.hidden:
-            direct = self.rows is None and n == self.C and self.dhidden.dtype == self.dtype
+            direct = self.rows is None and n == self.C and self.dhidden.dtype == self._stage.dtype
             out = self.dhidden[part] if direct else self._stage
             product(dz, self.weight, out)
             if dinner is not None and self.lora_a is not None:
@@ -280,5 +289,5 @@ class Head:
             for x in (self.dhidden, self.dlora_a):  # what all processes contribute to
                 if x.numel():
                     self.shard.total(x)
-        dhidden = self.dhidden.to(self.hidden.dtype)
+        dhidden = self.dhidden.to(self.dhidden_dtype)
         return dhidden, self.dweight, self.dbias, self.dlora_a, self.dlora_b

@@ -107,13 +107,15 @@ def check_head(
         )
     check_device(op, ids_name, ids, hidden)
     D = hidden.shape[-1]
-    if weight.ndim != 2 or weight.shape[1] != D or not len(weight):
+    fits = weight.ndim == 2 and weight.shape[1] == D
+    # A process may have no rows where others do: 5 in shares of 2 are 2, 2, 1 and 0.
+    rows = len(weight) if fits else 0
+    shards = [rows] if tp_group is None or not fits else rows_of_all(rows, tp_group, weight.device)
+    if not fits or not any(shards):
         raise ValueError(
             f"{op}: weight: want (vocabulary, {D}), since hidden is {shape_of(hidden)}, "
             f"got {shape_of(weight)}"
         )
-    rows = len(weight)
-    shards = [rows] if tp_group is None else rows_of_all(rows, tp_group, weight.device)
     V = sum(shards) if vocab_size is None else check_count(op, "vocab_size", vocab_size)
     if sum(shards) < V:
         raise ValueError(f"{op}: vocab_size={V} is more than the {sum(shards)} rows of weight")

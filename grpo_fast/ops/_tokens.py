@@ -70,6 +70,7 @@ def check_tokens(
     if rewards is not None:
         if group_size is None:
             raise ValueError(f"{op}: group_size: needed with rewards")
+        _arguments.check_constant(op, "rewards", rewards)
         rewards = check_rewards(op, rewards, group_size)
         _check_shape(op, "rewards", rewards, ((num_sequences,),))
         _arguments.check_device(op, "rewards", rewards, like)
@@ -80,12 +81,10 @@ def check_tokens(
         ("advantages", advantages),
         ("importance_weights", importance_weights),
         ("token_weights", token_weights),
+        ("scores", scores),
+        ("num_items", num_items),
     ):
-        if isinstance(factor, Tensor) and factor.requires_grad:
-            raise ValueError(
-                f"{op}: {name} requires grad, but it is a constant factor that no gradient reaches; "
-                f"pass {name}.detach(), or compute it under torch.no_grad()"
-            )
+        _arguments.check_constant(op, name, factor)
 
     def spread(name: str, x: Tensor | None) -> Tensor | None:
         """A per-sequence or per-token argument as (N,)."""

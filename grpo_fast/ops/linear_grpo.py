@@ -29,6 +29,7 @@ from grpo_fast.ops._chunks import (
     Statistics,
     at,
     kept_rows,
+    lifted,
     read_all,
     read_part,
     read_with_unit_gradient,
@@ -39,7 +40,7 @@ from grpo_fast.ops._chunks import (
     write_all,
     write_part,
 )
-from grpo_fast.ops._head import Head, row_limit
+from grpo_fast.ops._head import Head, early_dtype, row_limit, working_dtypes
 from grpo_fast.ops._head_arguments import (
     OPTIONS,
     PARAMETERS,
@@ -274,25 +275,32 @@ def _forward(hidden: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     rows, a, sequences, ends = compacted(call, hidden, objective.needs_sequences)
     scores = scaled(Scores(a.ids, a.mask, a.temperature, a.inv_temperature), options)
     a = a._replace(temperature=scores.temperature, inv_temperature=scores.inv_temperature)
+    lift = None
+    if working_dtypes(hidden, options)[0] == torch.float16:
+        a, lift = lifted(a)
     limit = row_limit(hidden, options)
     known = not objective.by_token and _phases.known_on_policy(a.old_logp, objective)
     way = plan(objective, known, needs, ends, limit, bool(options.tp_group))
     length = 0
     if way == "aligned" and ends is not None:
         length = max((ends[j] - ends[i] for i, j in _together(ends, limit)), default=1)
-    head = Head(hidden, call.parameters, options, rows, a.mask, needs, length)
+    head = Head(hidden, call.parameters, options, rows, a.mask, needs, length, early=True)
     if way == "token" and not head.shard:
         out = by_token(head, a)
     else:
         out = _by_phases(way, head, scores, a, sequences, ends, objective)
+    gradients = head.gradients()
+    if lift is not None:
+        out = out._replace(loss=out.loss / lift)
+        for x in gradients:
+            x /= lift
     N = len(hidden)
     optional = {"entropy": a.with_entropy, "kl": a.ref_logp is not None}
     outputs = [
         spread_rows(x, rows, N, computed=optional.get(name, True))
         for name, x in out._asdict().items()
     ]
-    dhidden, *others = head.gradients()
-    return (out.loss.sum(), *outputs, dhidden, *others)
+    return (out.loss.sum(), *outputs, *gradients)
 
 
 def _by_phases(
@@ -350,7 +358,7 @@ def _(hidden: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     call = sort(arguments)
     a = call.tokens
     outputs = new_outputs(a)
-    gradients = empty_gradients(hidden, call.parameters, call.needs)
+    gradients = empty_gradients(hidden, call.parameters, call.needs, early_dtype(hidden))
     return (a.weight.new_empty(()), *outputs, *gradients)
 
 
@@ -410,7 +418,10 @@ def _backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple:
         if not wanted or dtype is None:
             result.append(None)
         elif i == 1 and ctx.dw_out is not None:
-            ctx.dw_out.addcmul_(x, factor)
+            scale_(
+                x, factor
+            )  # not `addcmul_`: a gradient of 0 stays one under a factor of inf here too
+            ctx.dw_out.add_(x)
             result.append(None)
         elif x.dtype == dtype:
             scale_(x, factor)

@@ -113,14 +113,16 @@ linear_logprob_bwd = torch.library.custom_op(
 )
 
 
-def empty_gradients(hidden: Tensor, parameters: Parameters, needs: Needs) -> tuple[Tensor, ...]:
-    """What `Head.gradients` returns, without its values."""
+def empty_gradients(
+    hidden: Tensor, parameters: Parameters, needs: Needs, dtype: torch.dtype | None = None
+) -> tuple[Tensor, ...]:
+    """What `Head.gradients` returns, without its values; `dtype` of the first, if not that of `hidden`."""
     shapes = [
         x.shape if wanted and x is not None else 0
         for x, wanted in zip(parameters, needs[1:], strict=True)
     ]
     return (
-        hidden.new_empty(hidden.shape if needs.hidden else 0),
+        hidden.new_empty(hidden.shape if needs.hidden else 0, dtype=dtype),
         *(hidden.new_empty(shape, dtype=torch.float32) for shape in shapes),
     )
 
