@@ -14,6 +14,7 @@ class Traffic:
     read: int  # from memory
     reread: int  # a second time, from the cache if the row is still there
     written: int
+    rewritten: int = 0  # a second time, in the cache: the scored column of a gradient
 
     @property
     def least(self) -> int:
@@ -31,17 +32,18 @@ def logprob_forward(live: int, V: int, w: int) -> Traffic:
 
 
 def logprob_backward(N: int, live: int, V: int, w: int) -> Traffic:
-    return Traffic(read=live * V * w, reread=0, written=N * V * w)
+    return Traffic(read=live * V * w, reread=0, written=N * V * w, rewritten=live * w)
 
 
 def logprob(N: int, live: int, V: int, w: int) -> Traffic:
     """Forward and backward."""
     there, back = logprob_forward(live, V, w), logprob_backward(N, live, V, w)
-    return Traffic(there.read + back.read, there.reread, back.written)
+    return Traffic(there.read + back.read, there.reread, back.written, back.rewritten)
 
 
 def grpo(N: int, live: int, moving: int, V: int, w: int) -> Traffic:
-    return Traffic(read=live * V * w, reread=moving * V * w + live * w, written=N * V * w)
+    reread = moving * V * w + live * w
+    return Traffic(read=live * V * w, reread=reread, written=N * V * w, rewritten=moving * w)
 
 
 def policy_loss(N: int) -> Traffic:
@@ -68,8 +70,8 @@ def group_advantage(B: int) -> Traffic:
 # What a row of RESULTS.md says, per element of the logits or per token.
 FORMULAS = {
     "logprob, forward": ("live V w", "live w", "-"),
-    "logprob, backward": ("live V w", "-", "N V w"),
-    "grpo": ("live V w", "moving V w + live w", "N V w"),
+    "logprob, backward": ("live V w", "-", "N V w, live w twice"),
+    "grpo": ("live V w", "moving V w + live w", "N V w, moving w twice"),
     "policy_loss": ("21 N", "-", "13 N"),
     "sequence_loss": ("21 N", "14 N", "17 N"),
     "group_advantage": ("4 B", "-", "4 B"),

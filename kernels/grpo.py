@@ -8,8 +8,9 @@
 
 The coefficient of a row is known as soon as its log-prob is, so the gradient is taken while the row is still
 in the cache. Bytes, at w per logit: N V w read from memory, N V w read again from the cache, N V w written,
-and N w read for the scored logits; rows with c = e = 0 are read once and written once, masked rows are
-written only. `_scale_rows_kernel` reads and writes the rows whose factor is not 1, and nothing of the others.
+and N w read and written once more for the scored ones; rows with c = e = 0 are read once and written once,
+masked rows are written only. `_scale_rows_kernel` reads and writes the rows whose factor is not 1, and
+nothing of the others.
 
 A program owns a row, or a part of one until the last part to arrive takes over (`rows`). `dlogits` may be
 `logits`: a row is rewritten after all of it has been read.
@@ -142,7 +143,6 @@ def _grpo_kernel(
     row = (pid // parts).to(tl.int64)
     part = pid % parts
     row_ptr = logits_ptr + row_offset(row, T_len, stride_b, stride_t)
-    drow_ptr = dlogits_ptr + row_offset(row, T_len, dstride_b, dstride_t)
     start = part * columns
     stop = tl.minimum(start + columns, V)
     live = True
@@ -206,6 +206,7 @@ def _grpo_kernel(
                 tl.store(kl_ptr + row, kl)
             # In place, the scored logit is overwritten below, after every thread has read it.
             tl.debug_barrier()
+            drow_ptr = dlogits_ptr + row_offset(row, T_len, dstride_b, dstride_t)
             if (dlogp != 0) | (dentropy != 0):
                 k0, k1 = dlogits_factors(dlogp, dentropy, entropy, s, log2_s, inv_temperature)
                 dtarget = dlogits_target(dlogp, dentropy, entropy, logp, inv_temperature)
@@ -230,6 +231,7 @@ def _grpo_kernel(
             else:
                 write_zeros(drow_ptr, 0, V, K, T)
     else:
+        drow_ptr = dlogits_ptr + row_offset(row, T_len, dstride_b, dstride_t)
         write_zeros(drow_ptr, start, stop, K, T)
         if part == 0:
             tl.store(loss_ptr + row, 0.0)

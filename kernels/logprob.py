@@ -5,7 +5,8 @@
     dz_v    = (dlogp (1[v = y] - p_v) - dH p_v (log p_v + H)) / temperature
 
 Bytes, at w per logit: the forward reads N V w, and N w for the scored logits; the backward reads N V w and
-writes N V w, rows whose upstream gradient is 0 are written only. Masked rows are not read at all.
+writes N V w, and N w once more for the scored ones. Rows whose upstream gradient is 0 are written only.
+Masked rows are not read at all.
 
 A program owns a row, or a part of one (`rows.schedule`). m and s (log2 units, `tiles`) are kept for the
 backward.

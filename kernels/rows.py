@@ -204,35 +204,47 @@ def write_dlogits(
 ):
     """Columns [start, stop) of the gradient of a row; `drow_ptr` may be `row_ptr`.
 
-    From back to front: what the first pass read last is still in the cache.
+    The full tiles from back to front: what the first pass read last is still in the cache. What is done with
+    leaves the cache first, so that rows which other programs have yet to come back to can stay. The scored
+    column is written twice: by the loops like any other, at last with its own value. Strips around it, as in
+    the first pass, would make the one program that rewrites a row wait for memory a few times more.
     """
     BLOCK: tl.constexpr = K * T
     offs = tile_offsets(K, T)
     strip = tile_offsets(1, T)
-    full, skip, count, step = tile_plan(target, start, stop, BLOCK)
-    for tile in range(skip, count, step):
-        first = start + tile * BLOCK
-        for base in range(first, tl.minimum(first + BLOCK, stop), T):
-            keep = strip < stop - base
-            z = tl.load(row_ptr + base + strip, mask=keep, other=-float("inf")).to(tl.float32)
-            if softcap is not None:
-                z, slope = soft_cap(z, softcap, logit_scale, cap_rate)
-            dz = dlogits_tile(z, scale, m, k0, k1, HAS_ENTROPY)
-            dz = tl.where(strip == target - base, dtarget, dz)
-            if softcap is not None:
-                dz = dz * slope
-            tl.store(drow_ptr + base + strip, dz.to(drow_ptr.dtype.element_ty), mask=keep)
-    rest = full - (skip < full).to(tl.int32)
-    for i in range(0, rest):
-        tile = rest - 1 - i
-        base = start + (tile + (tile >= skip).to(tl.int32)) * BLOCK
-        z = tl.load(row_ptr + base + offs).to(tl.float32)
+    full = (stop - start) // BLOCK
+    here = (target >= start) & (target < stop)
+    if softcap is not None:
+        scored = tl.load(row_ptr + tl.where(here, target, start)).to(tl.float32)
+        _, steep = soft_cap(scored, softcap, logit_scale, cap_rate)
+        dtarget = dtarget * steep
+        tl.debug_barrier()  # in place, every thread has read it before one writes it
+    # Counted in this way, and before the rest, nothing spills on any target: see benchmarks/codegen.json.
+    for negative in range(start - full * BLOCK, start, BLOCK):
+        base = 2 * start - BLOCK - negative
+        z = tl.load(row_ptr + base + offs, eviction_policy="evict_first").to(tl.float32)
         if softcap is not None:
             z, slope = soft_cap(z, softcap, logit_scale, cap_rate)
         dz = dlogits_tile(z, scale, m, k0, k1, HAS_ENTROPY)
         if softcap is not None:
             dz = dz * slope
-        tl.store(drow_ptr + base + offs, dz.to(drow_ptr.dtype.element_ty))
+        dz = dz.to(drow_ptr.dtype.element_ty)
+        tl.store(drow_ptr + base + offs, dz, eviction_policy="evict_first")
+    for base in range(start + full * BLOCK, stop, T):
+        keep = strip < stop - base
+        z = tl.load(
+            row_ptr + base + strip, mask=keep, other=-float("inf"), eviction_policy="evict_first"
+        ).to(tl.float32)
+        if softcap is not None:
+            z, slope = soft_cap(z, softcap, logit_scale, cap_rate)
+        dz = dlogits_tile(z, scale, m, k0, k1, HAS_ENTROPY)
+        if softcap is not None:
+            dz = dz * slope
+        dz = dz.to(drow_ptr.dtype.element_ty)
+        tl.store(drow_ptr + base + strip, dz, mask=keep, eviction_policy="evict_first")
+    if here:
+        tl.debug_barrier()  # one thread writes over what another's loop left there
+        tl.store(drow_ptr + target, dtarget.to(drow_ptr.dtype.element_ty))
 
 
 @triton.jit

@@ -124,6 +124,13 @@ def visits(index, shape, times):
     return counts
 
 
+def written_visits(moving, ids, shape):
+    """Every element once, the scored ones of rows with a gradient twice."""
+    counts = torch.ones(shape, dtype=torch.int64)
+    counts.view(-1, shape[-1])[moving, ids[moving]] = 2
+    return counts
+
+
 def assert_visits(actual, expected):
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
@@ -170,8 +177,9 @@ def test_logprob_backward(V, dtype, entropy):
     assert_visits(visited, visits(live, logits.shape, 1))
     vectors = N * FLAG + N * (3 if entropy else 1) * FLOAT + n * (ID + 3 * FLOAT)
     assert traffic.total(traffic.loads) == size + parts * vectors
-    assert traffic.written(dlogits)[0] == traffic.total(traffic.stores) == documented.written
-    assert_visits(traffic.written(dlogits)[1], torch.ones(logits.shape, dtype=torch.int64))
+    written, visited = traffic.written(dlogits)
+    assert written == traffic.total(traffic.stores) == documented.written + documented.rewritten
+    assert_visits(visited, written_visits(live, ids, logits.shape))
 
 
 @by_dtype
@@ -200,8 +208,8 @@ def test_grpo(V, dtype, entropy, inplace):
     assert size == documented.read + documented.reread
     assert_visits(visited, expected)
     written, visited = traffic.written(dlogits)
-    assert written == documented.written
-    assert_visits(visited, torch.ones(logits.shape, dtype=torch.int64))
+    assert written == documented.written + documented.rewritten
+    assert_visits(visited, written_visits(moving, ids, logits.shape))
     loaded, stored = meeting(V, live)
     # Per row: weight, advantage, old and reference log-prob; loss, log-prob, KL (and entropy), clip flags.
     vectors = parts * (N * FLAG + live * ID) + live * 4 * FLOAT
@@ -345,8 +353,8 @@ def test_combine_rewards(labels, normalize):
 
 
 @by_size
-def test_capped_rows_move_the_same_bytes(V):
-    """A soft cap is arithmetic on what is loaded; gradients of unrounded logits are half their size."""
+def test_capped_rows_move_as_much_and_the_scored_logit_again(V):
+    """A soft cap is arithmetic, its slope wants the scored logit; the gradients are half the logits' size."""
     logits, ids, _ = batch(V, torch.float32)
     N = len(ids)
     dlogits = torch.empty(logits.shape, dtype=torch.float16)
@@ -356,8 +364,8 @@ def test_capped_rows_move_the_same_bytes(V):
             *(logits, ids, None, ones, ones, None, 1, *[None] * 8),
             *(1.0, False, Objective(), dlogits, 5.0, 0.5),
         )
-    assert traffic.read(logits)[0] == (2 * N * V + N) * FLOAT
-    assert traffic.written(dlogits)[0] == N * V * 2
+    assert traffic.read(logits)[0] == (2 * N * V + 2 * N) * FLOAT
+    assert traffic.written(dlogits)[0] == (N * V + N) * 2
 
 
 @pytest.mark.parametrize("n", [5, 4096, 10_000])
