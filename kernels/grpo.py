@@ -139,6 +139,8 @@ def _grpo_kernel(
 ):
     HAS_ENTROPY: tl.constexpr = entropy_ptr is not None
     HAS_REF: tl.constexpr = ref_logp_ptr is not None
+    # A row of one tile has no direction, a capped one is bound by arithmetic: no spills on sm_100 this way.
+    BACKWARDS: tl.constexpr = (not SPLIT and K > 1) or softcap is not None
     pid = tl.program_id(0)
     row = (pid // parts).to(tl.int64)
     part = pid % parts
@@ -162,8 +164,9 @@ def _grpo_kernel(
             if SPLIT:
                 m, s, t = combine_parts(partial_ptr, row, parts, BLOCK_PARTS, HAS_ENTROPY)
             z = tl.load(row_ptr + target).to(tl.float32)
+            slope = 1.0
             if softcap is not None:
-                z, _ = soft_cap(z, softcap, logit_scale, cap_rate)
+                z, slope = soft_cap(z, softcap, logit_scale, cap_rate)
             m, s, log2_s, logp, entropy = include_target(m, s, t, z, scale)
             advantage = load_advantage(
                 advantages_ptr, rewards_ptr, sequence_ptr, row, T_len, G, score_eps, BLOCK_G
@@ -209,7 +212,7 @@ def _grpo_kernel(
             drow_ptr = dlogits_ptr + row_offset(row, T_len, dstride_b, dstride_t)
             if (dlogp != 0) | (dentropy != 0):
                 k0, k1 = dlogits_factors(dlogp, dentropy, entropy, s, log2_s, inv_temperature)
-                dtarget = dlogits_target(dlogp, dentropy, entropy, logp, inv_temperature)
+                dtarget = dlogits_target(dlogp, dentropy, entropy, logp, inv_temperature) * slope
                 write_dlogits(
                     row_ptr,
                     drow_ptr,
@@ -224,6 +227,7 @@ def _grpo_kernel(
                     K,
                     T,
                     HAS_ENTROPY,
+                    BACKWARDS,
                     softcap,
                     logit_scale,
                     cap_rate,

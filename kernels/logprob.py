@@ -157,6 +157,12 @@ def _logprob_bwd_kernel(
         k0, k1 = dlogits_factors(dlogp, dentropy, entropy, s, tl.log2(s), inv_temperature)
         dtarget = dlogits_target(dlogp, dentropy, entropy, logp, inv_temperature)
         scale = inv_temperature * LOG2E
+        if softcap is not None:
+            here = (target >= start) & (target < stop)
+            z = tl.load(row_ptr + target, mask=here, other=0.0).to(tl.float32)
+            _, slope = soft_cap(z, softcap, logit_scale, cap_rate)
+            dtarget = dtarget * slope
+            tl.debug_barrier()  # in place, every thread has read it before one writes it
         write_dlogits(
             row_ptr,
             drow_ptr,
@@ -171,6 +177,7 @@ def _logprob_bwd_kernel(
             K,
             T,
             HAS_ENTROPY,
+            False,
             softcap,
             logit_scale,
             cap_rate,

@@ -198,30 +198,25 @@ def write_dlogits(
     K: tl.constexpr,
     T: tl.constexpr,
     HAS_ENTROPY: tl.constexpr,
+    BACKWARDS: tl.constexpr,
     softcap=None,
     logit_scale=None,
     cap_rate=None,
 ):
     """Columns [start, stop) of the gradient of a row; `drow_ptr` may be `row_ptr`.
 
-    The full tiles from back to front: what the first pass read last is still in the cache. What is done with
-    leaves the cache first, so that rows which other programs have yet to come back to can stay. The scored
-    column is written twice: by the loops like any other, at last with its own value. Strips around it, as in
-    the first pass, would make the one program that rewrites a row wait for memory a few times more.
+    BACKWARDS, from back to front: what one program has read last is still in the cache. Of a row read by
+    many side by side no end is. What is done with leaves the cache first, so that rows which other programs
+    have yet to come back to can stay. The scored column is written twice: by the loops like any other, at
+    last with its own value, `dtarget`, a soft cap's slope included. Strips around it, as in the first pass,
+    would make the one program that rewrites a row wait for memory a few times more.
     """
     BLOCK: tl.constexpr = K * T
     offs = tile_offsets(K, T)
     strip = tile_offsets(1, T)
     full = (stop - start) // BLOCK
-    here = (target >= start) & (target < stop)
-    if softcap is not None:
-        scored = tl.load(row_ptr + tl.where(here, target, start)).to(tl.float32)
-        _, steep = soft_cap(scored, softcap, logit_scale, cap_rate)
-        dtarget = dtarget * steep
-        tl.debug_barrier()  # in place, every thread has read it before one writes it
-    # Counted in this way, and before the rest, nothing spills on any target: see benchmarks/codegen.json.
-    for negative in range(start - full * BLOCK, start, BLOCK):
-        base = 2 * start - BLOCK - negative
+    for i in range(0, full):
+        base = start + (full - 1 - i if BACKWARDS else i) * BLOCK
         z = tl.load(row_ptr + base + offs, eviction_policy="evict_first").to(tl.float32)
         if softcap is not None:
             z, slope = soft_cap(z, softcap, logit_scale, cap_rate)
@@ -242,7 +237,7 @@ def write_dlogits(
             dz = dz * slope
         dz = dz.to(drow_ptr.dtype.element_ty)
         tl.store(drow_ptr + base + strip, dz, mask=keep, eviction_policy="evict_first")
-    if here:
+    if (target >= start) & (target < stop):
         tl.debug_barrier()  # one thread writes over what another's loop left there
         tl.store(drow_ptr + target, dtarget.to(drow_ptr.dtype.element_ty))
 

@@ -353,8 +353,8 @@ def test_combine_rewards(labels, normalize):
 
 
 @by_size
-def test_capped_rows_move_as_much_and_the_scored_logit_again(V):
-    """A soft cap is arithmetic, its slope wants the scored logit; the gradients are half the logits' size."""
+def test_capped_rows_move_the_same_bytes(V):
+    """A soft cap is arithmetic on what is loaded; gradients of unrounded logits are half their size."""
     logits, ids, _ = batch(V, torch.float32)
     N = len(ids)
     dlogits = torch.empty(logits.shape, dtype=torch.float16)
@@ -364,7 +364,7 @@ def test_capped_rows_move_as_much_and_the_scored_logit_again(V):
             *(logits, ids, None, ones, ones, None, 1, *[None] * 8),
             *(1.0, False, Objective(), dlogits, 5.0, 0.5),
         )
-    assert traffic.read(logits)[0] == (2 * N * V + 2 * N) * FLOAT
+    assert traffic.read(logits)[0] == (2 * N * V + N) * FLOAT
     assert traffic.written(dlogits)[0] == (N * V + N) * 2
 
 
