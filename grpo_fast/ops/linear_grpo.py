@@ -418,9 +418,7 @@ def _backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple:
         if not wanted or dtype is None:
             result.append(None)
         elif i == 1 and ctx.dw_out is not None:
-            scale_(
-                x, factor
-            )  # not `addcmul_`: a gradient of 0 stays one under a factor of inf here too
+            scale_(x, factor)  # not `addcmul_`: 0 stays 0 under a factor of inf, as below
             ctx.dw_out.add_(x)
             result.append(None)
         elif x.dtype == dtype:
