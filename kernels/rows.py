@@ -184,6 +184,19 @@ def combine_parts(partial_ptr, row, parts, BLOCK_PARTS: tl.constexpr, HAS_ENTROP
 
 
 @triton.jit
+def capped_dlogits(
+    z, scale, m, k0, k1, HAS_ENTROPY: tl.constexpr, softcap=None, logit_scale=None, cap_rate=None
+):
+    """`dlogits_tile`, through the soft cap if there is one."""
+    if softcap is not None:
+        z, slope = soft_cap(z, softcap, logit_scale, cap_rate)
+    dz = dlogits_tile(z, scale, m, k0, k1, HAS_ENTROPY)
+    if softcap is not None:
+        dz = dz * slope
+    return dz
+
+
+@triton.jit
 def write_dlogits(
     row_ptr,
     drow_ptr,
@@ -218,11 +231,7 @@ def write_dlogits(
     for i in range(0, full):
         base = start + (full - 1 - i if BACKWARDS else i) * BLOCK
         z = tl.load(row_ptr + base + offs, eviction_policy="evict_first").to(tl.float32)
-        if softcap is not None:
-            z, slope = soft_cap(z, softcap, logit_scale, cap_rate)
-        dz = dlogits_tile(z, scale, m, k0, k1, HAS_ENTROPY)
-        if softcap is not None:
-            dz = dz * slope
+        dz = capped_dlogits(z, scale, m, k0, k1, HAS_ENTROPY, softcap, logit_scale, cap_rate)
         dz = dz.to(drow_ptr.dtype.element_ty)
         tl.store(drow_ptr + base + offs, dz, eviction_policy="evict_first")
     for base in range(start + full * BLOCK, stop, T):
@@ -230,11 +239,7 @@ def write_dlogits(
         z = tl.load(
             row_ptr + base + strip, mask=keep, other=-float("inf"), eviction_policy="evict_first"
         ).to(tl.float32)
-        if softcap is not None:
-            z, slope = soft_cap(z, softcap, logit_scale, cap_rate)
-        dz = dlogits_tile(z, scale, m, k0, k1, HAS_ENTROPY)
-        if softcap is not None:
-            dz = dz * slope
+        dz = capped_dlogits(z, scale, m, k0, k1, HAS_ENTROPY, softcap, logit_scale, cap_rate)
         dz = dz.to(drow_ptr.dtype.element_ty)
         tl.store(drow_ptr + base + strip, dz, mask=keep, eviction_policy="evict_first")
     if (target >= start) & (target < stop):
