@@ -25,10 +25,39 @@ def host_batch(device):
     return SimpleNamespace(**{name: x.to(device) for name, x in tensors.items()})
 
 
-def agrees(ours, theirs, b):
+# How autograd's nodes of this library begin, and those of what is linear in one tensor.
+OURS = ("GeneratedBackwardFor_grpo_fast_", "_OverwriteBackward", "WithGradientOfBackward")
+LINEAR = ("Sum", "View", "Select", "Unsqueeze", "Where", "Mul", "Div", "Neg")
+
+
+def assert_adapter_only_scales(loss, until=()):
+    """All that an adapter does to a loss of this library, before it returns it, is linear.
+
+    Args:
+        until: autograd's nodes where what the host itself computes begins.
+
+    Raises:
+        AssertionError: it has mathematics of its own between the loss and what that is a function of.
+    """
+    ahead, seen = [loss.grad_fn], []
+    while ahead:
+        node = ahead.pop()
+        name = node.name()
+        seen.append(name)
+        if name.startswith((*OURS, *until)):
+            continue
+        following = [n for n, _ in node.next_functions if n is not None]
+        summed = name.startswith(("AddBackward", "SubBackward"))
+        linear = name.startswith(tuple(f"{operator}Backward" for operator in LINEAR))
+        assert summed or (linear and len(following) == 1), f"{name}, in the adapter's {seen}"
+        ahead += following
+
+
+def agrees(ours, theirs, b, until=()):
     """Loss and gradient of `ours(logp, batch)` on float32 with NaN in the padding against float64 without.
 
-    `theirs` in float32 is the plain PyTorch whose error is allowed. Returns what else `ours` returned.
+    `theirs` in float32 is the plain PyTorch whose error is allowed. `ours` only scales what this library
+    computes, see above. Returns what else it returned.
     """
     results, rest = [], None
     for fn, dtype, fill in (
@@ -43,7 +72,9 @@ def agrees(ours, theirs, b):
         x = given.pop("logp").requires_grad_()
         out = fn(x, SimpleNamespace(**given))
         loss, *others = out if isinstance(out, tuple) else (out,)
-        rest = others if rest is None else rest
+        if rest is None:
+            assert_adapter_only_scales(loss, until)
+            rest = others
         (grad,) = torch.autograd.grad(0.7 * loss, x)
         results.append((loss, torch.where(b.mask, grad, 0)))
     for name, (a, plain, truth) in zip(

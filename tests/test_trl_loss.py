@@ -20,6 +20,7 @@ from grpo_fast.integrations import _trl_metrics  # noqa: E402
 from grpo_fast.integrations import trl as adapter  # noqa: E402
 from grpo_fast.integrations.trl import GRPOTrainer  # noqa: E402
 from grpo_fast.trainer.model import character_tokenizer  # noqa: E402
+from tests.hosts import assert_adapter_only_scales  # noqa: E402
 
 B, P, T, V = 5, 3, 6, 11
 GAS, SPG = 4, 2
@@ -186,6 +187,8 @@ def compute(trainer, options, inputs, mode="train", prepare=None):
     trainer.model.train(mode == "train")
     trainer.model.zero_grad()
     loss = trainer._compute_loss(trainer.model, dict(inputs))
+    if type(trainer) is GRPOTrainer and trainer._why_not_fused(trainer.model, inputs) is None:
+        assert_adapter_only_scales(loss)
     loss.backward()
     gradients = {name: p.grad for name, p in trainer.model.named_parameters()}
     return loss, gradients, {name: values[0] for name, values in trainer._metrics[mode].items()}

@@ -13,6 +13,7 @@ from grpo_fast.integrations import _host, verl
 from grpo_fast.loss import policy_loss
 from grpo_fast.presets import GUARDED_K3
 from grpo_fast.testing import assert_as_accurate
+from tests.hosts import assert_adapter_only_scales
 from tests.oracles import verl_core_algos
 
 B, T = 5, 6
@@ -87,6 +88,8 @@ def run(fn, x, old, advantages, mask, aggregation, config, weights):
         config=config,
         rollout_is_weights=weights,
     )
+    if fn in verl.POLICY_LOSSES.values():
+        assert_adapter_only_scales(loss)
     (grad,) = torch.autograd.grad(0.7 * loss, x)
     return loss, grad, metrics
 

@@ -1,19 +1,13 @@
-"""What the adapters share: reading a host's configuration, its ways to average, its version."""
+"""What the adapters share: reading a host's configuration, its version, taking its place."""
 
-import dataclasses
 import importlib.metadata
 import re
 import sys
 from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-
-from grpo_fast.diagnostics import TokenDiagnostics, token_diagnostics
-from grpo_fast.loss import LossOutput, policy_loss
-from grpo_fast.objective import Objective
-from grpo_fast.weights import clip_cov, kl_cov
 
 REQUIRED: Any = object()
 
@@ -37,100 +31,26 @@ def read(config: Any, path: str, default: Any = REQUIRED) -> Any:
     return config
 
 
-def bounds(config: Any, low: str, high: str, both: str) -> dict[str, float]:
-    """`epsilon_low` and `epsilon_high` where a host has a common one for those that are None."""
-    common = read(config, both)
-    given = {"epsilon_low": read(config, low, None), "epsilon_high": read(config, high, None)}
-    return {name: common if value is None else value for name, value in given.items()}
+Choices = tuple[Any, ...]
 
 
-class Average(NamedTuple):
-    """How a host averages, as a reduction and its denominator, and a factor on the loss."""
+def given(config: Any, *choices: Any) -> Any:
+    """The first of these paths that is set; what is not a path, at the end, is the default.
 
-    reduction: dict[str, Any]
-    num_items: float | Tensor | None
-    scale: float | Tensor
-
-
-def sequence_average(
-    reduction: str, mask: Tensor, global_batch_size: float | Tensor | None, dp_size: float
-) -> Average:
-    """The mean over the sequences that have a live token, here or in the global batch."""
-    if global_batch_size is None:
-        global_batch_size = (mask != 0).any(-1).sum().clamp(min=1)
-    # The reduction counts every sequence at hand.
-    return Average({"reduction": reduction}, None, len(mask) / global_batch_size * dp_size)
+    Raises:
+        AttributeError: none of the paths exists and there is no default.
+    """
+    *paths, last = choices
+    for path in paths:
+        value = read(config, path, None)
+        if value is not None:
+            return value
+    return read(config, last) if isinstance(last, str) else last
 
 
-def averaged_loss(
-    average: Average, preset: str, options: dict[str, Any], **arguments: Any
-) -> LossOutput:
-    """`policy_loss` of a preset with the host's options, averaged as the host does."""
-    objective = Objective.preset(preset, **{**average.reduction, **options})
-    out = policy_loss(**arguments, num_items=average.num_items, objective=objective)
-    return out._replace(loss=out.loss * average.scale)
-
-
-SUM = Average({"reduction": "token_mean"}, 1.0, 1.0)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Call:
-    """One call of a host's policy loss, tensors (B, T): what verl and SkyRL, its heir, have in common."""
-
-    host: ClassVar[str]  # whose presets
-
-    logp: Tensor
-    old: Tensor
-    advantages: Tensor
-    mask: Tensor
-    config: Any
-    weights: Tensor | None = None  # on the surrogate
-
-    def averaged(self, how: Average, preset: str, options: dict, **extra: Any) -> LossOutput:
-        """The loss of a preset with the host's options."""
-        return averaged_loss(
-            how,
-            f"{self.host}/{preset}",
-            options,
-            logps=self.logp,
-            old_logps=self.old,
-            advantages=self.advantages,
-            mask=self.mask,
-            **({"importance_weights": self.weights} | extra),
-        )
-
-    def diagnose(self, preset: str, options: dict) -> TokenDiagnostics:
-        """What the same objective makes of each token."""
-        objective = Objective.preset(f"{self.host}/{preset}", **options)
-        return token_diagnostics(
-            self.logp, self.old, self.advantages, mask=self.mask, objective=objective
-        )
-
-    def mean(self, x: Tensor) -> Tensor:
-        return masked_mean(x, self.mask)
-
-    def clip_cov(self, **options: Any) -> Tensor:
-        """Which tokens Clip-Cov keeps, as weights."""
-        return clip_cov(self.logp.detach(), self.old, self.advantages, mask=self.mask, **options)
-
-    def kl_cov(self, how: Average, fraction: float, coef: float, **extra: Any) -> LossOutput:
-        """KL-Cov: a penalty on the distance to the old policy where the covariance is highest."""
-        logp = self.logp.detach()
-        chosen = kl_cov(logp, self.advantages, mask=self.mask, fraction=fraction)
-        ref = torch.where(chosen, self.old, logp)  # elsewhere the distance to itself: 0
-        return self.averaged(how, "kl_cov", {"beta": coef}, ref_logps=ref, **extra)
-
-
-def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """The mean of x, floating or bool, over live tokens, detached; 0 without any."""
-    live = mask != 0
-    return torch.where(live, x.detach(), 0).sum(dtype=torch.float32) / live.sum().clamp(min=1)
-
-
-def clip_fraction(out: LossOutput) -> Tensor:
-    """The share of tokens whose ratio is out of the range on the side that their advantage bounds."""
-    return out.metrics["clip_fraction_low"] + out.metrics["clip_fraction_high"]
+def options(config: Any, table: Mapping[str, Choices]) -> dict[str, Any]:
+    """What a configuration has for each option of `Objective`: the table says where, as `given` reads it."""
+    return {option: given(config, *choices) for option, choices in table.items()}
 
 
 def as_floats(metrics: dict[str, Tensor | float]) -> dict[str, float]:

@@ -19,9 +19,7 @@ import torch
 from torch import Tensor
 
 from grpo_fast import reference
-from grpo_fast.diagnostics import TokenDiagnostics, token_diagnostics
-from grpo_fast.loss import policy_loss
-from grpo_fast.objective import Objective
+from grpo_fast.integrations._call import Call, token_average
 
 ACTOR = "areal.trainer.ppo.actor"
 Result = tuple[Tensor, dict[str, Any]]
@@ -46,10 +44,10 @@ def ppo_actor_loss_fn(
     the proximal to the behaviour policy.
     """
     high = eps_clip if eps_clip_higher is None else eps_clip_higher
-    call = _Call(logprobs, proximal_logprobs, advantages, loss_mask, cu_seqlens)
-    call = call.rejecting(old_logprobs, rejection_sampling).at(importance_sampling_level)
     options = {"epsilon_low": eps_clip, "epsilon_high": high, "dual_clip": c_clip}
-    return call.result("grpo", options)
+    tokens = _Tokens(logprobs, proximal_logprobs, advantages, loss_mask, cu_seqlens)
+    tokens = tokens.rejecting(old_logprobs, rejection_sampling)
+    return _result(tokens, tokens.call("grpo", options, importance_sampling_level))
 
 
 def sapo_loss_fn(
@@ -63,12 +61,13 @@ def sapo_loss_fn(
     cu_seqlens: Tensor | None = None,
 ) -> Result:
     """AReaL's function of the same name: SAPO, a mean over `loss_mask`."""
-    call = _Call(logprobs, old_logprobs, advantages, loss_mask, cu_seqlens)
-    call, taus = call.at(importance_sampling_level), {"tau_pos": tau_pos, "tau_neg": tau_neg}
-    loss, stat = call.result("sapo", taus)
+    tokens = _Tokens(logprobs, old_logprobs, advantages, loss_mask, cu_seqlens)
+    taus = {"tau_pos": tau_pos, "tau_neg": tau_neg}
+    call = tokens.call("sapo", taus, importance_sampling_level)
+    loss, stat = _result(tokens, call)
     # A gate is what an advantage of 1 gains, or one of -1 loses.
-    one, objective = torch.ones_like(logprobs), call.objective("sapo", taus)
-    up, down = -call.diagnose(objective, one).loss, call.diagnose(objective, -one).loss
+    one = torch.ones_like(logprobs)
+    up, down = -call.but(advantages=one).token.loss, call.but(advantages=-one).token.loss
     gate = torch.where(call.advantages > 0, up, down)
     names = ("sapo_soft_gate", "sapo_scaled_gate_pos", "sapo_scaled_gate_neg")
     return loss, stat | dict(zip(names, (gate, up, down), strict=True))
@@ -88,13 +87,14 @@ def cispo_loss_fn(
     """The function of the same name in AReaL 2.0: CISPO, a mean over `loss_mask`."""
     if eps_clip_higher is None or eps_clip_higher <= 0:
         raise ValueError(f"eps_clip_higher: want a positive number, got {eps_clip_higher}")
-    call = _Call(logprobs, proximal_logprobs, advantages, loss_mask, cu_seqlens)
-    call = call.rejecting(old_logprobs, rejection_sampling)
-    return call.result("cispo", {"epsilon_low": eps_clip, "epsilon_high": eps_clip_higher})
+    options = {"epsilon_low": eps_clip, "epsilon_high": eps_clip_higher}
+    tokens = _Tokens(logprobs, proximal_logprobs, advantages, loss_mask, cu_seqlens)
+    tokens = tokens.rejecting(old_logprobs, rejection_sampling)
+    return _result(tokens, tokens.call("cispo", options, "token"))
 
 
 @dataclasses.dataclass(frozen=True)
-class _Call:
+class _Tokens:
     """The tokens of one call; `loss_mask` has the denominator, `live` are those not rejected."""
 
     logps: Tensor
@@ -102,7 +102,6 @@ class _Call:
     advantages: Tensor
     loss_mask: Tensor
     cu_seqlens: Tensor | None
-    by_sequence: bool = False
     behaviour: Tensor | None = None
     rejected: Any = None  # AReaL's result
 
@@ -110,11 +109,7 @@ class _Call:
     def live(self) -> Tensor:
         return (self.loss_mask if self.rejected is None else self.rejected.loss_mask) != 0
 
-    @property
-    def boundaries(self) -> Tensor | None:
-        return self.cu_seqlens if self.logps.ndim == 1 else None
-
-    def rejecting(self, behaviour: Tensor | None, config: Any) -> "_Call":
+    def rejecting(self, behaviour: Tensor | None, config: Any) -> "_Tokens":
         """The same after AReaL's own rejection sampling, where it is configured."""
         if config is None:
             return self
@@ -130,70 +125,62 @@ class _Call:
         )
         return dataclasses.replace(self, behaviour=behaviour, rejected=result)
 
-    def at(self, level: str) -> "_Call":
-        """The same at AReaL's `importance_sampling_level`."""
+    def call(self, preset: str, options: dict[str, Any], level: str) -> Call:
+        """In this library's terms, at AReaL's `importance_sampling_level`."""
         if level not in ("token", "sequence"):
             raise ValueError(
                 f"importance_sampling_level={level!r} is unknown; choose from token, sequence"
             )
-        if level == "token":
-            return self
-        if self.logps.ndim == 1 and self.cu_seqlens is None:
-            raise ValueError(
-                "cu_seqlens: needed with packed tokens and importance_sampling_level='sequence'"
-            )
-        # One advantage per sequence, the mean of its tokens'.
-        mean = reference.sequence_mean(self.advantages, self.live, self.boundaries)
-        return dataclasses.replace(self, advantages=mean.where(self.live, 0), by_sequence=True)
-
-    def objective(self, preset: str, options: dict[str, Any]) -> Objective:
-        ratio = "sequence" if self.by_sequence else "token"
-        return Objective.preset(f"areal/{preset}", ratio=ratio, **options)
-
-    def diagnose(self, objective: Objective, advantages: Tensor) -> TokenDiagnostics:
-        return token_diagnostics(
-            self.logps,
-            self.old,
-            advantages,
-            # Rejected tokens have a ratio in AReaL's statistics, but no part in that of their sequence.
-            mask=self.live if self.by_sequence else self.loss_mask,
-            cu_seqlens=self.boundaries,
-            objective=objective,
-        )
-
-    def result(self, preset: str, options: dict[str, Any]) -> Result:
-        """The loss, and the statistics that AReaL's losses share."""
-        objective, live, rejected = self.objective(preset, options), self.live, self.rejected
-        out = policy_loss(
-            self.logps,
-            advantages=self.advantages,
-            mask=live,
+        packed, advantages = self.logps.ndim == 1, self.advantages
+        boundaries = self.cu_seqlens if packed else None
+        if level == "sequence":
+            if packed and boundaries is None:
+                raise ValueError(
+                    "cu_seqlens: needed with packed tokens and importance_sampling_level='sequence'"
+                )
+            # One advantage per sequence, the mean of its tokens'.
+            mean = reference.sequence_mean(advantages, self.live, boundaries)
+            advantages = mean.where(self.live, 0)
+        return Call(
+            preset=f"areal/{preset}",
+            options=options | {"ratio": level},
+            average=token_average((self.loss_mask != 0).sum()),
+            logps=self.logps,
             old_logps=self.old,
-            importance_weights=None if rejected is None else rejected.behave_imp_weight,
-            num_items=(self.loss_mask != 0).sum(),
-            cu_seqlens=self.boundaries,
-            objective=objective,
+            advantages=advantages,
+            mask=self.live,
+            importance_weights=None if self.rejected is None else self.rejected.behave_imp_weight,
+            cu_seqlens=boundaries,
         )
-        token = self.diagnose(objective, self.advantages)
-        cispo = objective.surrogate == "cispo"
-        stat = {
-            "loss": token.loss,
-            "importance_weight": token.ratio if cispo else token.ratio.where(live, 0),
-            "approx_kl": (self.logps - self.old).detach(),
-            "clip_mask": live & (token.outside if cispo else token.clipped),
-            "dual_clip_mask": live & token.clipped_dual,
+
+
+def _result(tokens: _Tokens, call: Call) -> Result:
+    """The loss, and the statistics that AReaL's losses share."""
+    live, rejected = tokens.live, tokens.rejected
+    if call.objective.ratio == "token":
+        # Rejected tokens have a ratio in AReaL's statistics, but no part in that of their sequence.
+        token = call.but(mask=tokens.loss_mask).token
+    else:
+        token = call.token
+    cispo = call.objective.surrogate == "cispo"
+    stat = {
+        "loss": token.loss,
+        "importance_weight": token.ratio if cispo else token.ratio.where(live, 0),
+        "approx_kl": call.change,
+        "clip_mask": live & (token.outside if cispo else token.clipped),
+        "dual_clip_mask": live & token.clipped_dual,
+    }
+    if rejected is not None and tokens.behaviour is not None:
+        weight = rejected.behave_imp_weight.detach()
+        kept = live & (weight > 0)
+        stat |= {
+            "loss": stat["loss"] * weight,
+            "behave_approx_kl": (tokens.old - tokens.behaviour).detach().where(kept, 0),
+            "behave_imp_weight": weight,
+            "behave_mask": kept,
+            "filtered_fraction": rejected.filtered_fraction,
         }
-        if rejected is not None and self.behaviour is not None:
-            weight = rejected.behave_imp_weight.detach()
-            kept = live & (weight > 0)
-            stat |= {
-                "loss": stat["loss"] * weight,
-                "behave_approx_kl": (self.old - self.behaviour).detach().where(kept, 0),
-                "behave_imp_weight": weight,
-                "behave_mask": kept,
-                "filtered_fraction": rejected.filtered_fraction,
-            }
-        return out.loss, stat
+    return call.out.loss, stat
 
 
 def patch() -> None:

@@ -103,13 +103,21 @@ class Miles(Slime):
             denominators=batch.get("rollout_mask_sums"),
         )
 
-    def drift(self, args: Any, logp: Tensor, old: Tensor, sampled: Tensor, reduce: Any) -> Metrics:
-        return {
-            "train_rollout_logprob_abs_diff": reduce((old - sampled).abs()),
-            "train_rollout_kl": reduce(kl_estimate(sampled, old, Objective(**GUARDED_K3))),
-        }
-
-    def more_metrics(self, args: Any, batch: dict[str, Any], token: TokenDiagnostics) -> Metrics:
+    def more_metrics(
+        self,
+        args: Any,
+        batch: dict[str, Any],
+        logps: Tensor,
+        old: Tensor | None,
+        token: TokenDiagnostics,
+        reduce: Any,
+    ) -> Metrics:
+        metrics = {}
+        if batch.get("rollout_log_probs"):
+            old, sampled = logps if old is None else old, torch.cat(batch["rollout_log_probs"])
+            metrics["train_rollout_logprob_abs_diff"] = reduce((old - sampled).abs())
+            kl = kl_estimate(sampled, old, Objective(**GUARDED_K3))
+            metrics["train_rollout_kl"] = reduce(kl)
         ess = self.load(f"{HUB}.math_utils").compute_ess_ratio_contribution(
             ppo_kl=-token.log_ratio,
             loss_masks=batch["loss_masks"],
@@ -119,7 +127,7 @@ class Miles(Slime):
             max_seq_lens=batch.get("max_seq_lens"),
             calculate_per_token_loss=args.calculate_per_token_loss,
         )
-        metrics = {"ess_ratio": ess.squeeze()}
+        metrics["ess_ratio"] = ess.squeeze()
         if not self.wants_entropy(args):
             metrics["entropy_loss"] = torch.zeros_like(metrics["ess_ratio"])
         return metrics

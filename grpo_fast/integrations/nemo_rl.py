@@ -15,13 +15,24 @@ import torch
 from torch import Tensor
 
 from grpo_fast import reference
-from grpo_fast.diagnostics import TokenDiagnostics, kl_estimate, token_diagnostics
-from grpo_fast.integrations._host import Average, as_floats, averaged_loss, replace
-from grpo_fast.loss import policy_loss
+from grpo_fast.diagnostics import kl_estimate
+from grpo_fast.integrations._call import Average, Call, token_average
+from grpo_fast.integrations._host import Choices, as_floats, options, replace
 from grpo_fast.objective import Objective
 from grpo_fast.weights import importance_weights
 
 HOME = "nemo_rl.algorithms.loss.loss_functions"
+
+# The options of the presets, and which of `ClippedPGLossFn`'s attributes they are.
+CLIP: dict[str, Choices] = {
+    "epsilon_low": ("ratio_clip_min",),
+    "epsilon_high": ("ratio_clip_max",),
+}
+KL: dict[str, Choices] = {
+    "beta": ("reference_policy_kl_penalty",),
+    "kl_gap_clip": ("kl_input_clamp_value",),
+    "kl_value_clip": ("kl_output_clamp_value",),
+}
 
 
 def patch() -> None:
@@ -56,7 +67,7 @@ def patch() -> None:
 
 
 def clipped_pg_loss(
-    options: Any,
+    config: Any,
     next_token_logprobs: Tensor,
     data: Any,
     global_valid_seqs: Tensor,
@@ -65,7 +76,7 @@ def clipped_pg_loss(
     """What NeMo-RL's `ClippedPGLossFn.__call__` returns.
 
     Args:
-        options: a `ClippedPGLossFn`, or anything with its attributes.
+        config: a `ClippedPGLossFn`, or anything with its attributes.
         next_token_logprobs: (B, S - 1).
         data: NeMo-RL's batch, (B, S) tensors.
         global_valid_seqs, global_valid_toks: the denominators.
@@ -73,57 +84,43 @@ def clipped_pg_loss(
     Raises:
         ValueError: an option that cannot be the same here.
     """
-    _check(options, data)
-    given = {"logps": next_token_logprobs, "advantages": data["advantages"][:, 1:]}
+    _check(config, data)
+    on_policy = config.force_on_policy_ratio
     sample_mask, generated = data["sample_mask"], data["generation_logprobs"][:, 1:]
-    mask = given["mask"] = (data["token_mask"][:, 1:] * sample_mask[:, None]) != 0
-    old = next_token_logprobs.detach()
-    given["old_logps"] = None
-    if not options.force_on_policy_ratio:
-        old = given["old_logps"] = data["prev_logprobs"][:, 1:]
-    if options.reference_policy_kl_penalty:
-        given["ref_logps"] = data["reference_policy_logprobs"][:, 1:]
-    by_token = getattr(options.loss_type, "name", options.loss_type) == "TOKEN_LEVEL"
-    how = Average({"reduction": "token_mean"}, global_valid_toks, 1.0)
+    mask = (data["token_mask"][:, 1:] * sample_mask[:, None]) != 0
+    old = next_token_logprobs.detach() if on_policy else data["prev_logprobs"][:, 1:]
+    weights, out_of_bounds = _weights(config, old, generated, mask)
+    by_token = getattr(config.loss_type, "name", config.loss_type) == "TOKEN_LEVEL"
+    how = token_average(global_valid_toks)
     if not by_token:
-        scale = len(mask) / (global_valid_seqs + 1e-8)
-        how = Average({"reduction": "sequence_mean"}, None, scale)
-    preset, chosen = to_preset(options)
-    weights, outside = _weights(options, old, generated, mask)
-    corrects = options.use_importance_sampling_correction
-    out = averaged_loss(
-        how, preset, chosen, **given, importance_weights=weights if corrects else None
+        how = Average({"reduction": "sequence_mean"}, None, len(mask) / (global_valid_seqs + 1e-8))
+    penalised = config.reference_policy_kl_penalty
+    call = Call(
+        preset=to_preset(config)[0],
+        options=to_preset(config)[1],
+        average=how,
+        logps=next_token_logprobs,
+        old_logps=None if on_policy else old,
+        ref_logps=data["reference_policy_logprobs"][:, 1:] if penalised else None,
+        advantages=data["advantages"][:, 1:],
+        mask=mask,
+        importance_weights=weights if config.use_importance_sampling_correction else None,
     )
-    loss, nll = out.loss, out.loss.new_zeros(())
-    if options.positive_example_nll_weight > 0 and "rewards" in data:
-        right = mask & (data["rewards"] > 0)[:, None]
-        ones = torch.ones_like(next_token_logprobs)
-        nll = policy_loss(  # with an advantage of 1: the mean of -logp
-            next_token_logprobs, advantages=ones, mask=right, objective=Objective.preset("gpg")
-        ).loss
-        loss = loss + options.positive_example_nll_weight * nll
-
-    token = token_diagnostics(**given, objective=Objective.preset(preset, **chosen))
-    if preset.endswith("reinforce"):  # no ratio: NeMo-RL reports the log-probs
-        x = next_token_logprobs.detach()
-        token = token._replace(ratio=x, bounded_ratio=x)
+    nll = _nll_of_right_answers(config, call, data)
+    loss = call.out.loss + config.positive_example_nll_weight * nll
     totals = _Totals(mask, sample_mask, global_valid_toks, global_valid_seqs)
-    metrics = _drift(options.reference_policy_kl_type, next_token_logprobs, old, generated, totals)
-    metrics |= _ratios(token, mask, totals)
-    kl = totals.tokens(token.kl)
-    if not by_token:
-        kl = totals.sequences(reference.sequence_mean(token.kl, mask))
-    by_sequence = options.sequence_level_importance_ratios
-    metrics |= {
+    by_sequence = config.sequence_level_importance_ratios
+    metrics = _drift(config.reference_policy_kl_type, call, old, generated, totals)
+    metrics |= _ratios(call, totals) | {
         "loss": loss,
-        "kl_penalty": kl,
-        "sampling_importance_ratio": (totals.sequences if by_sequence else totals.tokens)(weights),
+        "kl_penalty": _kl(call, totals, by_token),
+        "sampling_importance_ratio": totals.of(weights, by_sequence),
         "num_valid_samples": sample_mask.sum(),
         "positive_nll_loss": nll,
     }
-    if outside is not None:
-        by_sample = options.truncated_importance_sampling_type == "seq-mask-tis"
-        metrics["is_oob_ratio"] = (totals.sequences if by_sample else totals.tokens)(outside)
+    if out_of_bounds is not None:
+        by_sample = config.truncated_importance_sampling_type == "seq-mask-tis"
+        metrics["is_oob_ratio"] = totals.of(out_of_bounds, by_sample)
     return loss, as_floats(metrics)
 
 
@@ -144,18 +141,41 @@ class _Totals(NamedTuple):
         x = x[:, 0].where(self.sample_mask != 0, 0)
         return x.float().sum() / (self.valid_seqs + 1e-8)
 
+    def of(self, x: Tensor, by_sequence: bool) -> Tensor:
+        return self.sequences(x) if by_sequence else self.tokens(x)
 
-def _ratios(token: TokenDiagnostics, mask: Tensor, totals: _Totals) -> dict[str, Any]:
+
+def _nll_of_right_answers(config: Any, call: Call, data: Any) -> Tensor:
+    """The mean of -logp over the answers with a reward, 0 if the configuration does not ask for it."""
+    if config.positive_example_nll_weight <= 0 or "rewards" not in data:
+        return torch.zeros_like(call.out.loss)
+    right = call.mask & (data["rewards"] > 0)[:, None]
+    ones = torch.ones_like(call.logps)  # as advantages
+    average = token_average()
+    return Call(
+        preset="gpg", average=average, logps=call.logps, old_logps=None, advantages=ones, mask=right
+    ).out.loss
+
+
+def _kl(call: Call, totals: _Totals, by_token: bool) -> Tensor:
+    if by_token:
+        return totals.tokens(call.token.kl)
+    return totals.sequences(reference.sequence_mean(call.token.kl, call.mask))
+
+
+def _ratios(call: Call, totals: _Totals) -> dict[str, Any]:
+    ratio, bounded = call.token.ratio, call.token.bounded_ratio
+    if call.objective.surrogate == "reinforce":  # no ratio: NeMo-RL reports the log-probs
+        ratio = bounded = call.logps.detach()
     metrics = {}
-    for name, x in (("probs_ratio", token.ratio), ("probs_ratio_clamped", token.bounded_ratio)):
+    for name, x in (("probs_ratio", ratio), ("probs_ratio_clamped", bounded)):
         metrics[name] = totals.tokens(x)
-        metrics[f"{name}_min"] = x.where(mask, torch.inf).amin()
-        metrics[f"{name}_max"] = x.where(mask, -torch.inf).amax()
+        metrics[f"{name}_min"], metrics[f"{name}_max"] = call.extremes(x)
     return metrics
 
 
 def _drift(
-    kind: str, logp: Tensor, old: Tensor, generated: Tensor, totals: _Totals
+    kind: str, call: Call, old: Tensor, generated: Tensor, totals: _Totals
 ) -> dict[str, Any]:
     """Metrics of the distance between the trainer's policies and the one that generated.
 
@@ -163,6 +183,7 @@ def _drift(
     KL(policy || mixture).
     """
     estimator = Objective(kl=kind)  # type: ignore[arg-type]
+    logps = call.logps.detach()
     mixture = (0.5 * old.exp() + 0.5 * generated.exp()).log()
     js = 0.5 * kl_estimate(mixture, old) + 0.5 * kl_estimate(mixture, generated)
     return {
@@ -170,62 +191,56 @@ def _drift(
         "gen_kl_error": totals.tokens(kl_estimate(generated, old, estimator)),
         "policy_kl_error": totals.tokens(kl_estimate(old, generated, estimator)),
         "js_divergence_error": totals.tokens(js),
-        "approx_entropy": -totals.tokens((logp - generated).exp() * logp),
+        "approx_entropy": -totals.tokens((logps - generated).exp() * logps),
     }
 
 
-def _check(options: Any, data: Any) -> None:
-    if options.reference_policy_kl_penalty:
-        if options.reference_policy_kl_type != "k3":
+def _check(config: Any, data: Any) -> None:
+    if config.reference_policy_kl_penalty:
+        if config.reference_policy_kl_type != "k3":
             raise ValueError(
-                f"reference_policy_kl_type={options.reference_policy_kl_type!r}: only k3 has NeMo-RL's "
+                f"reference_policy_kl_type={config.reference_policy_kl_type!r}: only k3 has NeMo-RL's "
                 "gradient here"
             )
-        if options.use_on_policy_kl_approximation:
+        if config.use_on_policy_kl_approximation:
             raise ValueError("use_on_policy_kl_approximation=True is not supported")
         if data.get("curr_logprobs_unfiltered") is not None:
             raise ValueError(
                 "curr_logprobs_unfiltered: log-probs under top-k or top-p for the loss and without for "
                 "the KL are not supported"
             )
-    if options.ratio_clip_c is not None and options.disable_ppo_ratio:
+    if config.ratio_clip_c is not None and config.disable_ppo_ratio:
         raise ValueError(
-            f"ratio_clip_c={options.ratio_clip_c} is not supported with disable_ppo_ratio"
+            f"ratio_clip_c={config.ratio_clip_c} is not supported with disable_ppo_ratio"
         )
 
 
-def to_preset(options: Any) -> tuple[str, dict[str, Any]]:
+def to_preset(config: Any) -> tuple[str, dict[str, Any]]:
     """NeMo-RL's options as a preset and what to set in it, but for the reduction."""
-    chosen = {"epsilon_low": options.ratio_clip_min, "epsilon_high": options.ratio_clip_max}
-    kind = "grpo"
-    if options.use_cispo:
+    kind, table = "grpo", CLIP
+    if config.use_cispo:
         kind = "cispo"
-    elif options.disable_ppo_ratio and not options.force_on_policy_ratio:
-        kind, chosen = "reinforce", {}
-    elif options.sequence_level_importance_ratios and not options.force_on_policy_ratio:
+    elif config.disable_ppo_ratio and not config.force_on_policy_ratio:
+        kind, table = "reinforce", {}
+    elif config.sequence_level_importance_ratios and not config.force_on_policy_ratio:
         kind = "gspo"
-    if options.ratio_clip_c is not None:
-        chosen["dual_clip"] = options.ratio_clip_c
-    gap, most = options.kl_input_clamp_value, options.kl_output_clamp_value
-    clamped = gap is not None or most is not None
-    chosen |= {
-        "beta": float(options.reference_policy_kl_penalty),
-        "kl_gap_clip": gap,
-        "kl_value_clip": most,
-        # That of k3 through the sampling probability, too, is that of k2.
-        "kl_gradient": "k2_clipped" if clamped else "k2",
-    }
+    if config.ratio_clip_c is not None:
+        table = table | {"dual_clip": ("ratio_clip_c",)}
+    chosen = options(config, table | KL)
+    clamped = chosen["kl_gap_clip"] is not None or chosen["kl_value_clip"] is not None
+    # The gradient of k3 through the sampling probability, too, is that of k2.
+    chosen["kl_gradient"] = "k2_clipped" if clamped else "k2"
     return f"nemo_rl/{kind}", chosen
 
 
 def _weights(
-    options: Any, old: Tensor, generated: Tensor, mask: Tensor
+    config: Any, old: Tensor, generated: Tensor, mask: Tensor
 ) -> tuple[Tensor, Tensor | None]:
     """(the mismatch weights, per token or (B, 1); which of them are out of bounds, if there are bounds)."""
-    level = "sequence" if options.sequence_level_importance_ratios else "token"
-    low = options.truncated_importance_sampling_ratio_min
-    high = options.truncated_importance_sampling_ratio
-    kind = options.truncated_importance_sampling_type
+    level = "sequence" if config.sequence_level_importance_ratios else "token"
+    low = config.truncated_importance_sampling_ratio_min
+    high = config.truncated_importance_sampling_ratio
+    kind = config.truncated_importance_sampling_type
 
     def rho(**bounds: Any) -> Tensor:
         return importance_weights(

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from grpo_fast import reference
-from grpo_fast.integrations._host import (
-    Average,
-    averaged_loss,
+from grpo_fast.integrations._call import (
+    Call,
     clip_fraction,
     masked_mean,
-    require,
     sequence_average,
+    token_average,
 )
+from grpo_fast.integrations._host import require
 from grpo_fast.objective import Objective
 from grpo_fast.weights import binary_divergence, importance_weights
 
@@ -55,26 +55,6 @@ class PolicyLoss(nn.Module):
             raise TypeError(
                 f"PolicyLoss: unknown arguments {sorted(others)}: this needs openrlhf >= 0.11.2, < 0.12"
             )
-        for name, value, choices in (
-            ("policy_loss_type", policy_loss_type, ("ppo", "gspo")),
-            ("is_correction_level", is_correction_level, ("off", "token", "seq")),
-            ("is_correction_mode", is_correction_mode, ("mask", "clip")),
-            ("is_correction_gating", is_correction_gating, ("ratio", "binary_kl", "tv")),
-        ):
-            if value not in choices:
-                raise ValueError(f"{name}={value!r} is unknown; choose from {', '.join(choices)}")
-        by_token = is_correction_level != "seq" and is_correction_gating == "ratio"
-        if is_correction_mode == "clip" and not by_token:
-            raise ValueError(
-                "is_correction_mode='clip' needs is_correction_level='token' and "
-                f"is_correction_gating='ratio', got {is_correction_level!r} and {is_correction_gating!r}"
-            )
-        gated = is_correction_gating != "ratio" and is_correction_level != "off"
-        if gated and is_correction_threshold[0] > 0:
-            raise ValueError(
-                f"is_correction_threshold={tuple(is_correction_threshold)}: a divergence "
-                f"({is_correction_gating}) is bounded from above alone"
-            )
         self.policy_loss_type = policy_loss_type
         self.token_level_loss = token_level_loss and policy_loss_type == "ppo"
         self.is_correction_level = is_correction_level
@@ -86,9 +66,34 @@ class PolicyLoss(nn.Module):
             "epsilon_high": clip_eps_high,
             "dual_clip": dual_clip,
         }
-        Objective.preset(
-            f"openrlhf/{policy_loss_type}", **self.options
-        )  # refuses what it must here
+        self._check()
+
+    def _check(self) -> None:
+        level, mode, gating = (
+            self.is_correction_level,
+            self.is_correction_mode,
+            self.is_correction_gating,
+        )
+        for name, value, choices in (
+            ("policy_loss_type", self.policy_loss_type, ("ppo", "gspo")),
+            ("is_correction_level", level, ("off", "token", "seq")),
+            ("is_correction_mode", mode, ("mask", "clip")),
+            ("is_correction_gating", gating, ("ratio", "binary_kl", "tv")),
+        ):
+            if value not in choices:
+                raise ValueError(f"{name}={value!r} is unknown; choose from {', '.join(choices)}")
+        if mode == "clip" and (level == "seq" or gating != "ratio"):
+            raise ValueError(
+                "is_correction_mode='clip' needs is_correction_level='token' and "
+                f"is_correction_gating='ratio', got {level!r} and {gating!r}"
+            )
+        threshold = tuple(self.is_correction_threshold)
+        if gating != "ratio" and level != "off" and threshold[0] > 0:
+            raise ValueError(
+                f"is_correction_threshold={threshold}: a divergence ({gating}) is bounded from above "
+                "alone"
+            )
+        Objective.preset(f"openrlhf/{self.policy_loss_type}", **self.options)
 
     def forward(
         self,
@@ -118,17 +123,15 @@ class PolicyLoss(nn.Module):
             else:
                 weights, dropped = self._correct(old_log_probs, rollout_log_probs, mask)
                 rollout_kl = masked_mean(rollout_log_probs - old_log_probs, mask)
-        if not self.token_level_loss:
+        if self.token_level_loss:
+            how = token_average(batch_num_tokens, 1.0 if batch_num_tokens is None else dp_size)
+        else:
             ranks = 1 if global_batch_size is None else dp_size
             how = sequence_average("sequence_mean", mask, global_batch_size, ranks)
-        elif batch_num_tokens is None:
-            how = Average({"reduction": "token_mean"}, None, 1.0)
-        else:
-            how = Average({"reduction": "token_mean"}, batch_num_tokens, dp_size)
-        out = averaged_loss(
-            how,
-            f"openrlhf/{self.policy_loss_type}",
-            self.options,
+        call = Call(
+            preset=f"openrlhf/{self.policy_loss_type}",
+            options=self.options,
+            average=how,
             logps=log_probs,
             old_logps=behaviour,
             advantages=advantages,
@@ -136,7 +139,7 @@ class PolicyLoss(nn.Module):
             importance_weights=weights,
         )
         kl = masked_mean(old_log_probs - log_probs, mask)
-        return out.loss, clip_fraction(out), kl, rollout_kl, dropped
+        return call.out.loss, clip_fraction(call), kl, rollout_kl, dropped
 
     def _correct(self, old: Tensor, rollout: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """(weights, share of tokens or sequences outside the band) of the mismatch correction."""

@@ -14,10 +14,8 @@ from typing import Any
 
 from torch import Tensor
 
-from grpo_fast.diagnostics import TokenDiagnostics, kl_estimate, token_diagnostics
-from grpo_fast.integrations._host import masked_mean
-from grpo_fast.loss import LossOutput, policy_loss
-from grpo_fast.objective import Objective
+from grpo_fast.diagnostics import kl_estimate
+from grpo_fast.integrations._call import SUM, Call, masked_mean, outside
 
 
 def default_loss(
@@ -28,26 +26,26 @@ def default_loss(
     kl_tau: float = 1e-3,
 ) -> Any:
     """prime-rl's `type = "default"`, DPPO with a quadratic term: its options and metrics."""
-    bound = {"epsilon_low": dppo_mask_low, "epsilon_high": dppo_mask_high}
-    objective = Objective.preset("prime_rl/default", **bound, quadratic_coef=kl_tau)
-    token, metrics = _diagnose(inputs, objective)
-    dropped = inputs.loss_mask & token.outside
-    metrics |= {
-        "is_masked_low": masked_mean(token.clipped_low, inputs.loss_mask),
-        "is_masked_high": masked_mean(token.clipped_high, inputs.loss_mask),
-        "masked_advantage_positive": masked_mean(inputs.advantages > 0, dropped),
-        "masked_advantage_negative": masked_mean(inputs.advantages < 0, dropped),
+    bounds = {"epsilon_low": dppo_mask_low, "epsilon_high": dppo_mask_high}
+    call = _call(inputs, "prime_rl/default", adv_tau, {**bounds, "quadratic_coef": kl_tau})
+    seen = call.but(advantages=inputs.advantages)  # metrics know nothing of adv_tau
+    dropped = seen.mask & seen.token.outside
+    metrics = {
+        "is_masked_low": seen.mean(seen.token.clipped_low),
+        "is_masked_high": seen.mean(seen.token.clipped_high),
+        "masked_advantage_positive": masked_mean(seen.advantages > 0, dropped),
+        "masked_advantage_negative": masked_mean(seen.advantages < 0, dropped),
     }
-    return _outputs(inputs, _sum(inputs, adv_tau, objective), metrics)
+    return _outputs(inputs, call, _mismatch(seen) | metrics)
 
 
 def ipo_loss(
     inputs: Any, ipo_threshold: float = 0.1, adv_tau: float = 1.0, kl_tau: float = 1e-3
 ) -> Any:
     """prime-rl's `type = "ipo"`, with its options and metrics."""
-    bound = {"epsilon_low": ipo_threshold, "epsilon_high": ipo_threshold}
-    objective = Objective.preset("prime_rl/ipo", **bound, quadratic_coef=kl_tau)
-    return _outputs(inputs, _sum(inputs, adv_tau, objective), _diagnose(inputs, objective)[1])
+    bounds = {"epsilon_low": ipo_threshold, "epsilon_high": ipo_threshold}
+    call = _call(inputs, "prime_rl/ipo", adv_tau, {**bounds, "quadratic_coef": kl_tau})
+    return _outputs(inputs, call, _mismatch(call))
 
 
 def loss(inputs: Any, preset: str = "dapo", adv_tau: float = 1.0, **options: Any) -> Any:
@@ -55,38 +53,37 @@ def loss(inputs: Any, preset: str = "dapo", adv_tau: float = 1.0, **options: Any
 
     Metrics are those of `grpo_fast.loss`, per sequence. The reduction has no effect: the sum is prime-rl's.
     """
-    objective = Objective.preset(preset, **{"reduction": "token_mean", **options})
-    out = _sum(inputs, adv_tau, objective)
-    return _outputs(inputs, out, out.metrics)
+    call = _call(inputs, preset, adv_tau, options)
+    return _outputs(inputs, call, call.out.metrics)
 
 
-def _sum(inputs: Any, adv_tau: float, objective: Objective) -> LossOutput:
-    return policy_loss(
-        inputs.trainer_logprobs,
+def _call(inputs: Any, preset: str, adv_tau: float, options: dict[str, Any]) -> Call:
+    call = Call(
+        preset=preset,
+        options=options,
+        average=SUM,
+        logps=inputs.trainer_logprobs,
+        old_logps=inputs.inference_logprobs,
         advantages=adv_tau * inputs.advantages,
         mask=inputs.loss_mask,
-        old_logps=inputs.inference_logprobs,
-        ref_logps=inputs.ref_logprobs if objective.beta else None,
         token_weights=inputs.loss_weights,
-        num_items=1.0,
-        objective=objective,
     )
+    return call.but(ref_logps=inputs.ref_logprobs) if call.objective.beta else call
 
 
-def _diagnose(inputs: Any, objective: Objective) -> tuple[TokenDiagnostics, dict[str, Tensor]]:
-    """What the objective makes of each token, and the metrics that prime-rl's losses share."""
-    logp, sampler, live = inputs.trainer_logprobs, inputs.inference_logprobs, inputs.loss_mask
-    token = token_diagnostics(logp, sampler, inputs.advantages, mask=live, objective=objective)
-    mismatch = kl_estimate(sampler, logp)  # of the sampler's tokens: KL(sampler || trainer)
-    return token, {
-        "masked_mismatch_kl": masked_mean(mismatch, live & token.outside),
-        "unmasked_mismatch_kl": masked_mean(mismatch, live & ~token.outside),
-        "is_masked": masked_mean(token.outside, live),
+def _mismatch(call: Call) -> dict[str, Tensor]:
+    """The metrics that prime-rl's losses share."""
+    assert call.old_logps is not None
+    # Of the sampler's tokens: KL(sampler || trainer).
+    mismatch = kl_estimate(call.old_logps, call.logps)
+    return {
+        "masked_mismatch_kl": masked_mean(mismatch, call.mask & call.token.outside),
+        "unmasked_mismatch_kl": masked_mean(mismatch, call.mask & ~call.token.outside),
+        "is_masked": outside(call),
     }
 
 
-def _outputs(inputs: Any, out: LossOutput, metrics: dict[str, Tensor]) -> Any:
+def _outputs(inputs: Any, call: Call, metrics: dict[str, Tensor]) -> Any:
     # Where the inputs come from, without importing a trainer that is already running.
-    return importlib.import_module(type(inputs).__module__).LossOutputs(
-        loss=out.loss, metrics=metrics
-    )
+    home = importlib.import_module(type(inputs).__module__)
+    return home.LossOutputs(loss=call.out.loss, metrics=metrics)

@@ -6,7 +6,6 @@ algorithm configuration and return what SkyRL's own do. SkyRL folds the reductio
 sums. Off-policy correction is SkyRL's own code.
 """
 
-import dataclasses
 import importlib
 from collections.abc import Callable
 from typing import Any
@@ -14,9 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo_fast.diagnostics import TokenDiagnostics
-from grpo_fast.integrations._host import SUM, Call, as_floats, clip_fraction, read
-from grpo_fast.loss import LossOutput
+from grpo_fast.integrations._call import (
+    SUM,
+    Call,
+    Metric,
+    clip_fraction,
+    dropped_fraction,
+    nothing,
+    outside,
+)
+from grpo_fast.integrations._host import Choices, options, read
 
 CORRECTION = "skyrl.backends.skyrl_train.utils.off_policy_correction_utils"
 CORRECTIONS = (
@@ -26,113 +32,71 @@ CORRECTIONS = (
     "outlier_token_is_threshold_high",
     "token_mask_is_threshold_low",
 )
-Metrics = dict[str, Tensor | float]
-Result = tuple[Tensor, Metrics]
 
-# The options of each preset, and where SkyRL's algorithm configuration has them.
-_CLIP = {"epsilon_low": "eps_clip_low", "epsilon_high": "eps_clip_high"}
-_DPPO = {"epsilon_low": "dppo.delta_low", "epsilon_high": "dppo.delta_high"}
-OPTIONS: dict[str, dict[str, str]] = {
+_CLIP: dict[str, Choices] = {"epsilon_low": ("eps_clip_low",), "epsilon_high": ("eps_clip_high",)}
+_COV = ("clip_cov.clip_ratio", "clip_cov.clip_cov_lb", "clip_cov.clip_cov_ub")
+
+# The options of each loss's preset, and where SkyRL's algorithm configuration has them.
+OPTIONS: dict[str, dict[str, Choices]] = {
     "regular": _CLIP,
-    "dual_clip": _CLIP | {"dual_clip": "clip_ratio_c"},
+    "dual_clip": _CLIP | {"dual_clip": ("clip_ratio_c",)},
     "gspo": _CLIP,
-    "sapo": {"tau_pos": "sapo.tau_pos", "tau_neg": "sapo.tau_neg"},
+    "sapo": {"tau_pos": ("sapo.tau_pos",), "tau_neg": ("sapo.tau_neg",)},
     "cispo": {
-        "epsilon_low": "cispo.cispo_eps_clip_low",
-        "epsilon_high": "cispo.cispo_eps_clip_high",
+        "epsilon_low": ("cispo.cispo_eps_clip_low",),
+        "epsilon_high": ("cispo.cispo_eps_clip_high",),
     },
     "rollout_is": _CLIP,
-    "dppo_tv": _DPPO,
-    "dppo_kl": _DPPO,
+    "dppo": {"epsilon_low": ("dppo.delta_low",), "epsilon_high": ("dppo.delta_high",)},
     "importance_sampling": {},
     "clip_cov": _CLIP,
+    "kl_cov": {"beta": ("kl_cov.ppo_kl_coef",)},
+}
+
+_CLIPPED: dict[str, Metric] = {"clip_ratio": clip_fraction}
+METRICS: dict[str, dict[str, Metric]] = {
+    "regular": _CLIPPED,
+    "dual_clip": _CLIPPED,
+    "gspo": _CLIPPED,
+    "sapo": {"clip_ratio": nothing},
+    "cispo": {
+        "clip_ratio": outside,
+        "cispo/ratio_mean": lambda call: call.mean(call.token.ratio),
+        "cispo/ratio_clamped_mean": lambda call: call.mean(call.token.bounded_ratio),
+        "cispo/ratio_max": lambda call: call.extremes(call.token.ratio)[1],
+        "cispo/ratio_min": lambda call: call.extremes(call.token.ratio)[0],
+    },
+    "rollout_is": {"clip_ratio": outside},
+    "dppo": _CLIPPED,
+    "importance_sampling": {
+        "importance_ratio": lambda call: call.out.metrics["ratio_mean"],
+    },
+    "clip_cov": {"clip_ratio": dropped_fraction},
+    "kl_cov": {"clip_ratio": nothing},
 }
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Call(Call):
-    """`mask` is the given one; `weights` hold the off-policy correction, its mask too."""
-
-    host = "skyrl"
-    name: str  # of a preset
-    rollout: Tensor | None
-
-    @property
-    def options(self) -> dict[str, Any]:
-        return {name: read(self.config, path) for name, path in OPTIONS[self.name].items()}
-
-    def loss(self) -> LossOutput:
-        return self.averaged(SUM, self.name, self.options)
-
-    def tokens(self) -> TokenDiagnostics:
-        return self.diagnose(self.name, self.options)
-
-    def to_sampler(self) -> "_Call":
-        """The same with the ratio to the sampler."""
-        if self.rollout is None:
-            raise ValueError(f"{self.name}: rollout_logprobs: needed, the ratio is to the sampler")
-        return dataclasses.replace(self, old=self.rollout)
-
-
-def _clipped(call: _Call) -> Result:
-    out = call.loss()
-    return out.loss, {"clip_ratio": clip_fraction(out)}
-
-
-def _sapo(call: _Call) -> Result:
-    return call.loss().loss, {"clip_ratio": 0.0}
-
-
-def _cispo(call: _Call) -> Result:
-    if read(call.config, "cispo.cispo_anchor", "old") == "rollout":
-        call = call.to_sampler()
-        if read(call.config, "off_policy_correction.tis_ratio_type", None) is not None:
-            raise ValueError(
-                "cispo_anchor='rollout' is a ratio to the sampler already: with "
-                "off_policy_correction.tis_ratio_type it would count twice"
-            )
-    token, live = call.tokens(), call.mask != 0
-    metrics: Metrics = {
-        "clip_ratio": call.mean(token.outside),
-        "cispo/ratio_mean": call.mean(token.ratio),
-        "cispo/ratio_clamped_mean": call.mean(token.bounded_ratio),
-        "cispo/ratio_max": token.ratio.where(live, -torch.inf).amax(),
-        "cispo/ratio_min": token.ratio.where(live, torch.inf).amin(),
-    }
-    return call.loss().loss, metrics
-
-
-def _rollout_is(call: _Call) -> Result:
-    call = call.to_sampler()
-    return call.loss().loss, {"clip_ratio": call.mean(call.tokens().outside)}
-
-
-def _dppo(call: _Call) -> Result:
-    kind = read(call.config, "dppo.dppo_type")
+def _preset(name: str, config: Any) -> str:
+    if name != "dppo":
+        return f"skyrl/{name}"
+    kind = read(config, "dppo.dppo_type")
     if kind not in ("binary_tv", "binary_kl"):
         raise ValueError(f"dppo_type={kind!r} is unknown; choose from binary_tv, binary_kl")
-    if call.rollout is not None:
-        call = call.to_sampler()
-    return _clipped(dataclasses.replace(call, name="dppo_" + kind.removeprefix("binary_")))
+    return "skyrl/dppo_" + kind.removeprefix("binary_")
 
 
-def _importance_sampling(call: _Call) -> Result:
-    out = call.loss()
-    return out.loss, {"importance_ratio": out.metrics["ratio_mean"]}
-
-
-def _clip_cov(call: _Call) -> Result:
-    names = {"fraction": "clip_ratio", "low": "clip_cov_lb", "high": "clip_cov_ub"}
-    given = {name: read(call.config, f"clip_cov.{path}") for name, path in names.items()}
-    kept = call.clip_cov(**given, **call.options)
-    out = dataclasses.replace(call, weights=kept).loss()
-    return out.loss, {"clip_ratio": call.mean(kept == 0)}
-
-
-def _kl_cov(call: _Call) -> Result:
-    fraction, coef = (read(call.config, f"kl_cov.{k}") for k in ("kl_cov_frac", "ppo_kl_coef"))
-    out = call.kl_cov(SUM, fraction, coef)
-    return out.loss, {"clip_ratio": 0.0}
+def _old(name: str, old: Tensor, rollout: Tensor | None, config: Any) -> Tensor:
+    """The log-probs that the ratio is to."""
+    anchored = name == "cispo" and read(config, "cispo.cispo_anchor", "old") == "rollout"
+    if (anchored or name == "rollout_is") and rollout is None:
+        raise ValueError(f"{name}: rollout_logprobs: needed, the ratio is to the sampler")
+    if anchored and read(config, "off_policy_correction.tis_ratio_type", None) is not None:
+        raise ValueError(
+            "cispo_anchor='rollout' is a ratio to the sampler already: with "
+            "off_policy_correction.tis_ratio_type it would count twice"
+        )
+    to_sampler = anchored or name in ("rollout_is", "dppo")
+    return rollout if to_sampler and rollout is not None else old
 
 
 def _corrected(
@@ -156,9 +120,9 @@ def _corrected(
     return kept.float() if weights is None else weights.where(kept, 0), metrics
 
 
-def _with_skyrls_signature(
-    name: str, loss: Callable[[_Call], Result]
-) -> Callable[..., tuple[Tensor, dict[str, float]]]:
+def _policy_loss(name: str) -> Callable[..., tuple[Tensor, dict[str, float]]]:
+    """SkyRL's policy loss: the loss and its metrics as Python numbers; all tensors (B, T)."""
+
     def policy_loss(
         log_probs: Tensor,
         old_log_probs: Tensor,
@@ -168,37 +132,29 @@ def _with_skyrls_signature(
         rollout_logprobs: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, float]]:
         mask = torch.ones_like(log_probs) if loss_mask is None else loss_mask
-        weights, metrics = _corrected(name, old_log_probs, rollout_logprobs, mask, config)
-        call = _Call(
-            name=name,
-            logp=log_probs,
-            old=old_log_probs,
+        weights, corrected = _corrected(name, old_log_probs, rollout_logprobs, mask, config)
+        call = Call(
+            preset=_preset(name, config),
+            options=options(config, OPTIONS[name]),
+            average=SUM,
+            logps=log_probs,
+            old_logps=_old(name, old_log_probs, rollout_logprobs, config),
             advantages=advantages,
             mask=mask,
-            config=config,
-            weights=weights,
-            rollout=rollout_logprobs,
+            importance_weights=weights,
         )
-        value, own = loss(call)
-        return value, as_floats(own) | metrics
+        if name == "clip_cov":
+            fraction, low, high = (read(config, path) for path in _COV)
+            call = call.clip_cov(fraction=fraction, low=low, high=high)
+        if name == "kl_cov":
+            call = call.kl_cov(read(config, "kl_cov.kl_cov_frac"))
+        return call.out.loss, call.report(METRICS[name]) | corrected
 
     policy_loss.__name__ = policy_loss.__qualname__ = f"policy_loss_{name}"
     return policy_loss
 
 
-_LOSSES: dict[str, Callable[[_Call], Result]] = {
-    "regular": _clipped,
-    "dual_clip": _clipped,
-    "gspo": _clipped,
-    "sapo": _sapo,
-    "cispo": _cispo,
-    "rollout_is": _rollout_is,
-    "dppo": _dppo,
-    "importance_sampling": _importance_sampling,
-    "clip_cov": _clip_cov,
-    "kl_cov": _kl_cov,
-}
-POLICY_LOSSES = {name: _with_skyrls_signature(name, loss) for name, loss in _LOSSES.items()}
+POLICY_LOSSES = {name: _policy_loss(name) for name in OPTIONS}
 
 
 def register() -> None:

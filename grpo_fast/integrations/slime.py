@@ -16,6 +16,8 @@ from torch import Tensor
 
 from grpo_fast import reference
 from grpo_fast.diagnostics import TokenDiagnostics, token_diagnostics
+from grpo_fast.integrations._host import Choices
+from grpo_fast.integrations._host import options as read_options
 from grpo_fast.integrations._responses import (
     boundaries,
     from_log_probs,
@@ -27,6 +29,13 @@ from grpo_fast.objective import Objective
 
 LOSS = "slime.backends.megatron_utils.loss"
 Metrics = dict[str, Tensor]
+
+# Options of `Objective`, and which of slime's arguments they are.
+OPTIONS: dict[str, Choices] = {
+    "epsilon_low": ("eps_clip",),
+    "epsilon_high": ("eps_clip_high", "eps_clip"),
+    "entropy_coef": ("entropy_coef",),
+}
 
 
 def policy_loss(
@@ -50,14 +59,8 @@ def to_objective(args: Any, **more: Any) -> Objective:
     if getattr(args, "custom_pg_loss_reducer_function_path", None) is not None:
         raise ValueError("custom_pg_loss_reducer_function_path is not supported")
     kind = args.advantage_estimator if args.advantage_estimator in ("gspo", "cispo") else "grpo"
-    high = args.eps_clip if args.eps_clip_high is None else args.eps_clip_high
-    options: dict[str, Any] = {
-        "reduction": "token_mean",
-        "epsilon_low": args.eps_clip,
-        "epsilon_high": high,
-        "entropy_coef": args.entropy_coef,
-    }
-    if kind != "cispo" and args.eps_clip_c is not None:
+    options = {"reduction": "token_mean"} | read_options(args, OPTIONS)
+    if kind != "cispo":
         options["dual_clip"] = args.eps_clip_c
     if args.use_opsm:
         options["off_policy_threshold"] = args.opsm_delta
@@ -134,13 +137,21 @@ class Slime:
             args.calculate_per_token_loss,
         )
 
-    def drift(self, args: Any, logp: Tensor, old: Tensor, sampled: Tensor, reduce: Any) -> Metrics:
-        """Metrics of the distance between trainer and sampler."""
-        compared = logp if args.use_rollout_logprobs else old
-        return {"train_rollout_logprob_abs_diff": reduce((compared - sampled).abs())}
-
-    def more_metrics(self, args: Any, batch: dict[str, Any], token: TokenDiagnostics) -> Metrics:
-        return {}
+    def more_metrics(
+        self,
+        args: Any,
+        batch: dict[str, Any],
+        logps: Tensor,
+        old: Tensor | None,
+        token: TokenDiagnostics,
+        reduce: Any,
+    ) -> Metrics:
+        """Of the distance between trainer and sampler."""
+        if not batch.get("rollout_log_probs"):
+            return {}
+        compared = logps if args.use_rollout_logprobs or old is None else old
+        gap = compared - torch.cat(batch["rollout_log_probs"])
+        return {"train_rollout_logprob_abs_diff": reduce(gap.abs())}
 
     def policy_loss(
         self, args: Any, batch: dict[str, Any], logits: Tensor, sum_of_sample_mean: Any
@@ -151,21 +162,16 @@ class Slime:
                 f"context parallelism ({ranks[1]} ranks) splits sequences, which "
                 f"{'OPSM' if objective.ratio == 'token' else args.advantage_estimator} needs whole"
             )
-        old, sampled = self.old_log_probs(args, batch), batch.get("rollout_log_probs")
-        metrics: Metrics = {}
+        old, advantages = self.old_log_probs(args, batch), torch.cat(batch["advantages"])
+        corrected: Metrics = {}
         importance, reduce = None, sum_of_sample_mean
-        corrects = args.use_tis or args.get_mismatch_metrics
-        if corrects:
+        if args.use_tis or args.get_mismatch_metrics:
             importance, reduce, corrected = self._correct(args, batch)
-            # Of all tokens, those that are rejected too.
-            metrics = {name: sum_of_sample_mean(x) for name, x in corrected.items()}
-        advantages = torch.cat(batch["advantages"])
         weights = reducer_weights(reduce, advantages)
-        # Which response tokens count; with context parallelism those of this rank.
-        mask = weights != 0 if ranks[1] > 1 else torch.cat(batch["loss_masks"]) != 0
         given: dict[str, Any] = {
             "advantages": advantages,
-            "mask": mask,
+            # Which response tokens count; with context parallelism those of this rank.
+            "mask": weights != 0 if ranks[1] > 1 else torch.cat(batch["loss_masks"]) != 0,
             "old_logps": torch.cat(old) if old else None,
             "ref_logps": torch.cat(batch["ref_log_probs"]) if args.use_kl_loss else None,
         }
@@ -177,19 +183,18 @@ class Slime:
             out = from_log_probs(self.score(args, batch, logits), logits, objective, tokens)
         with torch.no_grad():
             if objective.needs_sequences:
-                given["cu_seqlens"] = boundaries(batch["response_lengths"], mask.device)
+                given["cu_seqlens"] = boundaries(batch["response_lengths"], logits.device)
             token = token_diagnostics(out.logps, **given, objective=objective)
 
             def mean(x: Tensor) -> Tensor:
-                return reduce(torch.where(mask, x, 0))
+                return reduce(torch.where(given["mask"], x, 0))
 
-            metrics = _metrics(args, batch, out, token, objective, given, mean) | metrics
-            metrics |= self.more_metrics(args, batch, token)
-            if corrects:  # not `token.ratio`: this one is not clamped where miles clamps its loss's
+            metrics = _metrics(args, batch, out, token, objective, given, mean)
+            if importance is not None:  # of all tokens, those too that the correction rejects
+                metrics |= {name: sum_of_sample_mean(x) for name, x in corrected.items()}
+                # Not `token.ratio`: this one is not clamped where miles clamps its loss's.
                 metrics["ois"] = sum_of_sample_mean(token.log_ratio.exp())
-            if sampled:
-                old_logp = out.logps if given["old_logps"] is None else given["old_logps"]
-                metrics |= self.drift(args, out.logps, old_logp, torch.cat(sampled), mean)
+            metrics |= self.more_metrics(args, batch, out.logps, given["old_logps"], token, mean)
         return out.loss, metrics
 
     def _correct(self, args: Any, batch: dict[str, Any]) -> tuple[Tensor, Any, Metrics]:

@@ -6,8 +6,6 @@ signature, configuration, losses, gradients and metrics. "bypass_mode", which ca
 name, stays verl's. `patch_logprobs()` replaces verl's log-prob functions.
 """
 
-import dataclasses
-import functools
 import importlib
 import importlib.util
 import logging
@@ -18,25 +16,73 @@ from typing import Any
 
 from torch import Tensor
 
-from grpo_fast.integrations._host import (
+from grpo_fast.integrations._call import (
     SUM,
     Average,
     Call,
-    as_floats,
-    bounds,
+    Metric,
     clip_fraction,
-    read,
-    replace,
-    require,
+    dropped_fraction,
+    dual_fraction,
+    nothing,
+    outside,
     sequence_average,
+    token_average,
 )
+from grpo_fast.integrations._host import Choices, given, options, read, replace, require
 from grpo_fast.integrations._verl_logprobs import linear_cross_entropy, logprobs_from_logits
-from grpo_fast.loss import LossOutput
 from grpo_fast.weights import geometric_mean
 
 SUPPORTED = ("0.9.1", "0.10")  # from, and below
-Metrics = dict[str, Tensor | float]
-Result = tuple[Tensor, Metrics]
+
+_CLIP: dict[str, Choices] = {
+    "epsilon_low": ("clip_ratio_low", "clip_ratio"),
+    "epsilon_high": ("clip_ratio_high", "clip_ratio"),
+}
+_DPPO = _CLIP | {"ratio_cap": ("clip_ratio_c", 20.0)}
+
+# The options of each preset, and where verl's actor configuration has them.
+OPTIONS: dict[str, dict[str, Choices]] = {
+    "vanilla": _CLIP | {"dual_clip": ("clip_ratio_c", 3.0)},
+    "gspo": _CLIP,
+    "sapo": {"tau_pos": ("tau_pos",), "tau_neg": ("tau_neg",)},
+    "gpg": {},
+    "cispo": _CLIP,
+    "dro": {"quadratic_coef": ("policy_loss.dro_beta", None)},
+    "geo_mean": _CLIP,
+    "dppo_tv": _DPPO,
+    "dppo_kl": _DPPO,
+    "clip_cov": _CLIP,
+    "kl_cov": {"beta": ("policy_loss.ppo_kl_coef", 1.0)},
+}
+
+
+def _kl(clamp: float = math.inf) -> dict[str, Metric]:
+    """E[old - new] of log-ratios within verl's clamp, which is not always that of the loss."""
+    return {"actor/ppo_kl": lambda call: -call.mean(call.change.clamp(-clamp, clamp))}
+
+
+def _clip(clipped: Metric, lower: Metric = nothing) -> dict[str, Metric]:
+    return {"actor/pg_clipfrac": clipped, "actor/pg_clipfrac_lower": lower}
+
+
+METRICS: dict[str, dict[str, Metric]] = {
+    "vanilla": _kl(20) | _clip(clip_fraction, dual_fraction),
+    "gspo": _kl() | _clip(clip_fraction),
+    "sapo": _kl(20) | _clip(nothing),
+    "gpg": {},
+    "cispo": _kl(20) | _clip(outside),
+    "dro": _kl(),
+    "geo_mean": _kl()
+    | _clip(
+        lambda call: call.mean(call.token.outside & (call.advantages > 0)),
+        lambda call: call.mean(call.token.outside & (call.advantages < 0)),
+    ),
+    "dppo_tv": _kl(20) | _clip(outside, lambda call: call.mean(call.token.capped)),
+    "dppo_kl": _kl(20) | _clip(outside, lambda call: call.mean(call.token.capped)),
+    "clip_cov": _kl() | {"actor/pg_clipfrac": dropped_fraction},
+    "kl_cov": {"actor/ppo_kl": lambda call: call.mean(call.change.abs())},
+}
 
 
 def average(loss_agg_mode: str, mask: Tensor, config: Any) -> Average:
@@ -57,7 +103,7 @@ def average(loss_agg_mode: str, mask: Tensor, config: Any) -> Average:
         return given
 
     if loss_agg_mode == "token-mean":
-        return Average({"reduction": "token_mean"}, total("batch_num_tokens"), dp_size)
+        return token_average(total("batch_num_tokens"), dp_size)
     if loss_agg_mode == "token-sum":
         return SUM._replace(scale=dp_size)
     names = {
@@ -77,117 +123,55 @@ def average(loss_agg_mode: str, mask: Tensor, config: Any) -> Average:
     return result
 
 
-def _clip_range(config: Any) -> dict[str, Any]:
-    return bounds(config, "clip_ratio_low", "clip_ratio_high", "clip_ratio")
+def _gpg(call: Call) -> Call:
+    return call.but(old_logps=None)  # no ratio: the old log-probs may be anything
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Call(Call):
-    host = "verl"
-    mode: str
-
-    def loss(self, preset: str, **options: Any) -> LossOutput:
-        """The loss of a preset, averaged as `mode` says."""
-        return self.averaged(average(self.mode, self.mask, self.config), preset, options)
-
-    def kl(self, clamp: float = math.inf) -> Metrics:
-        """verl's metric of E[old - new]: of log-ratios within the clamp, unlike that of the losses here."""
-        d = (self.old - self.logp).clamp(-clamp, clamp)
-        return {"actor/ppo_kl": self.mean(d)}
-
-
-def _clip_metrics(clipped: Tensor | float, lower: Tensor | float) -> Metrics:
-    return {"actor/pg_clipfrac": clipped, "actor/pg_clipfrac_lower": lower}
-
-
-def _vanilla(call: _Call) -> Result:
-    dual = read(call.config, "clip_ratio_c", 3.0)
-    out = call.loss("vanilla", dual_clip=dual, **_clip_range(call.config))
-    metrics = _clip_metrics(clip_fraction(out), out.metrics["clip_fraction_dual"])
-    return out.loss, call.kl(20) | metrics
-
-
-def _gspo(call: _Call) -> Result:
-    out = call.loss("gspo", **_clip_range(call.config))
-    return out.loss, call.kl() | _clip_metrics(clip_fraction(out), 0.0)
-
-
-def _sapo(call: _Call) -> Result:
-    taus = {name: read(call.config, name) for name in ("tau_pos", "tau_neg")}
-    out = dataclasses.replace(call, mode="seq-mean-token-mean").loss("sapo", **taus)
-    return out.loss, call.kl(20) | _clip_metrics(0.0, 0.0)
-
-
-def _gpg(call: _Call) -> Result:
-    # No ratio: the old log-probs may be anything.
-    return dataclasses.replace(call, old=call.logp.detach()).loss("gpg").loss, {}
-
-
-def _cispo(call: _Call) -> Result:
-    clip = _clip_range(call.config)
-    outside = call.diagnose("cispo", clip).outside
-    metrics = _clip_metrics(call.mean(outside), 0.0)
-    return call.loss("cispo", **clip).loss, call.kl(20) | metrics
-
-
-def _dro(call: _Call) -> Result:
-    beta = read(call.config, "policy_loss.dro_beta", None)
+def _dro(call: Call) -> Call:
+    beta = call.options["quadratic_coef"]
     if beta is None or beta <= 0:
         raise ValueError(f"policy_loss.dro_beta: want a positive number, got {beta}")
-    return call.loss("dro", quadratic_coef=beta).loss, call.kl()
+    return call
 
 
-def _dppo(call: _Call, kind: str) -> Result:
-    options = {"ratio_cap": read(call.config, "clip_ratio_c", 20.0), **_clip_range(call.config)}
-    token = call.diagnose(kind, options)
-    metrics = _clip_metrics(call.mean(token.outside), call.mean(token.capped))
-    return call.loss(kind, **options).loss, call.kl(20) | metrics
-
-
-def _geo_mean(call: _Call) -> Result:
-    clip, weights = _clip_range(call.config), call.weights
+def _geo_mean(call: Call) -> Call:
+    weights = call.importance_weights
     if weights is not None:  # one per sequence: their geometric mean
         weights = geometric_mean(weights, mask=call.mask, eps=1e-10)
-    how = Average({}, None, 1.0)  # all sequences at hand, empty ones too
-    out = call.averaged(how, "geo_mean", clip, importance_weights=weights)
-    outside, A = call.diagnose("geo_mean", clip).outside, call.advantages
-    metrics = _clip_metrics(call.mean(outside & (A > 0)), call.mean(outside & (A < 0)))
-    return out.loss, call.kl() | metrics
+    return call.but(importance_weights=weights)
 
 
-def _clip_cov(call: _Call) -> Result:
-    clip = _clip_range(call.config)
-    kept = call.clip_cov(
-        fraction=_given(call.config, "clip_cov_ratio", 0.0002),
-        low=_given(call.config, "clip_cov_lb", 1.0),
-        high=_given(call.config, "clip_cov_ub", 5.0),
-        **clip,
-    )
-    weights = kept if call.weights is None else kept * call.weights
-    out = dataclasses.replace(call, weights=weights).loss("clip_cov", **clip)
-    return out.loss, {"actor/pg_clipfrac": call.mean(kept == 0)} | call.kl()
+def _clip_cov(call: Call) -> Call:
+    where = {"fraction": ("ratio", 0.0002), "low": ("lb", 1.0), "high": ("ub", 5.0)}
+    chosen = {
+        option: given(call.config, f"policy_loss.clip_cov_{name}", default)
+        for option, (name, default) in where.items()
+    }
+    return call.clip_cov(**chosen)
 
 
-def _kl_cov(call: _Call) -> Result:
-    out = call.kl_cov(
-        average(call.mode, call.mask, call.config),
-        fraction=_given(call.config, "kl_cov_ratio", 0.0002),
-        coef=_given(call.config, "ppo_kl_coef", 1.0),
-        importance_weights=None,
-        token_weights=call.weights,  # on the penalty, too
-    )
-    return out.loss, {"actor/ppo_kl": call.mean((call.logp - call.old).abs())}
+def _kl_cov(call: Call) -> Call:
+    # verl's weights are on the penalty, too.
+    call = call.but(importance_weights=None, token_weights=call.importance_weights)
+    return call.kl_cov(given(call.config, "policy_loss.kl_cov_ratio", 0.0002))
 
 
-def _given(config: Any, name: str, default: float) -> float:
-    """An option of `policy_loss`, or verl's stand-in for None."""
-    value = read(config, f"policy_loss.{name}")
-    return default if value is None else value
+# What the table of options does not say.
+_PREPARE: dict[str, Callable[[Call], Call]] = {
+    "gpg": _gpg,
+    "dro": _dro,
+    "geo_mean": _geo_mean,
+    "clip_cov": _clip_cov,
+    "kl_cov": _kl_cov,
+}
+# The losses that average in their own way, whatever `loss_agg_mode` is.
+_AVERAGES: dict[str, Callable[[Tensor, Any], Average]] = {
+    "sapo": lambda mask, config: average("seq-mean-token-mean", mask, config),
+    "geo_mean": lambda mask, config: Average({}, None, 1.0),  # all sequences, empty ones too
+}
 
 
-def _with_verls_signature(
-    mode: str, loss: Callable[[_Call], Result]
-) -> Callable[..., tuple[Tensor, dict[str, float]]]:
+def _policy_loss(mode: str) -> Callable[..., tuple[Tensor, dict[str, float]]]:
     """verl's policy loss: the loss and its metrics as Python numbers; all tensors (B, T)."""
 
     def policy_loss(
@@ -201,36 +185,27 @@ def _with_verls_signature(
     ) -> tuple[Tensor, dict[str, float]]:
         if config is None:
             raise ValueError(f"{mode}: config: needed, verl's actor configuration")
-        call = _Call(
-            logp=log_prob,
-            old=old_log_prob,
+        own = _AVERAGES.get(mode, lambda mask, config: average(loss_agg_mode, mask, config))
+        call = Call(
+            preset=f"verl/{mode}",
+            options=options(config, OPTIONS[mode]),
+            average=own(response_mask, config),
+            logps=log_prob,
+            old_logps=old_log_prob,
             advantages=advantages,
             mask=response_mask,
+            importance_weights=rollout_is_weights,
             config=config,
-            weights=rollout_is_weights,
-            mode=loss_agg_mode,
         )
-        value, metrics = loss(call)
-        return value, as_floats(metrics)
+        if mode in _PREPARE:
+            call = _PREPARE[mode](call)
+        return call.out.loss, call.report(METRICS[mode])
 
     policy_loss.__name__ = policy_loss.__qualname__ = f"policy_loss_{mode}"
     return policy_loss
 
 
-_LOSSES: dict[str, Callable[[_Call], Result]] = {
-    "vanilla": _vanilla,
-    "gspo": _gspo,
-    "sapo": _sapo,
-    "gpg": _gpg,
-    "cispo": _cispo,
-    "dro": _dro,
-    "geo_mean": _geo_mean,
-    "dppo_tv": functools.partial(_dppo, kind="dppo_tv"),
-    "dppo_kl": functools.partial(_dppo, kind="dppo_kl"),
-    "clip_cov": _clip_cov,
-    "kl_cov": _kl_cov,
-}
-POLICY_LOSSES = {mode: _with_verls_signature(mode, loss) for mode, loss in _LOSSES.items()}
+POLICY_LOSSES = {mode: _policy_loss(mode) for mode in OPTIONS}
 
 
 def register() -> None:

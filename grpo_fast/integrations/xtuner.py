@@ -8,7 +8,14 @@ from typing import Any
 
 from torch import Tensor
 
-from grpo_fast.integrations._host import SUM, averaged_loss
+from grpo_fast.integrations._call import SUM, Call
+from grpo_fast.integrations._host import Choices, options
+
+OPTIONS: dict[str, Choices] = {
+    "epsilon_low": ("cliprange_low",),
+    "epsilon_high": ("cliprange_high",),
+    "dual_clip": ("clip_ratio_c", 3.0),
+}
 
 
 def policy_loss(
@@ -42,19 +49,14 @@ def policy_loss(
             f"policy_loss_cfg: log_prob_diff_min={low}, log_prob_diff_max={high}: want -m and m, "
             "or -inf and m"
         )
-    out = averaged_loss(
-        SUM,
-        "xtuner/vanilla",
-        {
-            "epsilon_low": policy_loss_cfg["cliprange_low"],
-            "epsilon_high": policy_loss_cfg["cliprange_high"],
-            "dual_clip": policy_loss_cfg.get("clip_ratio_c", 3.0),
-            **clamp,
-        },
+    call = Call(
+        preset="xtuner/vanilla",
+        options=options(policy_loss_cfg, OPTIONS) | clamp,
+        average=SUM,
         logps=log_prob,
         old_logps=old_log_prob.detach(),
         advantages=advantages,
         mask=loss_weights != 0,
         token_weights=loss_weights,
     )
-    return out.loss
+    return call.out.loss

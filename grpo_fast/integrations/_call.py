@@ -1,0 +1,169 @@
+"""One call of a host's policy loss in this library's terms: tensors, objective, average; what comes of it."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from grpo_fast import weights
+from grpo_fast.diagnostics import TokenDiagnostics, token_diagnostics
+from grpo_fast.integrations._host import as_floats
+from grpo_fast.loss import LossOutput, policy_loss
+from grpo_fast.objective import Objective
+
+
+class Average(NamedTuple):
+    """How a host averages, as a reduction and its denominator, and a factor on the loss."""
+
+    reduction: dict[str, Any]
+    num_items: float | Tensor | None
+    scale: float | Tensor
+
+
+SUM = Average({"reduction": "token_mean"}, 1.0, 1.0)
+
+
+def token_average(num_items: float | Tensor | None = None, scale: float = 1.0) -> Average:
+    """The mean over live tokens, or by the `num_items` of the global batch."""
+    return Average({"reduction": "token_mean"}, num_items, scale)
+
+
+def sequence_average(
+    reduction: str, mask: Tensor, global_batch_size: float | Tensor | None, dp_size: float
+) -> Average:
+    """The mean over the sequences that have a live token, here or in the global batch."""
+    if global_batch_size is None:
+        global_batch_size = (mask != 0).any(-1).sum().clamp(min=1)
+    # The reduction counts every sequence at hand.
+    return Average({"reduction": reduction}, None, len(mask) / global_batch_size * dp_size)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Call:
+    """Arguments of `policy_loss`, tensors (B, T) or packed; loss and diagnostics when they are asked for."""
+
+    preset: str
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # over the preset's
+    average: Average
+    logps: Tensor
+    old_logps: Tensor | None
+    advantages: Tensor
+    mask: Tensor
+    ref_logps: Tensor | None = None
+    importance_weights: Tensor | None = None
+    token_weights: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+    kept: Tensor | None = None  # by Clip-Cov, as weights
+    config: Any = None  # the host's
+
+    def but(self, **changes: Any) -> "Call":
+        return dataclasses.replace(self, **changes)
+
+    @functools.cached_property
+    def objective(self) -> Objective:
+        return Objective.preset(self.preset, **{**self.average.reduction, **self.options})
+
+    @functools.cached_property
+    def out(self) -> LossOutput:
+        """The loss, averaged as the host does."""
+        found = policy_loss(
+            self.logps,
+            advantages=self.advantages,
+            mask=self.mask,
+            old_logps=self.old_logps,
+            ref_logps=self.ref_logps,
+            importance_weights=self.importance_weights,
+            token_weights=self.token_weights,
+            num_items=self.average.num_items,
+            cu_seqlens=self.cu_seqlens,
+            objective=self.objective,
+        )
+        return found._replace(loss=found.loss * self.average.scale)
+
+    @functools.cached_property
+    def token(self) -> TokenDiagnostics:
+        """What the same objective makes of each token."""
+        return token_diagnostics(
+            self.logps,
+            self.old_logps,
+            self.advantages,
+            mask=self.mask,
+            ref_logps=self.ref_logps,
+            cu_seqlens=self.cu_seqlens,
+            objective=self.objective,
+        )
+
+    @property
+    def change(self) -> Tensor:
+        """log pi - log pi_old of each token, as it is; 0 on policy."""
+        old = self.logps if self.old_logps is None else self.old_logps
+        return (self.logps - old).detach()
+
+    def mean(self, x: Tensor) -> Tensor:
+        return masked_mean(x, self.mask)
+
+    def extremes(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Least and greatest over live tokens, inf and -inf without any."""
+        live = self.mask != 0
+        return x.where(live, torch.inf).amin(), x.where(live, -torch.inf).amax()
+
+    def clip_cov(self, **options: Any) -> "Call":
+        """The same with the tokens that Clip-Cov drops weighing nothing."""
+        assert self.old_logps is not None
+        given = self.importance_weights
+        kept = weights.clip_cov(
+            self.logps.detach(),
+            self.old_logps,
+            self.advantages,
+            mask=self.mask,
+            **self.options,
+            **options,
+        )
+        return self.but(kept=kept, importance_weights=kept if given is None else kept * given)
+
+    def kl_cov(self, fraction: float) -> "Call":
+        """The same with a reference: where the covariance is highest the old policy, else itself."""
+        assert self.old_logps is not None
+        logps = self.logps.detach()
+        chosen = weights.kl_cov(logps, self.advantages, mask=self.mask, fraction=fraction)
+        return self.but(ref_logps=torch.where(chosen, self.old_logps, logps))
+
+    def report(self, metrics: Mapping[str, "Metric"]) -> dict[str, float]:
+        """The host's metrics, by its names."""
+        return as_floats({name: metric(self) for name, metric in metrics.items()})
+
+
+Metric = Callable[[Call], Tensor | float]
+
+
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """The mean of x, floating or bool, over live tokens, detached; 0 without any."""
+    live = mask != 0
+    return torch.where(live, x.detach(), 0).sum(dtype=torch.float32) / live.sum().clamp(min=1)
+
+
+def clip_fraction(call: Call) -> Tensor:
+    """The share of tokens whose ratio is out of the range on the side that their advantage bounds."""
+    return call.out.metrics["clip_fraction_low"] + call.out.metrics["clip_fraction_high"]
+
+
+def dual_fraction(call: Call) -> Tensor:
+    return call.out.metrics["clip_fraction_dual"]
+
+
+def outside(call: Call) -> Tensor:
+    """The share beyond what the surrogate bounds, whatever the advantage."""
+    return call.mean(call.token.outside)
+
+
+def dropped_fraction(call: Call) -> Tensor:
+    """The share that Clip-Cov drops."""
+    assert call.kept is not None
+    return call.mean(call.kept == 0)
+
+
+def nothing(call: Call) -> float:
+    return 0.0
