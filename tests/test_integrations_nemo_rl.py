@@ -216,6 +216,15 @@ def test_what_cannot_be_the_same_is_refused(batch):
         nemo_rl.clipped_pg_loss(o, batch.logp, filtered, SEQS, TOKS)
 
 
+def test_no_penalty_may_be_false(batch):
+    o = SimpleNamespace(**OPTIONS | {"reference_policy_kl_penalty": False})
+    want = SimpleNamespace(**OPTIONS | {"reference_policy_kl_penalty": 0.0})
+    losses = [
+        nemo_rl.clipped_pg_loss(x, batch.logp, data_of(batch), SEQS, TOKS)[0] for x in (o, want)
+    ]
+    assert losses[0] == losses[1]
+
+
 def test_patching(batch, monkeypatch):
     with pytest.raises(ImportError, match=r"NeMo-RL >= 0\.6"):
         nemo_rl.patch()

@@ -327,6 +327,7 @@ def test_openrlhf_conventions(batch):
     ):
         with pytest.raises(ValueError, match=message):
             openrlhf.PolicyLoss(**options)
+    openrlhf.PolicyLoss(is_correction_gating="tv", is_correction_threshold=None)  # off
     with pytest.raises(TypeError, match=r"enable_vllm_is_correction.*openrlhf >= 0\.11\.2"):
         openrlhf.PolicyLoss(enable_vllm_is_correction=False)  # what 0.11.0 passes
     with pytest.raises(ValueError, match="rollout_log_probs: needed"):

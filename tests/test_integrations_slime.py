@@ -226,7 +226,10 @@ def test_truncated_importance_sampling(batch, megatron, monkeypatch):
 
     home.vanilla_tis_function = vanilla_tis_function
     x = batch["logits"].clone().requires_grad_()
-    loss, metrics = slime.policy_loss(args, batch, 1.0 * x, reducer(MASKS))
+    leaves = [y.clone().requires_grad_() for y in batch["rollout_log_probs"]]
+    given = batch | {"rollout_log_probs": leaves}
+    loss, metrics = slime.policy_loss(args, given, 1.0 * x, reducer(MASKS))
+    assert not any(metric.requires_grad for metric in metrics.values())
     logp, _ = scored(x, batch)
     old, A = torch.cat(batch["log_probs"]), torch.cat(batch["advantages"])
     rho = (old - torch.cat(batch["rollout_log_probs"])).exp().clamp(max=1.1)

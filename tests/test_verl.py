@@ -242,6 +242,15 @@ def test_configurations_may_be_anything(device):
         assert results[0] == results[1] == results[2]
 
 
+def test_no_distance_is_logged_as_0(device):
+    """Not as -0.0, which a log shows."""
+    _, logp, advantages, _, mask = batch(device)
+    for mode in ("vanilla", "dro", "kl_cov"):
+        loss = verl.POLICY_LOSSES[mode]
+        metrics = loss(logp, logp, advantages, mask, config=configuration())[1]
+        assert str(metrics["actor/ppo_kl"]) == "0.0"
+
+
 def test_bad_configurations(device):
     old, logp, advantages, _, mask = batch(device)
     for mode, config, message in (
@@ -251,6 +260,8 @@ def test_bad_configurations(device):
     ):
         with pytest.raises(ValueError, match=message):
             verl.POLICY_LOSSES[mode](old, logp, advantages, mask, "token-mean", config)
+    with pytest.raises(ValueError, match="vanilla: old_log_prob: needed"):
+        verl.POLICY_LOSSES["vanilla"](None, logp, advantages, mask, config=configuration())
     with pytest.raises(ValueError, match="'mean' is unknown"):
         verl.POLICY_LOSSES["gpg"](old, logp, advantages, mask, "mean", configuration())
     with pytest.raises(AttributeError, match="tau_pos"):

@@ -23,12 +23,12 @@ class Average(NamedTuple):
     scale: float | Tensor
 
 
-SUM = Average({"reduction": "token_mean"}, 1.0, 1.0)
-
-
 def token_average(num_items: float | Tensor | None = None, scale: float = 1.0) -> Average:
     """The mean over live tokens, or by the `num_items` of the global batch."""
     return Average({"reduction": "token_mean"}, num_items, scale)
+
+
+SUM = token_average(1.0)
 
 
 def sequence_average(
@@ -97,6 +97,12 @@ class Call:
         )
 
     @property
+    def old(self) -> Tensor:
+        if self.old_logps is None:
+            raise ValueError(f"{self.preset}: the old policy's log-probs are needed")
+        return self.old_logps
+
+    @property
     def change(self) -> Tensor:
         """log pi - log pi_old of each token, as it is; 0 on policy."""
         old = self.logps if self.old_logps is None else self.old_logps
@@ -112,11 +118,10 @@ class Call:
 
     def clip_cov(self, **options: Any) -> "Call":
         """The same with the tokens that Clip-Cov drops weighing nothing."""
-        assert self.old_logps is not None
         given = self.importance_weights
         kept = weights.clip_cov(
             self.logps.detach(),
-            self.old_logps,
+            self.old,
             self.advantages,
             mask=self.mask,
             **self.options,
@@ -126,10 +131,9 @@ class Call:
 
     def kl_cov(self, fraction: float) -> "Call":
         """The same with a reference: where the covariance is highest the old policy, else itself."""
-        assert self.old_logps is not None
         logps = self.logps.detach()
         chosen = weights.kl_cov(logps, self.advantages, mask=self.mask, fraction=fraction)
-        return self.but(ref_logps=torch.where(chosen, self.old_logps, logps))
+        return self.but(ref_logps=torch.where(chosen, self.old, logps))
 
     def report(self, metrics: Mapping[str, "Metric"]) -> dict[str, float]:
         """The host's metrics, by its names."""

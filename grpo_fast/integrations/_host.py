@@ -1,10 +1,10 @@
-"""What the adapters share: reading a host's configuration, its version, taking its place."""
+"""What the adapters share: a host's configuration, its version, its modules, numbers for its logs."""
 
 import importlib.metadata
 import re
 import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,32 +25,40 @@ def read(config: Any, path: str, default: Any = REQUIRED) -> Any:
             value = config.get(name, REQUIRED)
         if value is REQUIRED:
             if default is REQUIRED:
-                raise AttributeError(f"the configuration has no {path!r}: {config!r}")
+                raise AttributeError(
+                    f"the configuration has no {path!r}: a {type(config).__name__} has no {name!r}"
+                )
             return default
         config = value
     return config
 
 
-Choices = tuple[Any, ...]
+class At(NamedTuple):
+    """Where a host's configuration has an option: the first of these paths that is not None."""
+
+    paths: tuple[str, ...]
+    missing: Any = REQUIRED  # what stands in for a last path that does not exist
+    none: Any = None  # and for one that is None
 
 
-def given(config: Any, *choices: Any) -> Any:
-    """The first of these paths that is set; what is not a path, at the end, is the default.
+def at(*paths: str, missing: Any = REQUIRED, none: Any = None) -> At:
+    return At(paths, missing, none)
+
+
+def options(config: Any, table: Mapping[str, At]) -> dict[str, Any]:
+    """What a configuration has for each option of `Objective`.
 
     Raises:
-        AttributeError: none of the paths exists and there is no default.
+        AttributeError: a path that does not exist, nor anything that stands in for it.
     """
-    *paths, last = choices
-    for path in paths:
-        value = read(config, path, None)
-        if value is not None:
-            return value
-    return read(config, last) if isinstance(last, str) else last
-
-
-def options(config: Any, table: Mapping[str, Choices]) -> dict[str, Any]:
-    """What a configuration has for each option of `Objective`: the table says where, as `given` reads it."""
-    return {option: given(config, *choices) for option, choices in table.items()}
+    found = {}
+    for option, (paths, missing, none) in table.items():
+        values = (read(config, path, None) for path in paths[:-1])
+        value = next((x for x in values if x is not None), None)
+        if value is None:
+            value = read(config, paths[-1], missing)
+        found[option] = none if value is None else value
+    return found
 
 
 def as_floats(metrics: dict[str, Tensor | float]) -> dict[str, float]:

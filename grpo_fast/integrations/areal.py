@@ -131,6 +131,8 @@ class _Tokens:
             raise ValueError(
                 f"importance_sampling_level={level!r} is unknown; choose from token, sequence"
             )
+        if self.old is None:
+            raise ValueError("proximal_logprobs (old_logprobs of SAPO): needed, got None")
         packed, advantages = self.logps.ndim == 1, self.advantages
         boundaries = self.cu_seqlens if packed else None
         if level == "sequence":

@@ -17,21 +17,21 @@ from torch import Tensor
 from grpo_fast import reference
 from grpo_fast.diagnostics import kl_estimate
 from grpo_fast.integrations._call import Average, Call, token_average
-from grpo_fast.integrations._host import Choices, as_floats, options, replace
+from grpo_fast.integrations._host import At, as_floats, at, options, replace
 from grpo_fast.objective import Objective
 from grpo_fast.weights import importance_weights
 
 HOME = "nemo_rl.algorithms.loss.loss_functions"
 
 # The options of the presets, and which of `ClippedPGLossFn`'s attributes they are.
-CLIP: dict[str, Choices] = {
-    "epsilon_low": ("ratio_clip_min",),
-    "epsilon_high": ("ratio_clip_max",),
+CLIP: dict[str, At] = {
+    "epsilon_low": at("ratio_clip_min"),
+    "epsilon_high": at("ratio_clip_max"),
 }
-KL: dict[str, Choices] = {
-    "beta": ("reference_policy_kl_penalty",),
-    "kl_gap_clip": ("kl_input_clamp_value",),
-    "kl_value_clip": ("kl_output_clamp_value",),
+KL: dict[str, At] = {
+    "beta": at("reference_policy_kl_penalty"),
+    "kl_gap_clip": at("kl_input_clamp_value"),
+    "kl_value_clip": at("kl_output_clamp_value"),
 }
 
 
@@ -94,10 +94,11 @@ def clipped_pg_loss(
     how = token_average(global_valid_toks)
     if not by_token:
         how = Average({"reduction": "sequence_mean"}, None, len(mask) / (global_valid_seqs + 1e-8))
+    preset, chosen = to_preset(config)
     penalised = config.reference_policy_kl_penalty
     call = Call(
-        preset=to_preset(config)[0],
-        options=to_preset(config)[1],
+        preset=preset,
+        options=chosen,
         average=how,
         logps=next_token_logprobs,
         old_logps=None if on_policy else old,
@@ -225,8 +226,9 @@ def to_preset(config: Any) -> tuple[str, dict[str, Any]]:
     elif config.sequence_level_importance_ratios and not config.force_on_policy_ratio:
         kind = "gspo"
     if config.ratio_clip_c is not None:
-        table = table | {"dual_clip": ("ratio_clip_c",)}
+        table = table | {"dual_clip": at("ratio_clip_c")}
     chosen = options(config, table | KL)
+    chosen["beta"] = float(chosen["beta"])  # False, too, is none
     clamped = chosen["kl_gap_clip"] is not None or chosen["kl_value_clip"] is not None
     # The gradient of k3 through the sampling probability, too, is that of k2.
     chosen["kl_gradient"] = "k2_clipped" if clamped else "k2"

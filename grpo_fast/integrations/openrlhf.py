@@ -87,11 +87,11 @@ class PolicyLoss(nn.Module):
                 "is_correction_mode='clip' needs is_correction_level='token' and "
                 f"is_correction_gating='ratio', got {level!r} and {gating!r}"
             )
-        threshold = tuple(self.is_correction_threshold)
+        threshold = self.is_correction_threshold
         if gating != "ratio" and level != "off" and threshold[0] > 0:
             raise ValueError(
-                f"is_correction_threshold={threshold}: a divergence ({gating}) is bounded from above "
-                "alone"
+                f"is_correction_threshold={tuple(threshold)}: a divergence ({gating}) is bounded from "
+                "above alone"
             )
         Objective.preset(f"openrlhf/{self.policy_loss_type}", **self.options)
 

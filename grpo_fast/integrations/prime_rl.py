@@ -73,9 +73,8 @@ def _call(inputs: Any, preset: str, adv_tau: float, options: dict[str, Any]) -> 
 
 def _mismatch(call: Call) -> dict[str, Tensor]:
     """The metrics that prime-rl's losses share."""
-    assert call.old_logps is not None
     # Of the sampler's tokens: KL(sampler || trainer).
-    mismatch = kl_estimate(call.old_logps, call.logps)
+    mismatch = kl_estimate(call.old, call.logps)
     return {
         "masked_mismatch_kl": masked_mean(mismatch, call.mask & call.token.outside),
         "unmasked_mismatch_kl": masked_mean(mismatch, call.mask & ~call.token.outside),

@@ -22,35 +22,44 @@ from grpo_fast.integrations._call import (
     nothing,
     outside,
 )
-from grpo_fast.integrations._host import Choices, options, read
+from grpo_fast.integrations._host import At, at, options, read
 
 CORRECTION = "skyrl.backends.skyrl_train.utils.off_policy_correction_utils"
-CORRECTIONS = (
-    "tis_ratio_type",
-    "sequence_mask_metric",
-    "outlier_token_is_threshold_low",
-    "outlier_token_is_threshold_high",
-    "token_mask_is_threshold_low",
-)
+_CORRECTIONS = {
+    name: at(f"off_policy_correction.{name}", missing=None)
+    for name in (
+        "tis_ratio_type",
+        "sequence_mask_metric",
+        "outlier_token_is_threshold_low",
+        "outlier_token_is_threshold_high",
+        "token_mask_is_threshold_low",
+    )
+}
 
-_CLIP: dict[str, Choices] = {"epsilon_low": ("eps_clip_low",), "epsilon_high": ("eps_clip_high",)}
-_COV = ("clip_cov.clip_ratio", "clip_cov.clip_cov_lb", "clip_cov.clip_cov_ub")
+_CLIP: dict[str, At] = {"epsilon_low": at("eps_clip_low"), "epsilon_high": at("eps_clip_high")}
+# Of the two selections.
+_CLIP_COV = {
+    "fraction": at("clip_cov.clip_ratio"),
+    "low": at("clip_cov.clip_cov_lb"),
+    "high": at("clip_cov.clip_cov_ub"),
+}
+_KL_COV = {"fraction": at("kl_cov.kl_cov_frac")}
 
 # The options of each loss's preset, and where SkyRL's algorithm configuration has them.
-OPTIONS: dict[str, dict[str, Choices]] = {
+OPTIONS: dict[str, dict[str, At]] = {
     "regular": _CLIP,
-    "dual_clip": _CLIP | {"dual_clip": ("clip_ratio_c",)},
+    "dual_clip": _CLIP | {"dual_clip": at("clip_ratio_c")},
     "gspo": _CLIP,
-    "sapo": {"tau_pos": ("sapo.tau_pos",), "tau_neg": ("sapo.tau_neg",)},
+    "sapo": {"tau_pos": at("sapo.tau_pos"), "tau_neg": at("sapo.tau_neg")},
     "cispo": {
-        "epsilon_low": ("cispo.cispo_eps_clip_low",),
-        "epsilon_high": ("cispo.cispo_eps_clip_high",),
+        "epsilon_low": at("cispo.cispo_eps_clip_low"),
+        "epsilon_high": at("cispo.cispo_eps_clip_high"),
     },
     "rollout_is": _CLIP,
-    "dppo": {"epsilon_low": ("dppo.delta_low",), "epsilon_high": ("dppo.delta_high",)},
+    "dppo": {"epsilon_low": at("dppo.delta_low"), "epsilon_high": at("dppo.delta_high")},
     "importance_sampling": {},
     "clip_cov": _CLIP,
-    "kl_cov": {"beta": ("kl_cov.ppo_kl_coef",)},
+    "kl_cov": {"beta": at("kl_cov.ppo_kl_coef")},
 }
 
 _CLIPPED: dict[str, Metric] = {"clip_ratio": clip_fraction}
@@ -106,10 +115,8 @@ def _corrected(
 
     What it masks has a weight of 0: the means of sequences and of metrics are over the mask it was given.
     """
-    options = {
-        option: read(config, f"off_policy_correction.{option}", None) for option in CORRECTIONS
-    }
-    given = {option: value for option, value in options.items() if value is not None}
+    chosen = options(config, _CORRECTIONS)
+    given = {name: value for name, value in chosen.items() if value is not None}
     if not given or rollout is None or name == "importance_sampling":  # which is one by itself
         return None, {}
     if name in ("clip_cov", "kl_cov"):  # SkyRL refuses it by their names, which ours are not
@@ -144,10 +151,9 @@ def _policy_loss(name: str) -> Callable[..., tuple[Tensor, dict[str, float]]]:
             importance_weights=weights,
         )
         if name == "clip_cov":
-            fraction, low, high = (read(config, path) for path in _COV)
-            call = call.clip_cov(fraction=fraction, low=low, high=high)
+            call = call.clip_cov(**options(config, _CLIP_COV))
         if name == "kl_cov":
-            call = call.kl_cov(read(config, "kl_cov.kl_cov_frac"))
+            call = call.kl_cov(**options(config, _KL_COV))
         return call.out.loss, call.report(METRICS[name]) | corrected
 
     policy_loss.__name__ = policy_loss.__qualname__ = f"policy_loss_{name}"

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from grpo_fast import reference
 from grpo_fast.diagnostics import TokenDiagnostics, token_diagnostics
-from grpo_fast.integrations._host import Choices
-from grpo_fast.integrations._host import options as read_options
+from grpo_fast.integrations._host import At, at, options
 from grpo_fast.integrations._responses import (
     boundaries,
     from_log_probs,
@@ -31,10 +30,10 @@ LOSS = "slime.backends.megatron_utils.loss"
 Metrics = dict[str, Tensor]
 
 # Options of `Objective`, and which of slime's arguments they are.
-OPTIONS: dict[str, Choices] = {
-    "epsilon_low": ("eps_clip",),
-    "epsilon_high": ("eps_clip_high", "eps_clip"),
-    "entropy_coef": ("entropy_coef",),
+OPTIONS: dict[str, At] = {
+    "epsilon_low": at("eps_clip"),
+    "epsilon_high": at("eps_clip_high", "eps_clip"),
+    "entropy_coef": at("entropy_coef"),
 }
 
 
@@ -59,11 +58,11 @@ def to_objective(args: Any, **more: Any) -> Objective:
     if getattr(args, "custom_pg_loss_reducer_function_path", None) is not None:
         raise ValueError("custom_pg_loss_reducer_function_path is not supported")
     kind = args.advantage_estimator if args.advantage_estimator in ("gspo", "cispo") else "grpo"
-    options = {"reduction": "token_mean"} | read_options(args, OPTIONS)
+    chosen = {"reduction": "token_mean"} | options(args, OPTIONS)
     if kind != "cispo":
-        options["dual_clip"] = args.eps_clip_c
+        chosen["dual_clip"] = args.eps_clip_c
     if args.use_opsm:
-        options["off_policy_threshold"] = args.opsm_delta
+        chosen["off_policy_threshold"] = args.opsm_delta
     if args.use_kl_loss:
         name, unbiased = args.kl_loss_type, args.use_unbiased_kl
         if unbiased and (name != "k3" or kind == "gspo"):
@@ -71,10 +70,10 @@ def to_objective(args: Any, **more: Any) -> Objective:
                 f"use_unbiased_kl with kl_loss_type={name!r} and advantage_estimator="
                 f"{args.advantage_estimator!r} is not supported: want k3 and a ratio per token"
             )
-        options |= {"beta": args.kl_loss_coef, "kl": "k3_unbiased" if unbiased else name}
+        chosen |= {"beta": args.kl_loss_coef, "kl": "k3_unbiased" if unbiased else name}
         if name == "low_var_kl":
-            options |= {"kl": "k3", "kl_value_clip": 10.0}
-    return Objective.preset(f"slime/{kind}", **options | more)
+            chosen |= {"kl": "k3", "kl_value_clip": 10.0}
+    return Objective.preset(f"slime/{kind}", **chosen | more)
 
 
 class Slime:

@@ -29,43 +29,52 @@ from grpo_fast.integrations._call import (
     sequence_average,
     token_average,
 )
-from grpo_fast.integrations._host import Choices, given, options, read, replace, require
+from grpo_fast.integrations._host import At, at, options, read, replace, require
 from grpo_fast.integrations._verl_logprobs import linear_cross_entropy, logprobs_from_logits
 from grpo_fast.weights import geometric_mean
 
 SUPPORTED = ("0.9.1", "0.10")  # from, and below
 
-_CLIP: dict[str, Choices] = {
-    "epsilon_low": ("clip_ratio_low", "clip_ratio"),
-    "epsilon_high": ("clip_ratio_high", "clip_ratio"),
+_CLIP: dict[str, At] = {
+    "epsilon_low": at("clip_ratio_low", "clip_ratio"),
+    "epsilon_high": at("clip_ratio_high", "clip_ratio"),
 }
-_DPPO = _CLIP | {"ratio_cap": ("clip_ratio_c", 20.0)}
+_DPPO = _CLIP | {"ratio_cap": at("clip_ratio_c", missing=20.0)}
 
 # The options of each preset, and where verl's actor configuration has them.
-OPTIONS: dict[str, dict[str, Choices]] = {
-    "vanilla": _CLIP | {"dual_clip": ("clip_ratio_c", 3.0)},
+OPTIONS: dict[str, dict[str, At]] = {
+    "vanilla": _CLIP | {"dual_clip": at("clip_ratio_c", missing=3.0)},
     "gspo": _CLIP,
-    "sapo": {"tau_pos": ("tau_pos",), "tau_neg": ("tau_neg",)},
+    "sapo": {"tau_pos": at("tau_pos"), "tau_neg": at("tau_neg")},
     "gpg": {},
     "cispo": _CLIP,
-    "dro": {"quadratic_coef": ("policy_loss.dro_beta", None)},
+    "dro": {"quadratic_coef": at("policy_loss.dro_beta", missing=None)},
     "geo_mean": _CLIP,
     "dppo_tv": _DPPO,
     "dppo_kl": _DPPO,
     "clip_cov": _CLIP,
-    "kl_cov": {"beta": ("policy_loss.ppo_kl_coef", 1.0)},
+    "kl_cov": {"beta": at("policy_loss.ppo_kl_coef", none=1.0)},
 }
+
+# Of the two selections.
+_CLIP_COV = {
+    "fraction": at("policy_loss.clip_cov_ratio", none=0.0002),
+    "low": at("policy_loss.clip_cov_lb", none=1.0),
+    "high": at("policy_loss.clip_cov_ub", none=5.0),
+}
+_KL_COV = {"fraction": at("policy_loss.kl_cov_ratio", none=0.0002)}
 
 
 def _kl(clamp: float = math.inf) -> dict[str, Metric]:
     """E[old - new] of log-ratios within verl's clamp, which is not always that of the loss."""
-    return {"actor/ppo_kl": lambda call: -call.mean(call.change.clamp(-clamp, clamp))}
+    return {"actor/ppo_kl": lambda call: call.mean((-call.change).clamp(-clamp, clamp))}
 
 
 def _clip(clipped: Metric, lower: Metric = nothing) -> dict[str, Metric]:
     return {"actor/pg_clipfrac": clipped, "actor/pg_clipfrac_lower": lower}
 
 
+_DPPO_METRICS = _kl(20) | _clip(outside, lambda call: call.mean(call.token.capped))
 METRICS: dict[str, dict[str, Metric]] = {
     "vanilla": _kl(20) | _clip(clip_fraction, dual_fraction),
     "gspo": _kl() | _clip(clip_fraction),
@@ -78,8 +87,8 @@ METRICS: dict[str, dict[str, Metric]] = {
         lambda call: call.mean(call.token.outside & (call.advantages > 0)),
         lambda call: call.mean(call.token.outside & (call.advantages < 0)),
     ),
-    "dppo_tv": _kl(20) | _clip(outside, lambda call: call.mean(call.token.capped)),
-    "dppo_kl": _kl(20) | _clip(outside, lambda call: call.mean(call.token.capped)),
+    "dppo_tv": _DPPO_METRICS,
+    "dppo_kl": _DPPO_METRICS,
     "clip_cov": _kl() | {"actor/pg_clipfrac": dropped_fraction},
     "kl_cov": {"actor/ppo_kl": lambda call: call.mean(call.change.abs())},
 }
@@ -95,12 +104,12 @@ def average(loss_agg_mode: str, mask: Tensor, config: Any) -> Average:
     dp_size = read(info, "dp_size", 1)
 
     def total(name: str) -> Any:
-        given = read(info, name, None)
-        if given is None and dp_size > 1:
+        found = read(info, name, None)
+        if found is None and dp_size > 1:
             raise ValueError(
                 f"{loss_agg_mode}: global_batch_info.{name} is needed with dp_size={dp_size}"
             )
-        return given
+        return found
 
     if loss_agg_mode == "token-mean":
         return token_average(total("batch_num_tokens"), dp_size)
@@ -142,18 +151,13 @@ def _geo_mean(call: Call) -> Call:
 
 
 def _clip_cov(call: Call) -> Call:
-    where = {"fraction": ("ratio", 0.0002), "low": ("lb", 1.0), "high": ("ub", 5.0)}
-    chosen = {
-        option: given(call.config, f"policy_loss.clip_cov_{name}", default)
-        for option, (name, default) in where.items()
-    }
-    return call.clip_cov(**chosen)
+    return call.clip_cov(**options(call.config, _CLIP_COV))
 
 
 def _kl_cov(call: Call) -> Call:
     # verl's weights are on the penalty, too.
     call = call.but(importance_weights=None, token_weights=call.importance_weights)
-    return call.kl_cov(given(call.config, "policy_loss.kl_cov_ratio", 0.0002))
+    return call.kl_cov(**options(call.config, _KL_COV))
 
 
 # What the table of options does not say.
@@ -185,6 +189,8 @@ def _policy_loss(mode: str) -> Callable[..., tuple[Tensor, dict[str, float]]]:
     ) -> tuple[Tensor, dict[str, float]]:
         if config is None:
             raise ValueError(f"{mode}: config: needed, verl's actor configuration")
+        if old_log_prob is None:
+            raise ValueError(f"{mode}: old_log_prob: needed")
         own = _AVERAGES.get(mode, lambda mask, config: average(loss_agg_mode, mask, config))
         call = Call(
             preset=f"verl/{mode}",

@@ -9,12 +9,12 @@ from typing import Any
 from torch import Tensor
 
 from grpo_fast.integrations._call import SUM, Call
-from grpo_fast.integrations._host import Choices, options
+from grpo_fast.integrations._host import At, at, options
 
-OPTIONS: dict[str, Choices] = {
-    "epsilon_low": ("cliprange_low",),
-    "epsilon_high": ("cliprange_high",),
-    "dual_clip": ("clip_ratio_c", 3.0),
+OPTIONS: dict[str, At] = {
+    "epsilon_low": at("cliprange_low"),
+    "epsilon_high": at("cliprange_high"),
+    "dual_clip": at("clip_ratio_c", missing=3.0),
 }
 
 
