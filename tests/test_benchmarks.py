@@ -2,8 +2,12 @@
 
 import dataclasses
 import gc
+import os
+import shutil
+import subprocess
 import types
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +17,7 @@ from benchmarks.inputs import make_batch
 
 SHAPE = shapes.Shape(B=4, T=6, V=101, G=2)
 CPU = torch.device("cpu")
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture
@@ -187,6 +192,28 @@ def test_run_all_lists_what_it_would_do(capsys):
     assert "test" not in capsys.readouterr().out
     assert runner.main(["--list", "--only", "7B", "--only", "peer cce"]) == 0
     assert capsys.readouterr().out.split("\n")[:2] == ["7B step", "peer cce"]
+
+
+def test_run_all_takes_the_interpreter_of_make(tmp_path):
+    """Unless `PYTHON` names another."""
+    script = tmp_path / "benchmarks" / "run_all"
+    script.parent.mkdir()
+    shutil.copy(ROOT / "benchmarks" / "run_all", script)
+    for name in (".venv/bin/python", "other"):
+        python = tmp_path / name
+        python.parent.mkdir(parents=True, exist_ok=True)
+        python.write_text(f'#!/bin/sh\necho "{name} $*"\n')
+        python.chmod(0o755)
+
+    def run(**more):
+        environment = {"PATH": os.environ["PATH"]} | more
+        command = [script, "--list"]
+        return subprocess.run(
+            command, env=environment, text=True, capture_output=True, check=True
+        ).stdout
+
+    assert run() == ".venv/bin/python -m benchmarks.runner --list\n"
+    assert run(PYTHON=str(tmp_path / "other")) == "other -m benchmarks.runner --list\n"
 
 
 @pytest.mark.parametrize("arguments, want", [(("--version",), "passed"), (("/no/file",), "failed")])
