@@ -29,6 +29,8 @@ from grpo_fast.kernels.rows import (
     arrive,
     combine_parts,
     inverse_temperature,
+    load_scored,
+    load_target,
     read_statistics,
     row_offset,
     schedule,
@@ -151,7 +153,7 @@ def _grpo_kernel(
     if mask_ptr is not None:
         live = tl.load(mask_ptr + row) != 0
     if live:
-        target = tl.load(ids_ptr + row).to(tl.int32)
+        target = load_target(ids_ptr, row, V)
         inv_temperature = inverse_temperature(temperature_ptr, row, inv_temperature)
         scale = inv_temperature * LOG2E
         m, s, t = read_statistics(
@@ -163,7 +165,7 @@ def _grpo_kernel(
         if last:
             if SPLIT:
                 m, s, t = combine_parts(partial_ptr, row, parts, BLOCK_PARTS, HAS_ENTROPY)
-            z = tl.load(row_ptr + target).to(tl.float32)
+            z = load_scored(row_ptr, target)
             slope = 1.0
             if softcap is not None:
                 z, slope = soft_cap(z, softcap, logit_scale, cap_rate)

@@ -22,6 +22,8 @@ from grpo_fast.kernels.rows import (
     arrive,
     combine_parts,
     inverse_temperature,
+    load_scored,
+    load_target,
     read_statistics,
     row_offset,
     schedule,
@@ -74,7 +76,7 @@ def _logprob_fwd_kernel(
         live = tl.load(mask_ptr + row) != 0
     if live:
         row_ptr = logits_ptr + row_offset(row, T_len, stride_b, stride_t)
-        target = tl.load(ids_ptr + row).to(tl.int32)
+        target = load_target(ids_ptr, row, V)
         scale = inverse_temperature(temperature_ptr, row, inv_temperature) * LOG2E
         start = part * columns
         stop = tl.minimum(start + columns, V)
@@ -87,7 +89,7 @@ def _logprob_fwd_kernel(
         if last:
             if SPLIT:
                 m, s, t = combine_parts(partial_ptr, row, parts, BLOCK_PARTS, HAS_ENTROPY)
-            z = tl.load(row_ptr + target).to(tl.float32)
+            z = load_scored(row_ptr, target)
             if softcap is not None:
                 z, _ = soft_cap(z, softcap, logit_scale, cap_rate)
             m, s, _, logp, entropy = include_target(m, s, t, z, scale)
@@ -149,7 +151,7 @@ def _logprob_bwd_kernel(
         live = live & (tl.load(mask_ptr + row) != 0)
     if live:
         row_ptr = logits_ptr + row_offset(row, T_len, stride_b, stride_t)
-        target = tl.load(ids_ptr + row).to(tl.int32)
+        target = load_target(ids_ptr, row, V)
         inv_temperature = inverse_temperature(temperature_ptr, row, inv_temperature)
         logp = tl.load(logp_ptr + row)
         m = tl.load(m_ptr + row)

@@ -93,6 +93,19 @@ def soft_cap_scalars(softcap, logit_scale) -> dict[str, float | None]:
 
 
 @triton.jit
+def load_target(ids_ptr, row, V):
+    """The scored entry of a row as int32; -1, which no column has, where the id is outside [0, V)."""
+    target = tl.load(ids_ptr + row)
+    return tl.where((target >= 0) & (target < V), target, -1).to(tl.int32)
+
+
+@triton.jit
+def load_scored(row_ptr, target):
+    """The scored logit in float32; NaN without one: a loss of NaN is noticed, one of another entry is not."""
+    return tl.load(row_ptr + target, mask=target >= 0, other=float("nan")).to(tl.float32)
+
+
+@triton.jit
 def tile_offsets(K: tl.constexpr, T: tl.constexpr):
     return tl.arange(0, K)[:, None] * T + tl.arange(0, T)[None, :]  # [K, T]
 

@@ -85,7 +85,10 @@ def read_shared_rows(
     unit: float | Tensor = LN2  # of `top`: the kernels' maxima are of logits in log2 units,
     if not use_triton(logits):  # those of PyTorch's operators of the logits themselves
         unit = inv_temperature if temperature is None else 1 / temperature
-    return combine(gathered, unit, with_entropy)
+    logp, entropy, top, total = combine(gathered, unit, with_entropy)
+    if mask is not None:  # the id may be anything: nobody has it
+        logp = torch.where(mask, logp, 0)
+    return logp, entropy, top, total
 
 
 def combine(
@@ -111,6 +114,7 @@ def combine(
     )
     owner = logps <= 0
     logp = torch.where(owner, logps + log_share, 0).sum(0).clamp(max=0)
+    logp = logp.masked_fill(~owner.any(0), torch.nan)  # outside the vocabulary
     entropy = logp.new_empty(0)
     if with_entropy:
         part = share / total * (entropies - log_share)
