@@ -1,4 +1,4 @@
-"""Ids outside the vocabulary, where looking at them would be a host sync: NaN, never another entry's number."""
+"""Ids outside the vocabulary, where a check would be a host sync: NaN, never the number of another entry."""
 
 import pytest
 import torch
