@@ -125,6 +125,11 @@ def slug() -> str:
 
 def describe() -> dict[str, Any]:
     """What a result is worthless without."""
+    return describe_without_roofs() | calibration()
+
+
+def describe_without_roofs() -> dict[str, Any]:
+    """Which machine, software and code this is; nothing is measured."""
     cuda = torch.cuda.is_available()
     code = commit()
     return {
@@ -139,7 +144,6 @@ def describe() -> dict[str, Any]:
         "commit": code,
         "dirty": not is_clean(code),
         "command": os.environ.get(COMMAND_VARIABLE, "pytest benchmarks"),
-        **calibration(),
     }
 
 

@@ -20,7 +20,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from benchmarks import failures, machine, providers, results, step_7b
+from benchmarks import failures, machine, providers, results, smoke, step_7b
 
 ROOT = Path(__file__).resolve().parents[1]
 # The tests that say most about a device, and the benchmarks, by importance, with their weight in the time.
@@ -61,6 +61,7 @@ OFF_DEVICE = (
 TESTS_END, BENCHMARKS_END, STEP_END, PEERS_END = 0.15, 0.50, 0.63, 0.97
 # Seconds to stop in after an interrupt: what was measured is on disk by then.
 GRACE = 4.0
+SMOKE_SECONDS = 170.0
 RESTARTS = 3  # after crashes of one piece
 NO_TESTS = 5  # pytest's exit code
 FAILED, UNFINISHED = 1, 2  # ours
@@ -270,6 +271,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=8.8, help="for everything (default: 8.8)")
     parser.add_argument("--list", action="store_true", help="print what would run, in order")
     parser.add_argument("--no-tests", action="store_true", help="only the benchmarks")
+    parser.add_argument(
+        "--smoke", action="store_true", help="no numbers: is every kernel right here? 3 minutes"
+    )
     parser.add_argument("--only", action="append", help="pieces whose name holds this; repeatable")
     parser.add_argument(
         "--allow-unknown", action="store_true", help="measure code whose commit is unknown"
@@ -295,6 +299,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     out.mkdir(parents=True, exist_ok=True)
     print(f"commit {commit}, results in {out}", flush=True)
+    if options.smoke:
+        return smoke.run(out, commit, min(60 * options.minutes, SMOKE_SECONDS))
     outcome = run(plan, 60 * options.minutes, commit, out)
     print("\n".join(summary(outcome)), flush=True)
     return exit_code(plan, outcome)
