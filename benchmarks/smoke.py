@@ -333,7 +333,7 @@ def objectives() -> Iterator[tuple[str, Check]]:
     for surrogate in get_args(Surrogate):
         if surrogate in (*BY_SEQUENCE, "topr"):
             continue
-        options = {"quadratic_coef": 0.3} if surrogate in quadratic else {}
+        options: dict[str, Any] = {"quadratic_coef": 0.3} if surrogate in quadratic else {}
         objective = Objective(surrogate=surrogate, beta=0.1, **options)
         yield f"surrogate {surrogate}", partial(check_grpo, 1024, torch.float32, objective)
     for kl in get_args(KL):
@@ -441,7 +441,7 @@ def run(out: Path, commit: str, seconds: float) -> int:
 def _tests(folder: Path) -> list[str]:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short"]
     try:
-        import xdist  # noqa: F401
+        import xdist  # type: ignore[import-untyped]  # noqa: F401
     except ImportError:
         workers = 1
     else:
