@@ -57,8 +57,8 @@ def _stages(n: int) -> list[Edit]:
 
 LAST = 'eviction_policy="evict_last"'
 FIRST = ', eviction_policy="evict_first"'
-KEEP_NOTHING = [(f", {LAST}", ""), (f" {LAST}\n", "\n")]
-NO_FIRST = [(FIRST, ""), (' eviction_policy="evict_first"\n', "\n")]
+KEEP_NOTHING = [(f", {LAST}", "")]
+NO_FIRST = [(FIRST, "")]
 THREADS = "threads = 128 if capped else 256"
 TILE = "K, T, warps = 4, 8 * threads, threads // WARP_SIZE"
 VARIANTS: dict[str, list[Edit]] = {
