@@ -1,7 +1,7 @@
 """Tests, then every benchmark, in a given time, whatever crashes on the way (`benchmarks/run_all`).
 
-Calibration; the tests that say most about a device; this project's benchmarks, a process for each stem; the
-7B step; the other libraries, a process for each; a step of TRL's trainer; the other tests. What overruns its
+Calibration; the tests that say most about a device; this project's benchmarks, in three processes; the 7B
+step; the other libraries, a process for each; a step of TRL's trainer; the other tests. What overruns its
 share of the time is interrupted, and killed if it does not stop. Results are written after every measurement:
 an end at any time loses one. After a crash a new process goes on behind the benchmark that crashed, which the
 results name.
@@ -33,16 +33,13 @@ FIRST_TESTS = {
     "test_sequence_loss": 1,
     "test_group_advantage": 1,
 }
+# Stems that share a process, since a process costs seconds before it measures; and the weight of each.
 BENCHMARKS = {
-    "grpo": 4,
-    "linear_grpo": 4,
-    "logprob": 3,
-    "linear_logprob": 2,
-    "linear_cross_entropy": 1,
-    "policy_loss": 1,
-    "sequence_loss": 1,
-    "group_advantage": 1,
+    "logits": (4, ("grpo", "logprob")),
+    "hidden states": (6, ("linear_grpo", "linear_logprob", "linear_cross_entropy")),
+    "tokens": (1, ("policy_loss", "sequence_loss", "group_advantage")),
 }
+STEMS = tuple(stem for _, stems in BENCHMARKS.values() for stem in stems)
 # Tests of files, wheels and processes: they say nothing about a device.
 OFF_DEVICE = (
     "test_benchmarks",
@@ -100,18 +97,18 @@ def stages(out: Path, commit: str, tests: bool = True) -> list[tuple[float, list
     own = tuple(f"--library={name}" for name in providers.OWN)
     benchmarks = [
         Piece(
-            f"benchmark {stem}",
-            (f"benchmarks/bench_{stem}.py", *own),
+            f"benchmark {name}",
+            (*_files(stems), *own),
             weight,
-            results=out / f"{stem}-{commit}.json",
+            results=out / f"{name.replace(' ', '_')}-{commit}.json",
         )
-        for stem, weight in BENCHMARKS.items()
+        for name, (weight, stems) in BENCHMARKS.items()
     ]
     step = out / f"step_7b-{commit}.json"
     peers = [
         Piece(
             f"peer {library}",
-            (*(f"benchmarks/bench_{stem}.py" for stem in BENCHMARKS), f"--library={library}"),
+            (*_files(STEMS), f"--library={library}"),
             1,
             results=out / f"peer-{library}-{commit}.json",
             peer=True,
@@ -132,6 +129,10 @@ def stages(out: Path, commit: str, tests: bool = True) -> list[tuple[float, list
         *plan,
         *((1.0, [_test_piece(path)]) for path in rest),  # each may take all that is left
     ]
+
+
+def _files(stems: Sequence[str]) -> tuple[str, ...]:
+    return tuple(f"benchmarks/bench_{stem}.py" for stem in stems)
 
 
 def _test_piece(path: Path) -> Piece:

@@ -9,6 +9,11 @@ if not torch.cuda.is_available():  # before anything imports triton
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or deterministic mode warns of cuBLAS
 
 
+def pytest_configure(config):
+    """On a GPU PyTorch warns once of a backward whose thread starts with cuBLAS: no error of that test."""
+    config.addinivalue_line("filterwarnings", "ignore:Attempting to run cuBLAS:UserWarning")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def fused_multiply_add():
     """One rounding in the interpreter's `fma`, as in hardware: NumPy would round the product as well."""

@@ -1,5 +1,7 @@
 """Run a function of a test module in several processes that form a gloo group."""
 
+import importlib.metadata
+import importlib.util
 import json
 import os
 import socket
@@ -15,6 +17,19 @@ ROOT = Path(__file__).resolve().parents[1]
 needs_gloo = pytest.mark.skipif(
     not (torch.distributed.is_available() and torch.distributed.is_gloo_available()),
     reason="torch without gloo",
+)
+
+
+def _interpreter_runs():
+    if not importlib.util.find_spec("triton"):
+        return False
+    versions = map(importlib.metadata.version, ("triton", "numpy"))
+    triton, numpy = (tuple(map(int, x.split(".")[:2])) for x in versions)
+    return triton >= (3, 7) or numpy < (2, 4)
+
+
+needs_interpreter = pytest.mark.skipif(
+    not _interpreter_runs(), reason="Triton's interpreter before 3.7 fails with NumPy from 2.4 on"
 )
 
 

@@ -20,15 +20,15 @@ def batch(B, T, V, device, head=HEADS["plain"], D=8, drift=0.3, dtype=torch.floa
     """(head tensors, head options, ids, loss arguments): row 1 is empty, row 0 without advantage."""
     tensors, options = make(B * T, D, V, device, head, dtype)
     tensors["hidden"] = tensors["hidden"].view(B, T, D)
-    lengths = torch.randint(1, T + 1, (B,), device=device)
+    lengths = torch.randint(1, T + 1, (B,)).to(device)
     if B > 1:
         lengths[1] = 0
     mask = torch.arange(T, device=device) < lengths[:, None]
-    ids = torch.randint(options.get("vocab_size", V), (B, T), device=device)
+    ids = torch.randint(options.get("vocab_size", V), (B, T)).to(device)
     floats = {k: x.float() for k, x in tensors.items()}
     logp = call(reference.linear_logprob, floats, options, ids)
-    old, ref = (logp + drift * torch.randn(B, T, device=device) for _ in range(2))
-    advantages = torch.randn(B, device=device)
+    old, ref = (logp + drift * torch.randn(B, T).to(device) for _ in range(2))
+    advantages = torch.randn(B).to(device)
     if B > 1:
         advantages[0] = 0
     tensors["hidden"] = torch.where(mask[..., None], tensors["hidden"], torch.nan)

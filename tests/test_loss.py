@@ -265,6 +265,8 @@ def test_no_value_leaves_the_device(objective, layout):
     not torch.cuda.is_available(), reason="asks CUDA itself whether anything synchronised"
 )
 def test_no_host_sync_on_the_device():
+    # What PyTorch does for determinism looks at indices on the host.
+    torch.use_deterministic_algorithms(False)
     logits, ids, arguments = batch(4, 6, 50_000, "cuda", torch.bfloat16)
     leaf = logits.requires_grad_()
     objective = Objective(beta=0.1, entropy_coef=0.1, reduction="token_mean")

@@ -14,10 +14,10 @@ from tests.test_grpo import by_objective
 
 def case(B, T, device, drift=0.3, garbage=True):
     _, _, arguments = batch(B, T, 3, device, drift=drift, garbage=garbage)
-    logps = -torch.rand(B, T, device=device) * 3
+    logps = -torch.rand(B, T).to(device) * 3
     mask = arguments["mask"]
     for name in ("old_logps", "ref_logps"):
-        arguments[name] = logps + drift * torch.randn(B, T, device=device)
+        arguments[name] = logps + drift * torch.randn(B, T).to(device)
         if garbage:
             arguments[name] = torch.where(mask, arguments[name], torch.nan)
     return torch.where(mask, logps, torch.nan) if garbage else logps, arguments

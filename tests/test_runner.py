@@ -204,10 +204,10 @@ def test_the_plan(tmp_path):
     assert shares == sorted(shares)
     assert shares[-1] == 1.0
     names = [piece.name for _, pieces in plan for piece in pieces]
-    stems = {name.removeprefix("benchmark ") for name in names if name.startswith("benchmark ")}
-    assert stems == set(providers.PROVIDERS)
+    assert set(runner.STEMS) == set(providers.PROVIDERS)
+    assert len(runner.STEMS) == len(set(runner.STEMS))
     assert {f"peer {x}" for x in providers.peer_libraries()} < set(names)
-    assert names.index("test test_logprob") < names.index("benchmark grpo") < names.index("7B step")
+    assert names.index("test test_logprob") < names.index("benchmark logits") < names.index("7B step")
     files = [piece.results for _, pieces in plan for piece in pieces if piece.results]
     assert len(files) == len(set(files))
 

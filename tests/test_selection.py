@@ -109,7 +109,8 @@ def covariances(advantages, logps, mask):
 def policy(device):
     """(logps, old_logps, advantages (B,), mask) whose covariances spread around 1."""
     logps, old, mask = tokens(device)
-    return 3 * logps, 3 * logps + (old - logps) / 3, 3 * torch.randn(6, device=device), mask
+    advantages = 3 * torch.randn(6).to(device)
+    return 3 * logps, 3 * logps + (old - logps) / 3, advantages, mask
 
 
 @pytest.mark.parametrize("fraction", [1e-6, 0.1, 1.0])
@@ -215,9 +216,9 @@ def verl_arguments(old, advantages, mask):
 
 
 @pytest.mark.parametrize("fraction", [1e-6, 0.25])
-def test_verl_kl_cov(fraction, backend):
+def test_verl_kl_cov(fraction, backend, device):
     algorithm = verl_core_algos().compute_policy_loss_kl_cov
-    logps, old, advantages, mask = policy("cpu")
+    logps, old, advantages, mask = policy(device)
     config = verl_config(kl_cov_ratio=fraction, ppo_kl_coef=0.7)
     dense, A, live = verl_arguments(old, advantages, mask)
 
@@ -230,10 +231,10 @@ def test_verl_kl_cov(fraction, backend):
         torch.testing.assert_close(a.double(), t, rtol=1e-5, atol=1e-7)
 
 
-def test_verl_clip_cov(backend):
+def test_verl_clip_cov(backend, device):
     """With a share of 1 verl drops every candidate, whatever it draws."""
     algorithm = verl_core_algos().compute_policy_loss_clip_cov
-    logps, old, advantages, mask = policy("cpu")
+    logps, old, advantages, mask = policy(device)
     config = verl_config(clip_cov_ratio=1.0, clip_cov_lb=0.5, clip_cov_ub=4.0)
     dense, A, live = verl_arguments(old, advantages, mask)
 

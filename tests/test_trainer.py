@@ -40,6 +40,7 @@ TINY = {
     "num_iterations": 1,
     "steps": 3,
     "samples": 2,
+    "device": "cpu",  # also where there is a GPU: in float32, and the same bits from run to run
 }
 KEYS = {
     "step", "reward", "loss", "kl", "entropy", "clip_fraction", "tokens_per_second", "grad_norm",
@@ -102,11 +103,11 @@ def test_command_line_run_leaves_its_artefacts_and_eval_reads_them(tmp_path, cap
     out = model.generate(**tokenizer("1+2=", return_tensors="pt"), max_new_tokens=3)
     assert tokenizer.decode(out[0], skip_special_tokens=True).startswith("1+2=")
 
-    assert main(["eval", str(run_dir)]) == 0
+    assert main(["eval", str(run_dir), "--device", "cpu"]) == 0
     first = capsys.readouterr().out
     assert "accuracy" in first
     assert "10 held-out problems" in first
-    assert main(["eval", str(checkpoint)]) == 0
+    assert main(["eval", str(checkpoint), "--device", "cpu"]) == 0
     assert capsys.readouterr().out == first
 
 
@@ -269,7 +270,7 @@ def test_given_model_dataset_and_reward(tmp_path, monkeypatch, capsys):
     assert "warm-up" not in capsys.readouterr().out
     row = metrics(tmp_path / "sums")[-1]
     assert row["reward"] == pytest.approx(2 * row["reward/short"])
-    assert main(["eval", "sums"]) == 0
+    assert main(["eval", "sums", "--device", "cpu"]) == 0
     assert "2 held-out problems" in capsys.readouterr().out
 
     loaded = models.build(tiny(tmp_path, model=str(tmp_path / "given")), "")
@@ -344,4 +345,4 @@ def test_interruption_leaves_a_usable_checkpoint(tmp_path, number):
     assert f"interrupted after step {len(metrics(tmp_path / 'run'))}" in out
     assert str(checkpoint) in out
     assert (tmp_path / "run" / "curve.png").exists()
-    assert "accuracy" in evaluate.evaluate_run(tmp_path / "run")
+    assert "accuracy" in evaluate.evaluate_run(tmp_path / "run", "cpu")

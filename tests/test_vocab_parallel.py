@@ -9,7 +9,7 @@ from grpo_fast.ops import linear_logprob
 from grpo_fast.ops._vocab_parallel import combine
 from grpo_fast.testing import assert_as_accurate
 from tests.cases import in_double
-from tests.ranks import needs_gloo, run
+from tests.ranks import needs_gloo, needs_interpreter, run
 from tests.test_grpo import OBJECTIVES
 from tests.test_linear_grpo import HEADS, batch, call, graded
 
@@ -168,6 +168,7 @@ def test_processes_agree_with_one(ranks, uneven):
 
 
 @needs_gloo
+@needs_interpreter
 def test_processes_agree_with_one_in_the_kernels():
     switches = {"TRITON_INTERPRET": "1", "GRPO_FAST_BACKEND": "triton"}
     run("tests.test_vocab_parallel:check_ranks", 2, True, seconds=600, **switches)
@@ -209,6 +210,7 @@ def test_processes_without_rows(sizes):
 
 
 @needs_gloo
+@needs_interpreter
 def test_processes_without_rows_in_the_kernels():
     switches = {"TRITON_INTERPRET": "1", "GRPO_FAST_BACKEND": "triton"}
     test = "tests.test_vocab_parallel:check_processes_without_rows"

@@ -246,6 +246,8 @@ def test_no_tokens(function, device):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="a host sync needs a GPU to show")
 @by_function
 def test_nothing_waits_for_the_gpu(function):
+    # What PyTorch does for determinism looks at indices on the host.
+    torch.use_deterministic_algorithms(False)
     x, y, mask = tokens("cuda")
     A = torch.randn(6, device="cuda")
     ends = torch.tensor([0, 4, 9], device="cuda")
