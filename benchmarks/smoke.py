@@ -2,9 +2,9 @@
 
     python -m benchmarks.smoke bfloat16 --out smoke.json     # one group of checks, in this process
 
-Each group of `smoke_checks` is a process with a time limit of its own, all at the same time: nothing is timed.
-A check that raises, or is wrong, costs its own line; one that hangs, or takes the process down, is named by the
-file that the process leaves behind.
+Each group of `smoke_checks` is a process with a time limit of its own, all at the same time: nothing is
+timed. A check that raises, or is wrong, costs its own line; one that hangs, or takes the process down, is
+named by the file that the process leaves behind.
 """
 
 import argparse
