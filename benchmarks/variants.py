@@ -349,7 +349,7 @@ def suite_head(options: Any) -> None:
     ids = torch.randint(V, (B, T), device="cuda")
     given: dict[str, Any] = {"advantages": torch.randn(B, device="cuda"), "compact": False}
     given["old_logps"] = torch.full((B, T), -12.0, device="cuda")
-    given["objective"] = Objective.preset("grpo")
+    given["objective"] = Objective()
     sheet = Sheet(options.out, "head by chunk length")
 
     def gemms(C: int, wide: bool) -> Callable[[], None]:

@@ -207,7 +207,9 @@ def test_the_plan(tmp_path):
     assert set(runner.STEMS) == set(providers.PROVIDERS)
     assert len(runner.STEMS) == len(set(runner.STEMS))
     assert {f"peer {x}" for x in providers.peer_libraries()} < set(names)
-    assert names.index("test test_logprob") < names.index("benchmark logits") < names.index("7B step")
+    assert (
+        names.index("test test_logprob") < names.index("benchmark logits") < names.index("7B step")
+    )
     files = [piece.results for _, pieces in plan for piece in pieces if piece.results]
     assert len(files) == len(set(files))
 
