@@ -1,16 +1,39 @@
 """Options of the benchmarks, and what is written besides the times: machine, commit, who is missing."""
 
+import contextlib
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks import inputs, machine, measure, providers, results, timing
 
 PLUGIN = "benchmark"  # pytest-benchmark's name among pytest's plugins
+# In the names of files, in this order; those of tokens alone come last.
+KINDS = ("bench_grpo", "bench_logprob", "bench_linear_grpo", "bench_linear")
+LIMIT = (
+    60.0  # seconds of one benchmark on a GPU: then it hangs, and `run_all` goes on in a new process
+)
+
+
+@contextlib.contextmanager
+def limited(seconds: float | None) -> Iterator[None]:
+    """Kill this process if what is inside takes longer."""
+    if seconds is None:
+        yield
+        return
+    timer = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -51,7 +74,8 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     if not measure.RECORDER:
         return (yield)
     measure.RECORDER[0].start(_key(item))
-    result = yield
+    with limited(LIMIT if torch.cuda.is_available() else None):
+        result = yield
     if machine.lost():  # `run_all` goes on in a new process
         os.kill(os.getpid(), signal.SIGKILL)
     measure.RECORDER[0].finish(_key(item))
@@ -61,17 +85,18 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
 def _first_cases_first(items: list[pytest.Item]) -> None:
     """The first case of every file, then the second of every file: what there is no time for matters least.
 
-    Within a case those that start from hidden states come last, next to each other: they share their inputs.
-    What torch.compile compiles, for minutes, comes after all of them.
+    Within a case those that start from hidden states come after those on logits, next to each other, since
+    they share their inputs; then those of tokens alone. What torch.compile compiles, for minutes, comes last.
     """
     cases: dict[Path, dict[Any, int]] = {}
 
-    def place(item: pytest.Item) -> tuple[bool, int, bool]:
+    def place(item: pytest.Item) -> tuple[bool, int, int]:
         call = getattr(item, "callspec", None)
         case = [x for name, x in call.params.items() if name != "provider"] if call else []
         seen = cases.setdefault(item.path, {})
         turn = seen.setdefault(tuple(case), len(seen))
-        return _library(item) == "compile", turn, "linear" in item.path.stem
+        kind = next((i for i, word in enumerate(KINDS) if word in item.path.stem), len(KINDS))
+        return _library(item) == "compile", turn, kind
 
     items.sort(key=place)
 

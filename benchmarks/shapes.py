@@ -113,6 +113,6 @@ def cases() -> list[tuple[str, str]]:
 def hidden_cases() -> list[tuple[str, str]]:
     """(shape, variant) of the losses from hidden states; a 7B model's with a realistic mask, too."""
     first, *others = hidden_shapes()
-    chosen = [(first, variant) for variant in ("full", DEAD, REALISTIC)]
+    chosen = [(first, variant) for variant in ("full", REALISTIC, DEAD)]
     chosen += [(name, "full") for name in others]
     return chosen + [(CPU_7B, REALISTIC)] * (CPU_7B in others)

@@ -37,56 +37,48 @@ OBJECTIVE = Objective.preset("grpo", beta=0.04)
 Edit = tuple[str, str, str]  # file, text, what stands there instead
 
 
-def _rows(*pairs: tuple[str, str]) -> list[Edit]:
-    return [("rows.py", old, new) for old, new in pairs]
+def _segments(n: int) -> Edit:
+    """How many segments of a row a program reads."""
+    return ("rows.py", "\nSEGMENTS = 4 ", f"\nSEGMENTS = {n} ")
 
 
-def _parts(n: int) -> list[Edit]:
-    return _rows(("\nPARTS = 16 ", f"\nPARTS = {n} "))
+def _side(n: int) -> Edit:
+    """How many of them at a time."""
+    return ("grpo.py", "side = 4 if entropy is None else 2", f"side = {n}")
 
 
-def _stages(n: int) -> list[Edit]:
-    return _rows(
-        (
-            "    for i in range(0, full):\n        base = start + (full - 1 - i if BACKWARDS",
-            f"    for i in tl.range(0, full, num_stages={n}):\n"
-            "        base = start + (full - 1 - i if BACKWARDS",
-        )
-    )
+def _stages(n: int) -> Edit:
+    """Of the loop that writes the gradient."""
+    loop = "    for i in range(0, full):\n        base = start + (full - 1 - i if BACKWARDS"
+    return ("rows.py", loop, loop.replace("range(0, full)", f"tl.range(0, full, num_stages={n})"))
 
 
-LAST = 'eviction_policy="evict_last"'
-FIRST = ', eviction_policy="evict_first"'
-KEEP_NOTHING = [(f", {LAST}", "")]
-NO_FIRST = [(FIRST, "")]
-THREADS = "threads = 128 if capped else 256"
-TILE = "K, T, warps = 4, 8 * threads, threads // WARP_SIZE"
+NO_LAST: Edit = ("grpo.py", '"evict_last",', '"",')
+NO_FIRST: Edit = ("rows.py", ', eviction_policy="evict_first"', "")
+ANY_REGISTERS: Edit = ("rows.py", "HALF_OF_THE_REGISTERS if", "None if")
+LOGPROB_HINT = '"evict_first",'
 VARIANTS: dict[str, list[Edit]] = {
     "as it is": [],
-    "no hints": _rows(*KEEP_NOTHING, *NO_FIRST),
-    "evict_first alone": _rows(*KEEP_NOTHING),
-    "evict_last alone": _rows(*NO_FIRST),
-    "5 parts": _parts(5),
-    "8 parts": _parts(8),
-    "19 parts": _parts(32),
-    "stages 2": _stages(2),
-    "stages 3": _stages(3),
-    "stages 4": _stages(4),
-    "K 8": _rows((TILE, TILE.replace("= 4", "= 8"))),
-    "K 2": _rows((TILE, TILE.replace("= 4", "= 2"))),
-    "128 threads": _rows((THREADS, "threads = 128")),
-    "512 threads": _rows((THREADS, "threads = 512"), (TILE, TILE.replace("= 4", "= 2"))),
+    "no hints": [NO_LAST, NO_FIRST],
+    "evict_first alone": [NO_LAST],
+    "evict_last alone": [NO_FIRST],
+    "2 segments at a time": [_side(2)],
+    "1 segment at a time": [_side(1)],
+    "2 segments a program": [_segments(2), _side(2)],
+    "8 segments a program": [_segments(8)],
+    "all registers": [ANY_REGISTERS],
+    "2 stages": [_stages(2)],
     "backwards": [
         ("grpo.py", "BACKWARDS: tl.constexpr = (not SPLIT", "BACKWARDS: tl.constexpr = (True")
     ],
 }
-LOGPROB = {
+LOGPROB: dict[str, list[Edit]] = {
     "as it is": [],
-    "evict_first": _rows((LAST, 'eviction_policy="evict_first"')),
-    "no hints": _rows(*KEEP_NOTHING),
-    "5 parts": _parts(5),
-    "5 parts, evict_first": [*_parts(5), *_rows((LAST, 'eviction_policy="evict_first"'))],
-    "K 8": _rows((TILE, TILE.replace("= 4", "= 8"))),
+    "evict_last": [("logprob.py", LOGPROB_HINT, '"evict_last",')],
+    "no hints": [("logprob.py", LOGPROB_HINT, '"",')],
+    "1 segment a program": [_segments(1)],
+    "2 segments a program": [_segments(2)],
+    "8 segments a program": [_segments(8)],
 }
 
 

@@ -26,12 +26,15 @@ import triton.language as tl
 from grpo_fast.kernels.group_advantage import block_size, group_moments
 from grpo_fast.kernels.policy_loss import scalars
 from grpo_fast.kernels.rows import (
+    aligned,
     arrive,
-    combine_parts,
+    combine_segments,
     inverse_temperature,
     load_scored,
     load_target,
+    read_part,
     read_statistics,
+    reading,
     row_offset,
     schedule,
     soft_cap_scalars,
@@ -104,7 +107,7 @@ def _grpo_kernel(
     entropy_ptr,  # (N,) fp32, or None
     kl_ptr,  # (N,) fp32, or None
     clip_ptr,  # (N,) int8
-    partial_ptr,  # (N, parts, 3) fp32, or None
+    partial_ptr,  # (N, segments, 3) fp32, or None
     arrived_ptr,  # (N,) int32, zeros, or None
     stride_b,
     stride_t,
@@ -114,6 +117,7 @@ def _grpo_kernel(
     V,
     parts,
     columns,
+    segments,
     G,
     inv_temperature,
     low,
@@ -135,8 +139,13 @@ def _grpo_kernel(
     KL_GRADIENT: tl.constexpr,
     K: tl.constexpr,
     T: tl.constexpr,
+    STEPS: tl.constexpr,
+    SIDE: tl.constexpr,
+    GROUPS: tl.constexpr,
+    WRITE_K: tl.constexpr,
+    WRITE_T: tl.constexpr,
     BLOCK_G: tl.constexpr,
-    BLOCK_PARTS: tl.constexpr,
+    BLOCK_SEGMENTS: tl.constexpr,
     SPLIT: tl.constexpr,
 ):
     HAS_ENTROPY: tl.constexpr = entropy_ptr is not None
@@ -147,8 +156,6 @@ def _grpo_kernel(
     row = (pid // parts).to(tl.int64)
     part = pid % parts
     row_ptr = logits_ptr + row_offset(row, T_len, stride_b, stride_t)
-    start = part * columns
-    stop = tl.minimum(start + columns, V)
     live = True
     if mask_ptr is not None:
         live = tl.load(mask_ptr + row) != 0
@@ -156,15 +163,38 @@ def _grpo_kernel(
         target = load_target(ids_ptr, row, V)
         inv_temperature = inverse_temperature(temperature_ptr, row, inv_temperature)
         scale = inv_temperature * LOG2E
-        m, s, t = read_statistics(
-            row_ptr, target, scale, start, stop, K, T, HAS_ENTROPY, softcap, logit_scale, cap_rate
-        )
+        if SPLIT:
+            read_part(
+                row_ptr,
+                partial_ptr,
+                row,
+                part,
+                target,
+                scale,
+                columns,
+                V,
+                segments,
+                K,
+                T,
+                STEPS,
+                SIDE,
+                GROUPS,
+                HAS_ENTROPY,
+                "evict_last",
+                softcap,
+                logit_scale,
+                cap_rate,
+            )
+        else:
+            m, s, t = read_statistics(
+                row_ptr, target, scale, 0, V, K, T, HAS_ENTROPY, softcap, logit_scale, cap_rate
+            )
         last = True
         if SPLIT:
-            last = arrive(partial_ptr, arrived_ptr, row, part, parts, m, s, t)
+            last = arrive(arrived_ptr, row, parts)
         if last:
             if SPLIT:
-                m, s, t = combine_parts(partial_ptr, row, parts, BLOCK_PARTS, HAS_ENTROPY)
+                m, s, t = combine_segments(partial_ptr, row, segments, BLOCK_SEGMENTS, HAS_ENTROPY)
             z = load_scored(row_ptr, target)
             slope = 1.0
             if softcap is not None:
@@ -226,8 +256,8 @@ def _grpo_kernel(
                     k1,
                     0,
                     V,
-                    K,
-                    T,
+                    WRITE_K,
+                    WRITE_T,
                     HAS_ENTROPY,
                     BACKWARDS,
                     softcap,
@@ -235,10 +265,12 @@ def _grpo_kernel(
                     cap_rate,
                 )
             else:
-                write_zeros(drow_ptr, 0, V, K, T)
+                write_zeros(drow_ptr, 0, V, WRITE_K, WRITE_T)
     else:
         drow_ptr = dlogits_ptr + row_offset(row, T_len, dstride_b, dstride_t)
-        write_zeros(drow_ptr, start, stop, K, T)
+        start = part * columns
+        stop = tl.minimum(start + columns, V)
+        write_zeros(drow_ptr, start, stop, WRITE_K, WRITE_T)
         if part == 0:
             tl.store(loss_ptr + row, 0.0)
             tl.store(logp_ptr + row, 0.0)
@@ -323,7 +355,11 @@ def grpo_fwd_bwd(
     entropy = new(N) if return_entropy or objective.entropy_coef else None
     kl = new(N) if ref_logp is not None else None
     clip = new(N, dtype=torch.int8)
-    plan = schedule(V, softcap is not None)
+    side = 1
+    if aligned(logits):
+        side = 4 if entropy is None else 2  # with an entropy a thread holds more
+    plan = reading(V, logits.element_size(), softcap is not None, side)
+    write_K, write_T = plan.write_tile
     if N:
         _grpo_kernel[(N * plan.parts,)](
             logits_ptr=logits,
@@ -359,9 +395,9 @@ def grpo_fwd_bwd(
             SURROGATE=objective.variant,
             KL=objective.kl,
             KL_GRADIENT=objective.kl_gradient,
+            WRITE_K=write_K,
+            WRITE_T=write_T,
             BLOCK_G=block_size(group_size),
-            BLOCK_PARTS=plan.block_parts,
-            SPLIT=plan.split,
         )
     return loss, logp, entropy, kl, clip
 

@@ -20,11 +20,13 @@ import triton.language as tl
 
 from grpo_fast.kernels.rows import (
     arrive,
-    combine_parts,
+    combine_segments,
     inverse_temperature,
     load_scored,
     load_target,
+    read_part,
     read_statistics,
+    reading,
     row_offset,
     schedule,
     soft_cap_scalars,
@@ -50,7 +52,7 @@ def _logprob_fwd_kernel(
     entropy_ptr,  # (N,) fp32, or None
     m_ptr,  # (N,) fp32
     s_ptr,  # (N,) fp32
-    partial_ptr,  # (N, parts, 3) fp32, or None
+    partial_ptr,  # (N, segments, 3) fp32, or None
     arrived_ptr,  # (N,) int32, zeros, or None
     stride_b,
     stride_t,
@@ -58,13 +60,17 @@ def _logprob_fwd_kernel(
     V,
     parts,
     columns,
+    segments,
     inv_temperature,
     softcap,
     logit_scale,
     cap_rate,
     K: tl.constexpr,
     T: tl.constexpr,
-    BLOCK_PARTS: tl.constexpr,
+    STEPS: tl.constexpr,
+    SIDE: tl.constexpr,
+    GROUPS: tl.constexpr,
+    BLOCK_SEGMENTS: tl.constexpr,
     SPLIT: tl.constexpr,
 ):
     HAS_ENTROPY: tl.constexpr = entropy_ptr is not None
@@ -78,17 +84,37 @@ def _logprob_fwd_kernel(
         row_ptr = logits_ptr + row_offset(row, T_len, stride_b, stride_t)
         target = load_target(ids_ptr, row, V)
         scale = inverse_temperature(temperature_ptr, row, inv_temperature) * LOG2E
-        start = part * columns
-        stop = tl.minimum(start + columns, V)
-        m, s, t = read_statistics(
-            row_ptr, target, scale, start, stop, K, T, HAS_ENTROPY, softcap, logit_scale, cap_rate
-        )
         last = True
         if SPLIT:
-            last = arrive(partial_ptr, arrived_ptr, row, part, parts, m, s, t)
+            read_part(
+                row_ptr,
+                partial_ptr,
+                row,
+                part,
+                target,
+                scale,
+                columns,
+                V,
+                segments,
+                K,
+                T,
+                STEPS,
+                SIDE,
+                GROUPS,
+                HAS_ENTROPY,
+                "evict_first",
+                softcap,
+                logit_scale,
+                cap_rate,
+            )
+            last = arrive(arrived_ptr, row, parts)
+        else:
+            m, s, t = read_statistics(
+                row_ptr, target, scale, 0, V, K, T, HAS_ENTROPY, softcap, logit_scale, cap_rate
+            )
         if last:
             if SPLIT:
-                m, s, t = combine_parts(partial_ptr, row, parts, BLOCK_PARTS, HAS_ENTROPY)
+                m, s, t = combine_segments(partial_ptr, row, segments, BLOCK_SEGMENTS, HAS_ENTROPY)
             z = load_scored(row_ptr, target)
             if softcap is not None:
                 z, _ = soft_cap(z, softcap, logit_scale, cap_rate)
@@ -213,7 +239,7 @@ def logprob_fwd(
     new = functools.partial(torch.empty, device=logits.device, dtype=torch.float32)
     logp, m, s = new(N), new(N), new(N)
     entropy = new(N) if with_entropy else None
-    plan = schedule(V, softcap is not None)
+    plan = reading(V, logits.element_size(), softcap is not None)
     if N:
         _logprob_fwd_kernel[(N * plan.parts,)](
             logits_ptr=logits,
@@ -228,8 +254,6 @@ def logprob_fwd(
             **plan.arguments(logits),
             inv_temperature=inv_temperature,
             **soft_cap_scalars(softcap, logit_scale),
-            BLOCK_PARTS=plan.block_parts,
-            SPLIT=plan.split,
         )
     return logp, entropy, m, s
 

@@ -1,12 +1,14 @@
 """Streaming one row of logits: the loads and stores that every kernel on (B, T, V) logits shares.
 
-A row is read in tiles [K, T]. T = 8 * (threads of a program), 16 bytes of bfloat16 per lane, so that the
+A row is read in tiles [K, T] of T = 8 * (threads of a program), 16 bytes of bfloat16 per lane, so that the
 softmax fold along K stays in registers: no barrier and no shuffle in the hot loop.
 
-Two schedules. Up to `MAX_V_PER_PROGRAM` entries one program owns a row. Above, `S` programs read a part of
-the row each and store partial statistics; the last to arrive combines them, in fixed order, and goes on
-alone: nobody waits, nobody spins, and the order of arrival does not reach the result. The schedule depends on
-V alone, so a row's result does not depend on the batch around it.
+Two schedules. Up to `MAX_V_PER_PROGRAM` entries one program owns a row. A longer row consists of segments,
+whose statistics are the same bits whichever program reads them: a program reads `SEGMENTS` of them, one
+after the other, or `side` at a time with as many times the threads. The last program of a row to arrive
+combines the statistics of all segments, in fixed order, and goes on alone: nobody waits, nobody spins, and
+the order of arrival does not reach the result. Segments depend on V and the dtype alone: so a row's result
+depends neither on the batch around it nor on the kernel that reads it.
 """
 
 import dataclasses
@@ -25,8 +27,11 @@ from grpo_fast.kernels.tiles import (
 
 MAX_V_PER_PROGRAM = 32_768
 WARP_SIZE = 64 if torch.version.hip else 32
-PARTS = 16  # how many programs share a long row, at most
+PARTS = 16  # how many programs write the gradient of a long row, at most
+SEGMENTS = 4  # of a long row, how many one program reads
 STATISTICS = 3  # m, s, t
+# Registers of a thread that let two programs of 1024 threads share a multiprocessor.
+HALF_OF_THE_REGISTERS = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,21 +44,10 @@ class Schedule:
     T: int
     num_warps: int
 
-    @property
-    def split(self) -> bool:
-        return self.parts > 1
-
-    @property
-    def block_parts(self) -> int:
-        return triton.next_power_of_2(self.parts)
-
     def arguments(self, x) -> dict[str, int]:
         """How a kernel is told of this schedule and of the rows of x, (B, T, V)."""
         return {
-            "stride_b": x.stride(0),
-            "stride_t": x.stride(1),
-            "T_len": x.shape[1],
-            "V": x.shape[2],
+            **layout(x),
             "parts": self.parts,
             "columns": self.columns,
             "K": self.K,
@@ -61,17 +55,73 @@ class Schedule:
             "num_warps": self.num_warps,
         }
 
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """How the kernels that need the statistics of whole rows read them: `parts` programs, each `columns`.
+
+    A segment is read in `steps` tiles [K, T]. `segments` is 0 where one program owns a row.
+    """
+
+    parts: int
+    columns: int
+    segments: int
+    steps: int
+    side: int  # segments that a program reads at a time
+    K: int
+    T: int
+    num_warps: int
+    registers: int | None  # of a thread, at most
+
+    @property
+    def split(self) -> bool:
+        return self.segments > 0
+
+    @property
+    def write_tile(self) -> tuple[int, int]:
+        """(K, T) of the second pass, which has no statistics to keep apart."""
+        return self.K if not self.split else 2, 8 * WARP_SIZE * self.num_warps
+
+    def arguments(self, x) -> dict[str, int]:
+        """How a kernel is told of this schedule and of the rows of x, (B, T, V)."""
+        options = {"num_warps": self.num_warps}
+        if self.registers:
+            options["maxnreg"] = self.registers
+        return {
+            **layout(x),
+            "parts": self.parts,
+            "columns": self.columns,
+            "segments": self.segments,
+            "K": self.K,
+            "T": self.T,
+            "STEPS": self.steps,
+            "SIDE": self.side,
+            "GROUPS": SEGMENTS // self.side,
+            "BLOCK_SEGMENTS": triton.next_power_of_2(self.segments),
+            "SPLIT": self.split,
+            **options,
+        }
+
     def meeting_point(self, N, device) -> dict[str, torch.Tensor | None]:
-        """Where the parts of N rows leave their statistics and count themselves."""
+        """Where the programs of N rows leave the statistics of segments, and count themselves."""
         if not self.split:
             return {"partial_ptr": None, "arrived_ptr": None}
-        partial = torch.empty(N, self.parts, STATISTICS, device=device, dtype=torch.float32)
+        partial = torch.empty(N, self.segments, STATISTICS, device=device, dtype=torch.float32)
         arrived = torch.zeros(N, device=device, dtype=torch.int32)
         return {"partial_ptr": partial, "arrived_ptr": arrived}
 
 
+def layout(x) -> dict[str, int]:
+    return {"stride_b": x.stride(0), "stride_t": x.stride(1), "T_len": x.shape[1], "V": x.shape[2]}
+
+
+def aligned(x) -> bool:
+    """Whether Triton knows that all rows of x start at 16 bytes: it asks 16 of every number."""
+    return all(n % 16 == 0 for n in (x.data_ptr(), x.stride(0), x.stride(1)))
+
+
 def schedule(V: int, capped: bool = False) -> Schedule:
-    """The schedule for rows of V entries.
+    """The schedule for rows of V entries that need no statistics, or whose program owns them.
 
     A soft cap takes registers: with half the threads a program spills none, and as many threads are resident.
     """
@@ -84,6 +134,36 @@ def schedule(V: int, capped: bool = False) -> Schedule:
     tiles = triton.cdiv(V, K * T)
     columns = triton.cdiv(tiles, PARTS) * K * T
     return Schedule(parts=triton.cdiv(V, columns), columns=columns, K=K, T=T, num_warps=warps)
+
+
+def reading(V: int, itemsize: int, capped: bool = False, side: int = 1) -> Reading:
+    """The schedule for rows of V entries of `itemsize` bytes that are read for their statistics.
+
+    side: 1, 2 or 4, at the caller's choice where the rows are `aligned`, else 1: it does not reach the
+        result. With many threads on a row few rows are between their two passes, so the cache holds them.
+    """
+    if V <= MAX_V_PER_PROGRAM:
+        whole = schedule(V, capped)
+        tile = {"K": whole.K, "T": whole.T, "num_warps": whole.num_warps}
+        return Reading(1, V, segments=0, steps=1, side=1, **tile, registers=None)
+    threads = 128 if capped else 256
+    if capped or torch.version.hip:  # bound by arithmetic; not measured
+        side = 1
+    # 16 bytes of each lane, and no lane twice in a row of the tile: else another order of additions.
+    T = 16 // itemsize * threads
+    K, steps = 16 * threads // T, 2
+    columns = SEGMENTS * steps * K * T
+    return Reading(
+        parts=triton.cdiv(V, columns),
+        columns=columns,
+        segments=triton.cdiv(V, steps * K * T),
+        steps=steps,
+        side=side,
+        K=K,
+        T=T,
+        num_warps=side * threads // WARP_SIZE,
+        registers=HALF_OF_THE_REGISTERS if side == 4 and itemsize == 2 else None,
+    )
 
 
 def soft_cap_scalars(softcap, logit_scale) -> dict[str, float | None]:
@@ -173,22 +253,137 @@ def read_statistics(
 
 
 @triton.jit
-def arrive(partial_ptr, arrived_ptr, row, part, parts, m, s, t):
-    """Store the statistics of one part of a row; True for the last part to arrive."""
-    slot_ptr = partial_ptr + (row * parts + part) * 3
-    tl.store(slot_ptr, m)
-    tl.store(slot_ptr + 1, s)
-    tl.store(slot_ptr + 2, t)
+def read_segments(
+    row_ptr,
+    target,
+    scale,
+    start,
+    V,
+    K: tl.constexpr,
+    T: tl.constexpr,
+    STEPS: tl.constexpr,
+    SIDE: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr,
+    HINT: tl.constexpr,
+    softcap=None,
+    logit_scale=None,
+    cap_rate=None,
+):
+    """(m, s, t), [SIDE] each, of as many segments from column `start` on, without column `target`.
+
+    A segment that holds the target, or ends beyond V, is read in strips [1, T], the others in tiles [K, T]:
+    each as if it were alone, so that SIDE does not reach the result. What is not read counts as -inf, which
+    leaves m, s and t as they are.
+    """
+    SEGMENT: tl.constexpr = STEPS * K * T
+    # One axis for the lanes of all segments: of two, Triton 3.6 lays out every tile anew.
+    lane = tl.arange(0, SIDE * T)
+    ahead = lane // T * SEGMENT  # of the segment of a lane
+    plain = (target - start < ahead) | (target - start >= ahead + SEGMENT)
+    plain = plain & (ahead <= V - start - SEGMENT)
+    offs = ahead + lane % T
+    tile_offs = tl.arange(0, K)[:, None] * T + offs[None, :]
+    m = tl.full([SIDE * T], LOWEST, tl.float32)
+    s = tl.zeros([SIDE * T], tl.float32)
+    t = tl.zeros([SIDE * T], tl.float32)
+    for step in range(STEPS):
+        base = start + step * K * T
+        z = tl.load(
+            row_ptr + base + tile_offs,
+            mask=plain[None, :],
+            other=-float("inf"),
+            eviction_policy=HINT,
+        ).to(tl.float32)
+        if softcap is not None:
+            z, _ = soft_cap(z, softcap, logit_scale, cap_rate)
+            z = tl.where(plain[None, :], z, -float("inf"))
+        m, s, t = fold_softmax(m, s, t, z, scale, HAS_ENTROPY)
+    stop = start + SIDE * SEGMENT
+    if ((target >= start) & (target < stop)) | (stop > V):
+        for i in range(STEPS * K):
+            base = start + i * T
+            # The target goes after the load, which then stays 128-bit.
+            keep = (plain == 0) & (offs < V - base)
+            strip = tl.load(
+                row_ptr + base + offs, mask=keep, other=-float("inf"), eviction_policy=HINT
+            ).to(tl.float32)
+            if softcap is not None:
+                strip, _slope = soft_cap(strip, softcap, logit_scale, cap_rate)
+                strip = tl.where(keep, strip, -float("inf"))
+            strip = tl.where(offs == target - base, -float("inf"), strip)
+            m, s, t = fold_softmax(m, s, t, strip[None, :], scale, HAS_ENTROPY)
+    shape: tl.constexpr = (SIDE, T)
+    return reduce_softmax(
+        tl.reshape(m, shape), tl.reshape(s, shape), tl.reshape(t, shape), HAS_ENTROPY
+    )
+
+
+@triton.jit
+def read_part(
+    row_ptr,
+    partial_ptr,
+    row,
+    part,
+    target,
+    scale,
+    columns,
+    V,
+    segments,
+    K: tl.constexpr,
+    T: tl.constexpr,
+    STEPS: tl.constexpr,
+    SIDE: tl.constexpr,
+    GROUPS: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr,
+    HINT: tl.constexpr,
+    softcap=None,
+    logit_scale=None,
+    cap_rate=None,
+):
+    """Leave the statistics of the segments of one part of a row where the last to arrive finds them."""
+    SEGMENT: tl.constexpr = STEPS * K * T
+    for group in range(GROUPS):
+        start = part * columns + group * SIDE * SEGMENT
+        if start < V:
+            m, s, t = read_segments(
+                row_ptr,
+                target,
+                scale,
+                start,
+                V,
+                K,
+                T,
+                STEPS,
+                SIDE,
+                HAS_ENTROPY,
+                HINT,
+                softcap,
+                logit_scale,
+                cap_rate,
+            )
+            segment = start // SEGMENT + tl.arange(0, SIDE)
+            slot_ptr = partial_ptr + (row * segments + segment) * 3
+            there = segment < segments
+            tl.store(slot_ptr, m, mask=there)
+            tl.store(slot_ptr + 1, s, mask=there)
+            tl.store(slot_ptr + 2, t, mask=there)
+
+
+@triton.jit
+def arrive(arrived_ptr, row, parts):
+    """Count one part of a row; True for the last to arrive."""
     tl.debug_barrier()  # the stores of all threads come before the counter of one
     return tl.atomic_add(arrived_ptr + row, 1, sem="acq_rel", scope="gpu") == parts - 1
 
 
 @triton.jit
-def combine_parts(partial_ptr, row, parts, BLOCK_PARTS: tl.constexpr, HAS_ENTROPY: tl.constexpr):
-    """The statistics of a whole row from those of its parts, in the order of the parts."""
-    part = tl.arange(0, BLOCK_PARTS)
-    slot_ptr = partial_ptr + (row * parts + part) * 3
-    there = part < parts
+def combine_segments(
+    partial_ptr, row, segments, BLOCK_SEGMENTS: tl.constexpr, HAS_ENTROPY: tl.constexpr
+):
+    """The statistics of a whole row from those of its segments, in their order."""
+    segment = tl.arange(0, BLOCK_SEGMENTS)
+    slot_ptr = partial_ptr + (row * segments + segment) * 3
+    there = segment < segments
     # volatile: other programs wrote these, the cache of this one may be stale
     m = tl.load(slot_ptr, mask=there, other=LOWEST, volatile=True)
     s = tl.load(slot_ptr + 1, mask=there, other=0.0, volatile=True)

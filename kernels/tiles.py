@@ -52,9 +52,11 @@ def soft_cap(z, softcap, logit_scale, cap_rate):
 
 @triton.jit
 def fold_softmax(m, s, t, z, scale, HAS_ENTROPY: tl.constexpr):
-    """Fold a tile `z` [K, T] into the lane-wise statistics m, s, t [T]."""
+    """Fold a tile `z` [K, ...] into the lane-wise statistics m, s, t [...]."""
     m_new = tl.maximum(m, tl.max(z, axis=0) * scale)
-    u = tl.fma(z, scale, -m_new[None, :])  # one rounding: the offset m_new cancels exactly later on
+    u = tl.fma(
+        z, scale, -tl.expand_dims(m_new, 0)
+    )  # one rounding: the offset m_new cancels exactly later on
     e = tl.exp2(u)
     shrink = tl.exp2(m - m_new)
     if HAS_ENTROPY:
@@ -64,14 +66,19 @@ def fold_softmax(m, s, t, z, scale, HAS_ENTROPY: tl.constexpr):
 
 @triton.jit
 def reduce_softmax(m, s, t, HAS_ENTROPY: tl.constexpr):
-    """Combine the statistics of all lanes (or of all parts of a row) into scalars."""
-    total = tl.max(m, axis=0)
-    shrink = tl.exp2(m - total)
+    """Combine the statistics of all lanes (or of all segments of a row): m, s, t [..., T] into [...]."""
+    AXIS: tl.constexpr = len(m.shape) - 1
+    total = tl.max(m, axis=AXIS)
+    if AXIS == 1:
+        below = m - tl.expand_dims(total, 1)
+    else:
+        below = m - total
+    shrink = tl.exp2(below)
     if HAS_ENTROPY:
-        t_total = tl.sum(shrink * (t + (m - total) * s), axis=0)
+        t_total = tl.sum(shrink * (t + below * s), axis=AXIS)
     else:
         t_total = 0.0
-    return total, tl.sum(s * shrink, axis=0), t_total
+    return total, tl.sum(s * shrink, axis=AXIS), t_total
 
 
 @triton.jit

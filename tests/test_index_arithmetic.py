@@ -25,9 +25,9 @@ by_shape = pytest.mark.parametrize("shape", [LARGE, MANY], ids=["large", "many"]
 class SomePrograms:
     """A kernel of which only the programs of the first and last rows run; notes the grid."""
 
-    def __init__(self, kernel, shape, monkeypatch, parts=None):
+    def __init__(self, kernel, shape, monkeypatch, parts):
         self.kernel, self.monkeypatch = kernel, monkeypatch
-        self.N, self.parts = shape[0], parts or rows.schedule(shape[1]).parts
+        self.N, self.parts = shape[0], parts
 
     def __getitem__(self, grid):
         assert grid == (self.N * self.parts,)  # 1-D: the other dimensions stop at 65,535
@@ -63,10 +63,11 @@ def lazily():
 
 @pytest.fixture
 def some_programs(monkeypatch, shape):
+    read, write = rows.reading(shape[1], 2).parts, rows.schedule(shape[1]).parts
     for module, name, parts in (
-        (logprob, "_logprob_fwd_kernel", None),
-        (logprob, "_logprob_bwd_kernel", None),
-        (grpo, "_grpo_kernel", None),
+        (logprob, "_logprob_fwd_kernel", read),
+        (logprob, "_logprob_bwd_kernel", write),
+        (grpo, "_grpo_kernel", read),
         (grpo, "_scale_rows_kernel", 1),  # of many rows, one program each
     ):
         kernel = SomePrograms(getattr(module, name), shape, monkeypatch, parts)

@@ -111,10 +111,10 @@ def batch(V, dtype, B=2, T=3):
     return logits, ids, mask
 
 
-def meeting(V, live):
-    """Bytes (loaded, stored) by the programs that share a row to agree: 3 statistics and a counter each."""
-    parts = rows.schedule(V).parts
-    return (live * parts * 4 * FLOAT,) * 2 if parts > 1 else (0, 0)
+def meeting(V, live, w):
+    """Bytes loaded, and stored, by the programs that share a row: 3 statistics a segment, a counter each."""
+    plan = rows.reading(V, w)
+    return live * (3 * plan.segments + plan.parts) * FLOAT if plan.split else 0
 
 
 def visits(index, shape, times):
@@ -143,16 +143,16 @@ def test_logprob_forward(V, dtype, entropy):
     N, live, w = len(ids), int(mask.sum()), logits.element_size()
     with counted() as traffic:
         logp, *_ = logprob.logprob_fwd(logits, ids, mask, None, 1.0, entropy)
-    parts = rows.schedule(V).parts
+    parts = rows.reading(V, w).parts
     size, visited = traffic.read(logits)
     expected = visits(mask, logits.shape, 1)
     expected.view(N, V)[mask, ids[mask]] += 1
     documented = formulas.logprob_forward(live, V, w)
     assert size == documented.read + documented.reread
     assert_visits(visited, expected)
-    loaded, stored = meeting(V, live)
-    assert traffic.total(traffic.loads) == size + parts * (N * FLAG + live * ID) + loaded
-    assert traffic.total(traffic.stores) == N * (4 if entropy else 3) * FLOAT + stored
+    met = meeting(V, live, w)
+    assert traffic.total(traffic.loads) == size + parts * (N * FLAG + live * ID) + met
+    assert traffic.total(traffic.stores) == N * (4 if entropy else 3) * FLOAT + met
     assert traffic.written(logp)[0] == N * FLOAT
 
 
@@ -199,7 +199,7 @@ def test_grpo(V, dtype, entropy, inplace):
             *(logits, ids, mask, weight, advantages, None, 1, None, old, ref, *[None] * 5),
             *(1.0, False, objective, dlogits),
         )
-    parts = rows.schedule(V).parts
+    parts = rows.reading(V, w).parts
     moving = mask & (weight != 0)
     size, visited = traffic.read(logits)
     expected = visits(mask, logits.shape, 1) + visits(moving, logits.shape, 1)
@@ -210,12 +210,12 @@ def test_grpo(V, dtype, entropy, inplace):
     written, visited = traffic.written(dlogits)
     assert written == documented.written + documented.rewritten
     assert_visits(visited, written_visits(moving, ids, logits.shape))
-    loaded, stored = meeting(V, live)
+    met = meeting(V, live, w)
     # Per row: weight, advantage, old and reference log-prob; loss, log-prob, KL (and entropy), clip flags.
     vectors = parts * (N * FLAG + live * ID) + live * 4 * FLOAT
-    assert traffic.total(traffic.loads) == size + vectors + loaded
+    assert traffic.total(traffic.loads) == size + vectors + met
     outputs = N * (4 if entropy else 3) * FLOAT + N
-    assert traffic.total(traffic.stores) == written + outputs + stored
+    assert traffic.total(traffic.stores) == written + outputs + met
 
 
 @by_size
