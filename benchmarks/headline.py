@@ -161,14 +161,15 @@ def _of_hidden(run: Run) -> str:
 
 
 def _of_trl(run: Run) -> str:
-    entries = sorted(list(run.cases())[-1], key=lambda entry: entry["median"])
-    own, trl = _own(entries), next((e for e in entries if e["provider"] == "trl"), None)
-    if own is None or trl is None:
-        return ""
-    return (
-        f"a step of TRL's trainer after generation ({own['shape']}) takes "
-        f"{tables.time_text(own['median'])} instead of {tables.time_text(trl['median'])}"
-    )
+    """Of the last case, the largest model, that has both."""
+    for entries in reversed(list(run.cases())):
+        own, trl = _own(entries), next((e for e in entries if e["provider"] == "trl"), None)
+        if own and trl:
+            return (
+                f"a step of TRL's trainer after generation ({own['shape']}) takes "
+                f"{tables.time_text(own['median'])} instead of {tables.time_text(trl['median'])}"
+            )
+    return ""
 
 
 def _what(entry: dict[str, Any]) -> str:
