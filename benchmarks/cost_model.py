@@ -11,6 +11,7 @@ prediction stays next to the measurement that comes later.
 
 import argparse
 import dataclasses
+import re
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks import compiled, shapes, traffic
+from benchmarks.committed import Run
 from grpo_fast.ops import _head
 
 # Of the data sheet, reached by a plain copy and by a large bfloat16 multiplication: assumed, not measured.
@@ -40,13 +42,14 @@ class Gpu:
     clock: float  # Hz
     bandwidth: float  # bytes / s
     bfloat16: float  # FLOP / s
+    driver: str  # a pattern of what its driver calls it: this one, not its siblings
 
 
 GPUS = {
-    "H200": Gpu("sm_90", 132, 128, 16, 1.98e9, 4.80e12, 989e12),
-    "H100": Gpu("sm_90", 132, 128, 16, 1.98e9, 3.35e12, 989e12),
-    "A100": Gpu("sm_80", 108, 128, 16, 1.41e9, 2.04e12, 312e12),
-    "MI300X": Gpu("gfx942", 304, 64, 16, 2.10e9, 5.30e12, 1307e12),
+    "H200": Gpu("sm_90", 132, 128, 16, 1.98e9, 4.80e12, 989e12, "NVIDIA H200"),
+    "H100": Gpu("sm_90", 132, 128, 16, 1.98e9, 3.35e12, 989e12, "NVIDIA H100 80GB HBM3"),
+    "A100": Gpu("sm_80", 108, 128, 16, 1.41e9, 2.04e12, 312e12, "NVIDIA A100-SXM4-80GB"),
+    "MI300X": Gpu("gfx942", 304, 64, 16, 2.10e9, 5.30e12, 1307e12, r"AMD Instinct MI300X( .*)?"),
 }
 
 
@@ -65,16 +68,16 @@ class Prediction(NamedTuple):
 
 
 def gpu_of(device: str) -> str | None:
-    """The entry of `GPUS` that a device's name speaks of."""
-    return next((name for name in GPUS if name in device), None)
+    """The entry of `GPUS` that a device is; None for others, be it a part of one (MIG) or a smaller one."""
+    return next((name for name, gpu in GPUS.items() if re.fullmatch(gpu.driver, device)), None)
 
 
-def ceilings(name: str, info: dict[str, Any] | None = None) -> Ceilings:
+def ceilings(name: str, roofs: dict[str, Any] | None = None) -> Ceilings:
     """Those measured in a run on this GPU, or the assumed share of the data sheet."""
     gpu = GPUS[name]
-    if info:
-        rate = info["gemm"].get("bfloat16", gpu.bfloat16 * SHARE_OF_GEMM)
-        return Ceilings(info["bandwidth"]["copy"], rate, "measured")
+    if roofs:
+        rate = roofs["gemm"].get("bfloat16", gpu.bfloat16 * SHARE_OF_GEMM)
+        return Ceilings(roofs["copy"], rate, "measured")
     return Ceilings(
         gpu.bandwidth * SHARE_OF_BANDWIDTH,
         gpu.bfloat16 * SHARE_OF_GEMM,
@@ -190,32 +193,35 @@ def table() -> Iterator[str]:
         yield f"| {launch} | `{shape_name}` | {' | '.join(cells)} | {bounds} |"
 
 
-def comparison(run: dict[str, Any]) -> Iterator[str]:
-    """Prediction next to measurement, for the results of one run on a GPU that the model knows."""
-    info = run["machine_info"]
-    name = gpu_of(info["device"])
+def comparison(run: Run) -> Iterator[str]:
+    """Predictions next to measurements, for a run on a GPU that the model knows."""
+    name = gpu_of(run.device)
     if name is None:
         return
-    for entry in run["benchmarks"]:
-        extra = entry["extra_info"]
-        if not extra["provider"].startswith("grpo_fast") or extra["dtype"] != "bfloat16":
+    for entry in run.entries:
+        if not entry["provider"].startswith(OWN) or entry["dtype"] != "bfloat16":
             continue
-        for top in (ceilings(name), ceilings(name, info)):
-            live, moving = extra["live_tokens"], extra["moving_tokens"]
-            case = extra["stem"], extra["case"], extra["sizes"]
-            made = predict(*case, live, moving, name, top, extra["provider"])
-            if made:
-                seconds = entry["stats"]["median"]
-                yield (
-                    f"| {extra['stem']}, {extra['case'].replace('_', ' + ')} | {extra['provider']} "
-                    f"| `{extra['shape']}`, {extra['variant']} | {_ms(made.low)} to {_ms(made.high)} "
-                    f"| {_ms(seconds)} | {seconds / made.low:.2f} | {top.origin.split(' x ')[0]} |"
-                )
+        if "moving_tokens" not in entry:  # a step of a trainer
+            continue
+        case = entry["stem"], entry["case"], entry["sizes"]
+        tokens = entry["live_tokens"], entry["moving_tokens"]
+        made = [
+            predict(*case, *tokens, name, top, entry["provider"])
+            for top in (ceilings(name), ceilings(name, entry["roofs"]))
+        ]
+        ranges = [f"{_ms(p.low)} to {_ms(p.high)}" for p in made if p]
+        if made[-1]:
+            seconds = entry["median"]
+            yield (
+                f"| {entry['stem']}, {entry['case'].replace('_', ' + ')} | {entry['provider']} "
+                f"| `{entry['shape']}`, {entry['variant']} | {' | '.join(ranges)} "
+                f"| {_ms(seconds)} | {seconds / made[-1].low:.2f} |"
+            )
 
 
 COMPARISON_HEADER = (
-    "| launch | provider | case | predicted, ms | measured, ms | measured / lower | ceilings |\n"
-    "|---|---|---|--:|--:|--:|---|"
+    "| launch | provider | case | predicted by the data sheet, ms | by the measured roofs, ms "
+    "| measured, ms | measured / lower |\n|---|---|---|--:|--:|--:|--:|"
 )
 
 

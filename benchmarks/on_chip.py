@@ -40,6 +40,7 @@ import triton.language as tl
 from torch import Tensor
 
 from benchmarks import inputs, machine, shapes
+from benchmarks import results as files
 from grpo_fast.kernels.grpo import grpo_fwd_bwd
 from grpo_fast.kernels.rows import load_scored, load_target
 from grpo_fast.kernels.tiles import (
@@ -761,9 +762,9 @@ def run(folder: Path, out: Path, seconds: float, only: list[str]) -> int:
                 report = {**json.loads(path.read_text()), **report}
             report["wall_s"] = round(time.monotonic() - start, 1)
         results["variants"].append(report)
-        out.write_text(json.dumps(results, indent=1))
+        files.write(out, results)
         print(line(report), flush=True)
-    out.write_text(json.dumps(results, indent=1))
+    files.write(out, results)
     print("\n".join(["", HEAD, *map(line, results["variants"])]))
     return int(not any("time" in report for report in results["variants"]))
 

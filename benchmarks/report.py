@@ -1,15 +1,15 @@
-"""results/*/*.json -> RESULTS.md, its pictures, and the README's table. `python -m benchmarks.report`."""
+"""results/*/*.json -> RESULTS.md, its pictures, and the README's part. `python -m benchmarks.report`."""
 
 import argparse
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from benchmarks import compiled, cost_model, memory_model, pictures, tables, traffic
-from benchmarks.committed import ResultError, Run, documents, load, steps
+from benchmarks import compiled, cost_model, experiments, memory_model, pictures, tables, traffic
+from benchmarks.committed import ResultError, Run, documents, load, newest, steps
+from benchmarks.headline import headline
 
 FOLDER = Path(__file__).resolve().parent
 HEADER = """\
@@ -67,47 +67,64 @@ MAIN_LAUNCHES = (
     "token_statistics",
     "group_advantage",
 )
+# A device's first tables; keys of documents that are experiments.
+MAIN_STEMS = ("grpo", "linear_grpo", "trl_step")
+EXPERIMENT, ON_CHIP = "experiment", "variants"
+PREDICTIONS_MET = """\
+The model (`python -m benchmarks.cost_model`) next to what came out: with the data sheet's ceilings, as it was
+written before any run, and with the roofs measured in the run itself, which the last column uses.
+"""
 MARKERS = ("<!-- measured: python -m benchmarks.report -->\n", "<!-- end of measured -->\n")
-HEADLINES = {
-    "grpo": "grpo, loss and gradients",
-    "linear_grpo": "linear_grpo, loss and gradients",
-    "trl_step": "A step of TRL's GRPOTrainer after generation (eager: on plain logits; trl: as it is)",
-}
 
 
 def render(results: Path) -> str:
     runs, whole = load(results), steps(results)
+    known = [document["machine_info"] for document in documents(results)]
     sections = [HEADER]
-    for cuda, name in ((True, "GPU"), (False, "CPU")):
-        chosen = [run for run in runs if run.cuda == cuda]
+    for kind, name in (("cuda", "GPU"), ("cpu", "CPU")):
+        devices = sorted({info["device"] for info in known if info["device_type"] == kind})
         sections.append(f"## {name}\n")
-        if not cuda:
+        if kind == "cpu":
             sections.append(CPU_NOTE)
-        if not chosen:
-            sections.append(NO_GPU if cuda else "No CPU has been measured yet.\n")
-        for device, group in groupby(chosen, lambda run: run.device):
+        if not devices:
+            sections.append(NO_GPU if kind == "cuda" else "No CPU has been measured yet.\n")
+        for device in devices:
             sections.append(f"### {device}\n")
-            for run in group:
-                sections.extend(tables.run_section(run))
-                sections.extend(f"![{x}]({pictures.FOLDER}/{x})\n" for x in pictures.names(run))
-        for document in whole:
-            if (document["machine_info"]["device_type"] == "cuda") == cuda:
-                sections.extend(tables.step_section(document, memory_model.load()["step"]))
-        if cuda:
-            sections.extend(_predictions_met(results))
+            sections.extend(_device(results, device, runs, whole))
     return "\n".join([*sections, *_without_gpu()])
 
 
-def _predictions_met(results: Path) -> Iterator[str]:
-    rows = [
-        row
-        for document in documents(results)
-        if document["machine_info"]["device_type"] == "cuda"
-        for row in cost_model.comparison(document)
-    ]
+def _device(
+    results: Path, device: str, runs: list[Run], whole: list[dict[str, Any]]
+) -> Iterator[str]:
+    """Whether it is right; the main tables, a whole model's, the others; what was tried; predictions."""
+
+    def here(documents: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [d for d in documents if d["machine_info"]["device"] == device]
+
+    yield from map(experiments.right_line, here(newest(results, "smoke")))
+    mine = [run for run in runs if run.device == device]
+    main = [run for run in mine if run.stem in MAIN_STEMS]
+    for run in main:
+        yield from _run(run)
+    for document in here(whole):
+        yield from tables.step_section(document, memory_model.load()["step"])
+    for run in mine:
+        if run not in main:
+            yield from _run(run)
+    yield from experiments.section(
+        here(newest(results, EXPERIMENT)), here(newest(results, ON_CHIP))
+    )
+    rows = [row for run in mine for row in cost_model.comparison(run)]
     if rows:
-        yield "### Prediction and measurement\n"
+        yield "#### Prediction and measurement\n"
+        yield PREDICTIONS_MET
         yield "\n".join([cost_model.COMPARISON_HEADER, *rows, ""])
+
+
+def _run(run: Run) -> Iterator[str]:
+    yield from tables.run_section(run)
+    yield from (f"![{x}]({pictures.FOLDER}/{x})\n" for x in pictures.names(run))
 
 
 def _without_gpu() -> Iterator[str]:
@@ -128,41 +145,6 @@ def _without_gpu() -> Iterator[str]:
     memory = memory_model.load()
     yield PREDICTED_MEMORY.format(torch=memory["torch"], processors=memory_model.PROCESSORS)
     yield from tables.step_tables(memory["step"], [])
-
-
-def headline(results: Path) -> str:
-    """What the README says of the measurements: the first case of each main stem on each machine."""
-    runs = [run for run in load(results) if run.stem in HEADLINES]
-    lines = []
-    if not any(run.cuda for run in runs):
-        lines.append(
-            "**No GPU has run the benchmarks yet.** What is known of the GPU path comes from compiling every "
-            "kernel for sm_80, sm_90,\nsm_100 and gfx942 and from counting the bytes it moves; times, and "
-            "the memory of a 7B update, are predicted in\n"
-            "[RESULTS.md](benchmarks/RESULTS.md#what-is-known-without-a-gpu).\n"
-        )
-    for device, group in groupby(runs, lambda run: run.device):
-        lines.extend(_headline_table(device, run) for run in group)
-    return "\n".join(lines)
-
-
-def _headline_table(device: str, run: Run) -> str:
-    entries = next(iter(run.cases()))
-    eager = tables.eager_of(entries)
-    sizes = entries[0]["sizes"]
-    what = f"{sizes['B'] * sizes['T']:,} tokens x {sizes['V']:,} entries, {entries[0]['dtype']}"
-    lines = [
-        f"{HEADLINES[run.stem]}, {what}: {device}, commit {run.info['commit']}, {run.date[:10]}\n",
-        "| | time | faster than eager | extra memory | of eager's |",
-        "|---|--:|--:|--:|--:|",
-    ]
-    for e in entries:
-        faster = f"{eager['median'] / e['median']:.2f}x" if eager else ""
-        lines.append(
-            f"| {e['provider']} | {tables.time_text(e['median'])} | {faster} "
-            f"| {tables.memory_text(e['peak_extra_bytes'])} | {tables.memory_ratio(e, eager)} |"
-        )
-    return "\n".join([*lines, ""])
 
 
 def with_headline(readme: str, text: str) -> str:
@@ -199,9 +181,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         readme = FOLDER.parent / "README.md"
     try:
         text = render(options.results)
-        headlines = headline(options.results)
         if readme:
-            readme.write_text(with_headline(readme.read_text(), headlines))
+            readme.write_text(with_headline(readme.read_text(), headline(options.results)))
     except ResultError as error:
         print(error, file=sys.stderr)
         return 1

@@ -49,8 +49,10 @@ OFF_DEVICE = (
     "test_packaging",
     "test_report",
     "test_runner",
+    "test_smoke",
     "test_step_7b",
     "test_trl_step",
+    "test_variants",
 )
 # By what share of all time a stage ends; tests without a place in the first stage run at the end.
 TESTS_END, BENCHMARKS_END, STEP_END, TRL_END, REST_END = 0.10, 0.60, 0.76, 0.88, 0.97

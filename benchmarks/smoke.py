@@ -71,17 +71,7 @@ def run(out: Path, commit: str, seconds: float) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     environment = machine.environment() | {"PYTHONUNBUFFERED": "1"}
     environment[failures.VARIABLE] = str(folder / FAILURES)
-    commands = {
-        name: [
-            sys.executable,
-            "-m",
-            "benchmarks.smoke",
-            name,
-            "--out",
-            str(folder / f"{name}.json"),
-        ]
-        for name in GROUPS
-    }
+    commands = {name: _group(name, folder / f"{name}.json") for name in GROUPS}
     commands["tests"] = _tests(folder)
     start = time.monotonic()
     running = {}
@@ -115,6 +105,10 @@ def run(out: Path, commit: str, seconds: float) -> int:
             process.wait()
         ended[name] = "out of time"
     return _summary(out / f"smoke-{commit}.json", folder, ended)
+
+
+def _group(name: str, path: Path) -> list[str]:
+    return [sys.executable, "-m", "benchmarks.smoke", name, "--out", str(path)]
 
 
 def _tests(folder: Path) -> list[str]:

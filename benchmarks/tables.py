@@ -74,13 +74,22 @@ def _about(entry: dict[str, Any]) -> str:
 
 
 def _speed(entry: dict[str, Any]) -> tuple[str, str]:
+    heads = entry["roof"] == "gemm"
+    rate = entry["flops" if heads else "bytes"] / entry["median"]
+    return f"{rate / 1e12:,.2f}" if heads else f"{rate / 1e9:,.1f}", roof_share(entry)
+
+
+def roof_share(entry: dict[str, Any]) -> str:
+    """Its rate as a share of the roof it is held against."""
     roof = entry["roof"]
     if roof == "gemm":
-        rate = entry["flops"] / entry["median"]
         top = entry["roofs"]["gemm"].get(entry["dtype"])
-        return f"{rate / 1e12:,.2f}", f"{100 * rate / top:.0f} %" if top else ""
-    rate = entry["bytes"] / entry["median"]
-    return f"{rate / 1e9:,.1f}", f"{100 * rate / entry['roofs'][roof]:.0f} %"
+        return share_text(entry["flops"] / entry["median"], top)
+    return share_text(entry["bytes"] / entry["median"], entry["roofs"].get(roof))
+
+
+def share_text(rate: float | None, top: float | None) -> str:
+    return f"{100 * rate / top:.0f} %" if rate is not None and top else ""
 
 
 def _errors(entry: dict[str, Any]) -> str:

@@ -2,8 +2,9 @@
 
 import pytest
 
-from benchmarks import cost_model, shapes, traffic
+from benchmarks import committed, cost_model, shapes, traffic
 
+H100 = "NVIDIA H100 80GB HBM3"
 S0 = shapes.get("qwen2.5-7b-16k")
 SIZES = {"B": 16, "T": 1024, "V": 152_064, "D": 3584, "G": 4}
 
@@ -81,8 +82,8 @@ def test_every_gpu_of_the_table_has_every_example():
     assert all(line.count(" to ") == len(cost_model.GPUS) for line in lines[2:])
 
 
-def test_prediction_stands_next_to_the_measurement():
-    extra = {
+def run_on(device, **extra):
+    entry = {
         "stem": "grpo",
         "case": "forward_backward",
         "provider": "grpo_fast-inplace",
@@ -92,26 +93,45 @@ def test_prediction_stands_next_to_the_measurement():
         "sizes": SIZES,
         "live_tokens": S0.N,
         "moving_tokens": S0.N,
+        "median": 2.6e-3,
+        "roofs": {"copy": 4e12, "read": 4e12, "gemm": {"bfloat16": 7e14, "float32": 5e13}},
     }
-    info = {
-        "device": "NVIDIA H200",
-        "bandwidth": {"copy": 4e12, "read": 4e12},
-        "gemm": {"bfloat16": 7e14, "float32": 5e13},
-    }
-    run = {"machine_info": info, "benchmarks": [{"extra_info": extra, "stats": {"median": 2.6e-3}}]}
-    sheet, measured = cost_model.comparison(run)
-    assert "| 2.60 |" in sheet
-    assert sheet.endswith("| data sheet |")
-    least = traffic.grpo(S0.N, S0.N, S0.N, S0.V, 2).least
-    assert f"| {(least / 4e12 + cost_model.LAUNCH) * 1e3:.2f} to " in measured
-    assert measured.endswith("| measured |")
-    info["device"] = "Another GPU"
-    assert list(cost_model.comparison(run)) == []
+    return committed.Run("grpo", {"device": device}, "2026-01-01", [entry | extra], {})
+
+
+@pytest.mark.parametrize("device, name", [("NVIDIA H200", "H200"), (H100, "H100")])
+def test_prediction_stands_next_to_the_measurement(device, name):
+    (row,) = cost_model.comparison(run_on(device))
+    sheet = predict("grpo", "forward_backward", name)
+    low = traffic.grpo(S0.N, S0.N, S0.N, S0.V, 2).least / 4e12 + cost_model.LAUNCH
+    assert f"full | {sheet.low * 1e3:.2f} to {sheet.high * 1e3:.2f} | {low * 1e3:.2f} to " in row
+    assert row.endswith(f"| 2.60 | {2.6e-3 / low:.2f} |")
+    assert row.count("|") == cost_model.COMPARISON_HEADER.splitlines()[0].count("|")
+
+
+def test_nothing_is_predicted_of_what_the_model_does_not_know():
+    assert list(cost_model.comparison(run_on("Another GPU"))) == []
+    assert list(cost_model.comparison(run_on(H100, provider="eager"))) == []
+    assert list(cost_model.comparison(run_on(H100, stem="policy_loss"))) == []
+    step = run_on(H100)
+    del step.entries[0]["moving_tokens"]
+    assert list(cost_model.comparison(step)) == []
 
 
 @pytest.mark.parametrize(
     "device, name",
-    [("NVIDIA H100 80GB HBM3", "H100"), ("AMD Instinct MI300X", "MI300X"), ("T4", None)],
+    [
+        (H100, "H100"),
+        ("NVIDIA H200", "H200"),
+        ("NVIDIA A100-SXM4-80GB", "A100"),
+        ("AMD Instinct MI300X", "MI300X"),
+        ("NVIDIA H100 PCIe", None),
+        ("NVIDIA H100 NVL", None),
+        (f"{H100} MIG 1g.10gb", None),
+        ("NVIDIA GH200 480GB", None),
+        ("NVIDIA A100-SXM4-40GB", None),
+        ("T4", None),
+    ],
 )
 def test_gpu_by_the_name_of_its_driver(device, name):
     assert cost_model.gpu_of(device) == name
