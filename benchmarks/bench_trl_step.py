@@ -154,7 +154,7 @@ def _plain_step(
     trainer: Any, inputs: dict[str, Tensor], dtype: torch.dtype, rows: Tensor
 ) -> tuple[Tensor, Tensor]:
     """(loss, gradient of some rows of the head) of TRL on plain logits in `dtype`; no other is taken."""
-    import trl
+    from trl.trainer.grpo_trainer import GRPOTrainer
 
     memory.release()
     other = copy.copy(trainer)
@@ -166,7 +166,7 @@ def _plain_step(
     other._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
     if dtype == torch.float64:
         inputs = {k: x.to(dtype) if x.is_floating_point() else x for k, x in inputs.items()}
-    loss = trl.GRPOTrainer._compute_loss(other, other.model, inputs)
+    loss = GRPOTrainer._compute_loss(other, other.model, inputs)
     (grad,) = torch.autograd.grad(loss, head)
     return loss.detach(), grad[rows]
 
@@ -198,8 +198,10 @@ def _trainer(
     from datasets import Dataset
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
-    from trl import GRPOConfig
-    from trl import GRPOTrainer as Stock
+
+    # Not from `trl` itself, which makes a RuntimeError of what a module of its own cannot import.
+    from trl.trainer.grpo_config import GRPOConfig
+    from trl.trainer.grpo_trainer import GRPOTrainer as Stock
 
     from grpo_fast.integrations.trl import GRPOTrainer
 

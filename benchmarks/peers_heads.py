@@ -92,7 +92,10 @@ def quack_cross_entropy() -> Function:
         raise UnavailableError("QuACK needs a GPU")
     if torch.cuda.get_device_capability() < (9, 0):
         raise UnavailableError("QuACK needs Hopper or newer")
-    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+    try:
+        from quack.linear_cross_entropy import chunked_linear_cross_entropy
+    except TypeError as error:  # QuACK 0.6.5, in a folder not named site-packages
+        raise UnavailableError(f"QuACK: {str(error).partition(chr(10))[0]}") from error
 
     def call(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
         return chunked_linear_cross_entropy(hidden.flatten(0, 1), weight, ids.flatten())
@@ -119,6 +122,7 @@ def verl_logprob() -> Function:
     if not torch.cuda.is_available():
         raise UnavailableError("verl's head needs a GPU")
     _without_package_imports("verl")
+    from verl.utils.kernel import kernels  # noqa: F401 (else imported when first called)
     from verl.utils.kernel.linear_cross_entropy import linear_cross_entropy
 
     def call(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:

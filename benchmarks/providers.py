@@ -182,5 +182,14 @@ def load(stem: str, name: str) -> Function:
     """
     try:
         return PROVIDERS[stem][name]()
-    except ImportError as error:
-        raise UnavailableError(f"not installed: {error.name or error}") from error
+    except (ImportError, RuntimeError) as error:
+        if (missing := _failed_import(error)) is None:
+            raise
+        raise UnavailableError(f"not installed: {missing.name or missing}") from error
+
+
+def _failed_import(error: BaseException | None) -> ImportError | None:
+    """The ImportError behind an error; TRL makes a RuntimeError of one in a module that it loads lazily."""
+    while isinstance(error, RuntimeError) and str(error).startswith("Failed to import trl."):
+        error = error.__cause__
+    return error if isinstance(error, ImportError) else None

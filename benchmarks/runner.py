@@ -46,6 +46,7 @@ OFF_DEVICE = (
     "test_cost_model",
     "test_layout",
     "test_memory",
+    "test_on_chip",
     "test_packaging",
     "test_report",
     "test_runner",

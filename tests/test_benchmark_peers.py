@@ -4,6 +4,7 @@ Liger's Triton kernels run in Triton's interpreter here. What needs a GPU is a s
 """
 
 import builtins
+import sys
 
 import pytest
 import torch
@@ -103,6 +104,78 @@ def test_what_a_head_imports_when_called_is_known_at_load(monkeypatch):
     monkeypatch.setattr(f"{module}._resolve_implementation", lacking)
     with pytest.raises(providers.UnavailableError, match="CUTLASS"):
         providers.load("linear_logprob", "liger-scaled-ce")
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """Loaders find a GPU of compute capability 9.0."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+
+
+@pytest.fixture
+def package(monkeypatch, tmp_path):
+    """Writes modules to import, {path: source}, in place of what is installed."""
+    monkeypatch.syspath_prepend(tmp_path)
+    roots = set()
+
+    def loaded():
+        return [name for name in sys.modules if name.split(".")[0] in roots]
+
+    def write(files):
+        for name, source in files.items():
+            path = tmp_path / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(source)
+            roots.add(name.split("/")[0])
+        for name in loaded():
+            monkeypatch.delitem(sys.modules, name)
+
+    yield write
+    for name in loaded():
+        del sys.modules[name]
+
+
+def test_quack_in_a_folder_that_it_refuses_is_a_reason(hopper, package):
+    refusal = "raise TypeError('epilogue fn depends on <ContextVar>.\\nHoist it')"
+    package({"quack/__init__.py": "", "quack/linear_cross_entropy.py": refusal})
+    with pytest.raises(providers.UnavailableError, match=r"^QuACK: epilogue .* <ContextVar>\.$"):
+        providers.load("linear_cross_entropy", "quack")
+
+
+def test_a_broken_verl_is_known_at_load(hopper, package):
+    head = "def linear_cross_entropy(*args):\n    from . import kernels"
+    package(
+        {
+            "verl/__init__.py": "",
+            "verl/utils/kernel/__init__.py": "",
+            "verl/utils/kernel/linear_cross_entropy.py": head,
+            "verl/utils/kernel/kernels.py": "import no_such_library_at_all",
+        }
+    )
+    with pytest.raises(providers.UnavailableError, match="no_such_library_at_all"):
+        providers.load("linear_logprob", "verl")
+
+
+@pytest.mark.parametrize(
+    "message, cause, missing",
+    [
+        ("Failed to import trl.trainer.grpo_trainer because", ImportError("lacks it"), True),
+        ("Failed to import trl.trainer.grpo_trainer because", ValueError("broken"), False),
+        ("Failed to import trl.trainer.grpo_trainer because", None, False),
+        ("CUDA error: an illegal memory access", ImportError("lacks it"), False),
+    ],
+)
+def test_a_runtime_error_is_a_reason_only_if_it_hides_an_import(
+    message, cause, missing, monkeypatch
+):
+    def load():
+        raise RuntimeError(message) from cause
+
+    monkeypatch.setitem(providers.PROVIDERS["grpo"], "lazy", load)
+    want = (providers.UnavailableError, "not installed: lacks it")
+    with pytest.raises(want[0] if missing else RuntimeError, match=want[1] if missing else message):
+        providers.load("grpo", "lazy")
 
 
 @pytest.mark.parametrize("which", ["value", "dhidden", "dweight"])

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import sys
 
 import pytest
 import torch
@@ -123,3 +124,18 @@ def test_the_benchmark_records_what_it_measures(monkeypatch, tmp_path):
     info = entry["extra_info"]
     assert (info["stem"], info["shape"], info["roof"]) == ("trl_step", "tiny", None)
     assert set(info["errors"]) == {"loss", "gradient"}
+
+
+def test_what_trl_cannot_import_is_a_reason(monkeypatch):
+    """From `trl` itself it would be a RuntimeError, which ends the run."""
+    import trl
+
+    for module in (trl, trl.trainer):  # what it has loaded already
+        monkeypatch.delitem(vars(module), "GRPOTrainer", raising=False)
+    monkeypatch.setitem(sys.modules, "trl.trainer.grpo_trainer", None)
+    with pytest.raises(RuntimeError, match=r"Failed to import trl\."):
+        _ = trl.GRPOTrainer
+    monkeypatch.setattr(bench, "MODELS", {"cpu": {"tiny": SHAPE}})
+    with pytest.raises(pytest.skip.Exception):
+        bench.bench_step(timing.Timer("bench_step"), "trl", "tiny", "on-policy")
+    assert "trl.trainer.grpo_trainer" in measure.ABSENT["trl_step trl"]
