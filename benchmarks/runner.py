@@ -56,7 +56,7 @@ OFF_DEVICE = (
     "test_variants",
 )
 # By what share of all time a stage ends; tests without a place in the first stage run at the end.
-TESTS_END, BENCHMARKS_END, STEP_END, TRL_END, REST_END = 0.10, 0.60, 0.76, 0.88, 0.97
+TESTS_END, BENCHMARKS_END, STEP_END, TRL_END, REST_END = 0.10, 0.56, 0.75, 0.87, 0.97
 # Seconds to stop in after an interrupt: what was measured is on disk by then.
 GRACE = 4.0
 SMOKE_SECONDS = 170.0
