@@ -282,6 +282,7 @@ CASES: dict[str, Callable[[], None]] = {
     "logprob_fwd split entropy extras": partial(
         launch_logprob_fwd, V_SPLIT, entropy=True, extras=True
     ),
+    "logprob_fwd fp32 split": partial(launch_logprob_fwd, V_SPLIT, torch.float32),
     "logprob_bwd": launch_logprob_bwd,
     "logprob_bwd entropy": partial(launch_logprob_bwd, entropy=True),
     "logprob_bwd split entropy extras": partial(
@@ -297,6 +298,7 @@ CASES: dict[str, Callable[[], None]] = {
     "grpo rewards packed": partial(launch_grpo, V_SPLIT, rewards=True, packed=True),
     "grpo fp16": partial(launch_grpo, V_SPLIT, torch.float16),
     "grpo fp32": partial(launch_grpo, V_SPLIT, torch.float32),
+    "grpo fp32 split entropy": partial(launch_grpo, V_SPLIT, torch.float32, entropy=True),
     "grpo fp32 entropy": partial(launch_grpo, V_ROW, torch.float32, entropy=True),
     "grpo fp32 to bf16": partial(launch_grpo, V_SPLIT, torch.float32, out=torch.bfloat16),
     "grpo capped": partial(launch_grpo, V_SPLIT, torch.float32, out=torch.bfloat16, cap=CAP),

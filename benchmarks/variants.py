@@ -3,7 +3,7 @@
     python -m benchmarks.variants grpo --out FILE             # times, in place, at S0
     python -m benchmarks.variants grpo --compile              # nothing is timed: fills Triton's cache
     python -m benchmarks.variants grpo --once                 # one launch of each, for a profiler
-    python -m benchmarks.variants vocabularies | logprob | head | gemm
+    python -m benchmarks.variants vocabularies | logprob | head
 
 A variant is this project's `kernels/` with some text replaced (`VARIANTS`), or another folder of kernels
 (`--folder NAME=PATH`), imported under a name of its own. Every variant is held against float64 on some rows
@@ -37,14 +37,14 @@ OBJECTIVE = Objective.preset("grpo", beta=0.04)
 Edit = tuple[str, str, str]  # file, text, what stands there instead
 
 
-def _segments(n: int) -> Edit:
-    """How many segments of a row a program reads."""
-    return ("rows.py", "\nSEGMENTS = 4 ", f"\nSEGMENTS = {n} ")
+def _parts(n: int) -> Edit:
+    """At most so many programs share a row."""
+    return ("rows.py", "\nPARTS = 16 ", f"\nPARTS = {n} ")
 
 
 def _side(n: int) -> Edit:
-    """How many of them at a time."""
-    return ("grpo.py", "side = 4 if entropy is None else 2", f"side = {n}")
+    """How many segments of a float32 row are read at a time."""
+    return ("grpo.py", "side = 4 if entropy", f"side = {n} if entropy")
 
 
 def _stages(n: int) -> Edit:
@@ -53,21 +53,41 @@ def _stages(n: int) -> Edit:
     return ("rows.py", loop, loop.replace("range(0, full)", f"tl.range(0, full, num_stages={n})"))
 
 
+def _tile(threads: int, k: int) -> list[Edit]:
+    """Threads of a program, and the elements of each of its lanes."""
+    tile = "K, T, warps = 4, 8 * threads, threads // WARP_SIZE"
+    return [
+        ("rows.py", "threads = 128 if capped else 256", f"threads = {threads}"),
+        ("rows.py", tile, tile.replace("= 4", f"= {k}")),
+    ]
+
+
 NO_LAST: Edit = ("grpo.py", '"evict_last",', '"",')
 NO_FIRST: Edit = ("rows.py", ', eviction_policy="evict_first"', "")
-ANY_REGISTERS: Edit = ("rows.py", "HALF_OF_THE_REGISTERS if", "None if")
+# Segments of one tile for halves too: two at a time in `grpo`, two one after the other in `logprob`.
+SIDE_BY_SIDE: list[Edit] = [
+    ("rows.py", "if capped or itemsize < 4 or", "if capped or"),
+    ("rows.py", "T, steps = 16 // itemsize * threads, 2", "T, steps = 16 // itemsize * threads, 1"),
+    ("rows.py", "\nSEGMENTS = 4 ", "\nSEGMENTS = 2 "),
+]
 LOGPROB_HINT = '"evict_first",'
 VARIANTS: dict[str, list[Edit]] = {
     "as it is": [],
     "no hints": [NO_LAST, NO_FIRST],
     "evict_first alone": [NO_LAST],
     "evict_last alone": [NO_FIRST],
-    "2 segments at a time": [_side(2)],
-    "1 segment at a time": [_side(1)],
-    "2 segments a program": [_segments(2), _side(2)],
-    "8 segments a program": [_segments(8)],
-    "all registers": [ANY_REGISTERS],
-    "2 stages": [_stages(2)],
+    "two segments side by side": [*SIDE_BY_SIDE, _side(2)],
+    "float32: 2 segments at a time": [_side(2)],
+    "float32: 1 segment at a time": [_side(1)],
+    "5 parts": [_parts(5)],
+    "8 parts": [_parts(8)],
+    "19 parts": [_parts(32)],
+    "stages 2": [_stages(2)],
+    "stages 3": [_stages(3)],
+    "K 8": _tile(256, 8),
+    "K 2": _tile(256, 2),
+    "128 threads": _tile(128, 4),
+    "512 threads": _tile(512, 2),
     "backwards": [
         ("grpo.py", "BACKWARDS: tl.constexpr = (not SPLIT", "BACKWARDS: tl.constexpr = (True")
     ],
@@ -76,9 +96,9 @@ LOGPROB: dict[str, list[Edit]] = {
     "as it is": [],
     "evict_last": [("logprob.py", LOGPROB_HINT, '"evict_last",')],
     "no hints": [("logprob.py", LOGPROB_HINT, '"",')],
-    "1 segment a program": [_segments(1)],
-    "2 segments a program": [_segments(2)],
-    "8 segments a program": [_segments(8)],
+    "two segments one after the other": SIDE_BY_SIDE,
+    "5 parts": [_parts(5)],
+    "K 8": _tile(256, 8),
 }
 
 

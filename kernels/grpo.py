@@ -187,7 +187,18 @@ def _grpo_kernel(
             )
         else:
             m, s, t = read_statistics(
-                row_ptr, target, scale, 0, V, K, T, HAS_ENTROPY, softcap, logit_scale, cap_rate
+                row_ptr,
+                target,
+                scale,
+                0,
+                V,
+                K,
+                T,
+                HAS_ENTROPY,
+                "evict_last",
+                softcap,
+                logit_scale,
+                cap_rate,
             )
         last = True
         if SPLIT:
@@ -355,9 +366,8 @@ def grpo_fwd_bwd(
     entropy = new(N) if return_entropy or objective.entropy_coef else None
     kl = new(N) if ref_logp is not None else None
     clip = new(N, dtype=torch.int8)
-    side = 1
-    if aligned(logits):
-        side = 4 if entropy is None else 2  # with an entropy a thread holds more
+    # With an entropy a thread holds so much that too few programs would be resident.
+    side = 4 if entropy is None and aligned(logits) else 1
     plan = reading(V, logits.element_size(), softcap is not None, side)
     write_K, write_T = plan.write_tile
     if N:

@@ -84,7 +84,6 @@ def _logprob_fwd_kernel(
         row_ptr = logits_ptr + row_offset(row, T_len, stride_b, stride_t)
         target = load_target(ids_ptr, row, V)
         scale = inverse_temperature(temperature_ptr, row, inv_temperature) * LOG2E
-        last = True
         if SPLIT:
             read_part(
                 row_ptr,
@@ -107,11 +106,24 @@ def _logprob_fwd_kernel(
                 logit_scale,
                 cap_rate,
             )
-            last = arrive(arrived_ptr, row, parts)
         else:
             m, s, t = read_statistics(
-                row_ptr, target, scale, 0, V, K, T, HAS_ENTROPY, softcap, logit_scale, cap_rate
+                row_ptr,
+                target,
+                scale,
+                0,
+                V,
+                K,
+                T,
+                HAS_ENTROPY,
+                "evict_first",
+                softcap,
+                logit_scale,
+                cap_rate,
             )
+        last = True
+        if SPLIT:
+            last = arrive(arrived_ptr, row, parts)
         if last:
             if SPLIT:
                 m, s, t = combine_segments(partial_ptr, row, segments, BLOCK_SEGMENTS, HAS_ENTROPY)

@@ -4,8 +4,8 @@ A row is read in tiles [K, T] of T = 8 * (threads of a program), 16 bytes of bfl
 softmax fold along K stays in registers: no barrier and no shuffle in the hot loop.
 
 Two schedules. Up to `MAX_V_PER_PROGRAM` entries one program owns a row. A longer row consists of segments,
-whose statistics are the same bits whichever program reads them: a program reads `SEGMENTS` of them, one
-after the other, or `side` at a time with as many times the threads. The last program of a row to arrive
+whose statistics are the same bits whichever program reads them: a program reads one or some of them, one
+after the other, or several side by side with as many times the threads. The last program of a row to arrive
 combines the statistics of all segments, in fixed order, and goes on alone: nobody waits, nobody spins, and
 the order of arrival does not reach the result. Segments depend on V and the dtype alone: so a row's result
 depends neither on the batch around it nor on the kernel that reads it.
@@ -27,11 +27,9 @@ from grpo_fast.kernels.tiles import (
 
 MAX_V_PER_PROGRAM = 32_768
 WARP_SIZE = 64 if torch.version.hip else 32
-PARTS = 16  # how many programs write the gradient of a long row, at most
-SEGMENTS = 4  # of a long row, how many one program reads
+PARTS = 16  # how many programs share a long row, at most
+SEGMENTS = 4  # of a long row of float32, how many a program reads
 STATISTICS = 3  # m, s, t
-# Registers of a thread that let two programs of 1024 threads share a multiprocessor.
-HALF_OF_THE_REGISTERS = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,21 +55,17 @@ class Schedule:
 
 
 @dataclasses.dataclass(frozen=True)
-class Reading:
-    """How the kernels that need the statistics of whole rows read them: `parts` programs, each `columns`.
+class Reading(Schedule):
+    """How the kernels that need the statistics of whole rows read them.
 
-    A segment is read in `steps` tiles [K, T]. `segments` is 0 where one program owns a row.
+    Each of `parts` programs reads `groups` times `side` segments; `segments` is 0 where one program owns a
+    row. Segments side by side are read in `steps` tiles [K, T] each.
     """
 
-    parts: int
-    columns: int
-    segments: int
-    steps: int
-    side: int  # segments that a program reads at a time
-    K: int
-    T: int
-    num_warps: int
-    registers: int | None  # of a thread, at most
+    segments: int = 0
+    groups: int = 1
+    side: int = 1
+    steps: int = 1
 
     @property
     def split(self) -> bool:
@@ -79,27 +73,19 @@ class Reading:
 
     @property
     def write_tile(self) -> tuple[int, int]:
-        """(K, T) of the second pass, which has no statistics to keep apart."""
-        return self.K if not self.split else 2, 8 * WARP_SIZE * self.num_warps
+        """(K, T) of the second pass, in which all threads of a program are on the same segment."""
+        T = 8 * WARP_SIZE * self.num_warps
+        return (self.K if self.T == T else 2), T
 
     def arguments(self, x) -> dict[str, int]:
-        """How a kernel is told of this schedule and of the rows of x, (B, T, V)."""
-        options = {"num_warps": self.num_warps}
-        if self.registers:
-            options["maxnreg"] = self.registers
         return {
-            **layout(x),
-            "parts": self.parts,
-            "columns": self.columns,
+            **super().arguments(x),
             "segments": self.segments,
-            "K": self.K,
-            "T": self.T,
             "STEPS": self.steps,
             "SIDE": self.side,
-            "GROUPS": SEGMENTS // self.side,
+            "GROUPS": self.groups,
             "BLOCK_SEGMENTS": triton.next_power_of_2(self.segments),
             "SPLIT": self.split,
-            **options,
         }
 
     def meeting_point(self, N, device) -> dict[str, torch.Tensor | None]:
@@ -139,30 +125,31 @@ def schedule(V: int, capped: bool = False) -> Schedule:
 def reading(V: int, itemsize: int, capped: bool = False, side: int = 1) -> Reading:
     """The schedule for rows of V entries of `itemsize` bytes that are read for their statistics.
 
-    side: 1, 2 or 4, at the caller's choice where the rows are `aligned`, else 1: it does not reach the
-        result. With many threads on a row few rows are between their two passes, so the cache holds them.
+    side: how many segments at a time, 1, 2 or 4, at the caller's choice where the rows are `aligned`, else 1:
+        it does not reach the result. With many threads on a row, few rows are between their two passes, so
+        the cache holds them. Done for float32 alone, where it was measured to be faster
+        (benchmarks/NOTES.md).
     """
-    if V <= MAX_V_PER_PROGRAM:
-        whole = schedule(V, capped)
-        tile = {"K": whole.K, "T": whole.T, "num_warps": whole.num_warps}
-        return Reading(1, V, segments=0, steps=1, side=1, **tile, registers=None)
-    threads = 128 if capped else 256
-    if capped or torch.version.hip:  # bound by arithmetic; not measured
-        side = 1
+    plan = schedule(V, capped)
+    if plan.parts == 1:
+        return Reading(**dataclasses.asdict(plan))
+    if capped or itemsize < 4 or WARP_SIZE != 32:  # AMD's GPUs: not measured
+        return Reading(**dataclasses.asdict(plan), segments=plan.parts)
     # 16 bytes of each lane, and no lane twice in a row of the tile: else another order of additions.
-    T = 16 // itemsize * threads
-    K, steps = 16 * threads // T, 2
-    columns = SEGMENTS * steps * K * T
+    threads = plan.num_warps * WARP_SIZE
+    T, steps = 16 // itemsize * threads, 2
+    segment = steps * plan.K * T
+    columns = SEGMENTS * segment
     return Reading(
         parts=triton.cdiv(V, columns),
         columns=columns,
-        segments=triton.cdiv(V, steps * K * T),
-        steps=steps,
-        side=side,
-        K=K,
+        K=plan.K,
         T=T,
-        num_warps=side * threads // WARP_SIZE,
-        registers=HALF_OF_THE_REGISTERS if side == 4 and itemsize == 2 else None,
+        num_warps=side * plan.num_warps,
+        segments=triton.cdiv(V, segment),
+        groups=SEGMENTS // side,
+        side=side,
+        steps=steps,
     )
 
 
@@ -176,7 +163,8 @@ def soft_cap_scalars(softcap, logit_scale) -> dict[str, float | None]:
 def load_target(ids_ptr, row, V):
     """The scored entry of a row as int32; -1, which no column has, where the id is outside [0, V)."""
     target = tl.load(ids_ptr + row)
-    return tl.where((target >= 0) & (target < V), target, -1).to(tl.int32)
+    inside = (target >= 0) & (target < V)
+    return tl.where(inside, target.to(tl.int32), -1)
 
 
 @triton.jit
@@ -215,12 +203,14 @@ def read_statistics(
     K: tl.constexpr,
     T: tl.constexpr,
     HAS_ENTROPY: tl.constexpr,
+    HINT: tl.constexpr,
     softcap=None,
     logit_scale=None,
     cap_rate=None,
 ):
     """(m, s, t) of columns [start, stop) of a row without column `target`.
 
+    HINT: to the cache; "evict_last" where a second pass follows.
     softcap, logit_scale, cap_rate: all or none (`soft_cap_scalars`): what is read goes through `soft_cap`.
     """
     BLOCK: tl.constexpr = K * T
@@ -232,8 +222,7 @@ def read_statistics(
     full, skip, count, step = tile_plan(target, start, stop, BLOCK)
     for i in range(0, full - (skip < full).to(tl.int32)):
         base = start + (i + (i >= skip).to(tl.int32)) * BLOCK
-        # A second pass often follows: ask the cache to keep the row.
-        z = tl.load(row_ptr + base + offs, eviction_policy="evict_last").to(tl.float32)
+        z = tl.load(row_ptr + base + offs, eviction_policy=HINT).to(tl.float32)
         if softcap is not None:
             z, _ = soft_cap(z, softcap, logit_scale, cap_rate)
         m, s, t = fold_softmax(m, s, t, z, scale, HAS_ENTROPY)
@@ -242,7 +231,7 @@ def read_statistics(
         for base in range(first, tl.minimum(first + BLOCK, stop), T):
             keep = strip < stop - base  # the target goes after the load, which then stays 128-bit
             z = tl.load(
-                row_ptr + base + strip, mask=keep, other=-float("inf"), eviction_policy="evict_last"
+                row_ptr + base + strip, mask=keep, other=-float("inf"), eviction_policy=HINT
             ).to(tl.float32)
             if softcap is not None:
                 z, _ = soft_cap(z, softcap, logit_scale, cap_rate)
@@ -250,6 +239,12 @@ def read_statistics(
             z = tl.where(strip == target - base, -float("inf"), z)
             m, s, t = fold_softmax(m, s, t, z, scale, HAS_ENTROPY)
     return reduce_softmax(m, s, t, HAS_ENTROPY)
+
+
+@triton.jit
+def tile_is_plain(ahead, target, stop, BLOCK: tl.constexpr):
+    """Whether the tile that starts at column `ahead` is whole, and without the target."""
+    return ((target < ahead) | (target >= ahead + BLOCK)) & (ahead <= stop - BLOCK)
 
 
 @triton.jit
@@ -265,57 +260,111 @@ def read_segments(
     SIDE: tl.constexpr,
     HAS_ENTROPY: tl.constexpr,
     HINT: tl.constexpr,
-    softcap=None,
-    logit_scale=None,
-    cap_rate=None,
 ):
     """(m, s, t), [SIDE] each, of as many segments from column `start` on, without column `target`.
 
-    A segment that holds the target, or ends beyond V, is read in strips [1, T], the others in tiles [K, T]:
-    each as if it were alone, so that SIDE does not reach the result. What is not read counts as -inf, which
+    A tile that holds the target, or ends beyond V, is read in strips [1, T] after the others: each segment as
+    `read_statistics` reads it, so that SIDE does not reach the result. What is not read counts as -inf, which
     leaves m, s and t as they are.
     """
-    SEGMENT: tl.constexpr = STEPS * K * T
+    BLOCK: tl.constexpr = K * T
+    SEGMENT: tl.constexpr = STEPS * BLOCK
     # One axis for the lanes of all segments: of two, Triton 3.6 lays out every tile anew.
     lane = tl.arange(0, SIDE * T)
     ahead = lane // T * SEGMENT  # of the segment of a lane
-    plain = (target - start < ahead) | (target - start >= ahead + SEGMENT)
-    plain = plain & (ahead <= V - start - SEGMENT)
     offs = ahead + lane % T
     tile_offs = tl.arange(0, K)[:, None] * T + offs[None, :]
     m = tl.full([SIDE * T], LOWEST, tl.float32)
     s = tl.zeros([SIDE * T], tl.float32)
     t = tl.zeros([SIDE * T], tl.float32)
     for step in range(STEPS):
-        base = start + step * K * T
+        base = start + step * BLOCK
+        plain = tile_is_plain(ahead, target - base, V - base, BLOCK)
         z = tl.load(
             row_ptr + base + tile_offs,
             mask=plain[None, :],
             other=-float("inf"),
             eviction_policy=HINT,
         ).to(tl.float32)
-        if softcap is not None:
-            z, _ = soft_cap(z, softcap, logit_scale, cap_rate)
-            z = tl.where(plain[None, :], z, -float("inf"))
         m, s, t = fold_softmax(m, s, t, z, scale, HAS_ENTROPY)
     stop = start + SIDE * SEGMENT
     if ((target >= start) & (target < stop)) | (stop > V):
-        for i in range(STEPS * K):
-            base = start + i * T
-            # The target goes after the load, which then stays 128-bit.
-            keep = (plain == 0) & (offs < V - base)
-            strip = tl.load(
-                row_ptr + base + offs, mask=keep, other=-float("inf"), eviction_policy=HINT
-            ).to(tl.float32)
-            if softcap is not None:
-                strip, _slope = soft_cap(strip, softcap, logit_scale, cap_rate)
-                strip = tl.where(keep, strip, -float("inf"))
-            strip = tl.where(offs == target - base, -float("inf"), strip)
-            m, s, t = fold_softmax(m, s, t, strip[None, :], scale, HAS_ENTROPY)
+        for step in range(STEPS):
+            base = start + step * BLOCK
+            care = tile_is_plain(ahead, target - base, V - base, BLOCK) == 0
+            there = (target >= start) & (target < stop)
+            there = there & ((target - start) % SEGMENT // BLOCK == step)
+            if there | (base + (SIDE - 1) * SEGMENT + BLOCK > V):
+                for i in range(K):
+                    # The target goes after the load, which then stays 128-bit.
+                    keep = care & (offs < V - base - i * T)
+                    strip = tl.load(
+                        row_ptr + base + i * T + offs,
+                        mask=keep,
+                        other=-float("inf"),
+                        eviction_policy=HINT,
+                    ).to(tl.float32)
+                    strip = tl.where(offs == target - base - i * T, -float("inf"), strip)
+                    m, s, t = fold_softmax(m, s, t, strip[None, :], scale, HAS_ENTROPY)
     shape: tl.constexpr = (SIDE, T)
     return reduce_softmax(
         tl.reshape(m, shape), tl.reshape(s, shape), tl.reshape(t, shape), HAS_ENTROPY
     )
+
+
+@triton.jit
+def read_group(
+    row_ptr,
+    partial_ptr,
+    row,
+    target,
+    scale,
+    group,
+    size,
+    V,
+    segments,
+    K: tl.constexpr,
+    T: tl.constexpr,
+    STEPS: tl.constexpr,
+    SIDE: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr,
+    HINT: tl.constexpr,
+    softcap=None,
+    logit_scale=None,
+    cap_rate=None,
+):
+    """Leave the statistics of SIDE segments, `size` columns in all, where the last to arrive finds them."""
+    start = group * size
+    if SIDE == 1:
+        stop = tl.minimum(start + size, V)
+        m, s, t = read_statistics(
+            row_ptr,
+            target,
+            scale,
+            start,
+            stop,
+            K,
+            T,
+            HAS_ENTROPY,
+            HINT,
+            softcap,
+            logit_scale,
+            cap_rate,
+        )
+        slot_ptr = partial_ptr + (row * segments + group) * 3
+        tl.store(slot_ptr, m)
+        tl.store(slot_ptr + 1, s)
+        tl.store(slot_ptr + 2, t)
+    else:
+        m_side, s_side, t_side = read_segments(
+            row_ptr, target, scale, start, V, K, T, STEPS, SIDE, HAS_ENTROPY, HINT
+        )
+        segment = group * SIDE + tl.arange(0, SIDE)
+        side_ptr = partial_ptr + (row * segments + segment) * 3
+        there = segment < segments
+        tl.store(side_ptr, m_side, mask=there)
+        tl.store(side_ptr + 1, s_side, mask=there)
+        tl.store(side_ptr + 2, t_side, mask=there)
 
 
 @triton.jit
@@ -340,17 +389,41 @@ def read_part(
     logit_scale=None,
     cap_rate=None,
 ):
-    """Leave the statistics of the segments of one part of a row where the last to arrive finds them."""
-    SEGMENT: tl.constexpr = STEPS * K * T
-    for group in range(GROUPS):
-        start = part * columns + group * SIDE * SEGMENT
-        if start < V:
-            m, s, t = read_segments(
+    """Read one part of a row, GROUPS groups of segments one after the other."""
+    if GROUPS == 1:  # without a loop, which would take registers
+        read_group(
+            row_ptr,
+            partial_ptr,
+            row,
+            target,
+            scale,
+            part,
+            columns,
+            V,
+            segments,
+            K,
+            T,
+            STEPS,
+            SIDE,
+            HAS_ENTROPY,
+            HINT,
+            softcap,
+            logit_scale,
+            cap_rate,
+        )
+    else:
+        size = columns // GROUPS
+        for group in range(part * GROUPS, tl.minimum((part + 1) * GROUPS, tl.cdiv(V, size))):
+            read_group(
                 row_ptr,
+                partial_ptr,
+                row,
                 target,
                 scale,
-                start,
+                group,
+                size,
                 V,
+                segments,
                 K,
                 T,
                 STEPS,
@@ -361,12 +434,6 @@ def read_part(
                 logit_scale,
                 cap_rate,
             )
-            segment = start // SEGMENT + tl.arange(0, SIDE)
-            slot_ptr = partial_ptr + (row * segments + segment) * 3
-            there = segment < segments
-            tl.store(slot_ptr, m, mask=there)
-            tl.store(slot_ptr + 1, s, mask=there)
-            tl.store(slot_ptr + 2, t, mask=there)
 
 
 @triton.jit

@@ -95,18 +95,28 @@ def test_instructions_per_element(streaming, target):
 def test_enough_programs_are_resident(streaming, target):
     """While one program is between its loops, others must keep the memory busy: 4 have 64 registers a thread.
 
-    On Blackwell ptxas takes more registers (it computes on pairs), which leaves 3.
+    On Blackwell ptxas takes more registers (it computes on pairs), which leaves 3. So does the entropy next
+    to a mask and temperatures; next to float32 logits it leaves 2. Of programs with four times the threads
+    one is as much as four.
     """
     at_least = 3 if target == "sm_100" else 4
     for case, report in streaming.items():
-        expected = 2 if "padded" in case else at_least
+        expected = 3 if "entropy extras" in case else at_least
+        if "padded" in case or case == "grpo fp32 split entropy":
+            expected = 2
+        expected = -(-expected * 256 // report.threads) if report.threads > 256 else expected
         assert report.resident_programs() >= expected, (case, report.registers)
 
 
 @by_target
-def test_programs_of_a_row_have_256_threads(streaming):
+def test_threads_of_a_program(streaming, target):
+    """1,024 read and rewrite a long row of float32 on NVIDIA's GPUs, where that was measured to be faster."""
+    more = {"grpo fp32": 1024, "grpo fp32 to bf16": 1024}
     for case, report in streaming.items():
-        assert report.threads == (128 if "small" in case or "capped" in case else 256), case
+        expected = 128 if "small" in case or "capped" in case else 256
+        if case in more and target != "gfx942":
+            expected = more[case]
+        assert report.threads == expected, case
 
 
 @by_target

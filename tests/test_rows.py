@@ -1,0 +1,70 @@
+"""Long rows: their statistics are the same bits, however many segments a program reads at a time."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="the kernels need Triton")
+
+from grpo_fast.kernels import grpo, logprob, rows
+from grpo_fast.objective import Objective
+
+# Full segments and tiles, an end inside a tile, an end inside a strip, one segment of a second program.
+SIZES = [32_784, 40_000, 40_960, 65_536, 73_744]
+SIDES = [1, 2, 4]
+
+
+def batch(V, device):
+    """Rows whose scored entry is at the start, in and at the end of segments, and nowhere."""
+    ids = [0, 1, 1023, 1024, 4095, 4096, 8191, 8192, 20_000, 32_767, V - 17, V - 1, -1]
+    ids = torch.tensor(ids, device=device)
+    logits = 4 * torch.randn(1, len(ids), V, device=device)
+    logits[0, 3, 1::2] = -torch.inf  # every other entry is banned
+    return logits, ids
+
+
+def launch(logits, ids, side, monkeypatch):
+    monkeypatch.setattr(
+        grpo, "reading", lambda V, size, capped, _: rows.reading(V, size, capped, side)
+    )
+    ones = torch.ones(len(ids), device=logits.device)
+    out = torch.empty_like(logits)
+    loss, logp, *_ = grpo.grpo_fwd_bwd(
+        *(logits, ids, None, ones, ones, None, 1, *[None] * 8),
+        *(1.0, False, Objective(), out),
+    )
+    return loss, logp, out
+
+
+@pytest.mark.parametrize("V", SIZES)
+def test_segments_side_by_side_change_no_bit(V, device, monkeypatch):
+    logits, ids = batch(V, device)
+    alone = logprob.logprob_fwd(logits, ids, None, None, 1.0, False)[0]
+    assert alone[:-1].isfinite().all()
+    assert alone[-1].isnan()
+    results = [launch(logits, ids, side, monkeypatch) for side in SIDES]
+    for loss, logp, out in results:
+        torch.testing.assert_close(logp, alone, rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(loss, results[0][0], rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(out, results[0][2], rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("V", [1, 1024, 1025, 32_768, *SIZES, 152_064, 262_144, 1_000_003])
+def test_segments_cover_a_row_once(V, itemsize):
+    for side in SIDES:
+        plan = rows.reading(V, itemsize, side=side)
+        assert (plan.parts - 1) * plan.columns < V <= plan.parts * plan.columns
+        if plan.split:
+            size = plan.columns // (plan.groups * plan.side)
+            assert size * plan.groups * plan.side == plan.columns
+            assert (plan.segments - 1) * size < V <= plan.segments * size
+            if plan.side > 1:
+                assert size == plan.steps * plan.K * plan.T
+
+
+def test_alignment_is_what_triton_knows(device):
+    x = torch.zeros(2, 4, 160, device=device)
+    assert rows.aligned(x)
+    assert rows.aligned(x[:, 1:])
+    assert not rows.aligned(x[:, :, 1:])
+    assert not rows.aligned(torch.zeros(2, 4, 161, device=device))
