@@ -94,7 +94,8 @@ def grpo_loss(
     Raises:
         ValueError, TypeError: arguments that do not fit, by name; advantages, rewards, weights, scores,
             `num_items` and temperatures that require grad, which none reaches. Values of tensors on a GPU
-            (ids, `cu_seqlens`, per-token temperatures) are checked only with GRPO_FAST_VALIDATE=1.
+            (ids, `cu_seqlens`, per-token temperatures) are checked only with GRPO_FAST_VALIDATE=1. Without
+            it, an id outside the vocabulary makes the loss NaN there.
     """
     op = "grpo_loss"
     logits3 = _arguments.check_logits(op, logits, completion_ids, "completion_ids")

@@ -1,6 +1,7 @@
 """run_all: its plan, its clock, and what it does about a provider that takes the process down."""
 
 import json
+import signal
 import subprocess
 import sys
 import tarfile
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from benchmarks import machine, providers, results, runner, shapes, timing
+from benchmarks.conftest import limited
 
 CRASHING = """
 import os
@@ -203,15 +205,63 @@ def test_the_plan(tmp_path):
     shares = [share for share, _ in plan]
     assert shares == sorted(shares)
     assert shares[-1] == 1.0
-    names = [piece.name for _, pieces in plan for piece in pieces]
+    pieces = {piece.name: piece for _, some in plan for piece in some}
+    names = list(pieces)
     assert set(runner.STEMS) == set(providers.PROVIDERS)
     assert len(runner.STEMS) == len(set(runner.STEMS))
-    assert {f"peer {x}" for x in providers.peer_libraries()} < set(names)
-    assert (
-        names.index("test test_logprob") < names.index("benchmark logits") < names.index("7B step")
-    )
-    files = [piece.results for _, pieces in plan for piece in pieces if piece.results]
+    order = ("test test_logprob", "benchmarks", "7B step", "TRL step", "benchmarks, the rest")
+    places = [names.index(name) for name in order]
+    assert places == sorted(places)
+    first, rest = pieces["benchmarks"], pieces["benchmarks, the rest"]
+    assert (first.resume, rest.resume) == (False, True)
+    assert (first.results, first.arguments) == (rest.results, rest.arguments)
+    assert "--resume" in rest.command(60, rest.resume)
+    files = [piece.results for piece in pieces.values() if piece.results and not piece.resume]
     assert len(files) == len(set(files))
+
+
+def failing(tmp_path, *names):
+    """A piece whose tests with these names fail."""
+    path = tmp_path / "test_some.py"
+    values = ", ".join(repr(name) for name in ("eager", *names))
+    path.write_text(
+        "import pytest\n\n"
+        f"@pytest.mark.parametrize('name', [{values}], ids=lambda x: f'shape-full-{{x}}')\n"
+        "def test_it(name):\n    assert name == 'eager'\n"
+    )
+    return runner.Piece("some", ("-c", "/dev/null", "--rootdir", str(tmp_path), str(path)), 1)
+
+
+@pytest.mark.parametrize(
+    "names, outcome",
+    [
+        ((), "passed"),
+        (("trl", "cce-exact"), runner.PEERS_FAILED),
+        (("trl", "grpo_fast"), "failed"),
+        (("grpo_fast-inplace",), "failed"),
+    ],
+)
+def test_failures_of_other_libraries_are_told_apart(tmp_path, environment, names, outcome):
+    piece = failing(tmp_path, *names)
+    assert runner.run_piece(piece, 60, environment) == outcome
+    code = runner.exit_code([(1.0, [piece])], {"some": outcome})
+    assert code == (runner.FAILED if outcome == "failed" else 0)
+
+
+@pytest.mark.parametrize("name, own", [("cce", False), ("grpo_fast-bf16", True)])
+def test_crashes_of_other_libraries_are_told_apart(name, own):
+    piece = runner.Piece("some", (), 1)
+    outcome = f"{runner.CRASHED_IN}linear_grpo bench_x[qwen-full-{name}]"
+    code = runner.exit_code([(1.0, [piece])], {"some": outcome})
+    assert code == (runner.FAILED if own else 0)
+
+
+def test_a_benchmark_that_hangs_takes_its_process_down():
+    code = "from benchmarks.conftest import limited\nimport time\nwith limited(0.2): time.sleep(60)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=runner.ROOT, timeout=50)
+    assert done.returncode == -signal.SIGKILL
+    with limited(None), limited(60):
+        pass
 
 
 def test_parts_of_a_run_keep_each_others_outcome(tmp_path):

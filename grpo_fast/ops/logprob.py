@@ -254,7 +254,8 @@ def logprob(
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not fit, a temperature that is not
-            positive, ids outside the vocabulary (checked on the CPU, or with GRPO_FAST_VALIDATE=1).
+            positive, ids outside the vocabulary (checked on the CPU, or with GRPO_FAST_VALIDATE=1;
+            else the kernels give NaN for them).
     """
     logits3 = _arguments.check_logits("logprob", logits, ids, "ids")
     _arguments.check_device("logprob", "ids", ids, logits)
