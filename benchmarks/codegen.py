@@ -67,6 +67,7 @@ class Report:
     loops: list[Loop]
     offsets: dict[str, list[str]]  # pointer argument -> types of the offsets added to it
     hide_nan: int  # minima and maxima that return the other operand
+    lanes: list[str]  # in which orders the lanes of a tile are added up
 
     def row_loops(self) -> list[Loop]:
         return [loop for loop in self.loops if loop.kind != "other"]
@@ -335,6 +336,35 @@ CASES: dict[str, Callable[[], None]] = {
 }
 
 
+def lane_orders(ttgir: str, T: int) -> list[str]:
+    """How reductions over T lanes spread them over registers, lanes and warps: bits of the lane's number.
+
+    The order of the additions follows from it. What else the tensor holds beside the lanes plays no part.
+    """
+    layouts = dict(re.findall(r"^(#\w+) = (#ttg\..*)$", ttgir, re.MULTILINE))
+    found = set()
+    over_all = (
+        rf"tensor<(?:\d+x)?{T}xf32, (?:#ttg.slice<{{dim = 0, parent = )?(#\w+)(?:}}>)?>\) -> "
+    )
+    for name in re.findall(over_all + r"(?:f32|tensor<\d+xf32, #ttg.slice<{dim = 1)", ttgir):
+        found.add(" ".join(map(str, _bits(layouts[name]))))
+    return sorted(found)
+
+
+def _bits(layout: str) -> list[list[int]]:
+    """Steps of the last axis by register, lane and warp, of a blocked or a linear layout."""
+    if "linear" in layout:
+        kinds = re.findall(r"(?:register|lane|warp) = (\[(?:\[[\d, ]+\](?:, )?)*\])", layout)
+        bases = [[basis[-1] for basis in json.loads(kind)] for kind in kinds]
+        return [[step for step in steps if step] for steps in bases]
+    sizes = re.findall(r"(?:sizePerThread|threadsPerWarp|warpsPerCTA) = \[[^\]]*?(\d+)\]", layout)
+    bits, step = [], 1
+    for size in map(int, sizes):
+        bits.append([step << i for i in range(size.bit_length() - 1)])
+        step *= size
+    return bits
+
+
 def inspect(case: str, target: str) -> Report:
     gpu = TARGETS[target]
     with mock.patch.object(rows, "WARP_SIZE", gpu.warp_size):
@@ -359,6 +389,7 @@ def inspect(case: str, target: str) -> Report:
         barriers=count_barriers(listing),
         loops=[] if big is None else read_loops(listing),
         offsets={name: sorted(kinds) for name, kinds in sorted(offsets.items())},
+        lanes=lane_orders(kernel.asm["ttgir"], launch.arguments.get("T", 0)),
         hide_nan=len(re.findall(r"arith\.(?:min|max)numf", kernel.asm["ttir"])),
     )
 

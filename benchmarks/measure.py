@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -18,8 +19,10 @@ ROUNDS = (5, 200)
 WARMUP_ROUNDS = 2
 # Seconds of a call that gets fewer rounds and no more warming up: it has run three times by then.
 SLOW, SLOW_ROUNDS = 10.0, 3
-# Below this a call is mostly launches and waiting: the time between two events is recorded next to it.
-LAUNCH_BOUND = 200e-6
+# Of calls that are shorter, the time on the device alone is recorded as well: launches are a part of them.
+LAUNCHES_COUNT = 20e-3
+DEVICE_ROUNDS = 10
+AHEAD = 1 << 23  # cycles, about 5 ms, that the device spends while a call is being launched
 
 Call = Callable[..., tuple[Tensor, Any]]
 Setup = Callable[[Batch], tuple[Any, ...]]
@@ -267,14 +270,26 @@ def _rounds(run: Call, setup: Setup, batch: Batch) -> tuple[int, int]:
 
 
 def _add_event_time(benchmark: Any, run: Call, setup: Setup, batch: Batch) -> None:
-    """Without the synchronisation. Not without launches: between the events the device may wait for them."""
+    """Between two events, the device being busy while the call is launched: it waits for no launch.
+
+    Unless the call itself waits for the device.
+    """
     if not torch.cuda.is_available() or benchmark.stats is None:
         return
-    if benchmark.stats.stats.median < LAUNCH_BOUND:
-        from triton.testing import do_bench
-
-        median = do_bench(functools.partial(run, *setup(batch)), return_mode="median")
-        benchmark.extra_info["event_seconds"] = median / 1e3
+    if benchmark.stats.stats.median >= LAUNCHES_COUNT:
+        return
+    seconds = []
+    for _ in range(DEVICE_ROUNDS):
+        arguments = setup(batch)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        torch.cuda._sleep(AHEAD)
+        start.record()
+        run(*arguments)
+        end.record()
+        torch.cuda.synchronize()
+        seconds.append(start.elapsed_time(end) / 1e3)
+    benchmark.extra_info["event_seconds"] = statistics.median(seconds)
 
 
 def parameters(cases: list[tuple[str, str]], stem: str) -> list[Any]:

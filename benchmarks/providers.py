@@ -168,12 +168,6 @@ def library(name: str) -> str:
     return name.split("-")[0]
 
 
-def peer_libraries() -> list[str]:
-    """The libraries besides PyTorch and this one, in the order of the tables."""
-    names = (library(name) for table in PROVIDERS.values() for name in table)
-    return [name for name in dict.fromkeys(names) if name not in OWN]
-
-
 def load(stem: str, name: str) -> Function:
     """The function of a provider.
 

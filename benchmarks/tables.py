@@ -102,7 +102,7 @@ def time_text(seconds: float) -> str:
 
 def _event_time(entry: dict[str, Any]) -> str:
     seconds = entry.get("event_seconds")
-    return "" if seconds is None else f" ({time_text(seconds)} between events)"
+    return "" if seconds is None else f" ({time_text(seconds)} on the device)"
 
 
 def memory_text(extra: int | None) -> str:

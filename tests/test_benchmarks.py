@@ -231,19 +231,38 @@ def test_run_all_stops_what_overruns(tmp_path, monkeypatch):
     assert outcome == {"slow": "out of time"}
 
 
-def test_a_short_call_has_the_time_between_events_too(monkeypatch):
-    testing = pytest.importorskip("triton.testing", reason="it measures")
+def test_a_short_call_has_the_time_on_the_device_too(monkeypatch):
+    """What is launched between two events runs behind other work, with arguments of its own each time."""
+    log = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            log.append("event")
+
+        def elapsed_time(self, end):
+            return 0.05
+
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(testing, "do_bench", lambda run, return_mode: run() or 0.05)
-    called = []
-    for median, want in ((1e-4, {"event_seconds": 0.05e-3}), (1e-2, {})):
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("wait"))
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: log.append("busy"))
+
+    def setup(batch):
+        log.append("setup")
+        return (batch,)
+
+    for median, want in ((1e-4, {"event_seconds": 0.05e-3}), (3e-2, {})):
         stats = types.SimpleNamespace(stats=types.SimpleNamespace(median=median))
         benchmark = types.SimpleNamespace(extra_info={}, stats=stats)
-        measure._add_event_time(benchmark, called.append, lambda batch: (batch,), "batch")
+        measure._add_event_time(benchmark, log.append, setup, "batch")
         assert benchmark.extra_info == pytest.approx(want)
-    assert called == ["batch"]
+    one = ["setup", "wait", "busy", "event", "batch", "event", "wait"]
+    assert log == one * measure.DEVICE_ROUNDS
     info = {"median": 1e-4, "event_seconds": 0.05e-3}
-    assert tables._event_time(info) == " (50.0 µs between events)"
+    assert tables._event_time(info) == " (50.0 µs on the device)"
     assert tables._event_time({"median": 1e-4}) == ""
 
 

@@ -143,3 +143,15 @@ def test_the_scored_logit_is_read_by_all_before_it_is_overwritten(reports):
     """
     for grpo, logprob in (("grpo", "logprob_fwd"), ("grpo split", "logprob_fwd split")):
         assert reports[grpo].barriers > reports[logprob].barriers
+
+
+@by_target
+def test_lanes_are_added_up_in_the_same_order_side_by_side(reports):
+    """What makes the log-probs of `grpo` and `logprob` the same bits, and no interpreter shows."""
+    for grpo, logprob in (
+        ("grpo fp32", "logprob_fwd fp32 split"),
+        ("grpo split", "logprob_fwd split"),
+    ):
+        assert len(reports[logprob].lanes) == 1
+        assert reports[grpo].lanes == reports[logprob].lanes, (grpo, logprob)
+    assert reports["grpo split"].lanes != reports["grpo fp32"].lanes
