@@ -4,6 +4,7 @@ Read from NVIDIA's SASS (Triton ships the disassembler) and from AMD's assembly.
 """
 
 import dataclasses
+import json
 import re
 import subprocess
 import tempfile
@@ -153,3 +154,32 @@ def read_amd(kernel: Any) -> tuple[int, int, Listing]:
     text = kernel.asm["amdgcn"]
     registers = number(r"\.vgpr_count:\s+(\d+)", text)
     return registers, number(r"\.private_segment_fixed_size: (\d+)", text), list(read_amdgcn(text))
+
+
+def lane_orders(ttgir: str, T: int) -> list[str]:
+    """How reductions over T lanes spread them over registers, lanes and warps: bits of the lane's number.
+
+    The order of the additions follows from it. What else the tensor holds beside the lanes plays no part.
+    """
+    layouts = dict(re.findall(r"^(#\w+) = (#ttg\..*)$", ttgir, re.MULTILINE))
+    found = set()
+    over_all = (
+        rf"tensor<(?:\d+x)?{T}xf32, (?:#ttg.slice<{{dim = 0, parent = )?(#\w+)(?:}}>)?>\) -> "
+    )
+    for name in re.findall(over_all + r"(?:f32|tensor<\d+xf32, #ttg.slice<{dim = 1)", ttgir):
+        found.add(" ".join(map(str, _bits(layouts[name]))))
+    return sorted(found)
+
+
+def _bits(layout: str) -> list[list[int]]:
+    """Steps of the last axis by register, lane and warp, of a blocked or a linear layout."""
+    if "linear" in layout:
+        kinds = re.findall(r"(?:register|lane|warp) = (\[(?:\[[\d, ]+\](?:, )?)*\])", layout)
+        bases = [[basis[-1] for basis in json.loads(kind)] for kind in kinds]
+        return [[step for step in steps if step] for steps in bases]
+    sizes = re.findall(r"(?:sizePerThread|threadsPerWarp|warpsPerCTA) = \[[^\]]*?(\d+)\]", layout)
+    bits, step = [], 1
+    for size in map(int, sizes):
+        bits.append([step << i for i in range(size.bit_length() - 1)])
+        step *= size
+    return bits

@@ -28,7 +28,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from benchmarks import compiled
-from benchmarks.assembly import Loop, count_barriers, read_amd, read_loops, read_nvidia
+from benchmarks.assembly import (
+    Loop,
+    count_barriers,
+    lane_orders,
+    read_amd,
+    read_loops,
+    read_nvidia,
+)
 from benchmarks.launches import compile_launch, record
 from grpo_fast.kernels import (
     group_advantage,
@@ -37,7 +44,7 @@ from grpo_fast.kernels import (
     linear_logprob,
     logprob,
     policy_loss,
-    rows,
+    schedules,
     sequence_loss,
 )
 from grpo_fast.objective import KL, Objective, Surrogate
@@ -336,38 +343,9 @@ CASES: dict[str, Callable[[], None]] = {
 }
 
 
-def lane_orders(ttgir: str, T: int) -> list[str]:
-    """How reductions over T lanes spread them over registers, lanes and warps: bits of the lane's number.
-
-    The order of the additions follows from it. What else the tensor holds beside the lanes plays no part.
-    """
-    layouts = dict(re.findall(r"^(#\w+) = (#ttg\..*)$", ttgir, re.MULTILINE))
-    found = set()
-    over_all = (
-        rf"tensor<(?:\d+x)?{T}xf32, (?:#ttg.slice<{{dim = 0, parent = )?(#\w+)(?:}}>)?>\) -> "
-    )
-    for name in re.findall(over_all + r"(?:f32|tensor<\d+xf32, #ttg.slice<{dim = 1)", ttgir):
-        found.add(" ".join(map(str, _bits(layouts[name]))))
-    return sorted(found)
-
-
-def _bits(layout: str) -> list[list[int]]:
-    """Steps of the last axis by register, lane and warp, of a blocked or a linear layout."""
-    if "linear" in layout:
-        kinds = re.findall(r"(?:register|lane|warp) = (\[(?:\[[\d, ]+\](?:, )?)*\])", layout)
-        bases = [[basis[-1] for basis in json.loads(kind)] for kind in kinds]
-        return [[step for step in steps if step] for steps in bases]
-    sizes = re.findall(r"(?:sizePerThread|threadsPerWarp|warpsPerCTA) = \[[^\]]*?(\d+)\]", layout)
-    bits, step = [], 1
-    for size in map(int, sizes):
-        bits.append([step << i for i in range(size.bit_length() - 1)])
-        step *= size
-    return bits
-
-
 def inspect(case: str, target: str) -> Report:
     gpu = TARGETS[target]
-    with mock.patch.object(rows, "WARP_SIZE", gpu.warp_size):
+    with mock.patch.object(schedules, "WARP_SIZE", gpu.warp_size):
         launch = record(CASES[case])
     kernel = compile_launch(launch, gpu)
     registers, stack, listing = (read_nvidia if gpu.backend == "cuda" else read_amd)(kernel)

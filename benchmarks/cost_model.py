@@ -26,7 +26,7 @@ from grpo_fast.ops import _head
 SHARE_OF_BANDWIDTH, SHARE_OF_GEMM = 0.90, 0.80
 LAUNCH = 5e-6
 EXPONENTIALS = {"read": 1.25, "write": 1.0}  # per element: the fold rescales once in K = 4
-MAX_V_PER_PROGRAM = 32_768  # kernels/rows.py: longer rows are split
+MAX_V_PER_PROGRAM = 32_768  # kernels/schedules.py: longer rows are split
 HALF, FULL = 2, 4  # bytes of an entry
 OWN, BF16, ALL_ROWS = "grpo_fast", "grpo_fast-bf16", "grpo_fast-all-rows"  # from hidden states
 

@@ -52,7 +52,7 @@ def run_group(name: str, out: Path | None) -> int:
             failed += 1
             kind = "wrong" if isinstance(reason, AssertionError) else "raised"
             row |= {"outcome": kind, "message": f"{type(reason).__name__}: {str(reason)[:2000]}"}
-            row["where"] = traceback.format_exc(limit=-3)
+            row["where"] = traceback.format_exc(limit=-3).replace(f"{ROOT}{os.sep}", "")
             print(f"{name}: {case}: {kind}: {row['message']}", flush=True)
         row["seconds"] = round(time.monotonic() - start, 3)
         document["checks"].append(row)

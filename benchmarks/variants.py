@@ -39,7 +39,7 @@ Edit = tuple[str, str, str]  # file, text, what stands there instead
 
 def _parts(n: int) -> Edit:
     """At most so many programs share a row."""
-    return ("rows.py", "\nPARTS = 16 ", f"\nPARTS = {n} ")
+    return ("schedules.py", "\nPARTS = 16 ", f"\nPARTS = {n} ")
 
 
 def _side(n: int) -> Edit:
@@ -57,8 +57,8 @@ def _tile(threads: int, k: int) -> list[Edit]:
     """Threads of a program, and the elements of each of its lanes."""
     tile = "K, T, warps = 4, 8 * threads, threads // WARP_SIZE"
     return [
-        ("rows.py", "threads = 128 if capped else 256", f"threads = {threads}"),
-        ("rows.py", tile, tile.replace("= 4", f"= {k}")),
+        ("schedules.py", "threads = 128 if capped else 256", f"threads = {threads}"),
+        ("schedules.py", tile, tile.replace("= 4", f"= {k}")),
     ]
 
 
@@ -66,9 +66,13 @@ NO_LAST: Edit = ("grpo.py", '"evict_last",', '"",')
 NO_FIRST: Edit = ("rows.py", ', eviction_policy="evict_first"', "")
 # Segments of one tile for halves too: two at a time in `grpo`, two one after the other in `logprob`.
 SIDE_BY_SIDE: list[Edit] = [
-    ("rows.py", "if capped or itemsize < 4 or", "if capped or"),
-    ("rows.py", "T, steps = 16 // itemsize * threads, 2", "T, steps = 16 // itemsize * threads, 1"),
-    ("rows.py", "\nSEGMENTS = 4 ", "\nSEGMENTS = 2 "),
+    ("schedules.py", "if capped or itemsize < 4 or", "if capped or"),
+    (
+        "schedules.py",
+        "T, steps = 16 // itemsize * threads, 2",
+        "T, steps = 16 // itemsize * threads, 1",
+    ),
+    ("schedules.py", "\nSEGMENTS = 4 ", "\nSEGMENTS = 2 "),
 ]
 LOGPROB_HINT = '"evict_first",'
 VARIANTS: dict[str, list[Edit]] = {

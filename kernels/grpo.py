@@ -26,7 +26,6 @@ import triton.language as tl
 from grpo_fast.kernels.group_advantage import block_size, group_moments
 from grpo_fast.kernels.policy_loss import scalars
 from grpo_fast.kernels.rows import (
-    aligned,
     arrive,
     combine_segments,
     inverse_temperature,
@@ -34,13 +33,12 @@ from grpo_fast.kernels.rows import (
     load_target,
     read_part,
     read_statistics,
-    reading,
     row_offset,
-    schedule,
     soft_cap_scalars,
     write_dlogits,
     write_zeros,
 )
+from grpo_fast.kernels.schedules import aligned, reading, schedule
 from grpo_fast.kernels.tiles import (
     LOG2E,
     dlogits_factors,

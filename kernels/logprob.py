@@ -8,7 +8,7 @@ Bytes, at w per logit: the forward reads N V w, and N w for the scored logits; t
 writes N V w, and N w once more for the scored ones. Rows whose upstream gradient is 0 are written only.
 Masked rows are not read at all.
 
-A program owns a row, or a part of one (`rows.schedule`). m and s (log2 units, `tiles`) are kept for the
+A program owns a row, or a part of one (`schedules`). m and s (log2 units, `tiles`) are kept for the
 backward.
 """
 
@@ -26,13 +26,12 @@ from grpo_fast.kernels.rows import (
     load_target,
     read_part,
     read_statistics,
-    reading,
     row_offset,
-    schedule,
     soft_cap_scalars,
     write_dlogits,
     write_zeros,
 )
+from grpo_fast.kernels.schedules import reading, schedule
 from grpo_fast.kernels.tiles import (
     LOG2E,
     dlogits_factors,

@@ -3,17 +3,11 @@
 A row is read in tiles [K, T] of T = 8 * (threads of a program), 16 bytes of bfloat16 per lane, so that the
 softmax fold along K stays in registers: no barrier and no shuffle in the hot loop.
 
-Two schedules. Up to `MAX_V_PER_PROGRAM` entries one program owns a row. A longer row consists of segments,
-whose statistics are the same bits whichever program reads them: a program reads one or some of them, one
-after the other, or several side by side with as many times the threads. The last program of a row to arrive
-combines the statistics of all segments, in fixed order, and goes on alone: nobody waits, nobody spins, and
-the order of arrival does not reach the result. Segments depend on V and the dtype alone: so a row's result
-depends neither on the batch around it nor on the kernel that reads it.
+Of a row that several programs share (`schedules`) the last program to arrive combines the statistics of all
+segments, in fixed order, and goes on alone: nobody waits, nobody spins, and the order of arrival does not
+reach the result.
 """
 
-import dataclasses
-
-import torch
 import triton
 import triton.language as tl
 
@@ -24,133 +18,6 @@ from grpo_fast.kernels.tiles import (
     reduce_softmax,
     soft_cap,
 )
-
-MAX_V_PER_PROGRAM = 32_768
-WARP_SIZE = 64 if torch.version.hip else 32
-PARTS = 16  # how many programs share a long row, at most
-SEGMENTS = 4  # of a long row of float32, how many a program reads
-STATISTICS = 3  # m, s, t
-
-
-@dataclasses.dataclass(frozen=True)
-class Schedule:
-    """How the kernels walk over a row of V entries: `parts` programs of `columns` entries each."""
-
-    parts: int
-    columns: int
-    K: int
-    T: int
-    num_warps: int
-
-    def arguments(self, x) -> dict[str, int]:
-        """How a kernel is told of this schedule and of the rows of x, (B, T, V)."""
-        return {
-            **layout(x),
-            "parts": self.parts,
-            "columns": self.columns,
-            "K": self.K,
-            "T": self.T,
-            "num_warps": self.num_warps,
-        }
-
-
-@dataclasses.dataclass(frozen=True)
-class Reading(Schedule):
-    """How the kernels that need the statistics of whole rows read them.
-
-    Each of `parts` programs reads `groups` times `side` segments; `segments` is 0 where one program owns a
-    row. Segments side by side are read in `steps` tiles [K, T] each.
-    """
-
-    segments: int = 0
-    groups: int = 1
-    side: int = 1
-    steps: int = 1
-
-    @property
-    def split(self) -> bool:
-        return self.segments > 0
-
-    @property
-    def write_tile(self) -> tuple[int, int]:
-        """(K, T) of the second pass, in which all threads of a program are on the same segment."""
-        T = 8 * WARP_SIZE * self.num_warps
-        return (self.K if self.T == T else 2), T
-
-    def arguments(self, x) -> dict[str, int]:
-        return {
-            **super().arguments(x),
-            "segments": self.segments,
-            "STEPS": self.steps,
-            "SIDE": self.side,
-            "GROUPS": self.groups,
-            "BLOCK_SEGMENTS": triton.next_power_of_2(self.segments),
-            "SPLIT": self.split,
-        }
-
-    def meeting_point(self, N, device) -> dict[str, torch.Tensor | None]:
-        """Where the programs of N rows leave the statistics of segments, and count themselves."""
-        if not self.split:
-            return {"partial_ptr": None, "arrived_ptr": None}
-        partial = torch.empty(N, self.segments, STATISTICS, device=device, dtype=torch.float32)
-        arrived = torch.zeros(N, device=device, dtype=torch.int32)
-        return {"partial_ptr": partial, "arrived_ptr": arrived}
-
-
-def layout(x) -> dict[str, int]:
-    return {"stride_b": x.stride(0), "stride_t": x.stride(1), "T_len": x.shape[1], "V": x.shape[2]}
-
-
-def aligned(x) -> bool:
-    """Whether Triton knows that all rows of x start at 16 bytes: it asks 16 of every number."""
-    return all(n % 16 == 0 for n in (x.data_ptr(), x.stride(0), x.stride(1)))
-
-
-def schedule(V: int, capped: bool = False) -> Schedule:
-    """The schedule for rows of V entries that need no statistics, or whose program owns them.
-
-    A soft cap takes registers: with half the threads a program spills none, and as many threads are resident.
-    """
-    if V <= 1024:
-        return Schedule(parts=1, columns=V, K=1, T=1024, num_warps=128 // WARP_SIZE)
-    threads = 128 if capped else 256
-    K, T, warps = 4, 8 * threads, threads // WARP_SIZE
-    if V <= MAX_V_PER_PROGRAM:
-        return Schedule(parts=1, columns=V, K=K, T=T, num_warps=warps)
-    tiles = triton.cdiv(V, K * T)
-    columns = triton.cdiv(tiles, PARTS) * K * T
-    return Schedule(parts=triton.cdiv(V, columns), columns=columns, K=K, T=T, num_warps=warps)
-
-
-def reading(V: int, itemsize: int, capped: bool = False, side: int = 1) -> Reading:
-    """The schedule for rows of V entries of `itemsize` bytes that are read for their statistics.
-
-    side: how many segments at a time, 1, 2 or 4, at the caller's choice where the rows are `aligned`, else 1:
-        it does not reach the result. With many threads on a row, few rows are between their two passes, so
-        the cache holds them. Done for float32 alone, where it was measured to be faster
-        (benchmarks/NOTES.md).
-    """
-    plan = schedule(V, capped)
-    if plan.parts == 1:
-        return Reading(**dataclasses.asdict(plan))
-    if capped or itemsize < 4 or WARP_SIZE != 32:  # AMD's GPUs: not measured
-        return Reading(**dataclasses.asdict(plan), segments=plan.parts)
-    # 16 bytes of each lane, and no lane twice in a row of the tile: else another order of additions.
-    threads = plan.num_warps * WARP_SIZE
-    T, steps = 16 // itemsize * threads, 2
-    segment = steps * plan.K * T
-    columns = SEGMENTS * segment
-    return Reading(
-        parts=triton.cdiv(V, columns),
-        columns=columns,
-        K=plan.K,
-        T=T,
-        num_warps=side * plan.num_warps,
-        segments=triton.cdiv(V, segment),
-        groups=SEGMENTS // side,
-        side=side,
-        steps=steps,
-    )
 
 
 def soft_cap_scalars(softcap, logit_scale) -> dict[str, float | None]:

@@ -13,7 +13,7 @@ pytest.importorskip("triton", reason="the kernels need Triton")
 from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder
 
 from grpo_fast import reference
-from grpo_fast.kernels import grpo, logprob, rows
+from grpo_fast.kernels import grpo, logprob, schedules
 from grpo_fast.objective import Objective
 
 LARGE = (53_800, 40_000)  # rows, V: 2.15e9 elements, each row shared by programs
@@ -63,7 +63,7 @@ def lazily():
 
 @pytest.fixture
 def some_programs(monkeypatch, shape):
-    read, write = rows.reading(shape[1], 2).parts, rows.schedule(shape[1]).parts
+    read, write = schedules.reading(shape[1], 2).parts, schedules.schedule(shape[1]).parts
     for module, name, parts in (
         (logprob, "_logprob_fwd_kernel", read),
         (logprob, "_logprob_bwd_kernel", write),

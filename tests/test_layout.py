@@ -20,7 +20,11 @@ LAYERS = [
     {"trainer"},
 ]
 ALLOWED_IN_KERNELS = {"torch", "triton", "functools", "dataclasses", "grpo_fast"}
-SHARED = {"tiles", "rows"}  # what kernels have in common; every other kernel file is a stem
+SHARED = {
+    "tiles",
+    "rows",
+    "schedules",
+}  # what kernels have in common; every other kernel file is a stem
 REFERENCE = {"grpo": "grpo_loss", "sequence_loss": "policy_terms"}
 MODULES = sorted(ROOT.glob("kernels/*.py")) + sorted(
     path for path in (ROOT / "grpo_fast").glob("**/*.py") if "kernels" not in path.parts

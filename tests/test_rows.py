@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("triton", reason="the kernels need Triton")
 
-from grpo_fast.kernels import grpo, logprob, rows
+from grpo_fast.kernels import grpo, logprob, schedules
 from grpo_fast.objective import Objective
 
 # Full segments and tiles, an end inside a tile, an end inside a strip, one segment of a second program.
@@ -24,7 +24,7 @@ def batch(V, device):
 
 def launch(logits, ids, side, monkeypatch):
     monkeypatch.setattr(
-        grpo, "reading", lambda V, size, capped, _: rows.reading(V, size, capped, side)
+        grpo, "reading", lambda V, size, capped, _: schedules.reading(V, size, capped, side)
     )
     ones = torch.ones(len(ids), device=logits.device)
     out = torch.empty_like(logits)
@@ -52,7 +52,7 @@ def test_segments_side_by_side_change_no_bit(V, device, monkeypatch):
 @pytest.mark.parametrize("V", [1, 1024, 1025, 32_768, *SIZES, 152_064, 262_144, 1_000_003])
 def test_segments_cover_a_row_once(V, itemsize):
     for side in SIDES:
-        plan = rows.reading(V, itemsize, side=side)
+        plan = schedules.reading(V, itemsize, side=side)
         assert (plan.parts - 1) * plan.columns < V <= plan.parts * plan.columns
         if plan.split:
             size = plan.columns // (plan.groups * plan.side)
@@ -64,7 +64,7 @@ def test_segments_cover_a_row_once(V, itemsize):
 
 def test_alignment_is_what_triton_knows(device):
     x = torch.zeros(2, 4, 160, device=device)
-    assert rows.aligned(x)
-    assert rows.aligned(x[:, 1:])
-    assert not rows.aligned(x[:, :, 1:])
-    assert not rows.aligned(torch.zeros(2, 4, 161, device=device))
+    assert schedules.aligned(x)
+    assert schedules.aligned(x[:, 1:])
+    assert not schedules.aligned(x[:, :, 1:])
+    assert not schedules.aligned(torch.zeros(2, 4, 161, device=device))

@@ -21,7 +21,7 @@ from grpo_fast.kernels import (
     linear_logprob,
     logprob,
     policy_loss,
-    rows,
+    schedules,
     sequence_loss,
 )
 from grpo_fast.objective import Objective
@@ -113,7 +113,7 @@ def batch(V, dtype, B=2, T=3):
 
 def meeting(V, live, w):
     """Bytes loaded, and stored, by the programs that share a row: 3 statistics a segment, a counter each."""
-    plan = rows.reading(V, w)
+    plan = schedules.reading(V, w)
     return live * (3 * plan.segments + plan.parts) * FLOAT if plan.split else 0
 
 
@@ -143,7 +143,7 @@ def test_logprob_forward(V, dtype, entropy):
     N, live, w = len(ids), int(mask.sum()), logits.element_size()
     with counted() as traffic:
         logp, *_ = logprob.logprob_fwd(logits, ids, mask, None, 1.0, entropy)
-    parts = rows.reading(V, w).parts
+    parts = schedules.reading(V, w).parts
     size, visited = traffic.read(logits)
     expected = visits(mask, logits.shape, 1)
     expected.view(N, V)[mask, ids[mask]] += 1
@@ -170,7 +170,7 @@ def test_logprob_backward(V, dtype, entropy):
     with counted() as traffic:
         logprob.logprob_bwd(dlogp, dentropy, logits, ids, mask, None, 1.0, logp, H, m, s, dlogits)
     live = mask & (dlogp != 0)
-    parts, n = rows.schedule(V).parts, int(live.sum())
+    parts, n = schedules.schedule(V).parts, int(live.sum())
     size, visited = traffic.read(logits)
     documented = formulas.logprob_backward(N, n, V, w)
     assert size == documented.read
@@ -199,7 +199,7 @@ def test_grpo(V, dtype, entropy, inplace):
             *(logits, ids, mask, weight, advantages, None, 1, None, old, ref, *[None] * 5),
             *(1.0, False, objective, dlogits),
         )
-    parts = rows.reading(V, w).parts
+    parts = schedules.reading(V, w).parts
     moving = mask & (weight != 0)
     size, visited = traffic.read(logits)
     expected = visits(mask, logits.shape, 1) + visits(moving, logits.shape, 1)
@@ -236,7 +236,7 @@ def test_grpo_with_rewards_reads_the_group_per_token(V):
 def test_scale_rows(V, dtype):
     x, ids, _ = batch(V, dtype)
     N, w = len(ids), x.element_size()
-    parts = rows.schedule(V).parts
+    parts = schedules.schedule(V).parts
     one = torch.ones(()).expand(N)
     with counted() as traffic:
         grpo.scale_rows(one, x)
