@@ -16,9 +16,8 @@ from benchmarks import inputs, machine, measure, providers, results, timing
 PLUGIN = "benchmark"  # pytest-benchmark's name among pytest's plugins
 # In the names of files, in this order; those of tokens alone come last.
 KINDS = ("bench_grpo", "bench_logprob", "bench_linear_grpo", "bench_linear")
-LIMIT = (
-    60.0  # seconds of one benchmark on a GPU: then it hangs, and `run_all` goes on in a new process
-)
+# Seconds of one benchmark on a GPU. After them it hangs, and `run_all` goes on in a new process.
+LIMIT = 60.0
 
 
 @contextlib.contextmanager

@@ -74,7 +74,7 @@ class Kernel:
         self.call("cuFuncSetAttribute", self.function, attribute, value)
 
     def config(self, programs: int) -> LaunchConfig:
-        """For `programs` clusters; the grid counts thread blocks."""
+        """The launch configuration of `programs` clusters; its grid counts thread blocks."""
         ctas = self.entry["num_ctas"]
         attributes = (LaunchAttribute * 2)()
         attributes[0].id = CLUSTER_DIMENSION

@@ -13,9 +13,8 @@ COLUMNS = {
     "gemms": "multiplications alone",
     "gemm_after": "a multiplication after it",
 }
-READS = (
-    "logprob forward",
-)  # experiments whose bytes are read, and nothing of that size is written
+# Experiments whose bytes are read, and nothing of that size is written.
+READS = ("logprob forward", "logprob forward, all long rows read by segments")
 
 
 def when(document: dict[str, Any]) -> str:
@@ -42,11 +41,11 @@ def _groups(document: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def right_line(document: dict[str, Any]) -> str:
-    """What `run_all --smoke` found, in one paragraph."""
+    """The outcome of the smoke checks in one paragraph: what is right, wrong, and not run to the end."""
     right, total, groups = counts(document)
     text = [
         f"Right on this device: {right} of {total} checks in {groups} groups "
-        f"({when(document)}, `benchmarks/run_all --smoke`)."
+        f"({when(document)}, `{document['machine_info']['command']}`)."
     ]
     wrong, unfinished = [], []
     for name, group in _groups(document).items():
@@ -78,7 +77,7 @@ def _tests_text(tests: dict[str, Any]) -> str:
 
 
 def _line(message: str) -> str:
-    """Of an error, what fits into a cell."""
+    """The first line of an error, cut to what fits into a cell."""
     first = next(iter(message.strip().splitlines()), "")
     short = first if len(first) <= WIDEST else f"{first[:WIDEST]}..."
     return short.replace("|", "\\|")

@@ -82,7 +82,7 @@ def _tables(runs: dict[str, Run]) -> list[tuple[str, str, str]]:
 
 
 def _sentences(device: str, runs: dict[str, Run], smoke: list[dict[str, Any]]) -> Iterator[str]:
-    """What the data says; nothing where it says nothing."""
+    """Sentences about the loss, the head, a step of TRL and the checks, as far as there are results."""
     first = ""
     for stem, sentence in (
         ("grpo", _of_logits),
@@ -161,7 +161,7 @@ def _of_hidden(run: Run) -> str:
 
 
 def _of_trl(run: Run) -> str:
-    """Of the last case, the largest model, that has both."""
+    """A sentence about the largest model that was stepped with both trainers."""
     for entries in reversed(list(run.cases())):
         own, trl = _own(entries), next((e for e in entries if e["provider"] == "trl"), None)
         if own and trl:

@@ -100,6 +100,15 @@ def fastest(fn: Callable[[], object], rounds: int = CALIBRATION_ROUNDS) -> float
     return min(times)
 
 
+def between_events(run: Callable[[], object]) -> tuple[torch.cuda.Event, torch.cuda.Event]:
+    """The events before and after a call on the device; their distance is known once it has ended."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    run()
+    end.record()
+    return start, end
+
+
 def commit() -> str:
     """`git describe --always --dirty`, or what the environment says; "unknown" without either."""
     if os.environ.get(COMMIT_VARIABLE):

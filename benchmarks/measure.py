@@ -95,7 +95,7 @@ def measure(
             rounds=rounds,
             warmup_rounds=warmup_rounds,
         )
-        _add_event_time(benchmark, run, setup, batches[0])
+        _add_event_time(benchmark, run, lambda: setup(next(turns)))
         record(benchmark)
     except torch.OutOfMemoryError:
         absent(stem, f"{provider} {shape_name}", "out of memory")
@@ -269,10 +269,11 @@ def _rounds(run: Call, setup: Setup, batch: Batch) -> tuple[int, int]:
     return rounds, WARMUP_ROUNDS
 
 
-def _add_event_time(benchmark: Any, run: Call, setup: Setup, batch: Batch) -> None:
-    """Between two events, the device being busy while the call is launched: it waits for no launch.
+def _add_event_time(benchmark: Any, run: Call, setup: Callable[[], tuple[Any, ...]]) -> None:
+    """Record the time of a short call on the device alone, as `event_seconds`.
 
-    Unless the call itself waits for the device.
+    The device is busy while the call is launched, so that it waits for no launch, unless the call itself
+    waits for the device. `setup` takes the inputs in turns: none is found in the cache.
     """
     if not torch.cuda.is_available() or benchmark.stats is None:
         return
@@ -280,13 +281,10 @@ def _add_event_time(benchmark: Any, run: Call, setup: Setup, batch: Batch) -> No
         return
     seconds = []
     for _ in range(DEVICE_ROUNDS):
-        arguments = setup(batch)
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        call = functools.partial(run, *setup())
         torch.cuda.synchronize()
         torch.cuda._sleep(AHEAD)
-        start.record()
-        run(*arguments)
-        end.record()
+        start, end = machine.between_events(call)
         torch.cuda.synchronize()
         seconds.append(start.elapsed_time(end) / 1e3)
     benchmark.extra_info["event_seconds"] = statistics.median(seconds)

@@ -43,14 +43,6 @@ MOST = 5  # variants that one run measures unless told which
 COPIED = 1 << 32  # bytes of the copy that the rates are held against
 
 
-def timed(fn: Callable[[], object]) -> tuple[torch.cuda.Event, torch.cuda.Event]:
-    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    fn()
-    stop.record()
-    return start, stop
-
-
 def summary(events: list[tuple[torch.cuda.Event, torch.cuda.Event]], moved: int) -> dict[str, Any]:
     torch.cuda.synchronize()
     times = [start.elapsed_time(stop) for start, stop in events[WARMUP:]]
@@ -68,9 +60,10 @@ def measure(kernel: Kernel, device: torch.device) -> dict[str, Any]:
     """Both kernels in turns, in place on the same logits, which are put back before each launch."""
     source = torch.zeros(COPIED // 4, device=device)
     target = torch.ones_like(source)
-    copies = [timed(functools.partial(target.copy_, source)) for _ in range(WARMUP + ROUNDS)]
+    copy = functools.partial(target.copy_, source)
+    copies = [machine.between_events(copy) for _ in range(WARMUP + ROUNDS)]
     report: dict[str, Any] = {"copy": summary(copies, 2 * COPIED)}
-    del source, target
+    del source, target, copy
     rows = Rows.make(shapes.CUDA[SHAPE], "full", device)
     x = rows.logits.clone()
     ways: dict[str, Callable[[], object]] = {
@@ -81,7 +74,7 @@ def measure(kernel: Kernel, device: torch.device) -> dict[str, Any]:
     for _ in range(WARMUP + ROUNDS):
         for name, way in ways.items():
             x.copy_(rows.logits)
-            events[name].append(timed(way))
+            events[name].append(machine.between_events(way))
     moved = 2 * x.nbytes
     for name, pairs in events.items():
         report[name] = summary(pairs, moved)

@@ -9,7 +9,9 @@ from torch import Tensor
 from benchmarks import inputs, shapes
 from benchmarks.driver import Kernel
 from benchmarks.on_chip_build import SHAPE
+from grpo_fast import reference
 from grpo_fast.kernels.grpo import grpo_fwd_bwd
+from grpo_fast.reference_terms import kl_estimate
 
 CHECKED = shapes.Shape(B=8, T=128, V=shapes.CUDA[SHAPE].V, G=4)
 ROWS_AT_ONCE = 64  # whose float64 gradient is taken
@@ -51,7 +53,7 @@ class Rows:
         )
 
     def run(self, kernel: Kernel, logits: Tensor, dlogits: Tensor) -> dict[str, Tensor]:
-        """The kernel of this module."""
+        """Launch the kernel that keeps rows on the chip; loss, log-prob and KL of each row."""
         N, V = logits.shape
         objective = self.batch.objective
         out = {name: torch.full_like(self.weight, torch.nan) for name in ("loss", "logp", "kl")}
@@ -76,7 +78,7 @@ class Rows:
         return out
 
     def run_own(self, logits: Tensor, dlogits: Tensor) -> dict[str, Tensor]:
-        """grpo_fast's."""
+        """Launch grpo_fast's kernel on the same rows; its loss, log-prob and KL of each."""
         shape = self.batch.shape
         loss, logp, _, kl, _ = grpo_fwd_bwd(
             logits.view(shape.B, shape.T, shape.V),
@@ -102,17 +104,15 @@ class Rows:
         return {"loss": loss, "logp": logp, "kl": kl}
 
     def expected(self, rows: slice, dtype: torch.dtype) -> dict[str, Tensor]:
-        """What plain PyTorch makes of some rows in `dtype`; the gradient in the logits' dtype or float64."""
+        """The reference's results for some rows in `dtype`; the gradient in the logits' dtype or float64."""
         objective, live = self.batch.objective, self.mask[rows]
         z = self.logits[rows].to(dtype).requires_grad_()
         given = (self.weight, self.advantages, self.old_logp, self.ref_logp)
         weight, advantages, old, ref = (x[rows].to(dtype) for x in given)
-        logp = torch.log_softmax(z, -1).gather(-1, self.ids[rows, None]).squeeze(-1)
-        ratio = (logp - old).exp()
-        clipped = ratio.clamp(1 - objective.epsilon_low, 1 + objective.epsilon_high)
-        kl = (ref - logp).exp() - (ref - logp) - 1
-        surrogate = -torch.minimum(ratio * advantages, clipped * advantages)
-        loss = torch.where(live, weight * (surrogate + objective.beta * kl), 0)
+        logp = reference.logprob(z, self.ids[rows])
+        terms = reference.policy_terms(logp, advantages, objective, old, ref)
+        kl = kl_estimate(logp, ref, (logp - old).exp(), objective)
+        loss = torch.where(live, weight * terms, 0)
         (grad,) = torch.autograd.grad(loss.sum(), z)
         grad = torch.where(live[:, None], grad, 0)
         values = {"loss": loss, "logp": logp, "kl": kl}

@@ -23,6 +23,7 @@ import torch
 from benchmarks import failures, machine, results
 from benchmarks.smoke_checks import GROUPS
 
+COMMAND = "benchmarks/run_all --smoke"
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = (
     *("test_logprob", "test_ids", "test_linear_edges", "test_linear_logprob", "test_weights"),
@@ -152,8 +153,7 @@ def _summary(path: Path, folder: Path, ended: dict[str, str]) -> int:
 
 
 def _info() -> dict[str, Any]:
-    info = machine.describe_without_roofs()
-    return info | {"absent": {}}
+    return machine.describe_without_roofs() | {"command": COMMAND, "absent": {}}
 
 
 def main() -> int:

@@ -18,7 +18,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ def _side(n: int) -> Edit:
 
 
 def _stages(n: int) -> Edit:
-    """Of the loop that writes the gradient."""
+    """Pipeline the loop that writes the gradient in so many stages."""
     loop = "    for i in range(0, full):\n        base = start + (full - 1 - i if BACKWARDS"
     return ("rows.py", loop, loop.replace("range(0, full)", f"tl.range(0, full, num_stages={n})"))
 
@@ -135,6 +135,7 @@ class Inputs:
 
 
 def make(shape: shapes.Shape, dtype: torch.dtype, padded: int = 0) -> Inputs:
+    """Logits of a shape on the GPU, their rows `padded` apart, and what belongs to their tokens."""
     B, T, V = shape.B, shape.T, shape.V
     torch.manual_seed(0)
     new = functools.partial(torch.empty, device="cuda", dtype=dtype)
@@ -142,7 +143,8 @@ def make(shape: shapes.Shape, dtype: torch.dtype, padded: int = 0) -> Inputs:
     source.normal_(0, 2)
     work = new(B, T, padded or V)[..., :V]
     ids = torch.randint(V, (B * T,), device="cuda")
-    logp = torch.cat([reference.logprob(x.float(), i) for x, i in _pieces(source, ids)])
+    pieces = zip(source.flatten(0, 1).split(512), ids.split(512), strict=True)
+    logp = torch.cat([reference.logprob(x.float(), i) for x, i in pieces])
     noise = functools.partial(torch.randn, B * T, device="cuda")
     tokens = {
         "ids": ids,
@@ -154,32 +156,23 @@ def make(shape: shapes.Shape, dtype: torch.dtype, padded: int = 0) -> Inputs:
     return Inputs(source, work, tokens)
 
 
-def _pieces(logits: Tensor, ids: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    flat = logits.flatten(0, 1) if logits.is_contiguous() else logits.reshape(-1, logits.shape[-1])
-    yield from zip(flat.split(512), ids.split(512), strict=True)
-
-
-def launch(module: Any, x: Inputs, out: Tensor, rows: int | None = None) -> tuple[Tensor, ...]:
+def launch(module: Any, x: Inputs, out: Tensor) -> tuple[Tensor, ...]:
+    """Call `grpo_fwd_bwd` of a variant's kernels on `x.work`."""
     given: dict[str, Any] = dict.fromkeys(
         ("mask", "rewards", "sequence", "importance", "score", "coefficient", "entropy_weight")
     )
     given |= {"temperature": None, "inv_temperature": 1.0, "return_entropy": False}
     given |= {"group_size": 1, "objective": OBJECTIVE} | x.tokens
-    work = x.work
-    if rows is not None:
-        work, out = work[:1, :rows], out[:1, :rows]
-        given |= {k: v[:rows].contiguous() for k, v in x.tokens.items()}
-    return module.grpo_fwd_bwd(work, dlogits=out, **given)
+    return module.grpo_fwd_bwd(x.work, dlogits=out, **given)
 
 
 def check(module: Any, x: Inputs, out: Tensor) -> float:
     """The worst error of some rows of the gradient, relative to the largest entry."""
     x.work.copy_(x.source)
     loss, logp, *_ = launch(module, x, out)
-    N, V = loss.numel(), x.source.shape[-1]
+    N = loss.numel()
     rows = torch.linspace(0, N - 1, CHECKED, device="cuda").long()
-    flat = x.source.view(-1, V) if x.source.is_contiguous() else x.source.reshape(-1, V)
-    grads = out.view(-1, V) if out.is_contiguous() else out.reshape(-1, V)
+    flat, grads = x.source.flatten(0, 1), out.flatten(0, 1)  # views, padded or not
 
     def spec(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         z = flat[rows].to(dtype).requires_grad_()
@@ -208,11 +201,7 @@ def timed(run: Callable[[], object], before: Callable[[], object], rounds: int =
     spans = []
     for _ in range(WARMUP + rounds):
         before()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        run()
-        end.record()
-        spans.append((start, end))
+        spans.append(machine.between_events(run))
     torch.cuda.synchronize()
     seconds = [a.elapsed_time(b) / 1e3 for a, b in spans[WARMUP:]]
     low, middle, high = statistics.quantiles(seconds, n=4, method="inclusive")

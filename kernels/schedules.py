@@ -84,6 +84,7 @@ class Reading(Schedule):
 
 
 def layout(x) -> dict[str, int]:
+    """Where the rows of x, (B, T, V), lie, as the kernels' arguments."""
     return {"stride_b": x.stride(0), "stride_t": x.stride(1), "T_len": x.shape[1], "V": x.shape[2]}
 
 

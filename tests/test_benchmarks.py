@@ -250,14 +250,14 @@ def test_a_short_call_has_the_time_on_the_device_too(monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("wait"))
     monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: log.append("busy"))
 
-    def setup(batch):
+    def setup():
         log.append("setup")
-        return (batch,)
+        return ("batch",)
 
     for median, want in ((1e-4, {"event_seconds": 0.05e-3}), (3e-2, {})):
         stats = types.SimpleNamespace(stats=types.SimpleNamespace(median=median))
         benchmark = types.SimpleNamespace(extra_info={}, stats=stats)
-        measure._add_event_time(benchmark, log.append, setup, "batch")
+        measure._add_event_time(benchmark, log.append, setup)
         assert benchmark.extra_info == pytest.approx(want)
     one = ["setup", "wait", "busy", "event", "batch", "event", "wait"]
     assert log == one * measure.DEVICE_ROUNDS

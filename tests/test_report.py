@@ -292,7 +292,7 @@ def test_smoke_says_what_is_right_on_a_device(tmp_path):
     assert report.NO_GPU not in text
     assert (
         "Right on this device: 3 of 4 checks in 4 groups (commit 19274bf, 2026-01-01, "
-        "`benchmarks/run_all --smoke`). Not right: heads: grpo 100 (wrong: AssertionError: dlogits \\| off). "
+        "`c`). Not right: heads: grpo 100 (wrong: AssertionError: dlogits \\| off). "
         "Not run to the end: large (crashed: SIGSEGV in large, in place); float16 (out of time). "
         "Tests of the kernels: all passed."
     ) in text

@@ -148,6 +148,7 @@ def test_what_fails_crashes_and_hangs_is_named(outcome):
     assert groups["tests"]["failed"] == ["tests/test_grpo.py::test_x (call)"]
     assert document["benchmarks"] == []
     assert document["machine_info"]["device"] == machine.name()
+    assert document["machine_info"]["command"] == "benchmarks/run_all --smoke"
     for line in (
         "wrong: 2 checks, 1 not right: not right",
         "  b: AssertionError: off",
