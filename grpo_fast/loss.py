@@ -1,11 +1,10 @@
 """The losses: `grpo_loss` on logits, `linear_grpo_loss` on hidden states, `policy_loss` on log-probs."""
 
-import dataclasses
-
 import torch
 from torch import Tensor
 
 from grpo_fast._linear_loss import linear_grpo_loss
+from grpo_fast._operands import Terms
 from grpo_fast._output import LossOutput, loss_output
 from grpo_fast.objective import Objective
 from grpo_fast.ops import _arguments, _phases
@@ -127,7 +126,7 @@ def grpo_loss(
     if inplace:
         _check_overwritable(logits)
     return_entropy = return_entropy or objective.needs_entropy
-    rest = (temperatures, inv_temperature, objective, return_entropy, inplace)
+    rest = (temperatures, inv_temperature, objective.terms, return_entropy, inplace)
     if objective.by_token and with_grad:
         loss, logp, entropy, kl, clip = _by_launch(logits3, ids, tokens, *rest)
     else:
@@ -178,7 +177,7 @@ def policy_loss(
     if logps.ndim not in (1, 2):
         raise ValueError(f"{op}: logps: want (B, T) or (N,), got {_arguments.shape_of(logps)}")
     if objective.needs_entropy and entropy is None:
-        name = "entropy_coef" if objective.entropy_coef else "top_entropy_quantile"
+        name = "entropy_coef" if objective.terms.modes.has_bonus else "top_entropy_quantile"
         raise ValueError(
             f"{op}: entropy: needed, since objective.{name}={getattr(objective, name)}"
         )
@@ -205,7 +204,7 @@ def policy_loss(
     )
     logp = logps.reshape(-1).float()
     flat_entropy = None if entropy is None else entropy.reshape(-1).float()
-    found = _phases.values(logp, flat_entropy, tokens, sequences, objective)
+    found = _phases.values(logp, flat_entropy, tokens, sequences, objective.terms)
     return loss_output(logps, found.loss, logp.detach(), flat_entropy, found.kl, found.clip, tokens)
 
 
@@ -214,8 +213,8 @@ def _by_launch(
     ids: Tensor,
     tokens: Tokens,
     temperature: Tensor | None,
-    inv_temperature: float,
-    objective: Objective,
+    inv_temperature: Tensor,
+    terms: Terms,
     return_entropy: bool,
     inplace: bool,
     coefficient: Tensor | None = None,
@@ -225,14 +224,15 @@ def _by_launch(
     coefficient: of the surrogate, where it is known beforehand.
     """
     if coefficient is not None:
-        tokens, objective = _phases.without_surrogate(tokens, objective)
+        tokens, terms = _phases.without_surrogate(tokens, terms)
     arguments = Arguments(
         ids=ids,
         coefficient=coefficient,
         temperature=temperature,
         inv_temperature=inv_temperature,
         return_entropy=return_entropy,
-        objective=objective.key,
+        modes=terms.modes.key,
+        numbers=terms.numbers,
         **tokens._asdict(),
     )
     return (grpo_inplace if inplace else grpo)(logits, *arguments)[:5]
@@ -244,8 +244,8 @@ def _by_phases(
     tokens: Tokens,
     sequences: Sequences,
     temperature: Tensor | None,
-    inv_temperature: float,
-    objective: Objective,
+    inv_temperature: Tensor,
+    terms: Terms,
     return_entropy: bool,
     inplace: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -264,23 +264,24 @@ def _by_phases(
     with_grad = torch.is_grad_enabled() and logits.requires_grad
     coefficient = None
     if with_grad:
-        coefficient = _phases.coefficient_on_policy(tokens, sequences, objective)
+        coefficient = _phases.coefficient_on_policy(tokens, sequences, terms)
     if coefficient is not None:
         launched, logp, entropy, _, _ = _by_launch(
-            logits, ids, tokens, *rest, objective, return_entropy, inplace, coefficient
+            logits, ids, tokens, *rest, terms, return_entropy, inplace, coefficient
         )
         with torch.no_grad():
-            found = _phases.values(logp, entropy, tokens, sequences, objective)
+            found = _phases.values(logp, entropy, tokens, sequences, terms)
         loss = _phases.WithGradientOf.apply(launched, found.loss)
         return loss, logp, entropy, found.kl, found.clip
     with torch.set_grad_enabled(with_grad and not inplace):
         logp, entropy, _, _ = logprob_fwd(logits, ids, tokens.mask, *rest, return_entropy)
-        found = _phases.values(logp, entropy, tokens, sequences, objective)
+        found = _phases.values(logp, entropy, tokens, sequences, terms)
     loss = found.loss
     if with_grad and inplace:
         known = tokens._replace(ref_logp=None, entropy_weight=found.entropy_weight)
-        without_kl = dataclasses.replace(objective, beta=0.0)
-        launched = _by_launch(logits, ids, known, *rest, without_kl, False, True, found.dlogp)[0]
+        left = terms._replace(modes=terms.modes.without_kl())
+        bonus = terms.modes.has_bonus
+        launched = _by_launch(logits, ids, known, *rest, left, bonus, True, found.dlogp)[0]
         loss = _phases.WithGradientOf.apply(launched, loss)
     return loss, logp.detach(), entropy, found.kl, found.clip
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from grpo_fast._operands import operand
 from grpo_fast.ops._backend import check_values
 
 LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -127,8 +128,8 @@ def check_mask(op: str, mask: Tensor | None, like: Tensor, anywhere: bool = Fals
 
 def check_temperature(
     op: str, temperature: float | Tensor, like: Tensor, mask: Tensor | None
-) -> tuple[Tensor | None, float]:
-    """(per-token temperatures (N,) or None, 1 / the common temperature)."""
+) -> tuple[Tensor | None, Tensor]:
+    """(per-token temperatures (N,) or None, 1 / the common temperature as an operand)."""
     check_constant(op, "temperature", temperature)
     if isinstance(temperature, Tensor) and temperature.ndim > 0:
         values = per_token(op, "temperature", temperature, like)
@@ -140,16 +141,16 @@ def check_temperature(
             if bad.any():
                 value = values[bad][0].item()
                 raise ValueError(f"{op}: temperature: want positive and finite, got {value}")
-        return values, 1.0
+        return values, operand(1.0)
     if isinstance(temperature, Tensor):  # 0-dim: stays on its device
         if not check_values(temperature):
-            return temperature.detach().float().expand(like.numel()).contiguous(), 1.0
+            return temperature.detach().float().expand(like.numel()).contiguous(), operand(1.0)
         temperature = float(temperature)
     if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
         raise TypeError(f"{op}: temperature: want a number or a tensor, got {temperature!r}")
     if not 0 < temperature < math.inf:
         raise ValueError(f"{op}: temperature: want positive and finite, got {temperature}")
-    return None, 1.0 / temperature
+    return None, operand(temperature).reciprocal()
 
 
 def check_cu_seqlens(op: str, cu_seqlens: Tensor, ids: Tensor) -> Tensor:

@@ -59,7 +59,7 @@ def read_shared_rows(
     ids: Tensor,
     mask: Tensor | None,
     temperature: Tensor | None,
-    inv_temperature: float,
+    inv_temperature: Tensor,
     with_entropy: bool,
     softcap: _rows.SoftCap | None,
     shard: Shard,
@@ -84,7 +84,7 @@ def read_shared_rows(
     gather(gathered.view(-1, 4), torch.stack(own, 1), group=shard.group)
     unit: float | Tensor = LN2  # of `top`: the kernels' maxima are of logits in log2 units,
     if not use_triton(logits):  # those of PyTorch's operators of the logits themselves
-        unit = inv_temperature if temperature is None else 1 / temperature
+        unit = inv_temperature.item() if temperature is None else 1 / temperature
     logp, entropy, top, total = combine(gathered, unit, with_entropy)
     if mask is not None:  # the id may be anything: nobody has it
         logp = torch.where(mask, logp, 0)

@@ -28,6 +28,7 @@ from grpo_fast.ops._chunks import (
 )
 from grpo_fast.ops._head import Head
 from grpo_fast.ops._head_arguments import (
+    NUM_NUMBERS,
     OPTIONS,
     PARAMETERS,
     Needs,
@@ -152,14 +153,15 @@ def _(x: Tensor, c: Tensor) -> Tensor:
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     hidden, *rest = inputs
-    parameters, scores, keep, _, ctx.unit, ctx.options = sorted_into(tuple(rest), *FORWARD)
-    ctx.inv_temperature = scores.inv_temperature
+    parameters, scores, keep, _, ctx.unit, options = sorted_into(tuple(rest), *FORWARD)
     ctx.inputs = len(inputs)
-    tensors = (scores.ids, scores.mask, scores.temperature)
     if ctx.unit:  # the hidden states themselves are not needed any more
         ctx.save_for_backward(output[4])
     else:
-        ctx.save_for_backward(hidden, *parameters, *tensors, keep, *output[:4])
+        ctx.save_for_backward(
+            *(hidden, *parameters, *scores, keep, *output[:4]), *options[:NUM_NUMBERS]
+        )
+        ctx.sizes = options[NUM_NUMBERS:]
     ctx.mark_non_differentiable(*output[2:])
     ctx.set_materialize_grads(False)
 
@@ -172,7 +174,7 @@ def _backward(ctx: Any, dlogp: Tensor | None, dentropy: Tensor | None, *_: Any) 
         return none if dlogp is None else (weigh_rows(dhidden, dlogp), *none[1:])
     hidden, *rest = ctx.saved_tensors
     parameters = Parameters(*rest[:4])
-    ids, mask, temperature, keep, logp, entropy, top, total = rest[4:]
+    ids, mask, temperature, inv_temperature, keep, logp, entropy, top, total = rest[4:13]
     if not entropy.shape[0]:
         dentropy = None
     needs = Needs(*ctx.needs_input_grad[:5])
@@ -183,10 +185,10 @@ def _backward(ctx: Any, dlogp: Tensor | None, dentropy: Tensor | None, *_: Any) 
         dentropy,
         hidden,
         *parameters,
-        *(ids, mask, temperature, ctx.inv_temperature, keep),
+        *(ids, mask, temperature, inv_temperature, keep),
         *(logp, entropy, top, total),
         list(needs),
-        *ctx.options,
+        *(*rest[13:], *ctx.sizes),
     )
     wanted = [
         g.to(x.dtype) if n and x is not None else None
