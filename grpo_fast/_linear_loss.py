@@ -11,6 +11,7 @@ from grpo_fast._operands import Modes
 from grpo_fast._output import LossOutput, loss_output
 from grpo_fast.objective import Objective
 from grpo_fast.ops import _arguments, _phases
+from grpo_fast.ops._autograd import anchors_of, once_differentiable
 from grpo_fast.ops._head_arguments import Needs, check_head
 from grpo_fast.ops._tokens import Tokens, check_tokens
 from grpo_fast.ops.group_advantage import group_advantage_fwd
@@ -100,7 +101,7 @@ def linear_grpo_loss(
         `LossOutput`. Log-probs and entropy of tokens left out are unspecified (0), and the metrics are of
         the tokens that were computed (`metrics["tokens"]` of them); with `return_entropy` that is all that
         are not masked. `metrics["skipped_fraction"]` is the share of rows without a gradient pass. backward
-        works once; its gradients have no graph of their own, with `create_graph=True` either.
+        works once: a second one, or a second derivative, raises.
 
     Raises:
         ValueError, TypeError: as `grpo_loss`.
@@ -231,6 +232,7 @@ def linear_grpo_loss(
     skipped = torch.zeros((), device=device)
     if keep is not None and keep.numel():
         skipped = 1 - here(keep).float().mean()
+    loss = once_differentiable(op, loss, anchors_of(hidden, *parameters))
     return out._replace(loss=loss, metrics={**out.metrics, "skipped_fraction": skipped})
 
 

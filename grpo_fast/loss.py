@@ -7,12 +7,12 @@ from grpo_fast._linear_loss import linear_grpo_loss
 from grpo_fast._operands import Terms
 from grpo_fast._output import LossOutput, loss_output
 from grpo_fast.objective import Objective
-from grpo_fast.ops import _arguments, _phases
+from grpo_fast.ops import _arguments, _overwritten, _phases
+from grpo_fast.ops._autograd import anchors_of, once_differentiable
 from grpo_fast.ops._metrics import fold_statistics, metrics_from
 from grpo_fast.ops._tokens import Sequences, Tokens, check_tokens
 from grpo_fast.ops.group_advantage import group_advantage_fwd
 from grpo_fast.ops.grpo import (
-    DESTROYED,
     SCORE_EPS,
     Arguments,
     grpo,
@@ -82,13 +82,15 @@ def grpo_loss(
         return_entropy: compute the entropy, for `LossOutput.entropy` and the metrics, also where the
             objective does not need it.
         inplace: allow the logits to be overwritten with their gradient, which then needs no memory of its
-            own. Afterwards they cannot be used: a gradient through them raises. Not done under
-            `torch.compile`, whose memory planner decides, nor where no gradient is wanted. Objectives that
-            are not `objective.by_token` then read the logits once more, unless they are on policy.
+            own. Afterwards they cannot be used, nor their base and views: a gradient through them raises,
+            and so do `grpo_loss` and `logprob`; other functions that ask for no gradient read the gradient.
+            Not done under `torch.compile`, whose memory planner decides, nor where no gradient is wanted.
+            Objectives that are not `objective.by_token` then read the logits once more, unless they are on
+            policy.
 
     Returns:
-        `LossOutput`. No host sync happens on the way. backward works once: a second one, or a double
-        backward, raises.
+        `LossOutput`. No host sync happens on the way. backward works once: a second one, or a second
+        derivative, raises.
 
     Raises:
         ValueError, TypeError: arguments that do not fit, by name; advantages, rewards, weights, scores,
@@ -99,7 +101,6 @@ def grpo_loss(
     op = "grpo_loss"
     logits3 = _arguments.check_logits(op, logits, completion_ids, "completion_ids")
     _arguments.check_device(op, "completion_ids", completion_ids, logits)
-    _check_not_destroyed(logits)
     mask_flat = _arguments.check_mask(op, mask, completion_ids)
     ids = _arguments.check_ids(op, "completion_ids", completion_ids, mask_flat, logits.shape[-1])
     temperatures, inv_temperature = _arguments.check_temperature(
@@ -124,15 +125,17 @@ def grpo_loss(
     with_grad = torch.is_grad_enabled() and logits.requires_grad
     inplace = inplace and with_grad and not torch.compiler.is_compiling()
     if inplace:
-        _check_overwritable(logits)
+        _overwritten.check_overwritable(op, logits)
+    anchors = anchors_of(logits)
     return_entropy = return_entropy or objective.needs_entropy
     rest = (temperatures, inv_temperature, objective.terms, return_entropy, inplace)
     if objective.by_token and with_grad:
         loss, logp, entropy, kl, clip = _by_launch(logits3, ids, tokens, *rest)
     else:
         loss, logp, entropy, kl, clip = _by_phases(logits3, ids, tokens, sequences, *rest)
+    loss = once_differentiable(op, loss, anchors)
     if inplace:
-        logits._grpo_fast_destroyed = logits._version  # type: ignore[attr-defined]
+        _overwritten.mark(logits)
     return loss_output(
         completion_ids, loss, logp, entropy if return_entropy else None, kl, clip, tokens
     )
@@ -172,6 +175,7 @@ def policy_loss(
     """
     op = "policy_loss"
     _arguments.check_tensor(op, "logps", logps)
+    _arguments.check_no_tangent(op, "logps", logps)
     if not logps.is_floating_point():
         raise TypeError(f"{op}: logps: want a floating dtype, got {logps.dtype}")
     if logps.ndim not in (1, 2):
@@ -181,10 +185,14 @@ def policy_loss(
         raise ValueError(
             f"{op}: entropy: needed, since objective.{name}={getattr(objective, name)}"
         )
-    if entropy is not None and entropy.shape != logps.shape:
-        raise ValueError(
-            f"{op}: entropy: want {tuple(logps.shape)}, got {_arguments.shape_of(entropy)}"
-        )
+    if entropy is not None:
+        _arguments.check_tensor(op, "entropy", entropy)
+        _arguments.check_no_tangent(op, "entropy", entropy)
+        if entropy.shape != logps.shape:
+            raise ValueError(
+                f"{op}: entropy: want {tuple(logps.shape)}, got {_arguments.shape_of(entropy)}"
+            )
+        _arguments.check_device(op, "entropy", entropy, logps)
     mask_flat = _arguments.check_mask(op, mask, logps)
     tokens, sequences = check_tokens(
         op,
@@ -205,7 +213,8 @@ def policy_loss(
     logp = logps.reshape(-1).float()
     flat_entropy = None if entropy is None else entropy.reshape(-1).float()
     found = _phases.values(logp, flat_entropy, tokens, sequences, objective.terms)
-    return loss_output(logps, found.loss, logp.detach(), flat_entropy, found.kl, found.clip, tokens)
+    loss = once_differentiable(op, found.loss, anchors_of(logps, entropy))
+    return loss_output(logps, loss, logp.detach(), flat_entropy, found.kl, found.clip, tokens)
 
 
 def _by_launch(
@@ -284,21 +293,3 @@ def _by_phases(
         launched = _by_launch(logits, ids, known, *rest, left, bonus, True, found.dlogp)[0]
         loss = _phases.WithGradientOf.apply(launched, loss)
     return loss, logp.detach(), entropy, found.kl, found.clip
-
-
-def _check_not_destroyed(logits: Tensor) -> None:
-    # Autograd notices a reuse that asks for a gradient; this one also notices the others.
-    if getattr(logits, "_grpo_fast_destroyed", None) == logits._version:
-        raise RuntimeError(DESTROYED)
-
-
-def _check_overwritable(logits: Tensor) -> None:
-    if logits.is_leaf:
-        raise ValueError(
-            "grpo_loss: inplace=True would overwrite a leaf tensor that requires grad; "
-            "pass logits that an operation computed, or inplace=False"
-        )
-    if torch._debug_has_internal_overlap(logits) == 1:
-        raise ValueError(
-            f"grpo_loss: inplace=True needs logits whose rows do not overlap, got strides {logits.stride()}"
-        )

@@ -8,7 +8,9 @@ from torch import Tensor
 from grpo_fast._operands import Modes
 from grpo_fast.objective import Objective
 from grpo_fast.ops import _rows
+from grpo_fast.ops._autograd import without_graph
 from grpo_fast.ops._backend import launch, use_triton
+from grpo_fast.ops._overwritten import DESTROYED, mark_again
 from grpo_fast.ops._terms import token_policy_terms, weigh
 from grpo_fast.ops.group_advantage import group_advantage_fwd
 
@@ -17,10 +19,6 @@ SCORE_EPS = 1e-4  # of the z-score of `rewards`, as in kernels/grpo.py
 USED_TWICE = (
     "grpo_loss: backward ran a second time. The gradient with respect to the logits is computed once, in "
     "the forward, and handed over by the first backward; compute the loss again for a second one."
-)
-DESTROYED = (
-    "grpo_loss: these logits were overwritten with their gradient by grpo_loss(..., inplace=True) and "
-    "cannot be used afterwards; use inplace=False, or do all other work on the logits first."
 )
 
 
@@ -213,7 +211,7 @@ def _hand_over(ctx: Any, dloss: Tensor) -> Tensor:
     return dlogits
 
 
-@torch.autograd.function.once_differentiable
+@without_graph("grpo_loss")
 def _backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple:
     return (None if dloss is None else _hand_over(ctx, dloss), *(None,) * len(Arguments._fields))
 
@@ -233,12 +231,13 @@ class _Overwrite(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @without_graph("grpo_loss")
     def backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple:
-        return (
-            None if dloss is None else _hand_over(ctx, dloss),
-            *(None,) * len(Arguments._fields),
-        )
+        if dloss is None:
+            return (None,) * (1 + len(Arguments._fields))
+        dlogits = _hand_over(ctx, dloss)
+        mark_again(dlogits)
+        return (dlogits, *(None,) * len(Arguments._fields))
 
 
 class _Destroyed(torch.autograd.Function):
@@ -254,7 +253,7 @@ class _Destroyed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, _: Tensor) -> Tensor:
-        raise RuntimeError(DESTROYED)
+        raise RuntimeError(f"grpo_loss: {DESTROYED}")
 
 
 def grpo_inplace(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from grpo_fast._operands import Modes, Terms
 from grpo_fast.ops import _phases
+from grpo_fast.ops._autograd import without_graph
 from grpo_fast.ops._backend import launch, use_triton
 from grpo_fast.ops._chunks import (
     Scores,
@@ -404,7 +405,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.set_materialize_grads(False)
 
 
-@torch.autograd.function.once_differentiable
+@without_graph("linear_grpo_loss")
 def _backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple:
     none = (None,) * ctx.inputs
     if dloss is None:

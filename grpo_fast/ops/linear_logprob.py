@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from grpo_fast.ops import _arguments
+from grpo_fast.ops._autograd import anchors_of, once_differentiable, without_graph
 from grpo_fast.ops._backend import launch, use_triton
 from grpo_fast.ops._chunks import (
     NO_GRADIENT,
@@ -166,7 +167,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.set_materialize_grads(False)
 
 
-@torch.autograd.function.once_differentiable
+@without_graph("linear_logprob")
 def _backward(ctx: Any, dlogp: Tensor | None, dentropy: Tensor | None, *_: Any) -> tuple:
     none = (None,) * ctx.inputs
     if ctx.unit:
@@ -262,8 +263,7 @@ def linear_logprob(
     tanh(x / softcap)`, the logits living in one chunk of tokens at a time. Differentiable in hidden, weight,
     bias and `lora`, for any gradient of both outputs: the backward computes each chunk of logits again (8 N D
     V operations in all; 4 N D V where only `hidden` wants a gradient and there is no entropy; 2 N D V
-    without a gradient). Gradients have no graph of their own: a double backward is not supported, and with
-    `create_graph=True` they are constants.
+    without a gradient). A second derivative raises.
 
     Args:
         hidden: (B, T, D) or (N, D), float32, bfloat16 or float16: the last hidden states, row t for token t.
@@ -327,6 +327,9 @@ def linear_logprob(
         graded and hidden.requires_grad and frozen and not (return_entropy or tp_group),
         *options,
     )
+    anchors = anchors_of(hidden, *parameters)
+    logp = once_differentiable(op, logp, anchors)
     if return_entropy:
+        entropy = once_differentiable(op, entropy, anchors)
         return logp.view(ids.shape), entropy.view(ids.shape)
     return logp.view(ids.shape)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from grpo_fast.ops import _arguments, _rows
+from grpo_fast.ops._autograd import anchors_of, once_differentiable, without_graph
 from grpo_fast.ops._backend import launch, use_triton
 
 
@@ -185,6 +186,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.set_materialize_grads(False)
 
 
+@without_graph("logprob")
 def _backward(ctx: Any, dlogp: Tensor | None, dentropy: Tensor | None, *_: Any) -> tuple:
     logits, ids, mask, temperature, inv_temperature, *statistics = ctx.saved_tensors
     logp, entropy, top, total = statistics
@@ -268,6 +270,9 @@ def logprob(
     logp, entropy, _, _ = logprob_fwd(
         logits3, flat_ids, mask, temperatures, inv_temperature, return_entropy
     )
+    anchors = anchors_of(logits)
+    logp = once_differentiable("logprob", logp, anchors)
     if return_entropy:
+        entropy = once_differentiable("logprob", entropy, anchors)
         return logp.view(ids.shape), entropy.view(ids.shape)
     return logp.view(ids.shape)

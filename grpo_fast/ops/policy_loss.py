@@ -7,6 +7,7 @@ from torch import Tensor
 
 from grpo_fast._operands import Modes
 from grpo_fast.objective import Objective
+from grpo_fast.ops._autograd import without_graph
 from grpo_fast.ops._backend import launch, use_triton
 from grpo_fast.ops._terms import CLIP_DUAL, CLIP_HIGH, CLIP_LOW, token_policy_terms, weigh
 
@@ -97,6 +98,7 @@ def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.arguments = len(inputs)
 
 
+@without_graph("policy_loss")
 def backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple:
     """Of the same, differentiable in its first argument, logp."""
     (dlogp,) = ctx.saved_tensors
