@@ -210,8 +210,8 @@ def policy_loss(
         cu_seqlens,
         objective,
     )
-    logp = logps.reshape(-1).float()
-    flat_entropy = None if entropy is None else entropy.reshape(-1).float()
+    logp = logps.reshape(-1).float().contiguous()
+    flat_entropy = None if entropy is None else entropy.reshape(-1).float().contiguous()
     found = _phases.values(logp, flat_entropy, tokens, sequences, objective.terms)
     loss = once_differentiable(op, found.loss, anchors_of(logps, entropy))
     return loss_output(logps, loss, logp.detach(), flat_entropy, found.kl, found.clip, tokens)

@@ -25,6 +25,7 @@ from grpo_fast.kernels import (
     sequence_loss,
 )
 from grpo_fast.objective import Objective
+from tests.guards import unguarded
 
 ID, FLAG, FLOAT = 8, 1, 4  # bytes of an id, of an entry of a mask, of anything else per token
 SIZES = [100, 5000, 40_000]  # one program per row: one tile, several; many programs per row
@@ -95,6 +96,7 @@ def counted():
         return atomic(self, operation, pointers, value, mask, *args)
 
     with (
+        unguarded(),
         mock.patch.object(InterpreterBuilder, "create_masked_load", counting_load),
         mock.patch.object(InterpreterBuilder, "create_masked_store", counting_store),
         mock.patch.object(InterpreterBuilder, "create_atomic_rmw", counting_atomic),
