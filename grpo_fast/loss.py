@@ -182,7 +182,9 @@ def policy_loss(
         raise ValueError(
             f"{op}: entropy: needed, since objective.{name}={getattr(objective, name)}"
         )
-    if entropy is not None and entropy.shape != logps.shape:
+    if entropy is not None and (
+        _arguments.check_tensor(op, "entropy", entropy).shape != logps.shape
+    ):
         raise ValueError(
             f"{op}: entropy: want {tuple(logps.shape)}, got {_arguments.shape_of(entropy)}"
         )
