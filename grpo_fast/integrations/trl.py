@@ -182,17 +182,16 @@ def log_probs(
 
 
 @contextlib.contextmanager
-def without_autocast(hidden: Tensor, dtype: torch.dtype | None = None) -> Iterator[Tensor]:
+def without_autocast(hidden: Tensor) -> Iterator[Tensor]:
     """`with without_autocast(hidden) as hidden`: of the dtype autocast would give it, and autocast off.
 
-    Args:
-        dtype: to take instead.
+    Float64 stays what it is, as under autocast.
     """
     kind = hidden.device.type
-    if dtype is None and torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
+    cast = torch.is_autocast_enabled(kind) and hidden.dtype != torch.float64
+    dtype = torch.get_autocast_dtype(kind) if cast else hidden.dtype
     with torch.autocast(kind, enabled=False):
-        yield hidden if dtype is None else hidden.to(dtype)
+        yield hidden.to(dtype)
 
 
 _WARNED: set[str] = set()
