@@ -91,19 +91,23 @@ class Head:
 def _gathered_logits(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, group: dist.ProcessGroup
 ) -> Tensor:
-    """`linear(hidden, weight, bias)` of the rows of all processes; the gradient of hidden is the whole one."""
+    """`linear(hidden, weight, bias)` of the rows of all processes; hidden gets the whole gradient."""
     mesh = DeviceMesh.from_group(group, hidden.device.type)
     rows = sum(rows_of_all(len(weight), group, weight.device))
-    whole = DTensor.from_local(hidden, mesh, run_check=False)
     shape = (rows, weight.shape[1])
+    whole: Any = DTensor.from_local(hidden, mesh, run_check=False)
     sharded = [
         DTensor.from_local(
-            x, mesh, [Shard(0)], run_check=False, shape=shape[: x.ndim], stride=stride
+            *(x, mesh, [Shard(0)]),
+            run_check=False,
+            shape=torch.Size(shape[: x.ndim]),
+            stride=(shape[1], 1)[-x.ndim :],
         )
-        for x, stride in ((weight, (shape[1], 1)), (bias, (1,)))
+        for x in (weight, bias)
         if x is not None
     ]
-    return nn.functional.linear(whole, *sharded).full_tensor()
+    logits: Any = nn.functional.linear(whole, *sharded)
+    return logits.full_tensor()
 
 
 def head_path(lm: Any) -> list[nn.Module]:
@@ -130,8 +134,9 @@ def _inside(name: str, module: nn.Module) -> nn.Module | None:
             return module._modules[key]
     if hasattr(module, "base_layer") or "token_adapter" in module._modules:
         raise TypeError(
-            f"{name}: an adapter on the head ({type(module).__name__}) would have no effect: leave the output "
-            "embeddings out of its target modules; trainable_token_indices reach a tied head as well: untie it"
+            f"{name}: an adapter on the head ({type(module).__name__}) would have no effect: leave the "
+            "output embeddings out of its target modules; trainable_token_indices reach a tied head as "
+            "well: untie it"
         )
     if "modules_to_save" in module._modules:  # PEFT's trainable copies, unless adapters are off
         wrapper: Any = module
@@ -151,8 +156,8 @@ def _check_linear(module: nn.Module) -> None:
         )
     if type(module).forward is not nn.Linear.forward:
         raise TypeError(
-            f"want a head that is a torch.nn.Linear, got {kind}, whose forward is its own: its logits need not "
-            f"be hidden @ weight.T + bias. If it is quantised, {INSTEAD_OF_QUANTISED}"
+            f"want a head that is a torch.nn.Linear, got {kind}, whose forward is its own: its logits need "
+            f"not be hidden @ weight.T + bias. If it is quantised, {INSTEAD_OF_QUANTISED}"
         )
     weight = module.weight
     of_its_own = type(weight).__torch_dispatch__ is not Tensor.__torch_dispatch__
@@ -243,9 +248,9 @@ def call_head(
     def forward(hidden: Tensor) -> T:
         if isinstance(hidden, DTensor):
             raise TypeError(
-                "the hooks of the head make a DTensor of the hidden states (parallelize_module): leave the head "
-                "out of its plan; or call linear_grpo_loss and linear_logprob with hidden_states(model, ...), "
-                "head.weight.to_local() and tp_group=mesh.get_group()"
+                "the hooks of the head make a DTensor of the hidden states (parallelize_module): leave the "
+                "head out of its plan; or call linear_grpo_loss and linear_logprob with "
+                "hidden_states(model, ...), head.weight.to_local() and tp_group=mesh.get_group()"
             )
         head = read_head(path[-1], config, inside=True)
         return function(hidden.to(dtype or head.dtype_for(hidden)), head)

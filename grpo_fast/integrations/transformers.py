@@ -103,9 +103,9 @@ def compiler_of(model: nn.Module) -> Callable[[Any], Any] | None:
 def _warn_of_eager(name: str) -> None:
     """Once for each class of model."""
     warnings.warn(
-        f"grpo_fast: {name} was compiled in place (model.compile()), and runs uncompiled where its forward is "
-        "replaced, in with_head and hidden_states: compile its backbone instead (model.base_model.compile()), "
-        "or the whole as torch.compile(model)",
+        f"grpo_fast: {name} was compiled in place (model.compile()), and runs uncompiled where its forward "
+        "is replaced, in with_head and hidden_states: compile its backbone instead "
+        "(model.base_model.compile()), or the whole as torch.compile(model)",
         stacklevel=3,
     )
 
