@@ -88,7 +88,10 @@ class GRPOTrainer(trl.GRPOTrainer):
         if found:
             return f"the inputs are not text alone ({', '.join(found)})"
         if hasattr(model, "_orig_mod"):
-            return "the model is compiled as a whole (torch_compile)"
+            return (
+                "the model is compiled as a whole (torch_compile): without it, "
+                "model.base_model.compile() compiles the backbone beside the fused loss"
+            )
         own = [name for name in STEPS if name in vars(self) or self._overrides(name)]
         if own:
             return f"{type(self).__name__} has its own {', '.join(own)}"
