@@ -268,7 +268,7 @@ def _in_float64(
     objective = given["objective"]
     rewards, group_size = given.pop("rewards"), given.pop("group_size")
     if rewards is not None:
-        given["advantages"] = reference.group_advantage(rewards.double(), group_size=group_size)
+        given["advantages"] = _double_advantages(rewards, group_size)
         if given["scores"] is None and objective.surrogate == "topr":
             given["scores"] = rewards
     loss = reference.policy_loss(logp.view(like.shape), entropy=entropy.view(like.shape), **given)
@@ -282,6 +282,15 @@ def _in_float64(
         entropy=entropy.view(like.shape) if with_entropy else None,
         metrics={**out.metrics, "skipped_fraction": torch.zeros((), device=like.device)},
     )
+
+
+def _double_advantages(rewards: Tensor, group_size: int) -> Tensor:
+    """`reference.group_advantage` in float64, without the loop over groups that no graph can hold."""
+    groups = rewards.double().view(-1, group_size)
+    differ = groups.amax(1, keepdim=True) > groups.amin(1, keepdim=True)
+    centred = groups - groups.mean(1, keepdim=True)
+    squares = centred.square().sum(1, keepdim=True) / max(group_size - 1, 1)
+    return torch.where(differ, centred / (squares.sqrt() + SCORE_EPS), 0).view(-1)
 
 
 def _scored(tokens: Tokens, ids: Tensor) -> Tokens:

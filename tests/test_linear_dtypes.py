@@ -167,6 +167,23 @@ class TestFloat64:
         for key, value in single.metrics.items():
             torch.testing.assert_close(out.metrics[key], value, rtol=1e-3, atol=1e-5, msg=key)
 
+    @pytest.mark.parametrize("scored", ["advantages", "rewards"])
+    def test_compiled_as_one_graph(self, scored, device):
+        leaves, ids, _ = inputs(torch.float64, torch.float64, device, extras=False)
+        given = {scored: torch.tensor([0.0, 1.0, 3.0], device=device)}
+        given |= {"group_size": 3} if scored == "rewards" else {}
+
+        def loss(*leaves):
+            return linear_grpo_loss(*leaves, ids, **given).loss + linear_logprob(*leaves, ids).sum()
+
+        want = loss(*leaves)
+        torch._dynamo.reset()
+        got = torch.compile(loss, fullgraph=True, backend="aot_eager")(*leaves)
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-14)
+        grads = (torch.autograd.grad(x, leaves) for x in (got, want))
+        for a, b in zip(*grads, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-14)
+
     def test_nothing_to_score(self, device):
         weight = torch.randn(V, D, dtype=torch.float64, device=device, requires_grad=True)
         hidden = torch.zeros(0, T, D, dtype=torch.float64, device=device, requires_grad=True)

@@ -209,3 +209,21 @@ def parallelised_on_a_rank():
 @ranks.needs_gloo
 def test_a_head_that_pytorch_has_spread():
     ranks.run("tests.test_transformers_sharded:parallelised_on_a_rank", 2)
+
+
+def tied_to_a_unit_on_a_rank():
+    """FSDP2 around the embeddings alone frees them before the tied head runs: the error says what to do."""
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+
+    dist.init_process_group("gloo")
+    model = build("Qwen2-tied")
+    fully_shard(model.model.embed_tokens)
+    fully_shard(model)
+    with pytest.raises(ValueError, match=r"no wrapper gathered it.*part of the unit of the whole"):
+        fused_loss(model, *batch())
+
+
+@ranks.needs_gloo
+def test_a_head_that_nobody_gathers():
+    ranks.run("tests.test_transformers_sharded:tied_to_a_unit_on_a_rank", 2)

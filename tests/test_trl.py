@@ -345,10 +345,11 @@ class TestPatch:
         from trl.kernels import ChunkedLogProbFunction
 
         weight = torch.randn(9, 4).to(torch.float8_e4m3fn)
-        arguments = (torch.randn(3, 4), weight, None, torch.tensor([1, 2, 3]), 1.0, 9)
+        scored = (torch.randn(3, 4), weight, None, torch.tensor([1, 2, 3]))
+        arguments = (*scored, 1.0, 9, None, 1.0, ("entropy",))
         with pytest.warns(UserWarning, match="own log-prob head runs, since torch.float8_e4m3fn"):
-            got = utils._ChunkedLogProbFunction.apply(*arguments, outputs=("entropy",))
-        want = ChunkedLogProbFunction.apply(*arguments, outputs=("entropy",))
+            got = utils._ChunkedLogProbFunction.apply(*arguments)
+        want = ChunkedLogProbFunction.apply(*arguments)
         torch.testing.assert_close(got, want, rtol=0, atol=0)
 
     def test_under_zero_3_trls_head_runs(self, utils):
