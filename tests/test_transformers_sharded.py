@@ -53,7 +53,8 @@ def train_on_a_rank(kind):
         lm.lm_head = torch.compile(lm.lm_head, backend="eager")
     for layer in lm.model.layers:
         fully_shard(layer)
-    fully_shard(lm.lm_head)
+    together = {"group": lm.model.norm, "group tied": lm.model.embed_tokens}.get(kind)
+    fully_shard(lm.lm_head if together is None else [together, lm.lm_head])
     fully_shard(model)
     for _ in range(2):
         model.zero_grad()
@@ -100,7 +101,9 @@ def fsdp1_on_a_rank(kind, model, loss_of, want):
 
 
 @ranks.needs_gloo
-@pytest.mark.parametrize("kind", ["peft", "compiled", "fsdp1", "fsdp1 original"])
+@pytest.mark.parametrize(
+    "kind", ["peft", "compiled", "group", "group tied", "fsdp1", "fsdp1 original"]
+)
 def test_a_unit_of_its_own_over_two_processes(kind):
     if kind == "peft":
         pytest.importorskip("peft", reason="the trainable copy is PEFT's")
@@ -211,19 +214,21 @@ def test_a_head_that_pytorch_has_spread():
     ranks.run("tests.test_transformers_sharded:parallelised_on_a_rank", 2)
 
 
-def tied_to_a_unit_on_a_rank():
-    """FSDP2 around the embeddings alone frees them before the tied head runs: the error says what to do."""
+def distributed_on_a_rank():
+    """A weight that is spread for a reason nobody told: the error does not send the caller in circles."""
     import torch.distributed as dist
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import Shard, distribute_tensor
 
     dist.init_process_group("gloo")
-    model = build("Qwen2-tied")
-    fully_shard(model.model.embed_tokens)
-    fully_shard(model)
+    mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
+    model = build("Qwen2")
+    model.lm_head.weight = torch.nn.Parameter(
+        distribute_tensor(model.lm_head.weight, mesh, [Shard(0)])
+    )
     with pytest.raises(ValueError, match=r"no wrapper gathered it.*part of the unit of the whole"):
         fused_loss(model, *batch())
 
 
 @ranks.needs_gloo
 def test_a_head_that_nobody_gathers():
-    ranks.run("tests.test_transformers_sharded:tied_to_a_unit_on_a_rank", 2)
+    ranks.run("tests.test_transformers_sharded:distributed_on_a_rank", 2)

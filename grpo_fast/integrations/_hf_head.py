@@ -196,8 +196,8 @@ def read_head(linear: Any, config: Any, inside: bool) -> Head:
             f"the head's weight is sharded ({type(weight).__name__} of {weight.numel()} elements): "
             + (
                 "no wrapper gathered it for the forward of the head: let the module that owns it be part of "
-                "the unit of the whole model (fully_shard(model)) or a unit of its own; a head tied to the "
-                "embeddings may not be in a unit of them"
+                "the unit of the whole model (fully_shard(model)) or a unit of its own, a tied head of one "
+                "with the embeddings (fully_shard([embeddings, head]))"
                 if inside
                 else "use it inside the wrapped model's forward, with with_head"
             )
