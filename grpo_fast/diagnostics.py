@@ -87,7 +87,8 @@ def token_diagnostics(
     Raises:
         ValueError: another shape, by name; an objective with a KL term and no `ref_logps`.
     """
-    op, shape = "token_diagnostics", logps.shape
+    op = "token_diagnostics"
+    shape = _arguments.check_tensor(op, "logps", logps).shape
     tensors = {
         "old_logps": old_logps,
         "advantages": advantages,
@@ -95,7 +96,7 @@ def token_diagnostics(
         "ref_logps": ref_logps,
     }
     for name, x in tensors.items():
-        if x is not None and x.shape != shape:
+        if x is not None and _arguments.check_tensor(op, name, x).shape != shape:
             raise ValueError(f"{op}: {name}: want {tuple(shape)}, got {_arguments.shape_of(x)}")
     if objective.beta and ref_logps is None:
         raise ValueError(f"{op}: ref_logps: needed, since objective.beta={objective.beta}")
@@ -159,5 +160,7 @@ def kl_estimate(
         raise ValueError(
             "kl_estimate: objective.kl='k3_unbiased' needs a ratio: use token_diagnostics"
         )
+    for name, x in (("logps", logps), ("ref_logps", ref_logps)):
+        _arguments.check_tensor("kl_estimate", name, x)
     logp = logps.float()
     return kl_terms(logp, ref_logps.float(), torch.ones_like(logp), objective)[0]

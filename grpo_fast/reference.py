@@ -281,10 +281,10 @@ def head_logits(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
+    softcap: float | Tensor | None = None,
+    logit_scale: float | Tensor = 1.0,
     vocab_size: int | None = None,
-    lora: tuple[Tensor, Tensor, float] | None = None,
+    lora: tuple[Tensor, Tensor, float | Tensor] | None = None,
 ) -> Tensor:
     """`cap(logit_scale * (hidden @ weight.T + bias + scaling * (hidden @ A.T) @ B.T))`, (..., vocab_size).
 

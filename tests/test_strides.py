@@ -34,7 +34,7 @@ from grpo_fast.weights import (
     varied_groups,
 )
 
-B, T, V, D = 4, 6, 40, 8
+B, T, V, D = 4, 3, 20, 8
 DIFFERENTIABLE = ("logits", "logps", "entropy", "hidden", "weight", "bias", "lora_a", "lora_b")
 DIFFERENTIABLE += ("flat_logits", "flat_logps", "flat_hidden")
 
@@ -71,6 +71,7 @@ def of_one(x):
 
 
 LAYOUTS = [strided, sliced, transposed, swapped, expanded, of_one]
+EXACT = {"rtol": 1e-6, "atol": 1e-7}
 ROWS = ("logits", "flat_logits")  # their last dimension must be contiguous
 
 
@@ -112,7 +113,7 @@ def tensors(device):
         "token_weights": randn(B, T).exp(),
         "scores": randn(B),
         "temperature": 1 + randn(B, T).exp(),
-        "cu_seqlens": torch.tensor([0, 6, 12, 18, 24]),
+        "cu_seqlens": torch.tensor([0, 3, 6, 9, 12]),
         "statistics": randn(3, 16),
     }
     names = ("logits", "ids", "hidden", "logps", "mask", "old_logps", "importance_weights")
@@ -249,6 +250,10 @@ CALLS = {
 }
 
 
+WITH_KERNELS = ("grpo_loss", "linear_grpo_loss", "policy_loss", "logprob", "linear_logprob")
+WITH_KERNELS += ("group_advantage",)
+
+
 class Used(dict):
     """A dictionary that remembers what was asked for."""
 
@@ -289,11 +294,15 @@ def arguments_of(call):
 
 @pytest.mark.parametrize("name", CALLS)
 def test_layouts(name, backend, device):
+    if backend == "triton" and name.split(",")[0] not in WITH_KERNELS:
+        pytest.skip("has no kernel")
     call = CALLS[name]
     names = arguments_of(call)
     for argument in names:
         x = tensors(device)[argument]
         for layout in layouts_of(argument, x):
+            if backend == "triton" and layout not in (strided, of_one, sliced):
+                continue  # the others come to the kernels as one of these, and take minutes
             other = layout(x)
             assert layout is sliced or not other.is_contiguous()
             results = []
@@ -307,7 +316,9 @@ def test_layouts(name, backend, device):
             for a, b in zip((*got, *dgot), (*want, *dwant), strict=True):
                 torch.testing.assert_close(
                     *(a, b),
-                    **{"rtol": 1e-6, "atol": 1e-7, "equal_nan": True},
+                    # A matrix library adds up in another order for another layout.
+                    **({"rtol": 1e-4, "atol": 1e-5} if name.startswith("linear") else EXACT),
+                    equal_nan=True,
                     msg=lambda text, at=(argument, layout.__name__): f"{at}: {text}",
                 )
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from grpo_fast.ops._arguments import shape_of
+from grpo_fast.ops._arguments import check_tensor, shape_of
 from grpo_fast.ops.policy_loss import STATISTICS
 
 
@@ -12,6 +12,7 @@ def fold_statistics(gathered: Tensor) -> Tensor:
 
     The "loss" entry is summed, like the gradients of losses normalised by a common `num_items`.
     """
+    check_tensor("fold_statistics", "gathered", gathered)
     if gathered.ndim != 2 or gathered.shape[1] != len(STATISTICS):
         raise ValueError(
             f"fold_statistics: gathered: want (n, {len(STATISTICS)}), got {shape_of(gathered)}"
@@ -34,6 +35,7 @@ def metrics_from(statistics: Tensor) -> dict[str, Tensor]:
     Args:
         statistics: (16,), from `LossOutput.statistics` or `fold_statistics`.
     """
+    check_tensor("metrics_from", "statistics", statistics)
     s = dict(zip(STATISTICS, statistics.unbind(), strict=True))
     tokens = s["tokens"]
     count = tokens.clamp(min=1)
