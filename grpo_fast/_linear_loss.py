@@ -278,7 +278,7 @@ def _in_float64(
             given["scores"] = rewards
     loss = reference.policy_loss(logp.view(like.shape), entropy=entropy.view(like.shape), **given)
     logp, entropy = logp.detach(), entropy.detach()
-    found = _phases.values(logp.float(), entropy.float(), tokens, sequences, objective)
+    found = _phases.values(logp.float(), entropy.float(), tokens, sequences, objective.terms)
     rounded = entropy.float() if with_entropy else None
     out = loss_output(like, found.loss, logp.float(), rounded, found.kl, found.clip, tokens)
     return out._replace(
