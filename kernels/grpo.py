@@ -39,6 +39,7 @@ from grpo_fast.kernels.rows import (
     write_zeros,
 )
 from grpo_fast.kernels.schedules import aligned, reading, schedule
+from grpo_fast.kernels.terms import token_policy_terms
 from grpo_fast.kernels.tiles import (
     LOG2E,
     dlogits_factors,
@@ -46,7 +47,6 @@ from grpo_fast.kernels.tiles import (
     include_target,
     soft_cap,
     standard_score,
-    token_policy_terms,
 )
 
 MANY_ROWS = 1024

@@ -22,6 +22,7 @@ LAYERS = [
 ALLOWED_IN_KERNELS = {"torch", "triton", "functools", "dataclasses", "grpo_fast"}
 SHARED = {
     "tiles",
+    "terms",
     "rows",
     "schedules",
 }  # what kernels have in common; every other kernel file is a stem
