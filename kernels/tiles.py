@@ -119,7 +119,8 @@ def dlogits_factors(dlogp, dentropy, entropy, total, log2_total, inv_temperature
 @triton.jit
 def dlogits_target(dlogp, dentropy, entropy, logp, inv_temperature):
     """dL/dz at the scored token."""
-    by_entropy = tl.where(dentropy == 0, 0.0, dentropy * tl.exp(logp) * (logp + entropy))
+    p = tl.exp(logp)  # 0 where the logit is -inf: p log p is 0 then
+    by_entropy = tl.where((dentropy == 0) | (p == 0), 0.0, dentropy * p * (logp + entropy))
     return (dlogp * one_minus_exp(logp) - by_entropy) * inv_temperature
 
 

@@ -79,6 +79,7 @@ def read_shared_rows(
     else:
         logp, entropy, total = (logits.new_zeros(n, dtype=torch.float32) for _ in range(3))
         top = torch.full_like(logp, LOWEST)
+    logp = logp.masked_fill(total == 0, -torch.inf)  # this process's columns are -inf altogether
     own = [top, total, entropy if with_entropy else top, torch.where(mine, logp, NOBODY)]
     gathered = logp.new_empty(shard.group.size(), n, 4)
     gather(gathered.view(-1, 4), torch.stack(own, 1), group=shard.group)
