@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 
 from grpo_fast.kernels.policy_loss import load_tokens, scalars
-from grpo_fast.kernels.terms import bounded_log_ratio, greater, lesser, policy_terms
+from grpo_fast.kernels.terms import bounded_log_ratio, policy_terms
+from grpo_fast.kernels.tiles import greater, lesser
 
 BLOCK = 512
 

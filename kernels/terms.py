@@ -6,22 +6,12 @@ No loads, no stores. Twins on the PyTorch path: `grpo_fast/ops/_terms.py`.
 import triton
 import triton.language as tl
 
+from grpo_fast.kernels.tiles import greater, lesser
+
 # Bits of the clip flags: why the surrogate of a token passes no gradient (or is bounded).
 CLIP_LOW = tl.constexpr(1)
 CLIP_HIGH = tl.constexpr(2)
 CLIP_DUAL = tl.constexpr(4)
-
-
-@triton.jit
-def lesser(a, b):
-    """The minimum, NaN where either is: hardware's own returns the other, and hides what went wrong."""
-    return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
-def greater(a, b):
-    """The maximum, NaN where either is."""
-    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit

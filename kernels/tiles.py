@@ -15,9 +15,23 @@ import triton.language as tl
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 # Where a running maximum starts. Finite, so that a tile of -inf logits gives 2^(-inf) = 0 and no NaN.
-LOWEST = tl.constexpr(-1.0e30)
+LOWEST = tl.constexpr(-3.0e38)
+# From here on x = z * scale is too coarse: its last bit is worth 128. See `exact_scale`.
+FAR = tl.constexpr(1073741824.0)  # 2^30
 # 2^-150 is 0 in float32: the cap makes 0 * log2(0) come out as 0 and not as NaN.
 LOG2_ZERO = tl.constexpr(-150.0)
+
+
+@triton.jit
+def lesser(a, b):
+    """The minimum, NaN where either is: hardware's own returns the other, and hides what went wrong."""
+    return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def greater(a, b):
+    """The maximum, NaN where either is."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -104,6 +118,20 @@ def include_target(m, s, t, z, scale):
     t_all = tl.where(confident, t_rest - u * rest, t_rest + p * tl.maximum(u, LOG2_ZERO))
     entropy = (tl.where(confident, surprise, log2_total) - t_all / total) * LN2
     return top, total, log2_total, tl.where(surprise <= 0, 0.0, -surprise) * LN2, entropy
+
+
+@triton.jit
+def exact_scale(top, scale):
+    """The power of two that puts in [2^33, 2^35) what `scale` puts at `top`; and its reciprocal.
+
+    Where |z * scale| is 2^30 or more, logits that differ do so by more than 40 nats: of the softmax nothing
+    is left but the maximum, and how often it occurs. Products with a power of two are exact, so that equal
+    logits have a difference of 0 and all others one of which 2^x is 0.
+    """
+    e_top = (tl.abs(top).to(tl.int32, bitcast=True) >> 23) & 255
+    e_scale = (scale.to(tl.int32, bitcast=True) >> 23) & 255
+    e = tl.minimum(tl.maximum(127 + e_scale - tl.minimum(e_top, 254) + 34, 1), 253)
+    return (e << 23).to(tl.float32, bitcast=True), ((254 - e) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit

@@ -162,7 +162,7 @@ def gradient(
         p = logp.exp()  # 0 where the logit is -inf: p log p is 0 then
         nothing = (dentropy == 0) | (p == 0)
         target = target - torch.where(nothing, 0, dentropy * p * (logp + entropy))
-        u = torch.where(u == -torch.inf, 0, u)
+        u.clamp_(min=-150)  # where e is 0: its product with what is beyond float32 must be, too
         e.mul_(u.mul_((tilt * inv_temperature)[:, None]).add_((factor * inv_temperature)[:, None]))
     else:
         e.mul_((factor * inv_temperature)[:, None])
