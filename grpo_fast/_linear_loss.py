@@ -7,9 +7,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from grpo_fast import reference
+from grpo_fast._operands import Modes
 from grpo_fast._output import LossOutput, loss_output
 from grpo_fast.objective import Objective
 from grpo_fast.ops import _arguments, _phases
+from grpo_fast.ops._autograd import anchors_of, once_differentiable
 from grpo_fast.ops._head_arguments import Needs, check_head
 from grpo_fast.ops._tokens import Tokens, check_tokens
 from grpo_fast.ops.group_advantage import group_advantage_fwd
@@ -99,7 +101,7 @@ def linear_grpo_loss(
         `LossOutput`. Log-probs and entropy of tokens left out are unspecified (0), and the metrics are of
         the tokens that were computed (`metrics["tokens"]` of them); with `return_entropy` that is all that
         are not masked. `metrics["skipped_fraction"]` is the share of rows without a gradient pass. backward
-        works once; its gradients have no graph of their own, with `create_graph=True` either.
+        works once: a second one, or a second derivative, raises.
 
     Raises:
         ValueError, TypeError: as `grpo_loss`.
@@ -163,7 +165,7 @@ def linear_grpo_loss(
             *at_hand,
             group_size=group_size,
             importance_weights=importance_weights,
-            objective=objective,
+            modes=objective.terms.modes,
         )
     covered = live if keep is None else here(keep)
     needs = Needs(
@@ -172,13 +174,14 @@ def linear_grpo_loss(
             for x in (flat, *parameters)
         )
     )
-    with_entropy = return_entropy or objective.needs_entropy
+    terms, modes = objective.terms, objective.terms.modes
+    with_entropy = return_entropy or modes.needs_entropy
     if any(needs):
         everyone = keep
-        off_policy = not _phases.known_on_policy(tokens.old_logp, objective)
-        by_sequence = objective.needs_sequences and objective.top_entropy_quantile == 1
+        off_policy = not _phases.known_on_policy(tokens.old_logp, modes)
+        by_sequence = modes.needs_sequences and not modes.by_entropy
         # With a frozen head and no bonus the coefficients may come late: no second phase either way.
-        trained = needs.parameters or objective.entropy_coef or tp_group is not None
+        trained = needs.parameters or modes.has_bonus or tp_group is not None
         packed = compact and keep is None and cu_seqlens is not None
         if packed and by_sequence and off_policy and trained:
             # Given a mask the operator may wait for the ends of sequences: no second phase then.
@@ -189,7 +192,8 @@ def linear_grpo_loss(
             temperature=temperatures,
             inv_temperature=inv_temperature,
             return_entropy=with_entropy,
-            objective=objective.key,
+            modes=modes.key,
+            numbers=terms.numbers,
             **tokens._asdict(),
         )
         loss, by_token, logp, entropy, kl, clip, *_ = linear_grpo(
@@ -202,7 +206,7 @@ def linear_grpo_loss(
             *(keep, with_entropy, False, *options),
         )
         of_live = tokens._replace(mask=covered)
-        found = _phases.values(logp, entropy, of_live, sequences, objective)
+        found = _phases.values(logp, entropy, of_live, sequences, terms)
         by_token, kl, clip = found.loss, found.kl, found.clip
         loss = by_token.sum()
     if return_entropy and keep is not None:
@@ -214,7 +218,7 @@ def linear_grpo_loss(
                 *(others, True, False, *options),
             )
             logp, entropy = logp + rest[0], entropy + rest[1]  # each 0 where the other is not
-            found = _phases.values(logp, entropy, tokens, sequences, objective)
+            found = _phases.values(logp, entropy, tokens, sequences, terms)
         by_token, kl, clip, covered = found.loss, found.kl, found.clip, live
     out = loss_output(
         completion_ids,
@@ -228,6 +232,7 @@ def linear_grpo_loss(
     skipped = torch.zeros((), device=device)
     if keep is not None and keep.numel():
         skipped = 1 - here(keep).float().mean()
+    loss = once_differentiable(op, loss, anchors_of(hidden, *parameters))
     return out._replace(loss=loss, metrics={**out.metrics, "skipped_fraction": skipped})
 
 
@@ -250,7 +255,7 @@ def carries_gradient(
     *,
     group_size: int | None,
     importance_weights: Tensor | None,
-    objective: Objective,
+    modes: Modes,
 ) -> Tensor | None:
     """(N,) bool, where the arguments are: whether a token may have a gradient. None if all may.
 
@@ -267,12 +272,12 @@ def carries_gradient(
         return x[:, None].expand(len(x), T).reshape(-1) if sequence is None else x[sequence]
 
     conditions = [] if mask is None else [mask]
-    if objective.top_entropy_quantile < 1:  # every live token's entropy counts
+    if modes.by_entropy:  # every live token's entropy counts
         return mask
     if token_weights is not None:
         conditions.append(token_weights.reshape(-1) != 0)
-    if not (objective.beta or objective.entropy_coef):
-        if not objective.quadratic_coef:  # those do not vanish with the advantage
+    if not (modes.has_kl or modes.has_bonus):
+        if not modes.has_penalty:  # those do not vanish with the advantage
             if advantages is None:
                 assert rewards is not None
                 advantages = group_advantage_fwd(
@@ -280,7 +285,7 @@ def carries_gradient(
                 )
             conditions.append(per_token(advantages) != 0)
         # They may be on the GPU where the others decide on the host: then they do not decide.
-        importance = None if objective.surrogate == "vespo" else importance_weights
+        importance = None if modes.surrogate == "vespo" else importance_weights
         if importance is not None and all(x.device == importance.device for x in conditions):
             conditions.append(per_token(importance) != 0)
     if not conditions:
@@ -288,7 +293,7 @@ def carries_gradient(
     alive = conditions[0]
     for condition in conditions[1:]:
         alive = alive & condition
-    if not objective.needs_sequences:
+    if not modes.needs_sequences:
         return alive
     # One token moves all of its sequence, and the ratio is that of all of them.
     if sequence is None:

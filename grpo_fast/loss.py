@@ -1,19 +1,18 @@
 """The losses: `grpo_loss` on logits, `linear_grpo_loss` on hidden states, `policy_loss` on log-probs."""
 
-import dataclasses
-
 import torch
 from torch import Tensor
 
 from grpo_fast._linear_loss import linear_grpo_loss
+from grpo_fast._operands import Terms
 from grpo_fast._output import LossOutput, loss_output
 from grpo_fast.objective import Objective
-from grpo_fast.ops import _arguments, _phases
+from grpo_fast.ops import _arguments, _overwritten, _phases
+from grpo_fast.ops._autograd import anchors_of, once_differentiable
 from grpo_fast.ops._metrics import fold_statistics, metrics_from
 from grpo_fast.ops._tokens import Sequences, Tokens, check_tokens
 from grpo_fast.ops.group_advantage import group_advantage_fwd
 from grpo_fast.ops.grpo import (
-    DESTROYED,
     SCORE_EPS,
     Arguments,
     grpo,
@@ -83,13 +82,15 @@ def grpo_loss(
         return_entropy: compute the entropy, for `LossOutput.entropy` and the metrics, also where the
             objective does not need it.
         inplace: allow the logits to be overwritten with their gradient, which then needs no memory of its
-            own. Afterwards they cannot be used: a gradient through them raises. Not done under
-            `torch.compile`, whose memory planner decides, nor where no gradient is wanted. Objectives that
-            are not `objective.by_token` then read the logits once more, unless they are on policy.
+            own. Afterwards they cannot be used, nor their base and views: a gradient through them raises,
+            and so do `grpo_loss` and `logprob`; other functions that ask for no gradient read the gradient.
+            Not done under `torch.compile`, whose memory planner decides, nor where no gradient is wanted.
+            Objectives that are not `objective.by_token` then read the logits once more, unless they are on
+            policy.
 
     Returns:
-        `LossOutput`. No host sync happens on the way. backward works once: a second one, or a double
-        backward, raises.
+        `LossOutput`. No host sync happens on the way. backward works once: a second one, or a second
+        derivative, raises.
 
     Raises:
         ValueError, TypeError: arguments that do not fit, by name; advantages, rewards, weights, scores,
@@ -100,7 +101,6 @@ def grpo_loss(
     op = "grpo_loss"
     logits3 = _arguments.check_logits(op, logits, completion_ids, "completion_ids")
     _arguments.check_device(op, "completion_ids", completion_ids, logits)
-    _check_not_destroyed(logits)
     mask_flat = _arguments.check_mask(op, mask, completion_ids)
     ids = _arguments.check_ids(op, "completion_ids", completion_ids, mask_flat, logits.shape[-1])
     temperatures, inv_temperature = _arguments.check_temperature(
@@ -125,15 +125,17 @@ def grpo_loss(
     with_grad = torch.is_grad_enabled() and logits.requires_grad
     inplace = inplace and with_grad and not torch.compiler.is_compiling()
     if inplace:
-        _check_overwritable(logits)
+        _overwritten.check_overwritable(op, logits)
+    anchors = anchors_of(logits)
     return_entropy = return_entropy or objective.needs_entropy
-    rest = (temperatures, inv_temperature, objective, return_entropy, inplace)
+    rest = (temperatures, inv_temperature, objective.terms, return_entropy, inplace)
     if objective.by_token and with_grad:
         loss, logp, entropy, kl, clip = _by_launch(logits3, ids, tokens, *rest)
     else:
         loss, logp, entropy, kl, clip = _by_phases(logits3, ids, tokens, sequences, *rest)
+    loss = once_differentiable(op, loss, anchors)
     if inplace:
-        logits._grpo_fast_destroyed = logits._version  # type: ignore[attr-defined]
+        _overwritten.mark(logits)
     return loss_output(
         completion_ids, loss, logp, entropy if return_entropy else None, kl, clip, tokens
     )
@@ -173,19 +175,24 @@ def policy_loss(
     """
     op = "policy_loss"
     _arguments.check_tensor(op, "logps", logps)
+    _arguments.check_no_tangent(op, "logps", logps)
     if not logps.is_floating_point():
         raise TypeError(f"{op}: logps: want a floating dtype, got {logps.dtype}")
     if logps.ndim not in (1, 2):
         raise ValueError(f"{op}: logps: want (B, T) or (N,), got {_arguments.shape_of(logps)}")
     if objective.needs_entropy and entropy is None:
-        name = "entropy_coef" if objective.entropy_coef else "top_entropy_quantile"
+        name = "entropy_coef" if objective.terms.modes.has_bonus else "top_entropy_quantile"
         raise ValueError(
             f"{op}: entropy: needed, since objective.{name}={getattr(objective, name)}"
         )
-    if entropy is not None and entropy.shape != logps.shape:
-        raise ValueError(
-            f"{op}: entropy: want {tuple(logps.shape)}, got {_arguments.shape_of(entropy)}"
-        )
+    if entropy is not None:
+        _arguments.check_tensor(op, "entropy", entropy)
+        _arguments.check_no_tangent(op, "entropy", entropy)
+        if entropy.shape != logps.shape:
+            raise ValueError(
+                f"{op}: entropy: want {tuple(logps.shape)}, got {_arguments.shape_of(entropy)}"
+            )
+        _arguments.check_device(op, "entropy", entropy, logps)
     mask_flat = _arguments.check_mask(op, mask, logps)
     tokens, sequences = check_tokens(
         op,
@@ -205,8 +212,9 @@ def policy_loss(
     )
     logp = logps.reshape(-1).float()
     flat_entropy = None if entropy is None else entropy.reshape(-1).float()
-    found = _phases.values(logp, flat_entropy, tokens, sequences, objective)
-    return loss_output(logps, found.loss, logp.detach(), flat_entropy, found.kl, found.clip, tokens)
+    found = _phases.values(logp, flat_entropy, tokens, sequences, objective.terms)
+    loss = once_differentiable(op, found.loss, anchors_of(logps, entropy))
+    return loss_output(logps, loss, logp.detach(), flat_entropy, found.kl, found.clip, tokens)
 
 
 def _by_launch(
@@ -214,8 +222,8 @@ def _by_launch(
     ids: Tensor,
     tokens: Tokens,
     temperature: Tensor | None,
-    inv_temperature: float,
-    objective: Objective,
+    inv_temperature: Tensor,
+    terms: Terms,
     return_entropy: bool,
     inplace: bool,
     coefficient: Tensor | None = None,
@@ -225,14 +233,15 @@ def _by_launch(
     coefficient: of the surrogate, where it is known beforehand.
     """
     if coefficient is not None:
-        tokens, objective = _phases.without_surrogate(tokens, objective)
+        tokens, terms = _phases.without_surrogate(tokens, terms)
     arguments = Arguments(
         ids=ids,
         coefficient=coefficient,
         temperature=temperature,
         inv_temperature=inv_temperature,
         return_entropy=return_entropy,
-        objective=objective.key,
+        modes=terms.modes.key,
+        numbers=terms.numbers,
         **tokens._asdict(),
     )
     return (grpo_inplace if inplace else grpo)(logits, *arguments)[:5]
@@ -244,8 +253,8 @@ def _by_phases(
     tokens: Tokens,
     sequences: Sequences,
     temperature: Tensor | None,
-    inv_temperature: float,
-    objective: Objective,
+    inv_temperature: Tensor,
+    terms: Terms,
     return_entropy: bool,
     inplace: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -264,40 +273,23 @@ def _by_phases(
     with_grad = torch.is_grad_enabled() and logits.requires_grad
     coefficient = None
     if with_grad:
-        coefficient = _phases.coefficient_on_policy(tokens, sequences, objective)
+        coefficient = _phases.coefficient_on_policy(tokens, sequences, terms)
     if coefficient is not None:
         launched, logp, entropy, _, _ = _by_launch(
-            logits, ids, tokens, *rest, objective, return_entropy, inplace, coefficient
+            logits, ids, tokens, *rest, terms, return_entropy, inplace, coefficient
         )
         with torch.no_grad():
-            found = _phases.values(logp, entropy, tokens, sequences, objective)
+            found = _phases.values(logp, entropy, tokens, sequences, terms)
         loss = _phases.WithGradientOf.apply(launched, found.loss)
         return loss, logp, entropy, found.kl, found.clip
     with torch.set_grad_enabled(with_grad and not inplace):
         logp, entropy, _, _ = logprob_fwd(logits, ids, tokens.mask, *rest, return_entropy)
-        found = _phases.values(logp, entropy, tokens, sequences, objective)
+        found = _phases.values(logp, entropy, tokens, sequences, terms)
     loss = found.loss
     if with_grad and inplace:
         known = tokens._replace(ref_logp=None, entropy_weight=found.entropy_weight)
-        without_kl = dataclasses.replace(objective, beta=0.0)
-        launched = _by_launch(logits, ids, known, *rest, without_kl, False, True, found.dlogp)[0]
+        left = terms._replace(modes=terms.modes.without_kl())
+        bonus = terms.modes.has_bonus
+        launched = _by_launch(logits, ids, known, *rest, left, bonus, True, found.dlogp)[0]
         loss = _phases.WithGradientOf.apply(launched, loss)
     return loss, logp.detach(), entropy, found.kl, found.clip
-
-
-def _check_not_destroyed(logits: Tensor) -> None:
-    # Autograd notices a reuse that asks for a gradient; this one also notices the others.
-    if getattr(logits, "_grpo_fast_destroyed", None) == logits._version:
-        raise RuntimeError(DESTROYED)
-
-
-def _check_overwritable(logits: Tensor) -> None:
-    if logits.is_leaf:
-        raise ValueError(
-            "grpo_loss: inplace=True would overwrite a leaf tensor that requires grad; "
-            "pass logits that an operation computed, or inplace=False"
-        )
-    if torch._debug_has_internal_overlap(logits) == 1:
-        raise ValueError(
-            f"grpo_loss: inplace=True needs logits whose rows do not overlap, got strides {logits.stride()}"
-        )

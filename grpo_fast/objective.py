@@ -1,11 +1,13 @@
 """`Objective`: what is optimised, as one frozen, validated value."""
 
-import ast
 import dataclasses
 import functools
 import math
 from typing import Any, Literal, get_args
 
+from torch import Tensor
+
+from grpo_fast._operands import NUMBERS, Modes, Terms, operands
 from grpo_fast.presets import ENTROPY_BY_TOKENS, PRESETS
 
 Surrogate = Literal[
@@ -140,8 +142,8 @@ class Objective:
     kl_gradient: KLGradient = "own"
     entropy_coef: float = 0.0
     entropy_reduction: EntropyReduction = "same"
-    # The same value as a string, so that it can cross into a custom operator's schema.
-    key: str = dataclasses.field(init=False, repr=False, compare=False, default="")
+    # What the operators take. No field, so that `dataclasses.asdict` has numbers and words alone.
+    terms = Terms(Modes.of(" ".join(["none"] * len(Modes._fields))), operands(()))
 
     def __post_init__(self) -> None:
         _check_choice("surrogate", self.surrogate, get_args(Surrogate))
@@ -187,8 +189,30 @@ class Objective:
         for name in OPTIONS:  # an int would compile a kernel of its own
             if name not in NOT_FLOATS and getattr(self, name) is not None:
                 object.__setattr__(self, name, float(getattr(self, name)))
-        options = tuple(getattr(self, name) for name in OPTIONS)
-        object.__setattr__(self, "key", repr(options))
+        object.__setattr__(self, "terms", Terms(self._modes(), self._numbers()))
+
+    def _modes(self) -> Modes:
+        return Modes(
+            self.surrogate,
+            self.ratio,
+            self.dppo_value,
+            self.kl,
+            self.kl_gradient,
+            self.entropy_reduction,
+            has_kl=self.beta != 0,
+            has_bonus=self.entropy_coef != 0,
+            has_penalty=self.quadratic_coef != 0,
+            by_entropy=self.top_entropy_quantile < 1,
+            drops_stale=self.off_policy_threshold is not None,
+        )
+
+    def _numbers(self) -> Tensor:
+        given = [getattr(self, name) for name in NUMBERS]
+        return operands([math.nan if x is None else x for x in given])
+
+    def __reduce__(self) -> tuple:
+        # Without `terms`: a tensor that is sent to another process takes shared memory with it.
+        return _rebuild, (type(self), {name: getattr(self, name) for name in OPTIONS})
 
     def _check_effect(self) -> None:
         """An option that the surrogate or the KL estimator does not use must be left alone."""
@@ -225,7 +249,7 @@ class Objective:
             )
         for option in ("log_ratio_clip", "log_ratio_max"):
             bound = getattr(self, option)
-            if bound is not None and self.surrogate in ("reinforce", "dro", "vespo", "gmpo"):
+            if bound is not None and self.surrogate in WITHOUT_LOG_RATIO_BOUNDS:
                 raise ValueError(
                     f"{option}={bound} has no effect with surrogate={self.surrogate!r}, "
                     "which does not use it"
@@ -243,28 +267,27 @@ class Objective:
     @property
     def variant(self) -> str:
         """The surrogate as the kernels tell them apart."""
-        return f"{self.surrogate}_ratio" if self.dppo_value == "ratio" else self.surrogate
+        return self.terms.modes.variant
 
     @property
     def has_quadratic(self) -> bool:
         """Whether the surrogate holds a term in d^2, which acts without an advantage, too."""
-        return self.surrogate in ("ipo", "dro") or self.dppo_value == "ratio"
+        return self.terms.modes.has_quadratic
 
     @property
     def needs_sequences(self) -> bool:
         """Whether the loss of a token depends on the log-probs of its whole sequence."""
-        by_sequence = self.surrogate in ("vespo", "gmpo") or self.ratio != "token"
-        return by_sequence or self.off_policy_threshold is not None
+        return self.terms.modes.needs_sequences
 
     @property
     def by_token(self) -> bool:
         """Whether a token's coefficient depends on that token alone: then one launch does it all."""
-        return not self.needs_sequences and self.top_entropy_quantile == 1
+        return self.terms.modes.by_token
 
     @property
     def needs_entropy(self) -> bool:
         """Whether the loss depends on the entropy of the tokens."""
-        return self.entropy_coef != 0 or self.top_entropy_quantile < 1
+        return self.terms.modes.needs_entropy
 
     @property
     def log_ratio_bounds(self) -> tuple[float | None, float | None]:
@@ -303,10 +326,38 @@ class Objective:
         return Objective(**options)
 
     @staticmethod
-    @functools.lru_cache(maxsize=256)
-    def from_key(key: str) -> "Objective":
-        """The objective whose `key` this is."""
-        return Objective(**dict(zip(OPTIONS, ast.literal_eval(key), strict=True)))
+    def from_terms(modes: Modes, numbers: Tensor) -> "Objective":
+        """The objective of these terms, reduction apart: a weight per token has taken its place."""
+        # NaN is not equal to itself: nothing would be found under it.
+        return _from_numbers(modes, tuple([None if x != x else x for x in numbers.tolist()]))
+
+
+@functools.lru_cache(maxsize=256)
+def _from_numbers(modes: Modes, numbers: tuple[float | None, ...]) -> Objective:
+    options: dict[str, Any] = dict(zip(NUMBERS, numbers, strict=True))
+    unused = [name for name, users in USED_BY.items() if modes.surrogate not in users]
+    absent = {
+        "beta": not modes.has_kl,
+        "entropy_coef": not modes.has_bonus,
+        "quadratic_coef": not modes.has_penalty,
+        "top_entropy_quantile": not modes.by_entropy,
+        "off_policy_threshold": not modes.drops_stale,
+        "log_ratio_clip": modes.surrogate in WITHOUT_LOG_RATIO_BOUNDS,
+        "log_ratio_max": modes.surrogate in WITHOUT_LOG_RATIO_BOUNDS,
+    }
+    unused += [name for name, is_absent in absent.items() if is_absent]
+    return Objective(
+        surrogate=modes.surrogate,  # type: ignore[arg-type]
+        ratio=modes.ratio,  # type: ignore[arg-type]
+        dppo_value=modes.dppo_value,  # type: ignore[arg-type]
+        kl=modes.kl,  # type: ignore[arg-type]
+        kl_gradient=modes.kl_gradient,  # type: ignore[arg-type]
+        **{name: x for name, x in options.items() if name not in unused},
+    )
+
+
+def _rebuild(cls: type[Objective], options: dict[str, Any]) -> Objective:
+    return cls(**options)
 
 
 POSITIVE_OR_NONE = (
@@ -332,6 +383,7 @@ POSITIVE = ("tau_pos", "tau_neg", "vespo_lambda_pos", "vespo_lambda_neg")
 BOUNDED = ("clip", "cispo", "dppo_tv", "dppo_kl", "ipo", "rollout_is", "gmpo")
 # With a sequence ratio: those that are functions of the ratio alone.
 TAKES_RATIO = ("clip", "cispo", "sapo", "rollout_is")
+WITHOUT_LOG_RATIO_BOUNDS = ("reinforce", "dro", "vespo", "gmpo")
 # Which surrogates an option belongs to.
 USED_BY: dict[str, tuple[str, ...]] = {
     "epsilon_low": BOUNDED,
@@ -362,7 +414,7 @@ def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
 def _check_number(name: str, value: object, low: float | None = None, strict: bool = False) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: want a number, got {value!r} ({type(value).__name__})")
-    if not math.isfinite(value):
+    if not -math.inf < value < math.inf:  # not `math.isfinite`, which no compiled graph can hold
         raise ValueError(f"{name}: want a finite number, got {value}")
     if low is not None and (value < low or (strict and value == low)):
         raise ValueError(f"{name}: want {'>' if strict else '>='} {low:g}, got {value}")

@@ -222,8 +222,10 @@ def reduction_weights(
     num_sequences = len(mask) if cu_seqlens is None else len(cu_seqlens) - 1
     if objective.reduction == "token_mean":
         items = mask.sum() if num_items is None else num_items
-        if not isinstance(items, Tensor):  # filled on the device: a copy from the host could wait
-            items = torch.full((), items, dtype=dtype, device=mask.device)
+        if not isinstance(items, Tensor):
+            # Made on the device, for which nothing waits; a product, since a compiled `torch.full`
+            # would keep the number of the first call.
+            items = torch.ones((), dtype=dtype, device=mask.device) * float(items)
         weight = 1 / items.to(mask.device, dtype, non_blocking=True).clamp(min=1)
     elif objective.reduction == "sequence_mean":
         if cu_seqlens is None:

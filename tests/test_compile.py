@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from grpo_fast import Objective
+from grpo_fast._operands import operand
 from grpo_fast.loss import grpo_loss, linear_grpo_loss, policy_loss
 from grpo_fast.ops import group_advantage, linear_logprob, logprob
 from grpo_fast.ops.group_advantage import combine_rewards_fwd, group_advantage_fwd
@@ -181,6 +182,10 @@ def test_one_graph_for_every_length(step, layout, objective, device, monkeypatch
     assert len(graphs) == 2  # of the first length, then of any
 
 
+def terms_of(objective):
+    return objective.terms.modes.key, objective.terms.numbers
+
+
 def test_opcheck(backend, device):
     """Schema, fake implementation and autograd registration of every operator."""
     N = 6
@@ -188,8 +193,9 @@ def test_opcheck(backend, device):
     ids = torch.randint(V, (N,), device=device)
     x = torch.rand(N, device=device)
     mask = torch.tensor([1, 1, 0, 1, 1, 1], device=device).bool()
-    key = Objective(beta=0.1, entropy_coef=0.1).key
-    shared = (ids, mask, x, x, None, 1, None, x, x, *[None] * 5, 0.9, True, key)
+    terms = terms_of(Objective(beta=0.1, entropy_coef=0.1))
+    warm, unit = operand(0.9), operand(1.0)
+    shared = (ids, mask, x, x, None, 1, None, x, x, *[None] * 5, warm, True, *terms)
     tests = ("test_schema", "test_faketensor")
     autograd = (*tests, "test_autograd_registration")
 
@@ -197,16 +203,16 @@ def test_opcheck(backend, device):
         torch.library.opcheck(op, args, test_utils=tests)
 
     graded = logits.clone().requires_grad_()
-    check(logprob_fwd, graded, ids, mask, None, 0.9, True, tests=autograd)
-    check(logprob_fwd, logits, ids, None, x + 0.5, 1.0, False)
-    check(logprob_bwd, x, x, logits, ids, mask, None, 0.9, -x, x, x, x + 1)
+    check(logprob_fwd, graded, ids, mask, None, warm, True, tests=autograd)
+    check(logprob_fwd, logits, ids, None, x + 0.5, unit, False)
+    check(logprob_bwd, x, x, logits, ids, mask, None, warm, -x, x, x, x + 1)
     check(grpo, graded, *shared, tests=autograd)
     check(grpo_, logits.clone(), *shared)
     check(scale_rows_, logits.clone(), x)
     policy = (x.clone().requires_grad_(), mask, x, x, x, x, x, x)
-    check(policy_loss_fwd, *policy, key, tests=autograd)
-    gspo = Objective(ratio="sequence", beta=0.1).key
-    check(sequence_loss_fwd, *policy, None, None, 3, gspo, tests=autograd)
+    check(policy_loss_fwd, *policy, *terms, tests=autograd)
+    gspo = terms_of(Objective(ratio="sequence", beta=0.1))
+    check(sequence_loss_fwd, *policy, None, None, 3, *gspo, tests=autograd)
     check(token_statistics, mask, x, x, x, x, x, x, torch.zeros(N, dtype=torch.int8, device=device))
     check(group_advantage_fwd, x, 2, None, "group", 1e-4, True)
     check(group_advantage_fwd, x, 1, ids, "batch", 1e-4, False)
@@ -225,10 +231,10 @@ def test_opcheck_of_the_linear_head(backend, device):
     x = torch.rand(N, device=device)
     mask = torch.tensor([1, 1, 0, 1, 1, 1], device=device).bool()
     head = (weight.clone().requires_grad_(), bias, None, None)
-    options = (1.0, 5.0, 0.5, True, V, 4, "", 0, V)
-    scores = (ids, mask, None, 0.9)
-    key = Objective(beta=0.1, entropy_coef=0.1).key
-    tokens = (ids, mask, x, x, None, 1, None, x, x, *[None] * 5, 0.9, True, key)
+    options = (operand(1.0), operand(5.0), operand(0.5), True, V, 4, "", 0, V)
+    scores = (ids, mask, None, operand(0.9))
+    terms = terms_of(Objective(beta=0.1, entropy_coef=0.1))
+    tokens = (ids, mask, x, x, None, 1, None, x, x, *[None] * 5, operand(0.9), True, *terms)
     tests = ("test_schema", "test_faketensor")
     autograd = (*tests, "test_autograd_registration")
 

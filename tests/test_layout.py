@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = [
     {"kernels"},
     {"presets"},
+    {"_operands"},
     {"objective"},
     {"reference", "reference_terms"},
     {"ops"},

@@ -288,11 +288,14 @@ def test_presets():
     assert Objective.preset("bnpo").reduction == "token_mean"
 
 
-def test_objective_survives_its_key():
-    for objective in OBJECTIVES.values():
-        assert Objective.from_key(objective.key) == objective
-    changed = dataclasses.replace(Objective(), beta=0.5)
-    assert Objective.from_key(changed.key) == changed
+def test_objective_survives_its_terms():
+    """All but the reduction, for which a weight per token stands by then."""
+    for objective in (*OBJECTIVES.values(), dataclasses.replace(Objective(), beta=0.5)):
+        rest = {"reduction": "sequence_mean", "max_length": None, "entropy_reduction": "same"}
+        modes, numbers = objective.terms
+        found = Objective.from_terms(type(modes).of(modes.key), numbers)
+        assert found == dataclasses.replace(objective, **rest)
+        assert found.terms.modes == modes._replace(entropy_reduction="same")
 
 
 CONSTANTS = {

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from grpo_fast._operands import operand
 from grpo_fast.ops._backend import check_values
+from grpo_fast.ops._overwritten import check_not_overwritten
 
 LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -24,9 +26,14 @@ def check_tensor(op: str, name: str, x: object) -> Tensor:
 
 
 def check_no_tangent(op: str, name: str, x: Tensor) -> None:
-    """Refuse forward-mode derivatives: a custom operator would silently make them 0."""
+    """Refuse forward-mode derivatives, which a custom operator would silently make 0, and torch.func.grad."""
     if torch.compiler.is_compiling():
         return
+    if torch._C._functorch.is_gradtrackingtensor(x):
+        raise NotImplementedError(
+            f"{op}: {name} is differentiated by torch.func (grad, vjp, jacrev), which custom operators do "
+            "not support; use backward() or torch.autograd.grad"
+        )
     if torch.autograd.forward_ad.unpack_dual(x).tangent is not None:
         raise NotImplementedError(
             f"{op}: {name} carries a tangent, but there is no forward-mode derivative (torch.func.jvp)"
@@ -37,6 +44,8 @@ def check_logits(op: str, logits: Tensor, ids: Tensor, ids_name: str) -> Tensor:
     """`logits` as (B, T, V) without a copy; (N, V) becomes (1, N, V)."""
     check_tensor(op, "logits", logits)
     check_tensor(op, ids_name, ids)
+    check_no_tangent(op, "logits", logits)
+    check_not_overwritten(op, logits)
     if logits.dtype not in LOGITS_DTYPES:
         raise TypeError(
             f"{op}: logits: want float32, bfloat16 or float16, got {logits.dtype} "
@@ -100,6 +109,8 @@ def check_constant(op: str, name: str, x: object) -> None:
     Log-probs of other policies are taken as they come: every trainer holds them constant, and a reference
     that was scored with a graph, or `old_logps=logps`, is common.
     """
+    if isinstance(x, Tensor):
+        check_no_tangent(op, name, x)
     if isinstance(x, Tensor) and x.requires_grad:
         raise ValueError(
             f"{op}: {name} requires grad, but it is a constant that no gradient reaches; "
@@ -127,8 +138,8 @@ def check_mask(op: str, mask: Tensor | None, like: Tensor, anywhere: bool = Fals
 
 def check_temperature(
     op: str, temperature: float | Tensor, like: Tensor, mask: Tensor | None
-) -> tuple[Tensor | None, float]:
-    """(per-token temperatures (N,) or None, 1 / the common temperature)."""
+) -> tuple[Tensor | None, Tensor]:
+    """(per-token temperatures (N,) or None, 1 / the common temperature as an operand)."""
     check_constant(op, "temperature", temperature)
     if isinstance(temperature, Tensor) and temperature.ndim > 0:
         values = per_token(op, "temperature", temperature, like)
@@ -140,16 +151,16 @@ def check_temperature(
             if bad.any():
                 value = values[bad][0].item()
                 raise ValueError(f"{op}: temperature: want positive and finite, got {value}")
-        return values, 1.0
+        return values, operand(1.0)
     if isinstance(temperature, Tensor):  # 0-dim: stays on its device
         if not check_values(temperature):
-            return temperature.detach().float().expand(like.numel()).contiguous(), 1.0
+            return temperature.detach().float().expand(like.numel()).contiguous(), operand(1.0)
         temperature = float(temperature)
     if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
         raise TypeError(f"{op}: temperature: want a number or a tensor, got {temperature!r}")
     if not 0 < temperature < math.inf:
         raise ValueError(f"{op}: temperature: want positive and finite, got {temperature}")
-    return None, 1.0 / temperature
+    return None, operand(temperature).reciprocal()
 
 
 def check_cu_seqlens(op: str, cu_seqlens: Tensor, ids: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from grpo_fast.ops.logprob import read_rows, write_rows
 
 NO_GRADIENT = Needs(False, False, False, False, False)
 # -A log p with A = -1: the gradient of log p itself.
-UNIT = Objective(surrogate="reinforce")
+UNIT = Objective(surrogate="reinforce").terms
 # What `lifted` makes of the largest weight, at most: 4000 times as much is left for advantage and ratio.
 LIFTED = 16.0
 
@@ -25,10 +25,10 @@ class Scores(NamedTuple):
     ids: Tensor
     mask: Tensor | None
     temperature: Tensor | None
-    inv_temperature: float
+    inv_temperature: Tensor  # 0-dim, on the CPU
 
 
-SCORES = "Tensor ids, Tensor? mask, Tensor? temperature, float inv_temperature"
+SCORES = "Tensor ids, Tensor? mask, Tensor? temperature, Tensor inv_temperature"
 
 
 class Statistics(NamedTuple):
@@ -42,7 +42,7 @@ class Statistics(NamedTuple):
 
 def scaled(scores: Scores, options: Options) -> Scores:
     """Without a soft cap a logit scale is a temperature."""
-    if options.softcap or options.logit_scale == 1:
+    if options.softcap is not None or options.logit_scale == 1:
         return scores
     temperature = scores.temperature
     return scores._replace(
@@ -137,7 +137,7 @@ def read_with_unit_gradient(
     weight = head.hidden.new_ones(head.N, dtype=torch.float32)
     given: dict[str, Any] = dict.fromkeys(Arguments._fields)
     given |= {**scores._asdict(), "weight": weight, "advantages": -weight, "group_size": 1}
-    given |= {"return_entropy": with_entropy, "objective": UNIT.key}
+    given |= {"return_entropy": with_entropy, "modes": UNIT.modes.key, "numbers": UNIT.numbers}
     a = Arguments(**given)
     found = []
     for part in head.parts():
@@ -152,9 +152,13 @@ def read_with_unit_gradient(
 
 
 def slice_arguments(a: Arguments, rows: Tensor | slice) -> Arguments:
-    """The arguments of some rows; all tensors in `a` are per token."""
-    of_rows: list[Any] = [x[rows] if isinstance(x, Tensor) else x for x in a]
-    return Arguments(*of_rows)
+    """The arguments of some rows; all tensors in `a` are per token but those of numbers."""
+    of_rows: dict[str, Any] = {
+        name: x[rows]
+        for name, x in a._asdict().items()
+        if isinstance(x, Tensor) and name not in ("inv_temperature", "numbers")
+    }
+    return a._replace(**of_rows)
 
 
 def lifted(a: Arguments) -> tuple[Arguments, Tensor]:

@@ -171,9 +171,11 @@ class Head:
         self.bias = None if bias is None else bias[:V].to(self.logits_dtype)
         self.lora_a = None if lora_a is None else lora_a.to(self.dtype)
         self.lora_b = None if lora_b is None else lora_b[:V].to(self.dtype)
-        self.scaling = options.lora_scaling
+        self.scaling = options.lora_scaling.item()
         self.shard = Shard.of(options.tp_group, options.first_row) if options.tp_group else None
-        self.softcap = SoftCap(options.softcap, options.logit_scale) if options.softcap else None
+        self.softcap = None
+        if options.softcap is not None:
+            self.softcap = SoftCap(options.softcap.item(), options.logit_scale.item())
         self.N = len(hidden) if rows is None else len(rows)
         most = row_limit(hidden, options)
         D = hidden.shape[1]

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from grpo_fast._operands import operand
 from grpo_fast.ops._arguments import (
     LOGITS_DTYPES,
     check_device,
@@ -19,11 +20,11 @@ from grpo_fast.ops._vocab_parallel import rows_of_all
 
 
 class Options(NamedTuple):
-    """What the operators take about the head besides its tensors."""
+    """What the operators take about the head besides its tensors; the first three 0-dim, on the CPU."""
 
-    lora_scaling: float
-    softcap: float  # 0: none
-    logit_scale: float
+    lora_scaling: Tensor
+    softcap: Tensor | None
+    logit_scale: Tensor
     fp32_logits: bool
     vocab_size: int  # of this process
     chunk_size: int  # 0: chosen here
@@ -32,8 +33,9 @@ class Options(NamedTuple):
     widest: int  # the most rows of vocabulary that a process has
 
 
+NUM_NUMBERS = 3
 OPTIONS = (
-    "float lora_scaling, float softcap, float logit_scale, bool fp32_logits, int vocab_size, "
+    "Tensor lora_scaling, Tensor? softcap, Tensor logit_scale, bool fp32_logits, int vocab_size, "
     "int chunk_size, str tp_group, int first_row, int widest"
 )
 
@@ -136,9 +138,9 @@ def check_head(
         raise ValueError(f"{op}: logits_dtype={logits_dtype!r} is unknown; choose from fp32, bf16")
     size = 0 if chunk_size is None else check_count(op, "chunk_size", chunk_size)
     options = Options(
-        lora_scaling=scaling,
-        softcap=float(softcap or 0),
-        logit_scale=float(logit_scale),
+        lora_scaling=operand(scaling),
+        softcap=None if softcap is None else operand(softcap),
+        logit_scale=operand(logit_scale),
         fp32_logits=logits_dtype == "fp32",
         vocab_size=sizes[rank],
         chunk_size=size,
@@ -187,7 +189,7 @@ def check_lora(
         raise ValueError(f"{op}: lora A: want (r, {D}), got {shape_of(a)}")
     if b.shape != (rows, len(a)):
         raise ValueError(f"{op}: lora B: want ({rows}, {len(a)}), got {shape_of(b)}")
-    return a, b, float(scaling)
+    return a, b, scaling
 
 
 def check_count(op: str, name: str, x: object) -> int:

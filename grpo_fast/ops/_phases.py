@@ -5,13 +5,12 @@ depends on other tokens there are two ways: through autograd (log-probs, objecti
 backward), or with `coefficient`s known beforehand, which a launch adds to what it finds by itself.
 """
 
-import dataclasses
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from grpo_fast.objective import Objective
+from grpo_fast._operands import Modes, Terms
 from grpo_fast.ops._selection import top_entropy_mask
 from grpo_fast.ops._terms import weigh
 from grpo_fast.ops._tokens import Sequences, Tokens
@@ -34,13 +33,14 @@ def values(
     entropy: Tensor | None,
     tokens: Tokens,
     sequences: Sequences,
-    objective: Objective,
+    terms: Terms,
 ) -> Values:
     """The objective on log-probs; `loss` is differentiable in `logp` and `entropy`."""
     assert tokens.advantages is not None
-    if objective.top_entropy_quantile < 1:
+    modes, numbers = terms
+    if modes.by_entropy:
         assert entropy is not None
-        tokens = _keep_top_entropy(tokens, entropy.detach(), objective)
+        tokens = _keep_top_entropy(tokens, entropy.detach(), terms)
     shared = (
         logp,
         tokens.mask,
@@ -51,70 +51,59 @@ def values(
         tokens.importance,
         tokens.score,
     )
-    if objective.needs_sequences:
-        loss, dlogp, kl, clip = sequence_loss_fwd(*shared, *sequences, objective.key)
+    if modes.needs_sequences:
+        loss, dlogp, kl, clip = sequence_loss_fwd(*shared, *sequences, modes.key, numbers)
     else:
-        loss, dlogp, kl, clip = policy_loss_fwd(*shared, objective.key)
-    if objective.entropy_coef:
+        loss, dlogp, kl, clip = policy_loss_fwd(*shared, modes.key, numbers)
+    if modes.has_bonus:
         assert entropy is not None
         weight = tokens.weight if tokens.entropy_weight is None else tokens.entropy_weight
-        loss = loss - objective.entropy_coef * weigh(weight, entropy)
+        loss = loss - terms.number("entropy_coef") * weigh(weight, entropy)
     return Values(loss, dlogp, kl, clip, tokens.entropy_weight)
 
 
-def _keep_top_entropy(tokens: Tokens, entropy: Tensor, objective: Objective) -> Tokens:
+def _keep_top_entropy(tokens: Tokens, entropy: Tensor, terms: Terms) -> Tokens:
     """Tokens whose surrogate and bonus count only where the entropy is among the highest."""
     live = torch.ones_like(entropy, dtype=torch.bool) if tokens.mask is None else tokens.mask
-    kept = top_entropy_mask(entropy, live, objective.top_entropy_quantile)
+    kept = top_entropy_mask(entropy, live, terms.number("top_entropy_quantile"))
     importance = kept.float() if tokens.importance is None else tokens.importance * kept
     weight = tokens.weight
-    if objective.entropy_reduction == "token_mean":
+    if terms.modes.entropy_reduction == "token_mean":
         assert tokens.entropy_weight is not None
         # A mean over all live tokens becomes one over those kept.
         weight = tokens.entropy_weight * (live.sum() / kept.sum().clamp(min=1))
     return tokens._replace(importance=importance, entropy_weight=torch.where(kept, weight, 0))
 
 
-def known_on_policy(old_logp: Tensor | None, objective: Objective) -> bool:
+def known_on_policy(old_logp: Tensor | None, modes: Modes) -> bool:
     """Whether `coefficient_on_policy` has an answer."""
-    through_mean = objective.ratio == "sequence" or objective.surrogate == "gmpo"
-    by_kl = objective.beta != 0 and objective.kl == "k3_unbiased" and through_mean
-    return old_logp is None and not by_kl and objective.top_entropy_quantile == 1
+    by_kl = modes.has_kl and modes.kl == "k3_unbiased" and modes.through_mean
+    return old_logp is None and not by_kl and not modes.by_entropy
 
 
-def coefficient_on_policy(
-    tokens: Tokens, sequences: Sequences, objective: Objective
-) -> Tensor | None:
+def coefficient_on_policy(tokens: Tokens, sequences: Sequences, terms: Terms) -> Tensor | None:
     """What dloss/dlogp owes to the surrogate, (N,), where that is known before any log-prob is.
 
     On policy every ratio is 1, that of a sequence as well, so it is for all objectives on sequences; unless
     the KL comes back through the mean of the sequence, or entropies choose the tokens.
     """
-    if not known_on_policy(tokens.old_logp, objective):
+    modes, numbers = terms
+    if not known_on_policy(tokens.old_logp, modes):
         return None
     assert tokens.advantages is not None
-    surrogate = dataclasses.replace(objective, beta=0.0, entropy_coef=0.0, entropy_reduction="same")
     logp = torch.zeros_like(tokens.weight)
     shared = (logp, tokens.mask, tokens.weight, tokens.advantages, None, None)
-    return sequence_loss_fwd(*shared, tokens.importance, tokens.score, *sequences, surrogate.key)[1]
+    rest = (tokens.importance, tokens.score, *sequences, modes.surrogate_alone().key, numbers)
+    return sequence_loss_fwd(*shared, *rest)[1]
 
 
-def without_surrogate(tokens: Tokens, objective: Objective) -> tuple[Tokens, Objective]:
+def without_surrogate(tokens: Tokens, terms: Terms) -> tuple[Tokens, Terms]:
     """What is left of a launch when the surrogate's coefficient is given: KL and entropy bonus."""
     nothing = torch.zeros_like(tokens.weight)
-    rest = Objective(
-        surrogate="reinforce",
-        beta=objective.beta,
-        kl=objective.kl,
-        kl_gap_clip=objective.kl_gap_clip,
-        kl_value_clip=objective.kl_value_clip,
-        kl_gradient=objective.kl_gradient,
-        entropy_coef=objective.entropy_coef,
-    )
     tokens = tokens._replace(
         advantages=nothing, rewards=None, old_logp=None, importance=None, score=None
     )
-    return tokens, rest
+    return tokens, terms._replace(modes=terms.modes.without_surrogate())
 
 
 class WithGradientOf(torch.autograd.Function):

@@ -94,7 +94,7 @@ def share_of(live: Tensor, fraction: float) -> Tensor:
 def top_entropy_mask(
     entropy: Tensor,
     live: Tensor,
-    fraction: float,
+    fraction: float | Tensor,
     group: "torch.distributed.ProcessGroup | None" = None,
 ) -> Tensor:
     """(N,) bool: live tokens whose entropy is at least the (1 - fraction) quantile of all live ones.
@@ -109,7 +109,7 @@ def top_entropy_mask(
     if group is not None:
         torch.distributed.all_reduce(n, group=group)
     # In float32 the rank is torch.quantile's own, to the bit; beyond 2^24 float32 cannot count.
-    quantile = torch.full((), 1 - fraction, dtype=torch.float64, device=entropy.device)
+    quantile = torch.ones((), dtype=torch.float64, device=entropy.device) - fraction
     rank = torch.where(n <= 2**24, quantile.float() * (n - 1).float(), quantile * (n - 1))
     rank = rank.clamp(min=0)
     ranks = torch.stack([rank.floor(), rank.ceil()]).long()

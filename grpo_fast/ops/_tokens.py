@@ -147,22 +147,24 @@ def _check_needed(
     scores: Tensor | None,
 ) -> None:
     """Arguments that the objective cannot do without, or does not use."""
-    if objective.beta and ref_logps is None:
+    modes = objective.terms.modes
+    if modes.has_kl and ref_logps is None:
         raise ValueError(f"{op}: ref_logps: needed, since objective.beta={objective.beta}")
     if scores is not None and objective.surrogate != "topr":
         raise ValueError(
             f"{op}: scores have no effect with surrogate={objective.surrogate!r}; they belong to 'topr'"
         )
     reason = None
-    if objective.off_policy_threshold is not None:
-        reason = f"off_policy_threshold={objective.off_policy_threshold}"
-    elif objective.surrogate == "rollout_is":
-        reason = "surrogate='rollout_is'"
-    elif objective.quadratic_coef:
-        reason = f"quadratic_coef={objective.quadratic_coef}"
+    if modes.drops_stale:
+        reason = "off_policy_threshold"
+    elif modes.surrogate == "rollout_is":
+        reason = "surrogate"
+    elif modes.has_penalty:
+        reason = "quadratic_coef"
     if reason and old_logps is None:
+        option = f"{reason}={getattr(objective, reason)!r}"
         raise ValueError(
-            f"{op}: old_logps: needed, since {reason} measures the distance to the policy that "
+            f"{op}: old_logps: needed, since {option} measures the distance to the policy that "
             "sampled; on the first update pass that policy's log-probs all the same"
         )
 

@@ -59,7 +59,7 @@ def read_shared_rows(
     ids: Tensor,
     mask: Tensor | None,
     temperature: Tensor | None,
-    inv_temperature: float,
+    inv_temperature: Tensor,
     with_entropy: bool,
     softcap: _rows.SoftCap | None,
     shard: Shard,
@@ -83,8 +83,10 @@ def read_shared_rows(
     own = [top, total, entropy if with_entropy else top, torch.where(mine, logp, NOBODY)]
     gathered = logp.new_empty(shard.group.size(), n, 4)
     gather(gathered.view(-1, 4), torch.stack(own, 1), group=shard.group)
-    common = inv_temperature if temperature is None else 1 / temperature
-    unit = torch.as_tensor(common, dtype=torch.float32, device=logp.device).expand(n)
+    if temperature is None:
+        unit = torch.full_like(top, inv_temperature.item())
+    else:
+        unit = 1 / temperature
     if use_triton(logits):
         # Maxima in log2 units of `scale`; where the total is negative, logits (`scoring.saved_statistics`).
         scale = unit * LOG2E

@@ -5,9 +5,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from grpo_fast._operands import Modes
 from grpo_fast.objective import Objective
 from grpo_fast.ops import _rows
+from grpo_fast.ops._autograd import without_graph
 from grpo_fast.ops._backend import launch, use_triton
+from grpo_fast.ops._overwritten import DESTROYED, mark_again
 from grpo_fast.ops._terms import token_policy_terms, weigh
 from grpo_fast.ops.group_advantage import group_advantage_fwd
 
@@ -16,10 +19,6 @@ SCORE_EPS = 1e-4  # of the z-score of `rewards`, as in kernels/grpo.py
 USED_TWICE = (
     "grpo_loss: backward ran a second time. The gradient with respect to the logits is computed once, in "
     "the forward, and handed over by the first backward; compute the loss again for a second one."
-)
-DESTROYED = (
-    "grpo_loss: these logits were overwritten with their gradient by grpo_loss(..., inplace=True) and "
-    "cannot be used afterwards; use inplace=False, or do all other work on the logits first."
 )
 
 
@@ -40,20 +39,17 @@ class Arguments(NamedTuple):
     coefficient: Tensor | None  # what dloss/dlogp has besides, known beforehand
     entropy_weight: Tensor | None  # None: weight
     temperature: Tensor | None
-    inv_temperature: float  # where there is no temperature per token
-    return_entropy: bool  # also where the objective has no use for it
-    objective: str  # `Objective.key`
-
-    @property
-    def with_entropy(self) -> bool:
-        return self.return_entropy or Objective.from_key(self.objective).entropy_coef != 0
+    inv_temperature: Tensor  # where there is no temperature per token; 0-dim, on the CPU
+    return_entropy: bool  # needed where the objective has a bonus
+    modes: str  # `Modes.key`
+    numbers: Tensor  # of `Terms`
 
 
 ARGUMENTS = (
     "Tensor ids, Tensor? mask, Tensor weight, Tensor? advantages, Tensor? rewards, int group_size, "
     "Tensor? sequence, Tensor? old_logp, Tensor? ref_logp, Tensor? importance, Tensor? score, "
-    "Tensor? coefficient, Tensor? entropy_weight, Tensor? temperature, float inv_temperature, "
-    "bool return_entropy, str objective"
+    "Tensor? coefficient, Tensor? entropy_weight, Tensor? temperature, Tensor inv_temperature, "
+    "bool return_entropy, str modes, Tensor numbers"
 )
 
 
@@ -74,7 +70,7 @@ def new_outputs(a: Arguments) -> Outputs:
     return Outputs(
         new(N),
         new(N),
-        new(N if a.with_entropy else 0),
+        new(N if a.return_entropy else 0),
         new(N if a.ref_logp is not None else 0),
         new(N, dtype=torch.int8),
     )
@@ -84,11 +80,13 @@ def fill(
     logits: Tensor, a: Arguments, dlogits: Tensor, softcap: _rows.SoftCap | None = None
 ) -> Outputs:
     """Write the gradient into `dlogits`, (B, T, V), which may be `logits`; return the rest."""
-    objective = Objective.from_key(a.objective)
+    objective = Objective.from_terms(Modes.of(a.modes), a.numbers)
+    common = a.inv_temperature.item()
     if use_triton(logits):
         from grpo_fast.kernels import grpo as kernels
 
-        arguments = {**a._asdict(), "objective": objective}
+        arguments = {**a._asdict(), "inv_temperature": common, "objective": objective}
+        del arguments["modes"], arguments["numbers"]
         outputs = launch(
             kernels.grpo_fwd_bwd,
             logits,
@@ -110,11 +108,11 @@ def fill(
         z = block if live is None else block[live]
         direct = live is None and dblock.dtype == torch.float32
         work = dblock if direct else torch.empty(z.shape, dtype=torch.float32, device=z.device)
-        scale = a.inv_temperature if a.temperature is None else 1 / a.temperature[where]
+        scale = common if a.temperature is None else 1 / a.temperature[where]
         ids = a.ids[where].long()
         if softcap is not None:
             z = softcap.apply(z)
-        e, statistics, u = _rows.exponentials(z, ids, scale, work, a.with_entropy)
+        e, statistics, u = _rows.exponentials(z, ids, scale, work, a.return_entropy)
         loss, dlogp, kl, clip = token_policy_terms(
             statistics.logp,
             None if a.old_logp is None else a.old_logp[where],
@@ -213,7 +211,7 @@ def _hand_over(ctx: Any, dloss: Tensor) -> Tensor:
     return dlogits
 
 
-@torch.autograd.function.once_differentiable
+@without_graph("grpo_loss")
 def _backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple:
     return (None if dloss is None else _hand_over(ctx, dloss), *(None,) * len(Arguments._fields))
 
@@ -233,12 +231,13 @@ class _Overwrite(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @without_graph("grpo_loss")
     def backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple:
-        return (
-            None if dloss is None else _hand_over(ctx, dloss),
-            *(None,) * len(Arguments._fields),
-        )
+        if dloss is None:
+            return (None,) * (1 + len(Arguments._fields))
+        dlogits = _hand_over(ctx, dloss)
+        mark_again(dlogits)
+        return (dlogits, *(None,) * len(Arguments._fields))
 
 
 class _Destroyed(torch.autograd.Function):
@@ -254,7 +253,7 @@ class _Destroyed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, _: Tensor) -> Tensor:
-        raise RuntimeError(DESTROYED)
+        raise RuntimeError(f"grpo_loss: {DESTROYED}")
 
 
 def grpo_inplace(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

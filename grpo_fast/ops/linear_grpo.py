@@ -21,8 +21,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from grpo_fast.objective import Objective
+from grpo_fast._operands import Modes, Terms
 from grpo_fast.ops import _phases
+from grpo_fast.ops._autograd import without_graph
 from grpo_fast.ops._backend import launch, use_triton
 from grpo_fast.ops._chunks import (
     Scores,
@@ -79,7 +80,7 @@ def sort(arguments: tuple) -> Call:
 
 
 def plan(
-    objective: Objective,
+    modes: Modes,
     known: bool,
     needs: Needs,
     ends: list[int] | None,
@@ -94,13 +95,13 @@ def plan(
         limit: how many rows of logits may exist at a time.
         shared: whether other processes have a part of the vocabulary.
     """
-    if objective.by_token:
+    if modes.by_token:
         return "token"
     if known:
         return "known"
-    if not (needs.parameters or objective.entropy_coef or shared):
+    if not (needs.parameters or modes.has_bonus or shared):
         return "late"
-    whole = objective.top_entropy_quantile == 1  # or tokens of all sequences decide
+    whole = not modes.by_entropy  # or tokens of all sequences decide
     if whole and ends is not None and all(j - i <= limit for i, j in itertools.pairwise(ends)):
         return "aligned"
     return "two_phase"
@@ -161,17 +162,17 @@ def as_tokens(a: Arguments) -> Tokens:
     return Tokens(*(getattr(a, name) for name in Tokens._fields))
 
 
-def with_coefficients(a: Arguments, c: Tensor, tokens: Tokens, objective: Objective) -> Arguments:
+def with_coefficients(a: Arguments, c: Tensor, tokens: Tokens, terms: Terms) -> Arguments:
     """What is left to find out where the surrogate's coefficients are known: KL and entropy bonus."""
-    rest, without = _phases.without_surrogate(tokens, objective)
-    return a._replace(**rest._asdict(), coefficient=c, objective=without.key)
+    rest, without = _phases.without_surrogate(tokens, terms)
+    return a._replace(**rest._asdict(), coefficient=c, modes=without.modes.key)
 
 
-def _entropy_gradient(tokens: Tokens, objective: Objective, found: _phases.Values) -> Tensor | None:
-    if not objective.entropy_coef:
+def _entropy_gradient(tokens: Tokens, terms: Terms, found: _phases.Values) -> Tensor | None:
+    if not terms.modes.has_bonus:
         return None
     weight = tokens.weight if found.entropy_weight is None else found.entropy_weight
-    return -objective.entropy_coef * weight
+    return -terms.number("entropy_coef") * weight
 
 
 def slice_tokens(tokens: Tokens, rows: slice) -> Tokens:
@@ -212,20 +213,20 @@ def by_shared_token(
     tokens: Tokens,
     c: Tensor | None,
     with_entropy: bool,
-    objective: Objective,
+    terms: Terms,
 ) -> Statistics:
     """`by_token` where the vocabulary is shared: a chunk's statistics meet before its coefficients are known.
 
     c: what dL/dlogp owes to the surrogate, where that is known.
     """
     if c is not None:
-        tokens, objective = _phases.without_surrogate(tokens, objective)
+        tokens, terms = _phases.without_surrogate(tokens, terms)
 
     def coefficients(part: slice, logp: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor | None]:
         these = slice_tokens(tokens, part)
-        found = _phases.values(logp, entropy, these, Sequences(None, None, 0), objective)
+        found = _phases.values(logp, entropy, these, Sequences(None, None, 0), terms)
         dlogp = found.dlogp if c is None else found.dlogp + c[part]
-        return dlogp, _entropy_gradient(these, objective, found)
+        return dlogp, _entropy_gradient(these, terms, found)
 
     return by_chunk(head, scores, head.parts(), coefficients, with_entropy)
 
@@ -237,7 +238,7 @@ def by_sequence(
     sequences: Sequences,
     ends: list[int],
     with_entropy: bool,
-    objective: Objective,
+    terms: Terms,
 ) -> Statistics:
     """Gradients where each chunk holds whole sequences, as many as fit."""
     runs = {ends[i]: (i, j) for i, j in _together(ends, head.C)}
@@ -249,8 +250,8 @@ def by_sequence(
             boundaries = boundaries[first : last + 1] - ends[first]
         mine = Sequences(at(sequences.log_importance, part), boundaries, sequences.T_len)
         these = slice_tokens(tokens, part)
-        found = _phases.values(logp, entropy, these, mine, objective)
-        return found.dlogp, _entropy_gradient(these, objective, found)
+        found = _phases.values(logp, entropy, these, mine, terms)
+        return found.dlogp, _entropy_gradient(these, terms, found)
 
     parts = (slice(ends[i], ends[j]) for i, j in runs.values())
     return by_chunk(head, scores, parts, coefficients, with_entropy)
@@ -271,16 +272,17 @@ def _forward(hidden: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     """The loss, `Outputs` of every token, and the gradients in the order of `Needs`."""
     call = sort(arguments)
     options, needs = call.options, call.needs
-    objective = Objective.from_key(call.tokens.objective)
-    rows, a, sequences, ends = compacted(call, hidden, objective.needs_sequences)
+    terms = Terms(Modes.of(call.tokens.modes), call.tokens.numbers)
+    modes = terms.modes
+    rows, a, sequences, ends = compacted(call, hidden, modes.needs_sequences)
     scores = scaled(Scores(a.ids, a.mask, a.temperature, a.inv_temperature), options)
     a = a._replace(temperature=scores.temperature, inv_temperature=scores.inv_temperature)
     lift = None
     if working_dtypes(hidden, options)[0] == torch.float16:
         a, lift = lifted(a)
     limit = row_limit(hidden, options)
-    known = not objective.by_token and _phases.known_on_policy(a.old_logp, objective)
-    way = plan(objective, known, needs, ends, limit, bool(options.tp_group))
+    known = not modes.by_token and _phases.known_on_policy(a.old_logp, modes)
+    way = plan(modes, known, needs, ends, limit, bool(options.tp_group))
     length = 0
     if way == "aligned" and ends is not None:
         length = max((ends[j] - ends[i] for i, j in _together(ends, limit)), default=1)
@@ -288,14 +290,14 @@ def _forward(hidden: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     if way == "token" and not head.shard:
         out = by_token(head, a)
     else:
-        out = _by_phases(way, head, scores, a, sequences, ends, objective)
+        out = _by_phases(way, head, scores, a, sequences, ends, terms)
     gradients = head.gradients()
     if lift is not None:
         out = out._replace(loss=out.loss / lift)
         for x in gradients:
             x /= lift
     N = len(hidden)
-    optional = {"entropy": a.with_entropy, "kl": a.ref_logp is not None}
+    optional = {"entropy": a.return_entropy, "kl": a.ref_logp is not None}
     outputs = [
         spread_rows(x, rows, N, computed=optional.get(name, True))
         for name, x in out._asdict().items()
@@ -310,35 +312,35 @@ def _by_phases(
     a: Arguments,
     sequences: Sequences,
     ends: list[int] | None,
-    objective: Objective,
+    terms: Terms,
 ) -> Outputs:
     """Gradients of the rows that take part, their coefficients depending on other rows."""
     tokens = as_tokens(a)
-    with_entropy = a.with_entropy
+    with_entropy = a.return_entropy
     c = None
     if way == "known":
-        c = _phases.coefficient_on_policy(tokens, sequences, objective)
+        c = _phases.coefficient_on_policy(tokens, sequences, terms)
     if head.shard and way in ("token", "known"):
-        statistics = by_shared_token(head, scores, tokens, c, with_entropy, objective)
+        statistics = by_shared_token(head, scores, tokens, c, with_entropy, terms)
         logp, entropy = statistics.logp, statistics.entropy
     elif c is not None:
-        out = by_token(head, with_coefficients(a, c, tokens, objective))
+        out = by_token(head, with_coefficients(a, c, tokens, terms))
         logp, entropy = out.logp, out.entropy
     elif way == "late":
         logp, entropy = read_with_unit_gradient(head, scores, with_entropy)
     elif way == "aligned":
         assert ends is not None
-        statistics = by_sequence(head, scores, tokens, sequences, ends, with_entropy, objective)
+        statistics = by_sequence(head, scores, tokens, sequences, ends, with_entropy, terms)
         logp, entropy = statistics.logp, statistics.entropy
     else:
         statistics = read_all(head, scores, with_entropy)
         logp, entropy = statistics.logp, statistics.entropy
-    found = _phases.values(logp, entropy, tokens, sequences, objective)
+    found = _phases.values(logp, entropy, tokens, sequences, terms)
     if way == "late":
         c = spread_rows(found.dlogp, head.rows, len(head.hidden))
         head.dhidden = weigh_rows(head.dhidden, c)
     elif way == "two_phase":
-        dentropy = _entropy_gradient(tokens, objective, found)
+        dentropy = _entropy_gradient(tokens, terms, found)
         write_all(head, scores, found.dlogp, dentropy, statistics)
     return Outputs(found.loss, logp, entropy, found.kl, found.clip)
 
@@ -403,7 +405,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.set_materialize_grads(False)
 
 
-@torch.autograd.function.once_differentiable
+@without_graph("linear_grpo_loss")
 def _backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple:
     none = (None,) * ctx.inputs
     if dloss is None:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from grpo_fast.ops import _arguments
+from grpo_fast.ops._autograd import anchors_of, once_differentiable, without_graph
 from grpo_fast.ops._backend import launch, use_triton
 from grpo_fast.ops._chunks import (
     NO_GRADIENT,
@@ -28,6 +29,7 @@ from grpo_fast.ops._chunks import (
 )
 from grpo_fast.ops._head import Head
 from grpo_fast.ops._head_arguments import (
+    NUM_NUMBERS,
     OPTIONS,
     PARAMETERS,
     Needs,
@@ -152,19 +154,20 @@ def _(x: Tensor, c: Tensor) -> Tensor:
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     hidden, *rest = inputs
-    parameters, scores, keep, _, ctx.unit, ctx.options = sorted_into(tuple(rest), *FORWARD)
-    ctx.inv_temperature = scores.inv_temperature
+    parameters, scores, keep, _, ctx.unit, options = sorted_into(tuple(rest), *FORWARD)
     ctx.inputs = len(inputs)
-    tensors = (scores.ids, scores.mask, scores.temperature)
     if ctx.unit:  # the hidden states themselves are not needed any more
         ctx.save_for_backward(output[4])
     else:
-        ctx.save_for_backward(hidden, *parameters, *tensors, keep, *output[:4])
+        ctx.save_for_backward(
+            *(hidden, *parameters, *scores, keep, *output[:4]), *options[:NUM_NUMBERS]
+        )
+        ctx.sizes = options[NUM_NUMBERS:]
     ctx.mark_non_differentiable(*output[2:])
     ctx.set_materialize_grads(False)
 
 
-@torch.autograd.function.once_differentiable
+@without_graph("linear_logprob")
 def _backward(ctx: Any, dlogp: Tensor | None, dentropy: Tensor | None, *_: Any) -> tuple:
     none = (None,) * ctx.inputs
     if ctx.unit:
@@ -172,7 +175,7 @@ def _backward(ctx: Any, dlogp: Tensor | None, dentropy: Tensor | None, *_: Any) 
         return none if dlogp is None else (weigh_rows(dhidden, dlogp), *none[1:])
     hidden, *rest = ctx.saved_tensors
     parameters = Parameters(*rest[:4])
-    ids, mask, temperature, keep, logp, entropy, top, total = rest[4:]
+    ids, mask, temperature, inv_temperature, keep, logp, entropy, top, total = rest[4:13]
     if not entropy.shape[0]:
         dentropy = None
     needs = Needs(*ctx.needs_input_grad[:5])
@@ -183,10 +186,10 @@ def _backward(ctx: Any, dlogp: Tensor | None, dentropy: Tensor | None, *_: Any) 
         dentropy,
         hidden,
         *parameters,
-        *(ids, mask, temperature, ctx.inv_temperature, keep),
+        *(ids, mask, temperature, inv_temperature, keep),
         *(logp, entropy, top, total),
         list(needs),
-        *ctx.options,
+        *(*rest[13:], *ctx.sizes),
     )
     wanted = [
         g.to(x.dtype) if n and x is not None else None
@@ -260,8 +263,7 @@ def linear_logprob(
     tanh(x / softcap)`, the logits living in one chunk of tokens at a time. Differentiable in hidden, weight,
     bias and `lora`, for any gradient of both outputs: the backward computes each chunk of logits again (8 N D
     V operations in all; 4 N D V where only `hidden` wants a gradient and there is no entropy; 2 N D V
-    without a gradient). Gradients have no graph of their own: a double backward is not supported, and with
-    `create_graph=True` they are constants.
+    without a gradient). A second derivative raises.
 
     Args:
         hidden: (B, T, D) or (N, D), float32, bfloat16 or float16: the last hidden states, row t for token t.
@@ -325,6 +327,9 @@ def linear_logprob(
         graded and hidden.requires_grad and frozen and not (return_entropy or tp_group),
         *options,
     )
+    anchors = anchors_of(hidden, *parameters)
+    logp = once_differentiable(op, logp, anchors)
     if return_entropy:
+        entropy = once_differentiable(op, entropy, anchors)
         return logp.view(ids.shape), entropy.view(ids.shape)
     return logp.view(ids.shape)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from grpo_fast.ops import _arguments, _rows
+from grpo_fast.ops._autograd import anchors_of, once_differentiable, without_graph
 from grpo_fast.ops._backend import launch, use_triton
 
 
@@ -14,15 +15,16 @@ def read_rows(
     ids: Tensor,
     mask: Tensor | None,
     temperature: Tensor | None,
-    inv_temperature: float,
+    inv_temperature: Tensor,
     with_entropy: bool,
     softcap: _rows.SoftCap | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """logp, entropy ((0,) unless wanted), and the row statistics that the gradient needs; (N,) fp32.
 
     Args:
-        logits: (B, T, V), B T = N. ids, mask, temperature: (N,).
+        logits: (B, T, V), B T = N. ids, mask, temperature: (N,). inv_temperature: 0-dim, on the CPU.
     """
+    common = inv_temperature.item()
     if use_triton(logits):
         from grpo_fast.kernels import logprob as kernels
 
@@ -33,7 +35,7 @@ def read_rows(
             ids,
             mask,
             temperature,
-            inv_temperature,
+            common,
             with_entropy,
             *(softcap or ()),
         )
@@ -46,7 +48,7 @@ def read_rows(
         z = block if live is None else block[live]
         where = rows if live is None else live + rows.start
         out = torch.empty(z.shape, dtype=torch.float32, device=z.device)
-        scale = inv_temperature if temperature is None else 1 / temperature[where]
+        scale = common if temperature is None else 1 / temperature[where]
         if softcap is not None:
             z = softcap.apply(z)
         _, statistics, _ = _rows.exponentials(z, ids[where].long(), scale, out, with_entropy)
@@ -62,7 +64,7 @@ def logprob_fwd(
     ids: Tensor,  # (N,)
     mask: Tensor | None,
     temperature: Tensor | None,
-    inv_temperature: float,
+    inv_temperature: Tensor,
     with_entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`read_rows` as an operator."""
@@ -75,7 +77,7 @@ def _(
     ids: Tensor,
     mask: Tensor | None,
     temperature: Tensor | None,
-    inv_temperature: float,
+    inv_temperature: Tensor,
     with_entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     N = ids.shape[0]
@@ -90,7 +92,7 @@ def write_rows(
     ids: Tensor,
     mask: Tensor | None,
     temperature: Tensor | None,
-    inv_temperature: float,
+    inv_temperature: Tensor,
     logp: Tensor,
     entropy: Tensor,
     top: Tensor,
@@ -102,6 +104,7 @@ def write_rows(
 
     ids: -1 where no column is scored.
     """
+    common = inv_temperature.item()
     if use_triton(logits):
         from grpo_fast.kernels import logprob as kernels
 
@@ -115,7 +118,7 @@ def write_rows(
             ids,
             mask,
             temperature,
-            inv_temperature,
+            common,
             logp,
             with_entropy,
             top,
@@ -132,7 +135,7 @@ def write_rows(
             z = softcap.apply(z)
         direct = live is None and dblock.dtype == torch.float32
         out = dblock if direct else torch.empty(z.shape, dtype=torch.float32, device=z.device)
-        scale = inv_temperature if temperature is None else 1 / temperature[where]
+        scale = common if temperature is None else 1 / temperature[where]
         u = _rows.scaled_difference(z, top[where][:, None], scale, out)
         e = u.exp() if dentropy is not None else u.exp_()
         statistics = _rows.Statistics(
@@ -159,7 +162,7 @@ def logprob_bwd(
     ids: Tensor,
     mask: Tensor | None,
     temperature: Tensor | None,
-    inv_temperature: float,
+    inv_temperature: Tensor,
     logp: Tensor,
     entropy: Tensor,
     top: Tensor,
@@ -178,13 +181,15 @@ def _(dlogp: Tensor, dentropy: Tensor | None, logits: Tensor, *rest: Any) -> Ten
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    logits, ids, mask, temperature, ctx.inv_temperature, ctx.with_entropy = inputs
-    ctx.save_for_backward(logits, ids, mask, temperature, *output)
+    *tensors, ctx.with_entropy = inputs
+    ctx.save_for_backward(*tensors, *output)
     ctx.set_materialize_grads(False)
 
 
+@without_graph("logprob")
 def _backward(ctx: Any, dlogp: Tensor | None, dentropy: Tensor | None, *_: Any) -> tuple:
-    logits, ids, mask, temperature, logp, entropy, top, total = ctx.saved_tensors
+    logits, ids, mask, temperature, inv_temperature, *statistics = ctx.saved_tensors
+    logp, entropy, top, total = statistics
     if not ctx.with_entropy:
         dentropy = None
     if dlogp is None and dentropy is None:
@@ -196,7 +201,7 @@ def _backward(ctx: Any, dlogp: Tensor | None, dentropy: Tensor | None, *_: Any) 
         ids,
         mask,
         temperature,
-        ctx.inv_temperature,
+        inv_temperature,
         logp,
         entropy,
         top,
@@ -265,6 +270,9 @@ def logprob(
     logp, entropy, _, _ = logprob_fwd(
         logits3, flat_ids, mask, temperatures, inv_temperature, return_entropy
     )
+    anchors = anchors_of(logits)
+    logp = once_differentiable("logprob", logp, anchors)
     if return_entropy:
+        entropy = once_differentiable("logprob", entropy, anchors)
         return logp.view(ids.shape), entropy.view(ids.shape)
     return logp.view(ids.shape)

@@ -5,7 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grpo_fast._operands import Modes
 from grpo_fast.objective import Objective
+from grpo_fast.ops._autograd import without_graph
 from grpo_fast.ops._backend import launch, use_triton
 from grpo_fast.ops._terms import (
     CLIP_DUAL,
@@ -47,10 +49,11 @@ def policy_loss_fwd(
     ref_logp: Tensor | None,
     importance: Tensor | None,
     score: Tensor | None,
-    objective: str,
+    modes: str,
+    numbers: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Weighted loss, its derivative in logp, KL ((0,) without ref_logp), clip flags; all (N,)."""
-    terms = Objective.from_key(objective)
+    objective = Objective.from_terms(Modes.of(modes), numbers)
     if use_triton(logp):
         from grpo_fast.kernels import policy_loss as kernels
 
@@ -58,7 +61,7 @@ def policy_loss_fwd(
             kernels.policy_loss_fwd,
             logp,
             *(logp, mask, weight, advantages, old_logp, ref_logp, importance, score),
-            terms,
+            objective,
         )
         return loss, dlogp, logp.new_empty(0) if kl is None else kl, clip
 
@@ -70,7 +73,7 @@ def policy_loss_fwd(
     )
     weight = weight if mask is None else torch.where(mask, weight, 0)
     loss, dlogp, kl, clip = token_policy_terms(
-        logp, old_logp, ref_logp, advantages, score, importance, terms
+        logp, old_logp, ref_logp, advantages, score, importance, objective
     )
     loss, dlogp = weigh(weight, loss), weigh(weight, dlogp)
     return loss, dlogp, logp.new_empty(0) if kl is None else kl, clip
@@ -102,6 +105,7 @@ def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.arguments = len(inputs)
 
 
+@without_graph("policy_loss")
 def backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple:
     """Of the same, differentiable in its first argument, logp."""
     (dlogp,) = ctx.saved_tensors

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from grpo_fast import reference
+from grpo_fast._operands import Modes
 from grpo_fast.objective import Objective
 from grpo_fast.ops._backend import launch, use_triton
 from grpo_fast.ops._terms import bounded_log_ratio, policy_terms, weigh
@@ -132,7 +133,8 @@ def sequence_loss_fwd(
     log_importance: Tensor | None,
     boundaries: Tensor | None,
     T_len: int,
-    objective: str,
+    modes: str,
+    numbers: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Weighted loss, its derivative in logp, KL ((0,) without ref_logp), clip flags; all (N,).
 
@@ -140,7 +142,7 @@ def sequence_loss_fwd(
         log_importance: (N,) what VESPO adds to the log sequence weight, masked tokens included.
         boundaries: (num_sequences + 1,) int64, or None where every `T_len` tokens are a sequence.
     """
-    terms = Objective.from_key(objective)
+    objective = Objective.from_terms(Modes.of(modes), numbers)
     if use_triton(logp):
         from grpo_fast.kernels import sequence_loss as kernels
 
@@ -148,7 +150,7 @@ def sequence_loss_fwd(
             kernels.sequence_loss_fwd,
             logp,
             *(logp, mask, weight, advantages, old_logp, ref_logp, importance, score),
-            *(log_importance, boundaries, T_len, terms),
+            *(log_importance, boundaries, T_len, objective),
         )
         return loss, dlogp, logp.new_empty(0) if kl is None else kl, clip
     segments = Segments.of(len(logp), boundaries, T_len)
@@ -168,7 +170,7 @@ def sequence_loss_fwd(
         live,
         kept(weight),
         segments,
-        terms,
+        objective,
     )
     return loss, dlogp, logp.new_empty(0) if kl is None else kl, clip
 

@@ -1,0 +1,150 @@
+"""Numbers as custom operators take them: in tensors, while modes are strings.
+
+`torch.compile` compiles a function again for each new value of a Python float that an operator takes, and
+with inductor it may run code that was made for another value. A tensor is an input of the graph: its values
+may change from step to step. These tensors live on the CPU, where an operator reads them without waiting.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+def operand(x: float) -> Tensor:
+    """A number as a 0-dim float64 tensor on the CPU, of the same value in a compiled graph."""
+    if torch.compiler.is_compiling():
+        # A product, because the compiler turns that into operations on tensors. `torch.full` and
+        # `torch.tensor` keep the value of the first call (torch 2.13).
+        return torch.ones((), dtype=torch.float64, device="cpu") * x
+    return torch.tensor(x, dtype=torch.float64, device="cpu")
+
+
+def operands(numbers: Sequence[float]) -> Tensor:
+    """The same for several numbers, (n,)."""
+    if torch.compiler.is_compiling():
+        return torch.stack([operand(x) for x in numbers])
+    return torch.tensor(numbers, dtype=torch.float64, device="cpu")
+
+
+class Modes(NamedTuple):
+    """The part of an objective that selects code, in words and flags; see `Objective`."""
+
+    surrogate: str
+    ratio: str
+    dppo_value: str
+    kl: str
+    kl_gradient: str
+    entropy_reduction: str
+    has_kl: bool  # beta is not 0
+    has_bonus: bool  # entropy_coef is not 0
+    has_penalty: bool  # quadratic_coef is not 0
+    by_entropy: bool  # top_entropy_quantile is below 1
+    drops_stale: bool  # off_policy_threshold is set
+
+    @property
+    def key(self) -> str:
+        """The same as a string, so that it can cross into a custom operator's schema."""
+        # Asked for one by one: a flag of a number that a compiled graph takes has no string.
+        flags = ["yes" if flag else "no" for flag in self[NUM_WORDS:]]
+        return " ".join([*self[:NUM_WORDS], *flags])  # type: ignore[list-item]
+
+    @staticmethod
+    def of(key: str) -> "Modes":
+        """The modes whose `key` this is."""
+        words = key.split()
+        flags = [word == "yes" for word in words[NUM_WORDS:]]
+        return Modes(*words[:NUM_WORDS], *flags)  # type: ignore[arg-type]
+
+    @property
+    def variant(self) -> str:
+        """The surrogate as the kernels tell them apart."""
+        return f"{self.surrogate}_ratio" if self.dppo_value == "ratio" else self.surrogate
+
+    @property
+    def has_quadratic(self) -> bool:
+        """Whether the surrogate holds a term in d^2, which acts without an advantage, too."""
+        return self.surrogate in ("ipo", "dro") or self.dppo_value == "ratio"
+
+    @property
+    def through_mean(self) -> bool:
+        """Whether a gradient comes back through the mean of a sequence."""
+        return self.ratio == "sequence" or self.surrogate == "gmpo"
+
+    @property
+    def needs_sequences(self) -> bool:
+        """Whether the loss of a token depends on the log-probs of its whole sequence."""
+        by_sequence = self.surrogate in ("vespo", "gmpo") or self.ratio != "token"
+        return by_sequence or self.drops_stale
+
+    @property
+    def by_token(self) -> bool:
+        """Whether a token's coefficient depends on that token alone: then one launch does it all."""
+        return not self.needs_sequences and not self.by_entropy
+
+    @property
+    def needs_entropy(self) -> bool:
+        """Whether the loss depends on the entropy of the tokens."""
+        return self.has_bonus or self.by_entropy
+
+    def without_kl(self) -> "Modes":
+        """The same objective without its KL term."""
+        return self._replace(has_kl=False)
+
+    def surrogate_alone(self) -> "Modes":
+        """The same objective without KL and entropy bonus."""
+        return self._replace(has_kl=False, has_bonus=False, entropy_reduction="same")
+
+    def without_surrogate(self) -> "Modes":
+        """KL and entropy bonus alone, for tokens whose advantage is 0."""
+        return self._replace(
+            surrogate="reinforce",
+            ratio="token",
+            dppo_value="logp",
+            entropy_reduction="same",
+            has_penalty=False,
+            by_entropy=False,
+            drops_stale=False,
+        )
+
+
+NUM_WORDS = 6  # of the fields of `Modes`; the others are flags
+
+
+class Terms(NamedTuple):
+    """An objective as operators take it: its modes, and all of its numbers, some of them perhaps unused."""
+
+    modes: Modes
+    numbers: Tensor  # (len(NUMBERS),) float64 on the CPU, NaN for None
+
+    def number(self, name: str) -> Tensor:
+        """One of the numbers, 0-dim."""
+        return self.numbers[NUMBERS.index(name)]
+
+
+# The numbers of an objective in the order of `Terms.numbers`.
+NUMBERS = (
+    "epsilon_low",
+    "epsilon_high",
+    "delta",
+    "dual_clip",
+    "tau_pos",
+    "tau_neg",
+    "ratio_cap",
+    "quadratic_coef",
+    "vespo_k_pos",
+    "vespo_lambda_pos",
+    "vespo_k_neg",
+    "vespo_lambda_neg",
+    "topr_weight_pos",
+    "topr_weight_neg",
+    "top_entropy_quantile",
+    "off_policy_threshold",
+    "log_ratio_clip",
+    "log_ratio_max",
+    "beta",
+    "kl_gap_clip",
+    "kl_value_clip",
+    "entropy_coef",
+)

@@ -1,0 +1,89 @@
+"""What the backwards have in common: their gradients have no derivative, and say so."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Backward = Callable[..., tuple]
+
+
+class _Constant(torch.autograd.Function):
+    """x as it is, where a backward through it, on the way to one of the `sources`, raises."""
+
+    @staticmethod
+    def forward(ctx: Any, op: str, x: Tensor, *sources: Tensor) -> Tensor:
+        ctx.op = op
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple:
+        raise RuntimeError(
+            f"{ctx.op}: second derivatives are not supported: a kernel computed the gradient, which has no "
+            "graph. grpo_fast.reference has the same functions in PyTorch's operators"
+        )
+
+
+class _Anchor(torch.autograd.Function):
+    """A tensor without elements in the place of x: it has the graph of x and does not keep its memory."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.new_empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> None:
+        return None
+
+
+class _Anchored(torch.autograd.Function):
+    """y as it is, its upstream gradient connected with the anchors."""
+
+    @staticmethod
+    def forward(ctx: Any, op: str, y: Tensor, *anchors: Tensor) -> Tensor:
+        ctx.op = op
+        ctx.save_for_backward(*anchors)
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple:
+        anchors = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            dy = _Constant.apply(ctx.op, dy, *anchors)
+        return None, dy, *(None,) * len(anchors)
+
+
+def anchors_of(*inputs: Tensor | None) -> list[Tensor]:
+    """Of an operator's inputs, before it overwrites any: what `once_differentiable` wants."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return []
+    return [_Anchor.apply(x) for x in inputs if x is not None and x.requires_grad]
+
+
+def once_differentiable(op: str, y: Tensor, anchors: list[Tensor]) -> Tensor:
+    """y, an output of `op`, such that second derivatives with respect to the inputs raise.
+
+    `torch.autograd.function.once_differentiable` raises only where the upstream gradient has a graph. With
+    any other, `create_graph=True` returns a constant, and what is differentiated next lacks a part.
+    """
+    return _Anchored.apply(op, y, *anchors) if anchors and y.requires_grad else y
+
+
+def without_graph(op: str) -> Callable[[Backward], Backward]:
+    """Mark the backward of `op` as one whose results are not differentiable."""
+
+    def decorate(backward: Backward) -> Backward:
+        @functools.wraps(backward)
+        def wrapped(ctx: Any, *upstream: Tensor | None) -> tuple:
+            sources = [x for x in upstream if x is not None and x.requires_grad]
+            with torch.no_grad():
+                found = backward(ctx, *upstream)
+            if not (sources and torch.is_grad_enabled()):
+                return found
+            return tuple(x if x is None else _Constant.apply(op, x, *sources) for x in found)
+
+        return wrapped
+
+    return decorate

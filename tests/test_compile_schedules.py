@@ -1,0 +1,113 @@
+"""`torch.compile(fullgraph=True)` over runs whose numbers change from step to step."""
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from grpo_fast import Objective
+from grpo_fast.loss import grpo_loss, linear_grpo_loss, policy_loss
+from grpo_fast.ops import linear_logprob, logprob
+
+STEPS = 50  # many more than a function may be compiled for
+V, D = 17, 8
+ids = torch.randint(V, (4, 3), generator=torch.Generator().manual_seed(0))
+
+
+def shared(device):
+    old = torch.linspace(-4, -2, 12, device=device).view(4, 3)
+    return {"advantages": torch.tensor([1.0, -1.0, 0.5, -2.0], device=device), "old_logps": old}
+
+
+def from_logits(hidden, weight, number, objective):
+    """The step, with a term of the caller's own in the same number."""
+    where = hidden.device
+    out = grpo_loss(
+        hidden @ weight.T,
+        ids.to(where),
+        **shared(where),
+        ref_logps=shared(where)["old_logps"],
+        temperature=number,
+        num_items=number if objective.reduction == "token_mean" else None,
+        objective=objective,
+    )
+    return out.loss * number + out.metrics["clip_fraction_low"]
+
+
+def from_hidden(hidden, weight, number, objective):
+    where = hidden.device
+    out = linear_grpo_loss(
+        hidden,
+        weight,
+        ids.to(where),
+        **shared(where),
+        ref_logps=shared(where)["old_logps"],
+        temperature=number,
+        softcap=4 * number,
+        logit_scale=number,
+        lora=(weight[:2], weight[:, :2], number),
+        num_items=number if objective.reduction == "token_mean" else None,
+        objective=objective,
+        compact=False,
+    )
+    return out.loss * number
+
+
+def from_log_probs(hidden, weight, number, objective):
+    where = hidden.device
+    scored = ids.to(where)
+    logp, entropy = logprob(hidden @ weight.T, scored, temperature=number, return_entropy=True)
+    logp = logp + linear_logprob(hidden, weight, scored, temperature=number, softcap=number + 3)
+    out = policy_loss(
+        logp,
+        **shared(where),
+        ref_logps=shared(where)["old_logps"],
+        entropy=entropy,
+        num_items=number if objective.reduction == "token_mean" else None,
+        objective=objective,
+    )
+    return out.loss / number
+
+
+SCHEDULES = {
+    "beta": lambda k: Objective(beta=0.01 + 0.001 * k),
+    "entropy": lambda k: Objective(entropy_coef=0.01 + 0.001 * k, epsilon_high=0.1 + 0.01 * k),
+    "items": lambda k: Objective(reduction="token_mean", beta=0.1 / (1 + k), dual_clip=2.0 + k),
+    "sequences": lambda k: Objective(
+        ratio="sequence",
+        epsilon_low=0.01 + 0.001 * k,
+        entropy_coef=0.01 * (1 + k),
+        top_entropy_quantile=0.5 + 0.005 * k,
+        off_policy_threshold=0.1 * (1 + k),
+    ),
+    "vespo": lambda k: Objective(surrogate="vespo", vespo_k_pos=1 + 0.1 * k, beta=0.01 * (1 + k)),
+}
+
+
+def made_inside(hidden, weight, number, objective):
+    """The objective is made in the compiled function."""
+    made = Objective(beta=number / 10, epsilon_high=number, entropy_coef=number - 1)
+    return from_logits(hidden, weight, number, made)
+
+
+EVERY = [(step, name) for step in (from_logits, from_hidden, from_log_probs) for name in SCHEDULES]
+CASES = [("inductor", *case) for case in [*EVERY, (made_inside, "beta")]]
+CASES += [("aot_eager", step, "items") for step in (from_logits, from_hidden, made_inside)]
+
+
+@pytest.mark.parametrize(("compiler", "step", "schedule"), CASES)
+@pytest.mark.filterwarnings("ignore")  # of the compiler itself
+def test_two_graphs_for_any_schedule(step, compiler, schedule, device, monkeypatch):
+    """The first step's graph, and one for every other number; values and gradients are those of eager."""
+    monkeypatch.setenv("GRPO_FAST_BACKEND", "torch")
+    hidden = torch.randn(4, 3, D, device=device)
+    weight = torch.randn(V, D, device=device, requires_grad=True)
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend(compiler)
+    compiled = torch.compile(step, fullgraph=True, backend=counter)
+    for k in range(STEPS):
+        given = (hidden, weight, 1.1 + 0.02 * k, SCHEDULES[schedule](k))
+        got, want = compiled(*given), step(*given)
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+        dgot, dwant = (torch.autograd.grad(x, weight)[0] for x in (got, want))
+        torch.testing.assert_close(dgot, dwant, rtol=1e-5, atol=1e-6)
+    assert counter.frame_count <= 2
