@@ -113,9 +113,10 @@ def token_diagnostics(
     ref = None if ref_logps is None else kept(ref_logps)
     segments = Segments.of(len(logp), cu_seqlens, shape[-1])
     found = ratio_terms(logp - old, A, None, live, segments, objective)
-    ratio = found.ratio
+    ratio = found.bounded.exp()
+    own = torch.ones_like(ratio)  # of derivatives, which nobody wants here
     terms = policy_terms(
-        *(logp, old, ref, ratio, found.log_w, found.dropped, A, None, None, objective)
+        *(logp, old, ref, found.bounded, own, found.log_w, found.dropped, A, None, None, objective)
     )
     nothing = torch.zeros_like(live)
     below, above = beyond_bounds(logp, old, ratio, A, objective)
@@ -163,4 +164,5 @@ def kl_estimate(
     for name, x in (("logps", logps), ("ref_logps", ref_logps)):
         _arguments.check_tensor("kl_estimate", name, x)
     logp = logps.float()
-    return kl_terms(logp, ref_logps.float(), torch.ones_like(logp), objective)[0]
+    one = torch.ones_like(logp)
+    return kl_terms(logp, ref_logps.float(), torch.zeros_like(logp), one, one, objective)[0]

@@ -142,6 +142,9 @@ def policy_terms(
     if mask is None:
         mask = torch.ones_like(logps, dtype=torch.bool)
     loss_ratio = log_ratio
+    own = torch.ones_like(log_ratio)  # d loss_ratio / d logps, of the same token
+    if objective.surrogate == "gmpo" or objective.ratio == "sequence":
+        own = mask / sequence_sum(own, mask, cu_seqlens).clamp(min=1)
     if objective.surrogate == "gmpo":
         bounded = torch.where(
             advantages > 0,
@@ -149,12 +152,14 @@ def policy_terms(
             torch.where(advantages < 0, log_ratio.clamp(min=-objective.epsilon_low), 0),
         )
         loss_ratio = sequence_mean(bounded, mask, cu_seqlens)
+        own = own * ((advantages != 0) & (bounded == log_ratio))
     elif objective.ratio != "token":
         loss_ratio = sequence_mean(log_ratio, mask, cu_seqlens)
         if objective.ratio == "sequence_token":
             loss_ratio = loss_ratio.detach() + logps - logps.detach()
     if objective.log_ratio_bounds != (None, None):
-        loss_ratio = loss_ratio.clamp(*objective.log_ratio_bounds)
+        bounded = loss_ratio.clamp(*objective.log_ratio_bounds)
+        loss_ratio, own = bounded, own * (bounded == loss_ratio)
     ratio = loss_ratio.exp()
     if objective.surrogate == "gmpo":
         loss = -advantages * ratio
@@ -171,7 +176,9 @@ def policy_terms(
         loss = loss * importance_weights
     if objective.beta:
         assert ref_logps is not None
-        loss = loss + objective.beta * kl_estimate(logps, ref_logps, ratio, objective)
+        loss = loss + objective.beta * kl_estimate(
+            logps, ref_logps, ratio, objective, loss_ratio, own
+        )
     return loss
 
 

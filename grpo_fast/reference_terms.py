@@ -83,8 +83,20 @@ def binary_kl(old_logps: Tensor, logps: Tensor) -> Tensor:
     return old * (old_logps - logps) + rest
 
 
-def kl_estimate(logps: Tensor, ref_logps: Tensor, ratio: Tensor, objective: Objective) -> Tensor:
-    """The estimate of KL(policy || reference) from one sample per token."""
+def kl_estimate(
+    logps: Tensor,
+    ref_logps: Tensor,
+    ratio: Tensor,
+    objective: Objective,
+    log_ratio: Tensor | None = None,
+    own: Tensor | None = None,
+) -> Tensor:
+    """The estimate of KL(policy || reference) from one sample per token.
+
+    Args:
+        ratio, log_ratio: of "k3_unbiased" alone, after their clamp; log_ratio is log(ratio) by default.
+        own: the derivative of a token's log_ratio in its own log-prob, 1 by default.
+    """
     kl, gap = objective.kl, ref_logps - logps
     if objective.kl_gradient != "own":  # the value of the estimator, the gradient of k2
         value = kl_estimate(
@@ -103,9 +115,24 @@ def kl_estimate(logps: Tensor, ref_logps: Tensor, ratio: Tensor, objective: Obje
         return gap.abs()
     if kl == "k2":
         return gap.square() / 2
+    given = gap
     if objective.kl_gap_clip is not None:
         gap = gap.clamp(-objective.kl_gap_clip, objective.kl_gap_clip)
-    k3 = gap.exp() - gap - 1
+    k3 = bounded = gap.expm1() - gap
     if objective.kl_value_clip is not None:
-        k3 = k3.clamp(max=objective.kl_value_clip)
-    return ratio * k3 if kl == "k3_unbiased" else k3
+        bounded = k3.clamp(max=objective.kl_value_clip)
+    if kl == "k3":
+        return bounded
+    # r k3 = e^(log r + q) - r (q + 1): its derivative is taken by hand, since autograd would add
+    # r (1 - e^q) and r (e^q - q - 1), of which nothing is left where e^q is large.
+    log_r = ratio.log() if log_ratio is None else log_ratio
+    own = torch.ones_like(logps) if own is None else own
+    with torch.no_grad():
+        whole = (log_r + gap).exp() - ratio * (gap + 1)
+        value = torch.where((gap > 60) & (k3 == bounded), whole, ratio * bounded)
+        held = (given != gap) | (k3 != bounded)  # by a clamp: no gradient but through the ratio
+        others = torch.where(own == 1, 0, (1 - own) * value)
+        slope = torch.where(held, torch.where(own == 0, 0, own * value), -ratio * gap - others)
+    step = logps - logps.detach()  # 0, and of slope 1
+    through = log_r - log_r.detach() - own * step  # what other tokens have to do with it
+    return value + slope * step + torch.where(own == 1, 0, value) * through

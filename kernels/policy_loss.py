@@ -3,7 +3,7 @@
     ratio = exp(logp - old)
     loss  = w (importance * surrogate(ratio, A) + beta KL(logp, ref)),  dlogp = dloss/dlogp
 
-`_policy_loss_kernel` computes both per token; formulas in `tiles`. `_token_statistics_kernel` reduces what a
+`_policy_loss_kernel` computes both per token; formulas in `terms`. `_token_statistics_kernel` reduces what a
 step produced to one vector, in fixed order. Bytes: every argument once, of masked tokens only the mask.
 
 A program owns BLOCK tokens; of the statistics, the last program to arrive adds up those of all.
@@ -15,10 +15,11 @@ import torch
 import triton
 import triton.language as tl
 
-from grpo_fast.kernels.tiles import (
+from grpo_fast.kernels.terms import (
     CLIP_DUAL,
     CLIP_HIGH,
     CLIP_LOW,
+    exp_remainders,
     token_policy_terms,
 )
 
@@ -169,6 +170,7 @@ def _token_statistics_kernel(
     if old_logp_ptr is not None:
         d = load_tokens(logp_ptr, offs, live, 0.0) - load_tokens(old_logp_ptr, offs, live, 0.0)
     ratio = tl.exp(d)
+    _, k3 = exp_remainders(d)
     clip = tl.load(clip_ptr + offs, mask=live, other=0).to(tl.int32)
     importance = load_tokens(importance_ptr, offs, live, 1.0)
     outside = (importance < 0.5) | (importance > 2.0)
@@ -179,7 +181,7 @@ def _token_statistics_kernel(
     tl.store(slot_ptr + 1, tl.sum(load_tokens(loss_ptr, offs, live, 0.0)))
     tl.store(slot_ptr + 2, tl.sum(tl.where(live, ratio, 0.0)))
     tl.store(slot_ptr + 3, tl.sum(-d))
-    tl.store(slot_ptr + 4, tl.sum(tl.where(live, ratio - 1.0 - d, 0.0)))
+    tl.store(slot_ptr + 4, tl.sum(k3))
     tl.store(slot_ptr + 5, tl.sum(((clip & CLIP_LOW) != 0).to(tl.float32)))
     tl.store(slot_ptr + 6, tl.sum(((clip & CLIP_HIGH) != 0).to(tl.float32)))
     tl.store(slot_ptr + 7, tl.sum(((clip & CLIP_DUAL) != 0).to(tl.float32)))

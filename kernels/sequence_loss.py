@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 
 from grpo_fast.kernels.policy_loss import load_tokens, scalars
-from grpo_fast.kernels.tiles import bounded_ratio, greater, lesser, policy_terms
+from grpo_fast.kernels.terms import bounded_log_ratio, policy_terms
+from grpo_fast.kernels.tiles import greater, lesser
 
 BLOCK = 512
 
@@ -71,6 +72,13 @@ def live_tokens(mask_ptr, base, stop, BLOCK: tl.constexpr):
     if mask_ptr is not None:
         live = live & (tl.load(mask_ptr + offs, mask=live, other=0) != 0)
     return offs, live
+
+
+@triton.jit
+def opens(d, advantage, low, high):
+    """GMPO: whether a token's bound lets the gradient of the mean through."""
+    held = tl.where(advantage > 0, d > high, d < -low)
+    return (advantage != 0) & (held == 0)
 
 
 @triton.jit(do_not_specialize=["T_len"])
@@ -128,7 +136,9 @@ def _sequence_loss_kernel(
         SURROGATE,
         BLOCK,
     )
-    pull = 0.0  # dL / d (mean d)
+    UNBIASED: tl.constexpr = HAS_REF and KL == "k3_unbiased"
+    pull = 0.0  # dL / d (mean d), of the surrogate
+    kl_pull = 0.0  # the same of the KL
     for base in range(start, stop, BLOCK):
         offs, live = live_tokens(mask_ptr, base, stop, BLOCK)
         there = offs < stop
@@ -140,15 +150,22 @@ def _sequence_loss_kernel(
         score = advantage
         if score_ptr is not None:
             score = load_tokens(score_ptr, offs, live, 0.0)
-        d = logp - old_logp
+        own_d = logp - old_logp
+        d = own_d
         if RATIO != "token" or SURROGATE == "gmpo":
             d = tl.zeros([BLOCK], tl.float32) + taken
-        ratio, free = bounded_ratio(d, log_ratio_min, log_ratio_max)
+        log_ratio, free = bounded_log_ratio(d, log_ratio_min, log_ratio_max)
+        own = free.to(tl.float32)
+        if THROUGH_MEAN:
+            own = own / n
+        if SURROGATE == "gmpo":
+            own = tl.where(opens(own_d, advantage, low, high), own, 0.0)
         loss, by_logp, by_ratio, kl, clip = policy_terms(
             logp,
             old_logp,
             load_tokens(ref_logp_ptr, offs, live, 0.0),
-            ratio,
+            log_ratio,
+            own,
             log_w,
             (advantage >= 0) | ((-drift > stale_at) == 0),  # a NaN is not hidden
             advantage,
@@ -170,6 +187,9 @@ def _sequence_loss_kernel(
         weight = tl.load(weight_ptr + offs, mask=live, other=0.0)
         if THROUGH_MEAN:
             pull += tl.sum(tl.where(weight == 0, 0.0, weight * by_ratio), axis=0)
+            if UNBIASED:
+                by_kl = tl.where(free, weigh_kl(weight, beta, kl), 0.0)
+                kl_pull += tl.sum(by_kl, axis=0)
         else:
             by_logp += by_ratio
         # Select, not multiply: a token without weight has no say, whatever its loss is.
@@ -185,13 +205,27 @@ def _sequence_loss_kernel(
             open_ = live
             if SURROGATE == "gmpo":
                 advantage = load_tokens(advantages_ptr, offs, live, 0.0)
-                open_ = live & (advantage != 0)
+                d = tl.zeros([BLOCK], tl.float32)
                 if old_logp_ptr is not None:
                     d = load_tokens(logp_ptr, offs, live, 0.0)
                     d -= load_tokens(old_logp_ptr, offs, live, 0.0)
-                    open_ = open_ & tl.where(advantage > 0, d <= high, d >= -low)
+                open_ = live & opens(d, advantage, low, high)
+            through = tl.zeros([BLOCK], tl.float32) + pull
+            if UNBIASED:
+                # Of the others: a token's own is in dlogp already, without the cancellation.
+                weight = tl.load(weight_ptr + offs, mask=live, other=0.0)
+                mine = weigh_kl(weight, beta, load_tokens(kl_ptr, offs, live, 0.0))
+                _, free = bounded_log_ratio(taken, log_ratio_min, log_ratio_max)
+                others = tl.where(tl.abs(mine) == float("inf"), 0.0, kl_pull - mine)
+                through += tl.where(free, others, 0.0)
             dlogp = tl.load(dlogp_ptr + offs, mask=live, other=0.0)
-            tl.store(dlogp_ptr + offs, dlogp + tl.where(open_, pull / n, 0.0), mask=live)
+            tl.store(dlogp_ptr + offs, dlogp + tl.where(open_, through / n, 0.0), mask=live)
+
+
+@triton.jit
+def weigh_kl(weight, beta, kl):
+    """What a token's KL adds to the loss: 0 where the weight is, whatever the KL."""
+    return tl.where((weight == 0) | (beta == 0), 0.0, weight * (beta * kl))
 
 
 def sequence_loss_fwd(

@@ -9,7 +9,14 @@ from grpo_fast._operands import Modes
 from grpo_fast.objective import Objective
 from grpo_fast.ops._autograd import without_graph
 from grpo_fast.ops._backend import launch, use_triton
-from grpo_fast.ops._terms import CLIP_DUAL, CLIP_HIGH, CLIP_LOW, token_policy_terms, weigh
+from grpo_fast.ops._terms import (
+    CLIP_DUAL,
+    CLIP_HIGH,
+    CLIP_LOW,
+    exp_remainders,
+    token_policy_terms,
+    weigh,
+)
 
 # What `token_statistics` returns, in this order: sums over live tokens, then an extreme each.
 STATISTICS = (
@@ -155,7 +162,7 @@ def token_statistics(
         chosen(loss, 0),
         ratio * live,
         -d,
-        ratio - 1 - d,
+        exp_remainders(d)[1],
         *((flags & bit) != 0 for bit in (CLIP_LOW, CLIP_HIGH, CLIP_DUAL)),
         chosen(kl, 0),
         chosen(entropy, 0),

@@ -9,7 +9,7 @@ from grpo_fast import reference
 from grpo_fast._operands import Modes
 from grpo_fast.objective import Objective
 from grpo_fast.ops._backend import launch, use_triton
-from grpo_fast.ops._terms import bounded_ratio, policy_terms, weigh
+from grpo_fast.ops._terms import bounded_log_ratio, policy_terms, weigh
 from grpo_fast.ops.policy_loss import backward, fake, setup_context
 
 
@@ -55,13 +55,23 @@ def sequence_policy_terms(
     """Weighted (loss, dloss/dlogp), KL or None, clip flags: the twin of `_sequence_loss_kernel`."""
     old = logp if old_logp is None else old_logp
     found = ratio_terms(logp - old, advantage, log_importance, live, segments, objective)
+    through_mean = objective.ratio == "sequence" or objective.surrogate == "gmpo"
+    own = found.free.to(logp.dtype)
+    if through_mean:
+        own = torch.where(found.opened, own / found.tokens, 0)
     terms = policy_terms(
-        *(logp, old, ref_logp, found.ratio, found.log_w, found.dropped),
+        *(logp, old, ref_logp, found.bounded, own, found.log_w, found.dropped),
         *(advantage, score, importance, objective),
     )
     through = weigh(weight, torch.where(found.free, terms.by_ratio, 0))
-    if objective.ratio == "sequence" or objective.surrogate == "gmpo":
-        through = torch.where(found.opened, segments.sum(through) / found.tokens, 0)
+    if through_mean:
+        through = segments.sum(through)
+        if objective.beta and objective.kl == "k3_unbiased":
+            assert terms.kl is not None
+            mine = weigh(weight, torch.where(found.free, objective.beta * terms.kl, 0))
+            # Of the others: a token's own is in `by_logp` already, without the cancellation.
+            through = through + torch.where(mine.isinf(), 0, segments.sum(mine) - mine)
+        through = torch.where(found.opened, through / found.tokens, 0)
     dlogp = weigh(weight, terms.by_logp) + through
     clip = torch.where(live, terms.clip, 0)
     return weigh(weight, terms.loss), dlogp, terms.kl, clip
@@ -71,7 +81,7 @@ class Ratios(NamedTuple):
     """Of tokens, what their sequences make of them."""
 
     log_ratio: Tensor  # before its clamp
-    ratio: Tensor
+    bounded: Tensor  # after it
     free: Tensor  # the clamp lets a gradient through
     opened: Tensor  # live, and not bounded before the mean is taken (GMPO)
     tokens: Tensor  # live tokens of the sequence, at least 1
@@ -99,7 +109,7 @@ def ratio_terms(
         )
     if objective.surrogate == "gmpo" or objective.ratio != "token":
         d = segments.sum(d) / count
-    ratio, free = bounded_ratio(d, objective)
+    bounded, free = bounded_log_ratio(d, objective)
     log_w = dropped = None
     if objective.surrogate == "vespo":
         total = own.clamp(-20, 20)
@@ -107,7 +117,7 @@ def ratio_terms(
     if objective.off_policy_threshold is not None:
         stale = segments.sum(-own) / count > objective.off_policy_threshold
         dropped = stale & (advantage < 0)
-    return Ratios(d, ratio, free, opened, count, log_w, dropped)
+    return Ratios(d, bounded, free, opened, count, log_w, dropped)
 
 
 @torch.library.custom_op("grpo_fast::sequence_loss", mutates_args=())
