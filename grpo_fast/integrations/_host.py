@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from grpo_fast.objective import Objective
+
 REQUIRED: Any = object()
 
 
@@ -59,6 +61,25 @@ def options(config: Any, table: Mapping[str, At]) -> dict[str, Any]:
             value = read(config, paths[-1], missing)
         found[option] = none if value is None else value
     return found
+
+
+def objective_of(preset: str, chosen: Mapping[str, Any], names: Mapping[str, At]) -> Objective:
+    """`Objective.preset`, whose errors also say what the host calls the option.
+
+    Args:
+        names: where the host's configuration has each option, as for `options`.
+    """
+    try:
+        return Objective.preset(preset, **chosen)
+    except (TypeError, ValueError) as error:
+        theirs = [
+            f"{option} is {' or '.join(where.paths)}"
+            for option, where in names.items()
+            if re.search(rf"\b{option}\b", str(error))
+        ]
+        if not theirs:
+            raise
+        raise type(error)(f"{error} ({preset}: {', '.join(theirs)})") from error
 
 
 def as_floats(metrics: dict[str, Tensor | float]) -> dict[str, float]:

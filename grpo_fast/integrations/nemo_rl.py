@@ -38,6 +38,7 @@ CLIP: dict[str, At] = {
     "epsilon_low": at("ratio_clip_min"),
     "epsilon_high": at("ratio_clip_max"),
 }
+DUAL: dict[str, At] = {"dual_clip": at("ratio_clip_c")}
 KL: dict[str, At] = {
     "beta": at("reference_policy_kl_penalty"),
     "kl_gap_clip": at("kl_input_clamp_value"),
@@ -130,6 +131,7 @@ def clipped_pg_loss(
     call = Call(
         preset=preset,
         options=chosen,
+        names=CLIP | KL | DUAL,
         average=how,
         logps=next_token_logprobs,
         old_logps=None if on_policy else old,
@@ -312,7 +314,7 @@ def to_preset(config: Any) -> tuple[str, dict[str, Any]]:
     elif config.sequence_level_importance_ratios and not config.force_on_policy_ratio:
         kind = "gspo"
     if config.ratio_clip_c is not None:
-        table = table | {"dual_clip": at("ratio_clip_c")}
+        table = table | DUAL
     chosen = options(config, table | KL)
     chosen["beta"] = _penalty(config)
     clamped = chosen["kl_gap_clip"] is not None or chosen["kl_value_clip"] is not None

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from grpo_fast import reference
 from grpo_fast.diagnostics import TokenDiagnostics, token_diagnostics
-from grpo_fast.integrations._host import At, at, options
+from grpo_fast.integrations._host import At, at, objective_of, options
 from grpo_fast.integrations._responses import (
     boundaries,
     from_log_probs,
@@ -34,6 +34,12 @@ OPTIONS: dict[str, At] = {
     "epsilon_low": at("eps_clip"),
     "epsilon_high": at("eps_clip_high", "eps_clip"),
     "entropy_coef": at("entropy_coef"),
+}
+MORE: dict[str, At] = {
+    "dual_clip": at("eps_clip_c"),
+    "off_policy_threshold": at("opsm_delta"),
+    "beta": at("kl_loss_coef"),
+    "kl": at("kl_loss_type"),
 }
 
 
@@ -73,7 +79,7 @@ def to_objective(args: Any, **more: Any) -> Objective:
         chosen |= {"beta": args.kl_loss_coef, "kl": "k3_unbiased" if unbiased else name}
         if name == "low_var_kl":
             chosen |= {"kl": "k3", "kl_value_clip": 10.0}
-    return Objective.preset(f"slime/{kind}", **chosen | more)
+    return objective_of(f"slime/{kind}", chosen | more, OPTIONS | MORE)
 
 
 class Slime:

@@ -195,6 +195,7 @@ def _policy_loss(mode: str) -> Callable[..., tuple[Tensor, dict[str, float]]]:
         call = Call(
             preset=f"verl/{mode}",
             options=options(config, OPTIONS[mode]),
+            names=OPTIONS[mode],
             average=own(response_mask, config),
             logps=log_prob,
             old_logps=old_log_prob,
