@@ -158,6 +158,23 @@ class Slime:
         gap = compared - torch.cat(batch["rollout_log_probs"])
         return {"train_rollout_logprob_abs_diff": reduce(gap.abs())}
 
+    def evaluate(
+        self,
+        args: Any,
+        batch: dict[str, Any],
+        logits: Tensor,
+        objective: Objective,
+        tokens: dict[str, Any],
+        given: dict[str, Any],
+        fused: bool,
+    ) -> tuple[LossOutput, TokenDiagnostics]:
+        """The loss, from the logits or from the host's log-probs, and what it makes of each token."""
+        if fused:
+            out = from_logits(args, batch, logits, objective, tokens, self.wants_entropy(args))
+        else:
+            out = from_log_probs(self.score(args, batch, logits), logits, objective, tokens)
+        return out, token_diagnostics(out.logps, **given, objective=objective)
+
     def policy_loss(
         self, args: Any, batch: dict[str, Any], logits: Tensor, sum_of_sample_mean: Any
     ) -> tuple[Tensor, Metrics]:
@@ -182,14 +199,11 @@ class Slime:
         }
         tokens = {"importance_weights": importance, "token_weights": weights} | given
         tokens = {name: x for name, x in tokens.items() if x is not None}
-        if ranks == (1, 1) and self.reads_logits(args):
-            out = from_logits(args, batch, logits, objective, tokens, self.wants_entropy(args))
-        else:
-            out = from_log_probs(self.score(args, batch, logits), logits, objective, tokens)
+        if objective.needs_sequences:
+            given["cu_seqlens"] = boundaries(batch["response_lengths"], logits.device)
+        fused = ranks == (1, 1) and self.reads_logits(args)
+        out, token = self.evaluate(args, batch, logits, objective, tokens, given, fused)
         with torch.no_grad():
-            if objective.needs_sequences:
-                given["cu_seqlens"] = boundaries(batch["response_lengths"], logits.device)
-            token = token_diagnostics(out.logps, **given, objective=objective)
 
             def mean(x: Tensor) -> Tensor:
                 return reduce(torch.where(given["mask"], x, 0))
@@ -241,7 +255,9 @@ def _metrics(
         metrics["pg_loss"] = metrics["pg_loss"] - objective.beta * metrics["kl_loss"]
     if args.use_opsm:  # slime counts the masked tokens of a stale response as well
         layout = given["mask"], given["cu_seqlens"]
-        stale = reference.sequence_mean(-token.log_ratio, *layout) > args.opsm_delta
+        old = given["old_logps"]
+        drift = torch.zeros_like(out.logps) if old is None else old - out.logps
+        stale = reference.sequence_mean(drift, *layout) > args.opsm_delta
         dropped = (stale & (given["advantages"] < 0)).float()
         count = reference.sequence_sum(torch.ones_like(dropped), *layout).clamp(min=1)
         metrics["opsm_clipfrac"] = (dropped / count).sum()
