@@ -179,7 +179,7 @@ def test_dro_needs_a_positive_beta(beta):
         verl.POLICY_LOSSES["dro"](old, logp, advantages, mask, "token-mean", without)
 
 
-def test_gpg_has_no_ratio():
+def test_gpg_has_no_ratio(backend):
     """The old log-probs may be anything, or none at all; the other losses name them."""
     old, logp, advantages, _, mask = batch("cpu")
     loss = verl.POLICY_LOSSES["gpg"]

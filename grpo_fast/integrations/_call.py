@@ -153,9 +153,14 @@ Metric = Callable[[Call], Tensor | float]
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """The mean of x, floating or bool, over live tokens, detached; 0 without any."""
+    """The mean of x, floating or bool, over live tokens, detached; 0 without any.
+
+    A floating mask weighs, in the sum and in the count.
+    """
     live = mask != 0
-    return torch.where(live, x.detach(), 0).sum(dtype=torch.float32) / live.sum().clamp(min=1)
+    weight = mask if mask.is_floating_point() else live
+    total = (torch.where(live, x.detach(), 0) * weight).sum(dtype=torch.float32)
+    return total / _not_zero(weight.sum(dtype=torch.float32))
 
 
 def clip_fraction(call: Call) -> Tensor:

@@ -137,10 +137,6 @@ def average(loss_agg_mode: str, mask: Tensor, config: Any) -> Average:
     return result
 
 
-def _gpg(call: Call) -> Call:
-    return call.but(old_logps=None)  # no ratio: the old log-probs may be anything
-
-
 def _dro(call: Call) -> Call:
     beta = call.options["quadratic_coef"]
     if beta is None or beta <= 0:
@@ -167,7 +163,6 @@ def _kl_cov(call: Call) -> Call:
 
 # What the table of options does not say.
 _PREPARE: dict[str, Callable[[Call], Call]] = {
-    "gpg": _gpg,
     "dro": _dro,
     "geo_mean": _geo_mean,
     "clip_cov": _clip_cov,
