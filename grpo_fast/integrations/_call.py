@@ -3,12 +3,12 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
-from grpo_fast import weights
+from grpo_fast import reference, weights
 from grpo_fast.diagnostics import TokenDiagnostics, token_diagnostics
 from grpo_fast.integrations._host import At, as_floats, objective_of
 from grpo_fast.loss import LossOutput, policy_loss
@@ -44,6 +44,10 @@ def sequence_average(
     return Average({"reduction": reduction}, None, scale)
 
 
+@overload
+def _not_zero(count: Tensor) -> Tensor: ...
+@overload
+def _not_zero(count: float | Tensor) -> float | Tensor: ...
 def _not_zero(count: float | Tensor) -> float | Tensor:
     """A denominator, 1 in place of 0: without a live token the loss is 0, not NaN."""
     return count.where(count != 0, 1) if isinstance(count, Tensor) else count or 1.0
@@ -161,6 +165,13 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     weight = mask if mask.is_floating_point() else live
     total = (torch.where(live, x.detach(), 0) * weight).sum(dtype=torch.float32)
     return total / _not_zero(weight.sum(dtype=torch.float32))
+
+
+def sequence_mean(x: Tensor, mask: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+    """Per token: the mean of x over the live tokens of its sequence, 0 without any; fractions weigh."""
+    live, weight = mask != 0, mask.to(x.dtype)
+    total = reference.sequence_sum(x * weight, live, cu_seqlens)
+    return total / _not_zero(reference.sequence_sum(weight, live, cu_seqlens))
 
 
 def clip_fraction(call: Call) -> Tensor:

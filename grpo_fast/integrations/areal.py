@@ -18,8 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo_fast import reference
-from grpo_fast.integrations._call import Call, changed_by_clamp, token_average
+from grpo_fast.integrations._call import Call, changed_by_clamp, sequence_mean, token_average
 
 ACTOR = "areal.trainer.ppo.actor"
 Result = tuple[Tensor, dict[str, Any]]
@@ -107,8 +106,12 @@ class _Tokens:
     rejected: Any = None  # AReaL's result
 
     @property
+    def mask(self) -> Tensor:
+        return self.loss_mask if self.rejected is None else self.rejected.loss_mask
+
+    @property
     def live(self) -> Tensor:
-        return (self.loss_mask if self.rejected is None else self.rejected.loss_mask) != 0
+        return self.mask != 0
 
     def rejecting(self, behaviour: Tensor | None, config: Any) -> "_Tokens":
         """The same after AReaL's own rejection sampling, where it is configured."""
@@ -142,16 +145,15 @@ class _Tokens:
                     "cu_seqlens: needed with packed tokens and importance_sampling_level='sequence'"
                 )
             # One advantage per sequence, the mean of its tokens'.
-            mean = reference.sequence_mean(advantages, self.live, boundaries)
-            advantages = mean.where(self.live, 0)
+            advantages = sequence_mean(advantages, self.mask, boundaries).where(self.live, 0)
         return Call(
             preset=f"areal/{preset}",
             options=options | {"ratio": level},
-            average=token_average((self.loss_mask != 0).sum()),
+            average=token_average(self.loss_mask.sum()),
             logps=self.logps,
             old_logps=self.old,
             advantages=advantages,
-            mask=self.live,
+            mask=self.mask,
             importance_weights=None if self.rejected is None else self.rejected.behave_imp_weight,
             cu_seqlens=boundaries,
         )

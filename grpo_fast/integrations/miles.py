@@ -16,6 +16,7 @@ from torch import Tensor
 
 from grpo_fast import reference
 from grpo_fast.diagnostics import TokenDiagnostics, kl_estimate, token_diagnostics
+from grpo_fast.integrations._call import sequence_mean
 from grpo_fast.integrations._responses import from_log_probs, from_logits, scored_entries
 from grpo_fast.integrations.slime import Metrics, Slime, to_objective
 from grpo_fast.loss import LossOutput
@@ -222,7 +223,7 @@ def _stale(
     if objective.off_policy_threshold is None:
         return torch.zeros_like(logps, dtype=torch.bool)
     drift = given["old_logps"] - logps
-    mean = reference.sequence_mean(drift, given["mask"], given["cu_seqlens"])
+    mean = sequence_mean(drift, given["mask"], given["cu_seqlens"])
     return (mean > objective.off_policy_threshold) & (advantages < 0)
 
 

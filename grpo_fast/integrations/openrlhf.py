@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grpo_fast import reference
 from grpo_fast.integrations._call import (
     Call,
     clip_fraction,
     masked_mean,
     sequence_average,
+    sequence_mean,
     token_average,
 )
 from grpo_fast.integrations._host import At, at, objective_of, require
@@ -156,7 +156,7 @@ class PolicyLoss(nn.Module):
         seq, live = self.is_correction_level == "seq", mask != 0
 
         def unit(x: Tensor) -> Tensor:  # the mean of a sequence, or a token's own
-            return reference.sequence_mean(x, live)[:, :1] if seq else x
+            return sequence_mean(x, mask)[:, :1] if seq else x
 
         gap = torch.where(live, (old - rollout).detach().float(), 0)
         if self.is_correction_gating == "ratio":

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from grpo_fast import reference
 from grpo_fast.diagnostics import TokenDiagnostics, token_diagnostics
+from grpo_fast.integrations._call import changed_by_clamp, sequence_mean
 from grpo_fast.integrations._host import At, at, objective_of, options
 from grpo_fast.integrations._responses import (
     boundaries,
@@ -244,7 +245,7 @@ def _metrics(
     reduce: Any,
 ) -> Metrics:
     """slime's metrics of the loss."""
-    clipped = token.clipped if objective.surrogate == "clip" else token.outside
+    clipped = token.clipped if objective.surrogate == "clip" else changed_by_clamp(token)
     metrics = {"loss": out.loss.detach(), "pg_loss": out.loss.detach()}
     if out.entropy is not None:
         metrics["entropy_loss"] = reduce(out.entropy)
@@ -257,7 +258,7 @@ def _metrics(
         layout = given["mask"], given["cu_seqlens"]
         old = given["old_logps"]
         drift = torch.zeros_like(out.logps) if old is None else old - out.logps
-        stale = reference.sequence_mean(drift, *layout) > args.opsm_delta
+        stale = sequence_mean(drift, *layout) > args.opsm_delta
         dropped = (stale & (given["advantages"] < 0)).float()
         count = reference.sequence_sum(torch.ones_like(dropped), *layout).clamp(min=1)
         metrics["opsm_clipfrac"] = (dropped / count).sum()
