@@ -101,9 +101,8 @@ def formula(args, x, b):
         return torch.where(y.isfinite(), y, 0)
 
     def sequence_mean(y):
-        parts = zip(
-            torch.where(mask != 0, y, 0).split(RESPONSES), mask.split(RESPONSES), strict=True
-        )
+        y = torch.where(mask != 0, y, 0) * mask
+        parts = zip(y.split(RESPONSES), mask.split(RESPONSES), strict=True)
         return torch.cat([(p.sum() / m.sum().clamp(min=1)).expand_as(p) for p, m in parts])
 
     stale = torch.zeros_like(A, dtype=torch.bool)

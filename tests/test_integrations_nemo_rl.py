@@ -138,7 +138,7 @@ def formula(o, sample_mask=WHOLE):
         kl = (through * (q.exp() - q - 1)).clamp(max=o.kl_output_clamp_value or torch.inf)
         in_reward = getattr(o, "use_kl_in_reward", False)
         policy = policy + (0 if in_reward else o.reference_policy_kl_penalty) * kl
-        policy = torch.where(weight != 0, policy, 0) * sample
+        policy = torch.where(weight != 0, policy, 0) * weight
         if o.loss_type.name == "TOKEN_LEVEL":
             total = policy.sum() / TOKS
         else:

@@ -72,7 +72,7 @@ def skyrl_formula(name, config):
         if name == "importance_sampling":
             return -r * b.A
         A, logp = (y - (y * b.mask).sum() / b.mask.sum() for y in (b.A, x.detach()))
-        covariance = torch.where(b.mask, A * logp, -torch.inf)
+        covariance = torch.where(b.mask != 0, A * logp, -torch.inf)
         if name == "clip_cov":
             free = -b.A * r >= -b.A * r.clamp(0.8, 1.28)
             drawn = free & (covariance > 0) & (covariance < 5)
@@ -344,7 +344,7 @@ def openrlhf_share(options, b):
         outside = (statistic < low) | (statistic > high)
     if options["is_correction_level"] == "seq":
         return outside.float().mean()
-    return (outside & b.mask).sum() / b.mask.sum()
+    return (outside * b.mask).sum() / b.mask.sum()
 
 
 def test_openrlhf_metrics(batch):

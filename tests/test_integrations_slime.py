@@ -86,6 +86,10 @@ MASKS = [torch.tensor([1.0, 0, 1, 1]), torch.tensor([0.0]), torch.tensor([1.0, 1
 
 @pytest.fixture
 def batch(device):
+    return make_batch(device)
+
+
+def make_batch(device):
     """What slime hands a loss: lists of tensors per sample; one response is masked out entirely."""
     torch.manual_seed(5)
     logits = 2 * torch.randn(1, sum(TOTALS) + PADDING, V)

@@ -127,7 +127,7 @@ class Miles(Slime):
         A token that has lost its log-ratio has a ratio of 1, and no gradient through it. Here it has no
         advantage, and what that leaves out of the loss is added.
         """
-        old, ref = given["old_logps"], given["ref_logps"]
+        old, ref, live = given["old_logps"], given["ref_logps"], given["mask"] != 0
         scored = None if fused else self.score(args, batch, logits)
         with torch.no_grad():
             lost = self._lost(batch, logits, scored, given, objective)
@@ -138,7 +138,7 @@ class Miles(Slime):
         constant = torch.zeros_like(advantages)
         if scored is None:
             if ref is not None:  # at the clamp: the KL has a value there, and no gradient
-                missing = ref.isnan() & given["mask"]
+                missing = ref.isnan() & live
                 changed["ref_logps"] = ref.masked_fill(missing, torch.inf)
                 constant -= objective.beta * GUARDED_K3["kl_value_clip"] * missing
             entropy = self.wants_entropy(args)
@@ -154,7 +154,8 @@ class Miles(Slime):
                 counted &= ~lost
             left_out = -advantages * (lost & ~_stale(out.logps, seen, objective, advantages))
             constant += left_out * tokens.get("importance_weights", 1)
-        loss = out.loss + (constant * tokens["token_weights"]).sum()
+        weight = given["mask"] * tokens["token_weights"]
+        loss = out.loss + torch.where(live, constant * weight, 0).sum()
         if scored is not None and objective.beta:
             loss = loss + _kl_alone(scored, logits, objective, tokens | changed, counted)
         token = token._replace(
@@ -176,7 +177,7 @@ class Miles(Slime):
             logps = logits[0, rows, ids].float()
         else:
             logps = torch.cat(scored["log_probs"])
-        live, old = given["mask"], given["old_logps"]
+        live, old = given["mask"] != 0, given["old_logps"]
         lost = live & ~(logps - (logps if old is None else old)).isfinite()
         if objective.ratio == "token":
             return lost
@@ -239,6 +240,6 @@ def _kl_alone(
     changed = {
         "advantages": torch.zeros_like(tokens["advantages"]),
         "importance_weights": None,
-        "mask": tokens["mask"] & counted,
+        "mask": tokens["mask"] * counted,
     }
     return from_log_probs(scored, logits, kl, tokens | changed).loss

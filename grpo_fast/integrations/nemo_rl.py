@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from grpo_fast.diagnostics import kl_estimate
-from grpo_fast.integrations._call import SUM, Average, Call
+from grpo_fast.integrations._call import SUM, Average, Call, sequence_mean
 from grpo_fast.integrations._host import (
     At,
     as_floats,
@@ -345,10 +345,8 @@ def _weights(
     if kind == "seq-mask-tis":
         # For the mean NeMo-RL takes any difference that is not finite as none.
         gap = torch.nan_to_num(old - generated, nan=0.0, posinf=0.0, neginf=0.0)
-        none = torch.zeros_like(gap)
-        gate = importance_weights(
-            gap, none, mask=mask, level="geometric", mode="gate", low=low, high=high
-        )
-        return gate * rho(), gate == 0
+        mean = sequence_mean(gap, mask)[:, :1].exp()
+        kept = (mean >= low) & (mean <= high)
+        return rho().where(kept, 0), ~kept
     outside = rho(mode="gate", low=low, high=high) == 0
     return rho(mode="truncate" if kind == "tis" else "mask", low=low, high=high), outside

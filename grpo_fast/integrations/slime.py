@@ -190,11 +190,14 @@ class Slime:
         importance, reduce = None, sum_of_sample_mean
         if args.use_tis or args.get_mismatch_metrics:
             importance, reduce, corrected = self._correct(args, batch)
-        weights = reducer_weights(reduce, advantages)
+        weights, mask = reducer_weights(reduce, advantages), torch.cat(batch["loss_masks"])
+        if ranks[1] > 1:  # those of this rank: the weights say which
+            mask = weights != 0
+        elif mask.is_floating_point():  # it weighs: the reducer's weights without it
+            weights = torch.where(mask != 0, weights / mask, 0)
         given: dict[str, Any] = {
             "advantages": advantages,
-            # Which response tokens count; with context parallelism those of this rank.
-            "mask": weights != 0 if ranks[1] > 1 else torch.cat(batch["loss_masks"]) != 0,
+            "mask": mask,  # which response tokens count
             "old_logps": torch.cat(old) if old else None,
             "ref_logps": torch.cat(batch["ref_log_probs"]) if args.use_kl_loss else None,
         }
@@ -207,7 +210,7 @@ class Slime:
         with torch.no_grad():
 
             def mean(x: Tensor) -> Tensor:
-                return reduce(torch.where(given["mask"], x, 0))
+                return reduce(torch.where(given["mask"] != 0, x, 0))
 
             metrics = _metrics(args, batch, out, token, objective, given, mean)
             if importance is not None:  # of all tokens, those too that the correction rejects
@@ -255,12 +258,12 @@ def _metrics(
         metrics["kl_loss"] = reduce(token.kl)
         metrics["pg_loss"] = metrics["pg_loss"] - objective.beta * metrics["kl_loss"]
     if args.use_opsm:  # slime counts the masked tokens of a stale response as well
-        layout = given["mask"], given["cu_seqlens"]
+        mask, cu_seqlens = given["mask"], given["cu_seqlens"]
         old = given["old_logps"]
         drift = torch.zeros_like(out.logps) if old is None else old - out.logps
-        stale = sequence_mean(drift, *layout) > args.opsm_delta
+        stale = sequence_mean(drift, mask, cu_seqlens) > args.opsm_delta
         dropped = (stale & (given["advantages"] < 0)).float()
-        count = reference.sequence_sum(torch.ones_like(dropped), *layout).clamp(min=1)
+        count = reference.sequence_sum(mask.to(dropped), mask != 0, cu_seqlens).clamp(min=1)
         metrics["opsm_clipfrac"] = (dropped / count).sum()
     if batch.get("opd_reverse_kl"):
         metrics["opd_reverse_kl"] = reduce(torch.cat(batch["opd_reverse_kl"]))
