@@ -193,7 +193,9 @@ class Slime:
         weights, mask = reducer_weights(reduce, advantages), torch.cat(batch["loss_masks"])
         if ranks[1] > 1:  # those of this rank: the weights say which
             mask = weights != 0
-        elif mask.is_floating_point():  # it weighs: the reducer's weights without it
+        elif not objective.needs_sequences:  # the weights are by the mask already
+            mask = mask != 0
+        elif mask.is_floating_point():  # it weighs in the means of sequences, too
             weights = torch.where(mask != 0, weights / mask, 0)
         given: dict[str, Any] = {
             "advantages": advantages,
