@@ -9,6 +9,7 @@ import torch
 from grpo_fast.integrations import areal, miles, nemo_rl, openrlhf, prime_rl, skyrl, slime, verl
 from grpo_fast.loss import policy_loss
 from grpo_fast.testing import assert_as_accurate
+from grpo_fast.weights import clip_cov, geometric_mean
 from tests import test_integrations_miles, test_integrations_slime
 from tests.hosts import agrees, clipped, host_batch
 from tests.oracles import verl_core_algos
@@ -241,3 +242,36 @@ def test_slime_and_miles(trainer, case, device, megatron, host, monkeypatch):
     )
     for name, value in home.formula(args, b["logits"].double(), b)[1].items():
         assert metrics[name].item() == pytest.approx(value.item(), rel=1e-4, abs=1e-6), name
+
+
+def test_the_weights_that_verl_averages(device):
+    """geo_mean's weights of a sequence, by the mask's; none where a sequence has no token."""
+    weights, fractions = 2 * torch.rand(5, 6, device=device), WEIGHTS.to(device)
+    got = geometric_mean(torch.where(fractions != 0, weights, torch.nan), mask=fractions, eps=1e-10)
+    logs = ((weights.double() + 1e-10).log() * fractions).sum(1, keepdim=True)
+    want = (logs / fractions.sum(1, keepdim=True).clamp(min=1)).exp()
+    torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=1e-7)
+    packed_live = fractions != 0
+    cu_seqlens = torch.nn.functional.pad(packed_live.sum(1).cumsum(0), (1, 0))
+    flat = geometric_mean(
+        weights[packed_live], mask=fractions[packed_live], cu_seqlens=cu_seqlens, eps=1e-10
+    )
+    torch.testing.assert_close(flat, got[:, 0])
+
+
+def test_clip_cov_counts_by_the_mask(device):
+    """Means and the number of tokens drawn, as verl computes them."""
+    _, logp, advantages, _, _ = verl_batch(device)
+    fractions = WEIGHTS.to(device)
+    live = fractions != 0
+    A, x = (
+        y.double() - (y * fractions).sum().double() / fractions.sum() for y in (advantages, logp)
+    )
+    within = live & (A * x > 0) & (A * x < 5)
+    unweighed = (advantages - advantages[live].mean()) * (logp - logp[live].mean())
+    assert (within != (live & (unweighed > 0) & (unweighed < 5))).any()
+    options = {"mask": fractions, "low": 0.0, "high": 5.0}
+    kept = clip_cov(logp, logp, advantages, fraction=1.0, **options)
+    assert ((kept == 0) == (within | ~live)).all()
+    kept = clip_cov(logp, logp, advantages, fraction=0.25, **options)
+    assert ((kept == 0) & live).sum() == int(0.25 * fractions.sum()) != int(0.25 * live.sum())
