@@ -228,6 +228,17 @@ def test_averages(aggregation, where, kind):
     assert grad.count_nonzero() == 1
 
 
+@pytest.mark.parametrize("kind", [float, torch.tensor])
+def test_a_global_batch_of_less_than_one_token(kind):
+    """As masks of fractions can sum to: verl's denominator as it is."""
+    for aggregation, name in (
+        ("token-mean", "batch_num_tokens"),
+        ("seq-mean-token-sum", "global_batch_size"),
+    ):
+        config = configuration(global_batch_info={"dp_size": 1, name: kind(0.25)})
+        assert_same(both("vanilla", config, aggregation))
+
+
 @pytest.mark.parametrize("mode", ["sapo", "geo_mean"])
 def test_losses_that_average_in_their_own_way(mode):
     """sapo over the sequences with a token, geo_mean over all of them, whatever is asked for."""
