@@ -168,6 +168,20 @@ def test_selections_where_an_option_is_none(mode, names):
             assert results[0][1][0] == results[1][1][0]
 
 
+def test_how_many_of_many_tokens():
+    """Where the fraction is None, 0.0002 of 10,000 tokens are two, in verl and here."""
+    torch.manual_seed(0)
+    logp, advantages = -torch.rand(1, 10_000) - 1, torch.randn(1, 10_000)
+    old, mask = logp - 0.1, torch.ones(1, 10_000, dtype=torch.bool)
+    config = configuration()
+    names = ("clip_cov_ratio", "kl_cov_ratio")
+    vars(config.policy_loss).update(dict.fromkeys(names))
+    given = (old, logp, advantages, torch.ones_like(logp), mask)
+    theirs, ours = both("clip_cov", config, changed=given)
+    assert ours[2][PG[0]] == theirs[2][PG[0]] == pytest.approx(2 / 10_000)
+    assert_same(both("kl_cov", config, "token-sum", changed=given))
+
+
 @pytest.mark.parametrize("beta", [None, 0.0, -1.0])
 def test_dro_needs_a_positive_beta(beta):
     old, logp, advantages, _, mask = batch("cpu")
