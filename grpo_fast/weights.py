@@ -66,7 +66,8 @@ def importance_weights(
     Args:
         old_logps: (B, T) or (N,), by the trainer, of the weights that sampled.
         sampling_logps: the same shape, by the inference engine.
-        mask: the same shape; a masked token counts as a difference of 0.
+        mask: the same shape; a masked token counts as a difference of 0. A floating mask weighs the
+            differences in sums and means over a sequence.
         cu_seqlens: (num_seqs + 1,) boundaries of packed tokens. Without it they are one sequence.
         level: rho of each "token"; of the "sequence", exp of the sum of the differences; "geometric", exp
             of their mean.
@@ -96,12 +97,13 @@ def importance_weights(
     gap = gap_of(old, sampling) if undefined == "one" else old - sampling
     if cu_seqlens is not None:
         _arguments.check_cu_seqlens(op, cu_seqlens, old_logps)
+    share = mask_weights(mask, live)
     if level == "token":
         gap = gap.view(old_logps.shape)
     elif level == "sequence":
-        gap = per_sequence(gap, old_logps, cu_seqlens)
+        gap = per_sequence(gap * share, old_logps, cu_seqlens)
     else:
-        gap = _mean(gap, live, old_logps, cu_seqlens)
+        gap = _mean(gap * share, share, old_logps, cu_seqlens)
     rho = gap.exp().float()
     if undefined == "zero":
         rho = rho.nan_to_num(nan=0.0, posinf=0.0)

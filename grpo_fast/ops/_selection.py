@@ -44,9 +44,8 @@ def live_tokens(op: str, mask: Tensor | None, **given: Tensor) -> tuple[Tensor, 
 
 def mask_weights(mask: Tensor | None, live: Tensor) -> Tensor:
     """(N,) what a mask weighs each token with: a floating one its values, others 1 or 0."""
-    if mask is None or not mask.is_floating_point():
-        return live
-    return torch.where(live, mask.detach().reshape(-1), 0)
+    share = _arguments.mask_share(mask, live)
+    return live if share is None else share
 
 
 def gap_of(old: Tensor, sampling: Tensor) -> Tensor:
