@@ -21,7 +21,7 @@ from grpo_fast.ops._terms import (
     policy_terms,
     ratio_cap,
 )
-from grpo_fast.ops.sequence_loss import Segments, ratio_terms
+from grpo_fast.ops.sequence_loss import Segments, poisoned, ratio_terms
 
 __all__ = ["TokenDiagnostics", "kl_estimate", "token_diagnostics"]
 
@@ -117,7 +117,8 @@ def token_diagnostics(
     ratio = found.bounded.exp()
     own = torch.ones_like(ratio)  # of derivatives, which nobody wants here
     terms = policy_terms(
-        *(logp, old, ref, found.bounded, own, found.log_w, found.dropped, A, None, None, objective)
+        *(logp, old, ref, found.bounded, own, found.log_w, found.dropped),
+        *(A, None, poisoned(None, found), objective),
     )
     nothing = torch.zeros_like(live)
     below, above = beyond_bounds(logp, old, ratio, A, objective)

@@ -171,8 +171,11 @@ def policy_terms(
     else:
         loss = surrogate_loss(logps, old, ratio, advantages, objective, scores)
     if objective.off_policy_threshold is not None:
-        stale = sequence_mean(-log_ratio, mask, cu_seqlens) > objective.off_policy_threshold
-        loss = torch.where((advantages < 0) & stale, 0, loss)
+        drift = sequence_mean(-log_ratio.detach(), mask, cu_seqlens)
+        dropped = drift > objective.off_policy_threshold
+        loss = torch.where((advantages < 0) & dropped, 0, loss)
+        # Whether it is dropped cannot be told: the NaN comes out.
+        loss = torch.where((advantages < 0) & drift.isnan(), torch.nan, loss)
     if importance_weights is not None:
         loss = loss * importance_weights
     if objective.beta:
@@ -410,7 +413,9 @@ def policy_loss(
         assert entropy is not None
         chosen = top_entropy(entropy.detach(), keep, objective.top_entropy_quantile)
         factor = per_token(importance_weights)
-        importance_weights = chosen.to(logps) if factor is None else factor * chosen
+        # An entropy that is NaN decides nothing: it comes out.
+        share = torch.where(keep & entropy.detach().isnan(), torch.nan, chosen.to(logps))
+        importance_weights = share if factor is None else factor * share
     loss = policy_terms(
         logps,
         advantages,
@@ -441,4 +446,4 @@ def top_entropy(entropy: Tensor, mask: Tensor, quantile: float) -> Tensor:
     live = entropy[mask]
     if not len(live):
         return mask
-    return mask & (entropy >= live.quantile(1 - quantile))
+    return mask & ~(entropy < live.quantile(1 - quantile))

@@ -44,11 +44,11 @@ def surrogate_loss(
     if surrogate in ("dppo_tv", "dppo_kl"):
         divergence = change if surrogate == "dppo_tv" else binary_kl(old_logps, logps)
         if surrogate == "dppo_tv":
-            keep = torch.where(advantages > 0, divergence <= high, divergence >= -low)
-        else:
-            up = (divergence <= high) | (logps <= old_logps)
-            down = (divergence <= low) | (logps >= old_logps)
-            keep = torch.where(advantages > 0, up, down)
+            keep = ~torch.where(advantages > 0, divergence > high, divergence < -low)
+        else:  # NaN where a log-prob is just above 0: kept
+            up = (divergence > high) & (logps > old_logps)
+            down = (divergence > low) & (logps < old_logps)
+            keep = ~torch.where(advantages > 0, up, down)
         capped = ratio if objective.ratio_cap is None else ratio.clamp(max=objective.ratio_cap)
         if objective.dppo_value == "ratio":
             return -advantages * capped * keep + objective.quadratic_coef * log_ratio.square()
@@ -60,6 +60,8 @@ def surrogate_loss(
         weight = torch.where(
             good, objective.topr_weight_pos, objective.topr_weight_neg * ratio.clamp(0, 1)
         )
+        if scores is not None:
+            weight = torch.where(scores.isnan(), scores, weight)
     elif surrogate == "cispo":
         weight = ratio.clamp(1 - low, 1 + high)
     else:
@@ -78,9 +80,8 @@ def vespo_weight(log_w: Tensor, advantages: Tensor, objective: Objective) -> Ten
 
 def binary_kl(old_logps: Tensor, logps: Tensor) -> Tensor:
     """KL between the two-outcome distributions (y, not y) of the old and the new policy."""
-    old, new = old_logps.exp(), logps.exp()
-    rest = (1 - old) * ((1 - old + 1e-8) / (1 - new + 1e-8)).log()
-    return old * (old_logps - logps) + rest
+    old, new = -old_logps.expm1(), -logps.expm1()  # of "not y"
+    return old_logps.exp() * (old_logps - logps) + old * ((old + 1e-8) / (new + 1e-8)).log()
 
 
 def kl_estimate(

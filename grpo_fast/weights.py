@@ -196,7 +196,7 @@ def kpop(
     op = "kpop"
     check_number(op, "delta", delta)
     live, old, sampling = live_tokens(op, mask, old_logps=old_logps, sampling_logps=sampling_logps)
-    old, sampling = old.double(), sampling.double()
+    old, sampling = (x.double().clamp(max=0) for x in (old, sampling))  # of rounding, above 0
     missing = (old - sampling).isnan()
     kl = torch.maximum(
         reference_terms.binary_kl(old, sampling), reference_terms.binary_kl(sampling, old)
@@ -235,7 +235,8 @@ def binary_divergence(
     if kind == "tv":
         found = (p - q).abs()
     else:  # terms of probability 0 are 0
-        pairs = ((p, q), (1 - p, 1 - q))
+        others = [(-x.double().expm1()).clamp(floor, 1 - floor) for x in both]
+        pairs = ((p, q), (others[0], others[1]))
         found = sum((a.xlogy(a) - a.xlogy(b) for a, b in pairs), torch.zeros_like(p))
     return torch.where(live, found, 0).float().view(logps.shape)
 

@@ -211,6 +211,9 @@ def _token_statistics_kernel(
             most = tl.maximum(most, tl.max(tl.where(there, part, -float("inf")), axis=0))
         column = tl.arange(0, 16)
         total = tl.where(column == 14, least, tl.where(column == 15, most, total))
+        # The extremes are NaN with their sum: hardware's minimum returns the other operand.
+        ratio = tl.sum(tl.where(column == 2, total, 0.0))
+        total = tl.where(column >= 14, tl.where(ratio == ratio, total, ratio), total)
         tl.store(statistics_ptr + column, total)
 
 

@@ -167,6 +167,11 @@ def _sequence_loss_kernel(
             own = own * load_tokens(share_ptr, offs, live, 1.0) / n
         if SURROGATE == "gmpo":
             own = tl.where(opens(own_d, advantage, low, high), own, 0.0)
+        importance = load_tokens(importance_ptr, offs, live, 1.0)
+        # Whether to drop the token cannot be told: the NaN that decides comes out.
+        doubt = tl.where(drift == drift, 0.0, drift)
+        decides = (stale_at < float("inf")) & (advantage < 0) & (importance != 0)
+        importance = tl.where(decides, importance + doubt, importance)
         loss, by_logp, by_ratio, kl, clip = policy_terms(
             logp,
             old_logp,
@@ -174,10 +179,10 @@ def _sequence_loss_kernel(
             log_ratio,
             own,
             log_w,
-            (advantage >= 0) | ((-drift > stale_at) == 0),  # a NaN is not hidden
+            ((advantage < 0) == 0) | ((-drift > stale_at) == 0),
             advantage,
             score,
-            load_tokens(importance_ptr, offs, live, 1.0),
+            importance,
             low,
             high,
             cap,

@@ -6,7 +6,7 @@ No loads, no stores. Twins on the PyTorch path: `grpo_fast/ops/_terms.py`.
 import triton
 import triton.language as tl
 
-from grpo_fast.kernels.tiles import greater, lesser
+from grpo_fast.kernels.tiles import greater, lesser, one_minus_exp
 
 # Bits of the clip flags: why the surrogate of a token passes no gradient (or is bounded).
 CLIP_LOW = tl.constexpr(1)
@@ -21,38 +21,43 @@ def clip_surrogate(ratio, advantage, low, high, delta, dual_clip):
     clipped = lesser(greater(ratio, low), high) * advantage
     loss = -lesser(free, clipped)
     # Where both branches agree (inside the clip range) either gradient is right: they are the same.
-    inside = tl.where(free <= clipped, ratio <= delta, (ratio >= low) & (ratio <= high))
+    cut = tl.where(free <= clipped, ratio > delta, (ratio < low) | (ratio > high))
     ceiling = -tl.where(advantage < 0, dual_clip, 0.0) * advantage
     dual = (advantage < 0) & (ceiling < loss)
     loss = tl.where(dual, ceiling, loss)
     # Select, not multiply: the ratio may be inf where no gradient passes.
-    return loss, tl.where(inside & (dual == 0), -ratio * advantage, 0.0)
+    return loss, tl.where(cut | dual, 0.0, -ratio * advantage)
 
 
 @triton.jit
 def sapo_surrogate(ratio, advantage, tau_pos, tau_neg):
     """The soft gate: (loss, dloss/dlogp)."""
     tau = tl.where(advantage > 0, tau_pos, tau_neg)
-    gate = tl.sigmoid(tau * (ratio - 1.0))
-    slope = gate * (1.0 - gate)
+    x = tau * (ratio - 1.0)
+    gate = tl.sigmoid(x)
+    slope = gate * tl.sigmoid(-x)
     # A saturated gate passes nothing, also where the ratio is inf.
-    dlogp = tl.where(slope > 0, -4.0 * advantage * slope * ratio, 0.0)
+    dlogp = tl.where(slope == 0, 0.0, -4.0 * advantage * slope * ratio)
     return -advantage * (4.0 / tau) * gate, dlogp
 
 
 @triton.jit
-def divergence_keeps(logp, old_logp, advantage, low, high, SURROGATE: tl.constexpr):
-    """DPPO's mask: whether a token has not yet moved too far in the direction it is pushed."""
-    new = tl.exp(logp)
+def divergence_drops(logp, old_logp, advantage, low, high, SURROGATE: tl.constexpr):
+    """DPPO's mask: whether a token has moved too far in the direction it is pushed.
+
+    Not where that is NaN: either a log-prob is, which must come out, or one is a hair above 0.
+    """
     old = tl.exp(old_logp)
     if SURROGATE == "dppo_tv" or SURROGATE == "dppo_tv_ratio":
-        up = new - old <= high
-        down = new - old >= -low
+        change = tl.exp(logp) - old
+        up = change > high
+        down = change < -low
     else:
-        rest = (1.0 - old) * tl.log((1.0 - old + 1e-8) / (1.0 - new + 1e-8))
+        without = one_minus_exp(old_logp)
+        rest = without * tl.log((without + 1e-8) / (one_minus_exp(logp) + 1e-8))
         kl = old * (old_logp - logp) + rest
-        up = (kl <= high) | (new <= old)
-        down = (kl <= low) | (new >= old)
+        up = (kl > high) & (logp > old_logp)
+        down = (kl > low) & (logp < old_logp)
     return tl.where(advantage > 0, up, down)
 
 
@@ -91,27 +96,28 @@ def surrogate_terms(
         d = logp - old_logp
         if SURROGATE == "ipo":
             change = tl.exp(logp) - tl.exp(old_logp)
-            inside = (change >= -low) & (change <= high)
+            out = (change < -low) | (change > high)
         else:
-            inside = divergence_keeps(logp, old_logp, advantage, low, high, SURROGATE)
-        inside = inside & (advantage != 0)  # the ratio may be inf
-        by_ratio = tl.where(inside & (ratio <= cap), -advantage * ratio, 0.0)
+            out = divergence_drops(logp, old_logp, advantage, low, high, SURROGATE)
+        out = out | (advantage == 0)  # the ratio may be inf
+        by_ratio = tl.where(out | (ratio > cap), 0.0, -advantage * ratio)
         by_logp = 2.0 * second * d
-        loss = tl.where(inside, -advantage * lesser(ratio, cap), 0.0) + second * d * d
+        loss = tl.where(out, 0.0, -advantage * lesser(ratio, cap)) + second * d * d
     else:
         if SURROGATE == "cispo":
             weight = lesser(greater(ratio, low), high)
         elif SURROGATE == "rollout_is":
-            weight = tl.where((ratio > low) & (ratio < high), ratio, 0.0)
+            weight = tl.where((ratio <= low) | (ratio >= high), 0.0, ratio)
         elif SURROGATE == "vespo":
             weight = vespo_weight(log_w, advantage, low, high, cap, second)
         elif SURROGATE == "reinforce":
             weight = tl.zeros_like(ratio) + 1.0
         elif SURROGATE == "topr":
             weight = tl.where(score > 0, cap, second * lesser(ratio, 1.0))
+            weight = tl.where(score == score, weight, score)  # a NaN that decides comes out
         else:
-            keep = divergence_keeps(logp, old_logp, advantage, low, high, SURROGATE)
-            weight = tl.where(keep, lesser(ratio, cap), 0.0)
+            out = divergence_drops(logp, old_logp, advantage, low, high, SURROGATE)
+            weight = tl.where(out, 0.0, lesser(ratio, cap))
         by_logp = -weight * advantage
         loss = by_logp * logp
     return loss, by_ratio, by_logp
@@ -130,7 +136,7 @@ def clip_flags(logp, old_logp, ratio, advantage, low, high, cap, second, SURROGA
         or SURROGATE == "dppo_tv_ratio"
         or SURROGATE == "dppo_kl_ratio"
     ):
-        cut = divergence_keeps(logp, old_logp, advantage, low, high, SURROGATE) == 0
+        cut = divergence_drops(logp, old_logp, advantage, low, high, SURROGATE)
         below = cut
         above = cut
     elif SURROGATE == "gmpo":
@@ -184,7 +190,7 @@ def kl_terms(
         dkl = tl.zeros_like(gap) + 1.0
     elif KL == "abs":
         kl = tl.abs(gap)
-        dkl = tl.where(gap > 0, -1.0, tl.where(gap < 0, 1.0, 0.0))
+        dkl = tl.where(gap > 0, -1.0, tl.where(gap < 0, 1.0, gap))  # 0 or NaN
     elif KL == "k2":
         kl = 0.5 * gap * gap
         dkl = -gap

@@ -69,7 +69,9 @@ def _keep_top_entropy(
     """Tokens whose surrogate and bonus count only where the entropy is among the highest."""
     live = torch.ones_like(entropy, dtype=torch.bool) if tokens.mask is None else tokens.mask
     kept = top_entropy_mask(entropy, live, terms.number("top_entropy_quantile"))
-    importance = kept.float() if tokens.importance is None else tokens.importance * kept
+    # An entropy that is NaN decides nothing: it comes out.
+    chosen = torch.where(live & entropy.isnan(), torch.nan, kept.float())
+    importance = chosen if tokens.importance is None else tokens.importance * chosen
     weight = tokens.weight
     if terms.modes.entropy_reduction == "token_mean":
         assert tokens.entropy_weight is not None

@@ -103,7 +103,7 @@ def top_entropy_mask(
     fraction: float | Tensor,
     group: "torch.distributed.ProcessGroup | None" = None,
 ) -> Tensor:
-    """(N,) bool: live tokens whose entropy is at least the (1 - fraction) quantile of all live ones.
+    """(N,) bool: live tokens whose entropy is at least the (1 - fraction) quantile of all live ones, or NaN.
 
     The quantile is that of `torch.quantile`, without its limit of 2^24 values; over the tokens of all
     processes where there is a `group`. No host sync.
@@ -121,7 +121,7 @@ def top_entropy_mask(
     ranks = torch.stack([rank.floor(), rank.ceil()]).long()
     below, above = order_statistics(ascending, ranks, group).unbind()
     threshold = torch.lerp(below, above, (rank - rank.floor()).float())
-    return live & (entropy >= threshold)
+    return live & ~(entropy < threshold)
 
 
 def order_statistics(

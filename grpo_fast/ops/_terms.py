@@ -107,9 +107,10 @@ def surrogate_terms(
         return loss, by_ratio, zero, flags + CLIP_DUAL * dual
     if surrogate == "sapo":
         tau = torch.where(advantage > 0, objective.tau_pos, objective.tau_neg)
-        gate = (tau * (ratio - 1)).sigmoid()
-        slope = gate * (1 - gate)
-        by_ratio = torch.where(slope > 0, -4 * advantage * slope * ratio, 0)
+        x = tau * (ratio - 1)
+        gate = x.sigmoid()
+        slope = gate * (-x).sigmoid()
+        by_ratio = torch.where(slope == 0, 0, -4 * advantage * slope * ratio)
         return -advantage * (4 / tau) * gate, by_ratio, zero, flags
     d, q = logp - old, objective.quadratic_coef
     if surrogate == "dro":
@@ -132,14 +133,15 @@ def surrogate_terms(
     elif surrogate == "reinforce":
         weight = torch.ones_like(ratio)
     elif surrogate == "topr":
-        up = (advantage if score is None else score) > 0
+        score = advantage if score is None else score
         weight = torch.where(
-            up, objective.topr_weight_pos, objective.topr_weight_neg * ratio.clamp(max=1)
+            score > 0, objective.topr_weight_pos, objective.topr_weight_neg * ratio.clamp(max=1)
         )
+        weight = torch.where(score.isnan(), score, weight)  # a NaN that decides comes out
     elif surrogate == "cispo":
         weight = ratio.clamp(low, high)
     elif surrogate == "rollout_is":
-        weight = torch.where((ratio > low) & (ratio < high), ratio, 0)
+        weight = torch.where((ratio <= low) | (ratio >= high), 0, ratio)
     else:
         assert below is not None
         weight = torch.where(below, 0, ratio.clamp(max=cap))
@@ -164,7 +166,7 @@ def beyond_bounds(
         d = logp - old
         return d < -low, d > high
     if objective.surrogate in ("dppo_tv", "dppo_kl"):
-        dropped = ~divergence_keeps(logp, old, advantage, objective)
+        dropped = divergence_drops(logp, old, advantage, objective)
         return dropped, dropped
     return None, None
 
@@ -202,28 +204,29 @@ def clip_surrogate(
     bounded = ratio if objective.delta is None else ratio.clamp(max=objective.delta)
     free, clipped = bounded * advantage, ratio.clamp(low, high) * advantage
     loss = -torch.minimum(free, clipped)
-    inside = torch.where(free <= clipped, bounded == ratio, (ratio >= low) & (ratio <= high))
-    dual = torch.zeros_like(inside)
+    cut = torch.where(free <= clipped, bounded < ratio, (ratio < low) | (ratio > high))
+    dual = torch.zeros_like(cut)
     if objective.dual_clip is not None:
         ceiling = -objective.dual_clip * advantage
         dual = (advantage < 0) & (ceiling < loss)
         loss = torch.where(dual, ceiling, loss)
     # Select, not multiply: the ratio may be inf where no gradient passes.
-    by_ratio = torch.where(inside & ~dual, -ratio * advantage, 0)
+    by_ratio = torch.where(cut | dual, 0, -ratio * advantage)
     bound = objective.delta or objective.dual_clip or math.inf
     return loss, by_ratio, ((ratio > bound) & (advantage < 0)).to(torch.int8)
 
 
-def divergence_keeps(logp: Tensor, old: Tensor, advantage: Tensor, objective: Objective) -> Tensor:
+def divergence_drops(logp: Tensor, old: Tensor, advantage: Tensor, objective: Objective) -> Tensor:
     """DPPO's mask: the twin of the one in `terms`."""
     low, high = objective.epsilon_low, objective.epsilon_high
-    new_p, old_p = logp.exp(), old.exp()
+    old_p = old.exp()
     if objective.surrogate == "dppo_tv":
-        up, down = new_p - old_p <= high, new_p - old_p >= -low
+        change = logp.exp() - old_p
+        up, down = change > high, change < -low
     else:
-        rest = (1 - old_p) * ((1 - old_p + 1e-8) / (1 - new_p + 1e-8)).log()
+        rest = -old.expm1() * ((1e-8 - old.expm1()) / (1e-8 - logp.expm1())).log()
         kl = old_p * (old - logp) + rest
-        up, down = (kl <= high) | (new_p <= old_p), (kl <= low) | (new_p >= old_p)
+        up, down = (kl > high) & (logp > old), (kl > low) & (logp < old)
     return torch.where(advantage > 0, up, down)
 
 

@@ -60,6 +60,7 @@ def sequence_policy_terms(
     own = found.free.to(logp.dtype)
     if through_mean:
         own = torch.where(found.opened, own * found.part, 0)
+    importance = poisoned(importance, found)
     terms = policy_terms(
         *(logp, old, ref_logp, found.bounded, own, found.log_w, found.dropped),
         *(advantage, score, importance, objective),
@@ -88,6 +89,15 @@ class Ratios(NamedTuple):
     part: Tensor  # of the token in a mean over its sequence
     log_w: Tensor | None  # VESPO's log sequence weight
     dropped: Tensor | None  # by `off_policy_threshold`
+    undecided: Tensor | None  # whether to drop them cannot be told: the sequence has a NaN
+
+
+def poisoned(importance: Tensor | None, found: Ratios) -> Tensor | None:
+    """Importance weights that are NaN where it is undecided whether a token counts: that comes out."""
+    if found.undecided is None:
+        return importance
+    importance = torch.ones_like(found.log_ratio) if importance is None else importance
+    return torch.where(found.undecided & (importance != 0), torch.nan, importance)
 
 
 def ratio_terms(
@@ -115,20 +125,21 @@ def ratio_terms(
         up, down = d.clamp(max=objective.epsilon_high), d.clamp(min=-objective.epsilon_low)
         d = torch.where(advantage > 0, up, torch.where(advantage < 0, down, 0))
         opened = live & (advantage != 0)
-        opened &= torch.where(
-            advantage > 0, own <= objective.epsilon_high, own >= -objective.epsilon_low
+        opened &= ~torch.where(
+            advantage > 0, own > objective.epsilon_high, own < -objective.epsilon_low
         )
     if objective.surrogate == "gmpo" or objective.ratio != "token":
         d = mean(d)
     bounded, free = bounded_log_ratio(d, objective)
-    log_w = dropped = None
+    log_w = dropped = undecided = None
     if objective.surrogate == "vespo":
         total = own.clamp(-20, 20) if share is None else share * own.clamp(-20, 20)
         log_w = segments.sum(total if log_importance is None else total + log_importance)
     if objective.off_policy_threshold is not None:
-        stale = mean(-own) > objective.off_policy_threshold
-        dropped = stale & (advantage < 0)
-    return Ratios(d, bounded, free, opened, part, log_w, dropped)
+        drift = mean(-own)
+        dropped = (drift > objective.off_policy_threshold) & (advantage < 0)
+        undecided = drift.isnan() & (advantage < 0)
+    return Ratios(d, bounded, free, opened, part, log_w, dropped, undecided)
 
 
 @torch.library.custom_op("grpo_fast::sequence_loss", mutates_args=())
