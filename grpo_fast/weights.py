@@ -15,7 +15,14 @@ from torch import Tensor
 from grpo_fast import reference_terms
 from grpo_fast._selected import clip_cov, kl_cov, m2po, top_entropy, varied_groups
 from grpo_fast.ops import _arguments
-from grpo_fast.ops._selection import check_choice, check_number, gap_of, live_tokens, per_sequence
+from grpo_fast.ops._selection import (
+    check_choice,
+    check_number,
+    gap_of,
+    live_tokens,
+    mask_weights,
+    per_sequence,
+)
 
 __all__ = [
     "binary_divergence",
@@ -151,7 +158,8 @@ def geometric_mean(
 
     Args:
         weights: (B, T) or (N,), at least 0.
-        mask, cu_seqlens: as in `importance_weights`.
+        mask: the same shape; where it is 0 nothing is read, and a floating one weighs the logs.
+        cu_seqlens: as in `importance_weights`.
         eps: added to each; with 0, one weight of 0 makes that of its sequence 0.
 
     Returns:
@@ -162,8 +170,9 @@ def geometric_mean(
     live, given = live_tokens(op, mask, weights=weights)
     if cu_seqlens is not None:
         _arguments.check_cu_seqlens(op, cu_seqlens, weights)
-    logs = torch.where(live, (given + eps).log(), 0)
-    return _mean(logs, live, weights, cu_seqlens).exp().float()
+    share = mask_weights(mask, live)
+    logs = torch.where(live, (given + eps).log(), 0) * share
+    return _mean(logs, share, weights, cu_seqlens).exp().float()
 
 
 @torch.no_grad()
@@ -231,8 +240,8 @@ def binary_divergence(
 
 def _mean(x: Tensor, live: Tensor, like: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """Means of (N,), 0 where masked, over the sequences of `like`, as `per_sequence` sums them."""
-    count = per_sequence(live, like, cu_seqlens).clamp(min=1)
-    return per_sequence(x, like, cu_seqlens) / count
+    count = per_sequence(live, like, cu_seqlens)
+    return per_sequence(x, like, cu_seqlens) / count.where(count != 0, 1)
 
 
 def _bounded(rho: Tensor, mode: str, low: float | None, high: float | None) -> Tensor:
