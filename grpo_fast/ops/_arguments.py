@@ -6,10 +6,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from grpo_fast._operands import operand
+from grpo_fast._operands import LARGEST, SMALLEST, operand
 from grpo_fast.ops._backend import check_values
 from grpo_fast.ops._overwritten import check_not_overwritten
 
+POSITIVE = f"positive and finite, within float32's [{SMALLEST:.4g}, {LARGEST:.4g}]"
 LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -208,12 +209,12 @@ def check_temperature(
         values = per_token(op, "temperature", temperature, like)
         assert values is not None
         if check_values(values):
-            bad = ~((values > 0) & (values < math.inf))
+            bad = ~((values >= SMALLEST) & (values <= LARGEST))
             if mask is not None:
                 bad &= mask
             if bad.any():
                 value = values[bad][0].item()
-                raise ValueError(f"{op}: temperature: want positive and finite, got {value}")
+                raise ValueError(f"{op}: temperature: want {POSITIVE}, got {value}")
         return values, operand(1.0)
     if isinstance(temperature, Tensor):  # 0-dim: stays on its device
         if not check_values(temperature):
@@ -221,8 +222,8 @@ def check_temperature(
         temperature = float(temperature)
     if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
         raise TypeError(f"{op}: temperature: want a number or a tensor, got {temperature!r}")
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"{op}: temperature: want positive and finite, got {temperature}")
+    if not SMALLEST <= temperature <= LARGEST:
+        raise ValueError(f"{op}: temperature: want {POSITIVE}, got {temperature}")
     return None, operand(temperature).reciprocal()
 
 
