@@ -136,7 +136,9 @@ def dlogits_factors(dlogp, dentropy, entropy, total, log2_total, inv_temperature
 @triton.jit
 def dlogits_target(dlogp, dentropy, entropy, logp, inv_temperature):
     """dL/dz at the scored token."""
-    by_entropy = tl.where(dentropy == 0, 0.0, dentropy * tl.exp(logp) * (logp + entropy))
+    share = dentropy * tl.exp(logp)
+    # Also of a banned token, whose logp is -inf: p log p is 0 there, and so is its slope p.
+    by_entropy = tl.where(share == 0, 0.0, share * (logp + entropy))
     return (dlogp * one_minus_exp(logp) - by_entropy) * inv_temperature
 
 

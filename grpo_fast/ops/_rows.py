@@ -158,7 +158,8 @@ def gradient(
         assert u is not None
         factor = factor - dentropy * (entropy - total.log()) / total
         tilt = -dentropy / total
-        target = target - dentropy * logp.exp() * torch.where(dentropy == 0, 0, logp + entropy)
+        share = dentropy * logp.exp()  # 0 for a banned token, too, whose logp is -inf
+        target = target - torch.where(share == 0, 0, share * (logp + entropy))
         u = torch.where(u == -torch.inf, 0, u)
         e.mul_(u.mul_((tilt * inv_temperature)[:, None]).add_((factor * inv_temperature)[:, None]))
     else:
