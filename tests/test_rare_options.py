@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from grpo_fast import Objective, reference
-from grpo_fast.loss import grpo_loss, linear_grpo_loss
+from grpo_fast.loss import grpo_loss, linear_grpo_loss, policy_loss
 from grpo_fast.ops import logprob
 from grpo_fast.testing import assert_as_accurate
 from tests import test_linear_grpo as from_hidden
@@ -86,28 +86,35 @@ def test_vespo_takes_a_weight_per_packed_sequence_once(policy, boundaries, backe
     torch.testing.assert_close(grpo_loss(logits[0], ids[0], **packed).loss, want)
 
 
-@pytest.mark.parametrize("quantile", [1.0, 0.5])
-@pytest.mark.parametrize("start", ["logits", "hidden"])
-def test_nan_in_the_weights_of_masked_tokens(start, quantile, backend, device):
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"top_entropy_quantile": 0.5}, {"ratio": "sequence"}, {"surrogate": "gmpo"}],
+    ids=str,
+)
+@pytest.mark.parametrize("start", ["logits", "hidden", "logps"])
+def test_nan_in_the_weights_of_masked_tokens(start, options, backend, device):
     """Not read, neither by the policy's mean nor by the entropy's own."""
-    *given, arguments = (batch if start == "logits" else from_hidden.batch)(3, 5, 12, device)
-    arguments["objective"] = Objective(
-        entropy_coef=0.3, entropy_reduction="token_mean", top_entropy_quantile=quantile
-    )
+    *given, arguments = (from_hidden.batch if start == "hidden" else batch)(3, 5, 12, device)
+    mask = arguments["mask"]
+    arguments["objective"] = Objective(entropy_coef=0.3, entropy_reduction="token_mean", **options)
+    if start == "logps":
+        given = [arguments["old_logps"] + 0.1]
+        arguments["entropy"] = torch.where(mask, 1 + torch.rand(3, 5, device=device), torch.nan)
     weights = torch.rand(3, 5, device=device) + 0.1
     results = []
     for padding in (0.0, 7.0, torch.nan, torch.inf):
-        arguments["token_weights"] = torch.where(arguments["mask"], weights, padding)
-        if start == "logits":
-            results.append(loss_and_grad(grpo_loss, *given, **arguments))
-        else:
+        arguments["token_weights"] = torch.where(mask, weights, padding)
+        if start == "hidden":
             found = from_hidden.loss_and_grads(linear_grpo_loss, *given, arguments)
             results.append(tuple(found.values()))
+        else:
+            fn = grpo_loss if start == "logits" else policy_loss
+            results.append(loss_and_grad(fn, *given, **arguments))
     for result in results[1:]:
         torch.testing.assert_close(result, results[0], rtol=0, atol=0)
     assert all(x.isfinite().all() for x in results[0])
-    arguments["token_weights"] = torch.where(arguments["mask"], weights, 0)
-    (check if start == "logits" else from_hidden.check)(*given, arguments)
+    if start != "logps":
+        (check if start == "logits" else from_hidden.check)(*given, arguments)
 
 
 @pytest.mark.parametrize("scale", [0.4, 2.5])
