@@ -173,3 +173,18 @@ def test_a_banned_token_leaves_the_entropy_bonus_finite(objective, policy, backe
     assert loss.isfinite()
     assert grad.isfinite().all()
     assert (grad[0, 0] != 0).any()
+
+
+@pytest.mark.parametrize("start", ["logits", "logps"])
+def test_metrics_without_a_live_token(start, backend, device):
+    """Fractions and means are those of no tokens: ratios and weights 1, everything else 0."""
+    logits, ids, arguments = batch(3, 4, 20, device)
+    arguments["mask"] = torch.zeros_like(arguments["mask"])
+    ones = {"importance_weights": torch.ones(3, 4, device=device)}
+    if start == "logits":
+        metrics = grpo_loss(logits, ids, **arguments, **ones).metrics
+    else:
+        metrics = policy_loss(arguments["old_logps"], **arguments, **ones).metrics
+    of_ratios = ("ratio_mean", "ratio_min", "ratio_max", "importance_weight_mean")
+    for name, value in metrics.items():
+        assert value == (name in (*of_ratios, "effective_sample_size")), name
