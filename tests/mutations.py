@@ -15,19 +15,19 @@ COVERS: dict[str, tuple[str, str]] = {
     "grpo_fast/ops/_chunks.py": ("linear_grpo linear_logprob linear_edges", TORCH),
     "grpo_fast/ops/_head.py": ("linear_logprob linear_grpo linear_edges linear_errors", TORCH),
     "grpo_fast/ops/_head_arguments.py": ("linear_errors linear_logprob linear_edges", TORCH),
-    "grpo_fast/ops/_metrics.py": ("loss grpo linear_grpo", TORCH),
+    "grpo_fast/ops/_metrics.py": ("loss rare_options", TORCH),
     "grpo_fast/ops/_phases.py": ("rare_options sequence_loss policy_loss grpo", TORCH),
     "grpo_fast/ops/_rows.py": ("logprob errors strides grpo", TORCH),
     "grpo_fast/ops/_selection.py": ("selection policy_loss weights", f"{TORCH} and not trl_modes"),
     "grpo_fast/ops/_terms.py": ("policy_loss sequence_loss preset_edges grpo", TORCH),
     "grpo_fast/ops/_tokens.py": ("loss errors rare_options", TORCH),
     "grpo_fast/ops/_vocab_parallel.py": ("vocab_parallel", "combine or 2-False"),
-    "grpo_fast/ops/group_advantage.py": ("group_advantage errors", TORCH),
-    "grpo_fast/ops/grpo.py": ("grpo inplace errors derivatives", TORCH),
+    "grpo_fast/ops/group_advantage.py": ("group_advantage rare_options errors", TORCH),
+    "grpo_fast/ops/grpo.py": ("grpo inplace rare_options derivatives", TORCH),
     "grpo_fast/ops/linear_grpo.py": ("linear_grpo linear_edges linear_errors", TORCH),
     "grpo_fast/ops/linear_logprob.py": ("linear_logprob linear_edges linear_errors", TORCH),
-    "grpo_fast/ops/logprob.py": ("logprob errors derivatives", TORCH),
-    "grpo_fast/ops/policy_loss.py": ("policy_loss loss errors", TORCH),
+    "grpo_fast/ops/logprob.py": ("logprob linear_logprob", "not processes and not any_shape"),
+    "grpo_fast/ops/policy_loss.py": ("policy_loss loss rare_options", TORCH),
     "grpo_fast/ops/sequence_loss.py": ("sequence_loss policy_loss loss", TORCH),
     "grpo_fast/weights.py": ("weights", TORCH),
     "grpo_fast/presets.py": ("preset_values presets preset_edges verl", TORCH),
@@ -37,8 +37,14 @@ COVERS: dict[str, tuple[str, str]] = {
         "policy_loss logprob",
         "triton and (every_objective or flags or infinite or confident or banned or offset)",
     ),
-    "kernels/rows.py": ("logprob rows", "triton and (reference or banned or offset) or align"),
-    "kernels/grpo.py": ("grpo", "triton and (every_objective or optional)"),
+    "kernels/rows.py": (
+        "logprob rows",
+        "triton and (reference or banned or offset or masked or exact_zeros) or align",
+    ),
+    "kernels/grpo.py": (
+        "grpo",
+        "triton and every_objective and (default or everything or gspo or entropy)",
+    ),
 }
 # Changes that no test on a CPU can see: in the statement's text, by regular expression.
 EQUIVALENT = {
@@ -46,6 +52,7 @@ EQUIVALENT = {
     r"device=|\.device|cuda|is_compiling|synchroni": "asks for the device; the tests have one",
     r"strict=|stacklevel|exist_ok|__all__|lru_cache": "never differs in a correct call",
     r"mutates_args|register_fake|torch\.library|new_empty|torch\.empty": "schemas and fakes",
+    r"getattr\(dist": "the older or the newer name of one function",
     r"^(from|import|op = |assert )": "no behaviour",
 }
 SILENT = (ast.Raise, ast.Assert, ast.JoinedStr, ast.Import, ast.ImportFrom)

@@ -7,7 +7,7 @@ import torch
 
 from grpo_fast import Objective, reference
 from grpo_fast.loss import grpo_loss, linear_grpo_loss, policy_loss
-from grpo_fast.ops import logprob
+from grpo_fast.ops import group_advantage, logprob
 from grpo_fast.testing import assert_as_accurate
 from tests import test_linear_grpo as from_hidden
 from tests.cases import batch, in_double, loss_and_grad
@@ -188,3 +188,31 @@ def test_metrics_without_a_live_token(start, backend, device):
     of_ratios = ("ratio_mean", "ratio_min", "ratio_max", "importance_weight_mean")
     for name, value in metrics.items():
         assert value == (name in (*of_ratios, "effective_sample_size")), name
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("ratio", ["token", "sequence"])
+@pytest.mark.parametrize("policy", ["on", "off"])
+def test_the_loss_alone_is_differentiable(policy, ratio, inplace, backend, device):
+    logits, ids, arguments = batch(3, 4, 20, device)
+    if policy == "on":
+        del arguments["old_logps"]
+    logits = (logits.requires_grad_() * 1.0) if inplace else logits.requires_grad_()
+    objective = Objective(ratio=ratio, beta=0.1)
+    out = grpo_loss(logits, ids, **arguments, objective=objective, inplace=inplace)
+    assert out.loss.requires_grad
+    others = [x for x in (*out[1:], *out.metrics.values()) if isinstance(x, torch.Tensor)]
+    assert len(others) > 10
+    assert not any(x.requires_grad for x in others)
+    logps = (arguments["ref_logps"] + 0.1).requires_grad_()
+    out = policy_loss(logps, **arguments, objective=objective)
+    others = [x for x in out[1:] if isinstance(x, torch.Tensor) and x is not logps]
+    assert not any(x.requires_grad for x in (*others, *out.metrics.values()))
+
+
+@pytest.mark.parametrize("reward", [0.1, 0.7, -3.3])
+def test_equal_rewards_next_to_a_missing_one_are_exactly_0(reward, backend, device):
+    """Not what rounding leaves of reward - mean, times 1 / eps."""
+    rewards = torch.tensor([[reward] * 3 + [torch.nan], [reward] * 4], device=device).view(-1)
+    found = group_advantage(rewards, group_size=4, eps=1e-12, nan="skip")
+    assert (found[~rewards.isnan()] == 0).all()
