@@ -210,9 +210,24 @@ def test_the_loss_alone_is_differentiable(policy, ratio, inplace, backend, devic
     assert not any(x.requires_grad for x in (*others, *out.metrics.values()))
 
 
-@pytest.mark.parametrize("reward", [0.1, 0.7, -3.3])
-def test_equal_rewards_next_to_a_missing_one_are_exactly_0(reward, backend, device):
+@pytest.mark.parametrize("group_size", [4, 7, 8])
+def test_equal_rewards_next_to_a_missing_one_are_exactly_0(group_size, backend, device):
     """Not what rounding leaves of reward - mean, times 1 / eps."""
-    rewards = torch.tensor([[reward] * 3 + [torch.nan], [reward] * 4], device=device).view(-1)
-    found = group_advantage(rewards, group_size=4, eps=1e-12, nan="skip")
-    assert (found[~rewards.isnan()] == 0).all()
+    rewards = torch.randn(40, 1, device=device).repeat(1, group_size)
+    rewards[:, 0] = torch.nan
+    found = group_advantage(rewards.view(-1), group_size=group_size, eps=1e-12, nan="skip")
+    assert (found[~rewards.view(-1).isnan()] == 0).all()
+
+
+@pytest.mark.parametrize("options", [{"dual_clip": 1.5}, {"delta": 1.5}], ids=str)
+def test_the_dual_flag_is_for_advantages_below_0(options, backend, device):
+    """Three tokens are above the bound; the bound is for the one that is pushed down."""
+    d = torch.tensor([[0.6, 0.6, 0.1, -0.6], [0.6, 0.1, -0.6, -0.1]], device=device)
+    advantages = torch.tensor([[1.0], [-1.0]], device=device).expand(2, 4)
+    logps = torch.full((2, 4), -1.0, device=device)
+    metrics = policy_loss(
+        logps, advantages=advantages, old_logps=logps - d, objective=Objective(**options)
+    ).metrics
+    assert metrics["clip_fraction_dual"].item() == 1 / 8
+    assert metrics["clip_fraction_low"].item() == 1 / 8
+    assert metrics["clip_fraction_high"].item() == 2 / 8
