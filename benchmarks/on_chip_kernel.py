@@ -6,13 +6,13 @@ import triton
 import triton.language as tl
 
 from grpo_fast.kernels.rows import load_scored, load_target
+from grpo_fast.kernels.terms import token_policy_terms
 from grpo_fast.kernels.tiles import (
     LOG2E,
     LOWEST,
     dlogits_factors,
     dlogits_target,
     include_target,
-    token_policy_terms,
 )
 
 INFINITY = tl.constexpr(float("inf"))

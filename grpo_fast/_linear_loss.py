@@ -145,6 +145,7 @@ def linear_grpo_loss(
         op,
         completion_ids,
         live,
+        _arguments.mask_share(mask, completion_ids),
         here(advantages),
         here(rewards),
         group_size,
@@ -252,6 +253,7 @@ def linear_grpo_loss(
         kl,
         clip,
         tokens._replace(mask=covered),
+        sequences.share,
     )
     skipped = torch.zeros((), device=device)
     if keep is not None and keep.numel():
@@ -278,9 +280,11 @@ def _in_float64(
             given["scores"] = rewards
     loss = reference.policy_loss(logp.view(like.shape), entropy=entropy.view(like.shape), **given)
     logp, entropy = logp.detach(), entropy.detach()
-    found = _phases.values(logp.float(), entropy.float(), tokens, sequences, objective)
+    found = _phases.values(logp.float(), entropy.float(), tokens, sequences, objective.terms)
     rounded = entropy.float() if with_entropy else None
-    out = loss_output(like, found.loss, logp.float(), rounded, found.kl, found.clip, tokens)
+    out = loss_output(
+        *(like, found.loss, logp.float(), rounded, found.kl, found.clip, tokens, sequences.share)
+    )
     return out._replace(
         loss=loss,
         logps=logp.view(like.shape),

@@ -66,13 +66,13 @@ def top_entropy(
         group: processes whose tokens count together, each with as many as it has. Default: this one's.
 
     Returns:
-        Float32, of the shape of `entropy`; 0 where masked.
+        Float32, of the shape of `entropy`; 0 where masked, NaN where the entropy is.
     """
     op = "top_entropy"
     check_number(op, "fraction", fraction, high=1.0)
     live, values = live_tokens(op, mask, entropy=entropy)
     kept = top_entropy_mask(values, live, fraction, group)
-    return kept.float().view(entropy.shape)
+    return torch.where(values.isnan(), values, kept.float()).view(entropy.shape)
 
 
 @torch.no_grad()
@@ -194,14 +194,16 @@ def varied_groups(
         new = torch.zeros_like(order)
         new[1:] = (ascending[1:] != ascending[:-1]).long()
         group = torch.empty_like(order).scatter(0, order, new.cumsum(0))
-    missing = rewards.isnan()
+    missing = rewards.isnan() & (nan == "skip")
     extremes = [
         torch.full_like(rewards, other).scatter_reduce(
             0, group, rewards.masked_fill(missing, other), reduction
         )
         for reduction, other in (("amax", -math.inf), ("amin", math.inf))
     ]
-    return (extremes[0] > extremes[1])[group].float()
+    # A NaN that is not to be skipped, and that nobody looks for on a GPU, comes out.
+    unknown = extremes[0].isnan() | extremes[1].isnan()
+    return torch.where(unknown, torch.nan, (extremes[0] > extremes[1]).float())[group]
 
 
 def _covariance(A: Tensor, logp: Tensor, weight: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from grpo_fast.ops._terms import (
     policy_terms,
     ratio_cap,
 )
-from grpo_fast.ops.sequence_loss import Segments, ratio_terms
+from grpo_fast.ops.sequence_loss import Segments, poisoned, ratio_terms
 
 __all__ = ["TokenDiagnostics", "kl_estimate", "token_diagnostics"]
 
@@ -80,7 +80,7 @@ def token_diagnostics(
         logps: (B, T) padded or (N,) packed.
         old_logps: the same shape; None: on policy, the ratio is 1.
         advantages: the same shape.
-        mask: the same shape; where it is 0 nothing is read.
+        mask: the same shape; where it is 0 nothing is read. A floating one weighs means over a sequence.
         ref_logps: the same shape.
         cu_seqlens: (num_seqs + 1,) boundaries of packed tokens; without it they are one sequence.
 
@@ -104,6 +104,7 @@ def token_diagnostics(
         cu_seqlens = _arguments.check_cu_seqlens(op, cu_seqlens, logps).long()
     live = torch.ones(shape, dtype=torch.bool, device=logps.device) if mask is None else mask != 0
     live = live.reshape(-1)
+    share = _arguments.mask_share(mask, logps)
 
     def kept(x: Tensor) -> Tensor:
         return torch.where(live, x.reshape(-1), 0).float()
@@ -112,10 +113,12 @@ def token_diagnostics(
     old = logp if old_logps is None else kept(old_logps)
     ref = None if ref_logps is None else kept(ref_logps)
     segments = Segments.of(len(logp), cu_seqlens, shape[-1])
-    found = ratio_terms(logp - old, A, None, live, segments, objective)
-    ratio = found.ratio
+    found = ratio_terms(logp - old, A, None, live, share, segments, objective)
+    ratio = found.bounded.exp()
+    own = torch.ones_like(ratio)  # of derivatives, which nobody wants here
     terms = policy_terms(
-        *(logp, old, ref, ratio, found.log_w, found.dropped, A, None, None, objective)
+        *(logp, old, ref, found.bounded, own, found.log_w, found.dropped),
+        *(A, None, poisoned(None, found), objective),
     )
     nothing = torch.zeros_like(live)
     below, above = beyond_bounds(logp, old, ratio, A, objective)
@@ -163,4 +166,5 @@ def kl_estimate(
     for name, x in (("logps", logps), ("ref_logps", ref_logps)):
         _arguments.check_tensor("kl_estimate", name, x)
     logp = logps.float()
-    return kl_terms(logp, ref_logps.float(), torch.ones_like(logp), objective)[0]
+    one = torch.ones_like(logp)
+    return kl_terms(logp, ref_logps.float(), torch.zeros_like(logp), one, one, objective)[0]

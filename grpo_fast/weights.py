@@ -66,7 +66,8 @@ def importance_weights(
     Args:
         old_logps: (B, T) or (N,), by the trainer, of the weights that sampled.
         sampling_logps: the same shape, by the inference engine.
-        mask: the same shape; a masked token counts as a difference of 0.
+        mask: the same shape; a masked token counts as a difference of 0. A floating mask weighs the
+            differences in sums and means over a sequence.
         cu_seqlens: (num_seqs + 1,) boundaries of packed tokens. Without it they are one sequence.
         level: rho of each "token"; of the "sequence", exp of the sum of the differences; "geometric", exp
             of their mean.
@@ -96,12 +97,13 @@ def importance_weights(
     gap = gap_of(old, sampling) if undefined == "one" else old - sampling
     if cu_seqlens is not None:
         _arguments.check_cu_seqlens(op, cu_seqlens, old_logps)
+    share = mask_weights(mask, live)
     if level == "token":
         gap = gap.view(old_logps.shape)
     elif level == "sequence":
-        gap = per_sequence(gap, old_logps, cu_seqlens)
+        gap = per_sequence(gap * share, old_logps, cu_seqlens)
     else:
-        gap = _mean(gap, live, old_logps, cu_seqlens)
+        gap = _mean(gap * share, share, old_logps, cu_seqlens)
     rho = gap.exp().float()
     if undefined == "zero":
         rho = rho.nan_to_num(nan=0.0, posinf=0.0)
@@ -194,7 +196,7 @@ def kpop(
     op = "kpop"
     check_number(op, "delta", delta)
     live, old, sampling = live_tokens(op, mask, old_logps=old_logps, sampling_logps=sampling_logps)
-    old, sampling = old.double(), sampling.double()
+    old, sampling = (x.double().clamp(max=0) for x in (old, sampling))  # of rounding, above 0
     missing = (old - sampling).isnan()
     kl = torch.maximum(
         reference_terms.binary_kl(old, sampling), reference_terms.binary_kl(sampling, old)
@@ -233,7 +235,8 @@ def binary_divergence(
     if kind == "tv":
         found = (p - q).abs()
     else:  # terms of probability 0 are 0
-        pairs = ((p, q), (1 - p, 1 - q))
+        others = [(-x.double().expm1()).clamp(floor, 1 - floor) for x in both]
+        pairs = ((p, q), (others[0], others[1]))
         found = sum((a.xlogy(a) - a.xlogy(b) for a, b in pairs), torch.zeros_like(p))
     return torch.where(live, found, 0).float().view(logps.shape)
 
@@ -252,7 +255,7 @@ def _bounded(rho: Tensor, mode: str, low: float | None, high: float | None) -> T
         outside = outside | (rho < low)
     if high is not None:
         outside = outside | (rho > high)
-    return torch.where(outside, 0, rho if mode == "mask" else 1.0)
+    return torch.where(outside, 0, rho if mode == "mask" else torch.ones_like(rho))
 
 
 def _check_bounds(op: str, low: float | None, high: float | None) -> None:

@@ -39,14 +39,14 @@ from grpo_fast.kernels.rows import (
     write_zeros,
 )
 from grpo_fast.kernels.schedules import aligned, reading, schedule
+from grpo_fast.kernels.scoring import score_row
+from grpo_fast.kernels.terms import token_policy_terms
 from grpo_fast.kernels.tiles import (
     LOG2E,
     dlogits_factors,
     dlogits_target,
-    include_target,
     soft_cap,
     standard_score,
-    token_policy_terms,
 )
 
 MANY_ROWS = 1024
@@ -208,7 +208,20 @@ def _grpo_kernel(
             slope = 1.0
             if softcap is not None:
                 z, slope = soft_cap(z, softcap, logit_scale, cap_rate)
-            m, s, log2_s, logp, entropy = include_target(m, s, t, z, scale)
+            m, s, log2_s, logp, entropy, scale, _ = score_row(
+                row_ptr,
+                target,
+                z,
+                m,
+                s,
+                t,
+                inv_temperature,
+                V,
+                T,
+                softcap,
+                logit_scale,
+                cap_rate,
+            )
             advantage = load_advantage(
                 advantages_ptr, rewards_ptr, sequence_ptr, row, T_len, G, score_eps, BLOCK_G
             )

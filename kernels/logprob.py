@@ -32,11 +32,11 @@ from grpo_fast.kernels.rows import (
     write_zeros,
 )
 from grpo_fast.kernels.schedules import reading, schedule
+from grpo_fast.kernels.scoring import load_statistics, saved_statistics, score_row
 from grpo_fast.kernels.tiles import (
     LOG2E,
     dlogits_factors,
     dlogits_target,
-    include_target,
     soft_cap,
 )
 
@@ -82,7 +82,8 @@ def _logprob_fwd_kernel(
     if live:
         row_ptr = logits_ptr + row_offset(row, T_len, stride_b, stride_t)
         target = load_target(ids_ptr, row, V)
-        scale = inverse_temperature(temperature_ptr, row, inv_temperature) * LOG2E
+        inv_temperature = inverse_temperature(temperature_ptr, row, inv_temperature)
+        scale = inv_temperature * LOG2E
         if SPLIT:
             read_part(
                 row_ptr,
@@ -129,7 +130,21 @@ def _logprob_fwd_kernel(
             z = load_scored(row_ptr, target)
             if softcap is not None:
                 z, _ = soft_cap(z, softcap, logit_scale, cap_rate)
-            m, s, _, logp, entropy = include_target(m, s, t, z, scale)
+            m, s, _, logp, entropy, _, back = score_row(
+                row_ptr,
+                target,
+                z,
+                m,
+                s,
+                t,
+                inv_temperature,
+                V,
+                T,
+                softcap,
+                logit_scale,
+                cap_rate,
+            )
+            m, s = saved_statistics(m, s, back)
             tl.store(logp_ptr + row, logp)
             tl.store(m_ptr + row, m)
             tl.store(s_ptr + row, s)
@@ -191,11 +206,9 @@ def _logprob_bwd_kernel(
         target = load_target(ids_ptr, row, V)
         inv_temperature = inverse_temperature(temperature_ptr, row, inv_temperature)
         logp = tl.load(logp_ptr + row)
-        m = tl.load(m_ptr + row)
-        s = tl.load(s_ptr + row)
+        m, s, scale = load_statistics(m_ptr, s_ptr, row, inv_temperature * LOG2E)
         k0, k1 = dlogits_factors(dlogp, dentropy, entropy, s, tl.log2(s), inv_temperature)
         dtarget = dlogits_target(dlogp, dentropy, entropy, logp, inv_temperature)
-        scale = inv_temperature * LOG2E
         if softcap is not None:
             here = (target >= start) & (target < stop)
             z = tl.load(row_ptr + target, mask=here, other=0.0).to(tl.float32)

@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 
 from grpo_fast.kernels.policy_loss import load_tokens, scalars
-from grpo_fast.kernels.tiles import bounded_ratio, greater, lesser, policy_terms
+from grpo_fast.kernels.terms import bounded_log_ratio, policy_terms
+from grpo_fast.kernels.tiles import greater, lesser
 
 BLOCK = 512
 
@@ -29,6 +30,7 @@ def sequence_statistics(
     advantages_ptr,
     old_logp_ptr,
     log_importance_ptr,
+    share_ptr,
     start,
     stop,
     low,
@@ -36,7 +38,10 @@ def sequence_statistics(
     SURROGATE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """(live tokens, mean d, mean of the d that the ratio takes, VESPO's log W) of tokens [start, stop)."""
+    """(sum of shares, mean d, mean of the d that the ratio takes, VESPO's log W) of tokens [start, stop).
+
+    The sum is 1 where it is 0, the means and log W are weighted by the shares.
+    """
     count = 0.0
     total = 0.0
     taken = 0.0
@@ -47,19 +52,20 @@ def sequence_statistics(
         if old_logp_ptr is not None:
             old_logp = load_tokens(old_logp_ptr, offs, live, 0.0)
             d = load_tokens(logp_ptr, offs, live, 0.0) - old_logp
-        count += tl.sum(live.to(tl.float32), axis=0)
-        total += tl.sum(d, axis=0)
+        share = load_tokens(share_ptr, offs, live, 1.0)
+        count += tl.sum(tl.where(live, share, 0.0), axis=0)
+        total += tl.sum(share * d, axis=0)
         if SURROGATE == "gmpo":
             advantage = load_tokens(advantages_ptr, offs, live, 0.0)
             up = lesser(d, high)
             down = greater(d, -low)
             d = tl.where(advantage > 0, up, tl.where(advantage < 0, down, 0.0))
-        taken += tl.sum(d, axis=0)
+        taken += tl.sum(share * d, axis=0)
         if SURROGATE == "vespo":
-            log_w += tl.sum(lesser(greater(d, -20.0), 20.0), axis=0)
+            log_w += tl.sum(share * lesser(greater(d, -20.0), 20.0), axis=0)
             # Not `live`: a weight per sequence stands at its first token, masked or not.
             log_w += tl.sum(load_tokens(log_importance_ptr, offs, offs < stop, 0.0), axis=0)
-    n = greater(count, 1.0)
+    n = tl.where(count == 0, 1.0, count)
     return n, total / n, taken / n, log_w
 
 
@@ -73,6 +79,13 @@ def live_tokens(mask_ptr, base, stop, BLOCK: tl.constexpr):
     return offs, live
 
 
+@triton.jit
+def opens(d, advantage, low, high):
+    """GMPO: whether a token's bound lets the gradient of the mean through."""
+    held = tl.where(advantage > 0, d > high, d < -low)
+    return (advantage != 0) & (held == 0)
+
+
 @triton.jit(do_not_specialize=["T_len"])
 def _sequence_loss_kernel(
     logp_ptr,  # (N,)
@@ -84,6 +97,7 @@ def _sequence_loss_kernel(
     importance_ptr,  # (N,) fp32, or None: 1
     score_ptr,  # (N,) fp32, or None: the advantages
     log_importance_ptr,  # (N,) fp32, or None: 0
+    share_ptr,  # (N,) fp32, the weight in means of the sequence, or None: 1
     boundaries_ptr,  # (num_sequences + 1,) int64, or None: every T_len tokens
     loss_ptr,  # (N,) fp32
     dlogp_ptr,  # (N,) fp32
@@ -121,6 +135,7 @@ def _sequence_loss_kernel(
         advantages_ptr,
         old_logp_ptr,
         log_importance_ptr,
+        share_ptr,
         start,
         stop,
         low,
@@ -128,7 +143,9 @@ def _sequence_loss_kernel(
         SURROGATE,
         BLOCK,
     )
-    pull = 0.0  # dL / d (mean d)
+    UNBIASED: tl.constexpr = HAS_REF and KL == "k3_unbiased"
+    pull = 0.0  # dL / d (mean d), of the surrogate
+    kl_pull = 0.0  # the same of the KL
     for base in range(start, stop, BLOCK):
         offs, live = live_tokens(mask_ptr, base, stop, BLOCK)
         there = offs < stop
@@ -140,20 +157,32 @@ def _sequence_loss_kernel(
         score = advantage
         if score_ptr is not None:
             score = load_tokens(score_ptr, offs, live, 0.0)
-        d = logp - old_logp
+        own_d = logp - old_logp
+        d = own_d
         if RATIO != "token" or SURROGATE == "gmpo":
             d = tl.zeros([BLOCK], tl.float32) + taken
-        ratio, free = bounded_ratio(d, log_ratio_min, log_ratio_max)
+        log_ratio, free = bounded_log_ratio(d, log_ratio_min, log_ratio_max)
+        own = free.to(tl.float32)
+        if THROUGH_MEAN:
+            own = own * load_tokens(share_ptr, offs, live, 1.0) / n
+        if SURROGATE == "gmpo":
+            own = tl.where(opens(own_d, advantage, low, high), own, 0.0)
+        importance = load_tokens(importance_ptr, offs, live, 1.0)
+        # Whether to drop the token cannot be told: the NaN that decides comes out.
+        doubt = tl.where(drift == drift, 0.0, drift)
+        decides = (stale_at < float("inf")) & (advantage < 0) & (importance != 0)
+        importance = tl.where(decides, importance + doubt, importance)
         loss, by_logp, by_ratio, kl, clip = policy_terms(
             logp,
             old_logp,
             load_tokens(ref_logp_ptr, offs, live, 0.0),
-            ratio,
+            log_ratio,
+            own,
             log_w,
-            (advantage >= 0) | ((-drift > stale_at) == 0),  # a NaN is not hidden
+            ((advantage < 0) == 0) | ((-drift > stale_at) == 0),
             advantage,
             score,
-            load_tokens(importance_ptr, offs, live, 1.0),
+            importance,
             low,
             high,
             cap,
@@ -170,6 +199,9 @@ def _sequence_loss_kernel(
         weight = tl.load(weight_ptr + offs, mask=live, other=0.0)
         if THROUGH_MEAN:
             pull += tl.sum(tl.where(weight == 0, 0.0, weight * by_ratio), axis=0)
+            if UNBIASED:
+                by_kl = tl.where(free, weigh_kl(weight, beta, kl), 0.0)
+                kl_pull += tl.sum(by_kl, axis=0)
         else:
             by_logp += by_ratio
         # Select, not multiply: a token without weight has no say, whatever its loss is.
@@ -185,13 +217,28 @@ def _sequence_loss_kernel(
             open_ = live
             if SURROGATE == "gmpo":
                 advantage = load_tokens(advantages_ptr, offs, live, 0.0)
-                open_ = live & (advantage != 0)
+                d = tl.zeros([BLOCK], tl.float32)
                 if old_logp_ptr is not None:
                     d = load_tokens(logp_ptr, offs, live, 0.0)
                     d -= load_tokens(old_logp_ptr, offs, live, 0.0)
-                    open_ = open_ & tl.where(advantage > 0, d <= high, d >= -low)
+                open_ = live & opens(d, advantage, low, high)
+            through = tl.zeros([BLOCK], tl.float32) + pull
+            if UNBIASED:
+                # Of the others: a token's own is in dlogp already, without the cancellation.
+                weight = tl.load(weight_ptr + offs, mask=live, other=0.0)
+                mine = weigh_kl(weight, beta, load_tokens(kl_ptr, offs, live, 0.0))
+                _, free = bounded_log_ratio(taken, log_ratio_min, log_ratio_max)
+                others = tl.where(tl.abs(mine) == float("inf"), 0.0, kl_pull - mine)
+                through += tl.where(free, others, 0.0)
             dlogp = tl.load(dlogp_ptr + offs, mask=live, other=0.0)
-            tl.store(dlogp_ptr + offs, dlogp + tl.where(open_, pull / n, 0.0), mask=live)
+            through = through * load_tokens(share_ptr, offs, live, 1.0) / n
+            tl.store(dlogp_ptr + offs, dlogp + tl.where(open_, through, 0.0), mask=live)
+
+
+@triton.jit
+def weigh_kl(weight, beta, kl):
+    """What a token's KL adds to the loss: 0 where the weight is, whatever the KL."""
+    return tl.where((weight == 0) | (beta == 0), 0.0, weight * (beta * kl))
 
 
 def sequence_loss_fwd(
@@ -204,6 +251,7 @@ def sequence_loss_fwd(
     importance,
     score,
     log_importance,
+    share,
     boundaries,
     T_len,
     objective,
@@ -211,6 +259,7 @@ def sequence_loss_fwd(
     """`policy_loss_fwd` for objectives that look at whole sequences.
 
     Args:
+        share: (N,) fp32, the weight of a token in means and sums over its sequence; None: 1.
         boundaries: (num_sequences + 1,) int64, or None where every `T_len` tokens are a sequence.
     """
     N = len(logp)
@@ -230,6 +279,7 @@ def sequence_loss_fwd(
             importance_ptr=importance,
             score_ptr=score,
             log_importance_ptr=log_importance,
+            share_ptr=share,
             boundaries_ptr=boundaries,
             loss_ptr=loss,
             dlogp_ptr=dlogp,

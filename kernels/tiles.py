@@ -15,14 +15,11 @@ import triton.language as tl
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 # Where a running maximum starts. Finite, so that a tile of -inf logits gives 2^(-inf) = 0 and no NaN.
-LOWEST = tl.constexpr(-1.0e30)
+LOWEST = tl.constexpr(-3.0e38)
+# From here on x = z * scale is too coarse: its last bit is worth 128. See `exact_scale`.
+FAR = tl.constexpr(1073741824.0)  # 2^30
 # 2^-150 is 0 in float32: the cap makes 0 * log2(0) come out as 0 and not as NaN.
 LOG2_ZERO = tl.constexpr(-150.0)
-
-# Bits of the clip flags: why the surrogate of a token passes no gradient (or is bounded).
-CLIP_LOW = tl.constexpr(1)
-CLIP_HIGH = tl.constexpr(2)
-CLIP_DUAL = tl.constexpr(4)
 
 
 @triton.jit
@@ -124,6 +121,20 @@ def include_target(m, s, t, z, scale):
 
 
 @triton.jit
+def exact_scale(top, scale):
+    """The power of two that puts in [2^33, 2^35) what `scale` puts at `top`; and its reciprocal.
+
+    Where |z * scale| is 2^30 or more, logits that differ do so by more than 40 nats: of the softmax nothing
+    is left but the maximum, and how often it occurs. Products with a power of two are exact, so that equal
+    logits have a difference of 0 and all others one of which 2^x is 0.
+    """
+    e_top = (tl.abs(top).to(tl.int32, bitcast=True) >> 23) & 255
+    e_scale = (scale.to(tl.int32, bitcast=True) >> 23) & 255
+    e = tl.minimum(tl.maximum(127 + e_scale - tl.minimum(e_top, 254) + 34, 1), 253)
+    return (e << 23).to(tl.float32, bitcast=True), ((254 - e) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def dlogits_factors(dlogp, dentropy, entropy, total, log2_total, inv_temperature):
     """(k0, k1) such that dL/dz_j = e_j (k0 + k1 u_j) with u_j = x_j - m, e_j = 2^u_j, for j not scored.
 
@@ -136,9 +147,8 @@ def dlogits_factors(dlogp, dentropy, entropy, total, log2_total, inv_temperature
 @triton.jit
 def dlogits_target(dlogp, dentropy, entropy, logp, inv_temperature):
     """dL/dz at the scored token."""
-    share = dentropy * tl.exp(logp)
-    # Also of a banned token, whose logp is -inf: p log p is 0 there, and so is its slope p.
-    by_entropy = tl.where(share == 0, 0.0, share * (logp + entropy))
+    p = tl.exp(logp)  # 0 where the logit is -inf: p log p is 0 then
+    by_entropy = tl.where((dentropy == 0) | (p == 0), 0.0, dentropy * p * (logp + entropy))
     return (dlogp * one_minus_exp(logp) - by_entropy) * inv_temperature
 
 
@@ -150,288 +160,6 @@ def dlogits_tile(z, scale, m, k0, k1, HAS_ENTROPY: tl.constexpr):
     if HAS_ENTROPY:
         return e * tl.fma(tl.maximum(u, LOG2_ZERO), k1, k0)
     return e * k0
-
-
-@triton.jit
-def clip_surrogate(ratio, advantage, low, high, delta, dual_clip):
-    """PPO's clipped surrogate: (loss, dloss/dlogp, bounded). An infinite bound is no bound."""
-    free = lesser(ratio, delta) * advantage
-    clipped = lesser(greater(ratio, low), high) * advantage
-    loss = -lesser(free, clipped)
-    # Where both branches agree (inside the clip range) either gradient is right: they are the same.
-    inside = tl.where(free <= clipped, ratio <= delta, (ratio >= low) & (ratio <= high))
-    ceiling = -tl.where(advantage < 0, dual_clip, 0.0) * advantage
-    dual = (advantage < 0) & (ceiling < loss)
-    loss = tl.where(dual, ceiling, loss)
-    # Select, not multiply: the ratio may be inf where no gradient passes.
-    return loss, tl.where(inside & (dual == 0), -ratio * advantage, 0.0)
-
-
-@triton.jit
-def sapo_surrogate(ratio, advantage, tau_pos, tau_neg):
-    """The soft gate: (loss, dloss/dlogp)."""
-    tau = tl.where(advantage > 0, tau_pos, tau_neg)
-    gate = tl.sigmoid(tau * (ratio - 1.0))
-    slope = gate * (1.0 - gate)
-    # A saturated gate passes nothing, also where the ratio is inf.
-    dlogp = tl.where(slope > 0, -4.0 * advantage * slope * ratio, 0.0)
-    return -advantage * (4.0 / tau) * gate, dlogp
-
-
-@triton.jit
-def divergence_keeps(logp, old_logp, advantage, low, high, SURROGATE: tl.constexpr):
-    """DPPO's mask: whether a token has not yet moved too far in the direction it is pushed."""
-    new = tl.exp(logp)
-    old = tl.exp(old_logp)
-    if SURROGATE == "dppo_tv" or SURROGATE == "dppo_tv_ratio":
-        up = new - old <= high
-        down = new - old >= -low
-    else:
-        rest = (1.0 - old) * tl.log((1.0 - old + 1e-8) / (1.0 - new + 1e-8))
-        kl = old * (old_logp - logp) + rest
-        up = (kl <= high) | (new <= old)
-        down = (kl <= low) | (new >= old)
-    return tl.where(advantage > 0, up, down)
-
-
-@triton.jit
-def vespo_weight(log_w, advantage, k_pos, k_neg, lambda_pos, lambda_neg):
-    """phi(W) = W^k e^(lambda (1 - W)), with log W clamped to [log 1e-8, 20]."""
-    log_w = lesser(greater(log_w, -18.420680743952367), 20.0)
-    k = tl.where(advantage >= 0, k_pos, k_neg)
-    rate = tl.where(advantage >= 0, lambda_pos, lambda_neg)
-    return tl.exp(rate + k * log_w - rate * tl.exp(log_w))
-
-
-@triton.jit
-def surrogate_terms(
-    logp, old_logp, ratio, log_w, advantage, score, low, high, cap, second, SURROGATE: tl.constexpr
-):
-    """(loss, dloss/dlogp through the ratio, through logp alone) of tokens.
-
-    log_w: VESPO's log sequence weight. score: TOPR's. low, high: bounds as the surrogate uses them, cap and
-    second: whatever else it takes (`policy_loss.scalars`).
-    """
-    by_ratio = tl.zeros_like(ratio)  # not ratio * 0: the ratio may be inf
-    by_logp = tl.zeros_like(ratio)
-    if SURROGATE == "clip":
-        loss, by_ratio = clip_surrogate(ratio, advantage, low, high, cap, second)
-    elif SURROGATE == "sapo":
-        loss, by_ratio = sapo_surrogate(ratio, advantage, cap, second)
-    elif SURROGATE == "gmpo":  # the ratio is the sequence's, its bounds are behind it
-        by_ratio = -advantage * ratio
-        loss = by_ratio
-    elif SURROGATE == "dro":
-        d = logp - old_logp
-        loss = 0.5 * second * d * d - advantage * logp
-        by_logp = second * d - advantage
-    elif SURROGATE == "ipo" or SURROGATE == "dppo_tv_ratio" or SURROGATE == "dppo_kl_ratio":
-        d = logp - old_logp
-        if SURROGATE == "ipo":
-            change = tl.exp(logp) - tl.exp(old_logp)
-            inside = (change >= -low) & (change <= high)
-        else:
-            inside = divergence_keeps(logp, old_logp, advantage, low, high, SURROGATE)
-        inside = inside & (advantage != 0)  # the ratio may be inf
-        by_ratio = tl.where(inside & (ratio <= cap), -advantage * ratio, 0.0)
-        by_logp = 2.0 * second * d
-        loss = tl.where(inside, -advantage * lesser(ratio, cap), 0.0) + second * d * d
-    else:
-        if SURROGATE == "cispo":
-            weight = lesser(greater(ratio, low), high)
-        elif SURROGATE == "rollout_is":
-            weight = tl.where((ratio > low) & (ratio < high), ratio, 0.0)
-        elif SURROGATE == "vespo":
-            weight = vespo_weight(log_w, advantage, low, high, cap, second)
-        elif SURROGATE == "reinforce":
-            weight = tl.zeros_like(ratio) + 1.0
-        elif SURROGATE == "topr":
-            weight = tl.where(score > 0, cap, second * lesser(ratio, 1.0))
-        else:
-            keep = divergence_keeps(logp, old_logp, advantage, low, high, SURROGATE)
-            weight = tl.where(keep, lesser(ratio, cap), 0.0)
-        by_logp = -weight * advantage
-        loss = by_logp * logp
-    return loss, by_ratio, by_logp
-
-
-@triton.jit
-def clip_flags(logp, old_logp, ratio, advantage, low, high, cap, second, SURROGATE: tl.constexpr):
-    """Why a token is held back: bits CLIP_LOW, CLIP_HIGH, CLIP_DUAL."""
-    clip = tl.zeros_like(ratio).to(tl.int32)
-    if SURROGATE == "clip" or SURROGATE == "cispo" or SURROGATE == "rollout_is":
-        below = ratio < low
-        above = ratio > high
-    elif (
-        SURROGATE == "dppo_tv"
-        or SURROGATE == "dppo_kl"
-        or SURROGATE == "dppo_tv_ratio"
-        or SURROGATE == "dppo_kl_ratio"
-    ):
-        cut = divergence_keeps(logp, old_logp, advantage, low, high, SURROGATE) == 0
-        below = cut
-        above = cut
-    elif SURROGATE == "gmpo":
-        below = logp - old_logp < -low
-        above = logp - old_logp > high
-    elif SURROGATE == "ipo":
-        change = tl.exp(logp) - tl.exp(old_logp)
-        below = change < -low
-        above = change > high
-    else:
-        below = clip != 0
-        above = below
-    clip += tl.where(below & (advantage < 0), CLIP_LOW, 0)
-    clip += tl.where(above & (advantage > 0), CLIP_HIGH, 0)
-    if SURROGATE == "clip":
-        clip += tl.where((ratio > lesser(cap, second)) & (advantage < 0), CLIP_DUAL, 0)
-    return clip
-
-
-@triton.jit
-def kl_terms(
-    logp, ref_logp, ratio, gap_clip, value_clip, KL: tl.constexpr, KL_GRADIENT: tl.constexpr
-):
-    """(KL estimate, d/dlogp, d/dlogp through the ratio) from q = ref_logp - logp."""
-    gap = ref_logp - logp
-    pull = -gap
-    by_ratio = tl.zeros_like(gap)
-    if KL == "k1":
-        kl = -gap
-        dkl = tl.zeros_like(gap) + 1.0
-    elif KL == "abs":
-        kl = tl.abs(gap)
-        dkl = tl.where(gap > 0, -1.0, tl.where(gap < 0, 1.0, 0.0))
-    elif KL == "k2":
-        kl = 0.5 * gap * gap
-        dkl = -gap
-    else:
-        near = tl.abs(gap) <= gap_clip
-        gap = lesser(greater(gap, -gap_clip), gap_clip)
-        kl = tl.exp(gap) - gap - 1.0
-        inside = kl <= value_clip
-        dkl = tl.where(near & inside, 1.0 - tl.exp(gap), 0.0)
-        kl = lesser(kl, value_clip)
-        if KL == "k3_unbiased":
-            kl = ratio * kl
-            dkl = ratio * dkl
-            by_ratio = kl
-        elif KL_GRADIENT == "k2_clipped":
-            pull = tl.where(near & inside, pull, 0.0)
-    if KL_GRADIENT != "own":
-        dkl = pull
-    return kl, dkl, by_ratio
-
-
-@triton.jit
-def bounded_ratio(d, log_ratio_min, log_ratio_max):
-    """(exp of the log-ratio d after its clamp, whether the clamp lets a gradient through)."""
-    clamped = lesser(greater(d, log_ratio_min), log_ratio_max)
-    return tl.exp(clamped), (d >= log_ratio_min) & (d <= log_ratio_max)
-
-
-@triton.jit
-def policy_terms(
-    logp,
-    old_logp,
-    ref_logp,
-    ratio,
-    log_w,
-    keep,
-    advantage,
-    score,
-    importance,
-    low,
-    high,
-    cap,
-    second,
-    beta,
-    gap_clip,
-    value_clip,
-    SURROGATE: tl.constexpr,
-    KL: tl.constexpr,
-    KL_GRADIENT: tl.constexpr,
-    HAS_REF: tl.constexpr,
-):
-    """(loss, d/dlogp, d/d log ratio, KL, clip flags) of tokens, before the reduction's weight.
-
-    keep: whether the surrogate counts. d/dlogp is without what comes through the ratio.
-    """
-    loss, by_ratio, by_logp = surrogate_terms(
-        logp, old_logp, ratio, log_w, advantage, score, low, high, cap, second, SURROGATE
-    )
-    QUADRATIC: tl.constexpr = (
-        SURROGATE == "dro"
-        or SURROGATE == "ipo"
-        or SURROGATE == "dppo_tv_ratio"
-        or SURROGATE == "dppo_kl_ratio"
-    )
-    if not QUADRATIC:
-        # Without an advantage there is no surrogate, also where the ratio is inf.
-        keep = keep & (advantage != 0)
-    keep = keep & (importance != 0)  # the loss may be inf there: that is why it is left out
-    loss = tl.where(keep, loss * importance, 0.0)
-    by_ratio = tl.where(keep, by_ratio * importance, 0.0)
-    by_logp = tl.where(keep, by_logp * importance, 0.0)
-    kl = tl.zeros_like(logp)
-    if HAS_REF:
-        kl, dkl, kl_by_ratio = kl_terms(
-            logp, ref_logp, ratio, gap_clip, value_clip, KL, KL_GRADIENT
-        )
-        loss += tl.where(beta == 0, 0.0, beta * kl)
-        by_logp += tl.where(beta == 0, 0.0, beta * dkl)
-        by_ratio += tl.where(beta == 0, 0.0, beta * kl_by_ratio)
-    clip = clip_flags(logp, old_logp, ratio, advantage, low, high, cap, second, SURROGATE)
-    return loss, by_logp, by_ratio, kl, clip
-
-
-@triton.jit
-def token_policy_terms(
-    logp,
-    old_logp,
-    ref_logp,
-    advantage,
-    score,
-    importance,
-    low,
-    high,
-    cap,
-    second,
-    log_ratio_min,
-    log_ratio_max,
-    beta,
-    gap_clip,
-    value_clip,
-    SURROGATE: tl.constexpr,
-    KL: tl.constexpr,
-    KL_GRADIENT: tl.constexpr,
-    HAS_REF: tl.constexpr,
-):
-    """(loss, dloss/dlogp, KL, clip flags) of tokens whose ratio is their own."""
-    ratio, free = bounded_ratio(logp - old_logp, log_ratio_min, log_ratio_max)
-    loss, by_logp, by_ratio, kl, clip = policy_terms(
-        logp,
-        old_logp,
-        ref_logp,
-        ratio,
-        0.0,
-        tl.zeros_like(ratio) == 0,
-        advantage,
-        score,
-        importance,
-        low,
-        high,
-        cap,
-        second,
-        beta,
-        gap_clip,
-        value_clip,
-        SURROGATE,
-        KL,
-        KL_GRADIENT,
-        HAS_REF,
-    )
-    return loss, by_logp + tl.where(free, by_ratio, 0.0), kl, clip
 
 
 @triton.jit

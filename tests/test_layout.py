@@ -23,6 +23,8 @@ LAYERS = [
 ALLOWED_IN_KERNELS = {"torch", "triton", "functools", "dataclasses", "grpo_fast"}
 SHARED = {
     "tiles",
+    "terms",
+    "scoring",
     "rows",
     "schedules",
 }  # what kernels have in common; every other kernel file is a stem

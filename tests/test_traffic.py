@@ -290,7 +290,7 @@ def test_sequence_loss(T):
     objective = Objective.preset("gspo", beta=0.1)
     with counted() as traffic:
         sequence_loss.sequence_loss_fwd(
-            *(logp, mask, weight, advantages, old, ref, None, None, None, None, T, objective)
+            *(logp, mask, weight, advantages, old, ref, None, None, None, None, None, T, objective)
         )
     documented = formulas.sequence_loss(N)
     assert traffic.total(traffic.loads) == documented.read + documented.reread
@@ -302,7 +302,7 @@ def test_token_statistics(N):
     mask, live, (loss, logp, old, importance, kl, entropy, _) = token_vectors(N)
     clip = torch.ones(N, dtype=torch.int8)
     with counted() as traffic:
-        policy_loss.token_statistics_fwd(mask, loss, logp, old, importance, kl, entropy, clip)
+        policy_loss.token_statistics_fwd(mask, None, loss, logp, old, importance, kl, entropy, clip)
     for x in (loss, logp, old, importance, kl, entropy, clip):
         assert_visits(traffic.read(x)[1], mask.long())
     programs = -(-N // policy_loss.BLOCK)

@@ -221,13 +221,13 @@ def test_combine_keeps_what_little_a_confident_token_leaves():
     """The shard of the scored token holds all but e^-60; 1 - p and the entropy survive."""
     far = [[0.0, 1.0, 0.0, 0.0], [-60.0, 1.0, 0.0, 1.0]]
     gathered = torch.tensor(far)[:, None]
-    logp, entropy, top, total = combine(gathered, 1.0, True)
+    logp, entropy, top, total = combine(gathered, torch.ones(1), True)
     rest = torch.tensor(-60.0).exp()
     torch.testing.assert_close(logp, -rest[None])
     torch.testing.assert_close(entropy, (rest * 61)[None], rtol=1e-5, atol=0)
     assert (top, total) == (0, 1)
     # And the other way round: the scored token is far below the rest, in a shard that vanishes.
     logp, _, _, _ = combine(
-        torch.tensor([[0.0, 2.0, 0.0, 1.0], [-120.0, 1.0, 0.0, 0.0]])[:, None], 1.0, False
+        torch.tensor([[0.0, 2.0, 0.0, 1.0], [-120.0, 1.0, 0.0, 0.0]])[:, None], torch.ones(1), False
     )
     torch.testing.assert_close(logp, -120 - torch.tensor([2.0]).log())

@@ -164,7 +164,10 @@ def check_device(op: str, name: str, x: Tensor, like: Tensor) -> None:
 
 
 def check_mask(op: str, mask: Tensor | None, like: Tensor, anywhere: bool = False) -> Tensor | None:
-    """(N,) bool: whether a token counts. Any nonzero number does. `anywhere`: it may be on the CPU."""
+    """(N,) bool: whether a token counts. Any nonzero number does. `anywhere`: it may be on the CPU.
+
+    What a floating mask weighs is `mask_share`.
+    """
     if mask is None:
         return None
     check_tensor(op, "mask", mask)
@@ -172,7 +175,28 @@ def check_mask(op: str, mask: Tensor | None, like: Tensor, anywhere: bool = Fals
         raise ValueError(f"{op}: mask: want {tuple(like.shape)}, got {shape_of(mask)}")
     if not (anywhere and mask.device.type == "cpu"):
         check_device(op, "mask", mask, like)
+    check_real(op, "mask", mask)
+    if mask.is_floating_point() and check_values(mask):
+        bad = ~((mask >= 0) & (mask < math.inf))
+        if bad.any():
+            where = tuple(bad.nonzero()[0].tolist())
+            value = mask[where].item()
+            hint = ""
+            if value == -math.inf or value <= -1e4:
+                hint = "; it looks like an additive attention mask: pass mask == 0 in its place"
+            raise ValueError(
+                f"{op}: mask: {value} at {where}; a floating mask weighs its tokens, "
+                f"want finite numbers >= 0{hint}"
+            )
     return (mask.detach() != 0).reshape(-1).contiguous()
+
+
+def mask_share(mask: Tensor | None, like: Tensor) -> Tensor | None:
+    """(N,) fp32 on the device of `like`: what a floating mask weighs each token with. None: 1 or 0."""
+    if mask is None or not mask.is_floating_point():
+        return None
+    share = mask.detach().to(like.device, torch.float32, non_blocking=True)
+    return share.reshape(-1).contiguous()
 
 
 def check_temperature(

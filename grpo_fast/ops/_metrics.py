@@ -25,6 +25,8 @@ def fold_statistics(gathered: Tensor) -> Tensor:
 def metrics_from(statistics: Tensor) -> dict[str, Tensor]:
     """The metrics of a step from its statistics: means over live tokens, all finite, also without any.
 
+    A floating mask weighs the means, and `tokens` is its sum.
+
     tokens; ratio_mean, ratio_min, ratio_max (1 without a live token); clip_fraction_low (ratio below the
     range where A < 0), clip_fraction_high (above it where A > 0), clip_fraction_dual (above `delta` or
     `dual_clip` where A < 0); approx_kl_k1 = E[old - new], approx_kl_k3 = E[r - 1 - log r]; kl (to the
@@ -38,8 +40,8 @@ def metrics_from(statistics: Tensor) -> dict[str, Tensor]:
     check_tensor("metrics_from", "statistics", statistics)
     s = dict(zip(STATISTICS, statistics.unbind(), strict=True))
     tokens = s["tokens"]
-    count = tokens.clamp(min=1)
     empty = tokens == 0
+    count = torch.where(empty, 1, tokens)  # below 1 where a mask weighs so
     return {
         "tokens": tokens,
         "ratio_mean": torch.where(empty, 1, s["ratio"] / count),

@@ -91,7 +91,8 @@ def exponentials(
     """
     ids = ids[:, None]
     z_y = z.gather(1, ids).float()
-    top = z.amax(1, keepdim=True).float()
+    # Finite, so that a row of nothing but -inf, a part of a vocabulary, has exponentials of 0.
+    top = z.amax(1, keepdim=True).float().clamp(min=torch.finfo(torch.float32).min)
     u = scaled_difference(z, top, inv_temperature, out)
     scale = inv_temperature[:, None] if isinstance(inv_temperature, Tensor) else inv_temperature
     u_y = (z_y - top) * scale
@@ -158,9 +159,10 @@ def gradient(
         assert u is not None
         factor = factor - dentropy * (entropy - total.log()) / total
         tilt = -dentropy / total
-        share = dentropy * logp.exp()  # 0 for a banned token, too, whose logp is -inf
-        target = target - torch.where(share == 0, 0, share * (logp + entropy))
-        u = torch.where(u == -torch.inf, 0, u)
+        p = logp.exp()  # 0 where the logit is -inf: p log p is 0 then
+        nothing = (dentropy == 0) | (p == 0)
+        target = target - torch.where(nothing, 0, dentropy * p * (logp + entropy))
+        u.clamp_(min=-150)  # where e is 0: its product with what is beyond float32 must be, too
         e.mul_(u.mul_((tilt * inv_temperature)[:, None]).add_((factor * inv_temperature)[:, None]))
     else:
         e.mul_((factor * inv_temperature)[:, None])

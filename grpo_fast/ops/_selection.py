@@ -44,9 +44,8 @@ def live_tokens(op: str, mask: Tensor | None, **given: Tensor) -> tuple[Tensor, 
 
 def mask_weights(mask: Tensor | None, live: Tensor) -> Tensor:
     """(N,) what a mask weighs each token with: a floating one its values, others 1 or 0."""
-    if mask is None or not mask.is_floating_point():
-        return live
-    return torch.where(live, mask.detach().reshape(-1), 0)
+    share = _arguments.mask_share(mask, live)
+    return live if share is None else share
 
 
 def gap_of(old: Tensor, sampling: Tensor) -> Tensor:
@@ -104,7 +103,7 @@ def top_entropy_mask(
     fraction: float | Tensor,
     group: "torch.distributed.ProcessGroup | None" = None,
 ) -> Tensor:
-    """(N,) bool: live tokens whose entropy is at least the (1 - fraction) quantile of all live ones.
+    """(N,) bool: live tokens whose entropy is at least the (1 - fraction) quantile of all live ones, or NaN.
 
     The quantile is that of `torch.quantile`, without its limit of 2^24 values; over the tokens of all
     processes where there is a `group`. No host sync.
@@ -122,7 +121,7 @@ def top_entropy_mask(
     ranks = torch.stack([rank.floor(), rank.ceil()]).long()
     below, above = order_statistics(ascending, ranks, group).unbind()
     threshold = torch.lerp(below, above, (rank - rank.floor()).float())
-    return live & (entropy >= threshold)
+    return live & ~(entropy < threshold)
 
 
 def order_statistics(

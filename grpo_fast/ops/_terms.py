@@ -1,4 +1,4 @@
-"""A token's share of an objective, in closed form: the twin of `kernels/tiles.py` on the PyTorch path."""
+"""A token's share of an objective, in closed form: the twin of `kernels/terms.py` on the PyTorch path."""
 
 import math
 from typing import NamedTuple
@@ -8,15 +8,15 @@ from torch import Tensor
 
 from grpo_fast.objective import Objective
 
-CLIP_LOW, CLIP_HIGH, CLIP_DUAL = 1, 2, 4  # bits of the clip flags, as in kernels/tiles.py
+CLIP_LOW, CLIP_HIGH, CLIP_DUAL = 1, 2, 4  # bits of the clip flags, as in kernels/terms.py
 
 
 class Terms(NamedTuple):
-    """Of tokens, before weighting: the twin of what `tiles.policy_terms` returns."""
+    """Of tokens, before weighting: the twin of what `terms.policy_terms` returns."""
 
     loss: Tensor
-    by_logp: Tensor  # dloss/dlogp, without what comes through the ratio
-    by_ratio: Tensor  # dloss/d(log ratio)
+    by_logp: Tensor  # dloss/dlogp, without what comes through `by_ratio`
+    by_ratio: Tensor  # of the surrogate: dloss/d(log ratio)
     kl: Tensor | None
     clip: Tensor
 
@@ -35,26 +35,28 @@ def token_policy_terms(
     In closed form, so that it can run inside an operator, where autograd does not record.
     """
     old = logp if old_logp is None else old_logp
-    ratio, free = bounded_ratio(logp - old, objective)
+    log_ratio, free = bounded_log_ratio(logp - old, objective)
     terms = policy_terms(
-        logp, old, ref_logp, ratio, None, None, advantage, score, importance, objective
+        *(logp, old, ref_logp, log_ratio, free.to(logp.dtype), None, None),
+        *(advantage, score, importance, objective),
     )
     dlogp = terms.by_logp + torch.where(free, terms.by_ratio, 0)
     return terms.loss, dlogp, terms.kl, terms.clip
 
 
-def bounded_ratio(d: Tensor, objective: Objective) -> tuple[Tensor, Tensor]:
-    """(exp of the log-ratio d after its clamp, whether the clamp lets a gradient through)."""
+def bounded_log_ratio(d: Tensor, objective: Objective) -> tuple[Tensor, Tensor]:
+    """(the log-ratio d after its clamp, whether the clamp lets a gradient through)."""
     low, high = objective.log_ratio_bounds
     low, high = -math.inf if low is None else low, math.inf if high is None else high
-    return d.clamp(low, high).exp(), (d >= low) & (d <= high)
+    return d.clamp(low, high), ~((d < low) | (d > high))
 
 
 def policy_terms(
     logp: Tensor,
     old: Tensor,
     ref_logp: Tensor | None,
-    ratio: Tensor,
+    log_ratio: Tensor,
+    own: Tensor,
     log_w: Tensor | None,
     dropped: Tensor | None,
     advantage: Tensor,
@@ -62,7 +64,11 @@ def policy_terms(
     importance: Tensor | None,
     objective: Objective,
 ) -> Terms:
-    """What tokens contribute, given their ratio, VESPO's log W, and which surrogates are dropped."""
+    """What tokens contribute, given VESPO's log W, and which surrogates are dropped.
+
+    log_ratio: after its clamp. own: its derivative in the token's own log-prob.
+    """
+    ratio = log_ratio.exp()
     loss, by_ratio, by_logp, clip = surrogate_terms(
         logp, old, ratio, log_w, advantage, score, objective
     )
@@ -76,11 +82,10 @@ def policy_terms(
     loss, by_ratio, by_logp = (torch.where(none, 0, x) for x in (loss, by_ratio, by_logp))
     if ref_logp is None:
         return Terms(loss, by_logp, by_ratio, None, clip)
-    kl, dkl, kl_by_ratio = kl_terms(logp, ref_logp, ratio, objective)
+    kl, dkl = kl_terms(logp, ref_logp, log_ratio, ratio, own, objective)
     if objective.beta:
         loss = loss + objective.beta * kl
         by_logp = by_logp + objective.beta * dkl
-        by_ratio = by_ratio + objective.beta * kl_by_ratio
     return Terms(loss, by_logp, by_ratio, kl, clip)
 
 
@@ -93,7 +98,7 @@ def surrogate_terms(
     score: Tensor | None,
     objective: Objective,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(loss, dloss/dlogp through the ratio, through logp alone, clip flags); the twin is in `tiles`."""
+    """(loss, dloss/dlogp through the ratio, through logp alone, clip flags); the twin is in `terms`."""
     zero, surrogate = torch.zeros_like(logp), objective.surrogate
     below, above = beyond_bounds(logp, old, ratio, advantage, objective)
     flags = _flags(below, above, advantage)
@@ -101,10 +106,11 @@ def surrogate_terms(
         loss, by_ratio, dual = clip_surrogate(ratio, advantage, objective)
         return loss, by_ratio, zero, flags + CLIP_DUAL * dual
     if surrogate == "sapo":
-        tau = torch.where(advantage > 0, objective.tau_pos, objective.tau_neg)
-        gate = (tau * (ratio - 1)).sigmoid()
-        slope = gate * (1 - gate)
-        by_ratio = torch.where(slope > 0, -4 * advantage * slope * ratio, 0)
+        tau = either(advantage > 0, objective.tau_pos, objective.tau_neg, ratio)
+        x = tau * (ratio - 1)
+        gate = x.sigmoid()
+        slope = gate * (-x).sigmoid()
+        by_ratio = torch.where(slope == 0, 0, -4 * advantage * slope * ratio)
         return -advantage * (4 / tau) * gate, by_ratio, zero, flags
     d, q = logp - old, objective.quadratic_coef
     if surrogate == "dro":
@@ -127,14 +133,15 @@ def surrogate_terms(
     elif surrogate == "reinforce":
         weight = torch.ones_like(ratio)
     elif surrogate == "topr":
-        up = (advantage if score is None else score) > 0
+        score = advantage if score is None else score
         weight = torch.where(
-            up, objective.topr_weight_pos, objective.topr_weight_neg * ratio.clamp(max=1)
+            score > 0, objective.topr_weight_pos, objective.topr_weight_neg * ratio.clamp(max=1)
         )
+        weight = torch.where(score.isnan(), score, weight)  # a NaN that decides comes out
     elif surrogate == "cispo":
         weight = ratio.clamp(low, high)
     elif surrogate == "rollout_is":
-        weight = torch.where((ratio > low) & (ratio < high), ratio, 0)
+        weight = torch.where((ratio <= low) | (ratio >= high), 0, ratio)
     else:
         assert below is not None
         weight = torch.where(below, 0, ratio.clamp(max=cap))
@@ -159,7 +166,7 @@ def beyond_bounds(
         d = logp - old
         return d < -low, d > high
     if objective.surrogate in ("dppo_tv", "dppo_kl"):
-        dropped = ~divergence_keeps(logp, old, advantage, objective)
+        dropped = divergence_drops(logp, old, advantage, objective)
         return dropped, dropped
     return None, None
 
@@ -172,11 +179,11 @@ def ratio_cap(objective: Objective) -> float:
 
 
 def vespo_weight(log_w: Tensor, advantage: Tensor, objective: Objective) -> Tensor:
-    """phi(W) of the sequence weight W: the twin of the one in `tiles`."""
+    """phi(W) of the sequence weight W: the twin of the one in `terms`."""
     log_w = log_w.clamp(math.log(1e-8), 20)
     up = advantage >= 0
-    k = torch.where(up, objective.vespo_k_pos, objective.vespo_k_neg)
-    rate = torch.where(up, objective.vespo_lambda_pos, objective.vespo_lambda_neg)
+    k = either(up, objective.vespo_k_pos, objective.vespo_k_neg, log_w)
+    rate = either(up, objective.vespo_lambda_pos, objective.vespo_lambda_neg, log_w)
     return (rate + k * log_w - rate * log_w.exp()).exp()
 
 
@@ -192,61 +199,88 @@ def _flags(below: Tensor | None, above: Tensor | None, advantage: Tensor) -> Ten
 def clip_surrogate(
     ratio: Tensor, advantage: Tensor, objective: Objective
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, dloss/dlogp, whether the dual bound holds): the twin of the one in `tiles`."""
+    """(loss, dloss/dlogp, whether the dual bound holds): the twin of the one in `terms`."""
     low, high = 1 - objective.epsilon_low, 1 + objective.epsilon_high
     bounded = ratio if objective.delta is None else ratio.clamp(max=objective.delta)
     free, clipped = bounded * advantage, ratio.clamp(low, high) * advantage
     loss = -torch.minimum(free, clipped)
-    inside = torch.where(free <= clipped, bounded == ratio, (ratio >= low) & (ratio <= high))
-    dual = torch.zeros_like(inside)
+    cut = torch.where(free <= clipped, bounded < ratio, (ratio < low) | (ratio > high))
+    dual = torch.zeros_like(cut)
     if objective.dual_clip is not None:
         ceiling = -objective.dual_clip * advantage
         dual = (advantage < 0) & (ceiling < loss)
         loss = torch.where(dual, ceiling, loss)
     # Select, not multiply: the ratio may be inf where no gradient passes.
-    by_ratio = torch.where(inside & ~dual, -ratio * advantage, 0)
+    by_ratio = torch.where(cut | dual, 0, -ratio * advantage)
     bound = objective.delta or objective.dual_clip or math.inf
     return loss, by_ratio, ((ratio > bound) & (advantage < 0)).to(torch.int8)
 
 
-def divergence_keeps(logp: Tensor, old: Tensor, advantage: Tensor, objective: Objective) -> Tensor:
-    """DPPO's mask: the twin of the one in `tiles`."""
+def divergence_drops(logp: Tensor, old: Tensor, advantage: Tensor, objective: Objective) -> Tensor:
+    """DPPO's mask: the twin of the one in `terms`."""
     low, high = objective.epsilon_low, objective.epsilon_high
-    new_p, old_p = logp.exp(), old.exp()
+    old_p = old.exp()
     if objective.surrogate == "dppo_tv":
-        up, down = new_p - old_p <= high, new_p - old_p >= -low
+        change = logp.exp() - old_p
+        up, down = change > high, change < -low
     else:
-        rest = (1 - old_p) * ((1 - old_p + 1e-8) / (1 - new_p + 1e-8)).log()
+        rest = -old.expm1() * ((1e-8 - old.expm1()) / (1e-8 - logp.expm1())).log()
         kl = old_p * (old - logp) + rest
-        up, down = (kl <= high) | (new_p <= old_p), (kl <= low) | (new_p >= old_p)
+        up, down = (kl > high) & (logp > old), (kl > low) & (logp < old)
     return torch.where(advantage > 0, up, down)
 
 
+def exp_remainders(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(e^x - 1, e^x - x - 1): by a series where the terms would cancel."""
+    series = x / math.factorial(10)
+    for n in range(9, 2, -1):
+        series = (series + 1 / math.factorial(n)) * x
+    first = x.expm1()
+    return first, torch.where(x.abs() <= 1, x * x * (series + 0.5), first - x)
+
+
 def kl_terms(
-    logp: Tensor, ref_logp: Tensor, ratio: Tensor, objective: Objective
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(KL estimate, d/dlogp, d/dlogp through the ratio): the twin of `tiles.kl_terms`."""
+    logp: Tensor,
+    ref_logp: Tensor,
+    log_ratio: Tensor,
+    ratio: Tensor,
+    own: Tensor,
+    objective: Objective,
+) -> tuple[Tensor, Tensor]:
+    """(KL estimate, d/dlogp): the twin of `terms.kl_terms`."""
     kl, gap = objective.kl, ref_logp - logp
     pull = -gap if objective.kl_gradient != "own" else None
-    zero = torch.zeros_like(gap)
     if kl == "k1":
-        return -gap, torch.ones_like(gap) if pull is None else pull, zero
+        return -gap, torch.ones_like(gap) if pull is None else pull
     if kl == "abs":
-        return gap.abs(), -gap.sign() if pull is None else pull, zero
+        return gap.abs(), -gap.sign() if pull is None else pull
     if kl == "k2":
-        return gap.square() / 2, -gap, zero
+        return gap.square() / 2, -gap
     reach = math.inf if objective.kl_gap_clip is None else objective.kl_gap_clip
     most = math.inf if objective.kl_value_clip is None else objective.kl_value_clip
-    near, gap = gap.abs() <= reach, gap.clamp(-reach, reach)
-    k3 = gap.expm1() - gap
-    near &= k3 <= most
-    dk3 = torch.where(near, -gap.expm1(), 0)
-    if pull is not None:
-        dk3 = torch.where(near, pull, 0) if objective.kl_gradient == "k2_clipped" else pull
+    far, gap = gap.abs() > reach, gap.clamp(-reach, reach)
+    slope, k3 = exp_remainders(gap)
+    capped = k3 > most
+    far = far | capped  # no gradient through a clamp
     k3 = k3.clamp(max=most)
     if kl == "k3_unbiased":
-        return ratio * k3, ratio * dk3, ratio * k3
-    return k3, dk3, zero
+        # r (e^q - q - 1) as one exponential: r may have underflowed where e^q overflows.
+        whole = (log_ratio + gap).exp() - ratio * (gap + 1)
+        value = torch.where((gap > 60) & ~capped, whole, ratio * k3)
+        # -r (e^q - 1) + own r (e^q - q - 1), in terms of one sign.
+        through = torch.where(own == 1, 0, (1 - own) * value)
+        inside = torch.where(
+            gap > 0, -ratio * gap - through, -ratio * ((1 - own) * slope + own * gap)
+        )
+        return value, torch.where(far, torch.where(own == 0, 0, own * value), inside)
+    if pull is None:
+        return k3, torch.where(far, 0, -slope)
+    return k3, torch.where(far, 0, pull) if objective.kl_gradient == "k2_clipped" else pull
+
+
+def either(condition: Tensor, a: float, b: float, like: Tensor) -> Tensor:
+    """`torch.where(condition, a, b)` in the dtype of `like`; of two numbers it has the default dtype."""
+    return torch.where(condition, like.new_full((), a), like.new_full((), b))
 
 
 def weigh(weight: Tensor, x: Tensor) -> Tensor:

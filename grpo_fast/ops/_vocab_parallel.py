@@ -15,10 +15,10 @@ from grpo_fast.ops import _rows
 from grpo_fast.ops._backend import use_triton
 from grpo_fast.ops.logprob import read_rows
 
-LN2 = 0.6931471805599453
+LN2, LOG2E = 0.6931471805599453, 1.4426950408889634
 # PyTorch 2.13 renamed it, and warns about the old name.
 gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-LOWEST = -1.0e30  # the maximum of no columns; finite, as in kernels/tiles.py
+LOWEST = -3.0e38  # the maximum of no columns; finite, as in kernels/tiles.py
 NOBODY = 1.0  # where a log-prob is not of the scored token: those are <= 0
 
 
@@ -79,12 +79,18 @@ def read_shared_rows(
     else:
         logp, entropy, total = (logits.new_zeros(n, dtype=torch.float32) for _ in range(3))
         top = torch.full_like(logp, LOWEST)
+    logp = logp.masked_fill(total == 0, -torch.inf)  # this process's columns are -inf altogether
     own = [top, total, entropy if with_entropy else top, torch.where(mine, logp, NOBODY)]
     gathered = logp.new_empty(shard.group.size(), n, 4)
     gather(gathered.view(-1, 4), torch.stack(own, 1), group=shard.group)
-    unit: float | Tensor = LN2  # of `top`: the kernels' maxima are of logits in log2 units,
-    if not use_triton(logits):  # those of PyTorch's operators of the logits themselves
-        unit = inv_temperature.item() if temperature is None else 1 / temperature
+    if temperature is None:
+        unit = torch.full_like(top, inv_temperature.item())
+    else:
+        unit = 1 / temperature
+    if use_triton(logits):
+        # Maxima in log2 units of `scale`; where the total is negative, logits (`scoring.saved_statistics`).
+        scale = unit * LOG2E
+        unit = torch.where(gathered[:, :, 1] < 0, scale.double() * LN2, LN2)
     logp, entropy, top, total = combine(gathered, unit, with_entropy)
     if mask is not None:  # the id may be anything: nobody has it
         logp = torch.where(mask, logp, 0)
@@ -92,18 +98,22 @@ def read_shared_rows(
 
 
 def combine(
-    gathered: Tensor, unit: float | Tensor, with_entropy: bool
+    gathered: Tensor, unit: Tensor, with_entropy: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """logp, entropy, top and total of whole rows.
 
     Args:
         gathered: (processes, n, 4): of each process's columns the maximum, the sum of exponentials
             relative to it, the entropy, and the log-prob of the scored token, > 0 where it is elsewhere.
-        unit: of the maxima, in nats; a number or (n,).
+            The kernels change the sign of a sum to say what its maximum is of; so does the sum of the row.
+        unit: of the maxima, in nats; (n,) or (processes, n).
     """
-    tops, totals, entropies, logps = gathered.unbind(2)
-    top = tops.amax(0)
-    below = (tops - top) * unit
+    tops, signed, entropies, logps = gathered.unbind(2)
+    totals = signed.abs()
+    # In float64, where no product with a unit overflows.
+    heights = (tops.double() * unit).masked_fill(totals == 0, -torch.inf)
+    highest, owner_of_top = heights.max(0, keepdim=True)
+    below = (heights - highest).float()
     share = totals * below.exp()
     # What the others hold, added up without it: a confident token keeps the little that is left.
     apart = ~torch.eye(len(share), dtype=torch.bool, device=share.device)
@@ -119,4 +129,5 @@ def combine(
     if with_entropy:
         part = share / total * (entropies - log_share)
         entropy = torch.where(share > 0, part, 0).sum(0)
-    return logp, entropy, top, total
+    top, sign = (x.gather(0, owner_of_top).squeeze(0) for x in (tops, signed))
+    return logp, entropy, top, torch.where(sign < 0, -total, total)
