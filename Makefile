@@ -1,5 +1,5 @@
 # make train: set up and run the reference trainer.  make test: set up, lint, check types, run the tests.
-# make check: lint, types and the fast tests, in PyTorch alone.  make mutants: do the tests notice changed code?
+# make check: lint, types, the fast tests in PyTorch.  make mutants: do the tests notice changed code?
 # VENV=system uses the python on PATH and keeps the torch it has.
 VENV ?= .venv
 PYTHON ?= python3
@@ -11,7 +11,7 @@ JOBS ?= 2
 FAST := advantage_oracles derivatives diagnostics docs errors group_advantage grpo guards inplace \
 	integrations_host integrations_masks integrations_miles integrations_nemo_rl integrations_openrlhf \
 	integrations_packed integrations_padded integrations_slime layout linear_errors logprob loss \
-	objective packaging policy_loss preset_edges preset_values presets public_api readme reference \
+	objective packaging policy_loss preset_edges preset_values presets public_api rare_options readme reference \
 	selection sequence_loss tensor_kinds trl_loss verl verl_options weights
 
 ifeq ($(VENV),system)

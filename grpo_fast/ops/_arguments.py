@@ -68,14 +68,14 @@ def check_no_tangent(op: str, name: str, x: Tensor) -> None:
     """Refuse forward-mode derivatives, which a custom operator would silently make 0, and torch.func.grad."""
     if torch.compiler.is_compiling():
         return
-    if torch._C._functorch.is_gradtrackingtensor(x):
-        raise NotImplementedError(
-            f"{op}: {name} is differentiated by torch.func (grad, vjp, jacrev), which custom operators do "
-            "not support; use backward() or torch.autograd.grad"
-        )
     if torch.autograd.forward_ad.unpack_dual(x).tangent is not None:
         raise NotImplementedError(
             f"{op}: {name} carries a tangent, but there is no forward-mode derivative (torch.func.jvp)"
+        )
+    if torch._C._functorch.is_gradtrackingtensor(x):  # those of jvp are, too: hence the order
+        raise NotImplementedError(
+            f"{op}: {name} is differentiated by torch.func (grad, vjp, jacrev), which custom operators do "
+            "not support; use backward() or torch.autograd.grad"
         )
 
 
