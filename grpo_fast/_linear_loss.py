@@ -14,7 +14,7 @@ from grpo_fast.ops import _arguments, _phases
 from grpo_fast.ops._autograd import anchors_of, once_differentiable
 from grpo_fast.ops._head_arguments import Needs, check_head
 from grpo_fast.ops._tokens import Tokens, check_tokens
-from grpo_fast.ops.group_advantage import group_advantage_fwd
+from grpo_fast.ops.group_advantage import group_advantage_fwd, kept_whole
 from grpo_fast.ops.grpo import SCORE_EPS, Arguments, spread
 from grpo_fast.ops.linear_grpo import linear_grpo
 from grpo_fast.ops.linear_logprob import linear_logprob_fwd
@@ -281,7 +281,7 @@ def carries_gradient(
             if advantages is None:
                 assert rewards is not None
                 advantages = group_advantage_fwd(
-                    rewards.float(), group_size or 1, None, "group", SCORE_EPS, True
+                    kept_whole(rewards), group_size or 1, None, "group", SCORE_EPS, True
                 )
             conditions.append(per_token(advantages) != 0)
         # They may be on the GPU where the others decide on the host: then they do not decide.

@@ -73,6 +73,8 @@ def group_advantage(
     """
     if nan == "error" and rewards.isnan().any():
         raise ValueError("rewards hold NaN")
+    dtype = rewards.dtype if rewards.is_floating_point() else torch.float32
+    rewards = rewards.double()
     if group_ids is None:
         group_ids = torch.arange(len(rewards), device=rewards.device) // (group_size or 1)
     if rewards.ndim == 2:
@@ -95,9 +97,10 @@ def group_advantage(
             rewards = rewards * weights
         rewards = rewards.masked_fill(missing, 0).sum(1).masked_fill(missing.all(1), torch.nan)
         if normalize:
-            return group_advantage(
+            whole = group_advantage(
                 rewards, group_size=len(rewards), eps=eps, unbiased=unbiased, nan=nan
             )
+            return whole.to(dtype)
     present = ~rewards.isnan()
     advantages = torch.zeros_like(rewards)
     for label in group_ids.unique():
@@ -107,13 +110,19 @@ def group_advantage(
         if n == 1 and singleton == "raw":
             advantages[member] = group if scale == "none" else group / (1 + eps)
         elif n > 1 and group.max() > group.min():
-            spread = {"group": group, "batch": rewards[present]}.get(scale)
-            std = spread.std(unbiased=unbiased) + eps if spread is not None else 1.0
+            # Without the lowest, which may be all but a common offset.
+            group = group - group.min()
             mean = group.mean()
             if baseline == "leave_one_out":
                 mean = (group.sum() - group) / (n - 1)
-            advantages[member] = (group - mean) / std
-    return advantages
+            if scale == "none":
+                advantages[member] = group - mean
+                continue
+            spread = group if scale == "group" else rewards[present] - rewards[present].min()
+            size = spread.max()  # in units of which it can be squared
+            std = (spread / size).std(unbiased=unbiased)
+            advantages[member] = (group - mean) / size / (std + eps / size)
+    return advantages.to(dtype)
 
 
 def policy_terms(
@@ -271,7 +280,7 @@ def grpo_loss(
     logps = logprob(logits, ids, temperature)
     return policy_loss(
         logps,
-        advantages=group_advantage(rewards.to(logps), group_size=group_size)
+        advantages=group_advantage(rewards.double(), group_size=group_size).to(logps)
         if rewards is not None
         else advantages,
         mask=keep,
