@@ -209,6 +209,7 @@ def launch_policy_loss(extras: bool = True, objective: Objective | None = None) 
     policy_loss.policy_loss_fwd(
         tokens(),
         tokens(extras, torch.bool),
+        None,
         tokens(),
         tokens(),
         tokens(extras),
@@ -224,6 +225,7 @@ def launch_sequence_loss(objective: Objective, packed: bool) -> None:
         tokens(),
         tokens(dtype=torch.bool),
         *(tokens() for _ in range(7)),
+        None,
         tensor(B + 1, dtype=torch.int64) if packed else None,
         T_LEN,
         objective,
@@ -233,6 +235,7 @@ def launch_sequence_loss(objective: Objective, packed: bool) -> None:
 def launch_token_statistics(extras: bool = True) -> None:
     policy_loss.token_statistics_fwd(
         tokens(extras, torch.bool),
+        None,
         tokens(),
         tokens(),
         tokens(extras),

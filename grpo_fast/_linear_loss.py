@@ -10,10 +10,10 @@ from grpo_fast import reference
 from grpo_fast._operands import Modes
 from grpo_fast._output import LossOutput, loss_output
 from grpo_fast.objective import Objective
-from grpo_fast.ops import _arguments, _phases
+from grpo_fast.ops import _arguments, _float64, _phases
 from grpo_fast.ops._autograd import anchors_of, once_differentiable
 from grpo_fast.ops._head_arguments import Needs, check_head
-from grpo_fast.ops._tokens import Tokens, check_tokens
+from grpo_fast.ops._tokens import Sequences, Tokens, check_tokens
 from grpo_fast.ops.group_advantage import group_advantage_fwd, kept_whole
 from grpo_fast.ops.grpo import SCORE_EPS, Arguments, spread
 from grpo_fast.ops.linear_grpo import linear_grpo
@@ -59,10 +59,14 @@ def linear_grpo_loss(
     `hidden` is float32 until the backward, so that a loss scale keeps it from underflow.
 
     Args:
-        hidden: (B, T, D) or (N, D), float32, bfloat16 or float16: the last hidden states, row t for token t.
-        weight: (rows, D) of the head, of the same dtype, or float32 (rounded for the products, its gradient
-            is not). Under FSDP call this inside the forward of the module that owns it, where it has been
-            gathered.
+        hidden: (B, T, D) or (N, D), float32, bfloat16, float16 or float64: the last hidden states, row t
+            for token t. The products are of its dtype.
+        weight: (rows, D) of the head, of any of these dtypes: converted to that of `hidden` for the
+            products, its gradient accumulated in float32 and of its own dtype. Under FSDP call this inside
+            the forward of the module that owns it, where it has been gathered. Where `hidden`, weight, bias
+            or `lora` is float64, all of it is, loss, log-probs and entropy too: `grpo_fast.reference` in
+            chunks of tokens, for models whose digits matter more than their speed. No token is left out
+            then, and there is no `dw_out` and no `tp_group`.
         completion_ids: (B, T) or (N,), int32 or int64; anything where the mask is 0.
         bias: (rows,).
         softcap: of the logits (Gemma 2); None for none.
@@ -123,7 +127,7 @@ def linear_grpo_loss(
         lora,
         tp_group,
     )
-    _check_dw_out(op, dw_out, weight)
+    _check_dw_out(op, dw_out, weight, flat)
     device = completion_ids.device
 
     def here(x: Any) -> Any:
@@ -141,6 +145,7 @@ def linear_grpo_loss(
         op,
         completion_ids,
         live,
+        _arguments.mask_share(mask, completion_ids),
         here(advantages),
         here(rewards),
         group_size,
@@ -154,6 +159,26 @@ def linear_grpo_loss(
         objective,
     )
     tokens = _scored(tokens, completion_ids)
+    if flat.dtype == torch.float64:
+        given_tokens = {
+            "advantages": here(advantages),
+            "rewards": here(rewards),
+            "group_size": group_size,
+            "mask": here(mask),
+            "old_logps": old_logps,
+            "ref_logps": ref_logps,
+            "importance_weights": importance_weights,
+            "token_weights": here(token_weights),
+            "scores": here(scores),
+            "num_items": num_items,
+            "cu_seqlens": here(cu_seqlens),
+            "objective": objective,
+        }
+        logp, entropy = _float64.log_probs(flat, parameters, options, ids, live, temperature)
+        with_entropy = return_entropy or objective.needs_entropy
+        return _in_float64(
+            completion_ids, logp, entropy, with_entropy, tokens, sequences, given_tokens
+        )
     keep = None
     if compact:
         # On the host if all that decides is there: nobody waits for the device then.
@@ -228,12 +253,53 @@ def linear_grpo_loss(
         kl,
         clip,
         tokens._replace(mask=covered),
+        sequences.share,
     )
     skipped = torch.zeros((), device=device)
     if keep is not None and keep.numel():
         skipped = 1 - here(keep).float().mean()
     loss = once_differentiable(op, loss, anchors_of(hidden, *parameters))
     return out._replace(loss=loss, metrics={**out.metrics, "skipped_fraction": skipped})
+
+
+def _in_float64(
+    like: Tensor,
+    logp: Tensor,
+    entropy: Tensor,
+    with_entropy: bool,
+    tokens: Tokens,
+    sequences: Sequences,
+    given: dict[str, Any],
+) -> LossOutput:
+    """The specification's loss of float64 log-probs; the metrics in float32, of every live token."""
+    objective = given["objective"]
+    rewards, group_size = given.pop("rewards"), given.pop("group_size")
+    if rewards is not None:
+        given["advantages"] = _double_advantages(rewards, group_size)
+        if given["scores"] is None and objective.surrogate == "topr":
+            given["scores"] = rewards
+    loss = reference.policy_loss(logp.view(like.shape), entropy=entropy.view(like.shape), **given)
+    logp, entropy = logp.detach(), entropy.detach()
+    found = _phases.values(logp.float(), entropy.float(), tokens, sequences, objective.terms)
+    rounded = entropy.float() if with_entropy else None
+    out = loss_output(
+        *(like, found.loss, logp.float(), rounded, found.kl, found.clip, tokens, sequences.share)
+    )
+    return out._replace(
+        loss=loss,
+        logps=logp.view(like.shape),
+        entropy=entropy.view(like.shape) if with_entropy else None,
+        metrics={**out.metrics, "skipped_fraction": torch.zeros((), device=like.device)},
+    )
+
+
+def _double_advantages(rewards: Tensor, group_size: int) -> Tensor:
+    """`reference.group_advantage` in float64, without the loop over groups that no graph can hold."""
+    groups = rewards.double().view(-1, group_size)
+    differ = groups.amax(1, keepdim=True) > groups.amin(1, keepdim=True)
+    centred = groups - groups.mean(1, keepdim=True)
+    squares = centred.square().sum(1, keepdim=True) / max(group_size - 1, 1)
+    return torch.where(differ, centred / (squares.sqrt() + SCORE_EPS), 0).view(-1)
 
 
 def _scored(tokens: Tokens, ids: Tensor) -> Tokens:
@@ -305,10 +371,12 @@ def carries_gradient(
     return alive if mask is None else alive & mask
 
 
-def _check_dw_out(op: str, dw_out: Tensor | None, weight: Tensor) -> None:
+def _check_dw_out(op: str, dw_out: Tensor | None, weight: Tensor, hidden: Tensor) -> None:
     if dw_out is None:
         return
     _arguments.check_tensor(op, "dw_out", dw_out)
+    if hidden.dtype == torch.float64:
+        raise ValueError(f"{op}: dw_out is float32, and not available with float64 operands")
     if dw_out.dtype != torch.float32 or dw_out.shape != weight.shape:
         raise ValueError(
             f"{op}: dw_out: want float32 {tuple(weight.shape)}, "

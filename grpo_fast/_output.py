@@ -36,11 +36,16 @@ def loss_output(
     kl: Tensor,
     clip: Tensor,
     tokens: Tokens,
+    share: Tensor | None,
 ) -> LossOutput:
-    """What a loss returns of (N,) tokens; `like` has the shape that the caller knows."""
+    """What a loss returns of (N,) tokens; `like` has the shape that the caller knows.
+
+    share: what a floating mask weighs each token with; None: 1.
+    """
     entropy = None if entropy is None else entropy.detach()
     statistics = token_statistics(
         tokens.mask,
+        share,
         loss.detach(),
         logp,
         tokens.old_logp,

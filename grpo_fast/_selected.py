@@ -10,6 +10,7 @@ from grpo_fast.ops._selection import (
     check_number,
     gap_of,
     live_tokens,
+    mask_weights,
     per_token_advantages,
     rank_of,
     share_of,
@@ -98,6 +99,7 @@ def clip_cov(
     Args:
         logps, old_logps: (B, T) or (N,).
         advantages: (B,), (num_seqs,) with `cu_seqlens`, or per token.
+        mask: the same shape; a floating one weighs, in the means and in n.
         fraction: of the n live tokens.
         low, high: bounds of the covariance, exclusive.
         epsilon_low, epsilon_high: of the clip.
@@ -120,11 +122,12 @@ def clip_cov(
     )
     ratio = (logp - old).exp()
     clipped = -A * ratio.clamp(1 - epsilon_low, 1 + epsilon_high) > -A * ratio
-    covariance = _covariance(A, logp, live)
+    share = mask_weights(mask, live)
+    covariance = _covariance(A, logp, share)
     candidate = live & ~clipped & (covariance > low) & (covariance < high)
     draw = torch.rand(logp.shape, generator=generator, device=logp.device)
     rank = rank_of(torch.where(candidate, draw, math.inf).argsort())
-    drawn = candidate & (rank < share_of(live, fraction))
+    drawn = candidate & (rank < share_of(share, fraction))
     return (live & ~drawn).float().view(logps.shape)
 
 
@@ -203,8 +206,9 @@ def varied_groups(
     return torch.where(unknown, torch.nan, (extremes[0] > extremes[1]).float())[group]
 
 
-def _covariance(A: Tensor, logp: Tensor, live: Tensor) -> Tensor:
-    """Each token's share of the covariance of advantage and log-prob, times n."""
-    n = live.sum().clamp(min=1)
-    A, logp = A.double(), logp.double()
-    return (A - A.sum() / n) * (logp - logp.sum() / n)
+def _covariance(A: Tensor, logp: Tensor, weight: Tensor) -> Tensor:
+    """Each token's share of the covariance of advantage and log-prob, times n, by weighted means."""
+    A, logp, weight = A.double(), logp.double(), weight.double()
+    n = weight.sum()
+    n = n.where(n != 0, 1)
+    return (A - (A * weight).sum() / n) * (logp - (logp * weight).sum() / n)

@@ -80,14 +80,15 @@ def token_diagnostics(
         logps: (B, T) padded or (N,) packed.
         old_logps: the same shape; None: on policy, the ratio is 1.
         advantages: the same shape.
-        mask: the same shape; where it is 0 nothing is read.
+        mask: the same shape; where it is 0 nothing is read. A floating one weighs means over a sequence.
         ref_logps: the same shape.
         cu_seqlens: (num_seqs + 1,) boundaries of packed tokens; without it they are one sequence.
 
     Raises:
         ValueError: another shape, by name; an objective with a KL term and no `ref_logps`.
     """
-    op, shape = "token_diagnostics", logps.shape
+    op = "token_diagnostics"
+    shape = _arguments.check_tensor(op, "logps", logps).shape
     tensors = {
         "old_logps": old_logps,
         "advantages": advantages,
@@ -95,7 +96,7 @@ def token_diagnostics(
         "ref_logps": ref_logps,
     }
     for name, x in tensors.items():
-        if x is not None and x.shape != shape:
+        if x is not None and _arguments.check_tensor(op, name, x).shape != shape:
             raise ValueError(f"{op}: {name}: want {tuple(shape)}, got {_arguments.shape_of(x)}")
     if objective.beta and ref_logps is None:
         raise ValueError(f"{op}: ref_logps: needed, since objective.beta={objective.beta}")
@@ -103,6 +104,7 @@ def token_diagnostics(
         cu_seqlens = _arguments.check_cu_seqlens(op, cu_seqlens, logps).long()
     live = torch.ones(shape, dtype=torch.bool, device=logps.device) if mask is None else mask != 0
     live = live.reshape(-1)
+    share = _arguments.mask_share(mask, logps)
 
     def kept(x: Tensor) -> Tensor:
         return torch.where(live, x.reshape(-1), 0).float()
@@ -111,7 +113,7 @@ def token_diagnostics(
     old = logp if old_logps is None else kept(old_logps)
     ref = None if ref_logps is None else kept(ref_logps)
     segments = Segments.of(len(logp), cu_seqlens, shape[-1])
-    found = ratio_terms(logp - old, A, None, live, segments, objective)
+    found = ratio_terms(logp - old, A, None, live, share, segments, objective)
     ratio = found.bounded.exp()
     own = torch.ones_like(ratio)  # of derivatives, which nobody wants here
     terms = policy_terms(
@@ -161,6 +163,8 @@ def kl_estimate(
         raise ValueError(
             "kl_estimate: objective.kl='k3_unbiased' needs a ratio: use token_diagnostics"
         )
+    for name, x in (("logps", logps), ("ref_logps", ref_logps)):
+        _arguments.check_tensor("kl_estimate", name, x)
     logp = logps.float()
     one = torch.ones_like(logp)
     return kl_terms(logp, ref_logps.float(), torch.zeros_like(logp), one, one, objective)[0]

@@ -66,6 +66,9 @@ def grpo_loss(
         rewards: (B,) with `group_size`: z-scored within groups of consecutive sequences, on the device,
             in the same launch. Across ranks use `grpo_fast.ops.group_advantage` on gathered rewards.
         mask: per token; 0 leaves a token out: nothing of it is read, it may hold NaN. Default: all count.
+            A floating mask weighs: m_t multiplies what a token adds to a sum, and the denominators are sums
+            of m_t: of reductions, of means over a sequence (GSPO), of the metrics. Of bools and integers
+            any nonzero value is 1.
         old_logps: per token, of the policy that sampled. None: on policy, the ratio is 1. It and `ref_logps`
             are constants, detached here if they come with a graph: no gradient flows through them.
         ref_logps: per token, of the reference policy; needed where `objective.beta` is not 0.
@@ -110,6 +113,7 @@ def grpo_loss(
         op,
         completion_ids,
         mask_flat,
+        _arguments.mask_share(mask, completion_ids),
         advantages,
         rewards,
         group_size,
@@ -137,7 +141,8 @@ def grpo_loss(
     if inplace:
         _overwritten.mark(logits)
     return loss_output(
-        completion_ids, loss, logp, entropy if return_entropy else None, kl, clip, tokens
+        *(completion_ids, loss, logp, entropy if return_entropy else None, kl, clip),
+        *(tokens, sequences.share),
     )
 
 
@@ -198,6 +203,7 @@ def policy_loss(
         op,
         logps,
         mask_flat,
+        _arguments.mask_share(mask, logps),
         advantages,
         None,
         None,
@@ -210,11 +216,14 @@ def policy_loss(
         cu_seqlens,
         objective,
     )
-    logp = logps.reshape(-1).float()
-    flat_entropy = None if entropy is None else entropy.reshape(-1).float()
+    logp = logps.reshape(-1).float().contiguous()
+    flat_entropy = None if entropy is None else entropy.reshape(-1).float().contiguous()
     found = _phases.values(logp, flat_entropy, tokens, sequences, objective.terms)
     loss = once_differentiable(op, found.loss, anchors_of(logps, entropy))
-    return loss_output(logps, loss, logp.detach(), flat_entropy, found.kl, found.clip, tokens)
+    return loss_output(
+        *(logps, loss, logp.detach(), flat_entropy, found.kl, found.clip),
+        *(tokens, sequences.share),
+    )
 
 
 def _by_launch(

@@ -41,7 +41,7 @@ TRAINERS = {
     "openrlhf": "OpenRLHF 0.11.2",
     "prime_rl": "prime-rl 0.8.0",
     "slime": "slime, August 2026",
-    "nemo_rl": "NeMo-RL 0.6.0",
+    "nemo_rl": "NeMo-RL 0.7.0",
     "areal": "AReaL 1.0.4, CISPO of 2.0",
     "xtuner": "xtuner, August 2026",
 }

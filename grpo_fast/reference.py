@@ -153,7 +153,8 @@ def policy_terms(
     loss_ratio = log_ratio
     own = torch.ones_like(log_ratio)  # d loss_ratio / d logps, of the same token
     if objective.surrogate == "gmpo" or objective.ratio == "sequence":
-        own = mask / sequence_sum(own, mask, cu_seqlens).clamp(min=1)
+        count = sequence_sum(own, mask, cu_seqlens)
+        own = mask / count.where(count != 0, 1)
     if objective.surrogate == "gmpo":
         bounded = torch.where(
             advantages > 0,
@@ -195,8 +196,8 @@ def policy_terms(
 
 
 def sequence_sum(x: Tensor, mask: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-    """Per token: the sum of x over the live tokens of its sequence."""
-    x = torch.where(mask, x, torch.zeros_like(x))
+    """Per token: the sum of x over the live tokens of its sequence, weighed by a floating mask."""
+    x = torch.where(mask != 0, x * mask, torch.zeros_like(x))
     if cu_seqlens is not None:
         index = sequence_of_token(cu_seqlens, len(x))
         return x.new_zeros(len(cu_seqlens) - 1).index_add(0, index, x)[index]
@@ -204,9 +205,9 @@ def sequence_sum(x: Tensor, mask: Tensor, cu_seqlens: Tensor | None = None) -> T
 
 
 def sequence_mean(x: Tensor, mask: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-    """Per token: the mean of x over the live tokens of its sequence; 0 without any."""
+    """Per token: the mean of x over the live tokens of its sequence, as `sequence_sum`; 0 without any."""
     count = sequence_sum(torch.ones_like(x), mask, cu_seqlens)
-    return sequence_sum(x, mask, cu_seqlens) / count.clamp(min=1)
+    return sequence_sum(x, mask, cu_seqlens) / count.where(count != 0, 1)
 
 
 def sequence_of_token(cu_seqlens: Tensor, N: int) -> Tensor:
@@ -222,10 +223,10 @@ def reduction_weights(
     cu_seqlens: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """w_t of each token, so that the loss is `sum_t w_t * loss_t`; 0 where `mask` is False.
+    """w_t of each token, so that the loss is `sum_t w_t * loss_t`; 0 where `mask` is.
 
     Args:
-        mask: (B, T) or (N,) bool.
+        mask: (B, T) or (N,), bool, or floating: what each token weighs, here and in the denominators.
         num_items: the denominator of "token_mean" in place of the number of live tokens.
         cu_seqlens: (B + 1,) where `mask` is packed.
     """
@@ -233,24 +234,34 @@ def reduction_weights(
         return reduction_weights(mask[None], objective, num_items, None, dtype)[0]
     num_sequences = len(mask) if cu_seqlens is None else len(cu_seqlens) - 1
     if objective.reduction == "token_mean":
-        items = mask.sum() if num_items is None else num_items
+        items = total_of(mask, dtype) if num_items is None else num_items
         if not isinstance(items, Tensor):
             # Made on the device, for which nothing waits; a product, since a compiled `torch.full`
             # would keep the number of the first call.
             items = torch.ones((), dtype=dtype, device=mask.device) * float(items)
-        weight = 1 / items.to(mask.device, dtype, non_blocking=True).clamp(min=1)
+        items = items.to(mask.device, dtype, non_blocking=True)
+        weight = 1 / (items if num_items is None else items.clamp(min=1))
     elif objective.reduction == "sequence_mean":
         if cu_seqlens is None:
             length = reduce(mask.to(dtype), "b t -> b 1", "sum")
         else:  # differences of a running count: exact, and no atomics
-            count = torch.nn.functional.pad(mask.cumsum(0), (1, 0))[cu_seqlens.long()]
+            running = mask.double().cumsum(0) if mask.is_floating_point() else mask.cumsum(0)
+            count = torch.nn.functional.pad(running, (1, 0))[cu_seqlens.long()]
             length = count.diff()[sequence_of_token(cu_seqlens, len(mask))].to(dtype)
-        weight = 1 / (length.clamp(min=1) * max(num_sequences, 1))
+        weight = 1 / (length.where(length != 0, 1) * max(num_sequences, 1))
     else:
         tokens = objective.max_length if objective.reduction == "fixed_length" else 1
         share = 1 / (max(num_sequences, 1) * (tokens or 1))
         weight = torch.full((), share, dtype=dtype, device=mask.device)
-    return torch.where(mask, weight, torch.zeros_like(weight))
+    if mask.is_floating_point():
+        weight = weight * mask.to(dtype)
+    return torch.where(mask != 0, weight, torch.zeros_like(weight))
+
+
+def total_of(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """The denominator of means over the tokens of a mask, bool or floating: its sum, 1 where that is 0."""
+    total = mask.sum(dtype=torch.float64) if mask.is_floating_point() else mask.sum()
+    return total.where(total != 0, 1).to(dtype)
 
 
 def grpo_loss(
@@ -283,7 +294,7 @@ def grpo_loss(
         advantages=group_advantage(rewards.double(), group_size=group_size).to(logps)
         if rewards is not None
         else advantages,
-        mask=keep,
+        mask=mask,
         old_logps=old_logps,
         ref_logps=ref_logps,
         importance_weights=importance_weights,
@@ -300,10 +311,10 @@ def head_logits(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
+    softcap: float | Tensor | None = None,
+    logit_scale: float | Tensor = 1.0,
     vocab_size: int | None = None,
-    lora: tuple[Tensor, Tensor, float] | None = None,
+    lora: tuple[Tensor, Tensor, float | Tensor] | None = None,
 ) -> Tensor:
     """`cap(logit_scale * (hidden @ weight.T + bias + scaling * (hidden @ A.T) @ B.T))`, (..., vocab_size).
 
@@ -378,6 +389,9 @@ def policy_loss(
     """The loss of `grpo_fast.loss.policy_loss`, 0-dim, with the same arguments."""
     objective = objective or Objective()
     keep = torch.ones_like(logps, dtype=torch.bool) if mask is None else mask != 0
+    weighs = keep  # a floating mask weighs, in sums and in denominators
+    if mask is not None and mask.is_floating_point():
+        weighs = mask.to(logps.dtype)
 
     def per_token(x: Tensor | None) -> Tensor | None:
         """`x` broadcast to one value per token, and 0 where the token is masked."""
@@ -399,7 +413,7 @@ def policy_loss(
         # One weight per sequence counts once, weights per token each.
         logs = importance_weights.to(logps).log().clamp(math.log(1e-8), 20)
         if importance_weights.shape == logps.shape:
-            log_importance = sequence_sum(logs, keep, cu_seqlens)
+            log_importance = sequence_sum(logs, weighs, cu_seqlens)
         else:
             log_importance = per_token(logs)
         importance_weights = None
@@ -418,12 +432,12 @@ def policy_loss(
         per_token(old_logps),
         per_token(ref_logps),
         per_token(importance_weights),
-        keep,
+        weighs,
         cu_seqlens,
         log_importance,
         per_token(scores),
     )
-    weights = reduction_weights(keep, objective, num_items, cu_seqlens, logps.dtype)
+    weights = reduction_weights(weighs, objective, num_items, cu_seqlens, logps.dtype)
     extra = per_token(token_weights)
     extra = torch.ones_like(logps) if extra is None else extra
     total = (weights * extra * loss).sum()
@@ -431,7 +445,7 @@ def policy_loss(
         bonus = per_token(entropy)
         assert bonus is not None
         if objective.entropy_reduction == "token_mean":
-            weights = 1 / chosen.sum().clamp(min=1)
+            weights = weighs / total_of(weighs * chosen, logps.dtype)
         total = total - objective.entropy_coef * (weights * extra * chosen * bonus).sum()
     return total
 

@@ -15,7 +15,14 @@ from torch import Tensor
 from grpo_fast import reference_terms
 from grpo_fast._selected import clip_cov, kl_cov, m2po, top_entropy, varied_groups
 from grpo_fast.ops import _arguments
-from grpo_fast.ops._selection import check_choice, check_number, gap_of, live_tokens, per_sequence
+from grpo_fast.ops._selection import (
+    check_choice,
+    check_number,
+    gap_of,
+    live_tokens,
+    mask_weights,
+    per_sequence,
+)
 
 __all__ = [
     "binary_divergence",
@@ -59,7 +66,8 @@ def importance_weights(
     Args:
         old_logps: (B, T) or (N,), by the trainer, of the weights that sampled.
         sampling_logps: the same shape, by the inference engine.
-        mask: the same shape; a masked token counts as a difference of 0.
+        mask: the same shape; a masked token counts as a difference of 0. A floating mask weighs the
+            differences in sums and means over a sequence.
         cu_seqlens: (num_seqs + 1,) boundaries of packed tokens. Without it they are one sequence.
         level: rho of each "token"; of the "sequence", exp of the sum of the differences; "geometric", exp
             of their mean.
@@ -89,12 +97,13 @@ def importance_weights(
     gap = gap_of(old, sampling) if undefined == "one" else old - sampling
     if cu_seqlens is not None:
         _arguments.check_cu_seqlens(op, cu_seqlens, old_logps)
+    share = mask_weights(mask, live)
     if level == "token":
         gap = gap.view(old_logps.shape)
     elif level == "sequence":
-        gap = per_sequence(gap, old_logps, cu_seqlens)
+        gap = per_sequence(gap * share, old_logps, cu_seqlens)
     else:
-        gap = _mean(gap, live, old_logps, cu_seqlens)
+        gap = _mean(gap * share, share, old_logps, cu_seqlens)
     rho = gap.exp().float()
     if undefined == "zero":
         rho = rho.nan_to_num(nan=0.0, posinf=0.0)
@@ -151,7 +160,8 @@ def geometric_mean(
 
     Args:
         weights: (B, T) or (N,), at least 0.
-        mask, cu_seqlens: as in `importance_weights`.
+        mask: the same shape; where it is 0 nothing is read, and a floating one weighs the logs.
+        cu_seqlens: as in `importance_weights`.
         eps: added to each; with 0, one weight of 0 makes that of its sequence 0.
 
     Returns:
@@ -162,8 +172,9 @@ def geometric_mean(
     live, given = live_tokens(op, mask, weights=weights)
     if cu_seqlens is not None:
         _arguments.check_cu_seqlens(op, cu_seqlens, weights)
-    logs = torch.where(live, (given + eps).log(), 0)
-    return _mean(logs, live, weights, cu_seqlens).exp().float()
+    share = mask_weights(mask, live)
+    logs = torch.where(live, (given + eps).log(), 0) * share
+    return _mean(logs, share, weights, cu_seqlens).exp().float()
 
 
 @torch.no_grad()
@@ -232,8 +243,8 @@ def binary_divergence(
 
 def _mean(x: Tensor, live: Tensor, like: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """Means of (N,), 0 where masked, over the sequences of `like`, as `per_sequence` sums them."""
-    count = per_sequence(live, like, cu_seqlens).clamp(min=1)
-    return per_sequence(x, like, cu_seqlens) / count
+    count = per_sequence(live, like, cu_seqlens)
+    return per_sequence(x, like, cu_seqlens) / count.where(count != 0, 1)
 
 
 def _bounded(rho: Tensor, mode: str, low: float | None, high: float | None) -> Tensor:

@@ -145,6 +145,7 @@ def _policy_loss_kernel(
 @triton.jit(do_not_specialize=["N", "programs"])
 def _token_statistics_kernel(
     mask_ptr,  # (N,) bool, or None
+    share_ptr,  # (N,) fp32, or None: 1
     loss_ptr,  # (N,) fp32
     logp_ptr,  # (N,)
     old_logp_ptr,  # (N,) fp32, or None
@@ -165,7 +166,8 @@ def _token_statistics_kernel(
     live = offs < N
     if mask_ptr is not None:
         live = live & (tl.load(mask_ptr + offs, mask=live, other=0) != 0)
-    one = live.to(tl.float32)
+    share = load_tokens(share_ptr, offs, live, 1.0)
+    one = tl.where(live, share, 0.0)
     d = tl.zeros([BLOCK], tl.float32)
     if old_logp_ptr is not None:
         d = load_tokens(logp_ptr, offs, live, 0.0) - load_tokens(old_logp_ptr, offs, live, 0.0)
@@ -179,18 +181,18 @@ def _token_statistics_kernel(
     slot_ptr = partial_ptr + pid * 16
     tl.store(slot_ptr + 0, tl.sum(one))
     tl.store(slot_ptr + 1, tl.sum(load_tokens(loss_ptr, offs, live, 0.0)))
-    tl.store(slot_ptr + 2, tl.sum(tl.where(live, ratio, 0.0)))
-    tl.store(slot_ptr + 3, tl.sum(-d))
-    tl.store(slot_ptr + 4, tl.sum(k3))
-    tl.store(slot_ptr + 5, tl.sum(((clip & CLIP_LOW) != 0).to(tl.float32)))
-    tl.store(slot_ptr + 6, tl.sum(((clip & CLIP_HIGH) != 0).to(tl.float32)))
-    tl.store(slot_ptr + 7, tl.sum(((clip & CLIP_DUAL) != 0).to(tl.float32)))
-    tl.store(slot_ptr + 8, tl.sum(load_tokens(kl_ptr, offs, live, 0.0)))
-    tl.store(slot_ptr + 9, tl.sum(load_tokens(entropy_ptr, offs, live, 0.0)))
-    tl.store(slot_ptr + 10, tl.sum(tl.where(live, importance, 0.0)))
-    tl.store(slot_ptr + 11, tl.sum((live & outside).to(tl.float32)))
-    tl.store(slot_ptr + 12, tl.sum(rho))
-    tl.store(slot_ptr + 13, tl.sum(rho * rho))
+    tl.store(slot_ptr + 2, tl.sum(share * tl.where(live, ratio, 0.0)))
+    tl.store(slot_ptr + 3, tl.sum(share * (-d)))
+    tl.store(slot_ptr + 4, tl.sum(share * k3))
+    tl.store(slot_ptr + 5, tl.sum(share * ((clip & CLIP_LOW) != 0).to(tl.float32)))
+    tl.store(slot_ptr + 6, tl.sum(share * ((clip & CLIP_HIGH) != 0).to(tl.float32)))
+    tl.store(slot_ptr + 7, tl.sum(share * ((clip & CLIP_DUAL) != 0).to(tl.float32)))
+    tl.store(slot_ptr + 8, tl.sum(share * load_tokens(kl_ptr, offs, live, 0.0)))
+    tl.store(slot_ptr + 9, tl.sum(share * load_tokens(entropy_ptr, offs, live, 0.0)))
+    tl.store(slot_ptr + 10, tl.sum(share * tl.where(live, importance, 0.0)))
+    tl.store(slot_ptr + 11, tl.sum(share * (live & outside).to(tl.float32)))
+    tl.store(slot_ptr + 12, tl.sum(share * rho))
+    tl.store(slot_ptr + 13, tl.sum(share * (rho * rho)))
     tl.store(slot_ptr + 14, tl.min(tl.where(live, ratio, float("inf"))))
     tl.store(slot_ptr + 15, tl.max(tl.where(live, ratio, -float("inf"))))
     tl.debug_barrier()  # the stores of all threads come before the counter of one
@@ -248,7 +250,7 @@ def policy_loss_fwd(
     return loss, dlogp, kl, clip
 
 
-def token_statistics_fwd(mask, loss, logp, old_logp, importance, kl, entropy, clip):
+def token_statistics_fwd(mask, share, loss, logp, old_logp, importance, kl, entropy, clip):
     """Launch the statistics kernel on (N,) tensors, N > 0. Returns (16,) fp32."""
     N = len(logp)
     programs = triton.cdiv(N, BLOCK)
@@ -256,6 +258,7 @@ def token_statistics_fwd(mask, loss, logp, old_logp, importance, kl, entropy, cl
     statistics = new(NUM_STATISTICS)
     _token_statistics_kernel[(programs,)](
         mask_ptr=mask,
+        share_ptr=share,
         loss_ptr=loss,
         logp_ptr=logp,
         old_logp_ptr=old_logp,

@@ -30,6 +30,7 @@ def sequence_statistics(
     advantages_ptr,
     old_logp_ptr,
     log_importance_ptr,
+    share_ptr,
     start,
     stop,
     low,
@@ -37,7 +38,10 @@ def sequence_statistics(
     SURROGATE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """(live tokens, mean d, mean of the d that the ratio takes, VESPO's log W) of tokens [start, stop)."""
+    """(sum of shares, mean d, mean of the d that the ratio takes, VESPO's log W) of tokens [start, stop).
+
+    The sum is 1 where it is 0, the means and log W are weighted by the shares.
+    """
     count = 0.0
     total = 0.0
     taken = 0.0
@@ -48,19 +52,20 @@ def sequence_statistics(
         if old_logp_ptr is not None:
             old_logp = load_tokens(old_logp_ptr, offs, live, 0.0)
             d = load_tokens(logp_ptr, offs, live, 0.0) - old_logp
-        count += tl.sum(live.to(tl.float32), axis=0)
-        total += tl.sum(d, axis=0)
+        share = load_tokens(share_ptr, offs, live, 1.0)
+        count += tl.sum(tl.where(live, share, 0.0), axis=0)
+        total += tl.sum(share * d, axis=0)
         if SURROGATE == "gmpo":
             advantage = load_tokens(advantages_ptr, offs, live, 0.0)
             up = lesser(d, high)
             down = greater(d, -low)
             d = tl.where(advantage > 0, up, tl.where(advantage < 0, down, 0.0))
-        taken += tl.sum(d, axis=0)
+        taken += tl.sum(share * d, axis=0)
         if SURROGATE == "vespo":
-            log_w += tl.sum(lesser(greater(d, -20.0), 20.0), axis=0)
+            log_w += tl.sum(share * lesser(greater(d, -20.0), 20.0), axis=0)
             # Not `live`: a weight per sequence stands at its first token, masked or not.
             log_w += tl.sum(load_tokens(log_importance_ptr, offs, offs < stop, 0.0), axis=0)
-    n = greater(count, 1.0)
+    n = tl.where(count == 0, 1.0, count)
     return n, total / n, taken / n, log_w
 
 
@@ -92,6 +97,7 @@ def _sequence_loss_kernel(
     importance_ptr,  # (N,) fp32, or None: 1
     score_ptr,  # (N,) fp32, or None: the advantages
     log_importance_ptr,  # (N,) fp32, or None: 0
+    share_ptr,  # (N,) fp32, the weight in means of the sequence, or None: 1
     boundaries_ptr,  # (num_sequences + 1,) int64, or None: every T_len tokens
     loss_ptr,  # (N,) fp32
     dlogp_ptr,  # (N,) fp32
@@ -129,6 +135,7 @@ def _sequence_loss_kernel(
         advantages_ptr,
         old_logp_ptr,
         log_importance_ptr,
+        share_ptr,
         start,
         stop,
         low,
@@ -157,7 +164,7 @@ def _sequence_loss_kernel(
         log_ratio, free = bounded_log_ratio(d, log_ratio_min, log_ratio_max)
         own = free.to(tl.float32)
         if THROUGH_MEAN:
-            own = own / n
+            own = own * load_tokens(share_ptr, offs, live, 1.0) / n
         if SURROGATE == "gmpo":
             own = tl.where(opens(own_d, advantage, low, high), own, 0.0)
         importance = load_tokens(importance_ptr, offs, live, 1.0)
@@ -224,7 +231,8 @@ def _sequence_loss_kernel(
                 others = tl.where(tl.abs(mine) == float("inf"), 0.0, kl_pull - mine)
                 through += tl.where(free, others, 0.0)
             dlogp = tl.load(dlogp_ptr + offs, mask=live, other=0.0)
-            tl.store(dlogp_ptr + offs, dlogp + tl.where(open_, through / n, 0.0), mask=live)
+            through = through * load_tokens(share_ptr, offs, live, 1.0) / n
+            tl.store(dlogp_ptr + offs, dlogp + tl.where(open_, through, 0.0), mask=live)
 
 
 @triton.jit
@@ -243,6 +251,7 @@ def sequence_loss_fwd(
     importance,
     score,
     log_importance,
+    share,
     boundaries,
     T_len,
     objective,
@@ -250,6 +259,7 @@ def sequence_loss_fwd(
     """`policy_loss_fwd` for objectives that look at whole sequences.
 
     Args:
+        share: (N,) fp32, the weight of a token in means and sums over its sequence; None: 1.
         boundaries: (num_sequences + 1,) int64, or None where every `T_len` tokens are a sequence.
     """
     N = len(logp)
@@ -269,6 +279,7 @@ def sequence_loss_fwd(
             importance_ptr=importance,
             score_ptr=score,
             log_importance_ptr=log_importance,
+            share_ptr=share,
             boundaries_ptr=boundaries,
             loss_ptr=loss,
             dlogp_ptr=dlogp,

@@ -26,7 +26,12 @@ def host_batch(device):
 
 
 # How autograd's nodes of this library begin, and those of what is linear in one tensor.
-OURS = ("GeneratedBackwardFor_grpo_fast_", "_OverwriteBackward", "WithGradientOfBackward")
+OURS = (
+    "_Anchored",
+    "GeneratedBackwardFor_grpo_fast_",
+    "_OverwriteBackward",
+    "WithGradientOfBackward",
+)
 LINEAR = ("Sum", "View", "Where", "Mul", "Div")
 
 

@@ -42,8 +42,13 @@ def run_of_trl(first, last, scope):
     raise AssertionError(f"TRL has no statements from {first!r} to {last!r} any more")
 
 
+def masked_sum(x, mask, axis=None):
+    """verl's: a mask of fractions weighs."""
+    return (torch.where(mask.bool(), x, 0) * mask).sum(axis)
+
+
 def masked_mean(x, mask, axis=None):
-    return torch.where(mask.bool(), x, 0).sum(axis) / (mask.sum(axis) + 1e-8)
+    return masked_sum(x, mask, axis) / (mask.sum(axis) + 1e-8)
 
 
 def masked_whiten(x, mask):
@@ -57,7 +62,7 @@ def _load_verl(path):
     """verl's file alone: what it imports of verl is replaced, so that only torch and NumPy are needed."""
     tools = SimpleNamespace(
         masked_mean=masked_mean,
-        masked_sum=lambda x, mask, axis=None: torch.where(mask.bool(), x, 0).sum(axis),
+        masked_sum=masked_sum,
         masked_whiten=masked_whiten,
     )
     empty = {"as_torch_index": None, "group_mean_std": None}

@@ -212,8 +212,10 @@ def test_opcheck(backend, device):
     policy = (x.clone().requires_grad_(), mask, x, x, x, x, x, x)
     check(policy_loss_fwd, *policy, *terms, tests=autograd)
     gspo = terms_of(Objective(ratio="sequence", beta=0.1))
-    check(sequence_loss_fwd, *policy, None, None, 3, *gspo, tests=autograd)
-    check(token_statistics, mask, x, x, x, x, x, x, torch.zeros(N, dtype=torch.int8, device=device))
+    check(sequence_loss_fwd, *policy, None, x, None, 3, *gspo, tests=autograd)
+    check(
+        token_statistics, mask, x, x, x, x, x, x, x, torch.zeros(N, dtype=torch.int8, device=device)
+    )
     check(group_advantage_fwd, x, 2, None, "group", 1e-4, True)
     check(group_advantage_fwd, x, 1, ids, "batch", 1e-4, False)
     check(group_advantage_fwd, x, 2, None, "none", 1e-4, True, True, True, True)
@@ -248,7 +250,7 @@ def test_opcheck_of_the_linear_head(backend, device):
     statistics = (-x, x, x, x + 1)
     needs = [True, True, True, False, False]
     check(*(linear_logprob_bwd, x, x, hidden, *frozen, *scores, mask, *statistics, needs, *options))
-    sequences = (None, None, 3)
+    sequences = (None, x, None, 3)
     check(
         *(linear_grpo, graded, *head, *tokens, mask, *sequences, *options, needs, None),
         tests=autograd,

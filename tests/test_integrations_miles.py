@@ -8,7 +8,16 @@ import torch
 
 from grpo_fast.integrations import miles
 from tests.hosts import agrees, clipped, parameters
-from tests.test_integrations_slime import ARGS, MASKS, RESPONSES, batch, reducer, scored
+from tests.test_integrations_slime import (
+    ARGS,
+    MASKS,
+    PROMPTS,
+    RESPONSES,
+    TOTALS,
+    batch,
+    reducer,
+    scored,
+)
 
 assert batch  # the fixture: pytest takes it by its name
 
@@ -25,7 +34,14 @@ CASES = {
     "gspo": {"advantage_estimator": "gspo"},
     "entropy": {"entropy_coef": 0.05},
     "observed entropy": {"observe_training_entropy": True},
+    "gspo dual": {"advantage_estimator": "gspo", "eps_clip_c": 1.5},
+    "opsm": {"use_opsm": True, "opsm_delta": 0.02},
     "low_var_kl": {"use_kl_loss": True, "kl_loss_type": "low_var_kl"},
+    "k1": {"use_kl_loss": True, "kl_loss_type": "k1"},
+    "k2": {"use_kl_loss": True, "kl_loss_type": "k2", "entropy_coef": 0.05},
+    "k3": {"use_kl_loss": True, "kl_loss_type": "k3"},
+    "unbiased": {"use_kl_loss": True, "kl_loss_type": "k3", "use_unbiased_kl": True},
+    "gspo k2": {"advantage_estimator": "gspo", "use_kl_loss": True, "kl_loss_type": "k2"},
     "rollout": {"use_rollout_logprobs": True},
     "own log-probs": {"true_on_policy_mode": True},
     "padded": {"qkv_format": "bshd"},
@@ -80,15 +96,29 @@ def formula(args, x, b):
     name = "rollout_log_probs" if args.use_rollout_logprobs else "log_probs"
     old, ref, A = (torch.cat(b[k]).to(x) for k in (name, "ref_log_probs", "advantages"))
     mask, reduce = torch.cat(MASKS).to(x), reducer(MASKS)
-    d = logp - old
-    if args.advantage_estimator == "gspo":
-        parts = zip((d * mask).split(RESPONSES), mask.split(RESPONSES), strict=True)
-        d = torch.cat([(p.sum() / m.sum().clamp(min=1)).expand_as(p) for p, m in parts])
+
+    def finite(y):
+        return torch.where(y.isfinite(), y, 0)
+
+    def sequence_mean(y):
+        y = torch.where(mask != 0, y, 0) * mask
+        parts = zip(y.split(RESPONSES), mask.split(RESPONSES), strict=True)
+        return torch.cat([(p.sum() / m.sum().clamp(min=1)).expand_as(p) for p, m in parts])
+
+    stale = torch.zeros_like(A, dtype=torch.bool)
+    if args.use_opsm:
+        stale = (A < 0) & (sequence_mean(old - logp) > args.opsm_delta)
+    A, gap = finite(A), logp - old
+    d = finite(sequence_mean(gap) if args.advantage_estimator == "gspo" else gap)
+    if args.advantage_estimator == "gspo":  # 0, without a gradient of the others, where any is lost
+        d = torch.where(sequence_mean(gap).isfinite(), sequence_mean(finite(gap)), 0)
     high = args.eps_clip if args.eps_clip_high is None else args.eps_clip_high
     r = d.clamp(-20, 20).exp()
-    loss = clipped(d.clamp(-20, 20), A, args.eps_clip, high, args.eps_clip_c)
+    loss = clipped(d.clamp(-20, 20), A, args.eps_clip, high, args.eps_clip_c) * ~stale
     outside = -A * r.clamp(1 - args.eps_clip, 1 + high) > -A * r
-    total = reduce(loss) - args.entropy_coef * reduce(entropy)
+    total = reduce(loss)
+    if args.entropy_coef:
+        total = total - args.entropy_coef * reduce(entropy)
     seen = args.entropy_coef or args.observe_training_entropy
     metrics = {
         "pg_loss": reduce(loss),
@@ -99,14 +129,21 @@ def formula(args, x, b):
     }
 
     def k3(gap):
-        gap = gap.clamp(-20, 20)
+        gap = gap.nan_to_num(0, 20, -20).clamp(-20, 20)
         return (gap.exp() - 1 - gap).clamp(max=10)
 
     if args.use_kl_loss:
-        metrics["kl_loss"] = reduce(k3(ref - logp))
+        q = ref - logp
+        known, q = q.isfinite(), finite(q)
+        kl = {"k1": -q, "k2": q**2 / 2, "k3": q.exp() - 1 - q}.get(args.kl_loss_type)
+        if kl is None:
+            kl, known = k3(ref - logp), True
+        if args.use_unbiased_kl:
+            known, kl = known & gap.isfinite(), finite(gap).exp() * kl
+        metrics["kl_loss"] = reduce(torch.where(torch.as_tensor(known), kl, 0))
         total = total + args.kl_loss_coef * metrics["kl_loss"]
     rollout = torch.cat(b["rollout_log_probs"]).to(x)
-    metrics["train_rollout_logprob_abs_diff"] = reduce((old - rollout).abs())
+    metrics["train_rollout_logprob_abs_diff"] = reduce(finite((old - rollout).abs()))
     metrics["train_rollout_kl"] = reduce(k3(old - rollout))
     return total, metrics | {"loss": total}
 
@@ -114,19 +151,80 @@ def formula(args, x, b):
 @pytest.mark.parametrize("case", CASES)
 def test_loss_and_metrics(case, batch, host, backend):
     args = SimpleNamespace(**ARGS | MORE | CASES[case])
-    batch["log_probs"][0][2] -= 21  # beyond the clamp, where the advantage may pull
+    if not args.use_unbiased_kl:  # whose ratio miles does not clamp
+        batch["log_probs"][0][2] -= 21  # beyond the clamp, where the advantage may pull
     batch["advantages"][0][2] = -1.0
     whole = torch.ones_like(batch["logits"], dtype=torch.bool)
     (metrics,) = agrees(
         lambda x, _: miles.policy_loss(args, batch, 1.0 * x, reducer(MASKS)),
         lambda x, _: formula(args, x, batch)[0],
         SimpleNamespace(logp=batch["logits"], mask=whole),
+        until=["CatBackward"] if case == "k2" else (),  # of miles' entropies
     )
     want = formula(args, batch["logits"].double(), batch)[1]
+    assert (metrics.pop("opsm_clipfrac", 0) > 0) == args.use_opsm
     assert set(metrics) == set(want)
     for name, value in want.items():
         assert metrics[name].item() == pytest.approx(value.item(), rel=1e-4, abs=1e-6), name
         assert not metrics[name].requires_grad
+
+
+LOST = {
+    f"{name} {value}": (name, value)
+    for name in ("log_probs", "rollout_log_probs", "ref_log_probs", "advantages")
+    for value in (torch.nan, -torch.inf, torch.inf)
+}
+
+
+@pytest.mark.parametrize("lost", LOST)
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_not_finite_counts_as_0(case, lost, batch, host):
+    """miles: a log-ratio (of its sequence, for GSPO), an advantage, a KL; none has a gradient there."""
+    args = SimpleNamespace(**ARGS | MORE | CASES[case])
+    name, value = LOST[lost]
+    batch[name][2][1] = value
+    results = []
+    for fn, dtype in (
+        (lambda x: miles.policy_loss(args, batch, x, reducer(MASKS)), torch.float32),
+        (lambda x: formula(args, x, batch), torch.float64),
+    ):
+        x = batch["logits"].to(dtype).clone().requires_grad_()
+        loss, metrics = fn(1.0 * x)
+        results.append((loss, torch.autograd.grad(loss, x)[0], metrics))
+    (loss, grad, metrics), (want, want_grad, want_metrics) = results
+    assert want_grad.isfinite().all()
+    torch.testing.assert_close(loss.double(), want, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(grad.double(), want_grad, rtol=1e-4, atol=1e-6)
+    for key, value in want_metrics.items():
+        assert metrics[key].item() == pytest.approx(value.item(), rel=1e-4, abs=1e-6), key
+
+
+def test_a_scored_token_that_is_banned(batch, host):
+    """Its log-prob is -inf: a log-ratio of 0, too."""
+    args = SimpleNamespace(**ARGS | MORE)
+    row = sum(TOTALS[:2]) + PROMPTS[2] - 1
+    batch["logits"][0, row, batch["unconcat_tokens"][2][PROMPTS[2]]] = -torch.inf
+    want, want_metrics = formula(args, batch["logits"].double(), batch)
+    x = batch["logits"].clone().requires_grad_()
+    loss, metrics = miles.policy_loss(args, batch, 1.0 * x, reducer(MASKS))
+    assert torch.autograd.grad(loss, x)[0].isfinite().all()
+    torch.testing.assert_close(loss.double(), want, rtol=1e-4, atol=1e-6)
+    assert metrics["ppo_kl"].item() == pytest.approx(want_metrics["ppo_kl"].item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("value, kept", [(torch.nan, 1), (-torch.inf, 1), (torch.inf, 0)])
+def test_opsm_drops_what_its_mean_says(value, kept, batch, host):
+    """A mean that is NaN or -inf is not above the threshold, +inf is: of the whole sequence."""
+    args = SimpleNamespace(**ARGS | MORE | CASES["opsm"] | {"eps_clip": 0.99})
+    for x in batch["advantages"]:
+        x.fill_(-1.0)
+    batch["log_probs"][2][1] = value
+    x = batch["logits"].clone().requires_grad_()
+    loss, _ = miles.policy_loss(args, batch, 1.0 * x, reducer(MASKS))
+    want, _ = formula(args, batch["logits"].double(), batch)
+    torch.testing.assert_close(loss.double(), want, rtol=1e-4, atol=1e-6)
+    rows = torch.autograd.grad(loss, x)[0][0, sum(TOTALS[:2]) :]
+    assert (rows != 0).any() == bool(kept)
 
 
 def test_parallel_ranks_take_miles_own_log_probs(batch, host):

@@ -1,5 +1,6 @@
-"""NeMo-RL's adapter: calling convention, options, and its formulas in float64, from the sources of 0.6."""
+"""NeMo-RL's adapter: calling convention, options, and its formulas in float64, from the sources of 0.7.0."""
 
+import re
 import sys
 from types import ModuleType, SimpleNamespace
 
@@ -33,6 +34,9 @@ BY_SEQUENCE = {"loss_type": SimpleNamespace(name="SEQUENCE_LEVEL")}
 GSPO = BY_SEQUENCE | {"sequence_level_importance_ratios": True}
 
 
+RATIO = "truncated_importance_sampling_ratio"
+
+
 def corrected(kind, low, high, **more):
     return {
         "use_importance_sampling_correction": True,
@@ -62,6 +66,8 @@ CASES = {
     "icepop": corrected("icepop", 0.7, 1.3),
     "seq-mask-tis": corrected("seq-mask-tis", 0.85, 1.15),
     "gspo-tis": corrected("tis", 0.1, 1.5, **GSPO),
+    "gspo-icepop": corrected("icepop", 0.99, 2.0, **GSPO),
+    "in the rewards": {"reference_policy_kl_penalty": 0.3, "use_kl_in_reward": True},
     "positives": {"positive_example_nll_weight": 0.2},
 }
 SEQS, TOKS = torch.tensor(7.0), torch.tensor(40.0)
@@ -80,11 +86,14 @@ def shifted(x):
     return torch.cat([torch.full_like(x[:, :1], 0), x], 1)
 
 
-def data_of(b):
-    sample_mask = torch.tensor([1, 1, 1, 1, 0], device=b.A.device)
+WHOLE, PARTS = [1.0, 1.0, 1.0, 1.0, 0.0], [1.0, 0.3, 0.5, 0.25, 0.0]
+
+
+def data_of(b, sample_mask=WHOLE):
+    sample_mask = torch.tensor(sample_mask, device=b.A.device)
     return {
         "token_mask": shifted(b.mask.float()),
-        "sample_mask": sample_mask.float(),
+        "sample_mask": sample_mask,
         "advantages": shifted(b.A),
         "prev_logprobs": shifted(b.old),
         "generation_logprobs": shifted(b.rollout),
@@ -93,9 +102,10 @@ def data_of(b):
     }
 
 
-def formula(o):
+def formula(o, sample_mask=WHOLE):
     def loss(x, b):
-        live = b.mask & (data_of(b)["sample_mask"] != 0)[:, None]
+        sample = torch.tensor(sample_mask).to(x)[:, None]
+        weight = b.mask * sample
         d = x - b.old
         if o.sequence_level_importance_ratios:
             d = sequence_mean(d, b.mask)
@@ -109,7 +119,7 @@ def formula(o):
         if o.use_importance_sampling_correction:
             gap = b.old - b.rollout
             if o.sequence_level_importance_ratios:
-                gap = (gap * b.mask).sum(1, keepdim=True)
+                gap = (gap * weight).sum(1, keepdim=True)
             rho = gap.exp()
             low = o.truncated_importance_sampling_ratio_min or 0
             high = o.truncated_importance_sampling_ratio
@@ -122,16 +132,18 @@ def formula(o):
             policy = policy * rho
         q = b.ref - x
         bound = o.kl_input_clamp_value or torch.inf
-        weight = (x - x.detach()).exp()
-        weight = torch.where(q.abs() > bound, weight.detach(), weight)
+        through = (x - x.detach()).exp()  # the gradient through the sampling probability
+        through = torch.where(q.abs() > bound, through.detach(), through)
         q = q.clamp(-bound, bound)
-        kl = (weight * (q.exp() - q - 1)).clamp(max=o.kl_output_clamp_value or torch.inf)
-        policy = torch.where(live, policy + o.reference_policy_kl_penalty * kl, 0)
+        kl = (through * (q.exp() - q - 1)).clamp(max=o.kl_output_clamp_value or torch.inf)
+        in_reward = getattr(o, "use_kl_in_reward", False)
+        policy = policy + (0 if in_reward else o.reference_policy_kl_penalty) * kl
+        policy = torch.where(weight != 0, policy, 0) * weight
         if o.loss_type.name == "TOKEN_LEVEL":
             total = policy.sum() / TOKS
         else:
             total = (policy.sum(1) / b.mask.sum(1).clamp(min=1)).sum() / SEQS
-        right = live & (data_of(b)["rewards"] > 0)[:, None]
+        right = weight * (data_of(b)["rewards"] > 0)[:, None]
         return total - o.positive_example_nll_weight * (x * right).sum() / right.sum()
 
     return loss
@@ -174,6 +186,73 @@ def test_loss(case, batch):
     assert all(type(value) is float for value in metrics.values())
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_a_sample_mask_weighs(case, batch):
+    """`loss_multiplier`, as fractions: of the loss and of the metrics, in no denominator but NeMo-RL's."""
+    o = SimpleNamespace(**OPTIONS | CASES[case])
+    (metrics,) = agrees(
+        lambda x, b: nemo_rl.clipped_pg_loss(o, x, data_of(b, PARTS), SEQS, TOKS),
+        formula(o, PARTS),
+        batch,
+    )
+    weight = (batch.mask * torch.tensor(PARTS, device=batch.A.device)[:, None]).double()
+
+    def total(x):
+        return (torch.where(batch.mask, x.double(), 0) * weight).sum().item() / TOKS.item()
+
+    assert metrics["num_valid_samples"] == pytest.approx(sum(PARTS))
+    d = batch.logp - batch.old
+    if case in ("grpo", "tis", "icepop"):
+        assert metrics["probs_ratio"] == pytest.approx(total(d.exp()), rel=1e-5)
+        gap = (batch.rollout - batch.old).abs()
+        want = total((gap * weight).exp())
+        assert metrics["token_mult_prob_error"] == pytest.approx(want, rel=1e-5)
+        assert metrics["approx_entropy"] == pytest.approx(
+            -total((batch.logp - batch.rollout).exp() * batch.logp), rel=1e-5
+        )
+    if case == "sequences":
+        q = (batch.ref - batch.logp).clamp(-20, 20).double()
+        by_sequence = sequence_mean((q.exp() - q - 1).clamp(max=10), batch.mask)[:, 0]
+        want = (by_sequence * torch.tensor(PARTS).to(by_sequence)).sum().item() / SEQS.item()
+        assert metrics["kl_penalty"] == pytest.approx(want, rel=1e-5)
+    if case == "gspo-icepop":
+        rho = ((batch.old - batch.rollout) * weight).sum(1).exp()
+        outside = ((rho < 0.99) | (rho > 2))[:, None].expand(batch.mask.shape)
+        assert rho[3] < 2 < ((batch.old - batch.rollout) * batch.mask).sum(1).exp()[3]
+        assert metrics["is_oob_ratio"] == pytest.approx(total(outside))
+        sequences = torch.where((rho < 0.99) | (rho > 2), 0, rho) * torch.tensor(PARTS).to(rho)
+        assert metrics["sampling_importance_ratio"] == pytest.approx(
+            sequences.sum().item() / SEQS.item(), rel=1e-5
+        )
+
+
+def test_fewer_valid_tokens_than_one(batch):
+    """The denominators are NeMo-RL's, also where masks of fractions sum to less than 1."""
+    o = SimpleNamespace(**OPTIONS)
+    losses = [
+        nemo_rl.clipped_pg_loss(o, batch.logp, data_of(batch, PARTS), SEQS, torch.tensor(n))[0]
+        for n in (0.5, 1.0, 0.0)
+    ]
+    torch.testing.assert_close(losses[0], 2 * losses[1])
+    nothing = data_of(batch, [0.0] * 5)
+    loss, metrics = nemo_rl.clipped_pg_loss(
+        o, batch.logp, nothing, torch.tensor(0.0), torch.tensor(0.0)
+    )
+    assert loss == metrics["loss"] == metrics["probs_ratio"] == 0
+
+
+@pytest.mark.parametrize("case", ["grpo", "kl", "sequences", "in the rewards"])
+def test_the_configuration_itself(case, batch):
+    """`loss_fn` by its entries, where a `ClippedPGLossFn` has `loss_type` and the weight of the KL."""
+    o = OPTIONS | CASES[case]
+    by_token = o.pop("loss_type").name == "TOKEN_LEVEL"
+    config = SimpleNamespace(**{"use_kl_in_reward": False} | o, token_level_loss=by_token)
+    got = nemo_rl.clipped_pg_loss(config, batch.logp, data_of(batch), SEQS, TOKS)
+    o = SimpleNamespace(**OPTIONS | CASES[case])
+    want = nemo_rl.clipped_pg_loss(o, batch.logp, data_of(batch), SEQS, TOKS)
+    assert got == want
+
+
 @pytest.mark.parametrize("case", ["raw", "icepop", "gspo-tis"])
 def test_a_token_that_neither_policy_can_sample_has_no_weight(case, batch):
     """-inf less -inf: NeMo-RL's weight is 0, of the token or of its sequence; bounds come after that."""
@@ -181,7 +260,11 @@ def test_a_token_that_neither_policy_can_sample_has_no_weight(case, batch):
     data = data_of(batch)
     data["prev_logprobs"][0, 2] = data["generation_logprobs"][0, 2] = -torch.inf
     weights, _ = nemo_rl._weights(
-        o, data["prev_logprobs"][:, 1:], data["generation_logprobs"][:, 1:], batch.mask
+        o,
+        data["prev_logprobs"][:, 1:],
+        data["generation_logprobs"][:, 1:],
+        batch.mask,
+        torch.ones(5, device=batch.A.device),
     )
     if case == "gspo-tis":
         assert weights[0].item() == pytest.approx(0.1)
@@ -195,7 +278,7 @@ def test_an_infinite_difference_does_not_reject_its_sequence(batch):
     o = SimpleNamespace(**OPTIONS | CASES["seq-mask-tis"])
     old, generated = batch.old.clone(), batch.old.clone()
     old[0, 2], generated[0, 3] = -torch.inf, -torch.inf
-    weights, outside = nemo_rl._weights(o, old, generated, batch.mask)
+    weights, outside = nemo_rl._weights(o, old, generated, batch.mask, torch.ones(5))
     assert not outside.any()
     assert weights[0].tolist() == [1, 1, 0, 0, 1, 1]
 
@@ -206,6 +289,26 @@ def test_what_cannot_be_the_same_is_refused(batch):
         (penalised | {"reference_policy_kl_type": "k1"}, "reference_policy_kl_type='k1'"),
         (penalised | {"use_on_policy_kl_approximation": True}, "use_on_policy_kl_approximation"),
         ({"disable_ppo_ratio": True, "ratio_clip_c": 3.0}, "ratio_clip_c=3.0"),
+        ({"ratio_clip_c": 0.5}, "dual_clip"),
+        # What NeMo-RL refuses, too.
+        ({RATIO: 1.2}, "_type=None with .*_ratio=1.2: choose from tis, icepop, seq-mask-tis"),
+        (corrected(None, None, 1.2), "_type=None"),
+        (corrected("topk", None, 1.2), "_type='topk'"),
+        (corrected("tis", None, None), "_ratio: want a positive number with type 'tis', got None"),
+        (corrected("tis", None, 0.0), "_ratio: want a positive number.* got 0.0"),
+        (corrected("icepop", None, 1.2), "_ratio_min: needed with type 'icepop'"),
+        (corrected("seq-mask-tis", None, 1.2), "_ratio_min: needed with type 'seq-mask-tis'"),
+        (corrected("tis", 1.3, 1.2), "_ratio_min=1.3 is above .*_ratio=1.2"),
+        (corrected("seq-mask-tis", 0.9, 1.1, **GSPO), "needs sequence_level_importance_ratios=F"),
+        (
+            corrected("tis", None, 1.2) | {"use_importance_sampling_correction": False},
+            "needs use_importance_sampling_correction=True",
+        ),
+        ({"sequence_level_importance_ratios": True}, "needs token_level_loss=False"),
+        ({"use_cispo": True, "ratio_clip_c": 3.0}, "use_cispo=True .* ratio_clip_c"),
+        ({"use_cispo": True, "disable_ppo_ratio": True}, "use_cispo=True .* disable_ppo_ratio"),
+        ({"use_cispo": True, "force_on_policy_ratio": True}, "go with force_on_policy_ratio"),
+        ({"use_cispo": True} | GSPO, "with sequence_level_importance_ratios, token_level_loss=F"),
     ):
         o = SimpleNamespace(**OPTIONS | changes)
         with pytest.raises(ValueError, match=message):
@@ -225,9 +328,9 @@ def test_no_penalty_may_be_false(batch):
     assert losses[0] == losses[1]
 
 
-def test_patching(batch, monkeypatch):
-    with pytest.raises(ImportError, match=r"NeMo-RL >= 0\.6"):
-        nemo_rl.patch()
+@pytest.fixture
+def host(monkeypatch):
+    """Modules laid out as NeMo-RL's, and a class with its signature."""
     for i in range(nemo_rl.HOME.count(".") + 1):
         name = ".".join(nemo_rl.HOME.split(".")[: i + 1])
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
@@ -243,6 +346,12 @@ def test_patching(batch, monkeypatch):
 
     home = sys.modules[nemo_rl.HOME]
     home.ClippedPGLossFn = user.ClippedPGLossFn = ClippedPGLossFn
+    sys.modules["nemo_rl"].__version__ = "0.7.0+1a2b3c4"
+    return SimpleNamespace(home=home, user=user, ClippedPGLossFn=ClippedPGLossFn)
+
+
+def test_patching(batch, host):
+    home, user, ClippedPGLossFn = host.home, host.user, host.ClippedPGLossFn
     nemo_rl.patch()
     nemo_rl.patch()  # once is enough
     assert home.ClippedPGLossFn is user.ClippedPGLossFn is not ClippedPGLossFn
@@ -252,3 +361,30 @@ def test_patching(batch, monkeypatch):
     loss, _ = loss_fn(batch.logp, data_of(batch), SEQS, TOKS)
     o = SimpleNamespace(**OPTIONS)
     assert loss == nemo_rl.clipped_pg_loss(o, batch.logp, data_of(batch), SEQS, TOKS)[0]
+
+
+def test_without_nemo_rl():
+    with pytest.raises(
+        ImportError, match=r"this needs NeMo-RL 0\.7 with nemo_rl\..*ClippedPGLossFn"
+    ):
+        nemo_rl.patch()
+
+
+@pytest.mark.parametrize("found", ["0.6.0", "0.6.0+7ea279a", "0.5.0", "0.8.0", "0.10.0", None])
+def test_another_release_is_refused(found, host):
+    """0.6's loss has other options, and its importance weights in the KL term are constants."""
+    sys.modules["nemo_rl"].__version__ = found
+    name = "NeMo-RL of an unknown version" if found is None else f"NeMo-RL {re.escape(found)}"
+    want = rf"this needs NeMo-RL >= 0\.7, < 0\.8; {name} is installed.*check out its tag v0\.7\.0"
+    with pytest.raises(ImportError, match=want):
+        nemo_rl.patch()
+    assert host.home.ClippedPGLossFn is host.ClippedPGLossFn
+
+
+@pytest.mark.parametrize("found", ["0.6.0+7ea279a", "0.7.1", None])
+def test_a_checkout_with_the_entries_of_0_7(found, host):
+    """The main branch calls itself 0.6.0 also after 0.7.0 was released from it."""
+    sys.modules["nemo_rl"].__version__ = found
+    host.home.ClippedPGLossConfig = SimpleNamespace(model_fields={"use_cispo": None})
+    nemo_rl.patch()
+    assert host.home.ClippedPGLossFn is not host.ClippedPGLossFn

@@ -162,12 +162,44 @@ def test_xtuner_conventions(batch):
     tensors = (batch.logp, batch.old, batch.A, batch.mask.float())
     with pytest.raises(ValueError, match="'cliprange_high' is missing"):
         xtuner.policy_loss(*tensors, {"cliprange_low": 0.2})
-    with pytest.raises(ValueError, match=r"log_prob_diff_min=-3.0, log_prob_diff_max=20.0"):
-        xtuner.policy_loss(*tensors, XTUNER | {"log_prob_diff_min": -3.0})
-    above = XTUNER | {"log_prob_diff_min": -float("inf")}
+    inf = torch.inf
+    for low, high in (
+        (-3.0, 20.0),
+        (-20.0, inf),
+        (inf, inf),
+        (-inf, -inf),
+        (-inf, -1.0),
+        (0.0, 0.0),
+    ):
+        clamp = {"log_prob_diff_min": low, "log_prob_diff_max": high}
+        with pytest.raises(
+            ValueError, match=f"log_prob_diff_min={low}, log_prob_diff_max={high}: want"
+        ):
+            xtuner.policy_loss(*tensors, XTUNER | clamp)
+    above = XTUNER | {"log_prob_diff_min": -inf}
     torch.testing.assert_close(
         xtuner.policy_loss(*tensors, above), xtuner.policy_loss(*tensors, XTUNER)
     )
+    with pytest.raises(
+        ValueError, match=r"dual_clip: .*0\.5 \(xtuner/vanilla: dual_clip is clip_ratio_c"
+    ):
+        xtuner.policy_loss(*tensors, XTUNER | {"clip_ratio_c": 0.5})
+
+
+@pytest.mark.parametrize("bounds", [(-torch.inf, torch.inf), (None, torch.inf), (-torch.inf, 25.0)])
+def test_an_xtuner_clamp_without_a_bound(bounds, batch):
+    """No clamp at all, or one from above: ratios far below e^-20 and above e^20 are what they are."""
+    low, high = bounds
+    config = XTUNER | {"log_prob_diff_min": low, "log_prob_diff_max": high, "clip_ratio_c": 1e12}
+    batch.old[0, 0], batch.old[3, 0] = batch.logp[0, 0] - 23, batch.logp[3, 0] + 23
+    batch.A[0, 0], batch.A[3, 0] = -0.5, 1.0
+    weights = batch.mask.float()
+
+    def formula(x, b):
+        d = (x - b.old).clamp(-torch.inf, torch.inf if high is None else high)
+        return (clipped(d, b.A, 0.2, 0.28, 1e12) * b.mask).sum()
+
+    agrees(lambda x, b: xtuner.policy_loss(x, b.old, b.A, weights, config), formula, batch)
 
 
 def areal_terms(x, old, b, level):
@@ -213,6 +245,10 @@ def test_areal_ppo(level, c_clip, batch, backend):
     assert (stat["importance_weight"][~batch.mask] == 0).all()
     outside = ((ratio > 1.28) & (A > 0)) | ((ratio < 0.8) & (A < 0))
     assert (stat["clip_mask"] == (outside & batch.mask)).all()
+    counts = {"n_total_tokens": 30.0, "n_valid_tokens": 15.0, "n_masked_tokens": 15.0}
+    for name, value in (counts | {"masked_token_ratio": 0.5}).items():
+        assert stat[name] == value
+        assert type(stat[name]) is float
     dual = (ratio > (c_clip or torch.inf)) & (A < 0) & batch.mask
     assert (stat["dual_clip_mask"] == dual).all()
 
@@ -268,6 +304,7 @@ def test_areal_cispo(batch, backend):
     assert stat["clip_mask"].any()
     loss = -r.clamp(0, 2.5) * batch.A * batch.logp
     torch.testing.assert_close(stat["loss"][batch.mask], loss[batch.mask])
+    assert "n_valid_tokens" not in stat  # AReaL counts them for PPO alone
     with pytest.raises(ValueError, match="eps_clip_higher: want a positive number, got None"):
         areal.cispo_loss_fn(batch.logp, batch.old, batch.A, 0.2, batch.mask)
 
@@ -298,6 +335,13 @@ def test_areal_rejects_with_its_own_code(batch, monkeypatch):
 
     (stat,) = agrees(ours, formula, batch)
     assert stat["filtered_fraction"] == 0.25
+    # Of the tokens that count before any is rejected, as AReaL's actor averages them.
+    r, A = (batch.logp - batch.old).exp(), batch.A
+    torch.testing.assert_close(stat["importance_weight"], torch.where(batch.mask, r, 0))
+    outside = ((r > 1.2) & (A > 0)) | ((r < 0.8) & (A < 0))
+    assert (stat["clip_mask"] == (outside & batch.mask)).all()
+    assert (stat["clip_mask"] & ~keep).any()
+    assert stat["n_valid_tokens"] == batch.mask.sum()
     assert (stat["behave_mask"] == keep).all()
     gap = (batch.old - batch.rollout)[keep]
     torch.testing.assert_close(stat["behave_approx_kl"][keep], gap)

@@ -72,7 +72,7 @@ def skyrl_formula(name, config):
         if name == "importance_sampling":
             return -r * b.A
         A, logp = (y - (y * b.mask).sum() / b.mask.sum() for y in (b.A, x.detach()))
-        covariance = torch.where(b.mask, A * logp, -torch.inf)
+        covariance = torch.where(b.mask != 0, A * logp, -torch.inf)
         if name == "clip_cov":
             free = -b.A * r >= -b.A * r.clamp(0.8, 1.28)
             drawn = free & (covariance > 0) & (covariance < 5)
@@ -131,6 +131,21 @@ def test_skyrl_cispo_of_the_sampler(batch, monkeypatch):
     monkeypatch.setitem(sys.modules, skyrl.CORRECTION, module)
     with pytest.raises(ValueError, match="would count twice"):
         loss(batch.logp, batch.old, batch.A, twice, batch.mask, batch.rollout)
+
+
+def test_skyrl_drops_a_token_without_the_samplers_log_prob(batch, backend):
+    """rollout_is: NaN is outside of every range; the token has no loss, and counts as clipped."""
+    loss = skyrl.POLICY_LOSSES["rollout_is"]
+    batch.rollout[3, 1] = torch.nan
+    x = batch.logp.clone().requires_grad_()
+    got, metrics = loss(x, batch.old, batch.A, SKYRL, batch.mask, batch.rollout)
+    want = skyrl_formula("rollout_is", SKYRL)(x, batch)  # NaN compares as False
+    torch.testing.assert_close(got, want)
+    for a, b in zip(*(torch.autograd.grad(y, x)[0] for y in (got, want)), strict=True):
+        torch.testing.assert_close(a, b)
+    r = (batch.logp - batch.rollout).exp()
+    dropped = ~((r > 0.8) & (r < 1.28))
+    assert metrics["clip_ratio"] == pytest.approx(mean(dropped, batch.mask))
 
 
 def test_skyrl_dppo_by_kl_and_to_the_old_policy(batch):
@@ -196,7 +211,7 @@ def test_skyrl_conventions(monkeypatch):
             "loss_mask",
             "rollout_logprobs",
         ]
-    with pytest.raises(ImportError, match=r"skyrl >= 0\.4"):
+    with pytest.raises(ImportError, match=r"skyrl >= 0\.3"):
         skyrl.register()
     registered = {}
     home = "skyrl.backends.skyrl_train.utils.ppo_utils"
@@ -229,25 +244,29 @@ CORRECTIONS = [
 ]
 
 
+def openrlhf_statistic(options, b):
+    """What is held against the thresholds, per token or (B, 1)."""
+    by_ratio = options.get("is_correction_gating", "ratio") == "ratio"
+    statistic = b.old - b.rollout
+    if not by_ratio:
+        p, q = (y.exp().clamp(1e-6, 1 - 1e-6) for y in (b.rollout, b.old))
+        statistic = (p - q).abs()
+        if options["is_correction_gating"] == "binary_kl":
+            statistic = p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
+    if options["is_correction_level"] == "seq":
+        statistic = sequence_mean(statistic, b.mask)
+    return statistic.exp() if by_ratio else statistic
+
+
 def openrlhf_formula(options, batch_info):
     kind = options.get("policy_loss_type", "ppo")
     level = options.get("is_correction_level", "off")
     low, high = options.get("is_correction_threshold", (0.5, 5.0))
 
     def weights(b):
-        d = b.old - b.rollout
         if level == "off" or kind == "gspo":
             return 1.0
-        statistic = d
-        if options.get("is_correction_gating", "ratio") != "ratio":
-            p, q = (y.exp().clamp(1e-6, 1 - 1e-6) for y in (b.rollout, b.old))
-            statistic = (p - q).abs()
-            if options["is_correction_gating"] == "binary_kl":
-                statistic = p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
-        if level == "seq":
-            statistic = sequence_mean(statistic, b.mask)
-        if options.get("is_correction_gating", "ratio") == "ratio":
-            statistic = statistic.exp()
+        d, statistic = b.old - b.rollout, openrlhf_statistic(options, b)
         if options.get("is_correction_mode") == "clip":
             return statistic.clamp(low, high)
         return torch.where((statistic >= low) & (statistic <= high), d.exp(), 0)
@@ -291,6 +310,43 @@ def test_openrlhf(kind, correction, info, batch):
         assert 0 < clip < 1
 
 
+@pytest.mark.parametrize(
+    "correction", CORRECTIONS[1:], ids=lambda c: "-".join(map(str, c.values()))
+)
+@pytest.mark.parametrize(
+    "field, value", [("rollout", torch.nan), ("rollout", -torch.inf), ("old", 1.0)]
+)
+def test_openrlhf_rejects_what_it_cannot_measure(correction, field, value, batch):
+    """A statistic that is NaN is within no bounds: the token, or its sequence, is dropped."""
+    options = {"clip_eps_high": 0.28, **correction}
+    loss = openrlhf.PolicyLoss(**options)
+    getattr(batch, field)[3, 1] = value
+    x = batch.logp.clone().requires_grad_()
+    got, *_, share = loss(x, batch.old, batch.A, batch.mask, batch.rollout)
+    if correction.get("is_correction_mode") == "clip" and field == "rollout" and value != value:
+        assert got.isnan()  # a clamp keeps it
+        assert share == openrlhf_share(options, batch)
+        return
+    want = openrlhf_formula(options, {})(x, batch)
+    torch.testing.assert_close(got, want)
+    if want.isfinite():  # a divergence may keep a token whose ratio is infinite
+        for a, b in zip(*(torch.autograd.grad(y, x)[0] for y in (got, want)), strict=True):
+            torch.testing.assert_close(a, b)
+    assert share.item() == pytest.approx(openrlhf_share(options, batch).item())
+
+
+def openrlhf_share(options, b):
+    """What OpenRLHF reports as filtered; a sequence without a live token counts as kept here."""
+    low, high = options.get("is_correction_threshold", (0.5, 5.0))
+    statistic = openrlhf_statistic(options, b)
+    outside = ~((statistic >= low) & (statistic <= high))
+    if options.get("is_correction_mode") == "clip":
+        outside = (statistic < low) | (statistic > high)
+    if options["is_correction_level"] == "seq":
+        return outside.float().mean()
+    return (outside * b.mask).sum() / b.mask.sum()
+
+
 def test_openrlhf_metrics(batch):
     loss = openrlhf.PolicyLoss(is_correction_level="token", is_correction_threshold=(0.8, 1.3))
     _, clip, _, _, dropped = loss(batch.logp, batch.old, batch.A, batch.mask, batch.rollout)
@@ -322,6 +378,11 @@ def test_openrlhf_conventions(batch):
     for options, message in (
         ({"policy_loss_type": "grpo"}, "policy_loss_type='grpo'"),
         ({"dual_clip": 0.5}, "dual_clip"),
+        ({"clip_eps_low": -0.1}, "epsilon_low: .*-0.1 .*epsilon_low is clip_eps_low"),
+        (
+            {"is_correction_level": "token", "is_correction_threshold": (2.0, 0.5)},
+            r"is_correction_threshold: want \(low, high\).*\(2\.0, 0\.5\)",
+        ),
         ({"is_correction_mode": "clip", "is_correction_level": "seq"}, "needs is_correction_level"),
         ({"is_correction_gating": "tv", "is_correction_level": "seq"}, "bounded from above"),
     ):

@@ -86,6 +86,10 @@ MASKS = [torch.tensor([1.0, 0, 1, 1]), torch.tensor([0.0]), torch.tensor([1.0, 1
 
 @pytest.fixture
 def batch(device):
+    return make_batch(device)
+
+
+def make_batch(device):
     """What slime hands a loss: lists of tensors per sample; one response is masked out entirely."""
     torch.manual_seed(5)
     logits = 2 * torch.randn(1, sum(TOTALS) + PADDING, V)
@@ -277,3 +281,23 @@ def test_on_policy_and_in_place(batch, megatron):
     logits = 1.0 * x
     slime.policy_loss(args, given, logits, reducer(MASKS))
     assert (logits == x).all()
+
+
+def test_a_ratio_that_is_nan_counts_as_clipped(batch, megatron):
+    """cispo: slime counts where the clamp changes the ratio, by an inequality that NaN fulfils."""
+    args = SimpleNamespace(**ARGS | CASES["cispo"])
+    before = slime.policy_loss(args, batch, batch["logits"], reducer(MASKS))[1]["pg_clipfrac"]
+    logp, _ = scored(batch["logits"], batch)
+    batch["log_probs"][2][1] = logp[-2]  # not clipped
+    inside = slime.policy_loss(args, batch, batch["logits"], reducer(MASKS))[1]["pg_clipfrac"]
+    batch["log_probs"][2][1] = torch.nan
+    loss, metrics = slime.policy_loss(args, batch, batch["logits"], reducer(MASKS))
+    assert loss.isnan()
+    assert metrics["pg_clipfrac"].item() == pytest.approx(inside.item() + 1 / 3)
+    assert before >= inside
+
+
+def test_errors_name_slimes_arguments(batch, megatron):
+    args = SimpleNamespace(**ARGS | {"eps_clip_c": 0.5})
+    with pytest.raises(ValueError, match=r"dual_clip: .*0\.5 .*dual_clip is eps_clip_c"):
+        slime.policy_loss(args, batch, batch["logits"], reducer(MASKS))

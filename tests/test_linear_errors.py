@@ -19,7 +19,7 @@ def arguments(device="cpu"):
 
 HEAD_CASES = {
     "hidden, no tensor": ({"hidden": 3}, TypeError, "hidden: want a tensor"),
-    "hidden, dtype": ({"hidden": torch.zeros(B, T, D).double()}, TypeError, "hidden: .*float64"),
+    "hidden, dtype": ({"hidden": torch.zeros(B, T, D).long()}, TypeError, "hidden: want .*int64"),
     "hidden, rank": ({"hidden": torch.zeros(D)}, ValueError, r"hidden: .*\(4,\)"),
     "ids, shape": ({"ids": torch.zeros(B, 5).long()}, ValueError, r"ids: .*\(2, 5\)"),
     "ids, range": ({"ids": torch.full((B, T), V)}, ValueError, r"ids: 10 at \(0, 0\)"),
@@ -29,10 +29,24 @@ HEAD_CASES = {
         r"ids: 8 at .*\[0, 8\)",
     ),
     "weight, shape": ({"weight": torch.zeros(V, 5)}, ValueError, r"weight: .*\(10, 5\)"),
-    "weight, dtype": ({"weight": torch.zeros(V, D).half()}, TypeError, "weight is .*float16"),
+    "weight, int8": (
+        {"weight": torch.zeros(V, D).char()},
+        TypeError,
+        "weight: .*int8; .*dequantised",
+    ),
+    "weight, float8": (
+        {"weight": torch.zeros(V, D).to(torch.float8_e4m3fn)},
+        TypeError,
+        "weight: .*float8_e4m3fn; .*dequantised",
+    ),
     "weight, transposed": ({"weight": torch.zeros(D, V)}, ValueError, r"weight: .*\(4, 10\)"),
     "bias": ({"bias": torch.zeros(V + 1)}, ValueError, r"bias: want \(10,\), got \(11,\)"),
-    "bias, dtype": ({"bias": torch.zeros(V).half()}, TypeError, "bias is .*float16"),
+    "bias, dtype": ({"bias": torch.zeros(V).int()}, TypeError, "bias: want .*int32"),
+    "lora B, dtype": (
+        {"lora": (torch.zeros(2, D), torch.zeros(V, 2).byte(), 1.0)},
+        TypeError,
+        "lora B: want .*uint8",
+    ),
     "softcap": ({"softcap": -1.0}, ValueError, "softcap: .*-1.0"),
     "softcap of 0": ({"softcap": 0.0}, ValueError, "softcap: want positive"),
     "logit_scale": ({"logit_scale": float("inf")}, ValueError, "logit_scale: .*inf"),
@@ -72,6 +86,11 @@ LOSS_CASES = {
     "no advantages": ({"advantages": None}, ValueError, "either advantages or rewards"),
     "dw_out, dtype": ({"dw_out": torch.zeros(V, D).half()}, ValueError, "dw_out: .*float16"),
     "dw_out, shape": ({"dw_out": torch.zeros(D, V)}, ValueError, r"dw_out: .*\(4, 10\)"),
+    "dw_out in float64": (
+        {"dw_out": torch.zeros(V, D), "bias": torch.zeros(V).double()},
+        ValueError,
+        "dw_out is float32, and not available with float64",
+    ),
     "dw_out of a frozen head": ({"dw_out": torch.zeros(V, D)}, ValueError, "weight does not"),
 }
 

@@ -204,7 +204,15 @@ def test_statistics_match_float64(N, backend, device):
     weights = torch.where(mask, torch.rand(N, device=device) * 3, torch.nan)
     clip = torch.randint(0, 8, (N,), dtype=torch.int8, device=device)
     got = token_statistics(
-        mask, real["loss"], real["logp"], real["old"], weights, real["kl"], real["entropy"], clip
+        mask,
+        None,
+        real["loss"],
+        real["logp"],
+        real["old"],
+        weights,
+        real["kl"],
+        real["entropy"],
+        clip,
     )
     x = {name: value[mask].double() for name, value in real.items()}
     w, flags = weights[mask].double(), clip[mask]

@@ -25,6 +25,7 @@ from grpo_fast.kernels import (
     sequence_loss,
 )
 from grpo_fast.objective import Objective
+from tests.guards import unguarded
 
 ID, FLAG, FLOAT = 8, 1, 4  # bytes of an id, of an entry of a mask, of anything else per token
 SIZES = [100, 5000, 40_000]  # one program per row: one tile, several; many programs per row
@@ -95,6 +96,7 @@ def counted():
         return atomic(self, operation, pointers, value, mask, *args)
 
     with (
+        unguarded(),
         mock.patch.object(InterpreterBuilder, "create_masked_load", counting_load),
         mock.patch.object(InterpreterBuilder, "create_masked_store", counting_store),
         mock.patch.object(InterpreterBuilder, "create_atomic_rmw", counting_atomic),
@@ -288,7 +290,7 @@ def test_sequence_loss(T):
     objective = Objective.preset("gspo", beta=0.1)
     with counted() as traffic:
         sequence_loss.sequence_loss_fwd(
-            *(logp, mask, weight, advantages, old, ref, None, None, None, None, T, objective)
+            *(logp, mask, weight, advantages, old, ref, None, None, None, None, None, T, objective)
         )
     documented = formulas.sequence_loss(N)
     assert traffic.total(traffic.loads) == documented.read + documented.reread
@@ -300,7 +302,7 @@ def test_token_statistics(N):
     mask, live, (loss, logp, old, importance, kl, entropy, _) = token_vectors(N)
     clip = torch.ones(N, dtype=torch.int8)
     with counted() as traffic:
-        policy_loss.token_statistics_fwd(mask, loss, logp, old, importance, kl, entropy, clip)
+        policy_loss.token_statistics_fwd(mask, None, loss, logp, old, importance, kl, entropy, clip)
     for x in (loss, logp, old, importance, kl, entropy, clip):
         assert_visits(traffic.read(x)[1], mask.long())
     programs = -(-N // policy_loss.BLOCK)

@@ -341,6 +341,17 @@ class TestPatch:
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
         assert [x.requires_grad for x in ours] == [True, True, False, False, False]
 
+    def test_8_bit_weights_go_to_trls_head(self, utils):
+        from trl.kernels import ChunkedLogProbFunction
+
+        weight = torch.randn(9, 4).to(torch.float8_e4m3fn)
+        scored = (torch.randn(3, 4), weight, None, torch.tensor([1, 2, 3]))
+        arguments = (*scored, 1.0, 9, None, 1.0, ("entropy",))
+        with pytest.warns(UserWarning, match="own log-prob head runs, since torch.float8_e4m3fn"):
+            got = utils._ChunkedLogProbFunction.apply(*arguments)
+        want = ChunkedLogProbFunction.apply(*arguments)
+        torch.testing.assert_close(got, want, rtol=0, atol=0)
+
     def test_under_zero_3_trls_head_runs(self, utils):
         weight = torch.randn(9, 4)
         weight.ds_id = 0

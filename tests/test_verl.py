@@ -256,7 +256,7 @@ def test_bad_configurations(device):
     for mode, config, message in (
         ("vanilla", None, "config: needed"),
         ("dro", configuration(policy_loss=SimpleNamespace(dro_beta=None)), "dro_beta.*None"),
-        ("vanilla", configuration(clip_ratio_c=0.5), "dual_clip.*0.5"),
+        ("vanilla", configuration(clip_ratio_c=0.5), "dual_clip.*0.5.*dual_clip is clip_ratio_c"),
     ):
         with pytest.raises(ValueError, match=message):
             verl.POLICY_LOSSES[mode](old, logp, advantages, mask, "token-mean", config)

@@ -3,14 +3,14 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
-from grpo_fast import weights
+from grpo_fast import reference, weights
 from grpo_fast.diagnostics import TokenDiagnostics, token_diagnostics
-from grpo_fast.integrations._host import as_floats
+from grpo_fast.integrations._host import At, as_floats, objective_of
 from grpo_fast.loss import LossOutput, policy_loss
 from grpo_fast.objective import Objective
 
@@ -23,12 +23,14 @@ class Average(NamedTuple):
     scale: float | Tensor
 
 
+SUM = Average({"reduction": "token_mean"}, 1.0, 1.0)
+
+
 def token_average(num_items: float | Tensor | None = None, scale: float = 1.0) -> Average:
-    """The mean over live tokens, or by the `num_items` of the global batch."""
-    return Average({"reduction": "token_mean"}, num_items, scale)
-
-
-SUM = token_average(1.0)
+    """The mean over live tokens, or by the `num_items` of the global batch, which may be below 1."""
+    if num_items is None:
+        return Average({"reduction": "token_mean"}, None, scale)
+    return SUM._replace(scale=scale / _not_zero(num_items))
 
 
 def sequence_average(
@@ -36,9 +38,19 @@ def sequence_average(
 ) -> Average:
     """The mean over the sequences that have a live token, here or in the global batch."""
     if global_batch_size is None:
-        global_batch_size = (mask != 0).any(-1).sum().clamp(min=1)
+        global_batch_size = (mask != 0).any(-1).sum()
     # The reduction counts every sequence at hand.
-    return Average({"reduction": reduction}, None, len(mask) / global_batch_size * dp_size)
+    scale = len(mask) / _not_zero(global_batch_size) * dp_size
+    return Average({"reduction": reduction}, None, scale)
+
+
+@overload
+def _not_zero(count: Tensor) -> Tensor: ...
+@overload
+def _not_zero(count: float | Tensor) -> float | Tensor: ...
+def _not_zero(count: float | Tensor) -> float | Tensor:
+    """A denominator, 1 in place of 0: without a live token the loss is 0, not NaN."""
+    return count.where(count != 0, 1) if isinstance(count, Tensor) else count or 1.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -58,13 +70,14 @@ class Call:
     cu_seqlens: Tensor | None = None
     kept: Tensor | None = None  # by Clip-Cov, as weights
     config: Any = None  # the host's
+    names: Mapping[str, At] = dataclasses.field(default_factory=dict)  # of the options there
 
     def but(self, **changes: Any) -> "Call":
         return dataclasses.replace(self, **changes)
 
     @functools.cached_property
     def objective(self) -> Objective:
-        return Objective.preset(self.preset, **{**self.average.reduction, **self.options})
+        return objective_of(self.preset, {**self.average.reduction, **self.options}, self.names)
 
     @functools.cached_property
     def out(self) -> LossOutput:
@@ -144,9 +157,21 @@ Metric = Callable[[Call], Tensor | float]
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """The mean of x, floating or bool, over live tokens, detached; 0 without any."""
+    """The mean of x, floating or bool, over live tokens, detached; 0 without any.
+
+    A floating mask weighs, in the sum and in the count.
+    """
     live = mask != 0
-    return torch.where(live, x.detach(), 0).sum(dtype=torch.float32) / live.sum().clamp(min=1)
+    weight = mask if mask.is_floating_point() else live
+    total = (torch.where(live, x.detach(), 0) * weight).sum(dtype=torch.float32)
+    return total / _not_zero(weight.sum(dtype=torch.float32))
+
+
+def sequence_mean(x: Tensor, mask: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+    """Per token: the mean of x over the live tokens of its sequence, 0 without any; fractions weigh."""
+    live, weight = mask != 0, mask.to(x.dtype)
+    total = reference.sequence_sum(x * weight, live, cu_seqlens)
+    return total / _not_zero(reference.sequence_sum(weight, live, cu_seqlens))
 
 
 def clip_fraction(call: Call) -> Tensor:
@@ -161,6 +186,16 @@ def dual_fraction(call: Call) -> Tensor:
 def outside(call: Call) -> Tensor:
     """The share beyond what the surrogate bounds, whatever the advantage."""
     return call.mean(call.token.outside)
+
+
+def changed_by_clamp(token: TokenDiagnostics) -> Tensor:
+    """Where a clamp to the bounds changes the ratio, or the ratio is NaN: `clamped != ratio` of a host."""
+    return token.outside | token.ratio.isnan()
+
+
+def changed_fraction(call: Call) -> Tensor:
+    """The share of tokens whose ratio the bounds change."""
+    return call.mean(changed_by_clamp(call.token))
 
 
 def dropped_fraction(call: Call) -> Tensor:

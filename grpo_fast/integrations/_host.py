@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from grpo_fast.objective import Objective
+
 REQUIRED: Any = object()
 
 
@@ -61,6 +63,25 @@ def options(config: Any, table: Mapping[str, At]) -> dict[str, Any]:
     return found
 
 
+def objective_of(preset: str, chosen: Mapping[str, Any], names: Mapping[str, At]) -> Objective:
+    """`Objective.preset`, whose errors also say what the host calls the option.
+
+    Args:
+        names: where the host's configuration has each option, as for `options`.
+    """
+    try:
+        return Objective.preset(preset, **chosen)
+    except (TypeError, ValueError) as error:
+        theirs = [
+            f"{option} is {' or '.join(where.paths)}"
+            for option, where in names.items()
+            if re.search(rf"\b{option}\b", str(error))
+        ]
+        if not theirs:
+            raise
+        raise type(error)(f"{error} ({preset}: {', '.join(theirs)})") from error
+
+
 def as_floats(metrics: dict[str, Tensor | float]) -> dict[str, float]:
     """The same as Python numbers, for hosts that want them: one host sync for all."""
     tensors = [torch.as_tensor(x, dtype=torch.float32) for x in metrics.values()]
@@ -71,6 +92,26 @@ def as_floats(metrics: dict[str, Tensor | float]) -> dict[str, float]:
     return dict(zip(metrics, values, strict=True))
 
 
+def found_version(package: str) -> str | None:
+    """The version of a package, installed or a checkout on the path; None where neither says it."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # a checkout on the path says it itself
+        return getattr(sys.modules.get(package), "__version__", None)
+
+
+def is_between(version: str, at_least: str, below: str | None = None) -> bool:
+    """Whether a version is at least one and less than another, by their first three numbers."""
+
+    def numbers(text: str) -> list[int]:
+        found = [int(n) for n in re.findall(r"\d+", text.partition("+")[0])[:3]]
+        return found + [0] * (3 - len(found))
+
+    return numbers(at_least) <= numbers(version) and not (
+        below and numbers(version) >= numbers(below)
+    )
+
+
 def require(package: str, at_least: str, below: str | None = None) -> None:
     """Check that a host is installed in a version this adapter was written for.
 
@@ -78,18 +119,10 @@ def require(package: str, at_least: str, below: str | None = None) -> None:
         ImportError: it is not installed, older, or as new as `below`.
     """
     wanted = f"this needs {package} >= {at_least}" + (f", < {below}" if below else "")
-    found: str | None
-    try:
-        found = importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:  # a checkout on the path says it itself
-        found = getattr(sys.modules.get(package), "__version__", None)
+    found = found_version(package)
     if found is None:
         raise ImportError(f"{wanted}, which is not installed")
-
-    def numbers(version: str) -> list[int]:
-        return [int(n) for n in re.findall(r"\d+", version)[:3]]
-
-    if numbers(found) < numbers(at_least) or (below and numbers(found) >= numbers(below)):
+    if not is_between(found, at_least, below):
         raise ImportError(f"{wanted}; {package} {found} is installed")
 
 

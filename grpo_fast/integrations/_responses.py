@@ -18,21 +18,16 @@ def from_logits(
     with_entropy: bool,
 ) -> LossOutput:
     """One pass over (1, T, V) logits: prompts are masked rows, a response's scores begin one before it."""
-    rows, start = [], 0
-    for total, response in zip(batch["total_lengths"], batch["response_lengths"], strict=True):
-        rows.append(torch.arange(start + total - response - 1, start + total - 1))
-        start += total
     T, device = logits.shape[1], logits.device
-    where = torch.cat(rows).to(device, non_blocking=True)
-    targets = zip(batch["unconcat_tokens"], batch["response_lengths"], strict=True)
+    where, ids = scored_entries(batch, device)
 
     def spread(x: Tensor) -> Any:
         return x.new_zeros(T).index_copy(0, where, x)
 
     out = grpo_loss(
         logits[0],
-        spread(torch.cat([tokens_[len(tokens_) - n :] for tokens_, n in targets]).to(device)),
-        cu_seqlens=boundaries([*batch["total_lengths"], T - start], device),
+        spread(ids),
+        cu_seqlens=boundaries([*batch["total_lengths"], T - sum(batch["total_lengths"])], device),
         temperature=getattr(args, "rollout_temperature", 1.0),
         num_items=1.0,
         objective=objective,
@@ -42,6 +37,17 @@ def from_logits(
     )
     entropy = None if out.entropy is None else out.entropy[where]
     return out._replace(logps=out.logps[where], entropy=entropy)
+
+
+def scored_entries(batch: dict[str, Any], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Which rows of the logits score the responses' tokens, and the ids of those."""
+    rows, start = [], 0
+    for total, response in zip(batch["total_lengths"], batch["response_lengths"], strict=True):
+        rows.append(torch.arange(start + total - response - 1, start + total - 1))
+        start += total
+    targets = zip(batch["unconcat_tokens"], batch["response_lengths"], strict=True)
+    ids = torch.cat([tokens[len(tokens) - n :] for tokens, n in targets])
+    return torch.cat(rows).to(device, non_blocking=True), ids.to(device)
 
 
 def from_log_probs(

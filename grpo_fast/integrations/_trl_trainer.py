@@ -17,7 +17,6 @@ from grpo_fast.integrations.trl import (
     log_probs,
     objective,
     warn_once,
-    without_autocast,
 )
 from grpo_fast.loss import linear_grpo_loss, policy_loss
 from grpo_fast.objective import Objective
@@ -89,7 +88,10 @@ class GRPOTrainer(trl.GRPOTrainer):
         if found:
             return f"the inputs are not text alone ({', '.join(found)})"
         if hasattr(model, "_orig_mod"):
-            return "the model is compiled as a whole (torch_compile)"
+            return (
+                "the model is compiled as a whole (torch_compile): without it, "
+                "model.base_model.compile() compiles the backbone beside the fused loss"
+            )
         own = [name for name in STEPS if name in vars(self) or self._overrides(name)]
         if own:
             return f"{type(self).__name__} has its own {', '.join(own)}"
@@ -135,7 +137,7 @@ class GRPOTrainer(trl.GRPOTrainer):
         ids, mask = input_ids[:, -T:], attention_mask[:, -T:].bool()
 
         def score(hidden: Tensor, head: Head) -> tuple[Tensor, Tensor]:
-            with self._head_precision(hidden) as hidden:
+            with self._as_given(hidden):
                 logps, entropy = log_probs(
                     hidden,
                     head,
@@ -148,10 +150,18 @@ class GRPOTrainer(trl.GRPOTrainer):
             return torch.where(mask, logps, 0), torch.where(mask, entropy, 0)
 
         with self.accelerator.autocast():
-            return with_head(model, score, input_ids, attention_mask, last=T)
+            return with_head(
+                model, score, input_ids, attention_mask, last=T, dtype=self._head_dtype()
+            )
 
-    def _head_precision(self, hidden: Tensor) -> AbstractContextManager[Tensor]:
-        return without_autocast(hidden, torch.float32 if self.args.cast_lm_head_to_fp32 else None)
+    def _head_dtype(self) -> torch.dtype | None:
+        """Of the products with the head, where it is not that of the model's own."""
+        return torch.float32 if self.args.cast_lm_head_to_fp32 else None
+
+    @staticmethod
+    def _as_given(hidden: Tensor) -> AbstractContextManager[Any]:
+        """Without autocast, which has had its say in the dtype of the hidden states."""
+        return torch.autocast(hidden.device.type, enabled=False)
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         reason = self._why_not_fused(model, inputs)
@@ -257,7 +267,7 @@ class GRPOTrainer(trl.GRPOTrainer):
             )
 
         def score(hidden: Tensor, head: Head) -> tuple[Tensor, ...]:
-            with self._head_precision(hidden) as hidden:
+            with self._as_given(hidden):
                 out = linear_grpo_loss(
                     hidden,
                     head.weight,
@@ -275,7 +285,9 @@ class GRPOTrainer(trl.GRPOTrainer):
 
         with self.accelerator.autocast():
             loss, logps, entropy, mean_entropy, *kl = with_head(
-                model, score, input_ids, attention_mask, last=ids.shape[1]
+                *(model, score, input_ids, attention_mask),
+                last=ids.shape[1],
+                dtype=self._head_dtype(),
             )
         loss = unit * loss
         # One pass has one loss; TRL reports it without what the bonus took off.

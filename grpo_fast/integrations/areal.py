@@ -1,4 +1,4 @@
-"""AReaL 1.0.4 and 2.0: its PPO, SAPO and CISPO actor losses, by this library.
+"""AReaL 1.0.4 to main of August 2026: its PPO, SAPO and CISPO actor losses, by this library.
 
     scheduling_spec:  # of the actor
       - cmd: python -m grpo_fast.integrations.areal  # instead of: python -m areal.infra.rpc.rpc_server
@@ -6,8 +6,8 @@
 makes the workers, which never run the training script, start with `patch()`: it replaces
 `ppo_actor_loss_fn`, `sapo_loss_fn` and, where there is one, `cispo_loss_fn` in the module that calls them
 (AReaL has no registry). In SPMD mode, where the script trains itself, it is called there. The same
-arguments, loss, gradient and per-token statistics; rejection sampling is AReaL's own. Tensors are (B, T) or
-packed (N,) with `cu_seqlens`.
+arguments, loss, gradient and statistics, those of main; rejection sampling is AReaL's own. Tensors are
+(B, T) or packed (N,) with `cu_seqlens`.
 """
 
 import dataclasses
@@ -18,8 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo_fast import reference
-from grpo_fast.integrations._call import Call, token_average
+from grpo_fast.integrations._call import Call, changed_by_clamp, sequence_mean, token_average
 
 ACTOR = "areal.trainer.ppo.actor"
 Result = tuple[Tensor, dict[str, Any]]
@@ -47,7 +46,8 @@ def ppo_actor_loss_fn(
     options = {"epsilon_low": eps_clip, "epsilon_high": high, "dual_clip": c_clip}
     tokens = _Tokens(logprobs, proximal_logprobs, advantages, loss_mask, cu_seqlens)
     tokens = tokens.rejecting(old_logprobs, rejection_sampling)
-    return _result(tokens, tokens.call("grpo", options, importance_sampling_level))
+    loss, stat = _result(tokens, tokens.call("grpo", options, importance_sampling_level))
+    return loss, stat | _counts(loss_mask)
 
 
 def sapo_loss_fn(
@@ -106,8 +106,12 @@ class _Tokens:
     rejected: Any = None  # AReaL's result
 
     @property
+    def mask(self) -> Tensor:
+        return self.loss_mask if self.rejected is None else self.rejected.loss_mask
+
+    @property
     def live(self) -> Tensor:
-        return (self.loss_mask if self.rejected is None else self.rejected.loss_mask) != 0
+        return self.mask != 0
 
     def rejecting(self, behaviour: Tensor | None, config: Any) -> "_Tokens":
         """The same after AReaL's own rejection sampling, where it is configured."""
@@ -141,36 +145,52 @@ class _Tokens:
                     "cu_seqlens: needed with packed tokens and importance_sampling_level='sequence'"
                 )
             # One advantage per sequence, the mean of its tokens'.
-            mean = reference.sequence_mean(advantages, self.live, boundaries)
-            advantages = mean.where(self.live, 0)
+            advantages = sequence_mean(advantages, self.mask, boundaries).where(self.live, 0)
         return Call(
             preset=f"areal/{preset}",
             options=options | {"ratio": level},
-            average=token_average((self.loss_mask != 0).sum()),
+            average=token_average(self.loss_mask.sum()),
             logps=self.logps,
             old_logps=self.old,
             advantages=advantages,
-            mask=self.live,
+            mask=self.mask,
             importance_weights=None if self.rejected is None else self.rejected.behave_imp_weight,
             cu_seqlens=boundaries,
         )
 
 
+def _counts(loss_mask: Tensor) -> dict[str, float]:
+    """How many tokens there are and how many count, before any is rejected, as Python numbers."""
+    total, valid = loss_mask.numel(), int(loss_mask.count_nonzero())
+    return {
+        "n_total_tokens": float(total),
+        "n_valid_tokens": float(valid),
+        "n_masked_tokens": float(total - valid),
+        "masked_token_ratio": 1.0 - valid / max(total, 1),
+    }
+
+
 def _result(tokens: _Tokens, call: Call) -> Result:
     """The loss, and the statistics that AReaL's losses share."""
     live, rejected = tokens.live, tokens.rejected
+    counted = tokens.loss_mask != 0
     if call.objective.ratio == "token":
         # Rejected tokens have a ratio in AReaL's statistics, but no part in that of their sequence.
         token = call.but(mask=tokens.loss_mask).token
     else:
         token = call.token
-    cispo = call.objective.surrogate == "cispo"
+    if call.objective.surrogate == "cispo":
+        weight, clipped = token.ratio, live & changed_by_clamp(token)
+    else:
+        by_token = call.objective.ratio == "token"
+        weight = token.ratio.where(counted if by_token else live, 0)
+        clipped = counted & token.clipped
     stat = {
         "loss": token.loss,
-        "importance_weight": token.ratio if cispo else token.ratio.where(live, 0),
+        "importance_weight": weight,
         "approx_kl": call.change,
-        "clip_mask": live & (token.outside if cispo else token.clipped),
-        "dual_clip_mask": live & token.clipped_dual,
+        "clip_mask": clipped,
+        "dual_clip_mask": counted & token.clipped_dual,
     }
     if rejected is not None and tokens.behaviour is not None:
         weight = rejected.behave_imp_weight.detach()

@@ -3,22 +3,29 @@
     --loss-type custom_loss --custom-loss-function-path grpo_fast.integrations.miles.policy_loss
 
 with all other options as they are. miles is a fork of slime: see `slime`. Its loss clamps log-ratios to 20
-nats, reports more, and runs on Megatron or FSDP. With `--true-on-policy-mode`, with padded batches
-(`--qkv-format bshd`) and at temperature 0, log-probs are its own.
+nats, reports more, and runs on Megatron or FSDP. A log-ratio, an advantage or a KL that is not finite counts
+as 0 there, and here. Log-probs are miles' own with `--true-on-policy-mode`, with padded batches
+(`--qkv-format bshd`), at temperature 0 and with a KL term other than low_var_kl.
 """
 
+import dataclasses
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from grpo_fast.diagnostics import TokenDiagnostics, kl_estimate
+from grpo_fast import reference
+from grpo_fast.diagnostics import TokenDiagnostics, kl_estimate, token_diagnostics
+from grpo_fast.integrations._call import sequence_mean
+from grpo_fast.integrations._responses import from_log_probs, from_logits, scored_entries
 from grpo_fast.integrations.slime import Metrics, Slime, to_objective
+from grpo_fast.loss import LossOutput
 from grpo_fast.objective import Objective
 from grpo_fast.presets import GUARDED_K3
 
 UTILS = "miles.backends.training_utils"
 LOSS, HUB = f"{UTILS}.loss", f"{UTILS}.loss_hub"
+LARGE = 1e32  # of a log-prob that is missing: it outweighs any other in a mean
 
 
 def policy_loss(
@@ -58,7 +65,9 @@ class Miles(Slime):
 
     def reads_logits(self, args: Any) -> bool:
         plain = args.qkv_format == "thd" and args.rollout_temperature > 0
-        return plain and not args.true_on_policy_mode
+        # Of the KL terms only the clamped one can be taken from a single token of a fused pass.
+        clamped = not args.use_kl_loss or args.kl_loss_type == "low_var_kl"
+        return plain and clamped and not args.true_on_policy_mode
 
     def wants_entropy(self, args: Any) -> bool:
         return args.entropy_coef != 0 or args.observe_training_entropy
@@ -103,6 +112,77 @@ class Miles(Slime):
             denominators=batch.get("rollout_mask_sums"),
         )
 
+    def evaluate(
+        self,
+        args: Any,
+        batch: dict[str, Any],
+        logits: Tensor,
+        objective: Objective,
+        tokens: dict[str, Any],
+        given: dict[str, Any],
+        fused: bool,
+    ) -> tuple[LossOutput, TokenDiagnostics]:
+        """With 0 in place of log-ratios, advantages and KLs that are not finite: no gradient there.
+
+        A token that has lost its log-ratio has a ratio of 1, and no gradient through it. Here it has no
+        advantage, and what that leaves out of the loss is added.
+        """
+        old, ref, live = given["old_logps"], given["ref_logps"], given["mask"] != 0
+        scored = None if fused else self.score(args, batch, logits)
+        with torch.no_grad():
+            lost = self._lost(batch, logits, scored, given, objective)
+            advantages = given["advantages"].nan_to_num(0, 0, 0)
+            changed = {"advantages": advantages.masked_fill(lost, 0)}
+            if old is not None:  # finite, and what OPSM's mean over the sequence makes of it
+                changed["old_logps"] = old.nan_to_num(-LARGE, LARGE / 100, -LARGE)
+        constant = torch.zeros_like(advantages)
+        if scored is None:
+            if ref is not None:  # at the clamp: the KL has a value there, and no gradient
+                missing = ref.isnan() & live
+                changed["ref_logps"] = ref.masked_fill(missing, torch.inf)
+                constant -= objective.beta * GUARDED_K3["kl_value_clip"] * missing
+            entropy = self.wants_entropy(args)
+            out = from_logits(args, batch, logits, objective, tokens | changed, entropy)
+        else:
+            policy = dataclasses.replace(objective, beta=0.0)
+            out = from_log_probs(scored, logits, policy, tokens | changed | {"ref_logps": None})
+        with torch.no_grad():
+            seen = given | changed | {"ref_logps": ref}
+            token = token_diagnostics(out.logps, **seen, objective=objective)
+            counted = token.kl.isfinite()
+            if objective.kl == "k3_unbiased":  # the ratio is in front of it
+                counted &= ~lost
+            left_out = -advantages * (lost & ~_stale(out.logps, seen, objective, advantages))
+            constant += left_out * tokens.get("importance_weights", 1)
+        weight = given["mask"] * tokens["token_weights"]
+        loss = out.loss + torch.where(live, constant * weight, 0).sum()
+        if scored is not None and objective.beta:
+            loss = loss + _kl_alone(scored, logits, objective, tokens | changed, counted)
+        token = token._replace(
+            log_ratio=token.log_ratio.masked_fill(lost, 0), kl=token.kl.where(counted, 0)
+        )
+        return out._replace(loss=loss), token
+
+    def _lost(
+        self,
+        batch: dict[str, Any],
+        logits: Tensor,
+        scored: dict[str, list[Tensor]] | None,
+        given: dict[str, Any],
+        objective: Objective,
+    ) -> Tensor:
+        """The tokens whose log-ratio, or that of their sequence, is not finite."""
+        if scored is None:  # an entry of the logits is finite where its log-prob is
+            rows, ids = scored_entries(batch, logits.device)
+            logps = logits[0, rows, ids].float()
+        else:
+            logps = torch.cat(scored["log_probs"])
+        live, old = given["mask"] != 0, given["old_logps"]
+        lost = live & ~(logps - (logps if old is None else old)).isfinite()
+        if objective.ratio == "token":
+            return lost
+        return live & (reference.sequence_sum(lost.float(), live, given["cu_seqlens"]) > 0)
+
     def more_metrics(
         self,
         args: Any,
@@ -115,9 +195,10 @@ class Miles(Slime):
         metrics = {}
         if batch.get("rollout_log_probs"):
             old, sampled = logps if old is None else old, torch.cat(batch["rollout_log_probs"])
-            metrics["train_rollout_logprob_abs_diff"] = reduce((old - sampled).abs())
+            gap = (old - sampled).abs().nan_to_num(0, 0, 0)
+            metrics["train_rollout_logprob_abs_diff"] = reduce(gap)
             kl = kl_estimate(sampled, old, Objective(**GUARDED_K3))
-            metrics["train_rollout_kl"] = reduce(kl)
+            metrics["train_rollout_kl"] = reduce(kl.nan_to_num(0, 0, 0))
         ess = self.load(f"{HUB}.math_utils").compute_ess_ratio_contribution(
             ppo_kl=-token.log_ratio,
             loss_masks=batch["loss_masks"],
@@ -134,3 +215,31 @@ class Miles(Slime):
 
     def _state(self) -> Any:
         return self.load(f"{UTILS}.parallel").get_parallel_state()
+
+
+def _stale(
+    logps: Tensor, given: dict[str, Any], objective: Objective, advantages: Tensor
+) -> Tensor:
+    """The tokens that OPSM drops."""
+    if objective.off_policy_threshold is None:
+        return torch.zeros_like(logps, dtype=torch.bool)
+    drift = given["old_logps"] - logps
+    mean = sequence_mean(drift, given["mask"], given["cu_seqlens"])
+    return (mean > objective.off_policy_threshold) & (advantages < 0)
+
+
+def _kl_alone(
+    scored: dict[str, list[Tensor]],
+    logits: Tensor,
+    objective: Objective,
+    tokens: dict[str, Any],
+    counted: Tensor,
+) -> Tensor:
+    """The KL term of the tokens that have one."""
+    kl = dataclasses.replace(objective, entropy_coef=0.0, off_policy_threshold=None)
+    changed = {
+        "advantages": torch.zeros_like(tokens["advantages"]),
+        "importance_weights": None,
+        "mask": tokens["mask"] * counted,
+    }
+    return from_log_probs(scored, logits, kl, tokens | changed).loss

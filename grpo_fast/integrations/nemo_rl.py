@@ -1,4 +1,4 @@
-"""NeMo-RL 0.6: its `ClippedPGLossFn`, by this library.
+"""NeMo-RL 0.7: its `ClippedPGLossFn`, by this library.
 
     import grpo_fast.integrations.nemo_rl
     grpo_fast.integrations.nemo_rl.patch()
@@ -14,20 +14,31 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from grpo_fast import reference
 from grpo_fast.diagnostics import kl_estimate
-from grpo_fast.integrations._call import Average, Call, token_average
-from grpo_fast.integrations._host import At, as_floats, at, options, replace
+from grpo_fast.integrations._call import SUM, Average, Call, sequence_mean
+from grpo_fast.integrations._host import (
+    At,
+    as_floats,
+    at,
+    found_version,
+    is_between,
+    options,
+    read,
+    replace,
+)
 from grpo_fast.objective import Objective
 from grpo_fast.weights import importance_weights
 
 HOME = "nemo_rl.algorithms.loss.loss_functions"
+SUPPORTED = ("0.7", "0.8")  # from, and below
+TRUNCATIONS = ("tis", "icepop", "seq-mask-tis")
 
-# The options of the presets, and which of `ClippedPGLossFn`'s attributes they are.
+# The options of the presets, and which entries of NeMo-RL's `loss_fn` configuration they are.
 CLIP: dict[str, At] = {
     "epsilon_low": at("ratio_clip_min"),
     "epsilon_high": at("ratio_clip_max"),
 }
+DUAL: dict[str, At] = {"dual_clip": at("ratio_clip_c")}
 KL: dict[str, At] = {
     "beta": at("reference_policy_kl_penalty"),
     "kl_gap_clip": at("kl_input_clamp_value"),
@@ -39,15 +50,16 @@ def patch() -> None:
     """Replace NeMo-RL's `ClippedPGLossFn` by a subclass with this library's `__call__`, in this process.
 
     Raises:
-        ImportError: NeMo-RL is not installed, or has no such class.
+        ImportError: NeMo-RL is not installed, is another release than 0.7, or has no such class.
     """
     try:
         home: Any = importlib.import_module(HOME)
         base = home.ClippedPGLossFn
     except (ImportError, AttributeError) as error:
-        raise ImportError(f"this needs NeMo-RL >= 0.6 with {HOME}.ClippedPGLossFn") from error
+        raise ImportError(f"this needs NeMo-RL 0.7 with {HOME}.ClippedPGLossFn") from error
     if getattr(base, "by_grpo_fast", False):
         return
+    _check_version(home)
 
     class ClippedPGLossFn(base):  # type: ignore[misc, valid-type]
         by_grpo_fast = True
@@ -66,6 +78,25 @@ def patch() -> None:
     replace("nemo_rl", base, ClippedPGLossFn)
 
 
+def _check_version(home: Any) -> None:
+    """Refuse the releases whose loss is another one.
+
+    A checkout of the main branch still calls itself 0.6.0 after 0.7.0: it is known by 0.7's entries.
+    """
+    found = found_version("nemo_rl")
+    theirs = getattr(home, "ClippedPGLossConfig", None)
+    has_entries = "use_cispo" in getattr(theirs, "model_fields", {})
+    if is_between(found, *SUPPORTED) if found else has_entries:
+        return
+    if found and has_entries and is_between(found, "0.6", "0.7"):
+        return
+    raise ImportError(
+        f"this needs NeMo-RL >= 0.7, < 0.8; NeMo-RL {found or 'of an unknown version'} is installed, "
+        "whose loss has other options and another gradient of the KL term: check out its tag v0.7.0, "
+        "or leave out grpo_fast.integrations.nemo_rl.patch()"
+    )
+
+
 def clipped_pg_loss(
     config: Any,
     next_token_logprobs: Tensor,
@@ -76,40 +107,43 @@ def clipped_pg_loss(
     """What NeMo-RL's `ClippedPGLossFn.__call__` returns.
 
     Args:
-        config: a `ClippedPGLossFn`, or anything with its attributes.
+        config: a `ClippedPGLossFn`, a `ClippedPGLossConfig` or anything with the entries of one.
         next_token_logprobs: (B, S - 1).
-        data: NeMo-RL's batch, (B, S) tensors.
+        data: NeMo-RL's batch, (B, S) tensors. Its masks may be fractions: they weigh.
         global_valid_seqs, global_valid_toks: the denominators.
 
     Raises:
-        ValueError: an option that cannot be the same here.
+        ValueError: an option that cannot be the same here, or a combination that NeMo-RL refuses.
     """
-    _check(config, data)
+    by_token = _by_token(config)
+    _check(config, data, by_token)
     on_policy = config.force_on_policy_ratio
-    sample_mask, generated = data["sample_mask"], data["generation_logprobs"][:, 1:]
-    mask = (data["token_mask"][:, 1:] * sample_mask[:, None]) != 0
+    token_mask, sample_mask = data["token_mask"][:, 1:], data["sample_mask"]
+    generated = data["generation_logprobs"][:, 1:]
     old = next_token_logprobs.detach() if on_policy else data["prev_logprobs"][:, 1:]
-    weights, out_of_bounds = _weights(config, old, generated, mask)
-    by_token = getattr(config.loss_type, "name", config.loss_type) == "TOKEN_LEVEL"
-    how = token_average(global_valid_toks)
+    # A sample's weight is no part of the means along its sequence: it is one of the loss.
+    mask = token_mask.where(sample_mask[:, None] != 0, 0)
+    weights, out_of_bounds = _weights(config, old, generated, mask, sample_mask)
+    how = SUM._replace(scale=1 / (global_valid_toks + 1e-8))
     if not by_token:
         how = Average({"reduction": "sequence_mean"}, None, len(mask) / (global_valid_seqs + 1e-8))
     preset, chosen = to_preset(config)
-    penalised = config.reference_policy_kl_penalty
     call = Call(
         preset=preset,
         options=chosen,
+        names=CLIP | KL | DUAL,
         average=how,
         logps=next_token_logprobs,
         old_logps=None if on_policy else old,
-        ref_logps=data["reference_policy_logprobs"][:, 1:] if penalised else None,
+        ref_logps=data["reference_policy_logprobs"][:, 1:] if chosen["beta"] else None,
         advantages=data["advantages"][:, 1:],
         mask=mask,
         importance_weights=weights if config.use_importance_sampling_correction else None,
+        token_weights=sample_mask[:, None].expand(mask.shape),
     )
     nll = _nll_of_right_answers(config, call, data)
     loss = call.out.loss + config.positive_example_nll_weight * nll
-    totals = _Totals(mask, sample_mask, global_valid_toks, global_valid_seqs)
+    totals = _Totals(mask * sample_mask[:, None], sample_mask, global_valid_toks, global_valid_seqs)
     by_sequence = config.sequence_level_importance_ratios
     metrics = _drift(config.reference_policy_kl_type, call, old, generated, totals)
     metrics |= _ratios(call, totals) | {
@@ -128,19 +162,20 @@ def clipped_pg_loss(
 class _Totals(NamedTuple):
     """NeMo-RL's means: over what is valid here, by the numbers of the global batch."""
 
-    mask: Tensor
+    weight: Tensor  # of each token: its mask by that of its sample
     sample_mask: Tensor
     valid_toks: Tensor
     valid_seqs: Tensor
 
     def tokens(self, x: Tensor) -> Tensor:
         """Of (B, S - 1) or (B, 1) values."""
-        return torch.where(self.mask, x.detach().float(), 0).sum() / (self.valid_toks + 1e-8)
+        x = torch.where(self.weight != 0, x.detach().float(), 0) * self.weight
+        return x.sum() / (self.valid_toks + 1e-8)
 
     def sequences(self, x: Tensor) -> Tensor:
         """Of (B, 1) values, or of such that are the same all along their sequence."""
-        x = x[:, 0].where(self.sample_mask != 0, 0)
-        return x.float().sum() / (self.valid_seqs + 1e-8)
+        x = x[:, 0].detach().float().where(self.sample_mask != 0, 0) * self.sample_mask
+        return x.sum() / (self.valid_seqs + 1e-8)
 
     def of(self, x: Tensor, by_sequence: bool) -> Tensor:
         return self.sequences(x) if by_sequence else self.tokens(x)
@@ -150,18 +185,25 @@ def _nll_of_right_answers(config: Any, call: Call, data: Any) -> Tensor:
     """The mean of -logp over the answers with a reward, 0 if the configuration does not ask for it."""
     if config.positive_example_nll_weight <= 0 or "rewards" not in data:
         return torch.zeros_like(call.out.loss)
-    right = call.mask & (data["rewards"] > 0)[:, None]
-    ones = torch.ones_like(call.logps)  # as advantages
-    average = token_average()
+    assert call.token_weights is not None
+    right = call.mask.where((data["rewards"] > 0)[:, None], 0)
+    total = (right * call.token_weights).sum()
     return Call(
-        preset="gpg", average=average, logps=call.logps, old_logps=None, advantages=ones, mask=right
+        preset="gpg",
+        average=SUM._replace(scale=1 / (total + 1e-8)),
+        logps=call.logps,
+        old_logps=None,
+        advantages=torch.ones_like(call.logps),
+        mask=right,
+        token_weights=call.token_weights,
     ).out.loss
 
 
 def _kl(call: Call, totals: _Totals, by_token: bool) -> Tensor:
     if by_token:
         return totals.tokens(call.token.kl)
-    return totals.sequences(reference.sequence_mean(call.token.kl, call.mask))
+    count = call.mask.sum(1, keepdim=True) + 1e-8
+    return totals.sequences((call.token.kl * call.mask).sum(1, keepdim=True) / count)
 
 
 def _ratios(call: Call, totals: _Totals) -> dict[str, Any]:
@@ -188,7 +230,7 @@ def _drift(
     mixture = (0.5 * old.exp() + 0.5 * generated.exp()).log()
     js = 0.5 * kl_estimate(mixture, old) + 0.5 * kl_estimate(mixture, generated)
     return {
-        "token_mult_prob_error": totals.tokens((generated - old).abs().exp()),
+        "token_mult_prob_error": totals.tokens(((generated - old).abs() * totals.weight).exp()),
         "gen_kl_error": totals.tokens(kl_estimate(generated, old, estimator)),
         "policy_kl_error": totals.tokens(kl_estimate(old, generated, estimator)),
         "js_divergence_error": totals.tokens(js),
@@ -196,8 +238,22 @@ def _drift(
     }
 
 
-def _check(config: Any, data: Any) -> None:
-    if config.reference_policy_kl_penalty:
+def _by_token(config: Any) -> bool:
+    """`token_level_loss`, which a `ClippedPGLossFn` keeps as `loss_type`."""
+    kind = read(config, "loss_type", None)
+    if kind is None:
+        return bool(read(config, "token_level_loss"))
+    return bool(getattr(kind, "name", kind) == "TOKEN_LEVEL")
+
+
+def _penalty(config: Any) -> float:
+    """The weight of the KL term in the loss; none where NeMo-RL has it in the rewards."""
+    in_reward = read(config, "use_kl_in_reward", False)
+    return 0.0 if in_reward else float(config.reference_policy_kl_penalty)  # False, too, is none
+
+
+def _check(config: Any, data: Any, by_token: bool) -> None:
+    if _penalty(config):
         if config.reference_policy_kl_type != "k3":
             raise ValueError(
                 f"reference_policy_kl_type={config.reference_policy_kl_type!r}: only k3 has NeMo-RL's "
@@ -214,6 +270,38 @@ def _check(config: Any, data: Any) -> None:
         raise ValueError(
             f"ratio_clip_c={config.ratio_clip_c} is not supported with disable_ppo_ratio"
         )
+    if config.sequence_level_importance_ratios and by_token:
+        raise ValueError("sequence_level_importance_ratios=True needs token_level_loss=False")
+    if config.use_cispo:
+        others = ("disable_ppo_ratio", "force_on_policy_ratio", "sequence_level_importance_ratios")
+        bad = [name for name in others if getattr(config, name)]
+        bad += ["ratio_clip_c"] * (config.ratio_clip_c is not None)
+        bad += ["token_level_loss=False"] * (not by_token)
+        if bad:
+            raise ValueError(f"use_cispo=True does not go with {', '.join(bad)}")
+    _check_truncation(config)
+
+
+def _check_truncation(config: Any) -> None:
+    """NeMo-RL's own conditions."""
+    name = "truncated_importance_sampling"
+    kind, high, low = (getattr(config, f"{name}_{x}") for x in ("type", "ratio", "ratio_min"))
+    if kind is None and high is None:
+        return
+    if kind not in TRUNCATIONS:
+        raise ValueError(
+            f"{name}_type={kind!r} with {name}_ratio={high}: choose from {', '.join(TRUNCATIONS)}"
+        )
+    if not config.use_importance_sampling_correction:
+        raise ValueError(f"{name}_type={kind!r} needs use_importance_sampling_correction=True")
+    if high is None or high <= 0:
+        raise ValueError(f"{name}_ratio: want a positive number with type {kind!r}, got {high}")
+    if low is None and kind != "tis":
+        raise ValueError(f"{name}_ratio_min: needed with type {kind!r}")
+    if low is not None and low > high:
+        raise ValueError(f"{name}_ratio_min={low} is above {name}_ratio={high}")
+    if kind == "seq-mask-tis" and config.sequence_level_importance_ratios:
+        raise ValueError(f"{name}_type={kind!r} needs sequence_level_importance_ratios=False")
 
 
 def to_preset(config: Any) -> tuple[str, dict[str, Any]]:
@@ -226,9 +314,9 @@ def to_preset(config: Any) -> tuple[str, dict[str, Any]]:
     elif config.sequence_level_importance_ratios and not config.force_on_policy_ratio:
         kind = "gspo"
     if config.ratio_clip_c is not None:
-        table = table | {"dual_clip": at("ratio_clip_c")}
+        table = table | DUAL
     chosen = options(config, table | KL)
-    chosen["beta"] = float(chosen["beta"])  # False, too, is none
+    chosen["beta"] = _penalty(config)
     clamped = chosen["kl_gap_clip"] is not None or chosen["kl_value_clip"] is not None
     # The gradient of k3 through the sampling probability, too, is that of k2.
     chosen["kl_gradient"] = "k2_clipped" if clamped else "k2"
@@ -236,17 +324,20 @@ def to_preset(config: Any) -> tuple[str, dict[str, Any]]:
 
 
 def _weights(
-    config: Any, old: Tensor, generated: Tensor, mask: Tensor
+    config: Any, old: Tensor, generated: Tensor, mask: Tensor, sample_mask: Tensor
 ) -> tuple[Tensor, Tensor | None]:
     """(the mismatch weights, per token or (B, 1); which of them are out of bounds, if there are bounds)."""
-    level = "sequence" if config.sequence_level_importance_ratios else "token"
+    level, live = "token", mask != 0
+    if config.sequence_level_importance_ratios:  # NeMo-RL's sum is one by the masks
+        level, weight = "sequence", mask * sample_mask[:, None]
+        old, generated = (x.where(live, 0) * weight for x in (old, generated))
     low = config.truncated_importance_sampling_ratio_min
     high = config.truncated_importance_sampling_ratio
     kind = config.truncated_importance_sampling_type
 
     def rho(**bounds: Any) -> Tensor:
         return importance_weights(
-            old, generated, mask=mask, level=level, undefined="zero", **bounds
+            old, generated, mask=live, level=level, undefined="zero", **bounds
         )
 
     if high is None:
@@ -254,10 +345,8 @@ def _weights(
     if kind == "seq-mask-tis":
         # For the mean NeMo-RL takes any difference that is not finite as none.
         gap = torch.nan_to_num(old - generated, nan=0.0, posinf=0.0, neginf=0.0)
-        none = torch.zeros_like(gap)
-        gate = importance_weights(
-            gap, none, mask=mask, level="geometric", mode="gate", low=low, high=high
-        )
-        return gate * rho(), gate == 0
+        mean = sequence_mean(gap, mask)[:, :1].exp()
+        kept = (mean >= low) & (mean <= high)
+        return rho().where(kept, 0), ~kept
     outside = rho(mode="gate", low=low, high=high) == 0
     return rho(mode="truncate" if kind == "tis" else "mask", low=low, high=high), outside

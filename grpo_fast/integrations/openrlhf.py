@@ -13,20 +13,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grpo_fast import reference
 from grpo_fast.integrations._call import (
     Call,
     clip_fraction,
     masked_mean,
     sequence_average,
+    sequence_mean,
     token_average,
 )
-from grpo_fast.integrations._host import require
-from grpo_fast.objective import Objective
-from grpo_fast.weights import binary_divergence, importance_weights
+from grpo_fast.integrations._host import At, at, objective_of, require
+from grpo_fast.weights import binary_divergence
 
 SUPPORTED = ("0.11.2", "0.12")  # from, and below
 ACTOR = "openrlhf.trainer.ray.ppo_actor"
+NAMES: dict[str, At] = {
+    "epsilon_low": at("clip_eps_low"),
+    "epsilon_high": at("clip_eps_high"),
+    "dual_clip": at("dual_clip"),
+}
 
 
 class PolicyLoss(nn.Module):
@@ -93,7 +97,11 @@ class PolicyLoss(nn.Module):
                 f"is_correction_threshold={tuple(threshold)}: a divergence ({gating}) is bounded from "
                 "above alone"
             )
-        Objective.preset(f"openrlhf/{self.policy_loss_type}", **self.options)
+        if level != "off" and not threshold[0] <= threshold[1]:
+            raise ValueError(
+                f"is_correction_threshold: want (low, high), low <= high, got {tuple(threshold)}"
+            )
+        objective_of(f"openrlhf/{self.policy_loss_type}", self.options, NAMES)
 
     def forward(
         self,
@@ -131,6 +139,7 @@ class PolicyLoss(nn.Module):
         call = Call(
             preset=f"openrlhf/{self.policy_loss_type}",
             options=self.options,
+            names=NAMES,
             average=how,
             logps=log_probs,
             old_logps=behaviour,
@@ -143,25 +152,25 @@ class PolicyLoss(nn.Module):
 
     def _correct(self, old: Tensor, rollout: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """(weights, share of tokens or sequences outside the band) of the mismatch correction."""
-        least, high = self.is_correction_threshold
-        low = max(least, 0.0)  # a ratio is not below 0, nor is a divergence
-        seq = self.is_correction_level == "seq"
+        low, high = self.is_correction_threshold
+        seq, live = self.is_correction_level == "seq", mask != 0
+
+        def unit(x: Tensor) -> Tensor:  # the mean of a sequence, or a token's own
+            return sequence_mean(x, mask)[:, :1] if seq else x
+
+        gap = torch.where(live, (old - rollout).detach().float(), 0)
         if self.is_correction_gating == "ratio":
-            level = "geometric" if seq else "token"
-            gate = importance_weights(
-                old, rollout, mask=mask, level=level, mode="gate", low=low, high=high
-            )
-            outside = gate == 0
+            statistic = unit(gap).exp()
         else:
             kind = self.is_correction_gating.removeprefix("binary_")
-            divergence = binary_divergence(rollout, old, kind=kind, mask=mask, floor=1e-6)
-            if seq:
-                divergence = reference.sequence_mean(divergence, mask != 0)[:, :1]
-            outside = divergence > high
-        share = outside.float().mean() if seq else masked_mean(outside, mask)
+            statistic = unit(binary_divergence(rollout, old, kind=kind, mask=live, floor=1e-6))
+        # NaN, of a missing log-prob, is outside for the mask and inside for the clamp, which keeps it.
         if self.is_correction_mode == "clip":
-            return importance_weights(old, rollout, mask=mask, low=low, high=high), share
-        return importance_weights(old, rollout, mask=mask).where(~outside, 0), share
+            weights, outside = statistic.clamp(low, high), (statistic < low) | (statistic > high)
+        else:
+            outside = ~((statistic >= low) & (statistic <= high))
+            weights = gap.exp().where(~outside, 0)
+        return weights, outside.float().mean() if seq else masked_mean(outside, mask)
 
 
 def patch() -> None:

@@ -29,7 +29,7 @@ def default_loss(
     bounds = {"epsilon_low": dppo_mask_low, "epsilon_high": dppo_mask_high}
     call = _call(inputs, "prime_rl/default", adv_tau, {**bounds, "quadratic_coef": kl_tau})
     seen = call.but(advantages=inputs.advantages)  # metrics know nothing of adv_tau
-    dropped = seen.mask & seen.token.outside
+    dropped = seen.mask * seen.token.outside
     metrics = {
         "is_masked_low": seen.mean(seen.token.clipped_low),
         "is_masked_high": seen.mean(seen.token.clipped_high),
@@ -76,8 +76,8 @@ def _mismatch(call: Call) -> dict[str, Tensor]:
     # Of the sampler's tokens: KL(sampler || trainer).
     mismatch = kl_estimate(call.old, call.logps)
     return {
-        "masked_mismatch_kl": masked_mean(mismatch, call.mask & call.token.outside),
-        "unmasked_mismatch_kl": masked_mean(mismatch, call.mask & ~call.token.outside),
+        "masked_mismatch_kl": masked_mean(mismatch, call.mask * call.token.outside),
+        "unmasked_mismatch_kl": masked_mean(mismatch, call.mask * ~call.token.outside),
         "is_masked": outside(call),
     }
 

@@ -1,4 +1,4 @@
-"""SkyRL (August 2026): its policy losses, by this library.
+"""SkyRL (0.3.0, and main of August 2026): its policy losses, by this library.
 
 Call `register()` in the entrypoint, before Ray starts, and set
 `trainer.algorithm.policy_loss_type=grpo_fast/<name>` for a name of `POLICY_LOSSES`. The losses read SkyRL's
@@ -104,7 +104,11 @@ def _old(name: str, old: Tensor, rollout: Tensor | None, config: Any) -> Tensor:
             "cispo_anchor='rollout' is a ratio to the sampler already: with "
             "off_policy_correction.tis_ratio_type it would count twice"
         )
-    to_sampler = anchored or name in ("rollout_is", "dppo")
+    if name == "rollout_is":
+        assert rollout is not None
+        # A missing log-prob is in no range for SkyRL: the token counts for nothing.
+        return rollout.where(~rollout.isnan(), -torch.inf)
+    to_sampler = anchored or name == "dppo"
     return rollout if to_sampler and rollout is not None else old
 
 
@@ -143,6 +147,7 @@ def _policy_loss(name: str) -> Callable[..., tuple[Tensor, dict[str, float]]]:
         call = Call(
             preset=_preset(name, config),
             options=options(config, OPTIONS[name]),
+            names=OPTIONS[name],
             average=SUM,
             logps=log_probs,
             old_logps=_old(name, old_log_probs, rollout_logprobs, config),
@@ -175,7 +180,7 @@ def register() -> None:
     except (ImportError, AttributeError) as error:
         raise ImportError(
             "this needs SkyRL with skyrl.backends.skyrl_train.utils.ppo_utils.PolicyLossRegistry "
-            "(skyrl >= 0.4)"
+            "(skyrl >= 0.3)"
         ) from error
     for name, loss in POLICY_LOSSES.items():
         registry.register(f"grpo_fast/{name}", loss)

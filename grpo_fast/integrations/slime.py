@@ -16,7 +16,8 @@ from torch import Tensor
 
 from grpo_fast import reference
 from grpo_fast.diagnostics import TokenDiagnostics, token_diagnostics
-from grpo_fast.integrations._host import At, at, options
+from grpo_fast.integrations._call import changed_by_clamp, sequence_mean
+from grpo_fast.integrations._host import At, at, objective_of, options
 from grpo_fast.integrations._responses import (
     boundaries,
     from_log_probs,
@@ -34,6 +35,12 @@ OPTIONS: dict[str, At] = {
     "epsilon_low": at("eps_clip"),
     "epsilon_high": at("eps_clip_high", "eps_clip"),
     "entropy_coef": at("entropy_coef"),
+}
+MORE: dict[str, At] = {
+    "dual_clip": at("eps_clip_c"),
+    "off_policy_threshold": at("opsm_delta"),
+    "beta": at("kl_loss_coef"),
+    "kl": at("kl_loss_type"),
 }
 
 
@@ -73,7 +80,7 @@ def to_objective(args: Any, **more: Any) -> Objective:
         chosen |= {"beta": args.kl_loss_coef, "kl": "k3_unbiased" if unbiased else name}
         if name == "low_var_kl":
             chosen |= {"kl": "k3", "kl_value_clip": 10.0}
-    return Objective.preset(f"slime/{kind}", **chosen | more)
+    return objective_of(f"slime/{kind}", chosen | more, OPTIONS | MORE)
 
 
 class Slime:
@@ -152,6 +159,23 @@ class Slime:
         gap = compared - torch.cat(batch["rollout_log_probs"])
         return {"train_rollout_logprob_abs_diff": reduce(gap.abs())}
 
+    def evaluate(
+        self,
+        args: Any,
+        batch: dict[str, Any],
+        logits: Tensor,
+        objective: Objective,
+        tokens: dict[str, Any],
+        given: dict[str, Any],
+        fused: bool,
+    ) -> tuple[LossOutput, TokenDiagnostics]:
+        """The loss, from the logits or from the host's log-probs, and what it makes of each token."""
+        if fused:
+            out = from_logits(args, batch, logits, objective, tokens, self.wants_entropy(args))
+        else:
+            out = from_log_probs(self.score(args, batch, logits), logits, objective, tokens)
+        return out, token_diagnostics(out.logps, **given, objective=objective)
+
     def policy_loss(
         self, args: Any, batch: dict[str, Any], logits: Tensor, sum_of_sample_mean: Any
     ) -> tuple[Tensor, Metrics]:
@@ -166,27 +190,29 @@ class Slime:
         importance, reduce = None, sum_of_sample_mean
         if args.use_tis or args.get_mismatch_metrics:
             importance, reduce, corrected = self._correct(args, batch)
-        weights = reducer_weights(reduce, advantages)
+        weights, mask = reducer_weights(reduce, advantages), torch.cat(batch["loss_masks"])
+        if ranks[1] > 1:  # those of this rank: the weights say which
+            mask = weights != 0
+        elif not objective.needs_sequences:  # the weights are by the mask already
+            mask = mask != 0
+        elif mask.is_floating_point():  # it weighs in the means of sequences, too
+            weights = torch.where(mask != 0, weights / mask, 0)
         given: dict[str, Any] = {
             "advantages": advantages,
-            # Which response tokens count; with context parallelism those of this rank.
-            "mask": weights != 0 if ranks[1] > 1 else torch.cat(batch["loss_masks"]) != 0,
+            "mask": mask,  # which response tokens count
             "old_logps": torch.cat(old) if old else None,
             "ref_logps": torch.cat(batch["ref_log_probs"]) if args.use_kl_loss else None,
         }
         tokens = {"importance_weights": importance, "token_weights": weights} | given
         tokens = {name: x for name, x in tokens.items() if x is not None}
-        if ranks == (1, 1) and self.reads_logits(args):
-            out = from_logits(args, batch, logits, objective, tokens, self.wants_entropy(args))
-        else:
-            out = from_log_probs(self.score(args, batch, logits), logits, objective, tokens)
+        if objective.needs_sequences:
+            given["cu_seqlens"] = boundaries(batch["response_lengths"], logits.device)
+        fused = ranks == (1, 1) and self.reads_logits(args)
+        out, token = self.evaluate(args, batch, logits, objective, tokens, given, fused)
         with torch.no_grad():
-            if objective.needs_sequences:
-                given["cu_seqlens"] = boundaries(batch["response_lengths"], logits.device)
-            token = token_diagnostics(out.logps, **given, objective=objective)
 
             def mean(x: Tensor) -> Tensor:
-                return reduce(torch.where(given["mask"], x, 0))
+                return reduce(torch.where(given["mask"] != 0, x, 0))
 
             metrics = _metrics(args, batch, out, token, objective, given, mean)
             if importance is not None:  # of all tokens, those too that the correction rejects
@@ -224,7 +250,7 @@ def _metrics(
     reduce: Any,
 ) -> Metrics:
     """slime's metrics of the loss."""
-    clipped = token.clipped if objective.surrogate == "clip" else token.outside
+    clipped = token.clipped if objective.surrogate == "clip" else changed_by_clamp(token)
     metrics = {"loss": out.loss.detach(), "pg_loss": out.loss.detach()}
     if out.entropy is not None:
         metrics["entropy_loss"] = reduce(out.entropy)
@@ -234,10 +260,12 @@ def _metrics(
         metrics["kl_loss"] = reduce(token.kl)
         metrics["pg_loss"] = metrics["pg_loss"] - objective.beta * metrics["kl_loss"]
     if args.use_opsm:  # slime counts the masked tokens of a stale response as well
-        layout = given["mask"], given["cu_seqlens"]
-        stale = reference.sequence_mean(-token.log_ratio, *layout) > args.opsm_delta
+        mask, cu_seqlens = given["mask"], given["cu_seqlens"]
+        old = given["old_logps"]
+        drift = torch.zeros_like(out.logps) if old is None else old - out.logps
+        stale = sequence_mean(drift, mask, cu_seqlens) > args.opsm_delta
         dropped = (stale & (given["advantages"] < 0)).float()
-        count = reference.sequence_sum(torch.ones_like(dropped), *layout).clamp(min=1)
+        count = reference.sequence_sum(mask.to(dropped), mask != 0, cu_seqlens).clamp(min=1)
         metrics["opsm_clipfrac"] = (dropped / count).sum()
     if batch.get("opd_reverse_kl"):
         metrics["opd_reverse_kl"] = reduce(torch.cat(batch["opd_reverse_kl"]))

@@ -8,52 +8,27 @@ Needs: transformers >= 5.17 to build a model; nothing of it is imported here. PE
 """
 
 import contextlib
-import dataclasses
-from collections.abc import Callable, Iterator
+import functools
+import warnings
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+
+from grpo_fast.integrations._hf_head import (
+    COMPILED,
+    Head,
+    call_head,
+    forward_as,
+    head_path,
+    read_head,
+    uncompiled,
+)
 
 __all__ = ["Head", "check_head", "head_of", "hidden_states", "inside_forward", "with_head"]
 
 T = TypeVar("T")
-
-# What configurations call the factor of the logits, and their cap; the first that is set counts.
-SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier")
-SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Head:
-    """What turns hidden states into logits: `softcap(logit_scale * (hidden @ weight.T + bias))`.
-
-    Attributes:
-        weight: (V, D), the model's own parameter (tied or not): gradients reach it.
-        bias: (V,) or None.
-        softcap: c of c tanh(x / c), or None.
-        logit_scale: factor of the logits, before the cap.
-    """
-
-    weight: Tensor
-    bias: Tensor | None = None
-    softcap: float | None = None
-    logit_scale: float = 1.0
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """The keyword arguments that `linear_logprob` and `linear_grpo_loss` take besides the weight."""
-        return {"bias": self.bias, "softcap": self.softcap, "logit_scale": self.logit_scale}
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """(..., D) -> (..., V): what the model itself computes. Materialises the logits."""
-        logits = nn.functional.linear(hidden, self.weight, self.bias)
-        if self.logit_scale != 1:
-            logits = logits * self.logit_scale
-        if self.softcap is not None:
-            logits = (logits / self.softcap).tanh() * self.softcap
-        return logits
 
 
 def head_of(model: nn.Module) -> Head:
@@ -64,14 +39,15 @@ def head_of(model: nn.Module) -> Head:
     `model(input_ids, attention_mask).logits`.
 
     The weight is what the module holds at the moment: under FSDP or ZeRO-3 call it where that is the whole
-    weight, in `with_head`.
+    weight, in `with_head`. Under transformers' tensor parallelism (`tp_plan="auto"`) it is this process's
+    rows, with the `tp_group` that shares them.
 
     Raises:
         TypeError: the head is not a plain linear layer: quantised, or with an adapter on it.
         ValueError: its weight is sharded.
     """
     lm = causal_lm(model)
-    return _read_head(_head_module(lm), _text_config(lm))
+    return read_head(head_path(lm)[-1], _text_config(lm), inside=False)
 
 
 def hidden_states(
@@ -88,11 +64,18 @@ def hidden_states(
         inputs: whatever else the backbone takes: `position_ids`, `inputs_embeds`, ...
     """
     inputs |= {"input_ids": input_ids, "attention_mask": attention_mask}
-    return inside_forward(model, backbone_output, **inputs)
+    function = functools.partial(backbone_output, compiler=compiler_of(model))
+    return inside_forward(model, function, **inputs)
 
 
-def backbone_output(lm: Any, /, *args: Any, **inputs: Any) -> Tensor:
-    """The last hidden states of a bare causal LM, called with its own arguments."""
+def backbone_output(
+    lm: Any, /, *args: Any, compiler: Callable[[Any], Any] | None = None, **inputs: Any
+) -> Tensor:
+    """The last hidden states of a bare causal LM, called with its own arguments.
+
+    Args:
+        compiler: what to compile its backbone with.
+    """
     backbone = lm.base_model
     if backbone is lm:
         raise TypeError(
@@ -100,7 +83,31 @@ def backbone_output(lm: Any, /, *args: Any, **inputs: Any) -> Tensor:
             f"{lm.base_model_prefix!r}), so its hidden states cannot be had without its logits"
         )
     inputs["use_cache"] = False
+    if compiler is not None:
+        backbone = compiler(backbone)
     return backbone(*args, **inputs).last_hidden_state
+
+
+def compiler_of(model: nn.Module) -> Callable[[Any], Any] | None:
+    """`torch.compile` with the options that the model was compiled with, or None if it was not."""
+    found = None
+    for module in wrappers(model):
+        if COMPILED in module._modules:
+            found = module.dynamo_ctx
+        elif vars(module).get("_compiled_call_impl") is not None:
+            _warn_of_eager(type(module).__name__)
+    return found
+
+
+@functools.cache
+def _warn_of_eager(name: str) -> None:
+    """Once for each class of model."""
+    warnings.warn(
+        f"grpo_fast: {name} was compiled in place (model.compile()), and runs uncompiled where its forward "
+        "is replaced, in with_head and hidden_states: compile its backbone instead "
+        "(model.base_model.compile()), or the whole as torch.compile(model)",
+        stacklevel=3,
+    )
 
 
 def with_head(
@@ -110,6 +117,7 @@ def with_head(
     attention_mask: Tensor | None = None,
     *,
     last: int | None = None,
+    dtype: torch.dtype | None = None,
     **inputs: Any,
 ) -> T:
     """`function(hidden, head)`, run inside the forward of the model, of its wrappers and of its head.
@@ -123,6 +131,8 @@ def with_head(
         input_ids, attention_mask, inputs: as in `hidden_states`.
         last: only the hidden states that score the last so many tokens, shifted: `hidden[:, t]` is that of
             the position before token S - last + t. Default: all (B, S, D), as the model computes them.
+        dtype: of the hidden states. Default: that in which the model's own head takes them, autocast's or
+            that of its weight. torch.float32 makes products in float32 of a half-precision head, too.
 
     Example:
         >>> out = with_head(
@@ -134,21 +144,17 @@ def with_head(
         ... )
     """
 
+    compiler = compiler_of(model)
+
     def forward(lm: Any, /, *args: Any, **kwargs: Any) -> T:
-        hidden = backbone_output(lm, *args, **kwargs)
+        hidden = backbone_output(lm, *args, compiler=compiler, **kwargs)
         if last is not None:
             if not 0 < last < hidden.shape[1]:
                 raise ValueError(
                     f"with_head: last={last}: want 1 to {hidden.shape[1] - 1}: the first has none before it"
                 )
             hidden = hidden[:, -last - 1 : -1]
-        module, config = _head_module(lm), _text_config(lm)
-
-        def score(hidden: Tensor) -> T:
-            return function(hidden, _read_head(module, config))
-
-        with _forward_as(module, score):
-            return module(hidden)
+        return call_head(lm, _text_config(lm), hidden, function, dtype)
 
     inputs |= {"input_ids": input_ids, "attention_mask": attention_mask}
     return inside_forward(model, forward, **inputs)
@@ -165,7 +171,10 @@ def inside_forward(model: nn.Module, function: Callable[..., T], /, *args: Any, 
     def forward(*args: Any, **kwargs: Any) -> T:
         return function(lm, *args, **kwargs)
 
-    with _forward_as(_bypassing(model) or lm, forward):
+    with contextlib.ExitStack() as stack:
+        for module in wrappers(model):
+            stack.enter_context(uncompiled(module))
+        stack.enter_context(forward_as(_bypassing(model) or lm, forward))
         return model(*args, **kwargs)
 
 
@@ -183,18 +192,29 @@ def _bypassing(model: nn.Module) -> nn.Module | None:
 
 def causal_lm(model: nn.Module) -> Any:
     """The bare causal LM inside DDP, FSDP, DeepSpeed, torch.compile and PEFT wrappers."""
-    inner: Any = model
-    while not hasattr(inner, "get_output_embeddings") or hasattr(inner, "get_base_model"):
-        if hasattr(inner, "get_base_model"):  # PEFT
-            inner = inner.get_base_model()
-            continue
-        outer, inner = inner, getattr(inner, "module", getattr(inner, "_orig_mod", None))
+    return wrappers(model)[-1]
+
+
+def wrappers(model: nn.Module) -> list[Any]:
+    """A model and what it wraps, down to the bare causal LM."""
+    path: list[Any] = [model]
+    while True:
+        outer = path[-1]
+        # What the class has: FSDP, DeepSpeed and torch.compile pass on attributes of what they wrap.
+        if hasattr(type(outer), "get_base_model"):  # PEFT
+            inner = outer.get_base_model()
+        elif hasattr(type(outer), "get_output_embeddings"):
+            return path
+        else:
+            inner = getattr(
+                outer, COMPILED if COMPILED in vars(outer)["_modules"] else "module", None
+            )
         if not isinstance(inner, nn.Module):
             raise TypeError(
                 "want a Hugging Face causal LM (get_output_embeddings), wrapped or not, "
                 f"got {type(outer).__name__}"
             )
-    return inner
+        path.append(inner)
 
 
 @torch.no_grad()
@@ -212,7 +232,7 @@ def check_head(model: nn.Module) -> None:
     ids = torch.arange(1, 5, device=lm.device)[None]
 
     def logits(hidden: Tensor, head: Head) -> Tensor:
-        return head.logits(hidden.to(head.weight.dtype))
+        return head.logits(hidden)
 
     training = [module for module in model.modules() if module.training]
     model.eval()
@@ -235,79 +255,3 @@ def check_head(model: nn.Module) -> None:
 def _text_config(lm: Any) -> Any:
     """The language model's configuration, also of a vision-language model."""
     return lm.config.get_text_config()
-
-
-def _head_module(lm: Any) -> Any:
-    module = lm.get_output_embeddings()
-    if module is None:
-        raise TypeError(f"{type(lm).__name__}: has no output embeddings")
-    if hasattr(module, "base_layer"):
-        raise TypeError(
-            f"{type(lm).__name__}: an adapter on the head ({type(module).__name__}) would have no effect: "
-            "leave the output embeddings out of its target modules"
-        )
-    if hasattr(
-        module, "modules_to_save"
-    ):  # PEFT's trainable copies of the head, unless adapters are off
-        names = [] if module.disable_adapters else module.active_adapters
-        names = [name for name in names if name in module.modules_to_save]
-        module = module.modules_to_save[names[0]] if names else module.original_module
-    return module
-
-
-def _read_head(module: Any, config: Any) -> Head:
-    linear = module if isinstance(module, nn.Linear) else getattr(module, "module", module)  # FSDP1
-    if not isinstance(linear, nn.Linear) or not linear.weight.is_floating_point():
-        raise TypeError(
-            f"want a head that is a torch.nn.Linear with floating weights, got {type(linear).__name__}"
-        )
-    weight, bias = linear.weight, linear.bias
-    if isinstance(weight, DTensor) or weight.ndim != 2:
-        raise ValueError(
-            f"the head's weight is sharded ({type(weight).__name__} of {weight.numel()} elements): "
-            "use it inside the wrapped model's forward, with with_head"
-        )
-    softcap = _first(config, SOFTCAPS)
-    return Head(weight, bias, None if softcap is None else float(softcap), _logit_scale(config))
-
-
-def _logit_scale(config: Any) -> float:
-    scale = _first(config, SCALES)
-    if scale is None:
-        scaling = getattr(config, "logits_scaling", None)
-        if scaling is None:
-            return 1.0
-        # Granite and MiniCPM3 divide by it, HyperCLOVA X multiplies.
-        return float(scaling) if config.model_type == "hyperclovax" else 1 / scaling
-    return float(scale)
-
-
-def _first(config: Any, names: tuple[str, ...]) -> float | None:
-    """The first of these attributes that is there and not None."""
-    values = (getattr(config, name, None) for name in names)
-    return next((value for value in values if value is not None), None)
-
-
-@contextlib.contextmanager
-def _forward_as(module: nn.Module, function: Callable[..., Any]) -> Iterator[None]:
-    """`module(...)` calls `function`, within the module's hooks; its own forward is back when it does."""
-    # Accelerate's hooks (a model spread over devices) are in `forward`; what they wrap is `_old_forward`.
-    name = "_old_forward" if hasattr(module, "_hf_hook") else "forward"
-    own = name in vars(module)
-    original = getattr(module, name)
-
-    def restore() -> None:
-        if own:
-            setattr(module, name, original)
-        else:
-            vars(module).pop(name, None)
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        restore()  # the function may call the module itself
-        return function(*args, **kwargs)
-
-    setattr(module, name, forward)
-    try:
-        yield
-    finally:
-        restore()

@@ -17,6 +17,7 @@ from grpo_fast.integrations._host import read, require
 from grpo_fast.integrations.transformers import Head
 from grpo_fast.objective import Objective
 from grpo_fast.ops import linear_logprob
+from grpo_fast.ops._head_arguments import HEAD_DTYPES
 
 __all__ = ["GRPOTrainer", "objective", "patch"]  # noqa: F822 (the first is made by __getattr__)
 
@@ -109,7 +110,8 @@ def patch() -> None:
 
     Where they ask it for more than log-probs and entropy (DPO, SFT, KTO: statistics for their metrics), TRL's
     own adds that without gradient, which costs one more product with the head: policy and reference are
-    scored by the same operator. Under ZeRO-3 TRL's head runs, and a warning says so once.
+    scored by the same operator. Under ZeRO-3, and with 8-bit weights, TRL's head runs, and a warning says so
+    once.
 
     Raises:
         ImportError: no TRL, or another version than 1.16.
@@ -147,10 +149,14 @@ class FusedLogProb:
                 *(final_logit_softcapping, logit_scale, wanted),
             )
 
+        reason = None
         if hasattr(weight, "ds_id"):
-            warn_once(
-                "grpo_fast: TRL's own log-prob head runs, since the head is sharded by ZeRO-3"
-            )
+            reason = "the head is sharded by ZeRO-3"
+        for x in (hidden, weight, bias):
+            if x is not None and x.dtype not in HEAD_DTYPES:
+                reason = f"{x.dtype} is no dtype for the fused one"
+        if reason is not None:
+            warn_once(f"grpo_fast: TRL's own log-prob head runs, since {reason}")
             return theirs(outputs)
         others: tuple[Tensor | None, ...] = (None, None, None)
         wanted = tuple(name for name in outputs if name not in ("log_probs", "entropy"))
@@ -182,17 +188,16 @@ def log_probs(
 
 
 @contextlib.contextmanager
-def without_autocast(hidden: Tensor, dtype: torch.dtype | None = None) -> Iterator[Tensor]:
+def without_autocast(hidden: Tensor) -> Iterator[Tensor]:
     """`with without_autocast(hidden) as hidden`: of the dtype autocast would give it, and autocast off.
 
-    Args:
-        dtype: to take instead.
+    Float64 stays what it is, as under autocast.
     """
     kind = hidden.device.type
-    if dtype is None and torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
+    cast = torch.is_autocast_enabled(kind) and hidden.dtype != torch.float64
+    dtype = torch.get_autocast_dtype(kind) if cast else hidden.dtype
     with torch.autocast(kind, enabled=False):
-        yield hidden if dtype is None else hidden.to(dtype)
+        yield hidden.to(dtype)
 
 
 _WARNED: set[str] = set()

@@ -21,11 +21,11 @@ from grpo_fast.integrations._call import (
     Average,
     Call,
     Metric,
+    changed_fraction,
     clip_fraction,
     dropped_fraction,
     dual_fraction,
     nothing,
-    outside,
     sequence_average,
     token_average,
 )
@@ -74,18 +74,23 @@ def _clip(clipped: Metric, lower: Metric = nothing) -> dict[str, Metric]:
     return {"actor/pg_clipfrac": clipped, "actor/pg_clipfrac_lower": lower}
 
 
-_DPPO_METRICS = _kl(20) | _clip(outside, lambda call: call.mean(call.token.capped))
+def _moved(call: Call) -> Tensor:
+    """Where geo_mean's clamp changes a token's own log-ratio, or that is NaN."""
+    return call.token.outside | call.change.isnan()
+
+
+_DPPO_METRICS = _kl(20) | _clip(changed_fraction, lambda call: call.mean(call.token.capped))
 METRICS: dict[str, dict[str, Metric]] = {
     "vanilla": _kl(20) | _clip(clip_fraction, dual_fraction),
     "gspo": _kl() | _clip(clip_fraction),
     "sapo": _kl(20) | _clip(nothing),
     "gpg": {},
-    "cispo": _kl(20) | _clip(outside),
+    "cispo": _kl(20) | _clip(changed_fraction),
     "dro": _kl(),
     "geo_mean": _kl()
     | _clip(
-        lambda call: call.mean(call.token.outside & (call.advantages > 0)),
-        lambda call: call.mean(call.token.outside & (call.advantages < 0)),
+        lambda call: call.mean(_moved(call) & (call.advantages > 0)),
+        lambda call: call.mean(_moved(call) & (call.advantages < 0)),
     ),
     "dppo_tv": _DPPO_METRICS,
     "dppo_kl": _DPPO_METRICS,
@@ -132,10 +137,6 @@ def average(loss_agg_mode: str, mask: Tensor, config: Any) -> Average:
     return result
 
 
-def _gpg(call: Call) -> Call:
-    return call.but(old_logps=None)  # no ratio: the old log-probs may be anything
-
-
 def _dro(call: Call) -> Call:
     beta = call.options["quadratic_coef"]
     if beta is None or beta <= 0:
@@ -162,7 +163,6 @@ def _kl_cov(call: Call) -> Call:
 
 # What the table of options does not say.
 _PREPARE: dict[str, Callable[[Call], Call]] = {
-    "gpg": _gpg,
     "dro": _dro,
     "geo_mean": _geo_mean,
     "clip_cov": _clip_cov,
@@ -179,7 +179,7 @@ def _policy_loss(mode: str) -> Callable[..., tuple[Tensor, dict[str, float]]]:
     """verl's policy loss: the loss and its metrics as Python numbers; all tensors (B, T)."""
 
     def policy_loss(
-        old_log_prob: Tensor,
+        old_log_prob: Tensor | None,
         log_prob: Tensor,
         advantages: Tensor,
         response_mask: Tensor,
@@ -189,12 +189,13 @@ def _policy_loss(mode: str) -> Callable[..., tuple[Tensor, dict[str, float]]]:
     ) -> tuple[Tensor, dict[str, float]]:
         if config is None:
             raise ValueError(f"{mode}: config: needed, verl's actor configuration")
-        if old_log_prob is None:
+        if old_log_prob is None and mode != "gpg":
             raise ValueError(f"{mode}: old_log_prob: needed")
         own = _AVERAGES.get(mode, lambda mask, config: average(loss_agg_mode, mask, config))
         call = Call(
             preset=f"verl/{mode}",
             options=options(config, OPTIONS[mode]),
+            names=OPTIONS[mode],
             average=own(response_mask, config),
             logps=log_prob,
             old_logps=old_log_prob,

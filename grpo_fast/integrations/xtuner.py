@@ -16,6 +16,7 @@ OPTIONS: dict[str, At] = {
     "epsilon_high": at("cliprange_high"),
     "dual_clip": at("clip_ratio_c", missing=3.0),
 }
+_INF = float("inf")
 
 
 def policy_loss(
@@ -30,28 +31,19 @@ def policy_loss(
     Args:
         loss_weights: 0 where a token does not count, else its share of the global batch.
         policy_loss_cfg: `cliprange_low`, `cliprange_high`, `clip_ratio_c`, and the clamp of the log-ratio
-            `log_prob_diff_min`, `log_prob_diff_max`, symmetric or from above alone (a minimum of -inf).
+            `log_prob_diff_min`, `log_prob_diff_max`: symmetric, from above alone (a minimum of -inf), or none
+            (-inf and inf).
 
     Raises:
-        ValueError: a clamp that is neither, or a missing entry.
+        ValueError: another clamp, or a missing entry.
     """
     for name in ("cliprange_low", "cliprange_high"):
         if name not in policy_loss_cfg:
             raise ValueError(f"policy_loss_cfg: {name!r} is missing, got {sorted(policy_loss_cfg)}")
-    low = policy_loss_cfg.get("log_prob_diff_min", -20.0)
-    high = policy_loss_cfg.get("log_prob_diff_max", 20.0)
-    if low == -high:
-        clamp = {"log_ratio_clip": high}
-    elif low == -float("inf"):
-        clamp = {"log_ratio_clip": None, "log_ratio_max": high}
-    else:
-        raise ValueError(
-            f"policy_loss_cfg: log_prob_diff_min={low}, log_prob_diff_max={high}: want -m and m, "
-            "or -inf and m"
-        )
     call = Call(
         preset="xtuner/vanilla",
-        options=options(policy_loss_cfg, OPTIONS) | clamp,
+        options=options(policy_loss_cfg, OPTIONS) | _clamp(policy_loss_cfg),
+        names=OPTIONS,
         average=SUM,
         logps=log_prob,
         old_logps=old_log_prob.detach(),
@@ -60,3 +52,20 @@ def policy_loss(
         token_weights=loss_weights,
     )
     return call.out.loss
+
+
+def _clamp(policy_loss_cfg: dict[str, Any]) -> dict[str, float | None]:
+    """The clamp of the log-ratio, as options of `Objective`."""
+    low = policy_loss_cfg.get("log_prob_diff_min", -20.0)
+    high = policy_loss_cfg.get("log_prob_diff_max", 20.0)
+    low, high = -_INF if low is None else low, _INF if high is None else high
+    if low == -_INF and high == _INF:
+        return {"log_ratio_clip": None}
+    if low == -_INF and 0 < high < _INF:
+        return {"log_ratio_clip": None, "log_ratio_max": high}
+    if low == -high and 0 < high < _INF:
+        return {"log_ratio_clip": high}
+    raise ValueError(
+        f"policy_loss_cfg: log_prob_diff_min={low}, log_prob_diff_max={high}: want -m and m, -inf and m, "
+        "or -inf and inf, with m > 0"
+    )

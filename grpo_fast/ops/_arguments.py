@@ -19,10 +19,48 @@ def shape_of(x: Tensor) -> str:
 
 
 def check_tensor(op: str, name: str, x: object) -> Tensor:
-    """x, if it is a tensor."""
+    """x, if it is a tensor whose elements lie in the memory of this process, one stride per dimension.
+
+    The operators have no rule for other kinds; PyTorch's own errors advise conversions that do not help.
+    """
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: {name}: want a tensor, got {type(x).__name__}")
+    if is_dtensor(x):
+        raise TypeError(
+            f"{op}: {name} is a DTensor: want an ordinary tensor; {_instead_of_dtensor(name)}"
+        )
+    if x.is_nested:
+        raise TypeError(
+            f"{op}: {name} is a nested tensor: want an ordinary one; pass the tokens of all sequences end to "
+            f"end, {name}.values(), with their boundaries as cu_seqlens, or torch.nested.to_padded_tensor("
+            f"{name}, 0.0) with a mask"
+        )
+    if x.layout != torch.strided:
+        raise TypeError(f"{op}: {name} is {x.layout}: want a dense tensor; pass {name}.to_dense()")
     return x
+
+
+def is_dtensor(x: object) -> bool:
+    """Whether x is a tensor that processes share (`torch.distributed.tensor`)."""
+    return isinstance(x, Tensor) and hasattr(x, "placements") and hasattr(x, "to_local")
+
+
+def _instead_of_dtensor(name: str) -> str:
+    """What to give in its place."""
+    if name in ("weight", "bias", "lora A", "lora B", "dw_out"):
+        return (
+            "under FSDP call this inside the forward of the module that owns it, where it has been gathered "
+            "(grpo_fast.integrations.transformers.with_head); with rows spread over processes pass this "
+            "process's own, to_local(), and tp_group"
+        )
+    if name == "logits":
+        return (
+            "pass logits.full_tensor(), the whole rows on every process; where the vocabulary is spread over "
+            "processes, linear_grpo_loss and linear_logprob need no whole rows (tp_group)"
+        )
+    return (
+        f"pass {name}.full_tensor(), or {name}.to_local() where that is what this process works on"
+    )
 
 
 def check_no_tangent(op: str, name: str, x: Tensor) -> None:
@@ -110,6 +148,7 @@ def check_constant(op: str, name: str, x: object) -> None:
     that was scored with a graph, or `old_logps=logps`, is common.
     """
     if isinstance(x, Tensor):
+        check_tensor(op, name, x)
         check_no_tangent(op, name, x)
     if isinstance(x, Tensor) and x.requires_grad:
         raise ValueError(
@@ -125,7 +164,10 @@ def check_device(op: str, name: str, x: Tensor, like: Tensor) -> None:
 
 
 def check_mask(op: str, mask: Tensor | None, like: Tensor, anywhere: bool = False) -> Tensor | None:
-    """(N,) bool: whether a token counts. Any nonzero number does. `anywhere`: it may be on the CPU."""
+    """(N,) bool: whether a token counts. Any nonzero number does. `anywhere`: it may be on the CPU.
+
+    What a floating mask weighs is `mask_share`.
+    """
     if mask is None:
         return None
     check_tensor(op, "mask", mask)
@@ -133,7 +175,28 @@ def check_mask(op: str, mask: Tensor | None, like: Tensor, anywhere: bool = Fals
         raise ValueError(f"{op}: mask: want {tuple(like.shape)}, got {shape_of(mask)}")
     if not (anywhere and mask.device.type == "cpu"):
         check_device(op, "mask", mask, like)
+    check_real(op, "mask", mask)
+    if mask.is_floating_point() and check_values(mask):
+        bad = ~((mask >= 0) & (mask < math.inf))
+        if bad.any():
+            where = tuple(bad.nonzero()[0].tolist())
+            value = mask[where].item()
+            hint = ""
+            if value == -math.inf or value <= -1e4:
+                hint = "; it looks like an additive attention mask: pass mask == 0 in its place"
+            raise ValueError(
+                f"{op}: mask: {value} at {where}; a floating mask weighs its tokens, "
+                f"want finite numbers >= 0{hint}"
+            )
     return (mask.detach() != 0).reshape(-1).contiguous()
+
+
+def mask_share(mask: Tensor | None, like: Tensor) -> Tensor | None:
+    """(N,) fp32 on the device of `like`: what a floating mask weighs each token with. None: 1 or 0."""
+    if mask is None or not mask.is_floating_point():
+        return None
+    share = mask.detach().to(like.device, torch.float32, non_blocking=True)
+    return share.reshape(-1).contiguous()
 
 
 def check_temperature(

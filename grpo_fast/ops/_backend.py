@@ -5,7 +5,7 @@ import functools
 import importlib.util
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,9 +47,28 @@ def use_triton(x: Tensor) -> bool:
 
 
 def launch(launcher: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """`launcher(*args, **kwargs)` with the GPU of `x` as the current one: Triton launches on that."""
+    """`launcher(*args, **kwargs)` with the GPU of `x` as the current one: Triton launches on that.
+
+    The kernels step through vectors one element at a time, whatever the stride. This is the one place that
+    makes it so: a vector with another stride is copied, an expanded one too. Launchers make their own output
+    vectors and take strides for everything else (`Strided` vectors included).
+    """
+    args = tuple(_dense(value) for value in args)
+    kwargs = {name: _dense(value) for name, value in kwargs.items()}
     with torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext():
         return launcher(*args, **kwargs)
+
+
+class Strided(NamedTuple):
+    """A vector whose stride the launcher takes into account."""
+
+    vector: Tensor
+
+
+def _dense(value: Any) -> Any:
+    if isinstance(value, Strided):
+        return value.vector
+    return value.contiguous() if isinstance(value, Tensor) and value.ndim == 1 else value
 
 
 def check_values(x: Tensor) -> bool:

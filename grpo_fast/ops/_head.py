@@ -8,6 +8,8 @@ the last chunk filled up with zeros: a row's result then depends on the batch ar
 matrix library makes it.
 """
 
+import functools
+import warnings
 from collections.abc import Iterator
 
 import torch
@@ -17,6 +19,18 @@ from grpo_fast.ops._head_arguments import Needs, Options, Parameters
 from grpo_fast.ops._rows import SoftCap
 from grpo_fast.ops._vocab_parallel import Shard
 
+
+def version_of(text: str) -> tuple[int, int]:
+    """Major and minor of a version of PyTorch."""
+    major, minor = text.split(".")[:2]
+    return int(major), int(minor)
+
+
+def mixed_products_of(version: str, hip: str | None) -> bool:
+    """Whether `mm` of halves may have a float32 result on a GPU: under ROCm it raises before 2.10."""
+    return hip is None or version_of(version) >= (2, 10)
+
+
 # Of the workspace. Both want long chunks, since the weight and its gradient are read, and the gradient is
 # written, once per chunk. On a CPU at least a share of what a float32 head takes: a 7B model's (D = 3584)
 # then gets chunks of 512 rows; 208 cost it a tenth of the time.
@@ -25,7 +39,8 @@ CPU_WORKSPACE_SHARE = 1 / 7
 # cuBLAS tiles of the product that gives dh, and what a chunk costs besides, in waves of such tiles.
 TILE_ROWS, TILE_COLUMNS, CHUNK_COST = 128, 256, 0.35
 # `addmm` of halves into a float32 sum: before 2.10 it wanted the sum in the dtype of the operands.
-MIXED_ADDMM = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10)
+MIXED_ADDMM = version_of(torch.__version__) >= (2, 10)
+MIXED_MM = mixed_products_of(torch.__version__, torch.version.hip)
 SLAB = 8192  # rows of such a sum at a time, where it has to be added up separately
 # Elements: with row strides that are a multiple of it, rows of any vocabulary start aligned.
 PAD = 64
@@ -50,8 +65,29 @@ def working_dtypes(hidden: Tensor, options: Options) -> tuple[torch.dtype, torch
     """Of the operands, and of the logits."""
     if not options.fp32_logits:
         return hidden.dtype, hidden.dtype
-    # The CPU has no product of halves with a float32 result: it takes float32 copies.
-    return hidden.dtype if hidden.is_cuda else torch.float32, torch.float32
+    # Where no product of halves has a float32 result, it is one of float32 copies.
+    return hidden.dtype if has_mixed_products(hidden) else torch.float32, torch.float32
+
+
+def has_mixed_products(x: Tensor) -> bool:
+    """Whether halves on the device of x can be multiplied with a float32 result."""
+    return on_gpu(x) and MIXED_MM
+
+
+def on_gpu(x: Tensor) -> bool:
+    """Whether PyTorch's CUDA (or ROCm) operators work on x."""
+    return x.is_cuda
+
+
+@functools.cache
+def warn_of_copies() -> None:
+    """Once: what a GPU that could multiply halves does instead."""
+    warnings.warn(
+        f"grpo_fast: PyTorch {torch.__version__} cannot multiply half-precision matrices with a float32 "
+        "result under ROCm: the head is multiplied in float32, which is right but slower. PyTorch 2.10 or "
+        'newer can; logits_dtype="bf16" multiplies halves here and rounds the logits',
+        stacklevel=2,
+    )
 
 
 def early_dtype(hidden: Tensor) -> torch.dtype:
@@ -105,7 +141,7 @@ def padded(V: int) -> int:
 
 
 def product(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """`out = a @ b`; out may be float32 where a and b are halves (GPUs only).
+    """`out = a @ b`; out may be float32 where a and b are halves (`has_mixed_products`).
 
     Into a buffer everywhere: of `@` autocast would make a product of halves.
     """
@@ -120,7 +156,7 @@ def accumulate(out: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0, fresh: boo
     beta = 0 if fresh else 1  # with 0 what `out` holds is not read
     if out.dtype == a.dtype:
         torch.addmm(out, a, b, beta=beta, alpha=alpha, out=out)
-    elif a.device.type == "cpu":  # no such product of halves there
+    elif not has_mixed_products(a):
         torch.addmm(out, a.float(), b.float(), beta=beta, alpha=alpha, out=out)
     elif MIXED_ADDMM:
         torch.addmm(out, a, b, out_dtype=out.dtype, beta=beta, alpha=alpha, out=out)
@@ -163,14 +199,16 @@ class Head:
     ) -> None:
         V = options.vocab_size
         self.dtype, self.logits_dtype = working_dtypes(hidden, options)
+        if on_gpu(hidden) and hidden.dtype != self.dtype:
+            warn_of_copies()
         self.hidden, self.rows, self.live, self.needs = hidden, rows, live, needs
         self.full = parameters
         self.dhidden_dtype = early_dtype(hidden) if early else hidden.dtype
         weight, bias, lora_a, lora_b = parameters
-        self.weight = weight[:V].to(self.dtype)
+        self.weight = self._operand(weight[:V])
         self.bias = None if bias is None else bias[:V].to(self.logits_dtype)
-        self.lora_a = None if lora_a is None else lora_a.to(self.dtype)
-        self.lora_b = None if lora_b is None else lora_b[:V].to(self.dtype)
+        self.lora_a = None if lora_a is None else self._operand(lora_a)
+        self.lora_b = None if lora_b is None else self._operand(lora_b[:V])
         self.scaling = options.lora_scaling.item()
         self.shard = Shard.of(options.tp_group, options.first_row) if options.tp_group else None
         self.softcap = None
@@ -184,6 +222,10 @@ class Head:
         self._dlogits = self._work
         if needs.hidden or needs.parameters:
             self._new_gradients()
+
+    def _operand(self, x: Tensor) -> Tensor:
+        """x as it enters the products: of the dtype of `hidden`, whatever the device multiplies."""
+        return x.to(self.hidden.dtype).to(self.dtype)
 
     def _new_workspace(self, V: int, dtype: torch.dtype | None = None) -> Tensor:
         size = (self.C if self.N else 0, padded(V))
@@ -215,8 +257,7 @@ class Head:
         self.dbias = zeros(self.needs.bias, bias)
         self.dlora_a = zeros(self.needs.lora_a, lora_a)
         self.dlora_b = zeros(self.needs.lora_b, lora_b)
-        # On a CPU the product of two halves is one.
-        stage = exact if self.hidden.is_cuda else self.dtype
+        stage = exact if has_mixed_products(self.hidden) else self.dtype
         self._stage = self.hidden.new_empty((self.C if self.N else 0, D), dtype=stage)
         self._fresh = True
 

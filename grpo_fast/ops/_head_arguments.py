@@ -51,6 +51,9 @@ class Parameters(NamedTuple):
 
 PARAMETERS = "Tensor head_weight, Tensor? bias, Tensor? lora_a, Tensor? lora_b"
 
+# Any mixture of them: `hidden` says in which the products are.
+HEAD_DTYPES = (*LOGITS_DTYPES, torch.float64)
+
 
 class Needs(NamedTuple):
     """Which gradients are wanted."""
@@ -95,11 +98,9 @@ def check_head(
     tp_group: dist.ProcessGroup | None,
 ) -> tuple[Tensor, Parameters, Options, int]:
     """`hidden` as (N, D), the head, checked against it and the ids, and the size of the vocabulary."""
-    check_tensor(op, "hidden", hidden)
-    check_tensor(op, "weight", weight)
+    check_dtype(op, "hidden", check_tensor(op, "hidden", hidden))
+    check_dtype(op, "weight", check_tensor(op, "weight", weight))
     check_tensor(op, ids_name, ids)
-    if hidden.dtype not in LOGITS_DTYPES:
-        raise TypeError(f"{op}: hidden: want float32, bfloat16 or float16, got {hidden.dtype}")
     if hidden.ndim not in (2, 3):
         raise ValueError(f"{op}: hidden: want (B, T, D) or (N, D), got {shape_of(hidden)}")
     if ids.shape != hidden.shape[:-1]:
@@ -148,21 +149,32 @@ def check_head(
         first_row=starts[rank],
         widest=max(sizes),
     )
+    if any(x is not None and x.dtype == torch.float64 for x in (hidden, *parameters)):
+        # Wider than what the operators compute in: nothing is rounded, all of it is float64.
+        if tp_group is not None:
+            raise TypeError(
+                f"{op}: tp_group with float64 operands is not supported: convert hidden and the head to "
+                "float32"
+            )
+        hidden = hidden.double()
+        wide = [None if x is None else x.double() for x in parameters]
+        parameters = Parameters(weight.double(), *wide[1:])
     return hidden.reshape(-1, D), parameters, options, V
 
 
+def check_dtype(op: str, name: str, x: Tensor) -> None:
+    """A dtype that a product of matrices takes."""
+    if x.dtype not in HEAD_DTYPES:
+        raise TypeError(
+            f"{op}: {name}: want float32, bfloat16, float16 or float64, got {x.dtype}; integers and "
+            "8-bit floats of a quantised head have to be dequantised"
+        )
+
+
 def check_operand(op: str, name: str, x: Tensor, hidden: Tensor) -> None:
-    """A tensor of the head must be an ordinary one, where `hidden` is, of its dtype or float32."""
-    if hasattr(x, "placements"):
-        raise TypeError(
-            f"{op}: {name} is a DTensor: call {op} inside the forward of the module that owns it, "
-            "where FSDP has gathered it"
-        )
+    """A tensor of the head must be floating, and where `hidden` is."""
     check_device(op, name, x, hidden)
-    if x.dtype not in (hidden.dtype, torch.float32):
-        raise TypeError(
-            f"{op}: {name} is {x.dtype}, hidden {hidden.dtype}: want that or float32 (master weights)"
-        )
+    check_dtype(op, name, x)
 
 
 def check_bias(op: str, bias: Tensor | None, rows: int) -> Tensor | None:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from grpo_fast.ops._arguments import shape_of
+from grpo_fast.ops._arguments import check_tensor, shape_of
 from grpo_fast.ops.policy_loss import STATISTICS
 
 
@@ -12,6 +12,7 @@ def fold_statistics(gathered: Tensor) -> Tensor:
 
     The "loss" entry is summed, like the gradients of losses normalised by a common `num_items`.
     """
+    check_tensor("fold_statistics", "gathered", gathered)
     if gathered.ndim != 2 or gathered.shape[1] != len(STATISTICS):
         raise ValueError(
             f"fold_statistics: gathered: want (n, {len(STATISTICS)}), got {shape_of(gathered)}"
@@ -24,6 +25,8 @@ def fold_statistics(gathered: Tensor) -> Tensor:
 def metrics_from(statistics: Tensor) -> dict[str, Tensor]:
     """The metrics of a step from its statistics: means over live tokens, all finite, also without any.
 
+    A floating mask weighs the means, and `tokens` is its sum.
+
     tokens; ratio_mean, ratio_min, ratio_max (1 without a live token); clip_fraction_low (ratio below the
     range where A < 0), clip_fraction_high (above it where A > 0), clip_fraction_dual (above `delta` or
     `dual_clip` where A < 0); approx_kl_k1 = E[old - new], approx_kl_k3 = E[r - 1 - log r]; kl (to the
@@ -34,10 +37,11 @@ def metrics_from(statistics: Tensor) -> dict[str, Tensor]:
     Args:
         statistics: (16,), from `LossOutput.statistics` or `fold_statistics`.
     """
+    check_tensor("metrics_from", "statistics", statistics)
     s = dict(zip(STATISTICS, statistics.unbind(), strict=True))
     tokens = s["tokens"]
-    count = tokens.clamp(min=1)
     empty = tokens == 0
+    count = torch.where(empty, 1, tokens)  # below 1 where a mask weighs so
     return {
         "tokens": tokens,
         "ratio_mean": torch.where(empty, 1, s["ratio"] / count),

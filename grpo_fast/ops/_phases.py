@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from grpo_fast import reference
 from grpo_fast._operands import Modes, Terms
 from grpo_fast.ops._selection import top_entropy_mask
 from grpo_fast.ops._terms import weigh
@@ -40,7 +41,7 @@ def values(
     modes, numbers = terms
     if modes.by_entropy:
         assert entropy is not None
-        tokens = _keep_top_entropy(tokens, entropy.detach(), terms)
+        tokens = _keep_top_entropy(tokens, sequences.share, entropy.detach(), terms)
     shared = (
         logp,
         tokens.mask,
@@ -62,7 +63,9 @@ def values(
     return Values(loss, dlogp, kl, clip, tokens.entropy_weight)
 
 
-def _keep_top_entropy(tokens: Tokens, entropy: Tensor, terms: Terms) -> Tokens:
+def _keep_top_entropy(
+    tokens: Tokens, share: Tensor | None, entropy: Tensor, terms: Terms
+) -> Tokens:
     """Tokens whose surrogate and bonus count only where the entropy is among the highest."""
     live = torch.ones_like(entropy, dtype=torch.bool) if tokens.mask is None else tokens.mask
     kept = top_entropy_mask(entropy, live, terms.number("top_entropy_quantile"))
@@ -73,7 +76,9 @@ def _keep_top_entropy(tokens: Tokens, entropy: Tensor, terms: Terms) -> Tokens:
     if terms.modes.entropy_reduction == "token_mean":
         assert tokens.entropy_weight is not None
         # A mean over all live tokens becomes one over those kept.
-        weight = tokens.entropy_weight * (live.sum() / kept.sum().clamp(min=1))
+        weighs = live if share is None else share
+        total, rest = (reference.total_of(x, torch.float32) for x in (weighs, weighs * kept))
+        weight = tokens.entropy_weight * (total / rest)
     return tokens._replace(importance=importance, entropy_weight=torch.where(kept, weight, 0))
 
 

@@ -42,6 +42,12 @@ def live_tokens(op: str, mask: Tensor | None, **given: Tensor) -> tuple[Tensor, 
     return live, *flat
 
 
+def mask_weights(mask: Tensor | None, live: Tensor) -> Tensor:
+    """(N,) what a mask weighs each token with: a floating one its values, others 1 or 0."""
+    share = _arguments.mask_share(mask, live)
+    return live if share is None else share
+
+
 def gap_of(old: Tensor, sampling: Tensor) -> Tensor:
     """`old - sampling`, 0 where one is missing, finite everywhere."""
     return torch.nan_to_num(old - sampling, nan=0.0)
@@ -87,7 +93,7 @@ def rank_of(order: Tensor) -> Tensor:
 
 
 def share_of(live: Tensor, fraction: float) -> Tensor:
-    """How many tokens a fraction of the live ones is, at least 1."""
+    """How many tokens a fraction of the live ones, or of their weights, is: at least 1."""
     return (live.sum().double() * fraction).long().clamp(min=1)
 
 

@@ -32,7 +32,8 @@ class Tokens(NamedTuple):
 class Sequences(NamedTuple):
     """What objectives that look at whole sequences take besides."""
 
-    log_importance: Tensor | None  # (N,) VESPO's share of the log sequence weight
+    log_importance: Tensor | None  # (N,) VESPO's part of the log sequence weight
+    share: Tensor | None  # (N,) what a floating mask weighs a token with; None: 1
     boundaries: Tensor | None  # (num_sequences + 1,) int64, or None:
     T_len: int  # tokens of each sequence
 
@@ -41,6 +42,7 @@ def check_tokens(
     op: str,
     like: Tensor,
     mask: Tensor | None,
+    share: Tensor | None,
     advantages: Tensor | None,
     rewards: Tensor | None,
     group_size: int | None,
@@ -53,7 +55,10 @@ def check_tokens(
     cu_seqlens: Tensor | None,
     objective: Objective,
 ) -> tuple[Tokens, Sequences]:
-    """Check what the losses share; `like` has one entry per token."""
+    """Check what the losses have in common; `like` has one entry per token.
+
+    mask, share: from `_arguments.check_mask` and `_arguments.mask_share`.
+    """
     if not isinstance(objective, Objective):
         raise TypeError(f"{op}: objective: want an Objective, got {objective!r}")
     if cu_seqlens is not None:
@@ -101,18 +106,19 @@ def check_tokens(
         return _arguments.per_token(op, name, x, like)
 
     live = torch.ones(like.numel(), dtype=torch.bool, device=like.device) if mask is None else mask
+    weighs = live if share is None else share
     weight = reference.reduction_weights(
-        live.view(rows.shape), objective, _check_num_items(op, num_items, objective), cu_seqlens
+        weighs.view(rows.shape), objective, _check_num_items(op, num_items, objective), cu_seqlens
     ).reshape(-1)
-    token_weight = live.float()
+    token_weight = weighs.float()
     if token_weights is not None:
         extra = _arguments.per_token(op, "token_weights", token_weights, like)
         assert extra is not None
-        token_weight = torch.where(live, extra, 0)
-        weight = weight * token_weight
+        extra = torch.where(live, extra, 0)
+        token_weight, weight = token_weight * extra, weight * extra
     entropy_weight = None
     if objective.entropy_reduction == "token_mean":
-        entropy_weight = token_weight / live.sum().clamp(min=1)
+        entropy_weight = token_weight / reference.total_of(weighs, torch.float32)
     importance = spread("importance_weights", importance_weights)
     log_importance = None
     if objective.surrogate == "vespo" and importance is not None:
@@ -120,7 +126,8 @@ def check_tokens(
         counts = live
         if importance_weights is not None and importance_weights.shape != like.shape:
             counts = first_of_sequence(rows, sequence)
-        logs = importance.log().clamp(math.log(1e-8), 20)
+            weighs = counts
+        logs = weighs * importance.log().clamp(math.log(1e-8), 20)
         log_importance, importance = torch.where(counts, logs, 0), None
     tokens = Tokens(
         mask,
@@ -136,7 +143,7 @@ def check_tokens(
         entropy_weight,
     )
     boundaries = None if cu_seqlens is None else cu_seqlens.long().contiguous()
-    return tokens, Sequences(log_importance, boundaries, rows.shape[-1])
+    return tokens, Sequences(log_importance, share, boundaries, rows.shape[-1])
 
 
 def _check_needed(

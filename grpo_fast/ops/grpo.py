@@ -9,7 +9,7 @@ from grpo_fast._operands import Modes
 from grpo_fast.objective import Objective
 from grpo_fast.ops import _rows
 from grpo_fast.ops._autograd import without_graph
-from grpo_fast.ops._backend import launch, use_triton
+from grpo_fast.ops._backend import Strided, launch, use_triton
 from grpo_fast.ops._overwritten import DESTROYED, mark_again
 from grpo_fast.ops._terms import token_policy_terms, weigh
 from grpo_fast.ops.group_advantage import group_advantage_fwd
@@ -145,7 +145,8 @@ def spread(score: Tensor, sequence: Tensor | None, logits: Tensor) -> Tensor:
     """One value per sequence as one per token, (N,)."""
     if sequence is not None:
         return score[sequence]
-    return score[:, None].expand(logits.shape[:2]).reshape(-1)
+    # Contiguous: with one sequence `reshape` gives a view of one element, of stride 0.
+    return score[:, None].expand(logits.shape[:2]).reshape(-1).contiguous()
 
 
 def _grpo(logits: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
@@ -188,7 +189,7 @@ def scale_rows_(x: Tensor, factor: Tensor) -> None:
     if use_triton(x):
         from grpo_fast.kernels import grpo as kernels
 
-        launch(kernels.scale_rows, x, factor, x)
+        launch(kernels.scale_rows, x, Strided(factor), x)
     elif bool((factor != 1).any()):
         for rows, (_, block) in _rows.row_blocks(x, x):
             block.copy_(torch.where(block == 0, 0, block * factor[rows, None]))

@@ -132,10 +132,10 @@ def compacted(
         return None, a, sequences, ends
     order = torch.argsort((~keep).to(torch.uint8), stable=True).to(hidden.device)
     rows = order[: ends[-1]]
-    log_importance = sequences.log_importance
+    log_importance, share = sequences.log_importance, at(sequences.share, rows)
     if log_importance is not None:
         log_importance = _at_first(log_importance, given, boundaries, ends[-1])
-    return rows, slice_arguments(a, rows), Sequences(log_importance, boundaries, 0), ends
+    return rows, slice_arguments(a, rows), Sequences(log_importance, share, boundaries, 0), ends
 
 
 def _at_first(x: Tensor, given: Tensor, boundaries: Tensor, n: int) -> Tensor:
@@ -224,7 +224,7 @@ def by_shared_token(
 
     def coefficients(part: slice, logp: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor | None]:
         these = slice_tokens(tokens, part)
-        found = _phases.values(logp, entropy, these, Sequences(None, None, 0), terms)
+        found = _phases.values(logp, entropy, these, Sequences(None, None, None, 0), terms)
         dlogp = found.dlogp if c is None else found.dlogp + c[part]
         return dlogp, _entropy_gradient(these, terms, found)
 
@@ -248,7 +248,11 @@ def by_sequence(
         boundaries = sequences.boundaries
         if boundaries is not None:
             boundaries = boundaries[first : last + 1] - ends[first]
-        mine = Sequences(at(sequences.log_importance, part), boundaries, sequences.T_len)
+        mine = sequences._replace(
+            log_importance=at(sequences.log_importance, part),
+            share=at(sequences.share, part),
+            boundaries=boundaries,
+        )
         these = slice_tokens(tokens, part)
         found = _phases.values(logp, entropy, these, mine, terms)
         return found.dlogp, _entropy_gradient(these, terms, found)
@@ -350,7 +354,7 @@ linear_grpo = torch.library.custom_op(
     _forward,
     mutates_args=(),
     schema=f"(Tensor hidden, {PARAMETERS}, {ARGUMENTS}, Tensor? keep, Tensor? log_importance, "
-    f"Tensor? boundaries, SymInt T_len, {OPTIONS}, bool[] needs, Tensor? dw_out) -> "
+    f"Tensor? share, Tensor? boundaries, SymInt T_len, {OPTIONS}, bool[] needs, Tensor? dw_out) -> "
     f"({', '.join(['Tensor'] * 11)})",
 )
 

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from grpo_fast.ops import _arguments
+from grpo_fast.ops import _arguments, _float64
 from grpo_fast.ops._autograd import anchors_of, once_differentiable, without_graph
 from grpo_fast.ops._backend import launch, use_triton
 from grpo_fast.ops._chunks import (
@@ -266,9 +266,12 @@ def linear_logprob(
     without a gradient). A second derivative raises.
 
     Args:
-        hidden: (B, T, D) or (N, D), float32, bfloat16 or float16: the last hidden states, row t for token t.
-        weight: (rows, D) of the head, of the same dtype, or float32 (rounded for the products, its gradient
-            is not).
+        hidden: (B, T, D) or (N, D), float32, bfloat16, float16 or float64: the last hidden states, row t
+            for token t. The products are of its dtype.
+        weight: (rows, D) of the head, of any of these dtypes: converted to that of `hidden` for the
+            products, its gradient accumulated in float32 and of its own dtype. Where `hidden`, weight, bias
+            or `lora` is float64, all of it is, results too: `grpo_fast.reference` in chunks, for models
+            whose digits matter more than their speed.
         ids: (B, T) or (N,), int32 or int64, each in [0, vocab_size) where the mask is not 0.
         bias: (rows,).
         softcap: of the logits (Gemma 2); None for none.
@@ -289,7 +292,8 @@ def linear_logprob(
         tp_group: processes that share the vocabulary, as in `linear_grpo_loss`.
 
     Returns:
-        log-probs, float32, of the shape of `ids`; with `return_entropy` a tuple (log-probs, entropy).
+        log-probs, float32 (or float64), of the shape of `ids`; with `return_entropy` a tuple (log-probs,
+        entropy).
 
     Raises:
         ValueError, TypeError: arguments that do not fit, by name; values as in `logprob`.
@@ -316,6 +320,10 @@ def linear_logprob(
     live = None if given is None else given.to(ids.device, non_blocking=True)
     flat_ids = _arguments.check_ids(op, "ids", ids, live, V)
     temperatures, inv_temperature = _arguments.check_temperature(op, temperature, ids, live)
+    if flat.dtype == torch.float64:
+        exact = _float64.log_probs(flat, parameters, options, flat_ids, live, temperature)
+        found = tuple(x.view(ids.shape) for x in exact)
+        return (found[0], found[1]) if return_entropy else found[0]
     graded = torch.is_grad_enabled()
     frozen = not any(x is not None and x.requires_grad for x in parameters)
     logp, entropy, *_ = linear_logprob_fwd(

@@ -39,6 +39,9 @@ STATISTICS = (
 )
 
 
+LOSS = STATISTICS.index("loss")
+
+
 @torch.library.custom_op("grpo_fast::policy_loss", mutates_args=())
 def policy_loss_fwd(
     logp: Tensor,
@@ -118,6 +121,7 @@ policy_loss_fwd.register_autograd(backward, setup_context=setup_context)
 @torch.library.custom_op("grpo_fast::token_statistics", mutates_args=())
 def token_statistics(
     mask: Tensor | None,
+    share: Tensor | None,
     loss: Tensor,
     logp: Tensor,
     old_logp: Tensor | None,
@@ -126,7 +130,10 @@ def token_statistics(
     entropy: Tensor | None,
     clip: Tensor,
 ) -> Tensor:
-    """(16,) fp32, named by `STATISTICS`, of (N,) tokens. Nothing of a masked token enters."""
+    """(16,) fp32, named by `STATISTICS`, of (N,) tokens. Nothing of a masked token enters.
+
+    share: (N,) what a token weighs in the sums, the loss apart, which is weighted. None: 1.
+    """
     if use_triton(logp) and logp.numel():
         from grpo_fast.kernels import policy_loss as kernels
 
@@ -134,6 +141,7 @@ def token_statistics(
             kernels.token_statistics_fwd,
             logp,
             mask,
+            share,
             loss,
             logp,
             old_logp,
@@ -176,9 +184,12 @@ def token_statistics(
         everywhere = torch.ones_like(logp, dtype=torch.bool) if mask is None else mask
         least = torch.where(everywhere, ratio, least).amin()
         most = torch.where(everywhere, ratio, most).amax()
+    if share is not None:
+        weighs = chosen(share, 0)
+        sums = [x if i == LOSS else weighs * x for i, x in enumerate(sums)]
     return torch.stack([*(total(x) for x in sums), least.float(), most.float()])
 
 
 @token_statistics.register_fake
-def _(mask: Tensor | None, loss: Tensor, *rest: Any) -> Tensor:
+def _(mask: Tensor | None, share: Tensor | None, loss: Tensor, *rest: Any) -> Tensor:
     return loss.new_empty(len(STATISTICS), dtype=torch.float32)

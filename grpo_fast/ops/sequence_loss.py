@@ -48,17 +48,18 @@ def sequence_policy_terms(
     importance: Tensor | None,
     log_importance: Tensor | None,
     live: Tensor,
+    share: Tensor | None,
     weight: Tensor,
     segments: Segments,
     objective: Objective,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """Weighted (loss, dloss/dlogp), KL or None, clip flags: the twin of `_sequence_loss_kernel`."""
     old = logp if old_logp is None else old_logp
-    found = ratio_terms(logp - old, advantage, log_importance, live, segments, objective)
+    found = ratio_terms(logp - old, advantage, log_importance, live, share, segments, objective)
     through_mean = objective.ratio == "sequence" or objective.surrogate == "gmpo"
     own = found.free.to(logp.dtype)
     if through_mean:
-        own = torch.where(found.opened, own / found.tokens, 0)
+        own = torch.where(found.opened, own * found.part, 0)
     importance = poisoned(importance, found)
     terms = policy_terms(
         *(logp, old, ref_logp, found.bounded, own, found.log_w, found.dropped),
@@ -72,7 +73,7 @@ def sequence_policy_terms(
             mine = weigh(weight, torch.where(found.free, objective.beta * terms.kl, 0))
             # Of the others: a token's own is in `by_logp` already, without the cancellation.
             through = through + torch.where(mine.isinf(), 0, segments.sum(mine) - mine)
-        through = torch.where(found.opened, through / found.tokens, 0)
+        through = torch.where(found.opened, through * found.part, 0)
     dlogp = weigh(weight, terms.by_logp) + through
     clip = torch.where(live, terms.clip, 0)
     return weigh(weight, terms.loss), dlogp, terms.kl, clip
@@ -85,7 +86,7 @@ class Ratios(NamedTuple):
     bounded: Tensor  # after it
     free: Tensor  # the clamp lets a gradient through
     opened: Tensor  # live, and not bounded before the mean is taken (GMPO)
-    tokens: Tensor  # live tokens of the sequence, at least 1
+    part: Tensor  # of the token in a mean over its sequence
     log_w: Tensor | None  # VESPO's log sequence weight
     dropped: Tensor | None  # by `off_policy_threshold`
     undecided: Tensor | None  # whether to drop them cannot be told: the sequence has a NaN
@@ -104,12 +105,22 @@ def ratio_terms(
     advantage: Tensor,
     log_importance: Tensor | None,
     live: Tensor,
+    share: Tensor | None,
     segments: Segments,
     objective: Objective,
 ) -> Ratios:
-    """The ratio of each token, from the tokens' own log-ratios, 0 where masked."""
-    count = segments.sum(live.to(own.dtype)).clamp(min=1)
+    """The ratio of each token, from the tokens' own log-ratios, 0 where masked.
+
+    share: the weight of a token in means and sums over its sequence; None: 1.
+    """
+    weighs = live.to(own.dtype) if share is None else share
+    count = segments.sum(weighs)
+    part = weighs / count.where(count != 0, 1)
     d, opened = own, live
+
+    def mean(x: Tensor) -> Tensor:
+        return segments.sum(x if share is None else share * x) / count.where(count != 0, 1)
+
     if objective.surrogate == "gmpo":
         up, down = d.clamp(max=objective.epsilon_high), d.clamp(min=-objective.epsilon_low)
         d = torch.where(advantage > 0, up, torch.where(advantage < 0, down, 0))
@@ -118,17 +129,17 @@ def ratio_terms(
             advantage > 0, own > objective.epsilon_high, own < -objective.epsilon_low
         )
     if objective.surrogate == "gmpo" or objective.ratio != "token":
-        d = segments.sum(d) / count
+        d = mean(d)
     bounded, free = bounded_log_ratio(d, objective)
     log_w = dropped = undecided = None
     if objective.surrogate == "vespo":
-        total = own.clamp(-20, 20)
+        total = own.clamp(-20, 20) if share is None else share * own.clamp(-20, 20)
         log_w = segments.sum(total if log_importance is None else total + log_importance)
     if objective.off_policy_threshold is not None:
-        drift = segments.sum(-own) / count
+        drift = mean(-own)
         dropped = (drift > objective.off_policy_threshold) & (advantage < 0)
         undecided = drift.isnan() & (advantage < 0)
-    return Ratios(d, bounded, free, opened, count, log_w, dropped, undecided)
+    return Ratios(d, bounded, free, opened, part, log_w, dropped, undecided)
 
 
 @torch.library.custom_op("grpo_fast::sequence_loss", mutates_args=())
@@ -142,6 +153,7 @@ def sequence_loss_fwd(
     importance: Tensor | None,
     score: Tensor | None,
     log_importance: Tensor | None,
+    share: Tensor | None,
     boundaries: Tensor | None,
     T_len: int,
     modes: str,
@@ -151,6 +163,7 @@ def sequence_loss_fwd(
 
     Args:
         log_importance: (N,) what VESPO adds to the log sequence weight, masked tokens included.
+        share: (N,) the weight of a token in means and sums over its sequence, 0 where masked. None: 1.
         boundaries: (num_sequences + 1,) int64, or None where every `T_len` tokens are a sequence.
     """
     objective = Objective.from_terms(Modes.of(modes), numbers)
@@ -161,7 +174,7 @@ def sequence_loss_fwd(
             kernels.sequence_loss_fwd,
             logp,
             *(logp, mask, weight, advantages, old_logp, ref_logp, importance, score),
-            *(log_importance, boundaries, T_len, objective),
+            *(log_importance, share, boundaries, T_len, objective),
         )
         return loss, dlogp, logp.new_empty(0) if kl is None else kl, clip
     segments = Segments.of(len(logp), boundaries, T_len)
@@ -179,6 +192,7 @@ def sequence_loss_fwd(
         None if importance is None else kept(importance),
         log_importance,
         live,
+        share,
         kept(weight),
         segments,
         objective,

@@ -1,0 +1,117 @@
+"""Guard bands around every buffer that an interpreted kernel receives.
+
+Each buffer is copied into a larger one that is filled with NaN, or with a value that no index, flag or mask
+should have: before it, behind it, and in the gaps between its rows. What a kernel reads there enters its
+results; what it writes there is found afterwards.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BAND = 4096  # elements; the kernels' tiles are not longer in the tests
+INTEGERS = {torch.int8: 85, torch.int32: -77_777, torch.int64: -77_777, torch.bool: True}
+
+
+class OutOfBoundsError(AssertionError):
+    """A kernel wrote outside the tensors that it was given."""
+
+
+class _Guarded:
+    """The tensors of one storage, side by side in a buffer of their own."""
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        self.tensors = [x.detach() for x in tensors]
+        first = min(x.storage_offset() for x in tensors)
+        last = max(x.storage_offset() + _extent(x) for x in tensors)
+        like = tensors[0]
+        filler = INTEGERS.get(like.dtype, torch.nan)
+        self.buffer = torch.full((last - first + 2 * BAND,), filler, dtype=like.dtype)
+        self.free = torch.ones_like(self.buffer, dtype=torch.bool)
+        self.inside = [self._at(self.buffer, x, first) for x in tensors]
+        for x, mine in zip(self.tensors, self.inside, strict=True):
+            _once(mine).copy_(_once(x))
+            _once(self._at(self.free, x, first)).fill_(False)
+        self.outside = self.buffer[self.free].clone()
+
+    @staticmethod
+    def _at(buffer: Tensor, x: Tensor, first: int) -> Tensor:
+        return buffer.as_strided(x.shape, x.stride(), x.storage_offset() - first + BAND)
+
+    def finish(self, kernel: str) -> None:
+        """Check the bands, and hand back what changed."""
+        now = self.buffer[self.free]
+        changed = ~((now == self.outside) | (now.isnan() & self.outside.isnan()))
+        if bool(changed.any()):
+            where = int(self.free.nonzero()[changed.nonzero()[0, 0], 0]) - BAND
+            raise OutOfBoundsError(
+                f"{kernel} wrote {now[changed][0].item()} to element {where} of a buffer of "
+                f"{len(self.buffer) - 2 * BAND} that holds {[tuple(x.shape) for x in self.tensors]}"
+            )
+        for x, mine in zip(map(_once, self.tensors), map(_once, self.inside), strict=True):
+            if bool((_bits(x) != _bits(mine)).any()):
+                x.data.copy_(mine)  # `data`: it does not count as a change of what autograd saved
+
+
+def _once(x: Tensor) -> Tensor:
+    """x without the repetitions of an expanded dimension."""
+    for dimension, stride in enumerate(x.stride()):
+        if stride == 0 and x.shape[dimension] > 1:
+            x = x.narrow(dimension, 0, 1)
+    return x
+
+
+def _extent(x: Tensor) -> int:
+    """Elements from the first to the last of x."""
+    if not x.numel():
+        return 0
+    return 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
+
+
+def _bits(x: Tensor) -> Tensor:
+    sizes = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return x.contiguous().view(sizes[x.element_size()])
+
+
+_off: list[bool] = []
+
+
+@contextlib.contextmanager
+def unguarded() -> Iterator[None]:
+    """Kernels get the buffers themselves: for a test that follows addresses."""
+    _off.append(True)
+    try:
+        yield
+    finally:
+        _off.pop()
+
+
+def guarded(run: Callable[..., Any]) -> Callable[..., Any]:
+    """`GridExecutor.__call__` with bands around what it is given."""
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if _off:
+            return run(self, *args, **kwargs)
+        given = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+        by_storage: dict[tuple[int, torch.dtype], list[Tensor]] = {}
+        for x in given:
+            by_storage.setdefault((x.untyped_storage()._cdata, x.dtype), []).append(x)
+        guards = [_Guarded(tensors) for tensors in by_storage.values()]
+        inside = {
+            id(x): mine
+            for guard, tensors in zip(guards, by_storage.values(), strict=True)
+            for x, mine in zip(tensors, guard.inside, strict=True)
+        }
+
+        def moved(x: Any) -> Any:
+            return inside[id(x)] if isinstance(x, Tensor) else x
+
+        result = run(self, *map(moved, args), **{name: moved(x) for name, x in kwargs.items()})
+        for guard in guards:
+            guard.finish(self.fn.__name__)
+        return result
+
+    return call
