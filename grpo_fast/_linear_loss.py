@@ -348,7 +348,7 @@ def carries_gradient(
                 assert rewards is not None
                 advantages = group_advantage_fwd(
                     kept_whole(rewards), group_size or 1, None, "group", SCORE_EPS, True
-                )
+                )[:, None]
             conditions.append(per_token(advantages) != 0)
         # They may be on the GPU where the others decide on the host: then they do not decide.
         importance = None if modes.surrogate == "vespo" else importance_weights

@@ -329,7 +329,7 @@ ERRORS = {
         "clip_cov",
         (X, X, X[0]),
         {},
-        r"advantages: want \(2,\) or \(2, 3\), got \(3,\)",
+        r"advantages: want \(2,\), \(2, 1\) or \(2, 3\), got \(3,\)",
     ),
     "cov order": ("clip_cov", (X, X, X), {"low": 2.0, "high": 1.0}, "high: want .*got 1.0"),
     "cov fraction": ("kl_cov", (X, X), {"fraction": -1}, "fraction: want .*got -1"),
