@@ -13,8 +13,13 @@ from grpo_fast.objective import Objective
 from grpo_fast.ops import _arguments, _float64, _phases
 from grpo_fast.ops._autograd import anchors_of, once_differentiable
 from grpo_fast.ops._head_arguments import Needs, check_head
+<<<<<<< HEAD
 from grpo_fast.ops._tokens import Sequences, Tokens, check_objective, check_tokens
 from grpo_fast.ops.group_advantage import group_advantage_fwd
+=======
+from grpo_fast.ops._tokens import Sequences, Tokens, check_tokens
+from grpo_fast.ops.group_advantage import group_advantage_fwd, kept_whole
+>>>>>>> numerics
 from grpo_fast.ops.grpo import SCORE_EPS, Arguments, spread
 from grpo_fast.ops.linear_grpo import linear_grpo
 from grpo_fast.ops.linear_logprob import linear_logprob_fwd
@@ -348,8 +353,8 @@ def carries_gradient(
             if advantages is None:
                 assert rewards is not None
                 advantages = group_advantage_fwd(
-                    rewards.float(), group_size or 1, None, "group", SCORE_EPS, True
-                )
+                    kept_whole(rewards), group_size or 1, None, "group", SCORE_EPS, True
+                )[:, None]
             conditions.append(per_token(advantages) != 0)
         # They may be on the GPU where the others decide on the host: then they do not decide.
         importance = None if modes.surrogate == "vespo" else importance_weights

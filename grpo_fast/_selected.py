@@ -98,7 +98,7 @@ def clip_cov(
 
     Args:
         logps, old_logps: (B, T) or (N,).
-        advantages: (B,), (num_seqs,) with `cu_seqlens`, or per token.
+        advantages: (B,) or (B, 1), with `cu_seqlens` (num_seqs,) or (num_seqs, 1), or per token.
         mask: the same shape; a floating one weighs, in the means and in n.
         fraction: of the n live tokens.
         low, high: bounds of the covariance, exclusive.

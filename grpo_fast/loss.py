@@ -62,7 +62,7 @@ def grpo_loss(
             copied. Their gradient is stored in their dtype before the upstream gradient is applied: in
             float16 no loss scale keeps it from underflow.
         completion_ids: (B, T) or (N,), int32 or int64; anything where the mask is 0.
-        advantages: (B,) per sequence, or per token. Or:
+        advantages: (B,) or (B, 1) per sequence, or per token. Or:
         rewards: (B,) with `group_size`: z-scored within groups of consecutive sequences, on the device,
             in the same launch. Across ranks use `grpo_fast.ops.group_advantage` on gathered rewards.
         mask: per token; 0 leaves a token out: nothing of it is read, it may hold NaN. Default: all count.
@@ -80,6 +80,8 @@ def grpo_loss(
         num_items: the denominator of "token_mean", a number or 0-dim tensor; with another reduction an
             error. At least 1 is taken.
         cu_seqlens: (B + 1,) int boundaries of packed sequences. Packed tokens without it are one sequence.
+            With B = N, and not one token in each sequence, (N,) may be per token or per sequence, and is
+            refused: (B, 1) is per sequence.
         temperature: positive; a number, or one per token.
         objective: what is optimised.
         return_entropy: compute the entropy, for `LossOutput.entropy` and the metrics, also where the

@@ -13,6 +13,7 @@ from einops import rearrange, reduce
 from torch import Tensor
 
 from grpo_fast.objective import Objective
+from grpo_fast.reference_rewards import group_advantage
 from grpo_fast.reference_terms import kl_estimate, surrogate_loss, vespo_weight
 
 
@@ -44,76 +45,6 @@ def log_softmax(logits: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
     if isinstance(temperature, Tensor):
         temperature = temperature[..., None].to(logits.dtype)
     return (logits / temperature).log_softmax(-1)
-
-
-def group_advantage(
-    rewards: Tensor,
-    *,
-    group_size: int | None = None,
-    group_ids: Tensor | None = None,
-    scale: str = "group",
-    eps: float = 1e-4,
-    unbiased: bool = True,
-    baseline: str = "mean",
-    weights: Tensor | None = None,
-    aggregation: str = "sum_then_normalize",
-    nan: str = "error",
-    singleton: str = "zero",
-) -> Tensor:
-    """`(rewards - mean of the group) / (std + eps)`; 0 where the rewards do not differ.
-
-    Args:
-        rewards: (B,); or (B, K), combined by `weights` (K,) as `aggregation` says.
-        group_size: sequences per prompt, consecutive; or
-        group_ids: (B,) labels; equal labels form a group of any size.
-        scale: std of the "group", of the whole "batch", or "none" (no division).
-        baseline: the "mean" of the group, or that of the other members, "leave_one_out".
-        nan: whether a NaN is an "error" or a missing reward, to "skip".
-        singleton: a reward alone in its group has advantage "zero", or mean 0 and std 1: "raw".
-    """
-    if nan == "error" and rewards.isnan().any():
-        raise ValueError("rewards hold NaN")
-    if group_ids is None:
-        group_ids = torch.arange(len(rewards), device=rewards.device) // (group_size or 1)
-    if rewards.ndim == 2:
-        missing, normalize = rewards.isnan(), aggregation == "normalize_then_sum"
-        if normalize:
-            scores = [
-                group_advantage(
-                    column,
-                    group_ids=group_ids,
-                    scale=scale,
-                    eps=eps,
-                    unbiased=unbiased,
-                    nan=nan,
-                    singleton=singleton,
-                )
-                for column in rewards.unbind(1)
-            ]
-            rewards = torch.stack(scores, 1)
-        if weights is not None:
-            rewards = rewards * weights
-        rewards = rewards.masked_fill(missing, 0).sum(1).masked_fill(missing.all(1), torch.nan)
-        if normalize:
-            return group_advantage(
-                rewards, group_size=len(rewards), eps=eps, unbiased=unbiased, nan=nan
-            )
-    present = ~rewards.isnan()
-    advantages = torch.zeros_like(rewards)
-    for label in group_ids.unique():
-        member = (group_ids == label) & present
-        group = rewards[member]
-        n = len(group)
-        if n == 1 and singleton == "raw":
-            advantages[member] = group if scale == "none" else group / (1 + eps)
-        elif n > 1 and group.max() > group.min():
-            spread = {"group": group, "batch": rewards[present]}.get(scale)
-            std = spread.std(unbiased=unbiased) + eps if spread is not None else 1.0
-            mean = group.mean()
-            if baseline == "leave_one_out":
-                mean = (group.sum() - group) / (n - 1)
-            advantages[member] = (group - mean) / std
-    return advantages
 
 
 def policy_terms(
@@ -282,7 +213,7 @@ def grpo_loss(
     logps = logprob(logits, ids, temperature)
     return policy_loss(
         logps,
-        advantages=group_advantage(rewards.to(logps), group_size=group_size)
+        advantages=group_advantage(rewards.double(), group_size=group_size).to(logps)[:, None]
         if rewards is not None
         else advantages,
         mask=mask,
@@ -290,7 +221,9 @@ def grpo_loss(
         ref_logps=ref_logps,
         importance_weights=importance_weights,
         token_weights=token_weights,
-        scores=rewards if scores is None and objective.surrogate == "topr" else scores,
+        scores=rewards[:, None]
+        if rewards is not None and scores is None and objective.surrogate == "topr"
+        else scores,
         entropy=entropy(logits, temperature) if objective.needs_entropy else None,
         num_items=num_items,
         cu_seqlens=cu_seqlens,
@@ -383,6 +316,11 @@ def policy_loss(
     weighs = keep  # a floating mask weighs, in sums and in denominators
     if mask is not None and mask.is_floating_point():
         weighs = mask.to(logps.dtype)
+
+    if cu_seqlens is not None and logps.shape == cu_seqlens[1:].shape:
+        for x in (advantages, importance_weights, scores):
+            if x is not None and x.shape == logps.shape and (cu_seqlens.diff() != 1).any():
+                raise ValueError("one per token or one per sequence? give (num_seqs, 1) for that")
 
     def per_token(x: Tensor | None) -> Tensor | None:
         """`x` broadcast to one value per token, and 0 where the token is masked."""

@@ -3,14 +3,16 @@
     A_b = (R_b - mean of R over the group of b) / (std + eps),  0 where the rewards do not differ
 
 std over the group, over the whole batch, or no division. A group is `G` consecutive sequences, or all
-sequences with the same label. Two passes (mean, then squares), so that a large common offset of the rewards
-costs nothing. Variants, each a compile-time flag: the mean of the others instead of the mean, NaN for a
-reward that is missing, a reward alone in its group left as it is. Several rewards per sequence become one
-in a launch of their own (`combine_rewards_fwd`).
+sequences with the same label. Rewards are float32 or float64. The lowest of the group is subtracted in their
+own dtype before anything else, and the rest divided by a power of two, so that neither a large common offset
+nor a size that float32 cannot square costs anything; then come mean and squares. Variants, each a
+compile-time flag: the mean of the others instead of the mean, NaN for a reward that is missing, a reward
+alone in its group left as it is. Several rewards per sequence become one in a launch of their own
+(`combine_rewards_fwd`).
 
-One program owns one sequence and reads its group twice: 2 G + 1 rewards per sequence, 2 B + 1 (and as many
-labels) with labels, 2 B more for the std of the batch. Combining K rewards reads K and K weights per
-sequence; where each reward is normalised first, K times 2 G + 1, or 2 B + 1. The sums run in a fixed order;
+One program owns one sequence and reads its group three times: 3 G + 1 rewards per sequence, 3 B + 1 (and as
+many labels) with labels, 3 B more for the std of the batch. Combining K rewards reads K and K weights per
+sequence; where each reward is normalised first, K times 3 G + 1, or 3 B + 1. The sums run in a fixed order;
 every member of a group computes the same bits.
 """
 
@@ -44,6 +46,26 @@ def load_members(
 
 
 @triton.jit
+def power_of_two(x):
+    """(the power of two at or below x >= 0, its reciprocal), within what has one."""
+    if x.dtype == tl.float64:
+        e = tl.minimum(tl.maximum((x.to(tl.int64, bitcast=True) >> 52) & 2047, 1), 2045)
+        unit = (e << 52).to(tl.float64, bitcast=True)
+        inverse = ((2046 - e) << 52).to(tl.float64, bitcast=True)
+    else:
+        e = tl.minimum(tl.maximum((x.to(tl.int32, bitcast=True) >> 23) & 255, 1), 253)
+        unit = (e << 23).to(tl.float32, bitcast=True)
+        inverse = ((254 - e) << 23).to(tl.float32, bitcast=True)
+    return unit, inverse
+
+
+@triton.jit
+def from_lowest(reward, lowest, inverse):
+    """Half of how far a reward is above the lowest, in units of `group_moments`, float32 in [0, 2)."""
+    return ((0.5 * reward - 0.5 * lowest) * inverse).to(tl.float32)
+
+
+@triton.jit
 def group_moments(
     rewards_ptr,
     labels_ptr,
@@ -54,28 +76,39 @@ def group_moments(
     stride=1,
     SKIP_NAN: tl.constexpr = False,
 ):
-    """(mean, sum of squared deviations, count, whether they differ) of the rewards of a group."""
+    """Of the rewards of a group: the lowest, a unit and its reciprocal, moments, whether they differ.
+
+    The moments (mean, sum of squared deviations, count) are those of `from_lowest`, halves so that they do
+    not overflow. The unit is a power of two: it rounds nothing.
+    """
+    dtype: tl.constexpr = rewards_ptr.dtype.element_ty
+    highest = tl.full([], -float("inf"), dtype)
+    lowest = tl.full([], float("inf"), dtype)
     count = 0.0
-    total = 0.0
-    highest = -float("inf")
-    lowest = float("inf")
     for base in range(start, stop, BLOCK):
         rewards, member = load_members(
             rewards_ptr, labels_ptr, label, base, stop, stride, SKIP_NAN, BLOCK
         )
         count += tl.sum(member.to(tl.float32), axis=0)
-        total += tl.sum(tl.where(member, rewards, 0.0), axis=0)
         highest = tl.maximum(highest, tl.max(tl.where(member, rewards, -float("inf")), axis=0))
         lowest = tl.minimum(lowest, tl.min(tl.where(member, rewards, float("inf")), axis=0))
+    unit, inverse = power_of_two(tl.maximum(0.5 * highest - 0.5 * lowest, 0.0))
+    total = 0.0
+    for base in range(start, stop, BLOCK):
+        rewards, member = load_members(
+            rewards_ptr, labels_ptr, label, base, stop, stride, SKIP_NAN, BLOCK
+        )
+        total += tl.sum(tl.where(member, from_lowest(rewards, lowest, inverse), 0.0), axis=0)
     mean = total / count
     squares = 0.0
     for base in range(start, stop, BLOCK):
         rewards, member = load_members(
             rewards_ptr, labels_ptr, label, base, stop, stride, SKIP_NAN, BLOCK
         )
-        deviation = tl.where(member, rewards - mean, 0.0)
+        deviation = tl.where(member, from_lowest(rewards, lowest, inverse) - mean, 0.0)
         squares += tl.sum(deviation * deviation, axis=0)
-    return mean, squares, count, highest != lowest
+    # A NaN, which hardware's minimum and maximum pass over, makes them differ.
+    return lowest, unit, inverse, mean, squares, count, (highest != lowest) | (total != total)
 
 
 @triton.jit
@@ -103,6 +136,9 @@ def moments_around(
 @triton.jit
 def relative_reward(
     reward,
+    lowest,
+    unit,
+    inverse,
     mean,
     squares,
     count,
@@ -110,21 +146,28 @@ def relative_reward(
     LEAVE_ONE_OUT: tl.constexpr,
     RAW_SINGLETONS: tl.constexpr,
 ):
-    """(reward less its baseline, sum of squares, whether it is other than 0) of a member of a group."""
-    centred = reward - mean
+    """(reward less its baseline, sum of squares, whether it is other than 0, unit, 1 / unit) of a member.
+
+    The first is in that unit, the second in its square.
+    """
+    centred = from_lowest(reward, lowest, inverse) - mean
     if LEAVE_ONE_OUT:  # r - mean of the others
         centred = centred * (count / tl.maximum(count - 1.0, 1.0))
+    unit = 2.0 * unit
+    inverse = 0.5 * inverse
     if RAW_SINGLETONS:  # mean 0, std 1
         alone = count == 1.0
-        centred = tl.where(alone, reward, centred)
+        centred = tl.where(alone, reward.to(tl.float32), centred)
         squares = tl.where(alone, 1.0, squares)
+        unit = tl.where(alone, 1.0, unit)
+        inverse = tl.where(alone, 1.0, inverse)
         differ = differ | alone
-    return centred, squares, differ
+    return centred, squares, differ, unit, inverse
 
 
 @triton.jit(do_not_specialize=["B", "G"])
 def _group_advantage_kernel(
-    rewards_ptr,  # (B,) fp32
+    rewards_ptr,  # (B,) fp32 or fp64
     labels_ptr,  # (B,) int64, or None
     advantages_ptr,  # (B,) fp32
     B,
@@ -140,18 +183,32 @@ def _group_advantage_kernel(
 ):
     b = tl.program_id(0)
     reward = tl.load(rewards_ptr + b)
-    mean, squares, count, differ = moments_around(
+    lowest, unit, inverse, mean, squares, count, differ = moments_around(
         b, rewards_ptr, labels_ptr, B, G, 1, SKIP_NAN, BLOCK_G, BLOCK_B
     )
-    centred, squares, differ = relative_reward(
-        reward, mean, squares, count, differ, LEAVE_ONE_OUT, RAW_SINGLETONS
+    centred, squares, differ, unit, inverse = relative_reward(
+        reward,
+        lowest,
+        unit,
+        inverse,
+        mean,
+        squares,
+        count,
+        differ,
+        LEAVE_ONE_OUT,
+        RAW_SINGLETONS,
     )
     if SCALE == "none":
-        advantage = tl.where(differ, centred, 0.0)
+        advantage = tl.where(differ, (centred * unit).to(tl.float32), 0.0)
     else:
         if SCALE == "batch":
-            _, squares, count, _ = group_moments(rewards_ptr, None, 0, 0, B, BLOCK_B, 1, SKIP_NAN)
-        advantage = standard_score(centred, 0.0, squares, count, differ, eps, UNBIASED)
+            _, _, of_batch, _, squares, count, _ = group_moments(
+                rewards_ptr, None, 0, 0, B, BLOCK_B, 1, SKIP_NAN
+            )
+            inverse = 0.5 * of_batch
+            centred = centred * (unit * inverse).to(tl.float32)
+        eps = (eps * inverse).to(tl.float32)
+        advantage = standard_score(centred, squares, count, differ, eps, UNBIASED)
     if SKIP_NAN:
         advantage = tl.where(reward == reward, advantage, 0.0)
     tl.store(advantages_ptr + b, advantage)
@@ -159,10 +216,10 @@ def _group_advantage_kernel(
 
 @triton.jit(do_not_specialize=["B", "K", "G"])
 def _combine_rewards_kernel(
-    rewards_ptr,  # (B, K) fp32
-    weights_ptr,  # (K,) fp32, or None: 1
+    rewards_ptr,  # (B, K) fp32 or fp64
+    weights_ptr,  # (K,) fp64, or None: 1
     labels_ptr,  # (B,) int64, or None
-    combined_ptr,  # (B,) fp32
+    combined_ptr,  # (B,) fp64
     B,
     K,
     G,
@@ -176,22 +233,33 @@ def _combine_rewards_kernel(
     BLOCK_B: tl.constexpr,
 ):
     b = tl.program_id(0)
-    total = 0.0
+    total = tl.full([], 0.0, tl.float64)
     present = 0
     for k in range(K):
         reward = tl.load(rewards_ptr + b * K + k)
-        value = reward
+        value = reward.to(tl.float64)
         if NORMALIZE:
-            mean, squares, count, differ = moments_around(
+            lowest, unit, inverse, mean, squares, count, differ = moments_around(
                 b, rewards_ptr + k, labels_ptr, B, G, K, SKIP_NAN, BLOCK_G, BLOCK_B
             )
-            value, squares, differ = relative_reward(
-                reward, mean, squares, count, differ, False, RAW_SINGLETONS
+            centred, squares, differ, unit, inverse = relative_reward(
+                reward,
+                lowest,
+                unit,
+                inverse,
+                mean,
+                squares,
+                count,
+                differ,
+                False,
+                RAW_SINGLETONS,
             )
             if SCALE == "none":
-                value = tl.where(differ, value, 0.0)
+                value = tl.where(differ, centred.to(tl.float64) * unit.to(tl.float64), 0.0)
             else:
-                value = standard_score(value, 0.0, squares, count, differ, eps, UNBIASED)
+                scaled_eps = (eps * inverse).to(tl.float32)
+                score = standard_score(centred, squares, count, differ, scaled_eps, UNBIASED)
+                value = score.to(tl.float64)
         if weights_ptr is not None:
             value = value * tl.load(weights_ptr + k)
         if SKIP_NAN:
@@ -214,7 +282,7 @@ def group_advantage_fwd(
     skip_nan=False,
     raw_singletons=False,
 ):
-    """Launch the kernel: rewards (B,) fp32, labels (B,) int64 or None -> advantages (B,) fp32."""
+    """Launch the kernel: rewards (B,) fp32 or fp64, labels (B,) int64 or None -> advantages (B,) fp32."""
     B = len(rewards)
     advantages = torch.empty(B, device=rewards.device, dtype=torch.float32)
     if B:
@@ -249,12 +317,12 @@ def combine_rewards_fwd(
     skip_nan=False,
     raw_singletons=False,
 ):
-    """Launch the kernel: rewards (B, K) fp32, weights (K,) fp32 or None -> their weighted sums (B,) fp32.
+    """Launch the kernel: rewards (B, K) fp32 or fp64, weights (K,) fp64 or None -> their weighted sums, fp64.
 
     With `normalize` it is the K group scores that are summed. A sum without any reward is NaN.
     """
     B, K = rewards.shape
-    combined = torch.empty(B, device=rewards.device, dtype=torch.float32)
+    combined = torch.empty(B, device=rewards.device, dtype=torch.float64)
     if B:
         _combine_rewards_kernel[(B,)](
             rewards_ptr=rewards,

@@ -23,7 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
-from grpo_fast.kernels.group_advantage import block_size, group_moments
+from grpo_fast.kernels.group_advantage import block_size, from_lowest, group_moments
 from grpo_fast.kernels.policy_loss import scalars
 from grpo_fast.kernels.rows import (
     arrive,
@@ -75,11 +75,12 @@ def load_advantage(
         if sequence_ptr is not None:
             sequence = tl.load(sequence_ptr + row)
         first = sequence // G * G
-        mean, squares, count, differ = group_moments(
+        lowest, _, inverse, mean, squares, count, differ = group_moments(
             rewards_ptr, None, 0, first, first + G, BLOCK_G
         )
-        reward = tl.load(rewards_ptr + sequence)
-        advantage = standard_score(reward, mean, squares, count, differ, eps, UNBIASED=True)
+        centred = from_lowest(tl.load(rewards_ptr + sequence), lowest, inverse) - mean
+        eps = (0.5 * eps * inverse).to(tl.float32)
+        advantage = standard_score(centred, squares, count, differ, eps, UNBIASED=True)
     return advantage
 
 
@@ -90,7 +91,7 @@ def _grpo_kernel(
     mask_ptr,  # (N,) bool, or None
     weight_ptr,  # (N,) fp32
     advantages_ptr,  # (N,) fp32, or None
-    rewards_ptr,  # (B,) fp32, or None
+    rewards_ptr,  # (B,) fp32 or fp64, or None
     sequence_ptr,  # (N,) int64, or None: row // T_len
     old_logp_ptr,  # (N,) fp32, or None: on policy
     ref_logp_ptr,  # (N,) fp32, or None

@@ -163,8 +163,7 @@ def dlogits_tile(z, scale, m, k0, k1, HAS_ENTROPY: tl.constexpr):
 
 
 @triton.jit
-def standard_score(reward, mean, squares, count, differ, eps, UNBIASED: tl.constexpr):
-    """`(reward - mean) / (std + eps)`; exactly 0 where the rewards do not differ."""
+def standard_score(centred, squares, count, differ, eps, UNBIASED: tl.constexpr):
+    """`centred / (std + eps)`; exactly 0 where the rewards do not differ."""
     freedom = tl.maximum(count - 1.0, 1.0) if UNBIASED else count
-    score = (reward - mean) / (tl.sqrt(squares / freedom) + eps)
-    return tl.where(differ, score, 0.0)
+    return tl.where(differ, centred / (tl.sqrt(squares / freedom) + eps), 0.0)

@@ -92,7 +92,6 @@ LOSS_CASES = {
         ValueError,
         r"advantages: want \(4,\)",
     ),
-    "advantages (B, 1)": ({"advantages": A[:, None]}, ValueError, r"advantages: .*got \(4, 1\)"),
     "old_logps (B,)": ({"old_logps": A}, ValueError, r"old_logps: want \(4, 3\), got \(4,\)"),
     "ref_logps transposed": ({"ref_logps": TOKENS.T}, ValueError, r"ref_logps: .*got \(3, 4\)"),
     "complex old_logps": ({"old_logps": TOKENS.cfloat()}, TypeError, "old_logps: .*complex64"),
@@ -196,7 +195,7 @@ LOSS_CASES = {
     "objective by name": (
         {"objective": "grpo"},
         TypeError,
-        "objective: want an Objective, got 'grpo'",
+        "objective: want an Objective.*got 'grpo'",
     ),
 }
 

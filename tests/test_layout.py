@@ -14,7 +14,7 @@ LAYERS = [
     {"presets"},
     {"_operands"},
     {"objective"},
-    {"reference", "reference_terms"},
+    {"reference", "reference_terms", "reference_rewards"},
     {"ops"},
     {"loss", "weights", "_selected", "diagnostics"},
     {"integrations"},

@@ -230,7 +230,7 @@ def test_grpo_with_rewards_reads_the_group_per_token(V):
             *(logits, ids, mask, torch.ones(N), None, rewards, G, *[None] * 8),
             *(1.0, False, Objective(), logits),
         )
-    assert traffic.read(rewards)[0] == live * (2 * G + 1) * FLOAT
+    assert traffic.read(rewards)[0] == live * (3 * G + 1) * FLOAT
 
 
 @by_dtype
@@ -316,10 +316,10 @@ def test_token_statistics(N):
 @pytest.mark.parametrize(
     "scale, labels, per_sequence",
     [
-        ("group", False, lambda B, G: 2 * G + 1),
-        ("none", False, lambda B, G: 2 * G + 1),
-        ("batch", False, lambda B, G: 2 * G + 2 * B + 1),
-        ("group", True, lambda B, G: 2 * B + 1),
+        ("group", False, lambda B, G: 3 * G + 1),
+        ("none", False, lambda B, G: 3 * G + 1),
+        ("batch", False, lambda B, G: 3 * G + 3 * B + 1),
+        ("group", True, lambda B, G: 3 * B + 1),
     ],
 )
 @pytest.mark.parametrize("B, G", [(12, 4), (24, 12)], ids=["one block", "several"])
@@ -340,18 +340,18 @@ def test_group_advantage(B, G, scale, labels, per_sequence, monkeypatch):
 @pytest.mark.parametrize("labels", [False, True])
 def test_combine_rewards(labels, normalize):
     B, K, G = 12, 3, 4
-    rewards, weights = torch.randn(B, K), torch.ones(K)
+    rewards, weights = torch.randn(B, K), torch.ones(K, dtype=torch.float64)
     ids = torch.arange(B) // G if labels else None
     with counted() as traffic:
         combined = group_advantage.combine_rewards_fwd(
             rewards, weights, G, ids, normalize, "group", 1e-4, True
         )
-    members = 2 * (B if labels else G) if normalize else 0
+    members = 3 * (B if labels else G) if normalize else 0
     assert traffic.read(rewards)[0] == B * K * (members + 1) * FLOAT
-    assert traffic.read(weights)[0] == B * K * FLOAT
+    assert traffic.read(weights)[0] == B * K * 2 * FLOAT
     if labels:
         assert traffic.read(ids)[0] == (B * K * (members + 1) * ID if normalize else 0)
-    assert traffic.total(traffic.stores) == traffic.written(combined)[0] == B * FLOAT
+    assert traffic.total(traffic.stores) == traffic.written(combined)[0] == B * 2 * FLOAT
 
 
 @by_size

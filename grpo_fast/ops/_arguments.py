@@ -142,6 +142,24 @@ def check_real(op: str, name: str, x: Tensor) -> None:
         raise TypeError(f"{op}: {name}: want real numbers, got {x.dtype}")
 
 
+def check_told_apart(
+    op: str, name: str, x: Tensor, cu_seqlens: Tensor | None, like: Tensor
+) -> None:
+    """Refuse (N,) of N packed tokens in N sequences, unless one per token is the same as one per sequence.
+
+    Their lengths are looked at then, a host sync on a GPU: nothing else tells.
+    """
+    if cu_seqlens is None or x.ndim != 1 or not len(x) == len(like) == len(cu_seqlens) - 1:
+        return
+    if not torch.compiler.is_compiling() and bool((cu_seqlens.diff() == 1).all()):
+        return
+    raise ValueError(
+        f"{op}: {name}: ({len(x)},) may be one per token or one per sequence, since cu_seqlens has as many "
+        f"sequences as there are tokens, and not one token in each; pass ({len(x)}, 1) for one per sequence, "
+        "or leave empty sequences out of cu_seqlens"
+    )
+
+
 def check_constant(op: str, name: str, x: object) -> None:
     """A tensor in which a loss is not differentiated may not ask for its gradient: it would get none.
 

@@ -71,17 +71,19 @@ def per_token_advantages(
     _arguments.check_tensor(op, "advantages", advantages)
     if cu_seqlens is not None:
         _arguments.check_cu_seqlens(op, cu_seqlens, logps)
+    _arguments.check_told_apart(op, "advantages", advantages, cu_seqlens, logps)
     if advantages.shape == logps.shape:
         return advantages
     num_sequences = len(logps) if logps.ndim == 2 else 1
     if cu_seqlens is not None:
         num_sequences = len(cu_seqlens) - 1
-    if advantages.shape != (num_sequences,):
+    if tuple(advantages.shape) not in ((num_sequences,), (num_sequences, 1)):
         raise ValueError(
-            f"{op}: advantages: want ({num_sequences},) or {tuple(logps.shape)}, "
+            f"{op}: advantages: want ({num_sequences},), ({num_sequences}, 1) or {tuple(logps.shape)}, "
             f"got {_arguments.shape_of(advantages)}"
         )
     _arguments.check_device(op, "advantages", advantages, logps)
+    advantages = advantages.reshape(-1)
     if cu_seqlens is not None:
         return advantages[reference.sequence_of_token(cu_seqlens, len(logps))]
     return (advantages[:, None] if logps.ndim == 2 else advantages).expand(logps.shape)

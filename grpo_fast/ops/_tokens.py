@@ -96,8 +96,8 @@ def check_tokens(
         if x is None:
             return None
         _arguments.check_tensor(op, name, x)
-        shapes = ((num_sequences,), (num_sequences, 1), tuple(like.shape))
-        _check_shape(op, name, x, shapes if name != "advantages" else shapes[::2])
+        _check_shape(op, name, x, ((num_sequences,), (num_sequences, 1), tuple(like.shape)))
+        _arguments.check_told_apart(op, name, x, cu_seqlens, like)
         if x.shape != like.shape:
             _arguments.check_device(op, name, x, like)
             x = x.reshape(-1)
@@ -119,6 +119,8 @@ def check_tokens(
     entropy_weight = None
     if objective.entropy_reduction == "token_mean":
         entropy_weight = token_weight / reference.total_of(weighs, torch.float32)
+    if rewards is not None and scores is None and objective.surrogate == "topr":
+        scores = rewards[:, None]  # one per sequence, however many tokens there are
     importance = spread("importance_weights", importance_weights)
     log_importance = None
     if objective.surrogate == "vespo" and importance is not None:
@@ -139,7 +141,7 @@ def check_tokens(
         _arguments.per_token(op, "old_logps", old_logps, like),
         _arguments.per_token(op, "ref_logps", ref_logps, like),
         importance,
-        spread("scores", rewards if scores is None and objective.surrogate == "topr" else scores),
+        spread("scores", scores),
         entropy_weight,
     )
     boundaries = None if cu_seqlens is None else cu_seqlens.long().contiguous()

@@ -14,6 +14,9 @@ BASELINES = ("mean", "leave_one_out")
 AGGREGATIONS = ("sum_then_normalize", "normalize_then_sum")
 MISSING = ("error", "skip")
 SINGLETONS = ("zero", "raw")
+# What float32 holds without rounding.
+NARROW = {torch.float32, torch.float16, torch.bfloat16}
+NARROW |= {torch.bool, torch.uint8, torch.int8, torch.int16}
 
 
 @torch.library.custom_op("grpo_fast::group_advantage", mutates_args=())
@@ -28,13 +31,13 @@ def group_advantage_fwd(
     skip_nan: bool = False,
     raw_singletons: bool = False,
 ) -> Tensor:
-    """(B,) fp32 advantages of (B,) fp32 rewards."""
+    """(B,) fp32 advantages of (B,) fp32 or fp64 rewards."""
     options = (scale, eps, unbiased, leave_one_out, skip_nan, raw_singletons)
     if use_triton(rewards):
         from grpo_fast.kernels import group_advantage as kernels
 
         return launch(kernels.group_advantage_fwd, rewards, rewards, group_size, labels, *options)
-    return group_scores(rewards, group_size, labels, *options)
+    return group_scores(rewards, group_size, labels, *options).float()
 
 
 @group_advantage_fwd.register_fake
@@ -49,7 +52,7 @@ def _(
     skip_nan: bool = False,
     raw_singletons: bool = False,
 ) -> Tensor:
-    return torch.empty_like(rewards)
+    return torch.empty_like(rewards, dtype=torch.float32)
 
 
 @torch.library.custom_op("grpo_fast::combine_rewards", mutates_args=())
@@ -65,7 +68,7 @@ def combine_rewards_fwd(
     skip_nan: bool = False,
     raw_singletons: bool = False,
 ) -> Tensor:
-    """(B,) fp32 weighted sums of (B, K) fp32 rewards, or of their scores (`normalize`)."""
+    """(B,) weighted sums of (B, K) fp32 or fp64 rewards, or of their scores (`normalize`), in `wide`."""
     if use_triton(rewards):
         from grpo_fast.kernels import group_advantage as kernels
 
@@ -75,7 +78,7 @@ def combine_rewards_fwd(
             *(rewards, weights, group_size, labels, normalize, scale, eps, unbiased),
             *(skip_nan, raw_singletons),
         )
-    values = rewards
+    values = rewards.to(wide(rewards))
     if normalize:
         values = group_scores(
             rewards, group_size, labels, scale, eps, unbiased, False, skip_nan, raw_singletons
@@ -101,7 +104,12 @@ def _(
     skip_nan: bool = False,
     raw_singletons: bool = False,
 ) -> Tensor:
-    return rewards.new_empty(len(rewards))
+    return rewards.new_empty(len(rewards), dtype=wide(rewards))
+
+
+def wide(x: Tensor) -> torch.dtype:
+    """The dtype to add rewards up in: float64, which some devices do not have."""
+    return torch.float32 if x.device.type == "mps" else torch.float64
 
 
 def group_scores(
@@ -115,7 +123,8 @@ def group_scores(
     skip_nan: bool,
     raw_singletons: bool,
 ) -> Tensor:
-    """The kernel's values by PyTorch's operators, for (B,) rewards or each column of (B, K)."""
+    """The kernel's values by PyTorch's operators, for (B,) rewards or each column of (B, K), in `wide`."""
+    rewards = rewards.to(wide(rewards))
     if rewards.numel() == 0:
         return torch.empty_like(rewards)
     if labels is None:
@@ -134,24 +143,42 @@ def group_scores(
         return x.new_zeros(shape).scatter_reduce_(0, index, x, reduction, include_self=False)
 
     count = total(torch.ones_like(rewards))[group]
-    centred = rewards - total(rewards)[group] / count
+    highest, lowest = extreme("amax", -math.inf)[group], extreme("amin", math.inf)[group]
+    u, unit = from_lowest(rewards, highest, lowest)
+    centred = u - total(u)[group] / count
     squares = total(centred.square())[group]
-    differ = (extreme("amax", -math.inf) != extreme("amin", math.inf))[group]
+    differ = highest != lowest
     if leave_one_out:  # r - mean of the others
         centred = centred * (count / (count - 1).clamp(min=1))
     if raw_singletons:  # mean 0, std 1
         alone = count == 1
         centred = torch.where(alone, rewards, centred)
-        squares = torch.where(alone, 1, squares)
+        squares, unit = torch.where(alone, 1, squares), torch.where(alone, 1, unit)
         differ = differ | alone
     if scale == "batch":
         count = present.sum(0).to(rewards.dtype)
-        mean = torch.where(present, rewards, 0).sum(0) / count
-        squares = torch.where(present, rewards - mean, 0).square().sum(0)
-    if scale != "none":
+        bounds = (torch.where(present, rewards, x) for x in (-math.inf, math.inf))
+        u, of_batch = from_lowest(rewards, next(bounds).amax(0), next(bounds).amin(0))
+        mean = torch.where(present, u, 0).sum(0) / count
+        squares = torch.where(present, u - mean, 0).square().sum(0)
+        centred, unit = centred * (unit / of_batch), of_batch
+    if scale == "none":
+        centred = centred * unit
+    else:
         freedom = (count - 1).clamp(min=1) if unbiased else count
-        centred = centred / ((squares / freedom).sqrt() + eps)
+        centred = centred / ((squares / freedom).sqrt() + eps / unit)
     return torch.where(differ & present, centred, 0)
+
+
+def from_lowest(rewards: Tensor, highest: Tensor, lowest: Tensor) -> tuple[Tensor, Tensor]:
+    """(how far rewards are above the lowest, the power of two that this is in units of): in [0, 2).
+
+    So neither a large common offset nor a size that cannot be squared costs anything. By halves, which do
+    not overflow.
+    """
+    half = (highest / 2 - lowest / 2).clamp(min=torch.finfo(rewards.dtype).tiny)
+    unit = torch.ldexp(torch.ones_like(half), torch.frexp(half).exponent - 1)
+    return (rewards / 2 - lowest / 2) / unit, unit * 2
 
 
 def check_rewards(
@@ -161,7 +188,10 @@ def check_rewards(
     columns: bool = False,
     skip_nan: bool = False,
 ) -> Tensor:
-    """(B,) fp32 rewards, or (B, K) with `columns`; B a multiple of `group_size` where there is one."""
+    """(B,) rewards, or (B, K) with `columns`, fp32, or fp64 where they are or need it.
+
+    B a multiple of `group_size` where there is one.
+    """
     _arguments.check_tensor(op, "rewards", rewards)
     if rewards.ndim != 1 and not (columns and rewards.ndim == 2 and rewards.shape[1]):
         wanted = "(B,) or (B, K)" if columns else "(B,)"
@@ -183,7 +213,13 @@ def check_rewards(
             hint = " (nan='skip' leaves missing ones out)" if columns and value != value else ""
             place = where[0] if rewards.ndim == 1 else tuple(where)
             raise ValueError(f"{op}: rewards: {value} at {place}, want finite rewards{hint}")
-    return rewards.detach().to(torch.float32).contiguous()
+    return kept_whole(rewards)
+
+
+def kept_whole(rewards: Tensor) -> Tensor:
+    """The same in float32 if that holds them, else in `wide`."""
+    dtype = torch.float32 if rewards.dtype in NARROW else wide(rewards)
+    return rewards.detach().to(dtype).contiguous()
 
 
 def check_groups(
@@ -228,8 +264,8 @@ def group_advantage(
     rewards of a group do not differ (which includes a group of one). Not differentiable.
 
     Args:
-        rewards: (B,), any real dtype, finite; or (B, K), one column per reward function. Across ranks,
-            gather them first.
+        rewards: (B,), any real dtype, finite; or (B, K), one column per reward function. Float64 is centred
+            before it is rounded. Across ranks, gather them first.
         group_size: sequences per prompt; the sequences of a prompt are consecutive. Or:
         group_ids: (B,) int labels; equal labels form a group, of any size, in any order.
         scale: divide by the std of the "group", of the whole "batch", or by nothing ("none", Dr. GRPO).
@@ -319,4 +355,4 @@ def _check_weights(op: str, weights: Tensor | None, rewards: Tensor) -> Tensor |
     _arguments.check_device(op, "weights", weights, rewards)
     if check_values(weights) and not bool(weights.isfinite().all()):
         raise ValueError(f"{op}: weights: want finite weights, got {weights.tolist()}")
-    return weights.detach().to(torch.float32).contiguous()
+    return weights.detach().to(wide(weights)).contiguous()
