@@ -13,13 +13,8 @@ from grpo_fast.objective import Objective
 from grpo_fast.ops import _arguments, _float64, _phases
 from grpo_fast.ops._autograd import anchors_of, once_differentiable
 from grpo_fast.ops._head_arguments import Needs, check_head
-<<<<<<< HEAD
 from grpo_fast.ops._tokens import Sequences, Tokens, check_objective, check_tokens
-from grpo_fast.ops.group_advantage import group_advantage_fwd
-=======
-from grpo_fast.ops._tokens import Sequences, Tokens, check_tokens
 from grpo_fast.ops.group_advantage import group_advantage_fwd, kept_whole
->>>>>>> numerics
 from grpo_fast.ops.grpo import SCORE_EPS, Arguments, spread
 from grpo_fast.ops.linear_grpo import linear_grpo
 from grpo_fast.ops.linear_logprob import linear_logprob_fwd
