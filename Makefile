@@ -45,7 +45,7 @@ lint: $(READY)
 	$(PY) -m mypy
 
 test: $(READY) lint
-	$(PY) -m pytest -n $(JOBS) $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) $(ARGS)
 
 check: $(READY) lint
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) -k "not triton" $(FAST:%=tests/test_%.py) $(ARGS)

@@ -13,6 +13,13 @@ from tests.cases import batch, in_double, loss_and_grad, packed
 from tests.test_grpo import OBJECTIVES
 
 by_objective = pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
+# In the interpreter, what tells the kernels apart; the losses on log-probs run all objectives there, too.
+SOME = ["default", "entropy by tokens", "gspo", "gmpo", "vespo", "everything"]
+
+
+def skip_most(backend, objective):
+    if backend == "triton" and objective not in [OBJECTIVES[name] for name in SOME]:
+        pytest.skip("the PyTorch path runs this objective; the kernels of log-probs do as well")
 
 
 def weighed(B, T, V, device):
@@ -44,6 +51,7 @@ def compare(function, x, *rest, **arguments):
 
 @by_objective
 def test_losses_on_logits(objective, backend, device):
+    skip_most(backend, objective)
     logits, ids, arguments = weighed(5, 6, 60, device)
     compare(grpo_loss, logits, ids, **of_objective(objective, arguments))
 
@@ -77,6 +85,7 @@ def test_losses_on_hidden_states(compact, objective, backend, device):
 
 @by_objective
 def test_packed_is_padded(objective, backend, device):
+    skip_most(backend, objective)
     _, _, arguments = weighed(5, 6, 60, device)
     weights, live = arguments["mask"], arguments["mask"] != 0
     logps = -torch.rand(5, 6, device=device) - 0.1
@@ -96,8 +105,9 @@ def test_packed_is_padded(objective, backend, device):
 
 
 @by_objective
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int64, torch.uint8], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.uint8], ids=str)
 def test_ones_and_integers_are_bools(dtype, objective, backend, device):
+    skip_most(backend, objective)
     logits, ids, arguments = batch(4, 5, 30, device)
     want = grpo_loss(logits, ids, **of_objective(objective, arguments))
     factor = 1 if dtype.is_floating_point else 3
