@@ -14,6 +14,39 @@ def pytest_configure(config):
     config.addinivalue_line("filterwarnings", "ignore:Attempting to run cuBLAS:UserWarning")
 
 
+# Of these files' interpreted cases, which take minutes, one in five runs unless `--slow` asks for all.
+SLOW = (
+    "test_extreme_rows.py",
+    "test_kl.py",
+    "test_masks.py",
+    "test_nan.py",
+    "test_rare_options.py",
+    "test_strides.py",
+)
+# And of these one in two, on any path: each trains or compiles.
+LONG = ("test_compile_schedules.py", "test_trl_dtypes.py")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="run every case of the slow files")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave out most cases of the slow files; a file named on the command line runs whole."""
+    named = " ".join(config.args)
+    if config.getoption("--slow") or ".py" in named or torch.cuda.is_available():
+        return
+    kept, left_out, counts = [], [], {}
+    for item in items:
+        name = item.path.name
+        slow = name in SLOW and "triton" in item.nodeid
+        step = 5 if slow else 2 if name in LONG else 1
+        counts[name, slow] = counts.get((name, slow), -1) + 1
+        (kept if counts[name, slow] % step == 0 else left_out).append(item)
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = kept
+
+
 @pytest.fixture(scope="session", autouse=True)
 def interpreter():
     """What the interpreter lacks: bands around buffers, and one rounding in `fma`, as in hardware."""
