@@ -15,7 +15,7 @@ def host_batch(device):
     torch.manual_seed(11)
     mask = torch.arange(T) < torch.tensor([6, 0, 3, 5, 1])[:, None]
     logp = -2 * torch.rand(B, T) - 0.05
-    old = logp - 0.5 * torch.randn(B, T)
+    old = (logp - 0.5 * torch.randn(B, T)).clamp(max=-0.01)  # a log-prob: below 0
     old[0, 0], old[0, 1], old[3, 0] = logp[0, 0] - 21, logp[0, 1] - 1.5, logp[3, 0] - 2.5
     advantages = torch.randn(B, T)
     advantages[2] = 0

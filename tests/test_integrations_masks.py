@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from grpo_fast.integrations import areal, miles, nemo_rl, openrlhf, prime_rl, skyrl, slime, verl
-from grpo_fast.loss import policy_loss
 from grpo_fast.testing import assert_as_accurate
 from grpo_fast.weights import clip_cov, geometric_mean
 from tests import test_integrations_miles, test_integrations_slime
@@ -33,16 +32,6 @@ from tests.test_verl import batch as verl_batch
 
 FIXTURES = (host, megatron, nemo_batch)  # pytest takes them by their names
 
-
-def losses_weigh():
-    logps, mask = -torch.ones(1, 2), torch.tensor([[1.0, 0.5]])
-    advantages = torch.tensor([[1.0, 0.0]])
-    return policy_loss(logps, advantages=advantages, mask=mask).loss.item() != -0.5
-
-
-needs_weights = pytest.mark.skipif(
-    not losses_weigh(), reason="the losses take a mask of fractions for one of ones"
-)
 
 # Of each row's tokens; a row that has any sums to 1 at least, below which trainers differ.
 WEIGHTS = torch.tensor(
@@ -70,7 +59,6 @@ def weighed(formula):
     return lambda x, b: formula(x, SimpleNamespace(**vars(b) | {"mask": b.weights}))
 
 
-@needs_weights
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 @pytest.mark.parametrize("info", [{}, GLOBAL], ids=["", "global"])
@@ -94,7 +82,6 @@ def test_verl(mode, aggregation, info, device):
     assert ours[2] == pytest.approx(truth[2], rel=1e-5, abs=1e-6)
 
 
-@needs_weights
 @pytest.mark.parametrize("name", skyrl.POLICY_LOSSES)
 def test_skyrl(name, batch):
     def ours(x, b):
@@ -111,7 +98,6 @@ def test_skyrl(name, batch):
         assert metrics["importance_ratio"] == pytest.approx(((r * w).sum() / w.sum()).item())
 
 
-@needs_weights
 @pytest.mark.parametrize("sample_mask", [WHOLE, PARTS], ids=["whole", "parts"])
 @pytest.mark.parametrize("case", NEMO)
 def test_nemo_rl(case, sample_mask, nemo_batch):
@@ -130,7 +116,6 @@ def test_nemo_rl(case, sample_mask, nemo_batch):
     agrees(ours, weighed(nemo_formula(o, sample_mask)), b)
 
 
-@needs_weights
 @pytest.mark.parametrize("correction", CORRECTIONS, ids=lambda c: "-".join(map(str, c.values())))
 @pytest.mark.parametrize("token_level", [True, False])
 def test_openrlhf(correction, token_level, batch):
@@ -151,7 +136,6 @@ def test_openrlhf(correction, token_level, batch):
         assert share.item() == pytest.approx(openrlhf_share(options, b).item())
 
 
-@needs_weights
 @pytest.mark.parametrize("level", ["token", "sequence"])
 def test_areal(level, batch):
     """Its own functions take bools; a floating mask is one of weights all the same."""
@@ -183,7 +167,6 @@ def test_areal(level, batch):
     torch.testing.assert_close(loss, ours(batch.logp, batch)[0])
 
 
-@needs_weights
 def test_prime_rl(batch):
     """Its masks are bools, too, and its weights an argument of their own: both weigh."""
     b = row(batch)
@@ -222,9 +205,7 @@ BY_SEQUENCE = [("slime", case) for case in ("gspo", "opsm")] + [
 ]
 
 
-@pytest.mark.parametrize(
-    "trainer, case", [*TRAINERS, *(pytest.param(*x, marks=needs_weights) for x in BY_SEQUENCE)]
-)
+@pytest.mark.parametrize("trainer, case", [*TRAINERS, *BY_SEQUENCE])
 def test_slime_and_miles(trainer, case, device, megatron, host, monkeypatch):
     home = {"slime": test_integrations_slime, "miles": test_integrations_miles}[trainer]
     for module in (test_integrations_slime, test_integrations_miles):

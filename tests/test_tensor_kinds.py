@@ -140,7 +140,8 @@ def weight_call(name):
         elif key in NUMBERS:
             given[key] = NUMBERS[key]
         elif "Tensor" in str(parameter.annotation):
-            given[key] = tokens().view(-1)
+            values = tokens().view(-1)
+            given[key] = values.exp() if key == "mask" else values
     return function, given
 
 

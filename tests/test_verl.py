@@ -67,7 +67,7 @@ def batch(device, per_token=True):
     mask = torch.arange(T) < torch.tensor([6, 0, 3, 5, 1])[:, None]
     logp = -2 * torch.rand(B, T) - 0.05
     logp[3, 0] = -0.1
-    old = logp - 0.5 * torch.randn(B, T)
+    old = (logp - 0.5 * torch.randn(B, T)).clamp(max=-0.01)  # a log-prob: below 0
     old[0, 0], old[0, 1], old[3, 0] = logp[0, 0] - 21, logp[0, 1] - 1.5, logp[3, 0] - 2.5
     advantages = torch.randn(B, T) if per_token else torch.randn(B, 1).expand(B, T).clone()
     advantages[2] = 0
