@@ -32,7 +32,9 @@ def surrogate_loss(
             loss = torch.where(advantages < 0, ceiling, loss)
         return loss
     if surrogate == "sapo":
-        tau = torch.where(advantages > 0, objective.tau_pos, objective.tau_neg).to(ratio)
+        # Not `torch.where` of two numbers, which rounds them to the default dtype.
+        tau = torch.full_like(ratio, objective.tau_neg)
+        tau = tau.masked_fill(advantages > 0, objective.tau_pos)
         return -advantages * (4 / tau) * (tau * (ratio - 1)).sigmoid()
     log_ratio = logps - old_logps
     if surrogate == "dro":
@@ -72,8 +74,9 @@ def surrogate_loss(
 def vespo_weight(log_w: Tensor, advantages: Tensor, objective: Objective) -> Tensor:
     """phi(W) = W^k e^(lambda (1 - W)), with log W clamped to [log 1e-8, 20]."""
     up = advantages >= 0
-    k = torch.where(up, objective.vespo_k_pos, objective.vespo_k_neg).to(log_w)
-    rate = torch.where(up, objective.vespo_lambda_pos, objective.vespo_lambda_neg).to(log_w)
+    k = torch.full_like(log_w, objective.vespo_k_neg).masked_fill(up, objective.vespo_k_pos)
+    rate = torch.full_like(log_w, objective.vespo_lambda_neg)
+    rate = rate.masked_fill(up, objective.vespo_lambda_pos)
     log_w = log_w.clamp(math.log(1e-8), 20)
     return (rate + k * log_w - rate * log_w.exp()).exp()
 

@@ -255,7 +255,7 @@ def _bounded(rho: Tensor, mode: str, low: float | None, high: float | None) -> T
         outside = outside | (rho < low)
     if high is not None:
         outside = outside | (rho > high)
-    return torch.where(outside, 0, rho if mode == "mask" else 1.0)
+    return torch.where(outside, 0, rho if mode == "mask" else torch.ones_like(rho))
 
 
 def _check_bounds(op: str, low: float | None, high: float | None) -> None:

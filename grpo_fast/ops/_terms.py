@@ -106,7 +106,7 @@ def surrogate_terms(
         loss, by_ratio, dual = clip_surrogate(ratio, advantage, objective)
         return loss, by_ratio, zero, flags + CLIP_DUAL * dual
     if surrogate == "sapo":
-        tau = torch.where(advantage > 0, objective.tau_pos, objective.tau_neg)
+        tau = either(advantage > 0, objective.tau_pos, objective.tau_neg, ratio)
         x = tau * (ratio - 1)
         gate = x.sigmoid()
         slope = gate * (-x).sigmoid()
@@ -182,8 +182,8 @@ def vespo_weight(log_w: Tensor, advantage: Tensor, objective: Objective) -> Tens
     """phi(W) of the sequence weight W: the twin of the one in `terms`."""
     log_w = log_w.clamp(math.log(1e-8), 20)
     up = advantage >= 0
-    k = torch.where(up, objective.vespo_k_pos, objective.vespo_k_neg)
-    rate = torch.where(up, objective.vespo_lambda_pos, objective.vespo_lambda_neg)
+    k = either(up, objective.vespo_k_pos, objective.vespo_k_neg, log_w)
+    rate = either(up, objective.vespo_lambda_pos, objective.vespo_lambda_neg, log_w)
     return (rate + k * log_w - rate * log_w.exp()).exp()
 
 
@@ -276,6 +276,11 @@ def kl_terms(
     if pull is None:
         return k3, torch.where(far, 0, -slope)
     return k3, torch.where(far, 0, pull) if objective.kl_gradient == "k2_clipped" else pull
+
+
+def either(condition: Tensor, a: float, b: float, like: Tensor) -> Tensor:
+    """a where the condition holds, else b. `torch.where` would give them the default dtype, rounded to it."""
+    return torch.full_like(like, b).masked_fill(condition, a)
 
 
 def weigh(weight: Tensor, x: Tensor) -> Tensor:
