@@ -1,4 +1,5 @@
 # make train: set up and run the reference trainer.  make test: set up, lint, check types, run the tests.
+# make check: lint, types, the fast tests in PyTorch.  make mutants: do the tests notice changed code?
 # VENV=system uses the python on PATH and keeps the torch it has.
 VENV ?= .venv
 PYTHON ?= python3
@@ -6,6 +7,12 @@ CONFIG ?=
 ARGS ?=
 # Test processes
 JOBS ?= 2
+# What `make check` runs: files of at most about 15 s without the kernels, which the interpreter makes slow.
+FAST := advantage_oracles derivatives diagnostics docs errors group_advantage grpo guards inplace \
+	integrations_host integrations_masks integrations_miles integrations_nemo_rl integrations_openrlhf \
+	integrations_packed integrations_padded integrations_slime layout linear_errors logprob loss \
+	objective packaging policy_loss preset_edges preset_values presets public_api rare_options readme reference \
+	selection sequence_loss tensor_kinds trl_loss verl verl_options weights
 
 ifeq ($(VENV),system)
 PY := $(PYTHON)
@@ -15,7 +22,7 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 endif
 
-.PHONY: setup train test lint bench clean
+.PHONY: setup train test check mutants lint bench clean
 setup: $(READY)
 
 # torch first and alone, at the pinned version: other packages would otherwise pull the newest CUDA build.
@@ -39,6 +46,12 @@ lint: $(READY)
 
 test: $(READY) lint
 	$(PY) -m pytest -n $(JOBS) $(ARGS)
+
+check: $(READY) lint
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) -k "not triton" $(FAST:%=tests/test_%.py) $(ARGS)
+
+mutants: $(READY)
+	$(PY) tests/mutants.py --jobs $(JOBS) $(ARGS)
 
 bench: $(READY)
 	$(PY) -m pytest benchmarks $(ARGS)

@@ -209,7 +209,6 @@ def launch_policy_loss(extras: bool = True, objective: Objective | None = None) 
     policy_loss.policy_loss_fwd(
         tokens(),
         tokens(extras, torch.bool),
-        None,
         tokens(),
         tokens(),
         tokens(extras),

@@ -13,7 +13,7 @@ from grpo_fast.objective import Objective
 from grpo_fast.ops import _arguments, _float64, _phases
 from grpo_fast.ops._autograd import anchors_of, once_differentiable
 from grpo_fast.ops._head_arguments import Needs, check_head
-from grpo_fast.ops._tokens import Sequences, Tokens, check_tokens
+from grpo_fast.ops._tokens import Sequences, Tokens, check_objective, check_tokens
 from grpo_fast.ops.group_advantage import group_advantage_fwd, kept_whole
 from grpo_fast.ops.grpo import SCORE_EPS, Arguments, spread
 from grpo_fast.ops.linear_grpo import linear_grpo
@@ -112,6 +112,7 @@ def linear_grpo_loss(
         NotImplementedError: forward-mode derivatives.
     """
     op = "linear_grpo_loss"
+    check_objective(op, objective)
     flat, parameters, options, V = check_head(
         op,
         hidden,
@@ -386,6 +387,10 @@ def _check_dw_out(op: str, dw_out: Tensor | None, weight: Tensor, hidden: Tensor
             f"got {dw_out.dtype} {_arguments.shape_of(dw_out)}"
         )
     _arguments.check_device(op, "dw_out", dw_out, weight)
+    if torch._debug_has_internal_overlap(dw_out) == 1:
+        raise ValueError(
+            f"{op}: dw_out: its rows overlap, strides {dw_out.stride()}: the gradient is added to each"
+        )
     if not weight.requires_grad:
         raise ValueError(f"{op}: dw_out has no effect: weight does not require grad")
     if torch.compiler.is_compiling():

@@ -11,6 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+# Kernels compute in float32: a number outside of this range, or its reciprocal, would become inf or 0 there.
+SMALLEST, LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+
 
 def operand(x: float) -> Tensor:
     """A number as a 0-dim float64 tensor on the CPU, of the same value in a compiled graph."""

@@ -114,6 +114,8 @@ def clip_cov(
     check_number(op, "high", high, minimum=low)
     check_number(op, "epsilon_low", epsilon_low)
     check_number(op, "epsilon_high", epsilon_high)
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"{op}: generator: want a torch.Generator, got {generator!r}")
     if generator is not None and generator.device.type != logps.device.type:
         raise ValueError(f"{op}: generator is on {generator.device}, logps on {logps.device}")
     advantages = per_token_advantages(op, advantages, logps, cu_seqlens)

@@ -10,7 +10,7 @@ from grpo_fast.objective import Objective
 from grpo_fast.ops import _arguments, _overwritten, _phases
 from grpo_fast.ops._autograd import anchors_of, once_differentiable
 from grpo_fast.ops._metrics import fold_statistics, metrics_from
-from grpo_fast.ops._tokens import Sequences, Tokens, check_tokens
+from grpo_fast.ops._tokens import Sequences, Tokens, check_objective, check_tokens
 from grpo_fast.ops.group_advantage import group_advantage_fwd
 from grpo_fast.ops.grpo import (
     SCORE_EPS,
@@ -104,6 +104,7 @@ def grpo_loss(
             it, an id outside the vocabulary makes the loss NaN there.
     """
     op = "grpo_loss"
+    check_objective(op, objective)
     logits3 = _arguments.check_logits(op, logits, completion_ids, "completion_ids")
     _arguments.check_device(op, "completion_ids", completion_ids, logits)
     mask_flat = _arguments.check_mask(op, mask, completion_ids)
@@ -181,6 +182,7 @@ def policy_loss(
         ValueError, TypeError: as `grpo_loss`.
     """
     op = "policy_loss"
+    check_objective(op, objective)
     _arguments.check_tensor(op, "logps", logps)
     _arguments.check_no_tangent(op, "logps", logps)
     if not logps.is_floating_point():

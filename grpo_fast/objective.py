@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
-from grpo_fast._operands import NUMBERS, Modes, Terms, operands
+from grpo_fast._operands import LARGEST, NUMBERS, Modes, Terms, operands
 from grpo_fast.presets import ENTROPY_BY_TOKENS, PRESETS
 
 Surrogate = Literal[
@@ -416,5 +416,7 @@ def _check_number(name: str, value: object, low: float | None = None, strict: bo
         raise TypeError(f"{name}: want a number, got {value!r} ({type(value).__name__})")
     if not -math.inf < value < math.inf:  # not `math.isfinite`, which no compiled graph can hold
         raise ValueError(f"{name}: want a finite number, got {value}")
+    if not -LARGEST <= value <= LARGEST:
+        raise ValueError(f"{name}: want a number that float32 can hold, got {value}")
     if low is not None and (value < low or (strict and value == low)):
         raise ValueError(f"{name}: want {'>' if strict else '>='} {low:g}, got {value}")

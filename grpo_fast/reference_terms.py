@@ -32,9 +32,7 @@ def surrogate_loss(
             loss = torch.where(advantages < 0, ceiling, loss)
         return loss
     if surrogate == "sapo":
-        # Not `torch.where` of two numbers, which rounds them to the default dtype.
-        tau = torch.full_like(ratio, objective.tau_neg)
-        tau = tau.masked_fill(advantages > 0, objective.tau_pos)
+        tau = _either(advantages > 0, objective.tau_pos, objective.tau_neg, ratio)
         return -advantages * (4 / tau) * (tau * (ratio - 1)).sigmoid()
     log_ratio = logps - old_logps
     if surrogate == "dro":
@@ -74,9 +72,8 @@ def surrogate_loss(
 def vespo_weight(log_w: Tensor, advantages: Tensor, objective: Objective) -> Tensor:
     """phi(W) = W^k e^(lambda (1 - W)), with log W clamped to [log 1e-8, 20]."""
     up = advantages >= 0
-    k = torch.full_like(log_w, objective.vespo_k_neg).masked_fill(up, objective.vespo_k_pos)
-    rate = torch.full_like(log_w, objective.vespo_lambda_neg)
-    rate = rate.masked_fill(up, objective.vespo_lambda_pos)
+    k = _either(up, objective.vespo_k_pos, objective.vespo_k_neg, log_w)
+    rate = _either(up, objective.vespo_lambda_pos, objective.vespo_lambda_neg, log_w)
     log_w = log_w.clamp(math.log(1e-8), 20)
     return (rate + k * log_w - rate * log_w.exp()).exp()
 
@@ -140,3 +137,8 @@ def kl_estimate(
     step = logps - logps.detach()  # 0, and of slope 1
     through = log_r - log_r.detach() - own * step  # what other tokens have to do with it
     return value + slope * step + torch.where(own == 1, 0, value) * through
+
+
+def _either(condition: Tensor, a: float, b: float, like: Tensor) -> Tensor:
+    """`torch.where(condition, a, b)` with the digits and the dtype of `like`."""
+    return torch.where(condition, like.new_full((), a), like.new_full((), b))

@@ -124,6 +124,7 @@ def truncated_importance(
     Equivalent to `(old_logps - sampling_logps).exp().clamp(max=cap)`. Yao et al. 2025, "Your Efficient RL
     Framework Secretly Brings You Off-Policy RL Training".
     """
+    check_number("truncated_importance", "cap", cap)
     return importance_weights(
         old_logps, sampling_logps, mask=mask, cu_seqlens=cu_seqlens, level=level, high=cap
     )

@@ -212,8 +212,8 @@ def _token_statistics_kernel(
         column = tl.arange(0, 16)
         total = tl.where(column == 14, least, tl.where(column == 15, most, total))
         # The extremes are NaN with their sum: hardware's minimum returns the other operand.
-        ratio = tl.sum(tl.where(column == 2, total, 0.0))
-        total = tl.where(column >= 14, tl.where(ratio == ratio, total, ratio), total)
+        summed = tl.sum(tl.where(column == 2, total, 0.0))
+        total = tl.where(column >= 14, tl.where(summed == summed, total, summed), total)
         tl.store(statistics_ptr + column, total)
 
 

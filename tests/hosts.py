@@ -27,8 +27,8 @@ def host_batch(device):
 
 # How autograd's nodes of this library begin, and those of what is linear in one tensor.
 OURS = (
-    "_Anchored",
     "GeneratedBackwardFor_grpo_fast_",
+    "_AnchoredBackward",
     "_OverwriteBackward",
     "WithGradientOfBackward",
 )

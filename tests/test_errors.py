@@ -195,7 +195,7 @@ LOSS_CASES = {
     "objective by name": (
         {"objective": "grpo"},
         TypeError,
-        "objective: want an Objective, got 'grpo'",
+        "objective: want an Objective.*got 'grpo'",
     ),
 }
 

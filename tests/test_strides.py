@@ -277,7 +277,9 @@ def outputs(call, t):
     else:
         parts = list(found) if isinstance(found, tuple) else [found]
         if parts[0].requires_grad:
-            upstream = torch.linspace(-1, 2, parts[0].numel(), device=parts[0].device)
+            upstream = torch.linspace(
+                -1, 2, parts[0].numel(), dtype=torch.float32, device=parts[0].device
+            )
             loss = sum((x.flatten() * upstream).sum() for x in parts)
     wanted = [t[name] for name in DIFFERENTIABLE if name in t and t[name].requires_grad]
     grads = []

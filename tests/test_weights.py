@@ -314,7 +314,7 @@ ERRORS = {
         "cu_seqlens describes packed",
     ),
     "no tensor": ("importance_weights", ([0.0], X), {}, "old_logps: want a tensor"),
-    "a cap as text": ("truncated_importance", (X, X, "2"), {}, "high: want a number, got '2'"),
+    "a cap as text": ("truncated_importance", (X, X, "2"), {}, "cap: want a number, got '2'"),
     "delta": ("kpop", (X, X, -0.1), {}, "delta: want .*got -0.1"),
     "kind": (
         "binary_divergence",
@@ -324,7 +324,12 @@ ERRORS = {
     ),
     "floor": ("binary_divergence", (X, X), {"floor": 0.7}, "floor: want .*got 0.7"),
     "threshold": ("m2po", (X, X, float("nan")), {}, "threshold: .*nan"),
-    "fraction": ("top_entropy", (X, 1.5), {}, r"fraction: want a number in \[0.0, 1.0\], got 1.5"),
+    "fraction": (
+        "top_entropy",
+        (X, 1.5),
+        {},
+        r"fraction: want a finite number in \[0.0, 1.0\], got 1.5",
+    ),
     "advantages": (
         "clip_cov",
         (X, X, X[0]),

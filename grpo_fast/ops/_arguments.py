@@ -6,10 +6,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from grpo_fast._operands import operand
+from grpo_fast._operands import LARGEST, SMALLEST, operand
 from grpo_fast.ops._backend import check_values
 from grpo_fast.ops._overwritten import check_not_overwritten
 
+POSITIVE = f"positive and finite, within float32's [{SMALLEST:.4g}, {LARGEST:.4g}]"
 LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -67,14 +68,14 @@ def check_no_tangent(op: str, name: str, x: Tensor) -> None:
     """Refuse forward-mode derivatives, which a custom operator would silently make 0, and torch.func.grad."""
     if torch.compiler.is_compiling():
         return
-    if torch._C._functorch.is_gradtrackingtensor(x):
-        raise NotImplementedError(
-            f"{op}: {name} is differentiated by torch.func (grad, vjp, jacrev), which custom operators do "
-            "not support; use backward() or torch.autograd.grad"
-        )
     if torch.autograd.forward_ad.unpack_dual(x).tangent is not None:
         raise NotImplementedError(
             f"{op}: {name} carries a tangent, but there is no forward-mode derivative (torch.func.jvp)"
+        )
+    if torch._C._functorch.is_gradtrackingtensor(x):  # those of jvp are, too: hence the order
+        raise NotImplementedError(
+            f"{op}: {name} is differentiated by torch.func (grad, vjp, jacrev), which custom operators do "
+            "not support; use backward() or torch.autograd.grad"
         )
 
 
@@ -226,12 +227,12 @@ def check_temperature(
         values = per_token(op, "temperature", temperature, like)
         assert values is not None
         if check_values(values):
-            bad = ~((values > 0) & (values < math.inf))
+            bad = ~((values >= SMALLEST) & (values <= LARGEST))
             if mask is not None:
                 bad &= mask
             if bad.any():
                 value = values[bad][0].item()
-                raise ValueError(f"{op}: temperature: want positive and finite, got {value}")
+                raise ValueError(f"{op}: temperature: want {POSITIVE}, got {value}")
         return values, operand(1.0)
     if isinstance(temperature, Tensor):  # 0-dim: stays on its device
         if not check_values(temperature):
@@ -239,8 +240,8 @@ def check_temperature(
         temperature = float(temperature)
     if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
         raise TypeError(f"{op}: temperature: want a number or a tensor, got {temperature!r}")
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"{op}: temperature: want positive and finite, got {temperature}")
+    if not SMALLEST <= temperature <= LARGEST:
+        raise ValueError(f"{op}: temperature: want {POSITIVE}, got {temperature}")
     return None, operand(temperature).reciprocal()
 
 

@@ -1,16 +1,16 @@
 """What a language-model head is given as: its tensors, its options, and their checks."""
 
 import itertools
-import math
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from grpo_fast._operands import operand
+from grpo_fast._operands import LARGEST, SMALLEST, operand
 from grpo_fast.ops._arguments import (
     LOGITS_DTYPES,
+    POSITIVE,
     check_device,
     check_no_tangent,
     check_tensor,
@@ -82,6 +82,9 @@ def sorted_into(arguments: tuple, *kinds: Any) -> list[Any]:
     return found
 
 
+LONGEST_CHUNK = 1 << 20  # tokens; that many rows of logits exist, also of a shorter batch
+
+
 def check_head(
     op: str,
     hidden: Tensor,
@@ -110,6 +113,14 @@ def check_head(
         )
     check_device(op, ids_name, ids, hidden)
     D = hidden.shape[-1]
+    if not D:
+        raise ValueError(
+            f"{op}: hidden: want (B, T, D) or (N, D) with D > 0, got {shape_of(hidden)}"
+        )
+    if tp_group is not None and not isinstance(tp_group, dist.ProcessGroup):
+        raise TypeError(
+            f"{op}: tp_group: want a torch.distributed.ProcessGroup, got {type(tp_group).__name__}"
+        )
     fits = weight.ndim == 2 and weight.shape[1] == D
     # A process may have no rows where others do: 5 in shares of 2 are 2, 2, 1 and 0.
     rows = len(weight) if fits else 0
@@ -138,6 +149,10 @@ def check_head(
     if logits_dtype not in ("fp32", "bf16"):
         raise ValueError(f"{op}: logits_dtype={logits_dtype!r} is unknown; choose from fp32, bf16")
     size = 0 if chunk_size is None else check_count(op, "chunk_size", chunk_size)
+    if size > LONGEST_CHUNK:
+        raise ValueError(
+            f"{op}: chunk_size: want at most {LONGEST_CHUNK} tokens, whose logits are in memory, got {size}"
+        )
     options = Options(
         lora_scaling=operand(scaling),
         softcap=None if softcap is None else operand(softcap),
@@ -190,6 +205,8 @@ def check_lora(
     """(A, B, scaling) of an adapter on the head."""
     if lora is None:
         return None, None, 1.0
+    if not isinstance(lora, (tuple, list)):
+        raise TypeError(f"{op}: lora: want (A, B, scaling), got {type(lora).__name__}")
     if len(lora) != 3:
         raise ValueError(f"{op}: lora: want (A, B, scaling), got {len(lora)} entries")
     a, b, scaling = lora
@@ -197,6 +214,8 @@ def check_lora(
     check_tensor(op, "lora B", b)
     if isinstance(scaling, bool) or not isinstance(scaling, (int, float)):
         raise TypeError(f"{op}: lora scaling: want a number, got {scaling!r}")
+    if not -LARGEST <= scaling <= LARGEST:
+        raise ValueError(f"{op}: lora scaling: want a number that float32 can hold, got {scaling}")
     if a.ndim != 2 or a.shape[1] != D:
         raise ValueError(f"{op}: lora A: want (r, {D}), got {shape_of(a)}")
     if b.shape != (rows, len(a)):
@@ -217,5 +236,5 @@ def check_positive(op: str, name: str, x: object) -> None:
     """A number above 0, finite."""
     if isinstance(x, bool) or not isinstance(x, (int, float)):
         raise TypeError(f"{op}: {name}: want a number, got {x!r}")
-    if not 0 < x < math.inf:
-        raise ValueError(f"{op}: {name}: want positive and finite, got {x}")
+    if not SMALLEST <= x <= LARGEST:
+        raise ValueError(f"{op}: {name}: want {POSITIVE}, got {x}")

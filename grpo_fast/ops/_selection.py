@@ -21,8 +21,9 @@ def check_number(
     """Refuse what is not a finite number within the bounds, both included."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{op}: {name}: want a number, got {value!r}")
-    if not (minimum <= value <= high and math.isfinite(value)):
-        raise ValueError(f"{op}: {name}: want a number in [{minimum}, {high}], got {value}")
+    if not (minimum <= value <= high and value < math.inf):
+        wanted = f">= {minimum}" if high == math.inf else f"in [{minimum}, {high}]"
+        raise ValueError(f"{op}: {name}: want a finite number {wanted}, got {value}")
 
 
 def live_tokens(op: str, mask: Tensor | None, **given: Tensor) -> tuple[Tensor, ...]:

@@ -279,8 +279,8 @@ def kl_terms(
 
 
 def either(condition: Tensor, a: float, b: float, like: Tensor) -> Tensor:
-    """a where the condition holds, else b. `torch.where` would give them the default dtype, rounded to it."""
-    return torch.full_like(like, b).masked_fill(condition, a)
+    """`torch.where(condition, a, b)` in the dtype of `like`; of two numbers it has the default dtype."""
+    return torch.where(condition, like.new_full((), a), like.new_full((), b))
 
 
 def weigh(weight: Tensor, x: Tensor) -> Tensor:

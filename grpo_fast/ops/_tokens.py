@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from grpo_fast import reference
+from grpo_fast._operands import LARGEST
 from grpo_fast.objective import Objective
 from grpo_fast.ops import _arguments
 from grpo_fast.ops._backend import check_values
@@ -59,8 +60,7 @@ def check_tokens(
 
     mask, share: from `_arguments.check_mask` and `_arguments.mask_share`.
     """
-    if not isinstance(objective, Objective):
-        raise TypeError(f"{op}: objective: want an Objective, got {objective!r}")
+    check_objective(op, objective)
     if cu_seqlens is not None:
         cu_seqlens = _arguments.check_cu_seqlens(op, cu_seqlens, like)
     sequence = None if cu_seqlens is None else reference.sequence_of_token(cu_seqlens, len(like))
@@ -148,6 +148,14 @@ def check_tokens(
     return tokens, Sequences(log_importance, share, boundaries, rows.shape[-1])
 
 
+def check_objective(op: str, objective: object) -> None:
+    """Refuse what is no objective, before its options are read."""
+    if not isinstance(objective, Objective):
+        raise TypeError(
+            f"{op}: objective: want an Objective, such as Objective.preset(name), got {objective!r}"
+        )
+
+
 def _check_needed(
     op: str,
     objective: Objective,
@@ -213,6 +221,8 @@ def _check_num_items(
         num_items = num_items.item()
     if isinstance(num_items, bool) or not isinstance(num_items, (int, float)):
         raise TypeError(f"{op}: num_items: want a number or a 0-dim tensor, got {num_items!r}")
-    if not 0 <= num_items < math.inf:
-        raise ValueError(f"{op}: num_items: want a finite number >= 0, got {num_items}")
+    if not 0 <= num_items <= LARGEST:
+        raise ValueError(
+            f"{op}: num_items: want a finite number >= 0 that float32 can hold, got {num_items}"
+        )
     return num_items

@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from grpo_fast._operands import LARGEST
 from grpo_fast.ops import _arguments
 from grpo_fast.ops._backend import check_values, launch, use_triton
 
@@ -298,8 +299,10 @@ def group_advantage(
     ):
         if value not in choices:
             raise ValueError(f"{op}: {name}={value!r} is unknown; choose from {', '.join(choices)}")
-    if not 0 <= eps < math.inf:
-        raise ValueError(f"{op}: eps: want a finite number >= 0, got {eps}")
+    if isinstance(eps, bool) or not isinstance(eps, (int, float)):
+        raise TypeError(f"{op}: eps: want a number, got {eps!r}")
+    if not 0 <= eps <= LARGEST:
+        raise ValueError(f"{op}: eps: want a finite number >= 0 that float32 can hold, got {eps}")
     skip_nan, raw = nan == "skip", singleton == "raw"
     rewards = check_rewards(op, rewards, group_size, columns=True, skip_nan=skip_nan)
     labels = check_groups(op, rewards, group_size, group_ids)
