@@ -67,6 +67,17 @@ def read_amdgcn(text: str) -> Iterator[str | Instruction]:
             yield Instruction(op + (" dpp" if dpp else ""), jump[0] if jump else None)
 
 
+def own_code(text: str, kernel: str) -> str:
+    """The lines of the kernel itself: what it calls is for rows that hardly ever occur."""
+    found, inside = [], True
+    for line in text.splitlines():
+        if function := re.match(r"\s*\.type\s+(\S+?)\s*,\s*@function", line):
+            inside = function[1] == kernel
+        if inside:
+            found.append(line)
+    return "\n".join(found)
+
+
 WIDTHS = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128, "256": 256}
 AMD_WIDTHS = {"ubyte": 8, "byte": 8, "ushort": 16, "short": 16, "dword": 32, "dwordx2": 64} | {
     "dwordx3": 96,
@@ -143,17 +154,18 @@ def read_nvidia(kernel: Any) -> tuple[int, int, Listing]:
         file.write(kernel.asm["cubin"])
         file.flush()
         usage = nvidia_tool("cuobjdump", "-res-usage", file.name)
-        listing = list(read_sass(nvidia_tool("nvdisasm", "-c", file.name)))
+        sass = own_code(nvidia_tool("nvdisasm", "-c", file.name), kernel.metadata.name)
     registers, stack, local = (
         number(name + r":(\d+)", usage) for name in ("REG", "STACK", "LOCAL")
     )
-    return registers, stack + local, listing
+    return registers, stack + local, list(read_sass(sass))
 
 
 def read_amd(kernel: Any) -> tuple[int, int, Listing]:
     text = kernel.asm["amdgcn"]
     registers = number(r"\.vgpr_count:\s+(\d+)", text)
-    return registers, number(r"\.private_segment_fixed_size: (\d+)", text), list(read_amdgcn(text))
+    stack = number(r"\.private_segment_fixed_size: (\d+)", text)
+    return registers, stack, list(read_amdgcn(own_code(text, kernel.metadata.name)))
 
 
 def lane_orders(ttgir: str, T: int) -> list[str]:

@@ -256,7 +256,7 @@ def linear_grpo_loss(
         tokens._replace(mask=covered),
         sequences.share,
     )
-    skipped = torch.zeros((), device=device)
+    skipped = torch.zeros((), dtype=torch.float32, device=device)
     if keep is not None and keep.numel():
         skipped = 1 - here(keep).float().mean()
     loss = once_differentiable(op, loss, anchors_of(hidden, *parameters))
@@ -290,7 +290,10 @@ def _in_float64(
         loss=loss,
         logps=logp.view(like.shape),
         entropy=entropy.view(like.shape) if with_entropy else None,
-        metrics={**out.metrics, "skipped_fraction": torch.zeros((), device=like.device)},
+        metrics={
+            **out.metrics,
+            "skipped_fraction": torch.zeros((), dtype=torch.float32, device=like.device),
+        },
     )
 
 

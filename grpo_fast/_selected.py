@@ -127,7 +127,7 @@ def clip_cov(
     share = mask_weights(mask, live)
     covariance = _covariance(A, logp, share)
     candidate = live & ~clipped & (covariance > low) & (covariance < high)
-    draw = torch.rand(logp.shape, generator=generator, device=logp.device)
+    draw = torch.rand(logp.shape, generator=generator, device=logp.device, dtype=torch.float32)
     rank = rank_of(torch.where(candidate, draw, math.inf).argsort())
     drawn = candidate & (rank < share_of(share, fraction))
     return (live & ~drawn).float().view(logps.shape)

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from grpo_fast import reference
-from grpo_fast.loss import grpo_loss, policy_loss
+from grpo_fast import reference, weights
+from grpo_fast.loss import grpo_loss, linear_grpo_loss, policy_loss
 from tests.cases import batch, in_double, loss_and_grad
 from tests.test_grpo import OBJECTIVES
 from tests.test_strides import CALLS, DIFFERENTIABLE, outputs, tensors
@@ -54,3 +54,23 @@ def test_public_functions(name, changed, backend, device):
     changed()
     got = outputs(CALLS[name], given)
     same((*got[0], *got[1]), (*want[0], *want[1]))
+
+
+def test_numbers_that_no_argument_gives_a_dtype(changed, device):
+    """The share of rows skipped where none is, and the draw of `clip_cov`, seeded."""
+    hidden, weight = torch.randn(6, 4, device=device), torch.randn(9, 4, device=device)
+    ids, A = torch.arange(6, device=device), torch.randn(6, device=device)
+    logps = -torch.rand(6, device=device)
+
+    def values():
+        out = linear_grpo_loss(hidden, weight, ids, advantages=A, compact=False)
+        generator = torch.Generator(device).manual_seed(3)
+        drawn = weights.clip_cov(
+            *(logps, logps, A), fraction=0.4, low=-9.0, high=9.0, generator=generator
+        )
+        return out.metrics["skipped_fraction"], drawn
+
+    want = values()
+    assert 0 < want[1].sum() < 6
+    changed()
+    same(values(), want)
