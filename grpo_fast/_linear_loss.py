@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from grpo_fast import reference
-from grpo_fast._operands import Modes
+from grpo_fast._operands import Modes, operand
 from grpo_fast._output import LossOutput, loss_output
 from grpo_fast.objective import Objective
 from grpo_fast.ops import _arguments, _float64, _phases
@@ -310,7 +310,9 @@ def _scored(tokens: Tokens, ids: Tensor) -> Tokens:
     """With advantages in the place of rewards: compaction wants them before the launch."""
     if tokens.rewards is None:
         return tokens._replace(sequence=None, group_size=1)
-    score = group_advantage_fwd(tokens.rewards, tokens.group_size, None, "group", SCORE_EPS, True)
+    score = group_advantage_fwd(
+        tokens.rewards, tokens.group_size, None, "group", operand(SCORE_EPS), True
+    )
     advantages = spread(score, tokens.sequence, ids[None] if ids.ndim == 1 else ids)
     return tokens._replace(advantages=advantages, rewards=None, sequence=None, group_size=1)
 
@@ -351,7 +353,7 @@ def carries_gradient(
             if advantages is None:
                 assert rewards is not None
                 advantages = group_advantage_fwd(
-                    kept_whole(rewards), group_size or 1, None, "group", SCORE_EPS, True
+                    kept_whole(rewards), group_size or 1, None, "group", operand(SCORE_EPS), True
                 )[:, None]
             conditions.append(per_token(advantages) != 0)
         # They may be on the GPU where the others decide on the host: then they do not decide.

@@ -6,7 +6,7 @@ may change from step to step. These tensors live on the CPU, where an operator r
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,8 +24,18 @@ def operand(x: float) -> Tensor:
     return torch.tensor(x, dtype=torch.float64, device="cpu")
 
 
+def bound(x: float | None, like: Tensor) -> Any:
+    """A number that PyTorch is to clamp `like` to; in a compiled graph a tensor, as in `operand`.
+
+    Arithmetic comes after it: of `1 - x` inductor keeps the first value (torch 2.13).
+    """
+    if x is None or not torch.compiler.is_compiling():
+        return x
+    return torch.ones((), dtype=like.dtype, device=like.device) * x
+
+
 def operands(numbers: Sequence[float]) -> Tensor:
-    """The same for several numbers, (n,)."""
+    """Several numbers as a (n,) tensor, as `operand` makes them."""
     if torch.compiler.is_compiling():
         return torch.stack([operand(x) for x in numbers])
     return torch.tensor(numbers, dtype=torch.float64, device="cpu")

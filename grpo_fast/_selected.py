@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from grpo_fast._operands import bound
 from grpo_fast.ops._selection import (
     check_choice,
     check_number,
@@ -123,7 +124,8 @@ def clip_cov(
         op, mask, logps=logps, old_logps=old_logps, advantages=advantages
     )
     ratio = (logp - old).exp()
-    clipped = -A * ratio.clamp(1 - epsilon_low, 1 + epsilon_high) > -A * ratio
+    below, above = 1 - bound(epsilon_low, ratio), 1 + bound(epsilon_high, ratio)
+    clipped = -A * ratio.clamp(below, above) > -A * ratio
     share = mask_weights(mask, live)
     covariance = _covariance(A, logp, share)
     candidate = live & ~clipped & (covariance > low) & (covariance < high)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from grpo_fast._linear_loss import linear_grpo_loss
-from grpo_fast._operands import Terms
+from grpo_fast._operands import Terms, operand
 from grpo_fast._output import LossOutput, loss_output
 from grpo_fast.objective import Objective
 from grpo_fast.ops import _arguments, _overwritten, _phases
@@ -279,7 +279,7 @@ def _by_phases(
     if tokens.advantages is None:
         assert tokens.rewards is not None
         score = group_advantage_fwd(
-            tokens.rewards, tokens.group_size, None, "group", SCORE_EPS, True
+            tokens.rewards, tokens.group_size, None, "group", operand(SCORE_EPS), True
         )
         tokens = tokens._replace(advantages=spread(score, tokens.sequence, logits))
     rest = (temperature, inv_temperature)

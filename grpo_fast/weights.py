@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from grpo_fast import reference_terms
+from grpo_fast._operands import bound
 from grpo_fast._selected import clip_cov, kl_cov, m2po, top_entropy, varied_groups
 from grpo_fast.ops import _arguments
 from grpo_fast.ops._selection import (
@@ -232,11 +233,13 @@ def binary_divergence(
     check_choice(op, "kind", kind, DIVERGENCES)
     check_number(op, "floor", floor, high=0.5)
     live, *both = live_tokens(op, mask, logps=logps, other_logps=other_logps)
-    p, q = (x.double().exp().clamp(floor, 1 - floor) for x in both)
+    p, q = (x.double().exp() for x in both)
+    least = bound(floor, p)
+    p, q = p.clamp(least, 1 - least), q.clamp(least, 1 - least)
     if kind == "tv":
         found = (p - q).abs()
     else:  # terms of probability 0 are 0
-        others = [(-x.double().expm1()).clamp(floor, 1 - floor) for x in both]
+        others = [(-x.double().expm1()).clamp(least, 1 - least) for x in both]
         pairs = ((p, q), (others[0], others[1]))
         found = sum((a.xlogy(a) - a.xlogy(b) for a, b in pairs), torch.zeros_like(p))
     return torch.where(live, found, 0).float().view(logps.shape)
@@ -250,7 +253,7 @@ def _mean(x: Tensor, live: Tensor, like: Tensor, cu_seqlens: Tensor | None) -> T
 
 def _bounded(rho: Tensor, mode: str, low: float | None, high: float | None) -> Tensor:
     if mode == "truncate":
-        return rho if low is None and high is None else rho.clamp(low, high)
+        return rho if low is None and high is None else rho.clamp(bound(low, rho), bound(high, rho))
     outside = torch.zeros_like(rho, dtype=torch.bool)
     if low is not None:
         outside = outside | (rho < low)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from grpo_fast import Objective, reference
+from grpo_fast._operands import operand
 from grpo_fast.loss import grpo_loss, linear_grpo_loss
 from grpo_fast.ops import group_advantage
 from tests.cases import loss_and_grad
@@ -150,6 +151,6 @@ def test_a_nan_among_equal_rewards_comes_out(scale, backend, device):
     """On a GPU values are not looked at: its group must not pass for one that does not differ."""
     op = torch.ops.grpo_fast.group_advantage
     rewards = torch.tensor([1.0, torch.nan, 1.0, 1.0, 2.0, 3.0], device=device)
-    found = op(rewards, 3, None, scale, 1e-4, True)
+    found = op(rewards, 3, None, scale, operand(1e-4), True)
     assert found[:3].isnan().all()
     assert scale == "batch" or found[3:].isfinite().all()

@@ -216,12 +216,14 @@ def test_opcheck(backend, device):
     check(
         token_statistics, mask, x, x, x, x, x, x, x, torch.zeros(N, dtype=torch.int8, device=device)
     )
-    check(group_advantage_fwd, x, 2, None, "group", 1e-4, True)
-    check(group_advantage_fwd, x, 1, ids, "batch", 1e-4, False)
-    check(group_advantage_fwd, x, 2, None, "none", 1e-4, True, True, True, True)
+    check(group_advantage_fwd, x, 2, None, "group", operand(1e-4), True)
+    check(group_advantage_fwd, x, 1, ids, "batch", operand(1e-4), False)
+    check(group_advantage_fwd, x, 2, None, "none", operand(1e-4), True, True, True, True)
     several = x.view(-1, 2)
-    check(combine_rewards_fwd, several, x[:2], 1, None, False, "group", 1e-4, True)
-    check(combine_rewards_fwd, several, None, 3, None, True, "none", 1e-4, True, True, True)
+    check(combine_rewards_fwd, several, x[:2], 1, None, False, "group", operand(1e-4), True)
+    check(
+        combine_rewards_fwd, several, None, 3, None, True, "none", operand(1e-4), True, True, True
+    )
 
 
 @pytest.mark.parametrize("backend", ["torch"], indirect=True)  # the kernels mutate nothing else

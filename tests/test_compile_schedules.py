@@ -6,7 +6,19 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from grpo_fast import Objective
 from grpo_fast.loss import grpo_loss, linear_grpo_loss, policy_loss
-from grpo_fast.ops import linear_logprob, logprob
+from grpo_fast.ops import group_advantage, linear_logprob, logprob
+from grpo_fast.weights import (
+    binary_divergence,
+    clip_cov,
+    geometric_mean,
+    icepop,
+    importance_weights,
+    kl_cov,
+    kpop,
+    m2po,
+    top_entropy,
+    truncated_importance,
+)
 
 STEPS = 50  # many more than a function may be compiled for
 V, D = 17, 8
@@ -116,4 +128,46 @@ def test_two_graphs_for_any_schedule(step, compiler, schedule, device, monkeypat
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
         dgot, dwant = (torch.autograd.grad(x, weight)[0] for x in (got, want))
         torch.testing.assert_close(dgot, dwant, rtol=1e-5, atol=1e-6)
+    assert counter.frame_count <= 2
+
+
+def advantages_of(x, number):
+    return group_advantage(x[:, 0], group_size=2, eps=number)
+
+
+WEIGHTS = {
+    "group_advantage": advantages_of,
+    "rewards": lambda x, number: group_advantage(
+        x[:, :2], group_size=2, eps=number, aggregation="normalize_then_sum"
+    ),
+    "importance_weights": lambda x, number: importance_weights(
+        x, 2 * x, low=number / 9, high=number
+    ),
+    "truncated_importance": lambda x, number: truncated_importance(x, 2 * x, number),
+    "icepop": lambda x, number: icepop(x, 2 * x, number / 9, number),
+    "geometric_mean": lambda x, number: geometric_mean(x.exp(), eps=number),
+    "kpop": lambda x, number: kpop(x, 1.1 * x, number / 50),
+    "m2po": lambda x, number: m2po(x, 1.1 * x, number / 50),
+    "binary_divergence": lambda x, number: binary_divergence(x, 2 * x, floor=number / 9),
+    "top_entropy": lambda x, number: top_entropy(x.exp(), number / 3),
+    "clip_cov": lambda x, number: clip_cov(x, 1.1 * x, -x, epsilon_low=number / 9, low=0.0),
+    "kl_cov": lambda x, number: kl_cov(x, -x, fraction=number / 3),
+}
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+@pytest.mark.filterwarnings("ignore")  # of the compiler itself
+def test_numbers_of_other_functions(name, device, monkeypatch):
+    monkeypatch.setenv("GRPO_FAST_BACKEND", "torch")
+    x = -torch.rand(4, 6, device=device) - 0.05
+
+    def step(number):
+        return WEIGHTS[name](x, number) * number
+
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("inductor")
+    compiled = torch.compile(step, fullgraph=True, backend=counter)
+    for k in range(12):
+        number = 0.5 + 0.05 * k
+        torch.testing.assert_close(compiled(number), step(number), rtol=1e-5, atol=1e-6)
     assert counter.frame_count <= 2

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from grpo_fast._operands import LARGEST
+from grpo_fast._operands import LARGEST, operand
 from grpo_fast.ops import _arguments
 from grpo_fast.ops._backend import check_values, launch, use_triton
 
@@ -25,14 +25,14 @@ def group_advantage_fwd(
     group_size: int,
     labels: Tensor | None,
     scale: str,
-    eps: float,
+    eps: Tensor,
     unbiased: bool,
     leave_one_out: bool = False,
     skip_nan: bool = False,
     raw_singletons: bool = False,
 ) -> Tensor:
     """(B,) fp32 advantages of (B,) fp32 or fp64 rewards."""
-    options = (scale, eps, unbiased, leave_one_out, skip_nan, raw_singletons)
+    options = (scale, eps.item(), unbiased, leave_one_out, skip_nan, raw_singletons)
     if use_triton(rewards):
         from grpo_fast.kernels import group_advantage as kernels
 
@@ -46,7 +46,7 @@ def _(
     group_size: int,
     labels: Tensor | None,
     scale: str,
-    eps: float,
+    eps: Tensor,
     unbiased: bool,
     leave_one_out: bool = False,
     skip_nan: bool = False,
@@ -63,7 +63,7 @@ def combine_rewards_fwd(
     labels: Tensor | None,
     normalize: bool,
     scale: str,
-    eps: float,
+    eps: Tensor,
     unbiased: bool,
     skip_nan: bool = False,
     raw_singletons: bool = False,
@@ -75,13 +75,14 @@ def combine_rewards_fwd(
         return launch(
             kernels.combine_rewards_fwd,
             rewards,
-            *(rewards, weights, group_size, labels, normalize, scale, eps, unbiased),
+            *(rewards, weights, group_size, labels, normalize, scale, eps.item(), unbiased),
             *(skip_nan, raw_singletons),
         )
     values = rewards.to(wide(rewards))
     if normalize:
         values = group_scores(
-            rewards, group_size, labels, scale, eps, unbiased, False, skip_nan, raw_singletons
+            *(rewards, group_size, labels, scale, eps.item(), unbiased),
+            *(False, skip_nan, raw_singletons),
         )
     if weights is not None:
         values = values * weights
@@ -99,7 +100,7 @@ def _(
     labels: Tensor | None,
     normalize: bool,
     scale: str,
-    eps: float,
+    eps: Tensor,
     unbiased: bool,
     skip_nan: bool = False,
     raw_singletons: bool = False,
@@ -308,7 +309,7 @@ def group_advantage(
     labels = check_groups(op, rewards, group_size, group_ids)
     if raw and scale == "batch":
         raise ValueError(f"{op}: singleton='raw' goes with scale='group' or 'none', got 'batch'")
-    size, eps = group_size or 1, float(eps)
+    size, added = group_size or 1, operand(eps)
     leave_one_out = baseline == "leave_one_out"
     if rewards.ndim == 2:
         normalize = aggregation == "normalize_then_sum"
@@ -324,12 +325,12 @@ def group_advantage(
         rewards = combine_rewards_fwd(
             rewards,
             _check_weights(op, weights, rewards),
-            *(size, labels, normalize, scale, eps, unbiased, skip_nan, raw),
+            *(size, labels, normalize, scale, added, unbiased, skip_nan, raw),
         )
         if normalize:
             whole = max(len(rewards), 1)
             return group_advantage_fwd(
-                rewards, whole, None, "group", eps, unbiased, False, skip_nan
+                rewards, whole, None, "group", added, unbiased, False, skip_nan
             )
     elif weights is not None:
         raise ValueError(f"{op}: weights: has no effect with rewards (B,), want rewards (B, K)")
@@ -338,7 +339,7 @@ def group_advantage(
             f"{op}: aggregation={aggregation!r} has no effect with rewards (B,), want rewards (B, K)"
         )
     return group_advantage_fwd(
-        rewards, size, labels, scale, eps, unbiased, leave_one_out, skip_nan, raw
+        rewards, size, labels, scale, added, unbiased, leave_one_out, skip_nan, raw
     )
 
 

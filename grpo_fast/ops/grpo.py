@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from grpo_fast._operands import Modes
+from grpo_fast._operands import Modes, operand
 from grpo_fast.objective import Objective
 from grpo_fast.ops import _rows
 from grpo_fast.ops._autograd import without_graph
@@ -99,7 +99,9 @@ def fill(
     advantages = a.advantages
     if advantages is None:
         assert a.rewards is not None
-        score = group_advantage_fwd(a.rewards, a.group_size, None, "group", SCORE_EPS, True)
+        score = group_advantage_fwd(
+            a.rewards, a.group_size, None, "group", operand(SCORE_EPS), True
+        )
         advantages = spread(score, a.sequence, logits)
     out = new_outputs(a)
     for rows, (block, dblock) in _rows.row_blocks(logits, dlogits):
