@@ -47,15 +47,20 @@ PROCESSORS = 132  # multiprocessors of an H100 or H200: they decide the chunk le
 
 
 class Allocations(TorchDispatchMode):
-    """Counts the bytes of the storages that operators make, and of those it is told to `hold`."""
+    """Counts the bytes of the storages that operators make, and of those it is told to `hold`.
 
-    def __init__(self) -> None:
+    Args:
+        device: count what lies there; None: everything. Operators take numbers in tensors on the CPU.
+    """
+
+    def __init__(self, device: torch.device | None = None) -> None:
         super().__init__()
+        self.device = device
         self.live = self.peak = 0
         self._known: set[int] = set()
 
     def hold(self, x: Any) -> None:
-        if not isinstance(x, Tensor):
+        if not isinstance(x, Tensor) or self.device not in (None, x.device):
             return
         storage = x.untyped_storage()
         if storage._cdata in self._known:
@@ -189,7 +194,7 @@ def peak(trained: step_7b.Trained, size: step_7b.Size, provider: str) -> int:
     heads = providers.load("linear_logprob", provider), providers.load("linear_grpo", provider)
     inputs = batch(size)
     models = [model for model in trained if model is not None]
-    allocations = Allocations()
+    allocations = Allocations(META)
     for x in (*inputs.values(), *(p for model in models for p in model.parameters())):
         allocations.hold(x)
     with gpu_on_paper(), allocations:
