@@ -108,7 +108,7 @@ def policy_terms(
         # Whether it is dropped cannot be told: the NaN comes out.
         loss = torch.where((advantages < 0) & drift.isnan(), torch.nan, loss)
     if importance_weights is not None:
-        loss = loss * importance_weights
+        loss = torch.where(importance_weights == 0, 0, loss * importance_weights)
     if objective.beta:
         assert ref_logps is not None
         loss = loss + objective.beta * kl_estimate(

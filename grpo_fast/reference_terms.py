@@ -34,13 +34,15 @@ def surrogate_loss(
     if surrogate == "sapo":
         tau = _either(advantages > 0, objective.tau_pos, objective.tau_neg, ratio)
         return -advantages * (4 / tau) * (tau * (ratio - 1)).sigmoid()
-    log_ratio = logps - old_logps
+    penalty = torch.zeros_like(logps)
+    if objective.quadratic_coef:
+        penalty = objective.quadratic_coef * (logps - old_logps).square()
     if surrogate == "dro":
-        return -advantages * logps + objective.quadratic_coef * log_ratio.square() / 2
+        return -advantages * logps + penalty / 2
     change = logps.exp() - old_logps.exp()
     if surrogate == "ipo":
         inside = (change >= -low) & (change <= high)
-        return -advantages * ratio * inside + objective.quadratic_coef * log_ratio.square()
+        return -advantages * ratio * inside + penalty
     if surrogate in ("dppo_tv", "dppo_kl"):
         divergence = change if surrogate == "dppo_tv" else binary_kl(old_logps, logps)
         if surrogate == "dppo_tv":
@@ -51,7 +53,7 @@ def surrogate_loss(
             keep = ~torch.where(advantages > 0, up, down)
         capped = ratio if objective.ratio_cap is None else ratio.clamp(max=objective.ratio_cap)
         if objective.dppo_value == "ratio":
-            return -advantages * capped * keep + objective.quadratic_coef * log_ratio.square()
+            return -advantages * capped * keep + penalty
         return -(capped * keep).detach() * advantages * logps
     if surrogate == "reinforce":
         weight = torch.ones_like(ratio)

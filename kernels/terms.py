@@ -71,6 +71,13 @@ def vespo_weight(log_w, advantage, k_pos, k_neg, lambda_pos, lambda_neg):
 
 
 @triton.jit
+def quadratic_terms(d, coef):
+    """(coef d^2, its derivative): 0 with a coefficient of 0, also where d is infinite."""
+    used = coef != 0
+    return tl.where(used, coef * d * d, 0.0), tl.where(used, 2.0 * coef * d, 0.0)
+
+
+@triton.jit
 def surrogate_terms(
     logp, old_logp, ratio, log_w, advantage, score, low, high, cap, second, SURROGATE: tl.constexpr
 ):
@@ -89,11 +96,11 @@ def surrogate_terms(
         by_ratio = -advantage * ratio
         loss = by_ratio
     elif SURROGATE == "dro":
-        d = logp - old_logp
-        loss = 0.5 * second * d * d - advantage * logp
-        by_logp = second * d - advantage
+        penalty, pull = quadratic_terms(logp - old_logp, second)
+        loss = 0.5 * penalty - advantage * logp
+        by_logp = 0.5 * pull - advantage
     elif SURROGATE == "ipo" or SURROGATE == "dppo_tv_ratio" or SURROGATE == "dppo_kl_ratio":
-        d = logp - old_logp
+        penalty, by_logp = quadratic_terms(logp - old_logp, second)
         if SURROGATE == "ipo":
             change = tl.exp(logp) - tl.exp(old_logp)
             out = (change < -low) | (change > high)
@@ -101,8 +108,7 @@ def surrogate_terms(
             out = divergence_drops(logp, old_logp, advantage, low, high, SURROGATE)
         out = out | (advantage == 0)  # the ratio may be inf
         by_ratio = tl.where(out | (ratio > cap), 0.0, -advantage * ratio)
-        by_logp = 2.0 * second * d
-        loss = tl.where(out, 0.0, -advantage * lesser(ratio, cap)) + second * d * d
+        loss = tl.where(out, 0.0, -advantage * lesser(ratio, cap)) + penalty
     else:
         if SURROGATE == "cispo":
             weight = lesser(greater(ratio, low), high)

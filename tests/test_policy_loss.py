@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -9,7 +11,10 @@ from grpo_fast.ops.policy_loss import STATISTICS, token_statistics
 from grpo_fast.testing import assert_as_accurate
 from tests.cases import batch, in_double, loss_and_grad
 from tests.properties import given, settings, st
-from tests.test_grpo import by_objective
+from tests.test_grpo import OBJECTIVES, by_objective
+
+# Whose tokens do not decide over one another; with "k3_unbiased" the KL term takes the ratio, and no weight.
+BY_TOKEN = [x for x in OBJECTIVES.values() if x.by_token and x.kl != "k3_unbiased"]
 
 
 def case(B, T, device, drift=0.3, garbage=True):
@@ -120,6 +125,57 @@ def test_a_weight_of_zero_leaves_out_an_infinite_ratio(backend, device):
     loss, grad = loss_and_grad(policy_loss, logps, **arguments)
     torch.testing.assert_close(loss.cpu(), torch.tensor(0.5))
     torch.testing.assert_close(grad.cpu(), torch.tensor([[0.0, 0.5]]))
+
+
+@pytest.mark.parametrize(
+    "objective", BY_TOKEN, ids=lambda x: f"{x.variant}-{x.kl}-{x.beta}-{x.entropy_coef}"
+)
+def test_a_weight_of_zero_leaves_out_a_missing_number(objective, backend, device):
+    """The token's own number; where sequences have a ratio, the others would be without one."""
+    logps = torch.tensor([[-1.0, -1.0, -2.0]], device=device)
+    arguments = {
+        "old_logps": torch.tensor([[torch.nan, -1.2, -1.9]], device=device),
+        "ref_logps": logps - 0.1,
+        "advantages": torch.tensor([-1.0], device=device),
+        "importance_weights": torch.tensor([[0.0, 1.0, 0.5]], device=device),
+    }
+    if objective.needs_entropy:
+        arguments["entropy"] = torch.ones_like(logps)
+    loss, grad = loss_and_grad(policy_loss, logps, **arguments, objective=objective)
+    wide = {k: x.double() for k, x in arguments.items()}
+    want = loss_and_grad(reference.policy_loss, logps.double(), **wide, objective=objective)
+    assert want[0].isfinite()
+    torch.testing.assert_close(loss.double(), want[0], rtol=1e-5, atol=1e-6)
+    assert grad.isfinite().all()
+    torch.testing.assert_close(grad[0, 1:].double(), want[1][0, 1:], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        Objective(surrogate="dppo_tv", dppo_value="ratio"),
+        Objective(surrogate="dppo_kl", dppo_value="ratio"),
+        Objective(surrogate="ipo", epsilon_low=0.5, epsilon_high=0.5),
+        Objective(surrogate="dro"),
+    ],
+    ids=lambda x: x.variant,
+)
+def test_a_quadratic_coefficient_of_0_takes_no_infinite_log_ratio(objective, backend, device):
+    """What the new policy cannot sample any more has an infinite log-ratio, and 0 * inf is NaN."""
+    logps = torch.tensor([[-math.inf, -1.0]], device=device)
+    arguments = {
+        "old_logps": torch.tensor([[-0.1, -1.1]], device=device),
+        "advantages": torch.tensor([-1.0], device=device),
+    }
+    if objective.surrogate == "dro":  # -A logp is infinite itself: it is the old one that is
+        logps, arguments["old_logps"] = arguments["old_logps"], logps
+    loss, grad = loss_and_grad(policy_loss, logps, **arguments, objective=objective)
+    wide = {k: x.double() for k, x in arguments.items()}
+    want = loss_and_grad(reference.policy_loss, logps.double(), **wide, objective=objective)
+    assert want[0].isfinite()
+    torch.testing.assert_close(loss.double(), want[0], rtol=1e-6, atol=1e-6)
+    assert grad.isfinite().all()
+    torch.testing.assert_close(grad[0, 1].double(), want[1][0, 1], rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("N", [1, 2, 7, 100])

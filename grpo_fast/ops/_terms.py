@@ -112,18 +112,19 @@ def surrogate_terms(
         slope = gate * (-x).sigmoid()
         by_ratio = torch.where(slope == 0, 0, -4 * advantage * slope * ratio)
         return -advantage * (4 / tau) * gate, by_ratio, zero, flags
-    d, q = logp - old, objective.quadratic_coef
+    if objective.has_quadratic:
+        q, d = objective.quadratic_coef, logp - old
+        penalty, pull = (q * d.square(), 2 * q * d) if q else (zero, zero)  # not 0 * inf
     if surrogate == "dro":
-        loss = q * d.square() / 2 - advantage * logp
-        return loss, zero, q * d - advantage, flags
+        return penalty / 2 - advantage * logp, zero, pull / 2 - advantage, flags
     cap = ratio_cap(objective)
     if objective.has_quadratic:
         assert below is not None
         assert above is not None
         out = below | above | (advantage == 0)  # the ratio may be inf
         by_ratio = torch.where(out | (ratio > cap), 0, -advantage * ratio)
-        loss = torch.where(out, 0, -advantage * ratio.clamp(max=cap)) + q * d.square()
-        return loss, by_ratio, 2 * q * d, flags
+        loss = torch.where(out, 0, -advantage * ratio.clamp(max=cap)) + penalty
+        return loss, by_ratio, pull, flags
     if surrogate == "gmpo":  # the ratio is the sequence's, its bounds are behind it
         return -advantage * ratio, -advantage * ratio, zero, flags
     low, high = 1 - objective.epsilon_low, 1 + objective.epsilon_high
