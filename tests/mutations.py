@@ -6,54 +6,117 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 TORCH = "not triton and not processes and not forward_mode_is_refused"  # for `pytest -k`
+LAUNCHES = f"({TORCH}) or (triton and every_objective and default)"  # kernels once, too
+SHARED = f"({TORCH}) or 2-False"  # a vocabulary over two processes, too
 
 # The test files for each file, the likeliest first, and which of their tests.
 COVERS: dict[str, tuple[str, str]] = {
-    "grpo_fast/ops/_arguments.py": ("errors linear_errors tensor_kinds strides", TORCH),
+    "grpo_fast/ops/_arguments.py": ("errors linear_errors told_apart masks tensor_kinds", TORCH),
     "grpo_fast/ops/_autograd.py": ("derivatives inplace linear_errors", TORCH),
-    "grpo_fast/ops/_backend.py": ("errors public_api loss tensor_kinds", TORCH),
-    "grpo_fast/ops/_chunks.py": ("linear_grpo linear_logprob linear_edges", TORCH),
-    "grpo_fast/ops/_head.py": ("linear_logprob linear_grpo linear_edges linear_errors", TORCH),
-    "grpo_fast/ops/_head_arguments.py": ("linear_errors linear_logprob linear_edges", TORCH),
-    "grpo_fast/ops/_metrics.py": ("loss rare_options", TORCH),
+    "grpo_fast/ops/_backend.py": (
+        "errors public_api grpo strides",
+        f"{LAUNCHES} or (triton and (strided or of_every_obj or (layouts and grpo_loss)))",
+    ),
+    "grpo_fast/ops/_chunks.py": (
+        "linear_grpo linear_logprob linear_edges linear_upstream masks",
+        TORCH,
+    ),
+    "grpo_fast/ops/_head.py": (
+        "linear_logprob linear_grpo linear_edges linear_errors linear_dtypes",
+        TORCH,
+    ),
+    "grpo_fast/ops/_head_arguments.py": (
+        "linear_errors linear_logprob linear_edges linear_dtypes vocab_parallel",
+        SHARED,
+    ),
+    "grpo_fast/ops/_metrics.py": ("loss rare_options masks", TORCH),
     "grpo_fast/ops/_phases.py": ("rare_options sequence_loss policy_loss grpo", TORCH),
     "grpo_fast/ops/_rows.py": ("logprob errors strides grpo", TORCH),
-    "grpo_fast/ops/_selection.py": ("selection policy_loss weights", f"{TORCH} and not trl_modes"),
-    "grpo_fast/ops/_terms.py": ("policy_loss sequence_loss preset_edges grpo", TORCH),
-    "grpo_fast/ops/_tokens.py": ("loss errors rare_options", TORCH),
-    "grpo_fast/ops/_vocab_parallel.py": ("vocab_parallel", "combine or 2-False"),
-    "grpo_fast/ops/group_advantage.py": ("group_advantage rare_options errors", TORCH),
-    "grpo_fast/ops/grpo.py": ("grpo inplace rare_options derivatives", TORCH),
-    "grpo_fast/ops/linear_grpo.py": ("linear_grpo linear_edges linear_errors", TORCH),
+    "grpo_fast/ops/_selection.py": (
+        "selection policy_loss weights",
+        f"({TORCH} and not trl_modes) or over_processes",
+    ),
+    "grpo_fast/ops/_terms.py": ("policy_loss kl nan sequence_loss preset_edges grpo", TORCH),
+    "grpo_fast/ops/_tokens.py": ("loss errors rare_options told_apart masks", TORCH),
+    "grpo_fast/ops/_vocab_parallel.py": ("vocab_parallel", "combine or whose or 2-False"),
+    "grpo_fast/ops/group_advantage.py": (
+        "group_advantage rare_options errors advantage_precision",
+        TORCH,
+    ),
+    "grpo_fast/ops/grpo.py": ("grpo inplace rare_options derivatives nan", LAUNCHES),
+    "grpo_fast/ops/linear_grpo.py": (
+        "linear_grpo linear_edges linear_errors linear_upstream rare_options vocab_parallel",
+        SHARED,
+    ),
     "grpo_fast/ops/linear_logprob.py": ("linear_logprob linear_edges linear_errors", TORCH),
-    "grpo_fast/ops/logprob.py": ("logprob linear_logprob", "not processes and not any_shape"),
-    "grpo_fast/ops/policy_loss.py": ("policy_loss loss rare_options", TORCH),
-    "grpo_fast/ops/sequence_loss.py": ("sequence_loss policy_loss loss", TORCH),
-    "grpo_fast/weights.py": ("weights", TORCH),
+    "grpo_fast/ops/logprob.py": (
+        "logprob linear_logprob",
+        "not processes and not any_shape and (not triton or banned or offset)",
+    ),
+    "grpo_fast/ops/policy_loss.py": ("policy_loss errors loss rare_options masks", TORCH),
+    "grpo_fast/ops/sequence_loss.py": ("sequence_loss policy_loss loss masks nan", TORCH),
+    "grpo_fast/weights.py": ("weights selection", f"{TORCH} and not trl_modes"),
     "grpo_fast/presets.py": ("preset_values presets preset_edges verl", TORCH),
     "grpo_fast/integrations/trl.py": ("trl_loss trl", TORCH),
-    "grpo_fast/integrations/verl.py": ("verl verl_options", TORCH),
+    "grpo_fast/integrations/verl.py": ("verl verl_options integrations_masks", TORCH),
     "kernels/tiles.py": (
-        "policy_loss logprob",
-        "triton and (every_objective or flags or infinite or confident or banned or offset)",
+        "policy_loss logprob extreme_rows group_advantage",
+        "triton and (every_objective or flags or infinite or confident or banned or offset or "
+        "tiny_temp or among_large or uniform or (large_numbers and 1e and 1000))",
     ),
     "kernels/rows.py": (
-        "logprob rows",
-        "triton and (reference or banned or offset or masked or exact_zeros) or align",
+        "logprob grpo rows linear_logprob",
+        "triton and (reference or banned or offset or masked or exact_zeros or capped) "
+        "or align or (segments and 40000)",
     ),
     "kernels/grpo.py": (
-        "grpo",
-        "triton and every_objective and (default or everything or gspo or entropy)",
+        "grpo strides",
+        "triton and ((every_objective and (default or everything or gspo or entropy)) or "
+        "optional or scored_in or inplace or (layouts and grpo_loss))",
     ),
 }
 # Changes that no test on a CPU can see: in the statement's text, by regular expression.
 EQUIVALENT = {
-    r"block|warps|stages|eviction|cache_mod|num_ctas|SEGMENTS|SMALL|_WIDTH": "speed alone",
+    r"block|warps|stages|eviction|cache_mod|num_ctas|SMALL|_WIDTH": "speed alone",
+    r"set_materialize_grads|CHUNK_COST|LIFTED": "speed and memory, or head-room",
     r"device=|\.device|cuda|is_compiling|synchroni": "asks for the device; the tests have one",
+    r"MIXED_|out_dtype=": "products of halves on a GPU",
     r"strict=|stacklevel|exist_ok|__all__|lru_cache": "never differs in a correct call",
-    r"mutates_args|register_fake|torch\.library|new_empty|torch\.empty": "schemas and fakes",
+    r"mutates_args|torch\.library|new_empty|torch\.empty": "schemas and fakes",
     r"getattr\(dist": "the older or the newer name of one function",
     r"^(from|import|op = |assert )": "no behaviour",
+}
+# And single ones, (file, part of the line, what stands there then): the reason.
+SAME = {
+    ("ops/_autograd.py", "if not (sources and", "((sources) or"): (
+        "without sources, or without gradients, the wrapped result is the constant itself"
+    ),
+    ("ops/_chunks.py", "UNIT = Objective(", "Objective()"): (
+        "on policy the gradient of the clipped surrogate is the same"
+    ),
+    ("ops/_chunks.py", ".clamp(-100, 100)", "101"): "2^101 is as far inside float32's range",
+    ("ops/_phases.py", "tokens = tokens._replace(", "importance=None)"): (
+        "without a surrogate nobody reads the score: leaving it out saves the read"
+    ),
+    ("ops/_vocab_parallel.py", "LOWEST = ", "3e+38"): (
+        "the maximum of no columns, whose sum of 0 says that it does not count"
+    ),
+    ("ops/_vocab_parallel.py", "scale.double() * LN2", "((scale.double()) /"): (
+        "large numbers beside others: they are further up, or further down, with either unit"
+    ),
+    ("ops/linear_grpo.py", 'if head.shard and way in ("token"', "((head.shard) or"): (
+        "without a shard the way for shards is slower, and the same"
+    ),
+    ("ops/sequence_loss.py", "count.where(count != 0, 1)", "1"): (
+        "of sequences without a live token nothing is used"
+    ),
+    ("kernels/tiles.py", "FAR = ", "1610612736.0"): (
+        "between the thresholds both ways give the same bits: differences are 0, or underflow"
+    ),
+    ("kernels/tiles.py", "series = 1.0 + w2", "10"): "below half a unit in the last place",
+    ("kernels/grpo.py", "tl.store(kl_ptr + row, 0.0)", "1.0"): (
+        "of a masked token, which statistics leave out"
+    ),
 }
 SILENT = (ast.Raise, ast.Assert, ast.JoinedStr, ast.Import, ast.ImportFrom)
 FLIP = {ast.Lt: ">=", ast.LtE: ">", ast.Gt: "<=", ast.GtE: "<", ast.Eq: "!=", ast.NotEq: "=="}
@@ -100,38 +163,48 @@ def changes(node):
 def mutants(name):
     """(line, before, after, offsets of `before`) of all changes of a file that a test could see."""
     source = (ROOT / name).read_text()
-    starts = [0]
+    lines, starts, found = source.splitlines(), [0], []
     for line in source.encode().splitlines(keepends=True):
         starts.append(starts[-1] + len(line))
-    found = []
 
-    def visit(node, statement):
+    def add(node, afters):
+        at = (starts[node.lineno - 1] + node.col_offset,)
+        at += (starts[node.end_lineno - 1] + node.end_col_offset,)
+        before = source.encode()[slice(*at)].decode()
+        whole = lines[node.lineno - 1]
+        for after in afters:
+            if not any(
+                name.endswith(file) and part in whole and then in after for file, part, then in SAME
+            ):
+                found.append((node.lineno, before, after, at))
+
+    def visit(node, head):
+        """head: the text of the statement around, of a compound one without its body."""
         if isinstance(node, SILENT):
             return
-        statement = node if isinstance(node, ast.stmt) else statement
+        if isinstance(node, ast.FunctionDef) and "register_fake" in "".join(
+            ast.unparse(x) for x in node.decorator_list
+        ):
+            return
+        if isinstance(node, ast.stmt):
+            shown = [x for x in ("test", "target", "iter", "items") if hasattr(node, x)]
+            parts = [getattr(node, x) for x in shown] if hasattr(node, "body") else [node]
+            parts = [y for x in parts for y in (x if isinstance(x, list) else [x])]
+            head = " ".join(ast.unparse(x) for x in parts)
         prose = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
         if prose or (isinstance(node, ast.Call) and "check_" in ast.unparse(node.func)):
             return  # the names in the calls of checks are those of their errors
-        if isinstance(node, ast.expr):
-            at = (starts[node.lineno - 1] + node.col_offset,)
-            at += (starts[node.end_lineno - 1] + node.end_col_offset,)
-            whole = ast.unparse(statement) if not hasattr(statement, "body") else ast.unparse(node)
-            if not any(re.search(pattern, whole) for pattern in EQUIVALENT):
-                before = source.encode()[slice(*at)].decode()
-                found.extend((node.lineno, before, after, at) for after in changes(node))
-        if isinstance(node, (ast.If, ast.While)) and not isinstance(node.test, ast.Compare):
-            test = node.test
-            at = (starts[test.lineno - 1] + test.col_offset,)
-            at += (starts[test.end_lineno - 1] + test.end_col_offset,)
-            before = source.encode()[slice(*at)].decode()
-            if "cuda" not in before:
-                found.append((node.lineno, before, f"(not ({before}))", at))
+        if not any(re.search(pattern, head) for pattern in EQUIVALENT):
+            if isinstance(node, ast.expr):
+                add(node, changes(node))
+            elif isinstance(node, (ast.If, ast.While)) and not isinstance(node.test, ast.Compare):
+                add(node.test, [f"(not ({ast.unparse(node.test)}))"])
         for field, child in ast.iter_fields(node):
             if field in ("annotation", "returns", "decorator_list"):
                 continue
             for x in child if isinstance(child, list) else [child]:
                 if isinstance(x, ast.AST):
-                    visit(x, statement)
+                    visit(x, head)
 
-    visit(ast.parse(source), None)
+    visit(ast.parse(source), "")
     return found

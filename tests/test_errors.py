@@ -1,6 +1,7 @@
 """Bad input: an error that names the argument and the offending value."""
 
 import re
+import sys
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 from grpo_fast import Objective
 from grpo_fast.loss import fold_statistics, grpo_loss, policy_loss
 from grpo_fast.ops import group_advantage, logprob
+from grpo_fast.ops._backend import use_triton
 
 LOGITS = torch.zeros(4, 3, 10)
 IDS = torch.zeros(4, 3, dtype=torch.int64)
@@ -323,6 +325,33 @@ def test_backend_switch(monkeypatch):
     monkeypatch.setattr("grpo_fast.ops._backend.has_triton", lambda: False)
     with pytest.raises(RuntimeError, match="not installed"):
         logprob(LOGITS, IDS)
+
+
+def test_which_backend_runs(monkeypatch):
+    """Asked of the switch itself: both give the same numbers, so that those cannot tell."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr("grpo_fast.ops._backend.has_triton", lambda: True)
+    for forced, runs in (("triton", True), ("torch", False), ("", False)):
+        monkeypatch.setenv("GRPO_FAST_BACKEND", forced)
+        assert use_triton(LOGITS) is runs
+    monkeypatch.delenv("GRPO_FAST_BACKEND")
+    assert use_triton(LOGITS) is False
+
+
+def test_the_pytorch_path_launches_no_kernel(monkeypatch):
+    monkeypatch.setenv("GRPO_FAST_BACKEND", "torch")
+    for name, module in list(sys.modules.items()):
+        if name.startswith("grpo_fast.ops.") and hasattr(module, "launch"):
+            monkeypatch.setattr(module, "launch", None)
+    rewards = torch.tensor([0.0, 1.0, 3.0, 2.0])
+    for objective in (Objective(), Objective(ratio="sequence")):
+        out = grpo_loss(
+            LOGITS.clone().requires_grad_(), IDS, rewards=rewards, group_size=2, objective=objective
+        )
+        (2 * out.loss).backward()
+    logps = logprob(LOGITS.clone().requires_grad_(), IDS)
+    policy_loss(logps, advantages=rewards, old_logps=logps.detach()).loss.backward()
+    assert group_advantage(rewards, group_size=2).isfinite().all()
 
 
 def test_statistics_of_another_length():

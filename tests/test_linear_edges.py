@@ -6,7 +6,8 @@ import torch
 from grpo_fast import Objective
 from grpo_fast.loss import linear_grpo_loss
 from grpo_fast.ops import linear_logprob
-from tests.test_linear_grpo import ways_taken
+from grpo_fast.ops._head import TILE_ROWS, chunk_rows
+from tests.test_linear_grpo import batch, check, ways_taken
 
 B, T, D, V = 3, 4, 8, 20
 GSPO = Objective(ratio="sequence")
@@ -27,6 +28,44 @@ def test_no_tokens_at_all(objective, frozen, shape, backend, device):
         out = linear_grpo_loss(hidden, weight, ids, advantages=advantages, **given)
         assert out.loss == 0
         assert all(g.eq(0).all() for g in torch.autograd.grad(out.loss, leaves))
+
+
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("objective", [Objective(), GSPO], ids=["token", "sequence"])
+def test_sequences_of_one_token(objective, masked, backend, device):
+    tensors, options, ids, arguments = batch(5, 1, V, device)
+    if not masked:
+        arguments = {k: x.nan_to_num(-1.0) for k, x in arguments.items() if k != "mask"}
+        tensors["hidden"], ids = tensors["hidden"].nan_to_num(0.5), ids.clamp(min=0)
+    for size in (None, 1, 3):
+        given = {**arguments, "objective": objective}
+        check(tensors, options, ids, given, chunk_size=size)
+
+
+def test_the_gradient_of_a_bias_is_summed_in_float32(backend, device):
+    """Of halves, over chunks: each of 257 rows adds 1/4 or -3/4, which bfloat16 could not add up."""
+    N = 257
+    hidden = torch.zeros(1, N, D, device=device, dtype=torch.bfloat16)
+    weight = torch.zeros(4, D, device=device, dtype=torch.bfloat16)
+    bias = torch.zeros(4, device=device, requires_grad=True)
+    ids = torch.zeros(1, N, dtype=torch.int64, device=device)
+    for size in (None, 100):
+        given = {"logits_dtype": "bf16", "chunk_size": size}
+        loss = -linear_logprob(hidden, weight, ids, bias=bias, **given).sum()
+        (grad,) = torch.autograd.grad(loss, bias)
+        assert grad.tolist() == [-0.75 * N, 0.25 * N, 0.25 * N, 0.25 * N]
+
+
+@pytest.mark.parametrize("processors", [None, 1, 132])
+@pytest.mark.parametrize("most", [1, 7, 128, 300, 2048, 5000])
+def test_chunks_hold_no_more_rows_than_there_is_memory_for(most, processors):
+    for N in (1, 5, 127, 128, 1000, 1001, 4096, 40_000):
+        for D in (64, 4096):
+            rows = chunk_rows(N, D, most, processors)
+            assert 1 <= rows <= most, (N, D)
+            # Chunks of nearly equal size: the last one is not a remainder of a few rows.
+            chunks = -(-N // rows)
+            assert rows == min(most, N) or rows - -(-N // chunks) < (TILE_ROWS if processors else 8)
 
 
 @pytest.mark.parametrize("objective", [Objective(), GSPO], ids=["token", "sequence"])

@@ -86,6 +86,20 @@ def test_vespo_takes_a_weight_per_packed_sequence_once(policy, boundaries, backe
     torch.testing.assert_close(grpo_loss(logits[0], ids[0], **packed).loss, want)
 
 
+@pytest.mark.parametrize("T", [1, 4])
+def test_vespo_takes_a_weight_per_padded_sequence_once(T, backend, device):
+    logits, ids, arguments = batch(3, T, 12, device, garbage=False)
+    arguments["mask"] = torch.ones_like(arguments["mask"])
+    arguments["importance_weights"] = torch.tensor([[0.5], [1.2], [1.7]], device=device)
+    arguments["objective"] = Objective(surrogate="vespo", beta=0.1)
+    check(logits, ids, arguments)
+    per_token = torch.ones(3, T, device=device)
+    per_token[:, 0] = arguments["importance_weights"][:, 0]
+    spread = arguments | {"importance_weights": per_token}
+    want = grpo_loss(logits, ids, **spread).loss
+    torch.testing.assert_close(grpo_loss(logits, ids, **arguments).loss, want)
+
+
 @pytest.mark.parametrize(
     "options",
     [{}, {"top_entropy_quantile": 0.5}, {"ratio": "sequence"}, {"surrogate": "gmpo"}],
@@ -203,6 +217,14 @@ def test_the_loss_alone_is_differentiable(policy, ratio, inplace, backend, devic
     assert out.loss.requires_grad
     others = [x for x in (*out[1:], *out.metrics.values()) if isinstance(x, torch.Tensor)]
     assert len(others) > 10
+    assert not any(x.requires_grad for x in others)
+    hidden = torch.randn(3, 4, 5, device=device, requires_grad=True)
+    weight = torch.randn(20, 5, device=device)
+    out = linear_grpo_loss(
+        hidden, weight, ids, **arguments, objective=objective, return_entropy=True
+    )
+    assert out.loss.requires_grad
+    others = [x for x in (*out[1:], *out.metrics.values()) if isinstance(x, torch.Tensor)]
     assert not any(x.requires_grad for x in others)
     logps = (arguments["ref_logps"] + 0.1).requires_grad_()
     out = policy_loss(logps, **arguments, objective=objective)

@@ -6,7 +6,7 @@ import torch
 from grpo_fast import Objective, reference
 from grpo_fast.loss import linear_grpo_loss
 from grpo_fast.ops import linear_logprob
-from grpo_fast.ops._vocab_parallel import combine
+from grpo_fast.ops._vocab_parallel import Shard, combine
 from grpo_fast.testing import assert_as_accurate
 from tests.cases import in_double
 from tests.ranks import needs_gloo, needs_interpreter, run
@@ -231,3 +231,21 @@ def test_combine_keeps_what_little_a_confident_token_leaves():
         torch.tensor([[0.0, 2.0, 0.0, 1.0], [-120.0, 1.0, 0.0, 0.0]])[:, None], torch.ones(1), False
     )
     torch.testing.assert_close(logp, -120 - torch.tensor([2.0]).log())
+
+
+def test_combine_leaves_out_who_has_no_columns():
+    """Whatever its maximum says: nothing is what it adds up."""
+    both = torch.tensor([[-3.0, 2.0, 0.5, -0.25], [-5.0, 1.5, 0.1, 1.0]])[:, None]
+    want = combine(both, torch.ones(1), True)
+    for top in (-3.0e38, 0.0, 7.0):
+        nobody = torch.tensor([[[top, 0.0, 0.0, 1.0]]])
+        for parts in ((both, nobody), (nobody, both)):
+            found = combine(torch.cat(parts), torch.ones(1), True)
+            for a, b in zip(found, want, strict=True):
+                torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_whose_column_an_id_is():
+    shard = Shard(None, 10)
+    ids = torch.tensor([0, 9, 10, 11, 14, 15, -100])
+    assert shard.local(ids, 5).tolist() == [-1, -1, 0, 1, 4, -1, -1]
