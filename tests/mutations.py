@@ -171,12 +171,9 @@ def mutants(name):
         at = (starts[node.lineno - 1] + node.col_offset,)
         at += (starts[node.end_lineno - 1] + node.end_col_offset,)
         before = source.encode()[slice(*at)].decode()
-        whole = lines[node.lineno - 1]
-        for after in afters:
-            if not any(
-                name.endswith(file) and part in whole and then in after for file, part, then in SAME
-            ):
-                found.append((node.lineno, before, after, at))
+        same = [x for x in SAME if name.endswith(x[0]) and x[1] in lines[node.lineno - 1]]
+        seen = [x for x in afters if not any(then in x for _, _, then in same)]
+        found.extend((node.lineno, before, after, at) for after in seen)
 
     def visit(node, head):
         """head: the text of the statement around, of a compound one without its body."""
