@@ -15,7 +15,7 @@ COVERS: dict[str, tuple[str, str]] = {
     "grpo_fast/ops/_autograd.py": ("derivatives inplace linear_errors", TORCH),
     "grpo_fast/ops/_backend.py": (
         "errors public_api grpo strides",
-        f"{LAUNCHES} or (triton and (strided or of_every_obj or (layouts and grpo_loss)))",
+        f"{LAUNCHES} or (triton and strided_logits) or (triton and layouts and policy_loss)",
     ),
     "grpo_fast/ops/_chunks.py": (
         "linear_grpo linear_logprob linear_edges linear_upstream masks",
