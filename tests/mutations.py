@@ -60,13 +60,13 @@ COVERS: dict[str, tuple[str, str]] = {
     "grpo_fast/integrations/trl.py": ("trl_loss trl", TORCH),
     "grpo_fast/integrations/verl.py": ("verl verl_options integrations_masks", TORCH),
     "kernels/tiles.py": (
-        "policy_loss logprob extreme_rows group_advantage",
-        "triton and (every_objective or flags or infinite or confident or banned or offset or "
+        "tiles policy_loss logprob extreme_rows group_advantage",
+        "triton and (log2_1p or every_objective or flags or infinite or confident or banned or offset or "
         "tiny_temp or among_large or uniform or (large_numbers and 1e and 1000))",
     ),
     "kernels/rows.py": (
         "logprob grpo rows linear_logprob",
-        "triton and (reference or banned or offset or masked or exact_zeros or capped) "
+        "triton and (reference or banned or offset or masked or exact_zeros or capped or optional) "
         "or align or (segments and 40000)",
     ),
     "kernels/grpo.py": (
@@ -77,7 +77,7 @@ COVERS: dict[str, tuple[str, str]] = {
 }
 # Changes that no test on a CPU can see: in the statement's text, by regular expression.
 EQUIVALENT = {
-    r"block|warps|stages|eviction|cache_mod|num_ctas|SMALL|_WIDTH": "speed alone",
+    r"block|warps|stages|eviction|cache_mod|num_ctas|SMALL|_WIDTH|WORKSPACE": "speed alone",
     r"set_materialize_grads|CHUNK_COST|LIFTED": "speed and memory, or head-room",
     r"device=|\.device|cuda|is_compiling|synchroni": "asks for the device; the tests have one",
     r"MIXED_|out_dtype=": "products of halves on a GPU",
@@ -110,6 +110,12 @@ SAME = {
     ("ops/sequence_loss.py", "count.where(count != 0, 1)", "1"): (
         "of sequences without a live token nothing is used"
     ),
+    ("ops/_chunks.py", '"advantages": -weight, "group_size": 1', "2"): "without rewards, no groups",
+    ("ops/group_advantage.py", "size, added = group_size or 1", "2"): "labels take its place",
+    ("ops/linear_logprob.py", "mark_non_differentiable(*output[2:])", "3"): (
+        "the rest never leaves the operator"
+    ),
+    ("kernels/tiles.py", "tl.where(x <= 0.25", "0.375"): "the series is as accurate there",
     ("kernels/tiles.py", "FAR = ", "1610612736.0"): (
         "between the thresholds both ways give the same bits: differences are 0, or underflow"
     ),

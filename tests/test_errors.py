@@ -153,7 +153,12 @@ LOSS_CASES = {
     "temperature NaN": ({"temperature": float("nan")}, ValueError, "temperature: .*nan"),
     "temperature inf": ({"temperature": float("inf")}, ValueError, "temperature: .*inf"),
     "temperature a string": ({"temperature": "1"}, TypeError, "temperature: .*'1'"),
-    "one temperature is 0": ({"temperature": TOKENS}, ValueError, "temperature: .*got 0.0"),
+    "every temperature is 0": ({"temperature": TOKENS}, ValueError, "temperature: .*got 0.0"),
+    "one temperature is 0": (
+        {"temperature": torch.arange(12.0).view(4, 3)},
+        ValueError,
+        "temperature: .*got 0.0",
+    ),
     "temperature (B,)": (
         {"temperature": A + 1},
         ValueError,

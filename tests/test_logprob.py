@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from grpo_fast import reference
+from grpo_fast.loss import grpo_loss
 from grpo_fast.ops import logprob
 from grpo_fast.testing import assert_as_accurate
-from tests.cases import by_dtype, in_other_company
+from tests.cases import batch, by_dtype, in_other_company
 from tests.properties import given, settings, st
 
 # One tile, several, an odd end; 40,000 and 65,537 are shared by several programs.
@@ -116,6 +117,36 @@ def test_int32_ids_and_odd_strides(backend, device):
         rtol=0,
         atol=0,
     )
+
+
+@pytest.mark.parametrize("elements", [1, 50, 120, 500])
+def test_the_pytorch_path_in_blocks_of_any_size(elements, device, monkeypatch):
+    """Rows of long vocabularies are taken some at a time: values and gradients are the same bits."""
+    monkeypatch.setenv("GRPO_FAST_BACKEND", "torch")
+    logits, ids, arguments = batch(4, 5, 50, device)
+    leaf = logits.nan_to_num(0.1).requires_grad_()
+    ids = ids.clamp(min=0)
+    temperature = torch.rand(4, 5, device=device) + 0.5
+    transposed = leaf.transpose(0, 1)  # no common stride of its rows
+    mask = arguments["mask"]
+
+    def computed():
+        given = {"temperature": temperature, "mask": mask, "return_entropy": True}
+        logp, entropy = logprob(leaf, ids, **given)
+        found = [logp, entropy, *torch.autograd.grad((logp.sum(), entropy.sum()), leaf)]
+        given = {"temperature": temperature.T, "mask": mask.T}
+        logp = logprob(transposed, ids.T, **given)
+        found += [logp, *torch.autograd.grad(logp.square().sum(), leaf)]
+        for inplace in (False, True):
+            x = leaf * 1.0
+            loss = grpo_loss(x, ids, **arguments, temperature=temperature, inplace=inplace).loss
+            found += [loss, *torch.autograd.grad(3 * loss, leaf)]
+        return found
+
+    want = computed()
+    monkeypatch.setattr("grpo_fast.ops._rows.BLOCK_ELEMENTS", elements)
+    for a, b in zip(computed(), want, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("V", [700, 40_000])
