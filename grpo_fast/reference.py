@@ -369,14 +369,19 @@ def policy_loss(
     weights = reduction_weights(weighs, objective, num_items, cu_seqlens, logps.dtype)
     extra = per_token(token_weights)
     extra = torch.ones_like(logps) if extra is None else extra
-    total = (weights * extra * loss).sum()
+    total = _weighted_sum(weights * extra, loss)
     if objective.entropy_coef:
         bonus = per_token(entropy)
         assert bonus is not None
         if objective.entropy_reduction == "token_mean":
             weights = weighs / total_of(weighs * chosen, logps.dtype)
-        total = total - objective.entropy_coef * (weights * extra * chosen * bonus).sum()
+        total = total - objective.entropy_coef * _weighted_sum(weights * extra * chosen, bonus)
     return total
+
+
+def _weighted_sum(weights: Tensor, x: Tensor) -> Tensor:
+    """sum(weights * x), without the x of weight 0: they may be infinite or NaN."""
+    return torch.where(weights == 0, 0, weights * x).sum()
 
 
 def top_entropy(entropy: Tensor, mask: Tensor, quantile: float) -> Tensor:

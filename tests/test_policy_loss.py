@@ -127,17 +127,18 @@ def test_a_weight_of_zero_leaves_out_an_infinite_ratio(backend, device):
     torch.testing.assert_close(grad.cpu(), torch.tensor([[0.0, 0.5]]))
 
 
+@pytest.mark.parametrize("weights", ["importance_weights", "token_weights"])
 @pytest.mark.parametrize(
     "objective", BY_TOKEN, ids=lambda x: f"{x.variant}-{x.kl}-{x.beta}-{x.entropy_coef}"
 )
-def test_a_weight_of_zero_leaves_out_a_missing_number(objective, backend, device):
+def test_a_weight_of_zero_leaves_out_a_missing_number(objective, weights, backend, device):
     """The token's own number; where sequences have a ratio, the others would be without one."""
     logps = torch.tensor([[-1.0, -1.0, -2.0]], device=device)
     arguments = {
         "old_logps": torch.tensor([[torch.nan, -1.2, -1.9]], device=device),
         "ref_logps": logps - 0.1,
         "advantages": torch.tensor([-1.0], device=device),
-        "importance_weights": torch.tensor([[0.0, 1.0, 0.5]], device=device),
+        weights: torch.tensor([[0.0, 1.0, 0.5]], device=device),
     }
     if objective.needs_entropy:
         arguments["entropy"] = torch.ones_like(logps)
