@@ -14,8 +14,8 @@ COVERS: dict[str, tuple[str, str]] = {
     "grpo_fast/ops/_arguments.py": ("errors linear_errors told_apart masks tensor_kinds", TORCH),
     "grpo_fast/ops/_autograd.py": ("derivatives inplace linear_errors", TORCH),
     "grpo_fast/ops/_backend.py": (
-        "errors public_api grpo strides",
-        f"{LAUNCHES} or (triton and strided_logits) or (triton and layouts and policy_loss)",
+        "errors public_api grpo logprob strides",
+        f"{LAUNCHES} or (triton and (strided_logits or one_output or layouts and policy_loss))",
     ),
     "grpo_fast/ops/_chunks.py": (
         "linear_grpo linear_logprob linear_edges linear_upstream masks",
@@ -72,7 +72,7 @@ COVERS: dict[str, tuple[str, str]] = {
     "kernels/grpo.py": (
         "grpo strides",
         "triton and ((every_objective and (default or everything or gspo or entropy)) or "
-        "optional or scored_in or inplace or (layouts and grpo_loss))",
+        "optional or scored_in or inplace_gives or strided or reference or (layouts and grpo_loss))",
     ),
 }
 # Changes that no test on a CPU can see: in the statement's text, by regular expression.
@@ -95,8 +95,17 @@ SAME = {
         "on policy the gradient of the clipped surrogate is the same"
     ),
     ("ops/_chunks.py", ".clamp(-100, 100)", "101"): "2^101 is as far inside float32's range",
-    ("ops/_phases.py", "tokens = tokens._replace(", "importance=None)"): (
-        "without a surrogate nobody reads the score: leaving it out saves the read"
+    ("ops/_phases.py", "tokens = tokens._replace(", "advantages=nothing"): (
+        "without a surrogate nobody reads what goes into its terms: leaving it out saves the reads"
+    ),
+    ("ops/_chunks.py", "read_part(head, head.logits(part)[0]", "1"): (
+        "two buffers only where halves are multiplied into float32, on a GPU"
+    ),
+    ("ops/_head.py", "h = torch.where(self.live[part, None], h, 0)", "1"): (
+        "any finite number does: what comes of it has no gradient"
+    ),
+    ("kernels/grpo.py", "plan = dataclasses.replace(plan, parts=1, columns=V)", "plan, columns"): (
+        "programs that find no columns of theirs cost time alone"
     ),
     ("ops/_vocab_parallel.py", "LOWEST = ", "3e+38"): (
         "the maximum of no columns, whose sum of 0 says that it does not count"

@@ -315,8 +315,12 @@ def test_group_advantage_of_several_rewards(change, error, message):
 def test_group_advantage(change, error, message):
     with pytest.raises(error, match=message):
         group_advantage(A, **change)
-    with pytest.raises(ValueError, match="rewards: inf at 1"):
+    with pytest.raises(ValueError, match=r"rewards: inf at 1, want finite rewards$"):
         group_advantage(torch.tensor([0.0, torch.inf]), group_size=2)
+    with pytest.raises(
+        ValueError, match=r"rewards: nan at 1, .*nan='skip' leaves missing ones out"
+    ):
+        group_advantage(torch.tensor([0.0, torch.nan]), group_size=2)
 
 
 def test_backend_switch(monkeypatch):

@@ -39,7 +39,7 @@ def test_sequences_of_one_token(objective, masked, backend, device):
         tensors["hidden"], ids = tensors["hidden"].nan_to_num(0.5), ids.clamp(min=0)
     for size in (None, 1, 3):
         given = {**arguments, "objective": objective}
-        check(tensors, options, ids, given, chunk_size=size)
+        check(tensors, options, ids, given, chunk_size=size, compact=masked)
 
 
 def test_the_gradient_of_a_bias_is_summed_in_float32(backend, device):

@@ -119,6 +119,20 @@ def test_int32_ids_and_odd_strides(backend, device):
     )
 
 
+def test_a_sum_that_float16_cannot_hold(backend, device):
+    """70,000 equal logits: the sum of their exponentials is beyond 65,504."""
+    V = 70_000
+    logits = torch.zeros(2, V, dtype=torch.float16, device=device, requires_grad=True)
+    ids = torch.tensor([3, V - 1], device=device)
+    logp, entropy = logprob(logits, ids, return_entropy=True)
+    torch.testing.assert_close(logp.cpu(), torch.full((2,), -math.log(V)))
+    torch.testing.assert_close(entropy.cpu(), torch.full((2,), math.log(V)))
+    (grad,) = torch.autograd.grad(16 * logp.sum(), logits)
+    assert grad.gather(1, ids[:, None]).eq(16).all()
+    others = grad[:, 10:-10].float()
+    torch.testing.assert_close(others, torch.full_like(others, -16 / V), rtol=1e-3, atol=0)
+
+
 @pytest.mark.parametrize("elements", [1, 50, 120, 500])
 def test_the_pytorch_path_in_blocks_of_any_size(elements, device, monkeypatch):
     """Rows of long vocabularies are taken some at a time: values and gradients are the same bits."""

@@ -7,6 +7,7 @@ import torch
 
 from grpo_fast import Objective, weights
 from grpo_fast.loss import policy_loss
+from grpo_fast.ops._selection import order_statistics
 from grpo_fast.testing import assert_as_accurate
 from tests.cases import loss_and_grad, packed, tokens
 from tests.oracles import verl_core_algos
@@ -94,6 +95,19 @@ def quantile_of_ranks():
             entropy[:rank], fraction, mask=mask[:rank] & False, group=group
         )
         assert nobody.sum() == 0
+
+
+def test_values_are_found_by_their_bits(device, monkeypatch):
+    """As over processes, here with one: neighbours in float32, both signs, zeros, infinities."""
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda x, group: x)
+    x = torch.tensor([0.0, 1.0, 1e-38, 3.0e38, 255.0, 2.0**-24], device=device)
+    near = [x, torch.nextafter(x, x + 1), torch.nextafter(x, -x - 1), x]
+    edges = torch.tensor([-torch.inf, torch.inf, 1.4e-45], device=device)
+    values = torch.cat([*near, *(-y for y in near), edges]).sort().values
+    ranks = torch.arange(len(values), device=device)
+    for some in (ranks, ranks[::7].flip(0), ranks[:1]):
+        found = order_statistics(values, some, group=object())
+        torch.testing.assert_close(found, values[some], rtol=0, atol=0)
 
 
 @needs_gloo
