@@ -70,9 +70,9 @@ COVERS: dict[str, tuple[str, str]] = {
         "or align or (segments and 40000)",
     ),
     "kernels/grpo.py": (
-        "grpo strides",
+        "grpo",
         "triton and ((every_objective and (default or everything or gspo or entropy)) or "
-        "optional or scored_in or inplace_gives or strided or reference or (layouts and grpo_loss))",
+        "optional or scored_in or inplace_gives or strided or reference)",
     ),
 }
 # Changes that no test on a CPU can see: in the statement's text, by regular expression.
