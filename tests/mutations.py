@@ -104,6 +104,7 @@ SAME = {
     ("ops/_head.py", "h = torch.where(self.live[part, None], h, 0)", "1"): (
         "any finite number does: what comes of it has no gradient"
     ),
+    ("kernels/grpo.py", "rewards_ptr, None, 0, first", "1"): "the label of a group without labels",
     ("kernels/grpo.py", "plan = dataclasses.replace(plan, parts=1, columns=V)", "plan, columns"): (
         "programs that find no columns of theirs cost time alone"
     ),

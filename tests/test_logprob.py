@@ -168,7 +168,8 @@ def test_banned_tokens(V, backend, device):
     """-inf logits: probability 0, no contribution to the entropy, no gradient, no NaN."""
     logits = 3 * torch.randn(3, V, device=device)
     ids = torch.tensor([5, 6, V - 1], device=device)
-    logits[:, ::2] = -torch.inf
+    logits[:2, ::2] = -torch.inf
+    logits[2, torch.rand(V, device=device) < 0.5] = -torch.inf  # in any place of a tile
     logits.scatter_(1, ids[:, None], 1.0)
     logits[0] = -torch.inf  # the scored token alone is allowed
     logits[0, 5] = -3.0
