@@ -2,7 +2,7 @@
 
 A mutant is the tree with one small change in one file: a constant, a comparison, an operator, a negated
 condition, a keyword left out. The tests that cover the file run on it, and one that fails kills the mutant.
-Survivors are printed: each needs a test, or an entry of `EQUIVALENT` (`tests/mutations.py`) with
+Survivors are printed: each needs a test, or an entry of `EQUIVALENT` or `SAME` (`tests/mutations.py`) with
 the reason why no test can see it. All happens in temporary copies of the tree; kernels run interpreted.
 """
 

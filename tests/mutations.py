@@ -105,6 +105,7 @@ SAME = {
         "any finite number does: what comes of it has no gradient"
     ),
     ("kernels/grpo.py", "rewards_ptr, None, 0, first", "1"): "the label of a group without labels",
+    ("kernels/grpo.py", "reading(V", "softcap is None"): "another schedule, the same numbers",
     ("kernels/grpo.py", "plan = dataclasses.replace(plan, parts=1, columns=V)", "plan, columns"): (
         "programs that find no columns of theirs cost time alone"
     ),
