@@ -9,7 +9,7 @@ import torch
 from grpo_fast import Objective
 from grpo_fast.loss import fold_statistics, grpo_loss, policy_loss
 from grpo_fast.ops import group_advantage, logprob
-from grpo_fast.ops._backend import use_triton
+from grpo_fast.ops._backend import Strided, launch, use_triton
 
 LOGITS = torch.zeros(4, 3, 10)
 IDS = torch.zeros(4, 3, dtype=torch.int64)
@@ -345,6 +345,23 @@ def test_which_backend_runs(monkeypatch):
         assert use_triton(LOGITS) is runs
     monkeypatch.delenv("GRPO_FAST_BACKEND")
     assert use_triton(LOGITS) is False
+
+
+def test_launchers_get_vectors_without_gaps():
+    """Matrices keep their strides, and so do vectors whose launcher asks for that."""
+    sliced, expanded = torch.arange(8.0)[::2], torch.ones(()).expand(4)
+    matrix = torch.arange(12.0).view(3, 4).T
+    given = (sliced, expanded, Strided(sliced), matrix, None, 3)
+    found, named = launch(
+        lambda *args, **kwargs: (args, kwargs), LOGITS, *given, x=sliced, y=matrix
+    )
+    assert found[0].stride() == found[1].stride() == named["x"].stride() == (1,)
+    assert found[0].equal(sliced)
+    assert found[1].equal(expanded)
+    assert named["x"].equal(sliced)
+    assert found[2] is sliced
+    assert found[3] is named["y"] is matrix
+    assert found[4:] == (None, 3)
 
 
 def test_the_pytorch_path_launches_no_kernel(monkeypatch):
