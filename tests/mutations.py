@@ -7,7 +7,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 TORCH = "not triton and not processes and not forward_mode_is_refused"  # for `pytest -k`
 LAUNCHES = f"({TORCH}) or (triton and every_objective and default)"  # kernels once, too
-SHARED = f"({TORCH}) or 2-False"  # a vocabulary over two processes, too
+SHARED = f"({TORCH}) or ((2-False or without_rows) and not kernels)"  # over two processes, too
 
 # The test files for each file, the likeliest first, and which of their tests.
 COVERS: dict[str, tuple[str, str]] = {
@@ -18,8 +18,8 @@ COVERS: dict[str, tuple[str, str]] = {
         f"{LAUNCHES} or (triton and (strided_logits or one_output or layouts and policy_loss))",
     ),
     "grpo_fast/ops/_chunks.py": (
-        "linear_grpo linear_logprob linear_edges linear_upstream masks",
-        TORCH,
+        "linear_grpo linear_logprob linear_edges linear_upstream masks vocab_parallel",
+        SHARED,
     ),
     "grpo_fast/ops/_head.py": (
         "linear_logprob linear_grpo linear_edges linear_errors linear_dtypes",
@@ -60,9 +60,10 @@ COVERS: dict[str, tuple[str, str]] = {
     "grpo_fast/integrations/trl.py": ("trl_loss trl", TORCH),
     "grpo_fast/integrations/verl.py": ("verl verl_options integrations_masks", TORCH),
     "kernels/tiles.py": (
-        "tiles policy_loss logprob extreme_rows group_advantage",
-        "triton and (log2_1p or every_objective or flags or infinite or confident or banned or offset or "
-        "tiny_temp or among_large or uniform or (large_numbers and 1e and 1000))",
+        "tiles policy_loss logprob extreme_rows group_advantage nan",
+        "triton and (log2_1p or (missing_number and (default or sapo)) or every_objective or flags or "
+        "infinite or confident or banned or offset or tiny_temp or among_large or uniform or "
+        "(large_numbers and 1e and 1000))",
     ),
     "kernels/rows.py": (
         "logprob grpo rows linear_logprob",
@@ -101,10 +102,17 @@ SAME = {
     ("ops/_chunks.py", "read_part(head, head.logits(part)[0]", "1"): (
         "two buffers only where halves are multiplied into float32, on a GPU"
     ),
+    ("ops/_head.py", "size = (self.C if self.N else 0", "1"): "a row of workspace for no tokens",
+    ("ops/_head_arguments.py", "widest=max(sizes)", "min(sizes)"): (
+        "of all processes alike: other chunks, the same numbers"
+    ),
+    ("ops/_metrics.py", ".clamp(min=1e-30)", "e-30"): "keeps from a division by 0 that is not used",
     ("ops/_head.py", "h = torch.where(self.live[part, None], h, 0)", "1"): (
         "any finite number does: what comes of it has no gradient"
     ),
     ("kernels/grpo.py", "rewards_ptr, None, 0, first", "1"): "the label of a group without labels",
+    ("kernels/grpo.py", "BACKWARDS: tl.constexpr", ""): "the order of the tiles, for the cache",
+    ("kernels/grpo.py", "side = 4 if entropy is None", ""): "another schedule, the same numbers",
     ("kernels/grpo.py", "reading(V", "softcap is None"): "another schedule, the same numbers",
     ("kernels/grpo.py", "plan = dataclasses.replace(plan, parts=1, columns=V)", "plan, columns"): (
         "programs that find no columns of theirs cost time alone"

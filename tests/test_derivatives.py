@@ -86,6 +86,26 @@ def test_functional_transforms_are_refused_by_name(name, transform, backend, dev
         transform(function)(x)
 
 
+class Cut(torch.autograd.Function):
+    """x, which passes no gradient back: not zeros, none."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None
+
+
+@by_name
+def test_no_upstream_gradient_is_none(name, backend, device):
+    x, function = cases(device)[name]
+    x.requires_grad_()
+    (2 * Cut.apply(function(x))).backward()
+    assert x.grad is None or x.grad.eq(0).all()
+
+
 @pytest.mark.parametrize("name", ["advantages", "importance_weights", "token_weights"])
 def test_a_constant_with_a_tangent_is_refused(name, backend, device):
     logps = torch.randn(4, 3, device=device)

@@ -353,14 +353,14 @@ def test_launchers_get_vectors_without_gaps():
     matrix = torch.arange(12.0).view(3, 4).T
     given = (sliced, expanded, Strided(sliced), matrix, None, 3)
     found, named = launch(
-        lambda *args, **kwargs: (args, kwargs), LOGITS, *given, x=sliced, y=matrix
+        lambda *args, **kwargs: (args, kwargs), LOGITS, *given, vector=sliced, matrix=matrix
     )
-    assert found[0].stride() == found[1].stride() == named["x"].stride() == (1,)
+    assert found[0].stride() == found[1].stride() == named["vector"].stride() == (1,)
     assert found[0].equal(sliced)
     assert found[1].equal(expanded)
-    assert named["x"].equal(sliced)
+    assert named["vector"].equal(sliced)
     assert found[2] is sliced
-    assert found[3] is named["y"] is matrix
+    assert found[3] is named["matrix"] is matrix
     assert found[4:] == (None, 3)
 
 

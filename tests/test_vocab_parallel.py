@@ -29,6 +29,9 @@ def cases():
         yield name, HEADS["everything"], OBJECTIVES[name], {"temperature": 0.8}
     for name in ON_POLICY:
         yield f"on policy: {name}", HEADS["bias"], OBJECTIVES[name], {"old_logps": None}
+    temperature = torch.linspace(0.5, 1.5, 20).view(4, 5)
+    given = {"temperature": temperature, "chunk_size": 7}
+    yield "a temperature per token", HEADS["bias"], OBJECTIVES["entropy"], given
     for name in ("gspo", "gmpo"):  # two phases: no chunk holds a sequence
         yield f"{name}, short chunks", HEADS["plain"], OBJECTIVES[name], {"chunk_size": 3}
     for name in ("default", "gspo"):

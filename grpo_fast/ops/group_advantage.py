@@ -65,8 +65,8 @@ def combine_rewards_fwd(
     scale: str,
     eps: Tensor,
     unbiased: bool,
-    skip_nan: bool = False,
-    raw_singletons: bool = False,
+    skip_nan: bool,
+    raw_singletons: bool,
 ) -> Tensor:
     """(B,) weighted sums of (B, K) fp32 or fp64 rewards, or of their scores (`normalize`), in `wide`."""
     if use_triton(rewards):
@@ -102,8 +102,8 @@ def _(
     scale: str,
     eps: Tensor,
     unbiased: bool,
-    skip_nan: bool = False,
-    raw_singletons: bool = False,
+    skip_nan: bool,
+    raw_singletons: bool,
 ) -> Tensor:
     return rewards.new_empty(len(rewards), dtype=wide(rewards))
 
