@@ -103,6 +103,8 @@ SAME = {
         "two buffers only where halves are multiplied into float32, on a GPU"
     ),
     ("ops/_head.py", "size = (self.C if self.N else 0", "1"): "a row of workspace for no tokens",
+    ("ops/_head.py", "if fresh and alpha == 1", ""): "slabs of halves, on a GPU",
+    ("ops/_metrics.py", "count = torch.where(empty, 1, tokens)", "2"): "0 by anything but 0",
     ("ops/_head_arguments.py", "widest=max(sizes)", "min(sizes)"): (
         "of all processes alike: other chunks, the same numbers"
     ),
