@@ -31,7 +31,7 @@ COVERS: dict[str, tuple[str, str]] = {
     ),
     "grpo_fast/ops/_metrics.py": ("loss rare_options masks", TORCH),
     "grpo_fast/ops/_phases.py": ("rare_options sequence_loss policy_loss grpo", TORCH),
-    "grpo_fast/ops/_rows.py": ("logprob errors strides grpo", TORCH),
+    "grpo_fast/ops/_rows.py": ("logprob errors strides grpo linear_logprob", TORCH),
     "grpo_fast/ops/_selection.py": (
         "selection policy_loss weights",
         f"({TORCH} and not trl_modes) or over_processes",
@@ -55,15 +55,15 @@ COVERS: dict[str, tuple[str, str]] = {
     ),
     "grpo_fast/ops/policy_loss.py": ("policy_loss errors loss rare_options masks", TORCH),
     "grpo_fast/ops/sequence_loss.py": ("sequence_loss policy_loss loss masks nan", TORCH),
-    "grpo_fast/weights.py": ("weights selection", f"{TORCH} and not trl_modes"),
+    "grpo_fast/weights.py": ("weights selection nan", f"{TORCH} and not trl_modes"),
     "grpo_fast/presets.py": ("preset_values presets preset_edges verl", TORCH),
     "grpo_fast/integrations/trl.py": ("trl_loss trl", TORCH),
     "grpo_fast/integrations/verl.py": ("verl verl_options integrations_masks", TORCH),
     "kernels/tiles.py": (
-        "tiles policy_loss logprob extreme_rows group_advantage nan",
+        "tiles policy_loss logprob extreme_rows group_advantage nan rows",
         "triton and (log2_1p or (missing_number and (default or sapo)) or every_objective or flags or "
         "infinite or confident or banned or offset or tiny_temp or among_large or uniform or "
-        "(large_numbers and 1e and 1000))",
+        "(large_numbers and 1e and 1000)) or (segments and 40000)",
     ),
     "kernels/rows.py": (
         "logprob grpo rows linear_logprob",
@@ -83,7 +83,7 @@ EQUIVALENT = {
     r"device=|\.device|cuda|is_compiling|synchroni": "asks for the device; the tests have one",
     r"MIXED_|out_dtype=": "products of halves on a GPU",
     r"strict=|stacklevel|exist_ok|__all__|lru_cache": "never differs in a correct call",
-    r"mutates_args|torch\.library|new_empty|torch\.empty": "schemas and fakes",
+    r"mutates_args|five, six|torch\.library|new_empty|torch\.empty": "schemas and fakes",
     r"getattr\(dist": "the older or the newer name of one function",
     r"^(from|import|op = |assert )": "no behaviour",
 }
@@ -114,6 +114,9 @@ SAME = {
     ),
     ("kernels/grpo.py", "rewards_ptr, None, 0, first", "1"): "the label of a group without labels",
     ("kernels/grpo.py", "BACKWARDS: tl.constexpr", ""): "the order of the tiles, for the cache",
+    ("ops/linear_grpo.py", "elif x.dtype == dtype", ""): "a copy instead of work in place",
+    ("ops/linear_grpo.py", "x.new_zeros(n + 1)", "2"): "places for nobody",
+    ("ops/grpo.py", 'None, "group", operand(SCORE_EPS)', "group_"): "the scale that is left over",
     ("kernels/grpo.py", "side = 4 if entropy is None", ""): "another schedule, the same numbers",
     ("kernels/grpo.py", "reading(V", "softcap is None"): "another schedule, the same numbers",
     ("kernels/grpo.py", "plan = dataclasses.replace(plan, parts=1, columns=V)", "plan, columns"): (

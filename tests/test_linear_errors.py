@@ -55,6 +55,7 @@ HEAD_CASES = {
     "vocab_size": ({"vocab_size": V + 1}, ValueError, "vocab_size=11 is more than the 10 rows"),
     "vocab_size of 0": ({"vocab_size": 0}, ValueError, "vocab_size: want a positive int"),
     "chunk_size": ({"chunk_size": -2}, ValueError, "chunk_size: .*-2"),
+    "chunk_size, longest": ({"chunk_size": 2**20 + 1}, ValueError, "chunk_size: .*1048577"),
     "chunk_size, type": ({"chunk_size": 2.0}, TypeError, "chunk_size: want an int"),
     "lora, entries": ({"lora": (1, 2)}, ValueError, "lora: want"),
     "lora, A": (

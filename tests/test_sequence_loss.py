@@ -28,6 +28,12 @@ def test_sequence_objectives_with_every_argument(objective, policy, backend, dev
 
 
 @pytest.mark.parametrize("objective", SEQUENCES, ids=lambda x: f"{x.surrogate}-{x.ratio}")
+def test_sequences_of_one_token(objective, backend, device):
+    logits, ids, arguments = batch(5, 1, 12, device)
+    check(logits, ids, {**arguments, "objective": objective})
+
+
+@pytest.mark.parametrize("objective", SEQUENCES, ids=lambda x: f"{x.surrogate}-{x.ratio}")
 def test_on_policy_takes_one_launch(objective, backend, device, monkeypatch):
     """The coefficients are known before the log-probs: no pass for these alone."""
 
