@@ -37,7 +37,7 @@ COVERS: dict[str, tuple[str, str]] = {
         f"({TORCH} and not trl_modes) or over_processes",
     ),
     "grpo_fast/ops/_terms.py": ("policy_loss kl nan sequence_loss preset_edges grpo", TORCH),
-    "grpo_fast/ops/_tokens.py": ("loss errors rare_options told_apart masks", TORCH),
+    "grpo_fast/ops/_tokens.py": ("loss errors rare_options told_apart masks policy_loss", TORCH),
     "grpo_fast/ops/_vocab_parallel.py": ("vocab_parallel", "combine or whose or 2-False"),
     "grpo_fast/ops/group_advantage.py": (
         "group_advantage rare_options errors advantage_precision",
@@ -48,7 +48,10 @@ COVERS: dict[str, tuple[str, str]] = {
         "linear_grpo linear_edges linear_errors linear_upstream rare_options vocab_parallel",
         SHARED,
     ),
-    "grpo_fast/ops/linear_logprob.py": ("linear_logprob linear_edges linear_errors", TORCH),
+    "grpo_fast/ops/linear_logprob.py": (
+        "linear_logprob linear_edges linear_errors linear_dtypes",
+        TORCH,
+    ),
     "grpo_fast/ops/logprob.py": (
         "logprob linear_logprob",
         "not processes and not any_shape and (not triton or banned or offset)",
@@ -79,7 +82,7 @@ COVERS: dict[str, tuple[str, str]] = {
 # Changes that no test on a CPU can see: in the statement's text, by regular expression.
 EQUIVALENT = {
     r"block|warps|stages|eviction|cache_mod|num_ctas|SMALL|_WIDTH|WORKSPACE": "speed alone",
-    r"set_materialize_grads|CHUNK_COST|LIFTED": "speed and memory, or head-room",
+    r"set_materialize_grads|CHUNK_COST|^LIFTED": "speed and memory, or head-room",
     r"device=|\.device|cuda|is_compiling|synchroni": "asks for the device; the tests have one",
     r"MIXED_|out_dtype=": "products of halves on a GPU",
     r"strict=|stacklevel|exist_ok|__all__|lru_cache": "never differs in a correct call",
@@ -89,6 +92,21 @@ EQUIVALENT = {
 }
 # And single ones, (file, part of the line, what stands there then): the reason.
 SAME = {
+    ("kernels/grpo.py", "rewards_ptr, None, 0, first", "1"): "the label of a group without labels",
+    ("kernels/grpo.py", "BACKWARDS: tl.constexpr", ""): "the order of the tiles, for the cache",
+    ("kernels/grpo.py", "side = 4 if entropy is None", ""): "another schedule, the same numbers",
+    ("kernels/grpo.py", "reading(V", "softcap is None"): "another schedule, the same numbers",
+    ("kernels/grpo.py", "plan = dataclasses.replace(plan, parts=1, columns=V)", "plan, columns"): (
+        "programs that find no columns of theirs cost time alone"
+    ),
+    ("kernels/grpo.py", "tl.store(kl_ptr + row, 0.0)", "1.0"): (
+        "of a masked token, which statistics leave out"
+    ),
+    ("kernels/tiles.py", "tl.where(x <= 0.25", "0.375"): "the series is as accurate there",
+    ("kernels/tiles.py", "FAR = ", "1610612736.0"): (
+        "between the thresholds both ways give the same bits: differences are 0, or underflow"
+    ),
+    ("kernels/tiles.py", "series = 1.0 + w2", "10"): "below half a unit in the last place",
     ("ops/_autograd.py", "if not (sources and", "((sources) or"): (
         "without sources, or without gradients, the wrapped result is the constant itself"
     ),
@@ -96,56 +114,44 @@ SAME = {
         "on policy the gradient of the clipped surrogate is the same"
     ),
     ("ops/_chunks.py", ".clamp(-100, 100)", "101"): "2^101 is as far inside float32's range",
-    ("ops/_phases.py", "tokens = tokens._replace(", "advantages=nothing"): (
-        "without a surrogate nobody reads what goes into its terms: leaving it out saves the reads"
-    ),
     ("ops/_chunks.py", "read_part(head, head.logits(part)[0]", "1"): (
         "two buffers only where halves are multiplied into float32, on a GPU"
     ),
+    ("ops/_chunks.py", '"advantages": -weight, "group_size": 1', "2"): "without rewards, no groups",
     ("ops/_head.py", "size = (self.C if self.N else 0", "1"): "a row of workspace for no tokens",
     ("ops/_head.py", "if fresh and alpha == 1", ""): "slabs of halves, on a GPU",
-    ("ops/_metrics.py", "count = torch.where(empty, 1, tokens)", "2"): "0 by anything but 0",
-    ("ops/_head_arguments.py", "widest=max(sizes)", "min(sizes)"): (
-        "of all processes alike: other chunks, the same numbers"
-    ),
-    ("ops/_metrics.py", ".clamp(min=1e-30)", "e-30"): "keeps from a division by 0 that is not used",
     ("ops/_head.py", "h = torch.where(self.live[part, None], h, 0)", "1"): (
         "any finite number does: what comes of it has no gradient"
     ),
-    ("kernels/grpo.py", "rewards_ptr, None, 0, first", "1"): "the label of a group without labels",
-    ("kernels/grpo.py", "BACKWARDS: tl.constexpr", ""): "the order of the tiles, for the cache",
-    ("ops/linear_grpo.py", "elif x.dtype == dtype", ""): "a copy instead of work in place",
-    ("ops/linear_grpo.py", "x.new_zeros(n + 1)", "2"): "places for nobody",
-    ("ops/grpo.py", 'None, "group", operand(SCORE_EPS)', "group_"): "the scale that is left over",
-    ("kernels/grpo.py", "side = 4 if entropy is None", ""): "another schedule, the same numbers",
-    ("kernels/grpo.py", "reading(V", "softcap is None"): "another schedule, the same numbers",
-    ("kernels/grpo.py", "plan = dataclasses.replace(plan, parts=1, columns=V)", "plan, columns"): (
-        "programs that find no columns of theirs cost time alone"
+    ("ops/_head_arguments.py", "widest=max(sizes)", "min(sizes)"): (
+        "of all processes alike: other chunks, the same numbers"
     ),
+    ("ops/_metrics.py", "count = torch.where(empty, 1, tokens)", "2"): "0 by anything but 0",
+    ("ops/_metrics.py", ".clamp(min=1e-30)", "e-30"): "keeps from a division by 0 that is not used",
+    ("ops/_phases.py", "tokens = tokens._replace(", "advantages=nothing"): (
+        "without a surrogate nobody reads what goes into its terms: leaving it out saves the reads"
+    ),
+    ("ops/_rows.py", "x.expand(2, -1).sum(1", "3"): "two rows or three, of which one is kept",
+    ("ops/_vocab_parallel.py", "NOBODY = 1.0", "1.5"): "any number above 0",
     ("ops/_vocab_parallel.py", "LOWEST = ", "3e+38"): (
         "the maximum of no columns, whose sum of 0 says that it does not count"
     ),
     ("ops/_vocab_parallel.py", "scale.double() * LN2", "((scale.double()) /"): (
         "large numbers beside others: they are further up, or further down, with either unit"
     ),
+    ("ops/group_advantage.py", "size, added = group_size or 1", "2"): "labels take its place",
+    ("ops/grpo.py", 'None, "group", operand(SCORE_EPS)', "group_"): "the scale that is left over",
+    ("ops/linear_grpo.py", "elif x.dtype == dtype", ""): "a copy instead of work in place",
+    ("ops/linear_grpo.py", "x.new_zeros(n + 1)", "2"): "places for nobody",
     ("ops/linear_grpo.py", 'if head.shard and way in ("token"', "((head.shard) or"): (
         "without a shard the way for shards is slower, and the same"
     ),
-    ("ops/sequence_loss.py", "count.where(count != 0, 1)", "1"): (
-        "of sequences without a live token nothing is used"
-    ),
-    ("ops/_chunks.py", '"advantages": -weight, "group_size": 1', "2"): "without rewards, no groups",
-    ("ops/group_advantage.py", "size, added = group_size or 1", "2"): "labels take its place",
     ("ops/linear_logprob.py", "mark_non_differentiable(*output[2:])", "3"): (
         "the rest never leaves the operator"
     ),
-    ("kernels/tiles.py", "tl.where(x <= 0.25", "0.375"): "the series is as accurate there",
-    ("kernels/tiles.py", "FAR = ", "1610612736.0"): (
-        "between the thresholds both ways give the same bits: differences are 0, or underflow"
-    ),
-    ("kernels/tiles.py", "series = 1.0 + w2", "10"): "below half a unit in the last place",
-    ("kernels/grpo.py", "tl.store(kl_ptr + row, 0.0)", "1.0"): (
-        "of a masked token, which statistics leave out"
+    ("ops/sequence_loss.py", "total = rows.sum(-1", "(1)"): "the last of two dimensions",
+    ("ops/sequence_loss.py", "count.where(count != 0, 1)", "1"): (
+        "of sequences without a live token nothing is used"
     ),
 }
 SILENT = (ast.Raise, ast.Assert, ast.JoinedStr, ast.Import, ast.ImportFrom)

@@ -234,9 +234,11 @@ def test_distributed_tensors_are_named(name, key, graded, mesh):
     """Whole or in shards; the advice is one that the argument can follow."""
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-    advice = (
-        "with_head.*tp_group" if key in ("weight", "bias", "dw_out") else "full_tensor|tp_group"
-    )
+    advice = f"{key}\\.full_tensor"
+    if key in ("weight", "bias", "dw_out", "lora A", "lora B"):
+        advice = "with_head.*tp_group"
+    elif key == "logits":
+        advice = "logits\\.full_tensor.*linear_grpo_loss.*tp_group"
     function, given = CALLS[name]()
     for placement in (Replicate(), Shard(0)):
 
