@@ -189,6 +189,9 @@ def test_metrics_mean_what_they_say(backend, device):
     got = {k: v.item() for k, v in out.metrics.items()}
     assert got == pytest.approx(want, rel=1e-5, abs=1e-6)
     assert all(v.ndim == 0 for v in out.metrics.values())
+    out = policy_loss(logps, advantages=torch.ones(1, device=device), old_logps=old)
+    assert out.metrics["importance_weight_mean"] == 1
+    assert out.metrics["importance_weight_out_of_range"] == 0
 
 
 def test_the_output(backend, device):

@@ -33,6 +33,21 @@ def test_sequences_of_one_token(objective, backend, device):
     check(logits, ids, {**arguments, "objective": objective})
 
 
+@pytest.mark.parametrize("far", [20.5, 21.0, 30.0])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_vespo_bounds_the_log_ratio_of_a_token(sign, far, backend, device):
+    """By 20 either way, before they are added up."""
+    logps = torch.full((1, 3), -30.0, device=device)
+    old = logps - sign * torch.tensor([[far, -12.0, -8.0]], device=device)
+    arguments = {"old_logps": old, "advantages": torch.ones(1, device=device)}
+    arguments["objective"] = Objective(surrogate="vespo")
+    loss, grad = loss_and_grad(policy_loss, logps, **arguments)
+    assert grad.ne(0).all()
+    want = loss_and_grad(reference.policy_loss, logps.double(), **in_double(arguments))
+    torch.testing.assert_close(loss.double(), want[0], rtol=1e-4, atol=0)
+    torch.testing.assert_close(grad.double(), want[1], rtol=1e-4, atol=0)
+
+
 @pytest.mark.parametrize("objective", SEQUENCES, ids=lambda x: f"{x.surrogate}-{x.ratio}")
 def test_on_policy_takes_one_launch(objective, backend, device, monkeypatch):
     """The coefficients are known before the log-probs: no pass for these alone."""
