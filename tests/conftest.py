@@ -14,10 +14,12 @@ def pytest_configure(config):
     config.addinivalue_line("filterwarnings", "ignore:Attempting to run cuBLAS:UserWarning")
 
 
-# Of these files' interpreted cases, which take minutes, one in five runs unless `--slow` asks for all.
+# Of these files' interpreted cases, which take minutes, one in five of each test runs unless `--slow` asks
+# for all.
 SLOW = (
     "test_extreme_rows.py",
     "test_kl.py",
+    "test_linear_grpo.py",
     "test_masks.py",
     "test_nan.py",
     "test_rare_options.py",
@@ -41,8 +43,9 @@ def pytest_collection_modifyitems(config, items):
         name = item.path.name
         slow = name in SLOW and "triton" in item.nodeid
         step = 5 if slow else 2 if name in LONG else 1
-        counts[name, slow] = counts.get((name, slow), -1) + 1
-        (kept if counts[name, slow] % step == 0 else left_out).append(item)
+        which = name, slow, item.function
+        counts[which] = counts.get(which, -1) + 1
+        (kept if counts[which] % step == 0 else left_out).append(item)
     config.hook.pytest_deselected(items=left_out)
     items[:] = kept
 
