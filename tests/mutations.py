@@ -79,7 +79,7 @@ COVERS: dict[str, tuple[str, str]] = {
     "kernels/grpo.py": (
         "grpo",
         "triton and ((every_objective and (default or everything or gspo or entropy)) or "
-        "optional or scored_in or inplace_gives or strided or reference)",
+        "optional or scored_in or inplace_gives or exactly or strided or reference)",
     ),
 }
 # Changes that no test on a CPU can see: in the statement's text, by regular expression.
@@ -138,6 +138,16 @@ SAME = {
     ("ops/_rows.py", "together = max(1, step", "2"): "speed alone",
     ("ops/policy_loss.py", "x.sum(dtype=torch.float32)", "x.sum()"): "of numbers that are float32",
     ("kernels/grpo.py", "if B * T_len >= MANY_ROWS", ""): "another schedule, the same numbers",
+    ("ops/_head.py", "if self.logits_dtype != self.dtype", ""): (
+        "two dtypes only where halves are multiplied into float32, on a GPU"
+    ),
+    ("ops/_rows.py", "if together > 1 and", "2"): "speed alone",
+    ("ops/_rows.py", "nothing = (dentropy == 0) |", "1"): "0 times a finite number is 0",
+    ("ops/group_advantage.py", "exponent - 1)", "+ (1)"): "another power of two as the unit",
+    ("ops/group_advantage.py", 'whole, None, "group"', "group_"): "the scale that is left over",
+    ("ops/policy_loss.py", "mark_non_differentiable(*output[1:])", "2"): (
+        "the rest never leaves the operator"
+    ),
     ("ops/_rows.py", "x.expand(2, -1).sum(1", "3"): "two rows or three, of which one is kept",
     ("ops/_vocab_parallel.py", "NOBODY = 1.0", "1.5"): "any number above 0",
     ("ops/_vocab_parallel.py", "LOWEST = ", ""): (

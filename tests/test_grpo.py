@@ -341,6 +341,12 @@ def test_strided_logits_are_not_copied_and_match(backend, device):
     torch.testing.assert_close(grad, want[1], rtol=0, atol=0)
 
 
+def test_weights_of_exactly_one(backend, device):
+    logits, ids, arguments = batch(3, 4, 30, device)
+    arguments |= {"objective": Objective(reduction="token_mean", beta=0.1), "num_items": 1}
+    check(logits, ids, arguments)
+
+
 def test_forward_only_gives_the_same_loss(backend, device):
     for V in (60, 40_000):
         logits, ids, arguments = batch(3, 4, V, device)

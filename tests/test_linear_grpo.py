@@ -5,7 +5,7 @@ import torch
 
 from grpo_fast import Objective, reference
 from grpo_fast.loss import grpo_loss, linear_grpo_loss
-from grpo_fast.ops import linear_grpo, linear_logprob
+from grpo_fast.ops import _head, linear_grpo, linear_logprob
 from grpo_fast.testing import assert_as_accurate
 from tests.cases import in_double
 from tests.properties import given, settings, st
@@ -281,6 +281,19 @@ def test_the_ways_of_sequence_objectives_agree(name, compact, backend, device, m
         for key, x in other.items():
             scale = found[0][key].abs().max()
             assert (x - found[0][key]).abs().max() <= 2e-6 * scale, key
+
+
+@pytest.mark.parametrize("rows", [7, 9])
+def test_whole_sequences_in_the_chunks_that_memory_allows(rows, device, monkeypatch):
+    """Without a chunk size: as long as the longest run of sequences that fits."""
+    monkeypatch.setenv("GRPO_FAST_BACKEND", "torch")
+    monkeypatch.setitem(_head.WORKSPACE_BYTES, "cpu", rows * 64 * 4)
+    monkeypatch.setattr(_head, "CPU_WORKSPACE_SHARE", 0)
+    tensors, options, ids, arguments = batch(6, 6, 60, "cpu")
+    arguments["objective"] = OBJECTIVES["gspo"]
+    taken = ways_taken(monkeypatch)
+    check(tensors, options, ids, arguments)
+    assert set(taken) == {"aligned"}
 
 
 ON_POLICY = [k for k, x in OBJECTIVES.items() if not x.by_token and x.off_policy_threshold is None]

@@ -119,6 +119,22 @@ def test_int32_ids_and_odd_strides(backend, device):
     )
 
 
+def test_a_row_without_upstream_gradient_passes_none(backend, device):
+    """Whatever its logits hold."""
+    logits = torch.randn(3, 40, device=device)
+    logits[1, 3] = torch.nan
+    logits.requires_grad_()
+    ids = torch.zeros(3, dtype=torch.int64, device=device)
+    logp, entropy = logprob(logits, ids, return_entropy=True)
+    upstream = torch.tensor([1.0, 0.0, -2.0], device=device)
+    for pair in ((upstream, None), (upstream, upstream)):
+        outputs = [x for x, y in zip((logp, entropy), pair, strict=True) if y is not None]
+        grads = [y for y in pair if y is not None]
+        (grad,) = torch.autograd.grad(outputs, logits, grads, retain_graph=True)
+        assert grad[1].eq(0).all()
+        assert grad[::2].isfinite().all()
+
+
 def test_a_sum_that_float16_cannot_hold(backend, device):
     """70,000 equal logits: the sum of their exponentials is beyond 65,504."""
     V = 70_000

@@ -33,6 +33,13 @@ def test_sequences_of_one_token(objective, backend, device):
     check(logits, ids, {**arguments, "objective": objective})
 
 
+def test_an_unbiased_kl_beyond_the_bound_of_its_ratio(backend, device):
+    """A clamped ratio passes no gradient to the KL term of the other tokens either."""
+    logits, ids, arguments = batch(6, 7, 20, device)
+    bounded = Objective(ratio="sequence", kl="k3_unbiased", beta=0.3, log_ratio_max=0.01)
+    check(logits, ids, {**arguments, "objective": bounded})
+
+
 @pytest.mark.parametrize("far", [20.5, 21.0, 30.0])
 @pytest.mark.parametrize("sign", [1, -1])
 def test_vespo_bounds_the_log_ratio_of_a_token(sign, far, backend, device):

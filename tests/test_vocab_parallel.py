@@ -1,12 +1,14 @@
 """A head whose vocabulary is spread over processes, against one process that has all of it."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from grpo_fast import Objective, reference
 from grpo_fast.loss import linear_grpo_loss
 from grpo_fast.ops import linear_logprob
-from grpo_fast.ops._vocab_parallel import Shard, combine
+from grpo_fast.ops._vocab_parallel import Shard, combine, read_shared_rows
 from grpo_fast.testing import assert_as_accurate
 from tests.cases import in_double
 from tests.ranks import needs_gloo, needs_interpreter, run
@@ -248,6 +250,19 @@ def test_combine_leaves_out_who_has_no_columns():
             found = combine(torch.cat(parts), torch.ones(1), True)
             for a, b in zip(found, want, strict=True):
                 torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_who_has_no_columns_sends_float32(monkeypatch):
+    """As all others do, also beside logits in bfloat16: the processes exchange bytes."""
+    monkeypatch.setattr(
+        "grpo_fast.ops._vocab_parallel.gather", lambda all_of, mine, group: all_of.copy_(mine)
+    )
+    shard = Shard(SimpleNamespace(size=lambda: 1), 10)
+    logits = torch.empty(1, 3, 0, dtype=torch.bfloat16)
+    ids, rest = torch.zeros(3, dtype=torch.int64), (None, None, torch.tensor(1.0), True, None)
+    found = read_shared_rows(logits, ids, *rest, shard)
+    assert all(x.dtype == torch.float32 for x in found)
+    assert found[0].isnan().all()
 
 
 def test_whose_column_an_id_is():
