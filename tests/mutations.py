@@ -40,7 +40,7 @@ COVERS: dict[str, tuple[str, str]] = {
     "grpo_fast/ops/_tokens.py": ("loss errors rare_options told_apart masks policy_loss", TORCH),
     "grpo_fast/ops/_vocab_parallel.py": (
         "vocab_parallel",
-        "combine or whose or ((2-False or without_rows) and not kernels)",
+        "combine or whose or sends or ((2-False or without_rows) and not kernels)",
     ),
     "grpo_fast/ops/group_advantage.py": (
         "group_advantage rare_options errors advantage_precision",
@@ -141,6 +141,7 @@ SAME = {
     ("ops/_head.py", "if self.logits_dtype != self.dtype", ""): (
         "two dtypes only where halves are multiplied into float32, on a GPU"
     ),
+    ("ops/_head.py", "    return min(", "max("): "other chunks, no longer than they may be",
     ("ops/_rows.py", "if together > 1 and", "2"): "speed alone",
     ("ops/_rows.py", "nothing = (dentropy == 0) |", "1"): "0 times a finite number is 0",
     ("ops/group_advantage.py", "exponent - 1)", "+ (1)"): "another power of two as the unit",
