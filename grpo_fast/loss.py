@@ -73,10 +73,10 @@ def grpo_loss(
             are constants, detached here if they come with a graph: no gradient flows through them.
         ref_logps: per token, of the reference policy; needed where `objective.beta` is not 0.
         importance_weights: (B,), (B, 1) or per token; a detached factor on the surrogate, not on the KL
-            term (train/inference mismatch). 0 leaves the surrogate of a token out, also where that is
+            term (train/inference mismatch). Where it is 0 the surrogate is left out, even if it is
             infinite or NaN.
-        token_weights: per token; a detached factor on everything a token contributes. 0 leaves it out, also
-            where that is infinite or NaN.
+        token_weights: per token; a detached factor on everything a token contributes. Where it is 0 the
+            token is left out, even if its loss is infinite or NaN.
         scores: "topr" only: (B,), (B, 1) or per token, what was scored before any baseline; its sign decides.
             Default: the rewards, or else the advantages.
         num_items: the denominator of "token_mean", a number or 0-dim tensor; with another reduction an

@@ -128,9 +128,13 @@ SAME = {
         "any finite number does: what comes of it has no gradient"
     ),
     ("ops/_head_arguments.py", "widest=max(sizes)", "min(sizes)"): (
-        "of all processes alike: other chunks, the same numbers"
+        "equal on all processes, too: the chunks are others, the numbers are not"
     ),
-    ("ops/_metrics.py", "count = torch.where(empty, 1, tokens)", "2"): "0 by anything but 0",
+    (
+        "ops/_metrics.py",
+        "count = torch.where(empty, 1, tokens)",
+        "2",
+    ): "0 divided by any other number is 0",
     ("ops/_metrics.py", ".clamp(min=1e-30)", "e-30"): "keeps from a division by 0 that is not used",
     ("ops/_phases.py", "tokens = tokens._replace(", "advantages=nothing"): (
         "without a surrogate nobody reads what goes into its terms: leaving it out saves the reads"
@@ -145,7 +149,11 @@ SAME = {
     ("ops/_rows.py", "if together > 1 and", "2"): "speed alone",
     ("ops/_rows.py", "nothing = (dentropy == 0) |", "1"): "0 times a finite number is 0",
     ("ops/group_advantage.py", "exponent - 1)", "+ (1)"): "another power of two as the unit",
-    ("ops/group_advantage.py", 'whole, None, "group"', "group_"): "the scale that is left over",
+    (
+        "ops/group_advantage.py",
+        'whole, None, "group"',
+        "group_",
+    ): "a scale that is neither 'batch' nor 'none' is 'group'",
     ("ops/policy_loss.py", "mark_non_differentiable(*output[1:])", "2"): (
         "the rest never leaves the operator"
     ),
@@ -158,9 +166,13 @@ SAME = {
         "large numbers beside others: they are further up, or further down, with either unit"
     ),
     ("ops/group_advantage.py", "size, added = group_size or 1", "2"): "labels take its place",
-    ("ops/grpo.py", 'None, "group", operand(SCORE_EPS)', "group_"): "the scale that is left over",
+    (
+        "ops/grpo.py",
+        'None, "group", operand(SCORE_EPS)',
+        "group_",
+    ): "a scale that is neither 'batch' nor 'none' is 'group'",
     ("ops/linear_grpo.py", "elif x.dtype == dtype", ""): "a copy instead of work in place",
-    ("ops/linear_grpo.py", "x.new_zeros(n + 1)", "2"): "places for nobody",
+    ("ops/linear_grpo.py", "x.new_zeros(n + 1)", "2"): "the entries beyond n are cut off",
     ("ops/linear_grpo.py", 'if head.shard and way in ("token"', "((head.shard) or"): (
         "without a shard the way for shards is slower, and the same"
     ),

@@ -241,7 +241,7 @@ def test_combine_keeps_what_little_a_confident_token_leaves():
 
 
 def test_combine_leaves_out_who_has_no_columns():
-    """Whatever its maximum says: nothing is what it adds up."""
+    """A process whose sum is 0 changes nothing, whatever it sends as its maximum."""
     both = torch.tensor([[-3.0, 2.0, 0.5, -0.25], [-5.0, 1.5, 0.1, 1.0]])[:, None]
     want = combine(both, torch.ones(1), True)
     for top in (-3.0e38, 0.0, 7.0):
@@ -253,7 +253,7 @@ def test_combine_leaves_out_who_has_no_columns():
 
 
 def test_who_has_no_columns_sends_float32(monkeypatch):
-    """As all others do, also beside logits in bfloat16: the processes exchange bytes."""
+    """All processes must send the same dtype, also where the logits are bfloat16."""
     monkeypatch.setattr(
         "grpo_fast.ops._vocab_parallel.gather", lambda all_of, mine, group: all_of.copy_(mine)
     )
