@@ -16,20 +16,26 @@ FAST := advantage_oracles derivatives diagnostics docs errors group_advantage gr
 
 ifeq ($(VENV),system)
 PY := $(PYTHON)
-READY :=
+READY := system
 else
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 endif
 
-.PHONY: setup train test check mutants lint bench clean
+.PHONY: setup system train test check mutants lint bench clean
 setup: $(READY)
+
+EXTRA := test
+train: EXTRA := train
+system:
+	@$(PYTHON) tests/installed.py $(EXTRA)
 
 # torch first and alone, at the pinned version: other packages would otherwise pull the newest CUDA build.
 # verl last, for its sources alone, which tests/test_verl.py runs: its requirements exclude our transformers, and its
 # wheel brings a top-level `tests`. Hence without dependencies, and off the path. So is Hugging Face's kernels, which
 # loads our hub package in tests/test_hub.py: transformers changes its ways where it can be imported.
 $(VENV)/.ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit(f"make needs Python 3.11 or newer; $(PYTHON) is {v[0]}.{v[1]}: set PYTHON to another")'
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt torch setuptools
 	$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[test]'

@@ -1,4 +1,7 @@
-"""What the README says of the measurements: of a GPU sentences and a few tables, of each CPU a line."""
+"""The README's part about measurements: sentences and tables for a GPU, one table for all CPUs.
+
+Nothing is selected by its outcome: a table has every library, or every operation, that was measured.
+"""
 
 import textwrap
 from collections.abc import Iterator
@@ -6,15 +9,30 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import experiments, tables
-from benchmarks.committed import OWN, Run, documents, load, newest
+from benchmarks.committed import OWN, Run, documents, load, newest, steps
 
 WITHOUT = """\
 **No GPU has run the benchmarks yet.** What is known of the GPU path comes from compiling every kernel for
 sm_80, sm_90, sm_100 and gfx942 and from counting the bytes it moves; times, and the memory of a 7B update,
 are predicted in [RESULTS.md](benchmarks/RESULTS.md#what-is-known-without-a-gpu)."""
 CPUS = """\
-On CPUs PyTorch's operators run, not the kernels. These times say little about a GPU; all tables are in
+**On CPUs** PyTorch's operators run, not the kernels, and these times say little about a GPU. One row for
+each operation, in the first shape that was measured. In {slower} of the {total} cases that were measured
+beside eager PyTorch, grpo_fast is slower than it; all of them are in
 [RESULTS.md](benchmarks/RESULTS.md#cpu)."""
+OTHERS = """\
+The other operations on the same device, with their default options. Below 1.00x grpo_fast is slower."""
+STEP = """\
+A GRPO update of a whole model ({model}, {dtype}, {mode}) on {batch} tokens: {device},
+commit {commit}, {date}"""
+CASES = {
+    "logprob": "log-probs from logits",
+    "linear_logprob": "log-probs from hidden states",
+    "linear_cross_entropy": "cross-entropy from hidden states",
+    "policy_loss": "loss from log-probs",
+    "sequence_loss": "GSPO from log-probs",
+    "group_advantage": "advantages",
+}
 WIDTH = 100
 S0 = "qwen2.5-7b-16k"
 PYTORCH = ("eager", "compile", "torch")  # what the names of PyTorch's own providers begin with
@@ -44,6 +62,12 @@ def headline(results: Path) -> str:
         smoke = [d for d in newest(results, "smoke") if d["machine_info"]["device"] == device]
         parts.append(_wrapped(" ".join(_sentences(device, chosen, smoke))))
         parts += [_table(chosen[stem], variant, more) for stem, variant, more in _tables(chosen)]
+        here = [run for run in load(results) if run.cuda and run.device == device]
+        shown = {stem for stem, *_ in TABLES}
+        rest = _rows([run for run in here if run.stem not in shown])
+        if rest:
+            parts += [_wrapped(OTHERS), _comparison(rest)]
+        parts += [_step(d) for d in steps(results) if d["machine_info"]["device"] == device]
         others = sorted({run.device for run in measured} - {device})
         if others:
             parts.append(
@@ -51,17 +75,20 @@ def headline(results: Path) -> str:
             )
     else:
         parts.append(_wrapped(WITHOUT))
-    lines = [_line(run) for run in runs if not run.cuda]
-    if lines:
-        parts.append("\n".join([_wrapped(CPUS), "", *lines]))
+    cpus = [run for run in load(results) if not run.cuda]
+    rows = _rows(cpus)
+    if rows:
+        both = [pair for run in cpus for pair in map(_pair, run.cases()) if all(pair)]
+        slower = sum(own["median"] > eager["median"] for own, eager in both)
+        parts.append(_wrapped(CPUS.format(slower=slower, total=len(both))))
+        parts.append(_comparison(rows, machine=True))
     return "\n\n".join(parts) + "\n"
 
 
-def _wrapped(text: str, indent: str = "") -> str:
+def _wrapped(text: str) -> str:
     return textwrap.fill(
         " ".join(text.split()),
         WIDTH,
-        subsequent_indent=indent,
         break_long_words=False,
         break_on_hyphens=False,
     )
@@ -112,7 +139,9 @@ def _capital(text: str) -> str:
 
 
 def _own(entries: list[dict[str, Any]]) -> dict[str, Any] | None:
-    return next((e for e in entries if e["provider"].startswith(OWN)), None)
+    """This project's entry with its default options, else the fastest of its others."""
+    own = [e for e in entries if e["provider"].startswith(OWN)]
+    return min(own, key=lambda e: e["provider"] != OWN, default=None)
 
 
 def _others(entries: list[dict[str, Any]]) -> str:
@@ -193,13 +222,73 @@ def _table(run: Run, variant: str, more: str) -> str:
     return "\n".join(lines)
 
 
-def _line(run: Run) -> str:
-    """The first case of a stem on a CPU."""
-    entries = sorted(next(iter(run.cases())), key=lambda entry: entry["median"])
-    eager, best = tables.eager_of(entries), _own(entries) or entries[0]
-    faster = f", {eager['median'] / best['median']:.2f} times faster than eager" if eager else ""
-    return _wrapped(
-        f"- {STEMS[run.stem]}, {_what(best)}, {run.device}: {tables.time_text(best['median'])} "
-        f"({best['provider']}){faster}; commit {run.info['commit']}, {run.date[:10]}",
-        indent="  ",
-    )
+def _pair(entries: list[dict[str, Any]]) -> tuple[Any, Any]:
+    """The entries of this project with its default options, and of eager PyTorch; None where absent."""
+    return next((e for e in entries if e["provider"] == OWN), None), tables.eager_of(entries)
+
+
+def _rows(runs: list[Run]) -> list[tuple[Run, list[dict[str, Any]]]]:
+    """The first case that this project took part in, of each operation and direction."""
+    found: dict[tuple[str, str, str], tuple[Run, list[dict[str, Any]]]] = {}
+    for run in runs:
+        for entries in run.cases():
+            if _pair(entries)[0] is not None:
+                found.setdefault((run.device, run.stem, entries[0]["case"]), (run, entries))
+    return list(found.values())
+
+
+def _comparison(rows: list[tuple[Run, list[dict[str, Any]]]], machine: bool = False) -> str:
+    """A table of operations: this project's time beside eager PyTorch's and the fastest other's."""
+    lines = [
+        f"| | on | grpo_fast | eager | | fastest other | |{' machine, commit |' if machine else ''}",
+        f"|---|---|--:|--:|--:|--:|--:|{'---|' if machine else ''}",
+    ]
+    for run, entries in rows:
+        own, eager = _pair(entries)
+        rest = [e for e in entries if not e["provider"].startswith((OWN, "eager"))]
+        other = min(rest, key=lambda e: e["median"], default=None)
+        cells = [_operation(run, own), _size(own), tables.time_text(own["median"])]
+        cells += [*_against(own, eager), *_against(own, other, named=True)]
+        cells += [f"{run.device}, {run.info['commit']}"] if machine else []
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _against(own: dict[str, Any], other: dict[str, Any] | None, named: bool = False) -> list[str]:
+    """Another's time, and how many times faster this project is."""
+    if other is None:
+        return ["", ""]
+    time = tables.time_text(other["median"]) + (f" ({other['provider']})" if named else "")
+    return [time, f"{other['median'] / own['median']:.2f}x"]
+
+
+def _operation(run: Run, entry: dict[str, Any]) -> str:
+    if run.stem in STEMS:
+        return STEMS[run.stem]
+    if run.stem == "group_advantage":
+        return CASES[run.stem]
+    both = entry["case"] == "forward_backward"
+    return f"{CASES[run.stem]}, {'and gradients' if both else 'forward'}"
+
+
+def _size(entry: dict[str, Any]) -> str:
+    sizes = entry["sizes"]
+    tokens = f"{sizes['B'] * sizes['T']:,}"
+    return f"{tokens} x {sizes['V']:,}" if sizes["V"] else f"{tokens} tokens"
+
+
+def _step(document: dict[str, Any]) -> str:
+    """The updates of one batch by a whole model, with each library's head."""
+    rows = [row for row in document["step"] if row["kind"] == "batch"]
+    rows = [row for row in rows if row["mode"] == rows[0]["mode"] and row.get("seconds")]
+    if not rows:
+        return ""
+    first, info = rows[0], document["machine_info"]
+    about = {name: first[name] for name in ("model", "dtype", "mode")}
+    about |= {"batch": f"{first['B']} x ({first['P']} + {first['T']})", "device": info["device"]}
+    about |= {"commit": info["commit"], "date": document["datetime"][:10]}
+    lines = [_wrapped(STEP.format(**about)), "", "| head | time | peak memory |", "|---|--:|--:|"]
+    for row in rows:
+        time, memory = tables.time_text(row["seconds"]), tables.memory_text(row["peak_bytes"])
+        lines.append(f"| {row['provider']} | {time} | {memory} |")
+    return "\n".join(lines)

@@ -1,6 +1,6 @@
 """GRPO in an Accelerate loop, on one device or many: `accelerate launch examples/accelerate_loop.py`.
 
-Whole groups stay on one process, so the z-scores need no communication; the normaliser and the metrics are
+Whole groups stay on one process, so the advantages need no communication. The normaliser and the metrics are
 those of all processes. The model may be wrapped in any way Accelerate knows (DDP, FSDP, ...): the loss runs
 inside its forward.
 """
@@ -13,9 +13,8 @@ from accelerate.utils import set_seed
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from grpo_fast import Objective
+from grpo_fast import Objective, fold_statistics, linear_grpo_loss, metrics_from
 from grpo_fast.integrations.transformers import Head, with_head
-from grpo_fast.loss import fold_statistics, linear_grpo_loss, metrics_from
 
 PROMPTS, GROUP, LENGTH, STEPS, MICRO_BATCHES = 8, 8, 12, 20, 2  # PROMPTS: of each process
 VOCABULARY, BOS, EOS, PAD = 64, 0, 1, 2
@@ -38,20 +37,28 @@ def build() -> LlamaForCausalLM:
     )
 
 
+def prompts_of(number: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(ids, attention mask) of prompts of 2 to 6 tokens, padded on the left, (number, 6)."""
+    lengths = torch.randint(2, 7, (number, 1), device=device)
+    mask = torch.arange(6, device=device) >= 6 - lengths
+    ids = torch.randint(3, VOCABULARY, (number, 6), device=device)
+    return ids.where(mask, PAD), mask.long()
+
+
 @torch.no_grad()
 def sample(model: Any, accelerator: Accelerator) -> dict[str, Tensor]:
     """Completions, G of each prompt one after the other; a reward for even tokens."""
-    prompts = torch.randint(3, VOCABULARY, (PROMPTS, 4), device=accelerator.device)
-    prompts = prompts.repeat_interleave(GROUP, 0)
-    ones = torch.ones_like(prompts)
-    bare = accelerator.unwrap_model(model)
-    sequences = bare.generate(prompts, attention_mask=ones, do_sample=True, max_new_tokens=LENGTH)
+    ids, mask = prompts_of(PROMPTS, accelerator.device)
+    prompts, prompt_mask = ids.repeat_interleave(GROUP, 0), mask.repeat_interleave(GROUP, 0)
+    sequences = accelerator.unwrap_model(model).generate(
+        prompts, attention_mask=prompt_mask, do_sample=True, max_new_tokens=LENGTH
+    )
     completions = sequences[:, prompts.shape[1] :]
-    ended = (completions == EOS).cumsum(1)
-    mask = (ended == 0) | ((ended == 1) & (completions == EOS))
+    is_end = completions == EOS
+    mask = is_end.cumsum(1) - is_end.long() == 0  # up to the first EOS, which counts
     return {
         "sequences": sequences,
-        "attention": torch.cat([ones, mask.long()], 1),
+        "attention": torch.cat([prompt_mask, mask.long()], 1),
         "completions": completions,
         "mask": mask,
         "rewards": ((completions % 2 == 0) & mask).sum(1) / mask.sum(1),
@@ -75,8 +82,15 @@ def loss_of(model: Any, batch: dict[str, Tensor], num_items: Tensor) -> tuple[Te
         )
         return out.loss, out.statistics
 
-    T = batch["completions"].shape[1]
-    return with_head(model, score, batch["sequences"], batch["attention"], last=T)
+    attention = batch["attention"]
+    return with_head(
+        model,
+        score,
+        batch["sequences"],
+        attention,
+        position_ids=(attention.cumsum(1) - 1).clamp(min=0),  # padding has no position
+        last=batch["completions"].shape[1],
+    )
 
 
 def train(accelerator: Accelerator) -> list[float]:
@@ -86,8 +100,8 @@ def train(accelerator: Accelerator) -> list[float]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     model, optimizer = accelerator.prepare(model, optimizer)
     set_seed(0, device_specific=True)  # every process samples something else
-    # Gradients are averaged over processes, and `accelerator.backward` divides by the micro-batches; but the
-    # loss is already normalised by the tokens of all of them.
+    # `num_items` already divides the loss by the tokens of all processes and micro-batches. The factor undoes
+    # two more divisions: DDP and FSDP average over processes, `accelerator.backward` over micro-batches.
     factor = accelerator.num_processes * MICRO_BATCHES
     history = []
     for step in range(STEPS):

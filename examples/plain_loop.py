@@ -1,30 +1,31 @@
 """GRPO in plain PyTorch, on any Hugging Face causal LM: `python examples/plain_loop.py`.
 
-A tiny random model learns to answer with even tokens. For a real one, put yours in the place of `build`, and
-your rewards in the place of `rewards_of`.
+A tiny random model learns to answer with even tokens. To train a real one, replace `build` (your model),
+`prompts_of` (your prompts, padded on the left by your tokenizer) and `rewards_of` (your rewards).
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from grpo_fast import Objective
+from grpo_fast import LossOutput, Objective, linear_grpo_loss, linear_logprob
 from grpo_fast.integrations.transformers import Head, with_head
-from grpo_fast.loss import LossOutput, linear_grpo_loss
-from grpo_fast.ops import linear_logprob
 
 PROMPTS, GROUP, LENGTH, STEPS, UPDATES = 8, 8, 12, 15, 2
 VOCABULARY, BOS, EOS, PAD = 64, 0, 1, 2
 OBJECTIVE = Objective.preset("dapo")
 
+T = TypeVar("T")
+
 
 class Batch(NamedTuple):
-    """Completions, G of each prompt one after the other."""
+    """Prompts padded on the left with their completions, G of each prompt one after the other."""
 
     sequences: Tensor  # (B, P + T)
-    attention: Tensor  # (B, P + T)
+    attention: Tensor  # (B, P + T), 0 at padding on either side
     completions: Tensor  # (B, T)
     mask: Tensor  # (B, T)
     rewards: Tensor  # (B,)
@@ -51,16 +52,37 @@ def rewards_of(completions: Tensor, mask: Tensor) -> Tensor:
     return ((completions % 2 == 0) & mask).sum(1) / mask.sum(1)
 
 
+def prompts_of(number: int) -> tuple[Tensor, Tensor]:
+    """(ids, attention mask) of prompts of 2 to 6 tokens, padded on the left, (number, 6)."""
+    lengths = torch.randint(2, 7, (number, 1))
+    mask = torch.arange(6) >= 6 - lengths
+    return torch.randint(3, VOCABULARY, (number, 6)).where(mask, PAD), mask.long()
+
+
 @torch.no_grad()
 def sample(model: LlamaForCausalLM) -> Batch:
-    prompts = torch.randint(3, VOCABULARY, (PROMPTS, 4)).repeat_interleave(GROUP, 0)
-    ones = torch.ones_like(prompts)
-    sequences = model.generate(prompts, attention_mask=ones, do_sample=True, max_new_tokens=LENGTH)
+    ids, mask = prompts_of(PROMPTS)
+    prompts, prompt_mask = ids.repeat_interleave(GROUP, 0), mask.repeat_interleave(GROUP, 0)
+    sequences = model.generate(
+        prompts, attention_mask=prompt_mask, do_sample=True, max_new_tokens=LENGTH
+    )
     completions = sequences[:, prompts.shape[1] :]
-    ended = (completions == EOS).cumsum(1)
-    mask = (ended == 0) | ((ended == 1) & (completions == EOS))
-    attention = torch.cat([ones, mask.long()], 1)
+    is_end = completions == EOS
+    mask = is_end.cumsum(1) - is_end.long() == 0  # up to the first EOS, which counts
+    attention = torch.cat([prompt_mask, mask.long()], 1)
     return Batch(sequences, attention, completions, mask, rewards_of(completions, mask))
+
+
+def run(model: LlamaForCausalLM, function: Callable[[Tensor, Head], T], batch: Batch) -> T:
+    """`function(hidden, head)` inside the model's forward, on what scores the completions."""
+    return with_head(
+        model,
+        function,
+        batch.sequences,
+        batch.attention,
+        position_ids=(batch.attention.cumsum(1) - 1).clamp(min=0),  # padding has no position
+        last=batch.completions.shape[1],
+    )
 
 
 @torch.no_grad()
@@ -69,9 +91,7 @@ def old_log_probs(model: LlamaForCausalLM, batch: Batch) -> Tensor:
         ids, mask = batch.completions, batch.mask
         return linear_logprob(hidden, head.weight, ids, mask=mask, **head.options)
 
-    return with_head(
-        model, score, batch.sequences, batch.attention, last=batch.completions.shape[1]
-    )
+    return run(model, score, batch)
 
 
 def loss_of(model: LlamaForCausalLM, batch: Batch, old_logps: Tensor) -> LossOutput:
@@ -88,9 +108,7 @@ def loss_of(model: LlamaForCausalLM, batch: Batch, old_logps: Tensor) -> LossOut
             **head.options,
         )
 
-    return with_head(
-        model, score, batch.sequences, batch.attention, last=batch.completions.shape[1]
-    )
+    return run(model, score, batch)
 
 
 def main() -> list[float]:
@@ -103,7 +121,7 @@ def main() -> list[float]:
         old_logps = old_log_probs(model, batch)
         for _ in range(UPDATES):
             out = loss_of(model, batch, old_logps)
-            out.loss.backward()  # the logits were never there as a whole; their gradient is computed
+            out.loss.backward()  # the gradient was computed with the loss: this only passes it on
             optimizer.step()
             optimizer.zero_grad()
         history.append(batch.rewards.mean().item())

@@ -1,0 +1,108 @@
+"""The loops of the documents and examples, on ragged batches that are padded on the left.
+
+Each is held against the same sequences without any padding.
+"""
+
+import copy
+
+import pytest
+import torch
+
+from grpo_fast import Objective
+from tests import loops
+from tests.test_examples import load
+
+pytest.importorskip("transformers", reason="the loops are for its models")
+
+# Where the loop is among the blocks of its page, and the objective it states.
+LOOPS = {
+    "README.md": (1, Objective.preset("grpo", beta=0.04)),
+    "docs/linear.md": (0, Objective()),
+    "docs/transformers.md": (0, Objective()),
+}
+# Pages whose blocks other tests run, and how many each has.
+ELSEWHERE = {
+    "docs/weights.md": 6,  # test_docs
+    "docs/integrations.md": 2,  # test_diagnostics, test_hub
+}
+
+
+def run(page, model, **names):
+    """(the names that the block of a page leaves behind, the gradients of its first step)."""
+    scope = {"model": model, "optimizer": loops.Recorder(model), **names}
+    block = loops.blocks(page)[LOOPS[page][0]]
+    exec(block, scope)
+    return scope, scope["optimizer"].steps[0]
+
+
+@pytest.mark.parametrize("name", loops.MODELS)
+@pytest.mark.parametrize("page", LOOPS)
+def test_a_loop_equals_sequences_without_padding(page, name, capsys):
+    batch, model = loops.batch(), loops.MODELS[name]()
+    ref_model = copy.deepcopy(model)
+    with torch.no_grad():
+        for x in ref_model.parameters():
+            x.add_(0.05 * torch.randn_like(x))
+    scope, got = run(page, model, ref_model=ref_model, **batch)
+    sequences = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
+    attention = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
+    mask = batch["completion_mask"]
+    passed = sequences, attention, batch["completion_ids"], mask
+    rewards = {"rewards": batch["rewards"], "group_size": loops.GROUP}
+    objective = LOOPS[page][1]
+    old_logps, _ = loops.expected(model, *passed, **rewards)
+    ref_logps, _ = loops.expected(ref_model, *passed, **rewards)
+    live = mask.bool()
+    torch.testing.assert_close(scope["old_logps"][live], old_logps[live], rtol=0, atol=1e-5)
+    if objective.beta:
+        torch.testing.assert_close(scope["ref_logps"][live], ref_logps[live], rtol=0, atol=1e-5)
+        rewards["ref_logps"] = ref_logps
+    _, want = loops.expected(model, *passed, old_logps=old_logps, objective=objective, **rewards)
+    loops.assert_same_gradients(got, want)
+    if page == "README.md":
+        assert "'clip_fraction_low'" in capsys.readouterr().out
+
+
+def test_the_plain_example_equals_sequences_without_padding():
+    example = load("plain_loop")
+    model = example.build()
+    batch = example.sample(model)
+    assert (batch.attention[:, :6] == 0).any(), "some prompts are padded"
+    passed = batch.sequences, batch.attention, batch.completions, batch.mask
+    given = {"rewards": batch.rewards, "group_size": example.GROUP}
+    got_old = example.old_log_probs(model, batch)
+    old_logps, _ = loops.expected(model, *passed, **given)
+    torch.testing.assert_close(got_old[batch.mask], old_logps[batch.mask], rtol=0, atol=1e-5)
+    given |= {"old_logps": old_logps, "objective": example.OBJECTIVE}
+    _, want = loops.expected(model, *passed, **given)
+    model.zero_grad()
+    example.loss_of(model, batch, old_logps).loss.backward()
+    loops.assert_same_gradients(loops.gradients(model), want)
+
+
+def test_the_accelerate_example_equals_sequences_without_padding():
+    accelerate = pytest.importorskip("accelerate", reason="the example is for Accelerate")
+    example = load("accelerate_loop")
+    model = example.build()
+    batch = example.sample(model, accelerate.Accelerator(cpu=True))
+    assert (batch["attention"][:, :6] == 0).any(), "some prompts are padded"
+    passed = [batch[name] for name in ("sequences", "attention", "completions", "mask")]
+    given = {"rewards": batch["rewards"], "group_size": example.GROUP}
+    _, want = loops.expected(model, *passed, objective=example.OBJECTIVE, **given)
+    model.zero_grad()
+    for i in range(example.MICRO_BATCHES):
+        part = {name: x.chunk(example.MICRO_BATCHES)[i] for name, x in batch.items()}
+        example.loss_of(model, part, batch["mask"].sum())[0].backward()
+    loops.assert_same_gradients(loops.gradients(model), want)
+
+
+def test_the_first_block_of_the_readme_runs():
+    pytest.importorskip("trl", "1.15", reason="it imports TRL's trainer")
+    exec(loops.blocks("README.md")[0], {})
+
+
+def test_every_block_of_a_page_is_run():
+    for path in [loops.ROOT / "README.md", *(loops.ROOT / "docs").glob("*.md")]:
+        name = path.relative_to(loops.ROOT).as_posix()
+        known = ELSEWHERE.get(name, LOOPS[name][0] + 1 if name in LOOPS else 0)
+        assert len(loops.blocks(name)) == known, f"{name}: which test runs its blocks?"
