@@ -7,9 +7,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from grpo_fast import reference
+from grpo_fast._names import keywords_explained
 from grpo_fast._operands import Modes, operand
 from grpo_fast._output import LossOutput, loss_output
-from grpo_fast.objective import Objective
+from grpo_fast.objective import OPTIONS, Objective
 from grpo_fast.ops import _arguments, _float64, _phases
 from grpo_fast.ops._autograd import anchors_of, once_differentiable
 from grpo_fast.ops._head_arguments import Needs, check_head
@@ -20,6 +21,7 @@ from grpo_fast.ops.linear_grpo import linear_grpo
 from grpo_fast.ops.linear_logprob import linear_logprob_fwd
 
 
+@keywords_explained(OPTIONS)
 def linear_grpo_loss(
     hidden: Tensor,
     weight: Tensor,

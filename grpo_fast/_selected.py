@@ -5,9 +5,9 @@ import math
 import torch
 from torch import Tensor
 
+from grpo_fast._names import check_choice
 from grpo_fast._operands import bound
 from grpo_fast.ops._selection import (
-    check_choice,
     check_number,
     gap_of,
     live_tokens,
@@ -187,7 +187,7 @@ def varied_groups(
         (B,) float32.
     """
     op = "varied_groups"
-    check_choice(op, "nan", nan, MISSING)
+    check_choice("nan", nan, MISSING, op)
     rewards = check_rewards(op, rewards, group_size, skip_nan=nan == "skip")
     labels = check_groups(op, rewards, group_size, group_ids)
     position = torch.arange(len(rewards), device=rewards.device)

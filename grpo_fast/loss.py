@@ -4,9 +4,10 @@ import torch
 from torch import Tensor
 
 from grpo_fast._linear_loss import linear_grpo_loss
+from grpo_fast._names import keywords_explained
 from grpo_fast._operands import Terms, operand
 from grpo_fast._output import LossOutput, loss_output
-from grpo_fast.objective import Objective
+from grpo_fast.objective import OPTIONS, Objective
 from grpo_fast.ops import _arguments, _overwritten, _phases
 from grpo_fast.ops._autograd import anchors_of, once_differentiable
 from grpo_fast.ops._metrics import fold_statistics, metrics_from
@@ -31,6 +32,7 @@ __all__ = [
 ]
 
 
+@keywords_explained(OPTIONS)
 def grpo_loss(
     logits: Tensor,
     completion_ids: Tensor,
@@ -151,6 +153,7 @@ def grpo_loss(
     )
 
 
+@keywords_explained(OPTIONS)
 def policy_loss(
     logps: Tensor,
     *,

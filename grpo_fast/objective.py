@@ -7,6 +7,13 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
+from grpo_fast._names import (
+    LOSS_ARGUMENTS,
+    LOSSES_OWN,
+    check_choice,
+    check_preset,
+    keywords_explained,
+)
 from grpo_fast._operands import LARGEST, NUMBERS, Modes, Terms, operands
 from grpo_fast.presets import ENTROPY_BY_TOKENS, PRESETS
 
@@ -146,13 +153,13 @@ class Objective:
     terms = Terms(Modes.of(" ".join(["none"] * len(Modes._fields))), operands(()))
 
     def __post_init__(self) -> None:
-        _check_choice("surrogate", self.surrogate, get_args(Surrogate))
-        _check_choice("ratio", self.ratio, get_args(Ratio))
-        _check_choice("reduction", self.reduction, get_args(Reduction))
-        _check_choice("kl", self.kl, get_args(KL))
-        _check_choice("kl_gradient", self.kl_gradient, get_args(KLGradient))
-        _check_choice("dppo_value", self.dppo_value, get_args(DppoValue))
-        _check_choice("entropy_reduction", self.entropy_reduction, get_args(EntropyReduction))
+        check_choice("surrogate", self.surrogate, get_args(Surrogate))
+        check_choice("ratio", self.ratio, get_args(Ratio))
+        check_choice("reduction", self.reduction, get_args(Reduction))
+        check_choice("kl", self.kl, get_args(KL))
+        check_choice("kl_gradient", self.kl_gradient, get_args(KLGradient))
+        check_choice("dppo_value", self.dppo_value, get_args(DppoValue))
+        check_choice("entropy_reduction", self.entropy_reduction, get_args(EntropyReduction))
         for name in ("epsilon_low", "quadratic_coef", "beta", "topr_weight_pos", "topr_weight_neg"):
             _check_number(name, getattr(self, name), low=0.0)
         # CISPO's upper bound may lie below 1: TRL's default is 0.2, an epsilon_high of -0.8.
@@ -311,8 +318,7 @@ class Objective:
         Raises:
             ValueError: an unknown name, or a `surrogate` that is not the preset's.
         """
-        if name not in PRESETS:
-            raise ValueError(f"preset {name!r} is unknown; there are {', '.join(sorted(PRESETS))}")
+        check_preset(name)
         own = PRESETS[name].get("surrogate", DEFAULTS["surrogate"])
         asked = overrides.get("surrogate", own)
         if asked != own:
@@ -402,13 +408,11 @@ USED_BY: dict[str, tuple[str, ...]] = {
     "topr_weight_pos": ("topr",),
     "topr_weight_neg": ("topr",),
 }
+Objective.__init__ = keywords_explained(  # type: ignore[method-assign]
+    LOSS_ARGUMENTS, LOSSES_OWN, "Objective"
+)(Objective.__init__)
 DEFAULTS = {field.name: field.default for field in dataclasses.fields(Objective)}
 OPTIONS = tuple(field.name for field in dataclasses.fields(Objective) if field.init)
-
-
-def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}={value!r} is unknown; choose from {', '.join(choices)}")
 
 
 def _check_number(name: str, value: object, low: float | None = None, strict: bool = False) -> None:

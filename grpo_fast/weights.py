@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from grpo_fast import reference_terms
+from grpo_fast._names import check_choice
 from grpo_fast._operands import bound
 from grpo_fast._selected import clip_cov, kl_cov, m2po, top_entropy, varied_groups
 from grpo_fast.ops import _arguments
 from grpo_fast.ops._selection import (
-    check_choice,
     check_number,
     gap_of,
     live_tokens,
@@ -88,9 +88,9 @@ def importance_weights(
             wrong order, a gate without bounds.
     """
     op = "importance_weights"
-    check_choice(op, "level", level, LEVELS)
-    check_choice(op, "mode", mode, MODES)
-    check_choice(op, "undefined", undefined, UNDEFINED)
+    check_choice("level", level, LEVELS, op)
+    check_choice("mode", mode, MODES, op)
+    check_choice("undefined", undefined, UNDEFINED, op)
     _check_bounds(op, low, high)
     if mode == "gate" and low is None and high is None:
         raise ValueError(f"{op}: mode='gate' has no effect without low or high")
@@ -230,7 +230,7 @@ def binary_divergence(
         Float32, of the shape of `logps`; 0 where masked, NaN where a log-prob is.
     """
     op = "binary_divergence"
-    check_choice(op, "kind", kind, DIVERGENCES)
+    check_choice("kind", kind, DIVERGENCES, op)
     check_number(op, "floor", floor, high=0.5)
     live, *both = live_tokens(op, mask, logps=logps, other_logps=other_logps)
     p, q = (x.double().exp() for x in both)

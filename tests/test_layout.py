@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Bottom to top; a module imports from its own layer or from one below.
 LAYERS = [
     {"kernels"},
-    {"presets"},
+    {"presets", "_names"},
     {"_operands"},
     {"objective"},
     {"reference", "reference_terms", "reference_rewards"},

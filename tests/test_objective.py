@@ -168,5 +168,5 @@ def test_objective_is_frozen_and_keyword_only():
         Objective.preset("sapo", surrogate="clip")
     with pytest.raises(ValueError, match=r"delta=2\.0 and dual_clip=3\.0"):
         Objective.preset("verl/vanilla", delta=2.0)
-    with pytest.raises(ValueError, match="preset 'gprp' is unknown; there are areal"):
+    with pytest.raises(ValueError, match="preset 'gprp' is unknown; did you mean 'grpo'"):
         Objective.preset("gprp")

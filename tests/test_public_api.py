@@ -1,5 +1,6 @@
 """The names outside checks call, what importing them costs, and where Triton does not exist."""
 
+import ast
 import inspect
 import subprocess
 import sys
@@ -69,8 +70,16 @@ def test_signatures(function):
     assert all(parameters[k].kind is inspect.Parameter.KEYWORD_ONLY for k in keywords)
 
 
+TOP_LEVEL = [
+    *("LossOutput", "Objective", "diagnostics", "fold_statistics", "group_advantage", "grpo_loss"),
+    *("linear_grpo_loss", "linear_logprob", "logprob", "loss", "metrics_from", "ops"),
+    *("policy_loss", "presets", "reference", "token_diagnostics", "weights"),
+]
+
+
 def test_names():
-    assert grpo_fast.__all__ == ["Objective"]
+    assert set(TOP_LEVEL) == set(grpo_fast.__all__)
+    assert set(TOP_LEVEL) <= set(dir(grpo_fast))
     assert grpo_fast.ops.__all__ == ["group_advantage", "linear_logprob", "logprob"]
     assert grpo_fast.loss.LossOutput._fields[:4] == ("loss", "logps", "entropy", "metrics")
     assert callable(Objective.preset)
@@ -85,6 +94,41 @@ def run(code: str) -> None:
         check=False,
     )
     assert result.returncode == 0, result.stderr
+
+
+def test_every_function_is_at_the_top():
+    """In a fresh process, where nothing else was imported: the names, the modules, a star, a typo."""
+    run(
+        "import sys, grpo_fast\n"
+        "assert 'grpo_fast.ops' not in sys.modules  # the operators are loaded at first use\n"
+        f"from grpo_fast import {', '.join(TOP_LEVEL)}\n"
+        "assert grpo_fast.loss.grpo_loss is grpo_loss and callable(grpo_fast.ops.logprob)\n"
+        "assert logprob is grpo_fast.ops.logprob\n"
+        "assert grpo_fast.weights.top_entropy\n"
+        "try: grpo_fast.grpo_lossy\n"
+        "except AttributeError as e: assert 'grpo_lossy' in str(e)\n"
+        "else: raise AssertionError\n"
+    )
+    run("import grpo_fast\nassert callable(grpo_fast.loss.grpo_loss)")
+    run("from grpo_fast import *\nassert callable(policy_loss) and callable(loss.policy_loss)")
+
+
+def test_types_are_those_of_the_code():
+    """What a type checker reads under TYPE_CHECKING is what `__getattr__` gives."""
+    tree = ast.parse(Path(grpo_fast.__file__).read_text())
+    (block,) = [x for x in tree.body if isinstance(x, ast.If)]
+    seen = {(x.module, name.name) for x in block.body for name in x.names}
+    modules = {("grpo_fast", name) for name in grpo_fast._MODULES}
+    assert seen == modules | {(f"grpo_fast.{home}", x) for x, home in grpo_fast._HOME.items()}
+
+
+def test_a_compiled_function_may_call_them_by_the_package():
+    run(
+        "import torch, grpo_fast\n"
+        "f = torch.compile(lambda x, A: grpo_fast.policy_loss(x, advantages=A).loss,\n"
+        "                  backend='eager', fullgraph=True)\n"
+        "assert f(torch.zeros(2, 3), torch.ones(2)) == -1\n"
+    )
 
 
 def test_import_is_light():

@@ -18,11 +18,6 @@ import grpo_fast
 SOURCE = Path(grpo_fast.__file__).parent
 LEFT_OUT = {"integrations", "trainer", "__pycache__"}
 VERSION = 1  # of the kernel, an int: to be raised with every publication that breaks callers
-EXPORTS = {
-    "objective": ["Objective"],
-    "loss": ["LossOutput", "grpo_loss", "linear_grpo_loss", "policy_loss"],
-    "ops": ["group_advantage", "linear_logprob", "logprob"],
-}
 README = """---
 library_name: kernels
 license: apache-2.0
@@ -49,13 +44,6 @@ def modules() -> dict[Path, str]:
         relative = path.relative_to(SOURCE)
         if not LEFT_OUT & set(relative.parts) and relative.name != "__main__.py":
             found[relative] = path.read_text()
-    found[Path("__init__.py")] = (
-        '"""The loss stage of GRPO-style post-training, fused."""\n\n'
-        + "".join(
-            f"from grpo_fast.{module} import {', '.join(names)}\n"
-            for module, names in EXPORTS.items()
-        )
-    )
     return found
 
 

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from grpo_fast._names import check_choice
 from grpo_fast._operands import LARGEST, SMALLEST, operand
 from grpo_fast.ops._arguments import (
     LOGITS_DTYPES,
@@ -146,8 +147,7 @@ def check_head(
     if softcap is not None:
         check_positive(op, "softcap", softcap)
     check_positive(op, "logit_scale", logit_scale)
-    if logits_dtype not in ("fp32", "bf16"):
-        raise ValueError(f"{op}: logits_dtype={logits_dtype!r} is unknown; choose from fp32, bf16")
+    check_choice("logits_dtype", logits_dtype, ("fp32", "bf16"), op)
     size = 0 if chunk_size is None else check_count(op, "chunk_size", chunk_size)
     if size > LONGEST_CHUNK:
         raise ValueError(

@@ -9,12 +9,6 @@ from grpo_fast import reference
 from grpo_fast.ops import _arguments
 
 
-def check_choice(op: str, name: str, value: str, choices: tuple[str, ...]) -> None:
-    """Refuse a value that is not among the choices."""
-    if value not in choices:
-        raise ValueError(f"{op}: {name}={value!r} is unknown; choose from {', '.join(choices)}")
-
-
 def check_number(
     op: str, name: str, value: float, minimum: float = 0.0, high: float = math.inf
 ) -> None:

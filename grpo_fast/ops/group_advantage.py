@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from grpo_fast._names import check_choice, keywords_explained
 from grpo_fast._operands import LARGEST, operand
 from grpo_fast.ops import _arguments
 from grpo_fast.ops._backend import check_values, launch, use_triton
@@ -244,6 +245,7 @@ def check_groups(
     return group_ids.to(torch.int64).contiguous()
 
 
+@keywords_explained()
 def group_advantage(
     rewards: Tensor,
     *,
@@ -298,8 +300,7 @@ def group_advantage(
         ("nan", nan, MISSING),
         ("singleton", singleton, SINGLETONS),
     ):
-        if value not in choices:
-            raise ValueError(f"{op}: {name}={value!r} is unknown; choose from {', '.join(choices)}")
+        check_choice(name, value, choices, op)
     if isinstance(eps, bool) or not isinstance(eps, (int, float)):
         raise TypeError(f"{op}: eps: want a number, got {eps!r}")
     if not 0 <= eps <= LARGEST:

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from grpo_fast._names import keywords_explained
 from grpo_fast.ops import _arguments, _float64
 from grpo_fast.ops._autograd import anchors_of, once_differentiable, without_graph
 from grpo_fast.ops._backend import launch, use_triton
@@ -239,6 +240,7 @@ def linear_logprob(
     lora: tuple[Tensor, Tensor, float] | None = ...,
     tp_group: dist.ProcessGroup | None = ...,
 ) -> tuple[Tensor, Tensor]: ...
+@keywords_explained()
 def linear_logprob(
     hidden: Tensor,
     weight: Tensor,

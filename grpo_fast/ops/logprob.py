@@ -5,6 +5,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
+from grpo_fast._names import keywords_explained
 from grpo_fast.ops import _arguments, _rows
 from grpo_fast.ops._autograd import anchors_of, once_differentiable, without_graph
 from grpo_fast.ops._backend import launch, use_triton
@@ -231,6 +232,7 @@ def logprob(
     mask: Tensor | None = ...,
     return_entropy: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
+@keywords_explained()
 def logprob(
     logits: Tensor,
     ids: Tensor,
