@@ -77,6 +77,8 @@ def backbone_output(
         compiler: what to compile its backbone with.
     """
     backbone = lm.base_model
+    if backbone is lm:  # Llama 4's text models name an attribute that only the multimodal model has
+        backbone = getattr(lm, "model", lm)
     if backbone is lm:
         raise TypeError(
             f"{type(lm).__name__}: has no backbone apart from itself (base_model_prefix="
@@ -232,6 +234,12 @@ def check_head(model: nn.Module) -> None:
     ids = torch.arange(1, 5, device=lm.device)[None]
 
     def logits(hidden: Tensor, head: Head) -> Tensor:
+        if hidden.shape[-1] != head.weight.shape[1]:
+            raise ValueError(
+                f"{type(lm).__name__}: its last hidden states have {hidden.shape[-1]} features and its "
+                f"head takes {head.weight.shape[1]}: there are layers between them, and it cannot be used "
+                "without its logits"
+            )
         return head.logits(hidden)
 
     training = [module for module in model.modules() if module.training]
