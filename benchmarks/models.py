@@ -179,8 +179,8 @@ def page(found: dict[str, tuple[str, str]]) -> str:
     for outcome, text in SECTIONS.items():
         names = [name for name, (came, _) in found.items() if came == outcome]
         if names:
-            listed = textwrap.fill(", ".join(f"`{name}`" for name in names), 100)
-            parts.append(f"{text}\n{len(names)} model types: {listed[0].lower()}{listed[1:]}.\n\n")
+            listed = f"{len(names)} model types: {', '.join(f'`{name}`' for name in names)}."
+            parts.append(f"{text}\n{textwrap.fill(listed, 100, break_on_hyphens=False)}\n\n")
     return "".join(parts).rstrip() + "\n"
 
 

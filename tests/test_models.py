@@ -5,7 +5,9 @@ import re
 import pytest
 
 pytest.importorskip("transformers", reason="the models are its own")
-pytestmark = pytest.mark.filterwarnings("ignore")  # of sizes that transformers would not have chosen
+pytestmark = pytest.mark.filterwarnings(
+    "ignore"
+)  # of sizes that transformers would not have chosen
 
 from benchmarks import models  # noqa: E402
 
