@@ -300,10 +300,10 @@ class TestRefused:
 
     def test_a_backbone_under_its_usual_name(self):
         """Llama 4's text model names another attribute, which only the multimodal model has."""
-        model = build("Qwen2")
-        want = hidden_states(model, *batch())
+        model, inputs = build("Qwen2"), batch()
+        want = hidden_states(model, *inputs)
         model.base_model_prefix = "language_model"
-        torch.testing.assert_close(hidden_states(model, *batch()), want, rtol=0, atol=0)
+        torch.testing.assert_close(hidden_states(model, *inputs), want, rtol=0, atol=0)
 
     @pytest.mark.parametrize("last", [0, 9])
     def test_tokens_without_a_predecessor(self, last):
