@@ -115,6 +115,7 @@ def linear_grpo_loss(
     """
     op = "linear_grpo_loss"
     check_objective(op, objective)
+    rewards = _arguments.one_per_sequence(rewards)
     flat, parameters, options, V = check_head(
         op,
         hidden,

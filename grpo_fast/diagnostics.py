@@ -12,6 +12,7 @@ from torch import Tensor
 
 from grpo_fast.objective import Objective
 from grpo_fast.ops import _arguments
+from grpo_fast.ops._selection import per_token_advantages
 from grpo_fast.ops._terms import (
     CLIP_DUAL,
     CLIP_HIGH,
@@ -79,7 +80,7 @@ def token_diagnostics(
     Args:
         logps: (B, T) padded or (N,) packed.
         old_logps: the same shape; None: on policy, the ratio is 1.
-        advantages: the same shape.
+        advantages: (B,), (B, 1) or the same shape; packed (num_seqs,), (num_seqs, 1) or the same shape.
         mask: the same shape; where it is 0 nothing is read. A floating one weighs means over a sequence.
         ref_logps: the same shape.
         cu_seqlens: (num_seqs + 1,) boundaries of packed tokens; without it they are one sequence.
@@ -89,21 +90,17 @@ def token_diagnostics(
     """
     op = "token_diagnostics"
     shape = _arguments.check_tensor(op, "logps", logps).shape
-    tensors = {
-        "old_logps": old_logps,
-        "advantages": advantages,
-        "mask": mask,
-        "ref_logps": ref_logps,
-    }
-    for name, x in tensors.items():
+    for name, x in {"old_logps": old_logps, "ref_logps": ref_logps}.items():
         if x is not None and _arguments.check_tensor(op, name, x).shape != shape:
             raise ValueError(f"{op}: {name}: want {tuple(shape)}, got {_arguments.shape_of(x)}")
     if objective.beta and ref_logps is None:
         raise ValueError(f"{op}: ref_logps: needed, since objective.beta={objective.beta}")
     if cu_seqlens is not None:
         cu_seqlens = _arguments.check_cu_seqlens(op, cu_seqlens, logps).long()
-    live = torch.ones(shape, dtype=torch.bool, device=logps.device) if mask is None else mask != 0
-    live = live.reshape(-1)
+    advantages = per_token_advantages(op, advantages, logps, cu_seqlens)
+    live = _arguments.check_mask(op, mask, logps)
+    if live is None:
+        live = torch.ones(logps.numel(), dtype=torch.bool, device=logps.device)
     share = _arguments.mask_share(mask, logps)
 
     def kept(x: Tensor) -> Tensor:

@@ -65,12 +65,13 @@ def grpo_loss(
             float16 no loss scale keeps it from underflow.
         completion_ids: (B, T) or (N,), int32 or int64; anything where the mask is 0.
         advantages: (B,) or (B, 1) per sequence, or per token. Or:
-        rewards: (B,) with `group_size`: z-scored within groups of consecutive sequences, on the device,
-            in the same launch. Across ranks use `grpo_fast.ops.group_advantage` on gathered rewards.
+        rewards: (B,) or (B, 1) with `group_size` of at least 2: z-scored within groups of consecutive
+            sequences, on the device, in the same launch. Across ranks use
+            `grpo_fast.ops.group_advantage` on gathered rewards.
         mask: per token; 0 leaves a token out: nothing of it is read, it may hold NaN. Default: all count.
             A floating mask weighs: m_t multiplies what a token adds to a sum, and the denominators are sums
             of m_t: of reductions, of means over a sequence (GSPO), of the metrics. Of bools and integers
-            any nonzero value is 1.
+            any nonzero value is 1. An additive attention mask (0 and -inf) is an error: pass `mask == 0`.
         old_logps: per token, of the policy that sampled. None: on policy, the ratio is 1. It and `ref_logps`
             are constants, detached here if they come with a graph: no gradient flows through them.
         ref_logps: per token, of the reference policy; needed where `objective.beta` is not 0.
@@ -105,10 +106,11 @@ def grpo_loss(
         ValueError, TypeError: arguments that do not fit, by name; advantages, rewards, weights, scores,
             `num_items` and temperatures that require grad, which none reaches. Values of tensors on a GPU
             (ids, `cu_seqlens`, per-token temperatures) are checked only with GRPO_FAST_VALIDATE=1. Without
-            it, an id outside the vocabulary makes the loss NaN there.
+            it, an id outside the vocabulary or a negative weight in a mask makes the loss NaN there.
     """
     op = "grpo_loss"
     check_objective(op, objective)
+    rewards = _arguments.one_per_sequence(rewards)
     logits3 = _arguments.check_logits(op, logits, completion_ids, "completion_ids")
     _arguments.check_device(op, "completion_ids", completion_ids, logits)
     mask_flat = _arguments.check_mask(op, mask, completion_ids)

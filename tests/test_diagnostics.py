@@ -170,7 +170,7 @@ def test_the_example_of_an_adapter_runs():
 
 def test_errors():
     x = torch.zeros(2, 3)
-    with pytest.raises(ValueError, match=r"advantages: want \(2, 3\), got \(2,\)"):
-        token_diagnostics(x, x, torch.zeros(2))
+    with pytest.raises(ValueError, match=r"advantages: want .*\(2, 3\), got \(3,\)"):
+        token_diagnostics(x, x, torch.zeros(3))
     with pytest.raises(ValueError, match=r"ref_logps: needed, since objective\.beta=0\.5"):
         token_diagnostics(x, x, x, objective=Objective(beta=0.5))

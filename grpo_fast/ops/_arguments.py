@@ -2,10 +2,12 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from grpo_fast import reference
 from grpo_fast._operands import LARGEST, SMALLEST, operand
 from grpo_fast.ops._backend import check_values
 from grpo_fast.ops._overwritten import check_not_overwritten
@@ -130,10 +132,62 @@ def per_token(
         return None
     check_tensor(op, name, x)
     if x.shape != like.shape:
-        raise ValueError(f"{op}: {name}: want {tuple(like.shape)}, got {shape_of(x)}")
+        hint = "" if name.endswith("logps") else _expanded(name, x, like)
+        raise ValueError(f"{op}: {name}: want {tuple(like.shape)}, got {shape_of(x)}{hint}")
     check_device(op, name, x, like)
     check_real(op, name, x)
     return x.detach().reshape(-1).to(dtype).contiguous()  # reshape may leave a stride of 0
+
+
+def _expanded(name: str, x: Tensor, like: Tensor) -> str:
+    """What to pass in the place of one value per sequence, where each token needs its own."""
+    if like.ndim != 2 or tuple(x.shape) not in ((len(like),), (len(like), 1)):
+        return ""
+    column = f"{name}[:, None]" if x.ndim == 1 else name
+    return f"; for one per sequence pass {column}.expand{tuple(like.shape)}"
+
+
+def one_per_sequence(x: Any) -> Any:
+    """(B,) of (B, 1), which is taken wherever (B,) is; everything else as it is."""
+    return x.reshape(-1) if isinstance(x, Tensor) and x.ndim == 2 and x.shape[1] == 1 else x
+
+
+def spread(
+    op: str,
+    name: str,
+    x: Tensor,
+    like: Tensor,
+    cu_seqlens: Tensor | None,
+    sequence: Tensor | None = None,
+) -> Tensor:
+    """An argument that has one value per sequence, (B,) or (B, 1), or one per token: one per token.
+
+    Args:
+        like: one entry per token, (B, T) or packed (N,); packed without boundaries it is one sequence.
+        cu_seqlens: checked. sequence: (N,) the sequence of each packed token, where it is known.
+    """
+    check_tensor(op, name, x)
+    if cu_seqlens is not None:
+        num_sequences = len(cu_seqlens) - 1
+    else:
+        num_sequences = len(like) if like.ndim == 2 else 1
+    check_shape(op, name, x, ((num_sequences,), (num_sequences, 1), tuple(like.shape)))
+    check_told_apart(op, name, x, cu_seqlens, like)
+    if x.shape == like.shape:
+        return x
+    check_device(op, name, x, like)
+    x = x.reshape(-1)
+    if cu_seqlens is None:
+        return (x[:, None] if like.ndim == 2 else x).expand(like.shape)
+    return x[reference.sequence_of_token(cu_seqlens, len(like)) if sequence is None else sequence]
+
+
+def check_shape(op: str, name: str, x: Tensor, shapes: tuple[tuple[int, ...], ...]) -> None:
+    """Refuse a shape that is none of these."""
+    if tuple(x.shape) not in shapes:
+        *others, last = (str(shape) for shape in dict.fromkeys(shapes))
+        wanted = f"{', '.join(others)} or {last}" if others else last
+        raise ValueError(f"{op}: {name}: want {wanted}, got {shape_of(x)}")
 
 
 def check_real(op: str, name: str, x: Tensor) -> None:
@@ -191,7 +245,9 @@ def check_mask(op: str, mask: Tensor | None, like: Tensor, anywhere: bool = Fals
         return None
     check_tensor(op, "mask", mask)
     if mask.shape != like.shape:
-        raise ValueError(f"{op}: mask: want {tuple(like.shape)}, got {shape_of(mask)}")
+        raise ValueError(
+            f"{op}: mask: want {tuple(like.shape)}, got {shape_of(mask)}{_other_mask(mask, like)}"
+        )
     if not (anywhere and mask.device.type == "cpu"):
         check_device(op, "mask", mask, like)
     check_real(op, "mask", mask)
@@ -201,8 +257,8 @@ def check_mask(op: str, mask: Tensor | None, like: Tensor, anywhere: bool = Fals
             where = tuple(bad.nonzero()[0].tolist())
             value = mask[where].item()
             hint = ""
-            if value == -math.inf or value <= -1e4:
-                hint = "; it looks like an additive attention mask: pass mask == 0 in its place"
+            if value <= -1:
+                hint = "; additive attention masks (0 and -inf) are not taken: pass mask == 0 in its place"
             raise ValueError(
                 f"{op}: mask: {value} at {where}; a floating mask weighs its tokens, "
                 f"want finite numbers >= 0{hint}"
@@ -210,11 +266,33 @@ def check_mask(op: str, mask: Tensor | None, like: Tensor, anywhere: bool = Fals
     return (mask.detach() != 0).reshape(-1).contiguous()
 
 
+def _other_mask(mask: Tensor, like: Tensor) -> str:
+    """What to pass in the place of a mask that is made for something else."""
+    if mask.ndim == 4:
+        return (
+            "; it is a mask of the attention, from token to token: want one entry per scored token, "
+            "such as the tokenizer's 2-D mask of the completions"
+        )
+    if like.ndim == 2 and mask.ndim == 2 and mask.shape[0] == len(like):
+        T = like.shape[1]
+        if mask.shape[1] > T > 0:
+            return (
+                f"; if it covers prompts and completions pass mask[:, -{T}:], the completions' part"
+            )
+    if like.ndim == 1 and mask.numel() == like.numel():
+        return "; pass mask.flatten()"
+    return _expanded("mask", mask, like)
+
+
 def mask_share(mask: Tensor | None, like: Tensor) -> Tensor | None:
-    """(N,) fp32 on the device of `like`: what a floating mask weighs each token with. None: 1 or 0."""
+    """(N,) fp32 on the device of `like`: what a floating mask weighs each token with. None: 1 or 0.
+
+    A negative weight, which nobody looks for on a GPU, is NaN: an additive mask must not look right.
+    """
     if mask is None or not mask.is_floating_point():
         return None
     share = mask.detach().to(like.device, torch.float32, non_blocking=True)
+    share = torch.nn.functional.threshold(share, -SMALLEST, math.nan)
     return share.reshape(-1).contiguous()
 
 

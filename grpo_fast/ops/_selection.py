@@ -62,25 +62,11 @@ def per_token_advantages(
 ) -> Tensor:
     """Advantages per token, of the shape of `logps`."""
     _arguments.check_tensor(op, "logps", logps)
-    _arguments.check_tensor(op, "advantages", advantages)
+    if logps.ndim not in (1, 2):
+        raise ValueError(f"{op}: logps: want (B, T) or (N,), got {_arguments.shape_of(logps)}")
     if cu_seqlens is not None:
         _arguments.check_cu_seqlens(op, cu_seqlens, logps)
-    _arguments.check_told_apart(op, "advantages", advantages, cu_seqlens, logps)
-    if advantages.shape == logps.shape:
-        return advantages
-    num_sequences = len(logps) if logps.ndim == 2 else 1
-    if cu_seqlens is not None:
-        num_sequences = len(cu_seqlens) - 1
-    if tuple(advantages.shape) not in ((num_sequences,), (num_sequences, 1)):
-        raise ValueError(
-            f"{op}: advantages: want ({num_sequences},), ({num_sequences}, 1) or {tuple(logps.shape)}, "
-            f"got {_arguments.shape_of(advantages)}"
-        )
-    _arguments.check_device(op, "advantages", advantages, logps)
-    advantages = advantages.reshape(-1)
-    if cu_seqlens is not None:
-        return advantages[reference.sequence_of_token(cu_seqlens, len(logps))]
-    return (advantages[:, None] if logps.ndim == 2 else advantages).expand(logps.shape)
+    return _arguments.spread(op, "advantages", advantages, logps, cu_seqlens)
 
 
 def rank_of(order: Tensor) -> Tensor:

@@ -77,7 +77,7 @@ def check_tokens(
             raise ValueError(f"{op}: group_size: needed with rewards")
         _arguments.check_constant(op, "rewards", rewards)
         rewards = check_rewards(op, rewards, group_size)
-        _check_shape(op, "rewards", rewards, ((num_sequences,),))
+        _arguments.check_shape(op, "rewards", rewards, ((num_sequences,),))
         _arguments.check_device(op, "rewards", rewards, like)
     elif group_size is not None:
         raise ValueError(f"{op}: group_size={group_size} has no effect with advantages")
@@ -95,14 +95,7 @@ def check_tokens(
         """A per-sequence or per-token argument as (N,)."""
         if x is None:
             return None
-        _arguments.check_tensor(op, name, x)
-        _check_shape(op, name, x, ((num_sequences,), (num_sequences, 1), tuple(like.shape)))
-        _arguments.check_told_apart(op, name, x, cu_seqlens, like)
-        if x.shape != like.shape:
-            _arguments.check_device(op, name, x, like)
-            x = x.reshape(-1)
-            x = x[:, None].expand(rows.shape) if sequence is None else x[sequence]
-            x = x.reshape(like.shape)
+        x = _arguments.spread(op, name, x, like, cu_seqlens, sequence)
         return _arguments.per_token(op, name, x, like)
 
     live = torch.ones(like.numel(), dtype=torch.bool, device=like.device) if mask is None else mask
@@ -193,12 +186,6 @@ def first_of_sequence(rows: Tensor, sequence: Tensor | None) -> Tensor:
         return sequence != before
     position = torch.arange(rows.numel(), device=rows.device)
     return position % max(rows.shape[-1], 1) == 0
-
-
-def _check_shape(op: str, name: str, x: Tensor, shapes: tuple[tuple[int, ...], ...]) -> None:
-    if tuple(x.shape) not in shapes:
-        wanted = " or ".join(str(shape) for shape in dict.fromkeys(shapes))
-        raise ValueError(f"{op}: {name}: want {wanted}, got {_arguments.shape_of(x)}")
 
 
 def _check_num_items(

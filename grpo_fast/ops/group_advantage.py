@@ -189,12 +189,15 @@ def check_rewards(
     group_size: int | None,
     columns: bool = False,
     skip_nan: bool = False,
+    alone: bool = False,
 ) -> Tensor:
     """(B,) rewards, or (B, K) with `columns`, fp32, or fp64 where they are or need it.
 
-    B a multiple of `group_size` where there is one.
+    B a multiple of `group_size` where there is one. `alone`: it may be 1.
     """
     _arguments.check_tensor(op, "rewards", rewards)
+    if not columns:
+        rewards = _arguments.one_per_sequence(rewards)
     if rewards.ndim != 1 and not (columns and rewards.ndim == 2 and rewards.shape[1]):
         wanted = "(B,) or (B, K)" if columns else "(B,)"
         raise ValueError(f"{op}: rewards: want {wanted}, got {_arguments.shape_of(rewards)}")
@@ -206,6 +209,13 @@ def check_rewards(
             raise ValueError(
                 f"{op}: group_size: want a positive divisor of the {len(rewards)} rewards, "
                 f"got {group_size}"
+            )
+        if group_size == 1 and not alone:
+            raise ValueError(
+                f"{op}: group_size=1 leaves every reward alone in its group, where its advantage is 0 "
+                "and nothing is learned; sample at least 2 completions per prompt, or give the losses "
+                "advantages=rewards - baseline (group_advantage has singleton='raw' for the rewards as they "
+                "are)"
             )
     if check_values(rewards):
         bad = rewards.isinf() if skip_nan else ~rewards.isfinite()
@@ -235,6 +245,7 @@ def check_groups(
     if group_ids is None:
         return None
     _arguments.check_tensor(op, "group_ids", group_ids)
+    group_ids = _arguments.one_per_sequence(group_ids)
     if group_ids.shape != rewards.shape[:1]:
         raise ValueError(
             f"{op}: group_ids: want {tuple(rewards.shape[:1])}, got {_arguments.shape_of(group_ids)}"
@@ -264,13 +275,14 @@ def group_advantage(
 
     Equivalent, with `r = rewards.view(-1, group_size)`, to
     `((r - r.mean(1, keepdim=True)) / (r.std(1, keepdim=True) + eps)).flatten()`, and exactly 0 where the
-    rewards of a group do not differ (which includes a group of one). Not differentiable.
+    rewards of a group do not differ (which includes a group of one in `group_ids`). Not differentiable.
 
     Args:
         rewards: (B,), any real dtype, finite; or (B, K), one column per reward function. Float64 is centred
             before it is rounded. Across ranks, gather them first.
-        group_size: sequences per prompt; the sequences of a prompt are consecutive. Or:
-        group_ids: (B,) int labels; equal labels form a group, of any size, in any order.
+        group_size: sequences per prompt, at least 2 (1 with `singleton="raw"`); the sequences of a prompt
+            are consecutive. Or:
+        group_ids: (B,) or (B, 1) int labels; equal labels form a group, of any size, in any order.
         scale: divide by the std of the "group", of the whole "batch", or by nothing ("none", Dr. GRPO).
         eps: added to the std.
         unbiased: n - 1 in the denominator of the variance.
@@ -306,7 +318,7 @@ def group_advantage(
     if not 0 <= eps <= LARGEST:
         raise ValueError(f"{op}: eps: want a finite number >= 0 that float32 can hold, got {eps}")
     skip_nan, raw = nan == "skip", singleton == "raw"
-    rewards = check_rewards(op, rewards, group_size, columns=True, skip_nan=skip_nan)
+    rewards = check_rewards(op, rewards, group_size, columns=True, skip_nan=skip_nan, alone=raw)
     labels = check_groups(op, rewards, group_size, group_ids)
     if raw and scale == "batch":
         raise ValueError(f"{op}: singleton='raw' goes with scale='group' or 'none', got 'batch'")
