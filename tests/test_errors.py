@@ -1,14 +1,16 @@
 """Bad input: an error that names the argument and the offending value."""
 
 import re
+import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from grpo_fast import Objective
 from grpo_fast.loss import fold_statistics, grpo_loss, policy_loss
-from grpo_fast.ops import group_advantage, logprob
+from grpo_fast.ops import _backend, group_advantage, logprob
 from grpo_fast.ops._backend import Strided, launch, use_triton
 
 LOGITS = torch.zeros(4, 3, 10)
@@ -331,20 +333,46 @@ def test_backend_switch(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1"):
         logprob(LOGITS, IDS)
-    monkeypatch.setattr("grpo_fast.ops._backend.has_triton", lambda: False)
-    with pytest.raises(RuntimeError, match="not installed"):
+    why = "Triton is not installed"
+    monkeypatch.setattr("grpo_fast.ops._backend.why_no_triton", lambda: why)
+    with pytest.raises(RuntimeError, match=f"GRPO_FAST_BACKEND=triton, but {why}"):
         logprob(LOGITS, IDS)
 
 
 def test_which_backend_runs(monkeypatch):
     """The switch itself is asked: both implementations return the same numbers."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr("grpo_fast.ops._backend.has_triton", lambda: True)
+    monkeypatch.setattr("grpo_fast.ops._backend.why_no_triton", lambda: "")
     for forced, runs in (("triton", True), ("torch", False), ("", False)):
         monkeypatch.setenv("GRPO_FAST_BACKEND", forced)
         assert use_triton(LOGITS) is runs
     monkeypatch.delenv("GRPO_FAST_BACKEND")
     assert use_triton(LOGITS) is False
+
+
+def test_a_gpu_without_triton_is_told(monkeypatch):
+    """Once, where the user's own tensors are on a GPU."""
+    monkeypatch.delenv("GRPO_FAST_BACKEND", raising=False)
+    monkeypatch.setattr(_backend, "why_no_triton", lambda: "Triton is not installed")
+    _backend._warn_of_slow_path.cache_clear()
+    on_a_gpu = SimpleNamespace(device=torch.device("cuda", 0))
+    with pytest.warns(UserWarning, match="Triton is not installed: PyTorch's operators run"):
+        assert use_triton(on_a_gpu) is False
+    assert use_triton(on_a_gpu) is False  # and no second warning, which would be an error here
+    _backend._warn_of_slow_path.cache_clear()
+
+
+def test_versions_that_are_too_old_are_named(monkeypatch):
+    triton = SimpleNamespace(__version__="3.3.1", __spec__=object())
+    monkeypatch.setitem(sys.modules, "triton", triton)
+    _backend.why_no_triton.cache_clear()
+    assert _backend.why_no_triton() == "Triton 3.3.1 is installed, and the kernels need 3.4"
+    _backend.why_no_triton.cache_clear()
+    code = "import torch; torch.__version__ = '2.7.1+cpu'; import grpo_fast.ops"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (
+        "ImportError: grpo_fast needs torch >= 2.8, and torch 2.7.1+cpu is installed" in done.stderr
+    )
 
 
 def test_launchers_get_vectors_without_gaps():

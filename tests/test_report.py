@@ -6,30 +6,14 @@ from pathlib import Path
 import pytest
 
 from benchmarks import committed, experiments, memory_model, pictures, report, tables
+from tests.results import entry, gpu_results, write, write_result
 
 ROOT = Path(__file__).resolve().parents[1]
-S0 = {"B": 16, "T": 1024, "V": 152_064, "G": 4, "D": 3584}
 
 
-def write_result(folder, commit="19274bf", median=1.0, day=1, **info):
-    extra = {
-        "stem": "grpo",
-        "case": "forward",
-        "provider": "eager",
-        "shape": "s",
-        "variant": "full",
-    }
-    extra |= {"sizes": {"B": 1, "T": 1, "V": 9}, "dtype": "float32", "bytes": 10, "roof": "copy"}
-    stats = {"median": median, "iqr": 0.0}
-    info = {"device": "D", "device_type": "cpu", "command": "c", "threads": 1, **info}
-    info |= dict.fromkeys(("driver", "torch", "triton", "python"))
-    info |= {"commit": commit, "dirty": False, "absent": {}, "bandwidth": {"copy": 1e9}}
-    entry = {"extra_info": {**extra, "peak_extra_bytes": None}, "stats": stats}
-    path = folder / "d" / f"{commit}-{day}.json"
-    path.parent.mkdir(exist_ok=True)
-    date = f"2026-01-{day:02}T00:00:00"
-    path.write_text(json.dumps({"machine_info": info, "datetime": date, "benchmarks": [entry]}))
-    return path
+@pytest.fixture(name="gpu_results")
+def made_results(tmp_path):
+    return gpu_results(tmp_path)
 
 
 @pytest.mark.parametrize("commit", ["19274bf-dirty", "unknown", ""])
@@ -55,72 +39,6 @@ def test_report_shows_the_newest_and_tells_cpu_from_gpu(tmp_path):
 def test_published_results_are_the_generated_ones():
     published = (report.FOLDER / "RESULTS.md").read_text()
     assert published == report.render(report.FOLDER / "results"), "run python -m benchmarks.report"
-
-
-def entry(provider, shape="qwen2.5-7b-16k", stem="grpo", median=2.6e-3, **extra):
-    N = extra.pop("N", 16_384)
-    info = {
-        "stem": stem,
-        "case": "forward_backward",
-        "provider": provider,
-        "shape": shape,
-        "variant": "full",
-        "sizes": S0 | {"B": N // 1024},
-        "dtype": "bfloat16",
-        "live_tokens": N,
-        "moving_tokens": N,
-        "bytes": 10**10,
-        "flops": 0,
-        "roof": "copy",
-        "peak_extra_bytes": 5 << 30,
-        "errors": {"value": 1e-3},
-    }
-    stats = {"median": median, "iqr": 1e-5}
-    return {"name": "x", "extra_info": info | extra, "stats": stats}
-
-
-def head_entry(provider, N, median, shape):
-    about = {"bare_gemms_seconds": 0.07, "inputs": {"blocks_kept": 0.3}}
-    return entry(provider, shape, "linear_grpo", median, N=N, roof="gemm", flops=10**13, **about)
-
-
-def write(
-    folder, name, entries, absent=None, commit="19274bf", date="2026-01-01", roofs=True, **more
-):
-    info = {"device": "NVIDIA H200", "device_type": "cuda", "command": "c", "threads": 1}
-    info |= dict.fromkeys(("driver", "torch", "triton", "python"), "1")
-    info |= {"commit": commit, "dirty": False, "absent": absent or {}}
-    if roofs:
-        info |= {"bandwidth": {"copy": 4e12, "read": 4e12}, "gemm": {"bfloat16": 7e14}}
-    document = {"machine_info": info, "datetime": f"{date}T00:00:00"}
-    if entries is not None:
-        document["benchmarks"] = entries
-    (folder / "h200").mkdir(exist_ok=True)
-    (folder / "h200" / f"{name}.json").write_text(json.dumps(document | more))
-
-
-@pytest.fixture
-def gpu_results(tmp_path):
-    own = [entry("eager", median=30e-3), entry("grpo_fast")]
-    write(tmp_path, "grpo", own)
-    peer = [entry("liger", median=4e-3), head_entry("liger-chunked", 16_384, 0.4, "qwen2.5-7b-16k")]
-    absent = {
-        "linear_grpo cce": "not installed: cut_cross_entropy",
-        "grpo bench_forward_backward[gpt2-16k-full-liger]": "crashed: SIGSEGV",
-    }
-    write(tmp_path, "peer", peer, absent)
-    heads = [
-        head_entry(who, N, seconds * N / 16_384, f"qwen2.5-7b-{N // 1024}k")
-        for N in (16_384, 4096)
-        for who, seconds in (("eager", 0.12), ("grpo_fast", 0.075))
-    ]
-    write(tmp_path, "heads", heads)
-    step = {"model": "qwen2.5-7b", "dtype": "bfloat16", "mode": "lora", "provider": "eager"}
-    batch = {"kind": "batch", "B": 4, "P": 256, "T": 1024, "seconds": 2.0, "peak_bytes": 30 << 30}
-    longest = {"kind": "longest", "cap_bytes": 24e9, "fits": 8192, "fails": None, "B": 1, "P": 256}
-    rows = [step | batch | {"tokens_per_second": 2560.0}, step | longest]
-    write(tmp_path, "step", [], {"7B step, full, trl": "not installed: trl"}, step=rows)
-    return tmp_path
 
 
 def test_processes_of_one_run_make_one_table(gpu_results):
@@ -178,125 +96,6 @@ def test_predictions_stand_next_to_measurements(gpu_results):
 def test_history_is_not_held_against_predictions(gpu_results):
     write(gpu_results, "old", [entry("grpo_fast", median=9.0)], commit="aaaaaaa", date="2025-01-01")
     assert "| 9000.00 |" not in report.render(gpu_results)
-
-
-def test_the_headline_says_which_machine_and_when(gpu_results):
-    text = report.headline(gpu_results)
-    assert "No GPU" not in text
-    assert "NVIDIA H200, commit 19274bf, 2026-01-01" in text
-    assert "| grpo_fast | 2.60 ms | 11.54x | 5,120 MiB |" in text
-
-
-def test_the_headline_speaks_in_sentences(gpu_results):
-    realistic = [
-        entry(who, stem="linear_grpo", variant="realistic", roof="gemm", median=seconds)
-        for who, seconds in (("grpo_fast", 0.03), ("eager", 0.12))
-    ]
-    write(gpu_results, "realistic", realistic, commit="bbbbbbb", date="2025-01-01")
-    write(gpu_results, "again", realistic)
-    text = report.headline(gpu_results)
-    said, *tables_ = text.split("\n\n")
-    said = " ".join(said.split())
-    assert said.startswith(
-        "On one NVIDIA H200, measured 2026-01-01 at commit 19274bf: loss and gradients from 16,384 x "
-        "152,064 bfloat16 logits take 2.60 ms, 96 % of the rate of a plain copy; eager PyTorch takes "
-        "30.00 ms, the fastest other library (liger) 4.00 ms. The same loss from hidden states"
-    )
-    assert "takes 75.00 ms, 1.07 times its three matrix multiplications alone" in said
-    assert "On a realistic batch it takes 30.00 ms; eager PyTorch takes 120.00 ms." in said
-    assert sum(part.startswith("| | time | faster") for part in tables_) == 3
-    assert max(map(len, text.split("\n\n")[0].splitlines())) <= 100
-
-
-def test_the_headline_names_another_commit(gpu_results):
-    write(
-        gpu_results,
-        "heads",
-        [head_entry("grpo_fast", 16_384, 0.07, "qwen2.5-7b-16k")],
-        commit="bbbbbbb",
-        date="2026-02-02",
-    )
-    said = " ".join(report.headline(gpu_results).split())
-    assert "(measured 2026-02-02 at commit bbbbbbb)." in said
-
-
-def test_the_headline_takes_the_step_of_the_largest_model_that_both_did(gpu_results):
-    made = [
-        ("grpo_fast", "small"),
-        ("trl", "small"),
-        ("grpo_fast", "7b"),
-        ("trl", "7b"),
-        ("trl", "x"),
-    ]
-    about = {"stem": "trl_step", "case": "step", "roof": None, "bytes": 0}
-    steps = [entry(who, shape, median=len(who) + len(shape), **about) for who, shape in made]
-    for step in steps:
-        del step["extra_info"]["moving_tokens"]
-    write(gpu_results, "trl_step", steps)
-    said = " ".join(report.headline(gpu_results).split())
-    assert (
-        "A step of TRL's trainer after generation (7b) takes 11,000.00 ms instead of 5,000.00"
-        in said
-    )
-
-
-def test_without_a_gpu_the_headline_says_so(tmp_path):
-    write_result(tmp_path)
-    text = report.headline(tmp_path)
-    assert text.startswith("**No GPU has run the benchmarks yet.**")
-    assert "| |" not in text, "a table needs results of this project"
-
-
-def cpu_results(folder, *entries_):
-    info = {"device": "CPU X", "device_type": "cpu", "command": "c", "threads": 1, "absent": {}}
-    info |= {"commit": "19274bf", "dirty": False, "bandwidth": {"copy": 1e9}}
-    info |= dict.fromkeys(("driver", "torch", "triton", "python"))
-    (folder / "cpu").mkdir()
-    document = {"machine_info": info, "datetime": "2026-01-01T00:00:00", "benchmarks": entries_}
-    (folder / "cpu" / "x.json").write_text(json.dumps(document))
-
-
-def test_the_headline_has_the_rows_without_a_gain(tmp_path):
-    about = {"stem": "policy_loss", "shape": "small", "N": 2048}
-    slow = [entry(who, median=t, **about) for who, t in (("grpo_fast", 4e-3), ("eager", 1e-3))]
-    for made in slow:
-        made["extra_info"]["sizes"] |= {"V": 0}
-    other = [entry("grpo_fast", "second", median=1e-3), entry("eager", "second", median=5e-3)]
-    fast = [entry("grpo_fast", median=1e-3), entry("grpo_fast-inplace", median=0.5e-3)]
-    fast += [entry("eager", median=2e-3), entry("compile", median=0.8e-3)]
-    cpu_results(tmp_path, *slow, *fast, *other)
-    said = " ".join(report.headline(tmp_path).split())
-    assert (
-        "In 1 of the 3 cases that were measured beside eager PyTorch, grpo_fast is slower" in said
-    )
-    assert (
-        "| loss from log-probs, and gradients | 2,048 tokens | 4.00 ms | 1.00 ms | 0.25x | | | "
-        "CPU X, 19274bf |"
-    ) in said
-    assert (
-        "| grpo, loss and gradients | 16,384 x 152,064 | 1.00 ms | 2.00 ms | 2.00x | "
-        "0.80 ms (compile) | 0.80x | CPU X, 19274bf |"
-    ) in said.replace("800.0 µs", "0.80 ms")
-    assert "second" not in said
-    assert "5.00x" not in said, "one row for an operation: that of its first shape"
-
-
-def test_the_headline_compares_the_other_operations_and_the_step(gpu_results):
-    logprob = [
-        entry(who, stem="logprob", median=t) for who, t in (("grpo_fast", 2e-3), ("trl", 1e-3))
-    ]
-    write(gpu_results, "logprob", logprob)
-    step = {"model": "qwen2.5-7b", "dtype": "bfloat16", "mode": "lora", "peak_bytes": 30 << 30}
-    step |= {"kind": "batch", "B": 4, "P": 256, "T": 1024, "tokens_per_second": 1.0}
-    heads = [
-        step | {"provider": who, "seconds": t} for who, t in (("trl", 2.0), ("grpo_fast", 2.5))
-    ]
-    write(gpu_results, "step", [], step=heads)
-    text = report.headline(gpu_results)
-    row = "| 16,384 x 152,064 | 2.00 ms |  |  | 1.00 ms (trl) | 0.50x |"
-    assert f"| log-probs from logits, and gradients {row}" in text
-    assert "| trl | 2,000.00 ms | 30,720 MiB |\n| grpo_fast | 2,500.00 ms | 30,720 MiB |" in text
-    assert "(qwen2.5-7b, bfloat16, lora) on 4 x (256 + 1024) tokens" in text
 
 
 def test_stems_of_one_file_are_chosen_apart(tmp_path):
@@ -457,12 +256,6 @@ def test_pictures_are_those_of_the_results(gpu_results):
         assert f"({pictures.FOLDER}/{name})" in output.read_text()
     assert report.main(["--results", str(gpu_results), "--output", str(output)]) == 0
     assert {p.name: p.read_text() for p in (gpu_results / "pictures").iterdir()} == drawn
-
-
-def test_the_readme_holds_the_generated_table():
-    readme = (ROOT / "README.md").read_text()
-    text = report.headline(report.FOLDER / "results")
-    assert readme == report.with_headline(readme, text), "run python -m benchmarks.report"
 
 
 def test_published_pictures_are_those_of_the_results():

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import importlib.util
 import os
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,12 +12,40 @@ import torch
 from torch import Tensor
 
 BACKENDS = ("triton", "torch")
+OLDEST_TORCH, OLDEST_TRITON = (2, 8), (3, 4)  # pyproject.toml asks pip for the same
+
+
+def version_of(text: str) -> tuple[int, int]:
+    """Major and minor of a version."""
+    major, minor = text.split(".")[:2]
+    return int(major), int(minor)
+
+
+if version_of(torch.__version__) < OLDEST_TORCH:
+    raise ImportError(
+        f"grpo_fast needs torch >= 2.8, and torch {torch.__version__} is installed: pip install 'torch>=2.8'"
+    )
 
 
 @functools.cache
-def has_triton() -> bool:
-    """Whether Triton can be imported; it exists for Linux only."""
-    return importlib.util.find_spec("triton") is not None
+def why_no_triton() -> str:
+    """Why the kernels cannot be compiled, or "" where they can. Triton exists for Linux only."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    found = importlib.import_module("triton").__version__
+    if version_of(found) < OLDEST_TRITON:
+        return f"Triton {found} is installed, and the kernels need 3.4"
+    return ""
+
+
+@functools.cache
+def _warn_of_slow_path(why: str) -> None:
+    """Once: the user has a GPU and gets PyTorch's operators."""
+    warnings.warn(
+        f"grpo_fast: {why}: PyTorch's operators run in place of the kernels. The results are the same, but "
+        "they take longer: pip install 'triton>=3.4'",
+        stacklevel=4,
+    )
 
 
 def use_triton(x: Tensor) -> bool:
@@ -34,10 +63,13 @@ def use_triton(x: Tensor) -> bool:
         raise ValueError(f"GRPO_FAST_BACKEND={forced!r}: want one of {', '.join(BACKENDS)}")
     if forced == "torch":
         return False
+    why = why_no_triton()
     if not forced:
-        return x.device.type == "cuda" and has_triton()
-    if not has_triton():
-        raise RuntimeError("GRPO_FAST_BACKEND=triton, but Triton is not installed")
+        if x.device.type == "cuda" and why and not torch.compiler.is_compiling():
+            _warn_of_slow_path(why)
+        return x.device.type == "cuda" and not why
+    if why:
+        raise RuntimeError(f"GRPO_FAST_BACKEND=triton, but {why}")
     if x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         raise RuntimeError(
             "GRPO_FAST_BACKEND=triton with CPU tensors runs in Triton's interpreter only: "

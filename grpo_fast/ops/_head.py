@@ -15,15 +15,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from grpo_fast.ops._backend import version_of
 from grpo_fast.ops._head_arguments import Needs, Options, Parameters
 from grpo_fast.ops._rows import SoftCap
 from grpo_fast.ops._vocab_parallel import Shard
-
-
-def version_of(text: str) -> tuple[int, int]:
-    """Major and minor of a version of PyTorch."""
-    major, minor = text.split(".")[:2]
-    return int(major), int(minor)
 
 
 def mixed_products_of(version: str, hip: str | None) -> bool:
