@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from grpo_fast import Objective
+from grpo_fast.trainer.model import character_tokenizer
 from tests import loops
 from tests.test_examples import load
 
@@ -94,6 +95,36 @@ def test_the_accelerate_example_equals_sequences_without_padding():
         part = {name: x.chunk(example.MICRO_BATCHES)[i] for name, x in batch.items()}
         example.loss_of(model, part, batch["mask"].sum())[0].backward()
     loops.assert_same_gradients(loops.gradients(model), want)
+
+
+@pytest.mark.filterwarnings("ignore")  # of TRL and its libraries
+def test_trls_trainer_equals_sequences_without_padding(tmp_path):
+    """The log-probs of both trainers. TRL passes no positions: rotary ones do not need them."""
+    trl = pytest.importorskip("trl", "1.15", reason="it is a subclass of TRL's trainer")
+    from datasets import Dataset
+
+    from grpo_fast.integrations.trl import GRPOTrainer
+
+    batch, model = loops.batch(), loops.llama()
+    sequences = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
+    attention = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
+    mask = batch["completion_mask"]
+    logits = loops.unpadded_logits(model, sequences, attention, mask)
+    want = logits.log_softmax(-1).gather(-1, batch["completion_ids"][..., None])[..., 0]
+    tokenizer = character_tokenizer("abcdefgh")
+    for cls in (trl.GRPOTrainer, GRPOTrainer):
+        trainer = cls(
+            model=model,
+            reward_funcs=lambda completions, **_: [0.0] * len(completions),
+            args=trl.GRPOConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none"),
+            train_dataset=Dataset.from_dict({"prompt": ["a"]}),
+            processing_class=tokenizer,
+        )
+        got = trainer._get_per_token_logps_and_entropies(
+            trainer.model, sequences, attention, mask.shape[1]
+        )[0]
+        live = mask.bool()
+        torch.testing.assert_close(got[live], want[live], rtol=0, atol=1e-5)
 
 
 def test_the_first_block_of_the_readme_runs():
