@@ -3,12 +3,13 @@
 import torch
 from torch import Tensor
 
+from grpo_fast import _overwritten
 from grpo_fast._linear_loss import linear_grpo_loss
 from grpo_fast._names import keywords_explained
 from grpo_fast._operands import Terms, operand
 from grpo_fast._output import LossOutput, loss_output
 from grpo_fast.objective import OPTIONS, Objective
-from grpo_fast.ops import _arguments, _overwritten, _phases
+from grpo_fast.ops import _arguments, _phases
 from grpo_fast.ops._autograd import anchors_of, once_differentiable
 from grpo_fast.ops._metrics import fold_statistics, metrics_from
 from grpo_fast.ops._tokens import Sequences, Tokens, check_objective, check_tokens
@@ -92,8 +93,10 @@ def grpo_loss(
         return_entropy: compute the entropy, for `LossOutput.entropy` and the metrics, also where the
             objective does not need it.
         inplace: allow the logits to be overwritten with their gradient, which then needs no memory of its
-            own. Afterwards they cannot be used, nor their base and views: a gradient through them raises,
-            and so do `grpo_loss` and `logprob`; other functions that ask for no gradient read the gradient.
+            own. Afterwards they cannot be used, nor their base, views, `detach()` and `.data`: a gradient
+            through them raises, and so do this library's functions. PyTorch's own functions cannot be
+            kept from reading: `logits.argmax(-1)`, or an entropy under `torch.no_grad()`, is then that of
+            the gradient, without an error. Compute such metrics before, or use `LossOutput`.
             Not done under `torch.compile`, whose memory planner decides, nor where no gradient is wanted.
             Objectives that are not `objective.by_token` then read the logits once more, unless they are on
             policy.
