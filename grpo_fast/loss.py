@@ -57,12 +57,14 @@ def grpo_loss(
     """The GRPO loss of a batch of completions, with its gradient computed in the same pass over the logits.
 
     Equivalent to `grpo_fast.reference.grpo_loss` with the same arguments, computed in float32 whatever the
-    dtype of `logits`, with one tensor of the size of `logits` (their gradient), or none with `inplace`.
+    dtype of `logits`. It makes one tensor of the size of `logits`, their gradient, or none with `inplace`.
+    Autograd adds its own: the backward of a slice makes a tensor of the size of what was sliced. Let the head
+    compute only the rows that are scored (`logits_to_keep=` in transformers) to avoid that.
 
     Args:
         logits: (B, T, V) padded or (N, V) packed, float32, bfloat16 or float16, aligned: row t scores
             token t. The last dimension contiguous; a strided view (`logits[:, prompt - 1 : -1]`) is not
-            copied. Their gradient is stored in their dtype before the upstream gradient is applied: in
+            copied by this function. Their gradient is stored in their dtype before the upstream gradient is applied: in
             float16 no loss scale keeps it from underflow.
         completion_ids: (B, T) or (N,), int32 or int64; anything where the mask is 0.
         advantages: (B,) or (B, 1) per sequence, or per token. Or:
