@@ -64,8 +64,8 @@ def grpo_loss(
     Args:
         logits: (B, T, V) padded or (N, V) packed, float32, bfloat16 or float16, aligned: row t scores
             token t. The last dimension contiguous; a strided view (`logits[:, prompt - 1 : -1]`) is not
-            copied by this function. Their gradient is stored in their dtype before the upstream gradient is applied: in
-            float16 no loss scale keeps it from underflow.
+            copied by this function. Their gradient is stored in their dtype before the upstream gradient
+            is applied: in float16 no loss scale keeps it from underflow.
         completion_ids: (B, T) or (N,), int32 or int64; anything where the mask is 0.
         advantages: (B,) or (B, 1) per sequence, or per token. Or:
         rewards: (B,) or (B, 1) with `group_size` of at least 2: z-scored within groups of consecutive
