@@ -10,9 +10,9 @@ JOBS ?= 2
 # What `make check` runs: files of at most about 15 s without the kernels, which the interpreter makes slow.
 FAST := advantage_oracles derivatives diagnostics docs errors group_advantage grpo guards inplace \
 	integrations_host integrations_masks integrations_miles integrations_nemo_rl integrations_openrlhf \
-	integrations_packed integrations_padded integrations_slime layout linear_errors logprob loss names \
+	integrations_packed integrations_padded integrations_slime layout linear_errors logprob loss metrics names \
 	objective packaging policy_loss preset_edges preset_values presets public_api rare_options readme reference \
-	selection sequence_loss shapes tensor_kinds trl_loss verl verl_options weights
+	scaling selection sequence_loss shapes tensor_kinds trl_loss verl verl_options weights
 
 ifeq ($(VENV),system)
 PY := $(PYTHON)

@@ -3,12 +3,13 @@
 import torch
 from torch import Tensor
 
+from grpo_fast import _overwritten
 from grpo_fast._linear_loss import linear_grpo_loss
 from grpo_fast._names import keywords_explained
 from grpo_fast._operands import Terms, operand
 from grpo_fast._output import LossOutput, loss_output
 from grpo_fast.objective import OPTIONS, Objective
-from grpo_fast.ops import _arguments, _overwritten, _phases
+from grpo_fast.ops import _arguments, _phases
 from grpo_fast.ops._autograd import anchors_of, once_differentiable
 from grpo_fast.ops._metrics import fold_statistics, metrics_from
 from grpo_fast.ops._tokens import Sequences, Tokens, check_objective, check_tokens
@@ -56,13 +57,15 @@ def grpo_loss(
     """The GRPO loss of a batch of completions, with its gradient computed in the same pass over the logits.
 
     Equivalent to `grpo_fast.reference.grpo_loss` with the same arguments, computed in float32 whatever the
-    dtype of `logits`, with one tensor of the size of `logits` (their gradient), or none with `inplace`.
+    dtype of `logits`. It makes one tensor of the size of `logits`, their gradient, or none with `inplace`.
+    Autograd adds its own: the backward of a slice makes a tensor of the size of what was sliced. Let the head
+    compute only the rows that are scored (`logits_to_keep=` in transformers) to avoid that.
 
     Args:
         logits: (B, T, V) padded or (N, V) packed, float32, bfloat16 or float16, aligned: row t scores
             token t. The last dimension contiguous; a strided view (`logits[:, prompt - 1 : -1]`) is not
-            copied. Their gradient is stored in their dtype before the upstream gradient is applied: in
-            float16 no loss scale keeps it from underflow.
+            copied by this function. Their gradient is stored in their dtype before the upstream gradient
+            is applied: in float16 no loss scale keeps it from underflow.
         completion_ids: (B, T) or (N,), int32 or int64; anything where the mask is 0.
         advantages: (B,) or (B, 1) per sequence, or per token. Or:
         rewards: (B,) or (B, 1) with `group_size` of at least 2: z-scored within groups of consecutive
@@ -92,8 +95,10 @@ def grpo_loss(
         return_entropy: compute the entropy, for `LossOutput.entropy` and the metrics, also where the
             objective does not need it.
         inplace: allow the logits to be overwritten with their gradient, which then needs no memory of its
-            own. Afterwards they cannot be used, nor their base and views: a gradient through them raises,
-            and so do `grpo_loss` and `logprob`; other functions that ask for no gradient read the gradient.
+            own. Afterwards they cannot be used, nor their base, views, `detach()` and `.data`: a gradient
+            through them raises, and so do this library's functions. PyTorch's own functions cannot be
+            kept from reading: `logits.argmax(-1)`, or an entropy under `torch.no_grad()`, is then that of
+            the gradient, without an error. Compute such metrics before, or use `LossOutput`.
             Not done under `torch.compile`, whose memory planner decides, nor where no gradient is wanted.
             Objectives that are not `objective.by_token` then read the logits once more, unless they are on
             policy.

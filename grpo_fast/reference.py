@@ -12,6 +12,7 @@ import torch
 from einops import rearrange, reduce
 from torch import Tensor
 
+from grpo_fast._overwritten import check_not_overwritten
 from grpo_fast.objective import Objective
 from grpo_fast.reference_rewards import group_advantage
 from grpo_fast.reference_terms import kl_estimate, surrogate_loss, vespo_weight
@@ -42,6 +43,7 @@ def entropy(logits: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
 
 def log_softmax(logits: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
     """`(logits / temperature).log_softmax(-1)`, the temperature a number or one per row."""
+    check_not_overwritten("grpo_fast.reference", logits)
     if isinstance(temperature, Tensor):
         temperature = temperature[..., None].to(logits.dtype)
     return (logits / temperature).log_softmax(-1)
@@ -205,6 +207,7 @@ def grpo_loss(
     objective: Objective | None = None,
 ) -> Tensor:
     """The loss of `grpo_fast.loss.grpo_loss`, 0-dim, with the same arguments."""
+    check_not_overwritten("grpo_fast.reference", logits)
     objective = objective or Objective()
     keep = torch.ones_like(completion_ids, dtype=torch.bool) if mask is None else mask != 0
     # Padding may hold anything, NaN included: it is replaced before any arithmetic.

@@ -11,7 +11,12 @@ SHARED = f"({TORCH}) or ((2-False or without_rows) and not kernels)"  # over two
 
 # The test files for each file, the likeliest first, and which of their tests.
 COVERS: dict[str, tuple[str, str]] = {
-    "grpo_fast/ops/_arguments.py": ("errors linear_errors told_apart masks tensor_kinds", TORCH),
+    "grpo_fast/_names.py": ("names", TORCH),
+    "grpo_fast/_overwritten.py": ("inplace", TORCH),
+    "grpo_fast/ops/_arguments.py": (
+        "errors linear_errors told_apart masks shapes tensor_kinds",
+        TORCH,
+    ),
     "grpo_fast/ops/_autograd.py": ("derivatives inplace linear_errors", TORCH),
     "grpo_fast/ops/_backend.py": (
         "errors public_api grpo logprob strides",
@@ -43,7 +48,7 @@ COVERS: dict[str, tuple[str, str]] = {
         "combine or whose or sends or ((2-False or without_rows) and not kernels)",
     ),
     "grpo_fast/ops/group_advantage.py": (
-        "group_advantage rare_options errors advantage_precision",
+        "group_advantage rare_options errors advantage_precision shapes",
         TORCH,
     ),
     "grpo_fast/ops/grpo.py": ("grpo inplace rare_options derivatives nan", LAUNCHES),

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from grpo_fast import reference
+from grpo_fast.integrations._verl_logprobs import logprobs_from_logits
 from grpo_fast.loss import grpo_loss
 from grpo_fast.ops import logprob
 from tests.cases import batch
@@ -24,6 +26,9 @@ VIEWS = {
     "the base": lambda whole, work: whole[:, :4],
     "a view of the base": lambda whole, work: whole.detach().view(18, 60)[2:14].view(3, 4, 60),
     "some of the columns": lambda whole, work: work.detach()[..., 7:20],
+    "their data": lambda whole, work: work.data,
+    "the data of the base": lambda whole, work: whole.data[:, :4],
+    "by strides": lambda whole, work: work.detach().as_strided((2, 60), (60, 1), 60),
 }
 
 
@@ -41,7 +46,29 @@ def test_what_shares_their_memory_is_refused(name, after_backward, backend, devi
     ):
         logprob(x, scored)
     with pytest.raises(RuntimeError, match="grpo_loss: these logits were overwritten"):
-        grpo_loss(x, scored, advantages=torch.ones(len(x), device=device))
+        grpo_loss(x, scored, advantages=torch.ones(scored.shape, device=device))
+    readers = {
+        "grpo_fast.reference": (reference.logprob, reference.entropy, reference.grpo_loss),
+        "logprobs_from_logits": (logprobs_from_logits,),
+    }
+    for name, functions in readers.items():
+        for function in functions:
+            given = () if function is reference.entropy else (scored,)
+            options = {"advantages": 1} if function is reference.grpo_loss else {}
+            with (
+                pytest.raises(RuntimeError, match=f"{name}: these logits were overwritten"),
+                torch.no_grad(),
+            ):
+                function(x, *given, **options)
+
+
+def test_what_the_documents_say_of_other_functions(device):
+    """PyTorch's own functions are not kept from reading; the docstring says so."""
+    _, work, *_ = overwritten(device)
+    with torch.no_grad():
+        assert work.argmax(-1).shape == work.shape[:-1]
+    text = " ".join(grpo_loss.__doc__.split())
+    assert "functions cannot be kept from reading: `logits.argmax(-1)`" in text
 
 
 @pytest.mark.parametrize("name", ["the logits", "a view", "the base", "some of the columns"])
@@ -65,6 +92,11 @@ def test_a_buffer_with_new_logits_can_be_used(backend, device):
     with torch.no_grad():
         work.copy_(torch.randn(3, 4, 60))
     grpo_loss(work.detach(), ids, **arguments)
+    grpo_loss(work.data, ids, **arguments)
+    _, work, ids, arguments, _ = overwritten(device)
+    data = work.data
+    data.copy_(torch.randn(3, 4, 60))
+    grpo_loss(data, ids, **arguments)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = [
     {"kernels"},
     {"presets", "_names"},
-    {"_operands"},
+    {"_operands", "_overwritten"},
     {"objective"},
     {"reference", "reference_terms", "reference_rewards"},
     {"ops"},

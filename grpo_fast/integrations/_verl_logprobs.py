@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from grpo_fast._overwritten import check_not_overwritten
 from grpo_fast.ops import linear_logprob, logprob
 
 
@@ -20,6 +21,7 @@ def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool 
         inplace_backward: accepted since verl passes it; the gradient gets memory of its own either way,
             and the logits stay what they are.
     """
+    check_not_overwritten("logprobs_from_logits", logits)  # before `reshape`, which may copy
     V = logits.shape[-1]
     return logprob(logits.reshape(-1, V), labels.reshape(-1)).view(labels.shape)
 

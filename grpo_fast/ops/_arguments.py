@@ -9,8 +9,8 @@ from torch import Tensor
 
 from grpo_fast import reference
 from grpo_fast._operands import LARGEST, SMALLEST, operand
+from grpo_fast._overwritten import check_not_overwritten
 from grpo_fast.ops._backend import check_values
-from grpo_fast.ops._overwritten import check_not_overwritten
 
 POSITIVE = f"positive and finite, within float32's [{SMALLEST:.4g}, {LARGEST:.4g}]"
 LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16)

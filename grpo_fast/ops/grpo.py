@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from grpo_fast._operands import Modes, operand
+from grpo_fast._overwritten import DESTROYED, mark_again
 from grpo_fast.objective import Objective
 from grpo_fast.ops import _rows
 from grpo_fast.ops._autograd import without_graph
 from grpo_fast.ops._backend import Strided, launch, use_triton
-from grpo_fast.ops._overwritten import DESTROYED, mark_again
 from grpo_fast.ops._terms import token_policy_terms, weigh
 from grpo_fast.ops.group_advantage import group_advantage_fwd
 

@@ -39,10 +39,12 @@ def _rows_may_overlap(x: Tensor) -> bool:
 def mark(logits: Tensor) -> None:
     """Remember which bytes of the storage now hold a gradient.
 
-    The note is kept by the storage, which base, views and `detach()` share. It holds as long as the version
-    counter stands still: whoever writes new logits into the buffer may use them.
+    The note is kept by the storage, which base, views, `detach()` and `.data` share. It holds as long as the
+    version counter stands still: whoever writes new logits into the buffer may use them.
     """
-    note = (logits._version, Layout.of(logits))
+    counter = logits.detach()  # shares the counter, and from now on nothing else
+    counter.data = torch.empty(0, dtype=logits.dtype, device=logits.device)
+    note = Note(counter, counter._version, Layout.of(logits))
     logits.untyped_storage()._grpo_fast_overwritten = note  # type: ignore[attr-defined]
 
 
@@ -61,14 +63,25 @@ def check_not_overwritten(op: str, x: Tensor) -> None:
     if torch.compiler.is_compiling() or x.is_inference() or not torch._C._has_storage(x):
         return
     noted = getattr(x.untyped_storage(), "_grpo_fast_overwritten", None)
-    if noted is None or noted[0] != x._version or not x.numel():
+    if noted is None or noted.counter._version != noted.version or not x.numel():
         return
-    mine, theirs = row_starts(Layout.of(x)), row_starts(noted[1]).sort().values
+    # `.data` has a counter of its own, which starts at 0: above that something was written by it.
+    if x._version not in (0, noted.version):
+        return
+    mine, theirs = row_starts(Layout.of(x)), row_starts(noted.layout).sort().values
     # The first row of theirs that ends behind the start of mine: does it start before the end of mine?
-    at = torch.searchsorted(theirs + noted[1].width, mine, right=True)
+    at = torch.searchsorted(theirs + noted.layout.width, mine, right=True)
     starts = theirs[at.clamp(max=len(theirs) - 1)]
     if bool(((at < len(theirs)) & (starts < mine + Layout.of(x).width)).any()):
         raise RuntimeError(f"{op}: {DESTROYED}")
+
+
+class Note(NamedTuple):
+    """Which bytes hold a gradient, and until when."""
+
+    counter: Tensor  # empty; its version is that of the logits, their base and views
+    version: int
+    layout: "Layout"
 
 
 class Layout(NamedTuple):
