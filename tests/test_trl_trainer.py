@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("trl", "1.16", reason="it is a subclass of TRL's trainer")
+pytest.importorskip("trl", "1.15", reason="it is a subclass of TRL's trainer")
 # TRL and its libraries warn as they are imported and as they train; this adapter's own warnings are
 # expected one by one.
 pytestmark = pytest.mark.filterwarnings("ignore")
