@@ -28,12 +28,14 @@ setup: $(READY)
 # torch first and alone, at the pinned version: other packages would otherwise pull the newest CUDA build.
 # verl last, for its sources alone, which tests/test_verl.py runs: its requirements exclude our transformers, and its
 # wheel brings a top-level `tests`. Hence without dependencies, and off the path. So is Hugging Face's kernels, which
-# loads our hub package in tests/test_hub.py: transformers changes its ways where it can be imported.
+# loads our hub package in tests/test_hub.py: transformers changes its ways where it can be imported. And the older TRL
+# that is supported, for tests/test_trl_versions.py.
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt torch setuptools
 	$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[test]'
 	$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt --no-deps --upgrade --target $(VENV)/oracles verl kernels
+	$(PY) -m pip install -q --disable-pip-version-check --no-deps --upgrade --target $(VENV)/trl-1.15 trl==1.15.0
 	touch $@
 
 train: $(READY)
