@@ -1,6 +1,7 @@
 """`GRPOTrainer` against TRL's own, both trained on the CPU: the same parameters and the same metrics."""
 
 import copy
+import functools
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,9 @@ pytest.importorskip("trl", "1.15", reason="it is a subclass of TRL's trainer")
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 from datasets import Dataset  # noqa: E402
+from torch.distributed.device_mesh import init_device_mesh  # noqa: E402
+from torch.distributed.fsdp import fully_shard  # noqa: E402
+from torch.distributed.tensor import DTensor  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 from trl import GRPOConfig  # noqa: E402
 from trl import GRPOTrainer as Stock  # noqa: E402
@@ -110,7 +114,10 @@ def train(cls, model_path, tokenizer, tmp_path, prepare=None, peft_config=None, 
     if prepare is not None:
         prepare(trainer)
     trainer.train()
-    parameters = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    parameters = {
+        name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
+        for name, p in trainer.model.named_parameters()
+    }
     return parameters, trainer.state.log_history
 
 
@@ -118,8 +125,8 @@ TIMES = ("step_time", "_runtime", "per_second", "total_flos", "epoch")
 
 
 def assert_same_training(model_path, tokenizer, tmp_path, **options):
-    want, their_logs = train(Stock, model_path, tokenizer, tmp_path, **options)
-    got, our_logs = train(GRPOTrainer, model_path, tokenizer, tmp_path, **options)
+    want, their_logs = train(Stock, model_path, tokenizer, tmp_path / "stock", **options)
+    got, our_logs = train(GRPOTrainer, model_path, tokenizer, tmp_path / "ours", **options)
     start = dict(LlamaForCausalLM.from_pretrained(model_path).named_parameters())
     moved = max(
         (p - start[name.removeprefix("base_model.model.")]).abs().max().item()
@@ -198,6 +205,26 @@ def test_options(options, model_path, tokenizer, tmp_path):
     assert_same_training(model_path, tokenizer, tmp_path, **({"num_iterations": 2} | options))
 
 
+def test_resume(model_path, tokenizer, tmp_path):
+    """From a checkpoint, with the state of the entropy controller."""
+    options = {
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "use_adaptive_entropy": True,
+        "entropy_coef": 0.05,
+        "entropy_target": 2.0,
+    }
+
+    def resume(trainer):
+        trainer.train = functools.partial(trainer.train, resume_from_checkpoint=True)
+
+    assert_same_training(model_path, tokenizer, tmp_path, max_steps=2, **options)
+    logs = assert_same_training(
+        model_path, tokenizer, tmp_path, max_steps=4, prepare=resume, **options
+    )
+    assert [entry["step"] for entry in logs if "loss" in entry] == [1, 2, 3, 4]
+
+
 @pytest.mark.parametrize("options", [{"beta": 0.04}, {}], ids=["kl", "no-kl"])
 def test_lora(options, model_path, tokenizer, tmp_path):
     """The reference is the model with its adapter off; the head is frozen."""
@@ -253,9 +280,20 @@ def train_on_a_rank(model_path, output):
         logs = assert_same_training(model_path, tokenizer, Path(output), **options)
         assert any("entropy" in entry for entry in logs)
 
+    def shard(trainer):  # Accelerate knows FSDP on accelerators alone
+        mesh = init_device_mesh("cpu", (2,))
+        for module in (*trainer.model.model.layers, trainer.model):
+            fully_shard(module, mesh=mesh)
+        trainer.accelerator.prepare_model = lambda model, **_: model
+
+    # Completions of one length: a process that has finished would leave the other's gathering alone.
+    options = {"num_iterations": 2, "generation_kwargs": {"min_new_tokens": 7}, "beta": 0.0}
+    options |= {"per_device_train_batch_size": 4, "max_steps": 2, "prepare": shard}
+    assert_same_training(model_path, tokenizer, Path(output), **options)
+
 
 def test_two_ranks(model_path, tmp_path):
-    """Normalisers and metrics are those of all devices (DDP on the CPU)."""
+    """Normalisers and metrics are those of all devices (DDP and FSDP2 on the CPU)."""
     ranks.run("tests.test_trl_trainer:train_on_a_rank", 2, model_path, str(tmp_path))
 
 
