@@ -155,10 +155,13 @@ class FusedLogProb:
 
         reason = None
         if hasattr(weight, "ds_id"):
-            reason = "the head is sharded by ZeRO-3"
+            reason = "the head is sharded by ZeRO-3 (up to stage 2 it is fused)"
         for x in (hidden, weight, bias):
             if x is not None and x.dtype not in HEAD_DTYPES:
-                reason = f"{x.dtype} is no dtype for the fused one"
+                reason = (
+                    f"the fused one does not take {x.dtype} (it is fused where the head is left out of the "
+                    "quantisation: modules_to_not_convert=['lm_head'])"
+                )
         if reason is not None:
             warn_once(f"grpo_fast: TRL's own log-prob head runs, since {reason}")
             return theirs(outputs)
