@@ -12,7 +12,7 @@ FAST := advantage_oracles derivatives diagnostics docs errors group_advantage gr
 	integrations_host integrations_masks integrations_miles integrations_nemo_rl integrations_openrlhf \
 	integrations_packed integrations_padded integrations_slime layout linear_errors logprob loss metrics names \
 	objective packaging policy_loss preset_edges preset_values presets public_api rare_options readme reference \
-	scaling selection sequence_loss shapes tensor_kinds trl_loss verl verl_options weights
+	scaling selection sequence_loss shapes tensor_kinds trl_docs trl_loss verl verl_options weights
 
 ifeq ($(VENV),system)
 PY := $(PYTHON)
@@ -33,13 +33,15 @@ system:
 # torch first and alone, at the pinned version: other packages would otherwise pull the newest CUDA build.
 # verl last, for its sources alone, which tests/test_verl.py runs: its requirements exclude our transformers, and its
 # wheel brings a top-level `tests`. Hence without dependencies, and off the path. So is Hugging Face's kernels, which
-# loads our hub package in tests/test_hub.py: transformers changes its ways where it can be imported.
+# loads our hub package in tests/test_hub.py: transformers changes its ways where it can be imported. And the older TRL
+# that is supported, for tests/test_trl_versions.py.
 $(VENV)/.ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit(f"make needs Python 3.11 or newer; $(PYTHON) is {v[0]}.{v[1]}: set PYTHON to another")'
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt torch setuptools
 	$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[test]'
 	$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt --no-deps --upgrade --target $(VENV)/oracles verl kernels
+	$(PY) -m pip install -q --disable-pip-version-check --no-deps --upgrade --target $(VENV)/trl-1.15 trl==1.15.0
 	touch $@
 
 train: $(READY)

@@ -233,7 +233,7 @@ def _trainer(
         bf16=False,  # no autocast: the model has the dtype
         gradient_checkpointing=device.type == "cuda",
     )
-    trainer = (GRPOTrainer if provider == "grpo_fast" else Stock)(
+    trainer: Any = (GRPOTrainer if provider == "grpo_fast" else Stock)(
         model=model,
         reward_funcs=lambda completions, **_: [0.0] * len(completions),
         args=arguments,

@@ -1,7 +1,12 @@
 """TRL's GRPO with the fused trainer: `python examples/trl_train.py`, or with `accelerate launch`.
 
 The import of `GRPOTrainer` is the only line that differs from a script for TRL. A tiny random model learns to
-write the letter a.
+write the letter a. Nothing is downloaded.
+
+To train a real model, pass its name or folder in place of the model, `model="Qwen/Qwen2.5-0.5B"`, and leave
+out `processing_class`: TRL loads the tokenizer that belongs to the model. Then lower `learning_rate` to about
+1e-6 (1e-5 with LoRA), remove `bf16=False` if there is a GPU, and give prompts and a reward of your own.
+docs/trl.md has a whole script of this kind, with LoRA.
 """
 
 import tempfile

@@ -22,7 +22,7 @@ def run_of_trl(first, last, scope):
     From the first statement whose source starts with `first` to the one that starts with `last`, wherever in
     the method they stand next to each other: the formulas there have no function of their own.
     """
-    pytest.importorskip("trl", "1.16", reason=TRL)
+    pytest.importorskip("trl", "1.15", reason=TRL)
     from trl.trainer import grpo_trainer
 
     source = textwrap.dedent(

@@ -6,7 +6,7 @@ import copy
 import pytest
 import torch
 
-pytest.importorskip("trl", "1.16", reason="they are TRL's trainers")
+pytest.importorskip("trl", "1.15", reason="they are TRL's trainers")
 pytestmark = pytest.mark.filterwarnings("ignore")  # of TRL and its libraries
 
 import trl  # noqa: E402

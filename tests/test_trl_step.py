@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-pytest.importorskip("trl", "1.16", reason="the benchmark is of TRL's trainer")
+pytest.importorskip("trl", "1.15", reason="the benchmark is of TRL's trainer")
 pytestmark = [
     pytest.mark.filterwarnings("ignore"),  # of TRL and its libraries
     pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU TRL moves the model there"),

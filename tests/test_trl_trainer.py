@@ -1,12 +1,13 @@
 """`GRPOTrainer` against TRL's own, both trained on the CPU: the same parameters and the same metrics."""
 
 import copy
+import functools
 from pathlib import Path
 
 import pytest
 import torch
 
-pytest.importorskip("trl", "1.16", reason="it is a subclass of TRL's trainer")
+pytest.importorskip("trl", "1.15", reason="it is a subclass of TRL's trainer")
 # TRL and its libraries warn as they are imported and as they train; this adapter's own warnings are
 # expected one by one.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -118,8 +119,8 @@ TIMES = ("step_time", "_runtime", "per_second", "total_flos", "epoch")
 
 
 def assert_same_training(model_path, tokenizer, tmp_path, **options):
-    want, their_logs = train(Stock, model_path, tokenizer, tmp_path, **options)
-    got, our_logs = train(GRPOTrainer, model_path, tokenizer, tmp_path, **options)
+    want, their_logs = train(Stock, model_path, tokenizer, tmp_path / "stock", **options)
+    got, our_logs = train(GRPOTrainer, model_path, tokenizer, tmp_path / "ours", **options)
     start = dict(LlamaForCausalLM.from_pretrained(model_path).named_parameters())
     moved = max(
         (p - start[name.removeprefix("base_model.model.")]).abs().max().item()
@@ -201,6 +202,26 @@ def test_off_policy_with_a_reference(loss_type, model_path, tokenizer, tmp_path)
 def test_options(options, model_path, tokenizer, tmp_path):
     """Options that matter around the loss: generation, normalisation, masks, precision, evaluation."""
     assert_same_training(model_path, tokenizer, tmp_path, **({"num_iterations": 2} | options))
+
+
+def test_resuming_as_trls_trainer_does(model_path, tokenizer, tmp_path):
+    """From a checkpoint, with the state of the entropy controller."""
+    options = {
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "use_adaptive_entropy": True,
+        "entropy_coef": 0.05,
+        "entropy_target": 2.0,
+    }
+
+    def resume(trainer):
+        trainer.train = functools.partial(trainer.train, resume_from_checkpoint=True)
+
+    assert_same_training(model_path, tokenizer, tmp_path, max_steps=2, **options)
+    logs = assert_same_training(
+        model_path, tokenizer, tmp_path, max_steps=4, prepare=resume, **options
+    )
+    assert [entry["step"] for entry in logs if "loss" in entry] == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("options", [{"beta": 0.04}, {}], ids=["kl", "no-kl"])

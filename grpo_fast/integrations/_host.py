@@ -116,14 +116,15 @@ def require(package: str, at_least: str, below: str | None = None) -> None:
     """Check that a host is installed in a version this adapter was written for.
 
     Raises:
-        ImportError: it is not installed, older, or as new as `below`.
+        ImportError: it is not installed, older, or as new as `below`; with the command that installs it.
     """
     wanted = f"this needs {package} >= {at_least}" + (f", < {below}" if below else "")
+    command = f"pip install '{package}>={at_least}" + (f",<{below}'" if below else "'")
     found = found_version(package)
     if found is None:
-        raise ImportError(f"{wanted}, which is not installed")
+        raise ImportError(f"{wanted}, which is not installed: {command}")
     if not is_between(found, at_least, below):
-        raise ImportError(f"{wanted}; {package} {found} is installed")
+        raise ImportError(f"{wanted}; {package} {found} is installed: {command}")
 
 
 def replace(package: str, theirs: Any, ours: Any) -> None:

@@ -1,6 +1,11 @@
-"""`GRPOTrainer`: TRL 1.16's, with its head and its loss computed by grpo_fast."""
+"""`GRPOTrainer`: TRL's, with its head and its loss computed by grpo_fast.
+
+TRL 1.15 and 1.16 differ in nothing that is used here: their loss, its options and its metrics are the same.
+"""
 
 import dataclasses
+import os
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -10,16 +15,11 @@ from torch import Tensor
 
 from grpo_fast.integrations import _trl_metrics
 from grpo_fast.integrations._trl_metrics import Scored, per_row
-from grpo_fast.integrations.transformers import Head, check_head, with_head
-from grpo_fast.integrations.trl import (
-    BY_ITEMS,
-    DEFAULTS,
-    log_probs,
-    objective,
-    warn_once,
-)
+from grpo_fast.integrations.transformers import Head, causal_lm, check_head, with_head
+from grpo_fast.integrations.trl import BY_ITEMS, DEFAULTS, log_probs, objective
 from grpo_fast.loss import linear_grpo_loss, policy_loss
 from grpo_fast.objective import Objective
+from grpo_fast.ops._backend import use_triton
 
 # Inputs of a model that is not fed with text alone.
 MULTIMODAL = (
@@ -48,6 +48,7 @@ HELD = (
 
 # Steps of TRL's loss that the fused one does not call, or not always.
 STEPS = ("_get_per_token_logps_and_entropies", "get_gamma_weights", "get_off_policy_mask")
+LOSSES = ("compute_loss", "_compute_loss")
 
 
 class GRPOTrainer(trl.GRPOTrainer):
@@ -56,8 +57,9 @@ class GRPOTrainer(trl.GRPOTrainer):
     Equivalent to `trl.GRPOTrainer`: the same loss and gradient up to rounding, without logits in memory. Old
     and reference log-probs come from the same operator.
 
-    What is not fused goes through TRL's own code, and a warning says so once: multimodal inputs, the
-    auxiliary loss of mixtures of experts, a model under `torch_compile`, a subclass with `STEPS` of its own.
+    `train` prints one line that says what is fused, or why nothing is and what to change. TRL's own code
+    computes the loss of batches with images, the loss with the auxiliary loss of a mixture of experts, and
+    that of a subclass with `STEPS` of its own.
 
     Raises:
         ValueError: at the first loss, if the model's logits are not those of its last hidden states and its
@@ -73,6 +75,33 @@ class GRPOTrainer(trl.GRPOTrainer):
         super().__init__(*args, **kwargs)
         self.current_objective()  # refuses what it must here
         self._head_is_checked = False
+        self._said: set[str] = set()
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """TRL's, after one line that says what is fused."""
+        reason = self._why_not_fused({})
+        self._say(f"not fused, TRL's own loss runs: {reason}" if reason else self._what_is_fused())
+        return super().train(*args, **kwargs)
+
+    def _say(self, line: str, again: bool = True) -> None:
+        """Print a line on the main process."""
+        if self.accelerator.is_main_process and (again or line not in self._said):
+            print(f"grpo_fast: {line}", flush=True)
+        self._said.add(line)
+
+    def _what_is_fused(self) -> str:
+        kind = type(causal_lm(self.model)).__name__
+        fused = f"({kind}, {self.loss_type}, {implementation(self.accelerator.device)})"
+        parts = "head and loss"
+        if self.top_entropy_quantile < 1:
+            parts = "head, then loss (top_entropy_quantile < 1 needs all log-probs first),"
+        elif self.off_policy_mask_threshold is not None and self.use_vllm:
+            parts = "head, then loss (off_policy_mask_threshold needs all log-probs first),"
+        line = f"{parts} fused {fused}"
+        own = [name for name in LOSSES if self._overrides(name)]
+        if own:
+            line += f" where {type(self).__name__}.{own[0]} calls GRPOTrainer's"
+        return line
 
     def current_objective(self) -> Objective:
         """The objective of this loss: callbacks may change what TRL reads anew each time."""
@@ -81,24 +110,40 @@ class GRPOTrainer(trl.GRPOTrainer):
         options |= {"epsilon": self.epsilon_low, "epsilon_high": self.epsilon_high}
         return objective(options)
 
-    def _why_not_fused(self, model: Any, inputs: dict[str, Any]) -> str | None:
+    def _why_not_fused(self, inputs: Mapping[str, Any]) -> str | None:
+        """Why TRL's own loss has to run on these inputs, and what to change; None where ours can."""
         if self.aux_loss_enabled:
-            return "router_aux_loss_coef adds the auxiliary loss of a mixture of experts"
+            return (
+                f"router_aux_loss_coef={self.router_aux_loss_coef} adds the auxiliary loss of a mixture of "
+                "experts; GRPOConfig(router_aux_loss_coef=0.0) trains without it, and fused"
+            )
+        own = [name for name in STEPS if self._overrides(name)]
+        if own:
+            return (
+                f"{type(self).__name__} has its own {', '.join(own)}, which the fused loss does not call; "
+                "it is fused without"
+            )
         found = [name for name in MULTIMODAL if inputs.get(name) is not None]
         if found:
-            return f"the inputs are not text alone ({', '.join(found)})"
-        if hasattr(model, "_orig_mod"):
-            return (
-                "the model is compiled as a whole (torch_compile): without it, "
-                "model.base_model.compile() compiles the backbone beside the fused loss"
-            )
-        own = [name for name in STEPS if name in vars(self) or self._overrides(name)]
-        if own:
-            return f"{type(self).__name__} has its own {', '.join(own)}"
+            return f"the inputs are not text alone ({', '.join(found)}); batches of text are fused"
         return None
 
     def _overrides(self, name: str) -> bool:
-        return getattr(type(self), name) is not getattr(GRPOTrainer, name)
+        return name in vars(self) or getattr(type(self), name) is not getattr(GRPOTrainer, name)
+
+    def _agreed(self, reason: str | None) -> str | None:
+        """The same answer on every process, where only some of them may have images.
+
+        Both losses gather metrics, but not the same number of times: processes that disagree would wait for
+        each other forever.
+        """
+        if not self._is_vlm or self.accelerator.num_processes == 1:
+            return reason
+        mine = torch.tensor([reason is not None], device=self.accelerator.device)
+        someone = bool(self.accelerator.gather(mine).any())
+        if reason is None and someone:
+            return "the inputs of another process are not text alone; batches of text are fused"
+        return reason
 
     def _get_per_token_logps_and_entropies(
         self,
@@ -112,7 +157,7 @@ class GRPOTrainer(trl.GRPOTrainer):
         **inputs: Any,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Old and reference log-probs, by the operator that also scores the policy."""
-        if self._why_not_fused(model, inputs) is not None:
+        if self._why_not_fused(inputs) is not None:
             return super()._get_per_token_logps_and_entropies(
                 model,
                 input_ids,
@@ -164,14 +209,14 @@ class GRPOTrainer(trl.GRPOTrainer):
         return torch.autocast(hidden.device.type, enabled=False)
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
-        reason = self._why_not_fused(model, inputs)
+        reason = self._agreed(self._why_not_fused(inputs))
         if reason is not None:
-            warn_once(f"grpo_fast: TRL's own loss runs, since {reason}")
+            self._say(f"not fused, TRL's own loss runs: {reason}", again=False)
             return super()._compute_loss(model, inputs)
-        if (
-            not self._head_is_checked
-        ):  # not before: now the model is where, and wrapped as, it will be used
-            with self.accelerator.autocast():
+        if not self._head_is_checked:
+            # Not before: now the model is where, and wrapped as, it will be used. Four tokens are not worth
+            # a compilation.
+            with self.accelerator.autocast(), torch.compiler.set_stance("force_eager"):
                 check_head(model)
             self._head_is_checked = True
         mode = "train" if self.model.training else "eval"
@@ -323,6 +368,17 @@ class GRPOTrainer(trl.GRPOTrainer):
         return policy_loss(
             nothing, advantages=nothing, mask=mask, entropy=entropy, objective=bonus
         ).loss
+
+
+def implementation(device: torch.device) -> str:
+    """Which implementation runs on a device; where it is not the kernels, why."""
+    if use_triton(torch.empty(0, device=device)):
+        return "Triton kernels" if device.type == "cuda" else "Triton's interpreter"
+    if os.environ.get("GRPO_FAST_BACKEND"):
+        return "PyTorch path: GRPO_FAST_BACKEND=torch"
+    if device.type != "cuda":
+        return f"PyTorch path: the device is {device.type}, the kernels need a GPU"
+    return "PyTorch path: Triton is not installed"
 
 
 def _sequences(inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:

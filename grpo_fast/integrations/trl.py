@@ -1,4 +1,4 @@
-"""TRL 1.16: `from grpo_fast.integrations.trl import GRPOTrainer` is the whole migration.
+"""TRL 1.15 and 1.16: `from grpo_fast.integrations.trl import GRPOTrainer` is the whole migration.
 
 `GRPOTrainer` is TRL's with head and loss fused. `objective` translates the loss options of a `GRPOConfig`; it
 needs no TRL. `patch` replaces the head of TRL's other trainers (RLOO, asynchronous GRPO, ...).
@@ -7,7 +7,7 @@ needs no TRL. `patch` replaces the head of TRL's other trainers (RLOO, asynchron
 import contextlib
 import warnings
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,16 +19,19 @@ from grpo_fast.objective import Objective
 from grpo_fast.ops import linear_logprob
 from grpo_fast.ops._head_arguments import HEAD_DTYPES
 
-__all__ = ["GRPOTrainer", "objective", "patch"]  # noqa: F822 (the first is made by __getattr__)
+if TYPE_CHECKING:  # at run time `__getattr__` imports it, so that the rest works without TRL
+    from grpo_fast.integrations._trl_trainer import GRPOTrainer
+
+__all__ = ["GRPOTrainer", "objective", "patch"]
 
 # From, and below. The trainer overrides private methods: another minor version is another trainer.
-SUPPORTED = ("1.16", "1.17")
+SUPPORTED = ("1.15", "1.17")
 
 LOSS_TYPES = tuple(name for name in presets.TRL if "/" not in name)
 # Normalised by num_items_in_batch, the others over the micro-batch.
 BY_ITEMS = ("dapo", "cispo", "vespo")
 
-# TRL 1.16's defaults of the options that `objective` reads.
+# TRL's defaults of the options that `objective` reads.
 DEFAULTS: dict[str, Any] = {
     "loss_type": "dapo",
     "importance_sampling_level": "token",
@@ -52,7 +55,7 @@ SMALLEST_LAMBDA = 1e-4  # TRL's
 
 
 def objective(args: Any) -> Objective:
-    """What TRL 1.16 optimises, given a `GRPOConfig` or any object with its attributes.
+    """What TRL optimises, given a `GRPOConfig` or any object with its attributes.
 
     An attribute that is not there has TRL's default. The normaliser is not part of the objective: where
     `args.loss_type` is in `BY_ITEMS`, TRL's loss is that of `num_items`; for the others it is divided by the
@@ -114,7 +117,7 @@ def patch() -> None:
     once.
 
     Raises:
-        ImportError: no TRL, or another version than 1.16.
+        ImportError: no TRL, or another version than 1.15 and 1.16.
     """
     require("trl", *SUPPORTED)
     from trl.trainer import utils
@@ -141,9 +144,10 @@ class FusedLogProb:
 
         What is not in `outputs` is None. `chunk_size` is that of TRL's kernel; ours has its own.
         """
-        from trl.kernels import ChunkedLogProbFunction
 
         def theirs(wanted: tuple[str, ...]) -> tuple[Tensor | None, ...]:
+            from trl.kernels import ChunkedLogProbFunction  # TRL 1.15's needs Triton
+
             return ChunkedLogProbFunction.apply(
                 *(hidden, weight, bias, targets, temperature, chunk_size),
                 *(final_logit_softcapping, logit_scale, wanted),
@@ -151,10 +155,13 @@ class FusedLogProb:
 
         reason = None
         if hasattr(weight, "ds_id"):
-            reason = "the head is sharded by ZeRO-3"
+            reason = "the head is sharded by ZeRO-3 (up to stage 2 it is fused)"
         for x in (hidden, weight, bias):
             if x is not None and x.dtype not in HEAD_DTYPES:
-                reason = f"{x.dtype} is no dtype for the fused one"
+                reason = (
+                    f"the fused one does not take {x.dtype} (it is fused where the head is left out of the "
+                    "quantisation: modules_to_not_convert=['lm_head'])"
+                )
         if reason is not None:
             warn_once(f"grpo_fast: TRL's own log-prob head runs, since {reason}")
             return theirs(outputs)
@@ -210,7 +217,7 @@ def warn_once(message: str) -> None:
 
 
 def __getattr__(name: str) -> Any:
-    """`GRPOTrainer`, made when it is first asked for: `objective` has to work without TRL."""
+    """`GRPOTrainer`, imported when it is first asked for: `objective` has to work without TRL."""
     if name == "GRPOTrainer":
         require("trl", *SUPPORTED)
         from grpo_fast.integrations._trl_trainer import GRPOTrainer
