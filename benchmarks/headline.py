@@ -209,9 +209,10 @@ def _what(entry: dict[str, Any]) -> str:
 def _table(run: Run, variant: str, more: str) -> str:
     entries = _entries(run, variant)
     eager = tables.eager_of(entries)
+    about = f"{STEMS[run.stem]}, {_what(entries[0])}{more}: {run.device}, "
     lines = [
-        f"{STEMS[run.stem]}, {_what(entries[0])}{more}: {run.device}, commit {run.info['commit']}, "
-        f"{run.date[:10]}\n",
+        _wrapped(f"{about}commit {run.info['commit']}, {run.date[:10]}"),
+        "",
         "| | time | faster than eager | extra memory |",
         "|---|--:|--:|--:|",
     ]

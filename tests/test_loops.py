@@ -25,6 +25,10 @@ LOOPS = {
 ELSEWHERE = {
     "docs/weights.md": 6,  # test_docs
     "docs/integrations.md": 2,  # test_diagnostics, test_hub
+    "docs/metrics.md": 1,  # test_metrics
+    "docs/scaling.md": 7,  # test_scaling
+    "docs/trainer.md": 1,  # test_trainer
+    "docs/trl.md": 4,  # test_trl_docs
 }
 
 

@@ -40,3 +40,13 @@ def test_the_extras_that_documents_name_exist():
 def test_the_readme_names_the_wheel_that_is_built():
     name = f"{PROJECT['name'].replace('-', '_')}-{PROJECT['version']}-py3-none-any.whl"
     assert name in (ROOT / "README.md").read_text()
+
+
+def test_prose_wraps_at_100_columns():
+    for path in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]:
+        code = False
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            code ^= line.lstrip().startswith("```")
+            table, formula = line.startswith("|"), line.startswith("    ")
+            short = len(line) <= 100 or code or table or formula
+            assert short, f"{path.name}:{number} has {len(line)} columns"

@@ -70,7 +70,10 @@ def test_which_implementation(device, triton, forced, want, monkeypatch):
     from grpo_fast.integrations import _trl_trainer
     from grpo_fast.ops import _backend
 
-    monkeypatch.setattr(_backend, "has_triton", lambda: triton)
+    for module in (_backend, _trl_trainer):
+        monkeypatch.setattr(
+            module, "why_no_triton", lambda: "" if triton else "Triton is not installed"
+        )
     monkeypatch.setattr(
         torch, "empty", lambda *_, device: type("Fake", (), {"device": torch.device(device)})
     )
