@@ -19,7 +19,7 @@ def made_results(tmp_path):
 def test_the_headline_says_which_machine_and_when(gpu_results):
     text = report.headline(gpu_results)
     assert "No GPU" not in text
-    assert "NVIDIA H200, commit 19274bf, 2026-01-01" in text
+    assert "NVIDIA H200, commit 19274bf, 2026-01-01" in " ".join(text.split())
     assert "| grpo_fast | 2.60 ms | 11.54x | 5,120 MiB |" in text
 
 
