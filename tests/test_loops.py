@@ -17,7 +17,7 @@ pytest.importorskip("transformers", reason="the loops are for its models")
 
 # Where the loop is among the blocks of its page, and the objective it states.
 LOOPS = {
-    "README.md": (1, Objective.preset("grpo", beta=0.04)),
+    "README.md": (2, Objective.preset("grpo", beta=0.04)),
     "docs/linear.md": (0, Objective()),
     "docs/transformers.md": (0, Objective()),
 }
