@@ -57,20 +57,21 @@ def test_fused(capsys, model_path, tokenizer, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "device, triton, forced, want",
+    "device, why, forced, want",
     [
-        ("cuda", True, "", "Triton kernels"),
-        ("cuda", False, "", "PyTorch path: Triton is not installed"),
-        ("cuda", True, "torch", "PyTorch path: GRPO_FAST_BACKEND=torch"),
-        ("cpu", True, "triton", "Triton's interpreter"),
-        ("mps", True, "", "PyTorch path: the device is mps, the kernels need a GPU"),
+        ("cuda", "", "", "Triton kernels"),
+        ("cuda", "Triton is not installed", "", "PyTorch path: Triton is not installed"),
+        ("cuda", "", "torch", "PyTorch path: GRPO_FAST_BACKEND=torch"),
+        ("cpu", "", "triton", "Triton's interpreter"),
+        ("mps", "", "", "PyTorch path: the device is mps, the kernels need a GPU"),
     ],
 )
-def test_which_implementation(device, triton, forced, want, monkeypatch):
+def test_which_implementation(device, why, forced, want, monkeypatch):
     from grpo_fast.integrations import _trl_trainer
     from grpo_fast.ops import _backend
 
-    monkeypatch.setattr(_backend, "has_triton", lambda: triton)
+    for module in (_backend, _trl_trainer):
+        monkeypatch.setattr(module, "why_no_triton", lambda: why)
     monkeypatch.setattr(
         torch, "empty", lambda *_, device: type("Fake", (), {"device": torch.device(device)})
     )

@@ -19,7 +19,7 @@ from grpo_fast.integrations.transformers import Head, causal_lm, check_head, wit
 from grpo_fast.integrations.trl import BY_ITEMS, DEFAULTS, log_probs, objective
 from grpo_fast.loss import linear_grpo_loss, policy_loss
 from grpo_fast.objective import Objective
-from grpo_fast.ops._backend import use_triton
+from grpo_fast.ops._backend import use_triton, why_no_triton
 
 # Inputs of a model that is not fed with text alone.
 MULTIMODAL = (
@@ -378,7 +378,7 @@ def implementation(device: torch.device) -> str:
         return "PyTorch path: GRPO_FAST_BACKEND=torch"
     if device.type != "cuda":
         return f"PyTorch path: the device is {device.type}, the kernels need a GPU"
-    return "PyTorch path: Triton is not installed"
+    return f"PyTorch path: {why_no_triton()}"
 
 
 def _sequences(inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
