@@ -131,10 +131,19 @@ def test_subclasses(capsys, model_path, tokenizer, tmp_path):
     assert start(Loss, *given).endswith(") where Loss._compute_loss calls GRPOTrainer's")
 
 
-def test_torch_compile(capsys, model_path, tokenizer, tmp_path):
-    """The backbone runs compiled, beside the fused loss."""
+def test_torch_compile(capsys, model_path, tokenizer, tmp_path, monkeypatch):
+    """The backbone runs compiled, beside the fused loss; the check of the head compiles nothing."""
     from torch._dynamo.utils import counters
 
+    from grpo_fast.integrations import _trl_trainer
+
+    check, graphs = _trl_trainer.check_head, []
+
+    def counted(model):
+        check(model)
+        graphs.append(counters["stats"]["unique_graphs"])
+
+    monkeypatch.setattr(_trl_trainer, "check_head", counted)
     torch.compiler.reset()
     counters.clear()
     options = {"torch_compile": True, "torch_compile_backend": "eager", "max_steps": 2}
@@ -144,6 +153,7 @@ def test_torch_compile(capsys, model_path, tokenizer, tmp_path):
     assert lines_of(capsys)[0].startswith(
         "grpo_fast: head and loss fused (LlamaForCausalLM, dapo, "
     )
+    assert graphs == [0]
     assert counters["stats"]["unique_graphs"] > 0
     for name in want:
         torch.testing.assert_close(got[name], want[name], rtol=0, atol=1e-6)
