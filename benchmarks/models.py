@@ -138,10 +138,10 @@ def one(name: str) -> tuple[str, str]:
         return "not built", _short(error)
     try:
         check_head(model)
-        error = compare(model)
+        largest = compare(model)
     except (TypeError, ValueError) as refusal:
         return "refused", _short(refusal)
-    return "exact" if error <= TOLERANCE else "wrong", f"{error:.1e}"
+    return "exact" if largest <= TOLERANCE else "wrong", f"{largest:.1e}"
 
 
 HEADER = """\
@@ -173,7 +173,7 @@ def page(found: dict[str, tuple[str, str]]) -> str:
     """
     import transformers
 
-    about = {"commit": machine.commit(), "transformers": transformers.__version__}
+    about: dict[str, Any] = {"commit": machine.commit(), "transformers": transformers.__version__}
     about |= {"torch": torch.__version__.split("+")[0], "total": len(found), "tolerance": TOLERANCE}
     parts = [HEADER.format(**about)]
     for outcome, text in SECTIONS.items():

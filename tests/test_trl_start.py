@@ -57,23 +57,21 @@ def test_fused(capsys, model_path, tokenizer, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "device, triton, forced, want",
+    "device, why, forced, want",
     [
-        ("cuda", True, "", "Triton kernels"),
-        ("cuda", False, "", "PyTorch path: Triton is not installed"),
-        ("cuda", True, "torch", "PyTorch path: GRPO_FAST_BACKEND=torch"),
-        ("cpu", True, "triton", "Triton's interpreter"),
-        ("mps", True, "", "PyTorch path: the device is mps, the kernels need a GPU"),
+        ("cuda", "", "", "Triton kernels"),
+        ("cuda", "Triton is not installed", "", "PyTorch path: Triton is not installed"),
+        ("cuda", "", "torch", "PyTorch path: GRPO_FAST_BACKEND=torch"),
+        ("cpu", "", "triton", "Triton's interpreter"),
+        ("mps", "", "", "PyTorch path: the device is mps, the kernels need a GPU"),
     ],
 )
-def test_which_implementation(device, triton, forced, want, monkeypatch):
+def test_which_implementation(device, why, forced, want, monkeypatch):
     from grpo_fast.integrations import _trl_trainer
     from grpo_fast.ops import _backend
 
     for module in (_backend, _trl_trainer):
-        monkeypatch.setattr(
-            module, "why_no_triton", lambda: "" if triton else "Triton is not installed"
-        )
+        monkeypatch.setattr(module, "why_no_triton", lambda: why)
     monkeypatch.setattr(
         torch, "empty", lambda *_, device: type("Fake", (), {"device": torch.device(device)})
     )
@@ -133,10 +131,19 @@ def test_subclasses(capsys, model_path, tokenizer, tmp_path):
     assert start(Loss, *given).endswith(") where Loss._compute_loss calls GRPOTrainer's")
 
 
-def test_torch_compile(capsys, model_path, tokenizer, tmp_path):
-    """The backbone runs compiled, beside the fused loss."""
+def test_torch_compile(capsys, model_path, tokenizer, tmp_path, monkeypatch):
+    """The backbone runs compiled, beside the fused loss; the check of the head compiles nothing."""
     from torch._dynamo.utils import counters
 
+    from grpo_fast.integrations import _trl_trainer
+
+    check, graphs = _trl_trainer.check_head, []
+
+    def counted(model):
+        check(model)
+        graphs.append(counters["stats"]["unique_graphs"])
+
+    monkeypatch.setattr(_trl_trainer, "check_head", counted)
     torch.compiler.reset()
     counters.clear()
     options = {"torch_compile": True, "torch_compile_backend": "eager", "max_steps": 2}
@@ -146,6 +153,7 @@ def test_torch_compile(capsys, model_path, tokenizer, tmp_path):
     assert lines_of(capsys)[0].startswith(
         "grpo_fast: head and loss fused (LlamaForCausalLM, dapo, "
     )
+    assert graphs == [0]
     assert counters["stats"]["unique_graphs"] > 0
     for name in want:
         torch.testing.assert_close(got[name], want[name], rtol=0, atol=1e-6)
