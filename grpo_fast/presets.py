@@ -35,7 +35,7 @@ PAPERS: dict[str, Options] = {
 
 # The releases whose sources were read; a preset's meaning is that release's.
 TRAINERS = {
-    "trl": "TRL 1.16.0",
+    "trl": "TRL 1.15 and 1.16",
     "verl": "verl 0.9.1",
     "skyrl": "SkyRL, August 2026",
     "openrlhf": "OpenRLHF 0.11.2",
