@@ -182,7 +182,7 @@ def test_the_entropy_of_a_preset(name):
 
 def test_the_releases_that_were_read():
     assert TRAINERS == {
-        "trl": "TRL 1.16.0",
+        "trl": "TRL 1.15 and 1.16",
         "verl": "verl 0.9.1",
         "skyrl": "SkyRL, August 2026",
         "openrlhf": "OpenRLHF 0.11.2",
