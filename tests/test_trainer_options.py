@@ -37,7 +37,7 @@ def test_bad_rewards_name_the_function(values):
     def mine(prompts, completions, **kwargs):
         return values
 
-    with pytest.raises(ValueError, match="reward mine: want 2 finite numbers"):
+    with pytest.raises(ValueError, match="reward .*mine: want a list of 2 finite numbers"):
         rewards.score([mine], [1.0], ["", ""], ["", ""], {})
 
 
