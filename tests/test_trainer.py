@@ -26,46 +26,13 @@ from grpo_fast.trainer.cli import main
 from grpo_fast.trainer.config import TrainConfig
 from grpo_fast.trainer.train import train
 from grpo_fast.trainer.update import Learner
+from tests.tiny_runs import arguments, metrics, setup, tiny
 
-TINY = {
-    "max_operand": 9,
-    "heldout": 10,
-    "hidden_size": 16,
-    "num_layers": 1,
-    "num_heads": 2,
-    "warmup_steps": 20,
-    "warmup_batch_size": 16,
-    "prompts_per_step": 4,
-    "group_size": 4,
-    "num_iterations": 1,
-    "steps": 3,
-    "samples": 2,
-    "device": "cpu",  # also where there is a GPU: in float32, and the same bits from run to run
-}
 KEYS = {
     "step", "reward", "loss", "kl", "entropy", "clip_fraction", "tokens_per_second", "grad_norm",
     "learning_rate", "ratio_mean", "ratio_max", "completion_length", "truncated", "seconds",
     "reward/correct", "reward/bracketed_number",
 }  # fmt: skip
-
-
-def tiny(tmp_path: Path, **overrides) -> TrainConfig:
-    return TrainConfig(**{**TINY, "output_dir": str(tmp_path), **overrides})
-
-
-def arguments(tmp_path: Path, **overrides) -> list[str]:
-    options = {**TINY, "output_dir": tmp_path, **overrides}
-    return [f"--{name}={value}" for name, value in options.items()]
-
-
-def metrics(run_dir: Path) -> list[dict]:
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-
-
-def setup(config: TrainConfig) -> tuple[tasks.Task, models.Policy]:
-    torch.manual_seed(config.seed)
-    task = tasks.build(config)
-    return task, models.build(config, task.alphabet)
 
 
 def batch(config: TrainConfig, task: tasks.Task, policy: models.Policy) -> rollout.Rollout:

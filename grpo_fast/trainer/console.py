@@ -41,8 +41,8 @@ def lasting() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         nowhere = stack.enter_context(open(os.devnull, "w"))
         out, err = (_Stream(stream or nowhere) for stream in (sys.stdout, sys.stderr))
-        stack.enter_context(contextlib.redirect_stdout(out))  # type: ignore[type-var]
-        stack.enter_context(contextlib.redirect_stderr(err))  # type: ignore[type-var]
+        stack.enter_context(contextlib.redirect_stdout(out))
+        stack.enter_context(contextlib.redirect_stderr(err))
         try:
             yield
         finally:

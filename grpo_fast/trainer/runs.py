@@ -39,7 +39,8 @@ def check(config: TrainConfig) -> None:
             pass
     if not config.overwrite:
         raise FileExistsError(_what_is_there(path, config.name))
-    if not (path / "config.yaml").is_file():
+    # A run that died before it wrote anything is one, too.
+    if not any((path / name).is_file() for name in ("config.yaml", LOCK)) and any(path.iterdir()):
         raise FileExistsError(f"overwrite: {path} is not a run, it has no config.yaml")
 
 
@@ -100,11 +101,10 @@ def hold(run_dir: Path) -> Iterator[None]:
 
 def _empty(run_dir: Path) -> None:
     """Delete a run but for its lock. config.yaml, which tells that it is one, goes last."""
-    kept = (LOCK, PID, "config.yaml")
-    for path in [p for p in run_dir.iterdir() if p.name not in kept]:
-        if path.exists() or path.is_symlink():
+    last = run_dir / "config.yaml"
+    for path in [*(p for p in run_dir.iterdir() if p != last), last]:
+        if path.name not in (LOCK, PID) and (path.exists() or path.is_symlink()):
             files.remove(path)
-    files.remove(run_dir / "config.yaml")
 
 
 def _what_is_there(path: Path, name: str) -> str:
