@@ -66,25 +66,28 @@ def prepare(model: Any, tokenizer: Any, device: torch.device, dtype: torch.dtype
     """Wrap a model: padding on the left, neutral generation settings, no dropout.
 
     Raises:
-        ValueError: there is no end-of-sequence token, or one without an embedding.
+        ValueError: there is no end-of-sequence token, or padding has no embedding.
     """
     tokenizer.padding_side = "left"
     original = model.generation_config or GenerationConfig()
-    eos = original.eos_token_id if original.eos_token_id is not None else tokenizer.eos_token_id
-    if eos is None or eos == []:
-        raise ValueError(
-            "model: neither it nor its tokenizer has an end-of-sequence token; set eos_token_id in "
-            "its generation_config.json"
-        )
-    eos_ids = list(eos) if isinstance(eos, (list, tuple)) else [int(eos)]
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(eos_ids[0])
     size = model.get_input_embeddings().num_embeddings
-    for name, ids in (("eos_token_id", eos_ids), ("pad_token_id", [tokenizer.pad_token_id])):
-        if not all(0 <= i < size for i in ids):
-            raise ValueError(
-                f"model: {name} {ids}: it has embeddings for the tokens 0 to {size - 1}"
-            )
+    candidates = (original.eos_token_id, tokenizer.eos_token_id)
+    # A token without an embedding is never sampled, so it ends nothing.
+    named = [
+        [i for i in (c if isinstance(c, list) else [c]) if i in range(size)] for c in candidates
+    ]
+    eos_ids = named[0] or named[1]
+    if not eos_ids:
+        raise ValueError(
+            f"model: no end-of-sequence token among its {size} tokens: its generation_config.json has "
+            f"eos_token_id {candidates[0]}, its tokenizer {candidates[1]}"
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens((named[1] or eos_ids)[0])
+    if tokenizer.pad_token_id not in range(size):
+        raise ValueError(
+            f"model: the tokenizer's pad_token_id {tokenizer.pad_token_id} is not among its {size} tokens"
+        )
     model.generation_config = GenerationConfig(
         eos_token_id=eos_ids, pad_token_id=tokenizer.pad_token_id
     )
