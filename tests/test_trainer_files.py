@@ -4,11 +4,8 @@ import contextlib
 import errno
 import json
 import os
-import re
 import shutil
-import subprocess
-import sys
-import time
+import signal
 from pathlib import Path
 
 import pytest
@@ -23,7 +20,7 @@ from grpo_fast.trainer import files, runs
 from grpo_fast.trainer import model as models
 from grpo_fast.trainer.cli import main
 from grpo_fast.trainer.train import train
-from tests.tiny_runs import arguments, metrics, setup, tiny
+from tests.tiny_runs import arguments, metrics, setup, start, tiny
 
 # How files and folders change on disk, but for what safetensors does in Rust.
 CALLS = [
@@ -221,36 +218,36 @@ def test_an_output_folder_that_is_a_file_or_cannot_be_made(tmp_path, monkeypatch
     assert f"error: {tmp_path / 'new'}: Read-only file system" in capsys.readouterr().err
 
 
-def test_a_live_run_cannot_be_overwritten_a_dead_one_can(tmp_path, capsys):
-    options = arguments(tmp_path, name="run", steps=100_000, save_steps=1)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "grpo_fast.trainer", "train", *options],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
-    )
-    again = ["train", *arguments(tmp_path, name="run", steps=1)]
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no SIGHUP here")
+def test_a_live_run_cannot_be_overwritten_and_a_closed_terminal_saves_it(tmp_path, capsys):
+    process = start(tmp_path, name="run", steps=100_000, save_steps=1)
+    run = tmp_path / "run"
     try:
-        deadline = time.monotonic() + 120
-        while not models.checkpoints(tmp_path / "run"):
-            assert process.poll() is None, process.communicate()[0]
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        assert main([*again, "--overwrite"]) == 2
-        assert re.search(
-            rf"{tmp_path / 'run'}: process {process.pid} is writing", capsys.readouterr().err
-        )
+        assert main(["train", *arguments(tmp_path, name="run"), "--overwrite"]) == 2
+        assert f"{run}: process {process.pid} is writing" in capsys.readouterr().err
+        process.stdout.close()  # nobody reads on
+        process.stderr.close()
+        process.send_signal(signal.SIGHUP)
+        assert process.wait(60) == 128 + signal.SIGHUP
     finally:
         process.kill()
-        process.communicate()
+        process.wait()
+    assert models.latest(run).name == f"step-{len(metrics(run)):06d}"
+    assert (run / "curve.png").exists()
+
+
+def test_a_name_that_is_taken_says_how_to_go_on_and_a_dead_run_can_be_overwritten(tmp_path, capsys):
+    run = train(tiny(tmp_path, name="run", steps=2)).run_dir
+    (run / ".pid").write_text("1")  # as kill -9 leaves it
+    again = ["train", *arguments(tmp_path, name="run", steps=1)]
     assert main(again) == 2
     shown = capsys.readouterr().err
-    newest = models.latest(tmp_path / "run")
-    assert f"--model {newest} --name run-2" in shown
+    assert f"of step 2, is {models.latest(run)}" in shown
+    assert f"--model {models.latest(run)} --name run-2" in shown
     assert shown.index("--model") < shown.index("--overwrite")
     assert main([*again, "--overwrite"]) == 0
-    assert len(metrics(tmp_path / "run")) == 1
-    assert [path.name for path in models.checkpoints(tmp_path / "run")] == ["step-000001"]
+    assert len(metrics(run)) == 1
+    assert [path.name for path in models.checkpoints(run)] == ["step-000001"]
 
 
 @pytest.mark.parametrize(

@@ -159,7 +159,7 @@ def test_importing_the_library_leaves_transformers_alone():
 def test_documentation_lists_every_option_with_its_default():
     text = (Path(__file__).parents[1] / "docs" / "trainer.md").read_text()
     for field in dataclasses.fields(TrainConfig):
-        shown = field.default
+        shown = configs.default_text(field.name) or field.default
         if shown is dataclasses.MISSING or shown is None:
             shown = ""
         assert f"| `{field.name}` | {shown} | {field.metadata['help']} |" in text

@@ -1,6 +1,10 @@
 """The smallest runs of the reference trainer, for the tests of it."""
 
 import json
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import torch
@@ -48,3 +52,22 @@ def setup(config: TrainConfig) -> tuple[tasks.Task, models.Policy]:
 def write_rows(path: Path, rows: list[dict]) -> str:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
+
+
+def start(folder: Path, **options) -> subprocess.Popen:
+    """The run `run` in a process of its own, after two steps."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "grpo_fast.trainer", "train", *arguments(folder, **options)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+    )
+    log = folder / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (log.exists() and log.read_text().count("\n") >= 2):
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return process

@@ -87,7 +87,9 @@ def evaluate(arguments: Sequence[str]) -> int:
 
 def quiet() -> None:
     """No progress bars of transformers' own between ours, and its warnings not beside our errors."""
+    from huggingface_hub.utils import logging as hub
     from transformers.utils import logging
 
+    hub.set_verbosity_error()
     logging.disable_progress_bar()
     logging.set_verbosity_error()

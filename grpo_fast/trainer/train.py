@@ -151,10 +151,11 @@ class _Run:
         with contextlib.suppress(OSError, KeyboardInterrupt), undivided():
             try:
                 print(f"the weights after step {self.step} are in {self.save()}", file=sys.stderr)
-            except OSError as error:
+            except Exception as error:  # must not hide the one that ended the run
                 found = models.checkpoints(self.run_dir)
+                why = files.reason(error) if isinstance(error, OSError) else error
                 print(
-                    f"the weights after step {self.step} could not be saved: {files.reason(error)}; "
+                    f"the weights after step {self.step} could not be saved: {why}; "
                     f"the newest checkpoint is {found[-1] if found else 'none'}",
                     file=sys.stderr,
                 )
