@@ -1,6 +1,7 @@
 """Reward functions of the reference trainer: what they may return, and what happens where they fail."""
 
 import math
+import pkgutil
 import signal
 import sys
 import time
@@ -11,8 +12,8 @@ import torch
 
 pytest.importorskip("transformers", reason="the trainer needs grpo-fast[train]")
 
+from grpo_fast.trainer import interruption, rewards
 from grpo_fast.trainer import model as models
-from grpo_fast.trainer import rewards
 from grpo_fast.trainer.cli import main
 from tests.tiny_runs import arguments, metrics, start
 
@@ -198,3 +199,54 @@ def test_a_reward_that_hangs_ends_with_the_second_signal_and_the_weights(module)
     newest = models.latest(module / "run")
     assert str(newest) in err
     assert newest.name == f"step-{len(metrics(module / 'run')):06d}"
+
+
+def test_a_second_signal_waits_while_weights_change_or_are_written(capfd):
+    with interruption.interruptible() as state:
+        ended = []
+
+        def work():
+            with interruption.undivided():
+                signal.raise_signal(signal.SIGTERM)
+                with interruption.undivided():
+                    signal.raise_signal(signal.SIGINT)
+                ended.append(True)
+
+        with pytest.raises(interruption.Stopped) as stopped:
+            work()
+        assert ended
+        assert stopped.value.args == (signal.SIGINT,)
+        assert state.signal == signal.SIGTERM
+        with pytest.raises(interruption.Stopped):
+            signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no SIGHUP here")
+def test_nohup_is_respected():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with interruption.interruptible() as state:
+            signal.raise_signal(signal.SIGHUP)
+        assert state.signal is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("where", ["torch.optim.AdamW.step", "grpo_fast.trainer.files.publish"])
+def test_no_update_and_no_save_is_cut_in_two(tmp_path, monkeypatch, capfd, where):
+    module, _, name = where.rpartition(".")
+    target = pkgutil.resolve_name(module)
+    real, ended = getattr(target, name), []
+
+    def interrupted(*args, **kwargs):
+        if not ended:
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
+        ended.append(real(*args, **kwargs))
+
+    monkeypatch.setattr(target, name, interrupted)
+    options = arguments(tmp_path, name="run", warmup_steps=0, samples=0)
+    assert main(["train", *options]) == 128 + signal.SIGTERM
+    assert ended
+    models.latest(tmp_path / "run")
