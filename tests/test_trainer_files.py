@@ -269,6 +269,25 @@ def test_overwrite_deletes_nothing_before_all_else_is_checked(tmp_path, capsys, 
     assert sorted(end.run_dir.rglob("*")) == before
 
 
+def test_overwrite_does_not_delete_what_the_new_run_starts_from(tmp_path, capsys):
+    checkpoint = train(tiny(tmp_path, name="run", steps=1)).checkpoint
+    options = arguments(tmp_path, name="run", model=checkpoint)
+    assert main(["train", *options, "--overwrite"]) == 2
+    assert f"model={str(checkpoint)!r} is in {tmp_path / 'run'}" in capsys.readouterr().err
+    AutoModelForCausalLM.from_pretrained(checkpoint)
+
+
+def test_an_error_on_the_way_keeps_its_traceback_and_the_weights(tmp_path, monkeypatch, capsys):
+    def broken(*args):
+        raise ValueError("not yours")
+
+    monkeypatch.setattr("grpo_fast.trainer.update.Learner.update", broken)
+    with pytest.raises(RuntimeError, match="step 0: not yours") as raised:
+        main(["train", *arguments(tmp_path, name="run")])
+    assert isinstance(raised.value.__cause__, ValueError)
+    assert str(models.latest(tmp_path / "run")) in capsys.readouterr().err
+
+
 def test_a_run_that_died_at_once_can_be_overwritten(tmp_path):
     config = tiny(tmp_path, name="run", overwrite=True)
     runs.create(config)

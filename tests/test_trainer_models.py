@@ -214,6 +214,8 @@ def test_checkpointing_recomputes_and_leaves_dropout_off(tmp_path, monkeypatch, 
         assert first["kl"] == 0
         assert first["ratio_min"] == first["ratio_max"] == 1
         assert not any(m.training for m in model.modules())
+        again = learner.update(answers, torch.arange(16.0) % 5)
+        assert again["kl"] > 0  # the reference has layers of its own
     torch.testing.assert_close(*gradients)
 
 

@@ -37,12 +37,13 @@ def run(command: str, arguments: Sequence[str]) -> int:
     except RewardError as error:
         print(error.details, end="", file=sys.stderr)
         return fail(command, 1, str(error))
-    except (ValueError, FileExistsError) as error:
-        return fail(command, 2, str(error))
     except FloatingPointError as error:
         return fail(command, 1, str(error))
     except OSError as error:
-        return fail(command, 1, files.reason(error))
+        # Ours about a run that exists have no errno.
+        return fail(command, 1 if error.errno else 2, files.reason(error))
+    except ValueError as error:
+        return fail(command, 2, str(error))
     except KeyboardInterrupt as error:
         return fail(command, 128 + (error.args or (signal.SIGINT,))[0], "interrupted")
 

@@ -39,6 +39,13 @@ def check(config: TrainConfig) -> None:
             pass
     if not config.overwrite:
         raise FileExistsError(_what_is_there(path, config.name))
+    for option in ("model", "dataset", "reward_dir"):
+        needed = Path(getattr(config, option) or "").expanduser().resolve()
+        if path.resolve() in (needed, *needed.parents) and getattr(config, option):
+            raise FileExistsError(
+                f"overwrite: {option}={getattr(config, option)!r} is in {path}, which would be "
+                "deleted; choose another --name"
+            )
     # A run that died before it wrote anything is one, too.
     if not any((path / name).is_file() for name in ("config.yaml", LOCK)) and any(path.iterdir()):
         raise FileExistsError(f"overwrite: {path} is not a run, it has no config.yaml")
@@ -81,6 +88,8 @@ def hold(run_dir: Path) -> Iterator[None]:
     lock = FileLock(run_dir / LOCK, thread_local=False)
     try:
         lock.acquire(timeout=0)
+    except NotImplementedError:
+        print(f"{run_dir}: its file system has no locks; take care that one process writes to it")
     except Timeout:
         try:
             process = (run_dir / PID).read_text()

@@ -22,6 +22,7 @@ from grpo_fast.trainer import rollout as rollouts
 from grpo_fast.trainer.config import TrainConfig
 from grpo_fast.trainer.interruption import Interruption, interruptible, undivided
 from grpo_fast.trainer.model import Policy
+from grpo_fast.trainer.rewards import RewardError
 from grpo_fast.trainer.rollout import Rollout
 from grpo_fast.trainer.tasks import Task
 from grpo_fast.trainer.update import Learner
@@ -89,8 +90,11 @@ def _train(config: TrainConfig) -> Summary:
                 run.grpo(interruption)
             checkpoint = run.save()
             run.draw()
-        except BaseException:
+        except BaseException as error:
             run.rescue()
+            if isinstance(error, ValueError) and not isinstance(error, RewardError):
+                # No option is wrong any more: let its traceback be seen.
+                raise RuntimeError(f"step {run.step}: {error}") from error
             raise
         if not interruption.signal:
             run.show("after GRPO")
