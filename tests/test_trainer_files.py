@@ -176,12 +176,17 @@ def test_a_full_disk_costs_the_oldest_checkpoint_not_the_weights(tmp_path, monke
     assert steps == ["step-000002", "step-000003", "step-000004"]
 
 
-def test_full_disk_as_safetensors_tells_it(tmp_path):
-    from safetensors import SafetensorError
+@pytest.mark.parametrize("where", ["model", "tokenizer"])
+def test_a_full_disk_as_safetensors_and_tokenizers_tell_it(tmp_path, monkeypatch, where):
+    def full(*args, **kwargs):
+        raise Exception("I/O error: No space left (os error 28)")
 
-    error = files.named(SafetensorError("I/O error: (os error 28)"), tmp_path / "x")
-    assert error.errno == errno.ENOSPC
-    assert files.reason(error) == f"{tmp_path / 'x'}: {os.strerror(errno.ENOSPC)}"
+    _, policy = setup(tiny(tmp_path))
+    monkeypatch.setattr(getattr(policy, where), "save_pretrained", full)
+    with pytest.raises(OSError, match="step-000001") as raised:
+        models.save(policy, tmp_path, 1, 1)
+    assert raised.value.errno == errno.ENOSPC
+    assert list((tmp_path / "checkpoints").iterdir()) == []
 
 
 @pytest.mark.parametrize("what", ["metrics.jsonl", "curve.png"])

@@ -40,8 +40,8 @@ def run(command: str, arguments: Sequence[str]) -> int:
     except FloatingPointError as error:
         return fail(command, 1, str(error))
     except OSError as error:
-        # Ours about a run that exists have no errno.
-        return fail(command, 1 if error.errno else 2, files.reason(error))
+        refused = isinstance(error, FileExistsError) and error.errno is None  # a run that exists
+        return fail(command, 2 if refused else 1, files.reason(error))
     except ValueError as error:
         return fail(command, 2, str(error))
     except KeyboardInterrupt as error:

@@ -84,7 +84,7 @@ def named(error: Exception, path: Path) -> OSError:
     """An error that tells what could not be written and why.
 
     Args:
-        error: an OSError, or what safetensors raises in its place.
+        error: an OSError, or what safetensors and tokenizers raise in its place.
     """
     code = error.errno if isinstance(error, OSError) else None
     if code is None and (found := re.search(r"os error (\d+)", str(error))):

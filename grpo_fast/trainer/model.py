@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -183,7 +182,7 @@ def _write(policy: Policy, folder: Path, step: int) -> Path:
         # Not through save_pretrained, which refuses settings that models on the hub have.
         policy.generation_config.to_json_file(partial / "generation_config.json")
         files.publish(partial, final)
-    except (OSError, SafetensorError) as error:
+    except Exception as error:  # OSError, or how the Rust of safetensors and tokenizers tells it
         with contextlib.suppress(OSError):
             files.tidy(folder)
         raise files.named(error, final) from error
