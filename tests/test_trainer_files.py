@@ -24,7 +24,7 @@ from tests.tiny_runs import arguments, metrics, setup, start, tiny
 
 # How files and folders change on disk, but for what safetensors does in Rust.
 CALLS = [
-    (os, "replace"), (os, "rename"), (os, "unlink"), (os, "rmdir"), (os, "mkdir"), (os, "fsync"),
+    (os, "replace"), (os, "rename"), (os, "unlink"), (os, "rmdir"), (os, "mkdir"),
     (shutil, "rmtree"),
 ]  # fmt: skip
 
@@ -64,6 +64,7 @@ def value_of(checkpoint: Path) -> float:
 @pytest.mark.parametrize("step, keep", [(2, 2), (3, 1)], ids=["again", "prune"])
 def test_wherever_a_save_dies_the_newest_checkpoint_is_whole(tmp_path, monkeypatch, step, keep):
     _, policy = setup(tiny(tmp_path))
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # slow, and changes nothing here
     alive, done = 0, False
     while not done:
         run = tmp_path / f"run-{alive}"

@@ -87,6 +87,11 @@ def test_tied_heads_and_buffers_are_not_missing(given, tmp_path):
     config = LlamaConfig.from_pretrained(given, tie_word_embeddings=True)
     AutoModelForCausalLM.from_config(config).save_pretrained(given)
     assert "lm_head.weight" not in load_file(given / "model.safetensors")
+    old = {
+        f"model.layers.0.self_attn.{name}": torch.ones(4)
+        for name in ("rotary_emb.inv_freq", "masked_bias")
+    }
+    change(given, lambda weights: weights.update(old))
     models.build(tiny(tmp_path, model=str(given)), "")
 
 

@@ -11,6 +11,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+OLD_BUFFERS = (".masked_bias",)  # constants that transformers once saved with GPT-2
+
 
 def load(name: str) -> tuple[Any, Any]:
     """(causal LM in float32, tokenizer) of a folder or a hub id.
@@ -87,11 +89,11 @@ def check_loaded(info: dict[str, Any]) -> None:
     Raises:
         ValueError: naming tensors that are missing, unexpected, or of other shapes.
     """
-    wrong = [
-        f"{kind} tensors: {listed(sorted(info[f'{kind}_keys']))}"
-        for kind in ("missing", "unexpected")
-        if info[f"{kind}_keys"]
-    ]
+    keys = {
+        "missing": sorted(info["missing_keys"]),
+        "unexpected": sorted(k for k in info["unexpected_keys"] if not k.endswith(OLD_BUFFERS)),
+    }
+    wrong = [f"{kind} tensors: {listed(names)}" for kind, names in keys.items() if names]
     if shapes := sorted(info["mismatched_keys"], key=str):
         wrong.append(
             "tensors of another shape: "
