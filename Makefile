@@ -12,7 +12,8 @@ FAST := advantage_oracles derivatives diagnostics docs errors group_advantage gr
 	integrations_host integrations_masks integrations_miles integrations_nemo_rl integrations_openrlhf \
 	integrations_packed integrations_padded integrations_slime layout linear_errors logprob loss metrics names \
 	objective packaging policy_loss preset_edges preset_values presets public_api rare_options readme reference \
-	scaling selection sequence_loss shapes tensor_kinds trl_docs trl_loss verl verl_options weights
+	scaling selection sequence_loss shapes tensor_kinds trainer_data trainer_models \
+	trl_docs trl_loss verl verl_options weights
 
 ifeq ($(VENV),system)
 PY := $(PYTHON)

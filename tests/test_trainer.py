@@ -3,13 +3,9 @@
 import dataclasses
 import json
 import math
-import os
 import re
 import signal
-import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,52 +16,19 @@ pytest.importorskip("transformers", reason="the trainer needs grpo-fast[train]")
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grpo_fast.trainer import config as configs
-from grpo_fast.trainer import evaluate, rollout, tasks
+from grpo_fast.trainer import evaluate, rollout, tasks, warmup
 from grpo_fast.trainer import model as models
 from grpo_fast.trainer.cli import main
 from grpo_fast.trainer.config import TrainConfig
 from grpo_fast.trainer.train import train
 from grpo_fast.trainer.update import Learner
+from tests.tiny_runs import arguments, metrics, setup, start, tiny
 
-TINY = {
-    "max_operand": 9,
-    "heldout": 10,
-    "hidden_size": 16,
-    "num_layers": 1,
-    "num_heads": 2,
-    "warmup_steps": 20,
-    "warmup_batch_size": 16,
-    "prompts_per_step": 4,
-    "group_size": 4,
-    "num_iterations": 1,
-    "steps": 3,
-    "samples": 2,
-    "device": "cpu",  # also where there is a GPU: in float32, and the same bits from run to run
-}
 KEYS = {
     "step", "reward", "loss", "kl", "entropy", "clip_fraction", "tokens_per_second", "grad_norm",
     "learning_rate", "ratio_mean", "ratio_max", "completion_length", "truncated", "seconds",
     "reward/correct", "reward/bracketed_number",
 }  # fmt: skip
-
-
-def tiny(tmp_path: Path, **overrides) -> TrainConfig:
-    return TrainConfig(**{**TINY, "output_dir": str(tmp_path), **overrides})
-
-
-def arguments(tmp_path: Path, **overrides) -> list[str]:
-    options = {**TINY, "output_dir": tmp_path, **overrides}
-    return [f"--{name}={value}" for name, value in options.items()]
-
-
-def metrics(run_dir: Path) -> list[dict]:
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-
-
-def setup(config: TrainConfig) -> tuple[tasks.Task, models.Policy]:
-    torch.manual_seed(config.seed)
-    task = tasks.build(config)
-    return task, models.build(config, task.alphabet)
 
 
 def batch(config: TrainConfig, task: tasks.Task, policy: models.Policy) -> rollout.Rollout:
@@ -193,6 +156,17 @@ def test_micro_batches_add_up_to_the_batch(tmp_path, reduction):
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
 
 
+def test_micro_batches_of_the_warm_up_add_up_too(tmp_path):
+    gradients, losses = [], []
+    for size in (None, 3):
+        task, policy = setup(tiny(tmp_path))
+        shown = [(row["prompt"], row["answer"]) for row in task.train[:8]]
+        losses.append(warmup.imitate(policy, warmup.demonstrations(policy, shown), size))
+        gradients.append([p.grad for p in policy.model.parameters()])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+
+
 def test_gradients_are_those_of_the_reference(tmp_path):
     from grpo_fast import reference
 
@@ -246,6 +220,7 @@ def test_given_model_dataset_and_reward(tmp_path, monkeypatch, capsys):
     policy.tokenizer.save_pretrained(tmp_path / "given")
     rows = [{"prompt": f"{i}+1=", "answer": str(i + 1), "digits": 1} for i in range(8)]
     (tmp_path / "sums.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    sys.modules.pop("my_rewards", None)  # of another test
     (tmp_path / "my_rewards.py").write_text(
         "def short(prompts, completions, answer, digits, completion_ids, **kwargs):\n"
         "    assert len(prompts) == len(answer) == len(digits) == len(completion_ids)\n"
@@ -319,28 +294,14 @@ def test_non_finite_loss_stops_the_run_and_keeps_the_weights(tmp_path, monkeypat
     assert all(bool(p.isfinite().all()) for p in model.parameters())
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
-def test_interruption_leaves_a_usable_checkpoint(tmp_path, number):
-    command = [sys.executable, "-m", "grpo_fast.trainer", "train"]
-    process = subprocess.Popen(
-        [*command, *arguments(tmp_path, steps=100_000, name="run")],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
-    )
+def test_interruption_leaves_a_usable_checkpoint(tmp_path):
+    process = start(tmp_path, steps=100_000, name="run")
     try:
-        log = tmp_path / "run" / "metrics.jsonl"
-        deadline = time.monotonic() + 120
-        while not (log.exists() and log.read_text().count("\n") >= 2):
-            assert process.poll() is None, process.communicate()[1]
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        process.send_signal(number)
+        process.send_signal(signal.SIGINT)
         out, _ = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert process.returncode == 128 + number
+    assert process.returncode == 128 + signal.SIGINT
     checkpoint = models.latest(tmp_path / "run")
     assert f"interrupted after step {len(metrics(tmp_path / 'run'))}" in out
     assert str(checkpoint) in out

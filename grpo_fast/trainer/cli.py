@@ -1,9 +1,15 @@
 """The command line: `grpo-fast train [CONFIG.yaml] [--option value]...` and `grpo-fast eval RUN`."""
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+from grpo_fast.trainer import console, files
+from grpo_fast.trainer.rewards import RewardError
+
+EXTRA = ("transformers", "tokenizers", "matplotlib", "yaml", "tqdm", "filelock")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -16,16 +22,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("command", choices=["train", "eval"])
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="see grpo-fast COMMAND --help")
     chosen = parser.parse_args(arguments)
+    with console.lasting():
+        return run(chosen.command, chosen.arguments)
+
+
+def run(command: str, arguments: Sequence[str]) -> int:
+    """`main` of one command."""
     try:
-        return {"train": train, "eval": evaluate}[chosen.command](chosen.arguments)
+        return {"train": train, "eval": evaluate}[command](arguments)
     except ModuleNotFoundError as error:
-        return fail(chosen.command, 1, f"{error}: pip install 'grpo-fast[train]'")
-    except (ValueError, FileExistsError) as error:
-        return fail(chosen.command, 2, str(error))
+        if (error.name or "").split(".")[0] not in EXTRA:
+            raise
+        return fail(command, 1, f"{error}: pip install 'grpo-fast[train]'")
+    except RewardError as error:
+        print(error.details, end="", file=sys.stderr)
+        return fail(command, 1, str(error))
     except FloatingPointError as error:
-        return fail(chosen.command, 1, str(error))
-    except KeyboardInterrupt:
-        return fail(chosen.command, 130, "interrupted")
+        return fail(command, 1, str(error))
+    except OSError as error:
+        refused = isinstance(error, FileExistsError) and error.errno is None  # a run that exists
+        return fail(command, 2 if refused else 1, files.reason(error))
+    except ValueError as error:
+        return fail(command, 2, str(error))
+    except KeyboardInterrupt as error:
+        return fail(command, 128 + (error.args or (signal.SIGINT,))[0], "interrupted")
 
 
 def fail(command: str, status: int, message: str) -> int:
@@ -37,7 +57,7 @@ def train(arguments: Sequence[str]) -> int:
     from grpo_fast.trainer import config
     from grpo_fast.trainer import train as training
 
-    settings = config.parse(arguments)
+    settings = config.renamed(config.parse(arguments), arguments)
     quiet()
     end = training.train(settings)
     print(
@@ -67,7 +87,10 @@ def evaluate(arguments: Sequence[str]) -> int:
 
 
 def quiet() -> None:
-    """No progress bars of transformers' own between ours."""
+    """No progress bars of transformers' own between ours, and its warnings not beside our errors."""
+    from huggingface_hub.utils import logging as hub
     from transformers.utils import logging
 
+    hub.set_verbosity_error()
     logging.disable_progress_bar()
+    logging.set_verbosity_error()

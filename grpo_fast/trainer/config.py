@@ -1,5 +1,6 @@
 """`TrainConfig`: every option of a training run, from the command line and from YAML."""
 
+import argparse
 import dataclasses
 import difflib
 import math
@@ -13,6 +14,28 @@ from transformers import HfArgumentParser
 
 from grpo_fast.objective import Objective
 from grpo_fast.presets import PRESETS
+from grpo_fast.trainer import files
+
+# What an option that is not given becomes: for a new model, with --model.
+DEFAULTS: dict[str, tuple[Any, Any]] = {
+    "prompts_per_step": (32, 8),
+    "max_new_tokens": (8, 256),
+    "num_iterations": (2, 1),
+    "micro_batch_size": (None, 8),
+    "learning_rate": (1e-3, 1e-6),
+    "lr_warmup_steps": (10, 0),
+}
+HELDOUT = 150  # of the built-in task; of a dataset a tenth, and at most so many
+
+
+def default_text(name: str) -> str | None:
+    """What the documentation says of a default that depends on other options; None: it does not."""
+    if name == "heldout":
+        return f"{HELDOUT}; with `dataset` a tenth, at most {HELDOUT}"
+    if name not in DEFAULTS:
+        return None
+    new, given = ("all" if value is None else value for value in DEFAULTS[name])
+    return f"{new}; with `model` {given}"
 
 
 def option(default: Any, text: str) -> Any:
@@ -31,17 +54,20 @@ class TrainConfig:
     # The task
     task: Literal["arithmetic"] = option("arithmetic", "built-in task, where no dataset is given")
     max_operand: int = option(29, "arithmetic: the operands are 0 to this")
-    dataset: str | None = option(None, "JSONL file with a prompt and an answer column")
+    dataset: str | None = option(None, "JSON Lines file with a column prompt, and answer")
     reward: list[str] = dataclasses.field(
         default_factory=list,
         metadata={"help": "reward functions module:function, in place of the task's own"},
     )
+    reward_dir: str | None = option(
+        None, "folder where the modules of reward are looked for; default: the current one"
+    )
     reward_weights: list[float] = dataclasses.field(
         default_factory=list, metadata={"help": "one per reward function; default: 1 each"}
     )
-    heldout: int = option(150, "problems kept out of training for evaluation")
+    heldout: int = option(None, "problems kept out of training for evaluation")
     # The model
-    model: str | None = option(None, "path or hub id of a causal LM; default: a small new one")
+    model: str | None = option(None, "folder or hub id of a causal LM; default: a small new one")
     hidden_size: int = option(64, "of the new model")
     num_layers: int = option(2, "of the new model")
     num_heads: int = option(4, "of the new model")
@@ -57,17 +83,17 @@ class TrainConfig:
     warmup_batch_size: int = option(128, "demonstrations per warm-up step")
     warmup_learning_rate: float = option(3e-3, "of the warm-up")
     # Sampling
-    prompts_per_step: int = option(32, "P: prompts per GRPO step")
+    prompts_per_step: int = option(None, "P: prompts per GRPO step")
     group_size: int = option(8, "G: completions per prompt")
-    max_new_tokens: int = option(8, "longest completion, in tokens")
+    max_new_tokens: int = option(None, "longest completion, in tokens")
     temperature: float = option(1.0, "of sampling, and of the log-probs that are optimised")
     # Optimisation
     steps: int = option(200, "GRPO steps")
-    num_iterations: int = option(2, "mu: optimiser steps per batch of completions")
-    micro_batch_size: int | None = option(None, "completions per forward pass; default: all")
-    learning_rate: float = option(1e-3, "peak of the schedule")
+    num_iterations: int = option(None, "mu: optimiser steps per batch of completions")
+    micro_batch_size: int | None = option(None, "completions per forward pass, sampling included")
+    learning_rate: float = option(None, "peak of the schedule")
     lr_scheduler: str = option("linear", "a schedule of transformers.get_scheduler")
-    lr_warmup_steps: int = option(10, "GRPO steps until the peak")
+    lr_warmup_steps: int = option(None, "GRPO steps until the peak")
     weight_decay: float = option(0.0, "of AdamW")
     max_grad_norm: float = option(1.0, "gradients are scaled down to this norm")
     # The objective
@@ -94,6 +120,11 @@ class TrainConfig:
     samples: int = option(4, "completions shown before and after")
 
     def __post_init__(self) -> None:
+        for name, defaults in DEFAULTS.items():
+            if getattr(self, name) is None:
+                setattr(self, name, defaults[self.model is not None])
+        if self.heldout is None and self.dataset is None:
+            self.heldout = HELDOUT
         for name, low in _AT_LEAST.items():
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value >= low):
@@ -166,11 +197,12 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
     """
     arguments = list(arguments)
     if arguments and not arguments[0].startswith("-"):
-        arguments = [*yaml_arguments(Path(arguments[0])), *arguments[1:]]
+        arguments = [*yaml_arguments(Path(arguments[0]).expanduser()), *arguments[1:]]
     parser = HfArgumentParser(
         TrainConfig,  # type: ignore[arg-type]  # any dataclass type
         prog="grpo-fast train",
         usage="grpo-fast train [CONFIG.yaml] [--option value]...",
+        formatter_class=_Help,
         allow_abbrev=False,
     )
     config, rest = parser.parse_args_into_dataclasses(
@@ -179,6 +211,34 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
     if rest:
         raise ValueError(f"unknown argument {rest[0]!r}{_suggestion(rest[0].strip('-'))}")
     return config
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Defaults in the help texts, also those that depend on other options."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if text := default_text(action.dest):
+            return f"{action.help} (default: {text.replace('`', '')})"
+        if action.default in (None, []):
+            return action.help
+        return super()._get_help_string(action)
+
+
+def renamed(config: TrainConfig, arguments: Sequence[str]) -> TrainConfig:
+    """`config` under a free name where its name is that of the run whose config.yaml was read.
+
+    So `grpo-fast train runs/x/config.yaml` repeats the run, beside it. A name or --overwrite among the
+    arguments stays.
+    """
+    path = Path(arguments[0]) if arguments else Path()
+    if config.name is None or path.name != "config.yaml" or not path.is_file():
+        return config
+    if any(a.split("=")[0] in ("--name", "--overwrite") for a in arguments):
+        return config
+    parent = Path(config.output_dir)
+    if path.resolve().parent != (parent / config.name).resolve():
+        return config
+    return dataclasses.replace(config, name=files.free_name(parent, config.name))
 
 
 def yaml_arguments(path: Path) -> list[str]:
@@ -190,7 +250,9 @@ def yaml_arguments(path: Path) -> list[str]:
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8: {error}") from error
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: not YAML: {error}") from error
     if not isinstance(content, (dict, type(None))):
@@ -210,11 +272,77 @@ def yaml_arguments(path: Path) -> list[str]:
 
 
 def save(config: TrainConfig, path: Path) -> None:
-    """Write all options as YAML that `parse` reads back."""
-    path.write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False), encoding="utf-8")
+    """Write all options as YAML that `parse` reads back, in any working directory.
+
+    `overwrite` is not written: it was a permission for this run, not for one that repeats it.
+    """
+    options = dataclasses.asdict(config) | {"overwrite": False}
+    for name in ("dataset", "model", "output_dir", "reward_dir"):
+        if options[name] is not None and (there := Path(options[name]).expanduser()).exists():
+            options[name] = str(there.resolve())
+    if config.reward and config.reward_dir is None:
+        options["reward_dir"] = str(Path.cwd())
+    files.write(path, yaml.safe_dump(options, sort_keys=False, allow_unicode=True).encode())
 
 
-def _suggestion(name: str) -> str:
+# What other trainers call our options.
+_ELSEWHERE = {
+    "group_size": "num_generations n rollout_n num_samples",
+    "max_new_tokens": "max_completion_length max_response_length max_length",
+    "steps": "num_train_epochs max_steps epochs num_epochs total_epochs",
+    "micro_batch_size": "per_device_train_batch_size train_batch_size",
+    "prompts_per_step": "batch_size generation_batch_size gradient_accumulation_steps",
+    "objective": "loss_type algorithm",
+    "learning_rate": "lr",
+    "lr_scheduler": "lr_scheduler_type",
+    "lr_warmup_steps": "warmup_ratio num_warmup_steps",
+    "model": "model_name_or_path model_path",
+    "dataset": "dataset_name train_file train_dataset data",
+    "heldout": "eval_dataset test_size",
+    "reward": "reward_funcs reward_functions reward_func",
+    "epsilon_low": "epsilon clip_range cliprange",
+    "beta": "kl_coef kl_beta init_kl_coef",
+    "entropy_coef": "entropy_coeff",
+    "name": "run_name experiment_name",
+    "dtype": "bf16 fp16 torch_dtype precision",
+    "keep_checkpoints": "save_total_limit",
+    "threads": "num_threads",
+    "samples": "num_completions_to_print log_completions",
+    "max_grad_norm": "clip_grad grad_clip",
+}
+# Names without a counterpart here.
+_NONE_HERE = {
+    "logging_steps": "every step is a line of metrics.jsonl",
+    "report_to": "every step is a line of metrics.jsonl",
+    "save_strategy": "save_steps sets when checkpoints are written",
+    "max_prompt_length": "prompts are never cut",
+    "use_vllm": "completions are sampled by transformers",
+    "top_p": "what is sampled must be what is scored, so nothing is cut off",
+    "top_k": "what is sampled must be what is scored, so nothing is cut off",
+    "resume_from_checkpoint": "--model <checkpoint> starts a new run from its weights",
+}
+
+
+def _suggestion(option: str) -> str:
+    """What to write instead of an option that is not there."""
+    name = option.split("=")[0].replace("-", "_")
+    for ours, theirs in _ELSEWHERE.items():
+        if name in theirs.split():
+            return f"; here it is {ours!r}{_NOTES.get(name, '')}"
+    if name in _NONE_HERE:
+        return f"; there is none: {_NONE_HERE[name]}"
     names = [f.name for f in dataclasses.fields(TrainConfig)]
-    close = difflib.get_close_matches(name.split("=")[0].replace("-", "_"), names, n=1)
+    close = difflib.get_close_matches(name, names, n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+_NOTES = {
+    "num_train_epochs": ", in GRPO steps (an epoch is rows / prompts_per_step of them)",
+    "per_device_train_batch_size": ", the completions of a forward pass; prompts_per_step and "
+    "group_size set those of a GRPO step",
+    "gradient_accumulation_steps": " x group_size / micro_batch_size forward passes a GRPO step",
+    "batch_size": ", with micro_batch_size completions in a forward pass",
+    "warmup_ratio": ", in steps; warmup_steps is the supervised warm-up of a new model",
+    "bf16": ", e.g. --dtype bfloat16",
+    "epsilon": " and 'epsilon_high'",
+}

@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 
 from grpo_fast.trainer import config as configs
+from grpo_fast.trainer import loading, rollout, tasks
 from grpo_fast.trainer import model as models
-from grpo_fast.trainer import rollout, tasks
 from grpo_fast.trainer.config import TrainConfig
 from grpo_fast.trainer.model import Policy
 from grpo_fast.trainer.tasks import Row, Task
@@ -30,7 +30,7 @@ def mean_rewards(
     answers = rollout.sample(policy, prompts, config.max_new_tokens, temperature, size)
     total, means = rollout.reward(task, answers, rows)
     accuracy = next(iter(means.values()))
-    return {"reward": total.mean().item(), "accuracy": accuracy, **means}
+    return {"reward": total.nanmean().item(), "accuracy": accuracy, **means}
 
 
 def report(policy: Policy, task: Task, config: TrainConfig) -> str:
@@ -51,11 +51,15 @@ def evaluate_run(run_dir: Path, device: str = "auto", seed: int = 0) -> str:
     Raises:
         ValueError: not a run, or one without a checkpoint.
     """
-    checkpoint = run_dir if run_dir.parent.name == "checkpoints" else models.latest(run_dir)
-    settings = checkpoint.parent.parent / "config.yaml"
-    config = configs.parse([str(settings)])
-    config = dataclasses.replace(config, model=str(checkpoint), device=device)
+    run_dir = run_dir.expanduser()
+    checkpoint = run_dir
+    if run_dir.resolve().parent.name != "checkpoints":
+        checkpoint = models.latest(run_dir)
+    settings = checkpoint.resolve().parent.parent / "config.yaml"
+    config = dataclasses.replace(configs.parse([str(settings)]), device=device)
     task = tasks.build(config)
-    policy = models.build(config, task.alphabet)
+    device_, dtype = models.placement(config)
+    policy = models.prepare(*loading.load(str(checkpoint.resolve())), device_, dtype)
+    rollout.check_prompts(policy, task.heldout, config.max_new_tokens)
     torch.manual_seed(seed)
     return f"{checkpoint}: {report(policy, task, config)}"

@@ -1,9 +1,8 @@
 """Models: a small new one or a given one, its device and precision, and checkpoints."""
 
 import contextlib
-import os
 import re
-import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +11,12 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     GenerationConfig,
     LlamaConfig,
     PreTrainedTokenizerFast,
 )
 
+from grpo_fast.trainer import files, loading
 from grpo_fast.trainer.config import TrainConfig
 
 
@@ -52,29 +51,42 @@ def build(config: TrainConfig, alphabet: str) -> Policy:
         ValueError: no such device, or a model or tokenizer that cannot be used, saying why.
     """
     device, dtype = placement(config)
-    tokenizer: Any
     if config.model is None:
-        tokenizer = character_tokenizer(alphabet)
+        tokenizer: Any = character_tokenizer(alphabet)
         model = new_model(config, tokenizer)
     else:
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(config.model)
-            model = AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"model={config.model!r}: {error}") from error
+        model, tokenizer = loading.load(config.model)
+    if config.gradient_checkpointing:
+        loading.recompute_activations(model)
     return prepare(model, tokenizer, device, dtype)
 
 
 def prepare(model: Any, tokenizer: Any, device: torch.device, dtype: torch.dtype) -> Policy:
-    """Wrap a model: padding on the left, neutral generation settings, no dropout."""
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    """Wrap a model: padding on the left, neutral generation settings, no dropout.
+
+    Raises:
+        ValueError: there is no end-of-sequence token, or padding has no embedding.
+    """
     tokenizer.padding_side = "left"
-    original = model.generation_config
-    eos = original.eos_token_id if original.eos_token_id is not None else tokenizer.eos_token_id
-    if eos is None or tokenizer.pad_token_id is None:
-        raise ValueError("model: neither it nor its tokenizer has an end-of-sequence token")
-    eos_ids = eos if isinstance(eos, list) else [eos]
+    original = model.generation_config or GenerationConfig()
+    size = model.get_input_embeddings().num_embeddings
+    candidates = (original.eos_token_id, tokenizer.eos_token_id)
+    # A token without an embedding is never sampled, so it ends nothing.
+    named = [
+        [i for i in (c if isinstance(c, list) else [c]) if i in range(size)] for c in candidates
+    ]
+    eos_ids = named[0] or named[1]
+    if not eos_ids:
+        raise ValueError(
+            f"model: no end-of-sequence token among its {size} tokens: its generation_config.json has "
+            f"eos_token_id {candidates[0]}, its tokenizer {candidates[1]}"
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens((named[1] or eos_ids)[0])
+    if tokenizer.pad_token_id not in range(size):
+        raise ValueError(
+            f"model: the tokenizer's pad_token_id {tokenizer.pad_token_id} is not among its {size} tokens"
+        )
     model.generation_config = GenerationConfig(
         eos_token_id=eos_ids, pad_token_id=tokenizer.pad_token_id
     )
@@ -133,31 +145,61 @@ def new_model(config: TrainConfig, tokenizer: PreTrainedTokenizerFast) -> Any:
 def save(policy: Policy, run_dir: Path, step: int, keep: int) -> Path:
     """Write `checkpoints/step-<step>`, whole or not at all, and delete all but the newest `keep`.
 
-    Loadable by `AutoModelForCausalLM` and `AutoTokenizer`.
+    Loadable by `AutoModelForCausalLM` and `AutoTokenizer`. Where the disk is full, checkpoints that would
+    be deleted afterwards are deleted first, and it tries once more; the newest one always stays.
+
+    Raises:
+        OSError: nothing was saved; names the folder.
     """
     folder = run_dir / "checkpoints"
-    final, partial = folder / f"step-{step:06d}", folder / f".step-{step:06d}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    neutral = policy.model.generation_config
-    policy.model.generation_config = policy.generation_config
     try:
+        final = _write(policy, folder, step)
+    except OSError as error:
+        if error.errno not in files.FULL:
+            raise
+        for spare in checkpoints(run_dir)[: -max(keep - 1, 1)]:
+            files.remove(spare)
+        final = _write(policy, folder, step)
+    try:
+        for old in checkpoints(run_dir)[:-keep]:
+            if old != final:
+                files.remove(old)
+    except OSError as error:
+        print(f"{folder}: could not delete an older checkpoint: {error}", file=sys.stderr)
+    return final
+
+
+def _write(policy: Policy, folder: Path, step: int) -> Path:
+    """Write one checkpoint; nothing of it stays where that fails."""
+    final = folder / f"step-{step:06d}"
+    partial = files.hidden(final, "partial")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        files.tidy(folder)
+        partial.mkdir()
         policy.model.save_pretrained(partial)
-    finally:
-        policy.model.generation_config = neutral
-    policy.tokenizer.save_pretrained(partial)
-    if final.exists():
-        shutil.rmtree(final)
-    os.replace(partial, final)
-    for old in checkpoints(run_dir)[:-keep]:
-        shutil.rmtree(old)
+        policy.tokenizer.save_pretrained(partial)
+        # Not through save_pretrained, which refuses settings that models on the hub have.
+        policy.generation_config.to_json_file(partial / "generation_config.json")
+        files.publish(partial, final)
+    except Exception as error:  # OSError, or how the Rust of safetensors and tokenizers tells it
+        with contextlib.suppress(OSError):
+            files.tidy(folder)
+        raise files.named(error, final) from error
     return final
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
-    """The whole checkpoints of a run, oldest first."""
-    found = (run_dir / "checkpoints").glob("step-*")
-    return sorted(p for p in found if re.fullmatch(r"step-\d{6,}", p.name) and p.is_dir())
+    """The whole checkpoints of a run, oldest first.
+
+    Where a process died while it replaced one, that is the old one, still under its hidden name.
+    """
+    found = {}
+    for path in (run_dir / "checkpoints").glob("*"):
+        name = re.fullmatch(r"step-(\d{6,})|\.step-(\d{6,})\.old", path.name)
+        if name and path.is_dir() and not (name[2] and int(name[2]) in found):
+            found[int(name[1] or name[2])] = path
+    return [found[step] for step in sorted(found)]
 
 
 def latest(run_dir: Path) -> Path:

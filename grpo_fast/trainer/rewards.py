@@ -2,22 +2,43 @@
 
 `def reward(prompts, completions, **kwargs) -> list[float]`: one number per completion. The other columns
 of the dataset come as keyword arguments, one value per completion, beside `completion_ids`. A prompt and
-its completion are strings, or lists of chat messages where the dataset's prompts are.
+its completion are strings, or lists of chat messages where the dataset's prompts are. None in the list is
+a reward that does not apply to this completion, as in TRL.
 """
 
 import importlib
 import math
 import re
 import sys
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-Reward = Callable[..., list[float]]
+Reward = Callable[..., list[float | None]]
 Text = str | list[dict[str, str]]
+# Arguments of every call, which columns of a dataset cannot be named after.
+ARGUMENTS = ("prompts", "completions", "completion_ids")
+
+
+class RewardError(ValueError):
+    """A reward function that raised, or returned what is not a list of rewards.
+
+    Attributes:
+        details: the traceback of what it raised, from its own first line on; or "".
+    """
+
+    def __init__(self, message: str, raised: BaseException | None = None) -> None:
+        super().__init__(message)
+        self.details = ""
+        if raised is not None:
+            frames = raised.__traceback__
+            while frames is not None and _ours(frames.tb_frame.f_code.co_filename):
+                frames = frames.tb_next
+            self.details = "".join(traceback.format_exception(type(raised), raised, frames))
 
 
 def text_of(completion: Text) -> str:
@@ -27,7 +48,7 @@ def text_of(completion: Text) -> str:
 
 def correct(
     prompts: list[Text], completions: list[Text], answer: list[Any], **kwargs: Any
-) -> list[float]:
+) -> list[float | None]:
     """1 where the completion is the `answer` column, spaces and the brackets of `[...]` aside."""
     return [
         float(text_of(c).strip().removeprefix("[").removesuffix("]").strip() == str(a).strip())
@@ -35,26 +56,44 @@ def correct(
     ]
 
 
-def bracketed_number(prompts: list[Text], completions: list[Text], **kwargs: Any) -> list[float]:
+def bracketed_number(
+    prompts: list[Text], completions: list[Text], **kwargs: Any
+) -> list[float | None]:
     """1 where the completion is a whole number in brackets, like `[42]`, and nothing else."""
     return [float(re.fullmatch(r"\[\d+\]", text_of(c)) is not None) for c in completions]
 
 
-def load(specification: str) -> Reward:
-    """The function that `module:function` names; modules of the working directory are found too.
+def load(specification: str, folder: Path | None = None) -> Reward:
+    """The function that `module:function` names; modules of `folder` are found too.
+
+    Args:
+        folder: default: the working directory.
 
     Raises:
         ValueError: it is not of that form, or does not lead to a function.
+        RewardError: its module raised while it was imported.
     """
     module, _, function = specification.partition(":")
     if not module or not function:
         raise ValueError(f"reward: want module:function, got {specification!r}")
-    if str(Path.cwd()) not in sys.path:
-        sys.path.append(str(Path.cwd()))
+    folder = folder or Path.cwd()
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))
     try:
-        reward = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"reward={specification!r}: {error}") from error
+        reward = importlib.import_module(module)
+    except (Exception, SystemExit) as error:
+        missing = (isinstance(error, ModuleNotFoundError) and error.name) or ""
+        if missing and f"{module}.".startswith(f"{missing}."):
+            raise ValueError(
+                f"reward={specification!r}: no module {module!r} in {folder}, nor installed"
+            ) from error
+        raise RewardError(
+            f"reward={specification!r}: importing {module} raised {_raised(error)}", error
+        ) from error
+    for name in function.split("."):
+        if not hasattr(reward, name):
+            raise ValueError(f"reward={specification!r}: {module} has no {function!r}")
+        reward = getattr(reward, name)
     if not callable(reward):
         raise ValueError(f"reward={specification!r}: not a function")
     return reward
@@ -69,19 +108,77 @@ def score(
 ) -> tuple[Tensor, dict[str, float]]:
     """((B,) weighted sums of the rewards, mean of each reward by name).
 
+    A reward that is None counts in no sum and no mean. NaN: the total of a completion without any reward,
+    and the mean of a function that gave none.
+
     Raises:
-        ValueError: a function returned something else than one finite number per completion.
+        RewardError: a function raised, or returned something else than one finite number or None per
+            completion.
     """
     total = torch.zeros(len(completions), dtype=torch.float64)
+    scored = torch.zeros(len(completions), dtype=torch.bool)
     means = {}
-    for reward, weight in zip(rewards, weights, strict=True):
-        name = getattr(reward, "__name__", type(reward).__name__)
-        values = [float(v) for v in reward(prompts=prompts, completions=completions, **columns)]
-        if len(values) != len(completions) or not all(map(math.isfinite, values)):
-            raise ValueError(
-                f"reward {name}: want {len(completions)} finite numbers, got {len(values)}: "
-                f"{values[:8]}"
+    for name, reward, weight in zip(names(rewards), rewards, weights, strict=True):
+        try:
+            returned = reward(prompts=prompts, completions=completions, **columns)
+        except (Exception, SystemExit) as error:
+            raise RewardError(f"reward {place(reward)} raised {_raised(error)}", error) from error
+        values = _numbers(returned, len(completions))
+        if values is None:
+            raise RewardError(
+                f"reward {place(reward)}: want a list of {len(completions)} finite numbers (None "
+                f"where it does not apply), got {_shown(returned)}"
             )
-        total += weight * torch.tensor(values, dtype=torch.float64)
-        means[name] = sum(values) / max(len(values), 1)
-    return total.float(), means
+        given = ~values.isnan()
+        total += weight * values.nan_to_num()
+        scored |= given
+        means[name] = values[given].mean().item()
+    return torch.where(scored, total, math.nan).float(), means
+
+
+def names(rewards: Sequence[Reward]) -> list[str]:
+    """What metrics call the functions: `function`, or `module:function` where two share a name."""
+    short = [getattr(r, "__name__", type(r).__name__) for r in rewards]
+    return [place(r) if short.count(s) > 1 else s for r, s in zip(rewards, short, strict=True)]
+
+
+def place(reward: Reward) -> str:
+    """`module:function`."""
+    named = reward if hasattr(reward, "__qualname__") else type(reward)
+    return f"{named.__module__}:{named.__qualname__}"
+
+
+def _numbers(returned: Any, count: int) -> Tensor | None:
+    """(count,) float64 with NaN for None; None for what is no such list."""
+    if hasattr(returned, "tolist"):  # tensors, arrays, series
+        returned = returned.tolist()
+    if isinstance(returned, (str, bytes, Mapping, set)) or not isinstance(returned, Iterable):
+        return None
+    values = []
+    for value in returned:
+        if value is None:
+            values.append(math.nan)
+            continue
+        try:
+            number = math.nan if isinstance(value, (str, bytes)) else float(value)
+        except (TypeError, ValueError, RuntimeError, OverflowError):
+            return None
+        if not math.isfinite(number):
+            return None
+        values.append(number)
+    return torch.tensor(values, dtype=torch.float64) if len(values) == count else None
+
+
+def _shown(returned: Any) -> str:
+    """What a function returned, in at most a line or so."""
+    kind, text = type(returned).__name__, repr(returned)
+    size = f" of {len(returned)}" if isinstance(returned, (list, tuple)) else ""
+    return f"{kind}{size}: {text if len(text) <= 200 else text[:200] + '...'}"
+
+
+def _ours(file: str) -> bool:
+    return file == __file__ or "importlib" in file
+
+
+def _raised(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"

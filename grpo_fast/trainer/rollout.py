@@ -1,7 +1,7 @@
 """Rollouts: sample completions, reward them, and score them with a model."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +37,11 @@ class Rollout:
 
     def __getitem__(self, rows: slice) -> "Rollout":
         return Rollout(**{name: value[rows] for name, value in vars(self).items()})
+
+    def parts(self, size: int | None) -> "list[Rollout]":
+        """Micro-batches of `size` completions; None: all in one."""
+        count = len(self.prompts)
+        return [self[i : i + (size or count)] for i in range(0, count, size or count)]
 
 
 @torch.no_grad()
@@ -89,14 +94,67 @@ def sample(
     return Rollout(ids, attention, completion_ids, mask, is_eos.any(1), list(prompts), completions)
 
 
-def encode(tokenizer: Any, prompts: Sequence[Text]) -> Any:
-    """Input ids and attention mask of prompts, (B, P), padded on the left."""
+def check_prompts(policy: Policy, rows: Sequence[Row], max_new_tokens: int) -> None:
+    """Refuse prompts that the model cannot read.
+
+    Raises:
+        ValueError: naming the prompt.
+    """
+    tokenizer, model = policy.tokenizer, policy.model
+    size = model.get_input_embeddings().num_embeddings
+    places = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    prompts = [row["prompt"] for row in rows]
+    if tokenizer.chat_template is None and any(not isinstance(p, str) for p in prompts):
+        raise ValueError(
+            "dataset: its prompts are chat messages, and the tokenizer has no chat template; give "
+            "--model a chat model, or prompts that are text"
+        )
+    for prompt, ids in zip(prompts, _token_ids(tokenizer, prompts), strict=True):
+        if not ids:
+            raise ValueError(f"prompt {_short(prompt)}: no tokens are left of it")
+        if max(ids) >= size:
+            raise ValueError(
+                f"prompt {_short(prompt)}: token {max(ids)} of the tokenizer is not among the model's "
+                f"{size}"
+            )
+        if places is not None and len(ids) + max_new_tokens > places:
+            raise ValueError(
+                f"prompt {_short(prompt)}: {len(ids)} tokens and max_new_tokens={max_new_tokens} are "
+                f"more than the model's {places} positions"
+            )
+
+
+def _token_ids(tokenizer: Any, prompts: list[Text]) -> Iterator[list[int]]:
+    """Token ids of each prompt, a thousand at a time."""
+    for i in range(0, len(prompts), 1000):
+        some = prompts[i : i + 1000]
+        try:
+            yield from encode(tokenizer, some, padding=False)["input_ids"]
+        except Exception as error:  # of a chat template: it wants another role first, say
+            if len(prompts) == 1:
+                raise ValueError(f"prompt {_short(some[0])}: {error}") from error
+            for prompt in some:
+                yield from _token_ids(tokenizer, [prompt])
+
+
+def _short(prompt: Text) -> str:
+    text = repr(prompt)
+    return text if len(text) <= 80 else text[:80] + "..."
+
+
+def encode(tokenizer: Any, prompts: Sequence[Text], padding: bool = True) -> Any:
+    """Input ids and attention mask of prompts, (B, P), padded on the left; lists without `padding`."""
     chat = any(not isinstance(p, str) for p in prompts)
     texts = list(prompts)
     if chat:
         texts = tokenizer.apply_chat_template(texts, tokenize=False, add_generation_prompt=True)
     # A chat template has written the special tokens already.
-    return tokenizer(texts, padding=True, return_tensors="pt", add_special_tokens=not chat)
+    return tokenizer(
+        texts,
+        padding=padding,
+        return_tensors="pt" if padding else None,
+        add_special_tokens=not chat,
+    )
 
 
 def reward(task: Task, rollout: Rollout, rows: Sequence[Row]) -> tuple[Tensor, dict[str, float]]:

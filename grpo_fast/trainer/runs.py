@@ -1,48 +1,134 @@
-"""What a run leaves behind: its folder, metrics.jsonl and curve.png."""
+"""What a run leaves behind: its folder, config.yaml, metrics.jsonl and curve.png."""
 
-import itertools
+import contextlib
+import io
 import json
 import math
-import shutil
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from matplotlib.figure import Figure
 
+from grpo_fast.trainer import files
+from grpo_fast.trainer import model as models
 from grpo_fast.trainer.config import TrainConfig
 
 SMOOTHING = 10  # steps of the moving mean
+LOCK, PID = ".lock", ".pid"
+
+
+def check(config: TrainConfig) -> None:
+    """Refuse a run that `create` would refuse, and change nothing.
+
+    Raises:
+        FileExistsError: `config.name` is taken and `config.overwrite` is not set, what is there is not a
+            run, or a process is writing to it.
+        ValueError: `config.output_dir` is not a folder.
+    """
+    parent = Path(config.output_dir)
+    if parent.exists() and not parent.is_dir():
+        raise ValueError(f"output_dir={config.output_dir!r}: not a folder")
+    path = parent / (config.name or "")
+    if config.name is None or not path.exists():
+        return
+    if (path / LOCK).exists():
+        with hold(path):
+            pass
+    if not config.overwrite:
+        raise FileExistsError(_what_is_there(path, config.name))
+    for option in ("model", "dataset", "reward_dir"):
+        needed = Path(getattr(config, option) or "").expanduser().resolve()
+        if path.resolve() in (needed, *needed.parents) and getattr(config, option):
+            raise FileExistsError(
+                f"overwrite: {option}={getattr(config, option)!r} is in {path}, which would be "
+                "deleted; choose another --name"
+            )
+    # A run that died before it wrote anything is one, too.
+    if not any((path / name).is_file() for name in ("config.yaml", LOCK)) and any(path.iterdir()):
+        raise FileExistsError(f"overwrite: {path} is not a run, it has no config.yaml")
 
 
 def create(config: TrainConfig) -> Path:
     """Make the folder of a run. Without `config.name`: the first free of arithmetic, arithmetic-2, ...
 
     Raises:
-        FileExistsError: `config.name` is taken and `config.overwrite` is not set, or what is there is not
-            a run.
+        FileExistsError, ValueError: as `check`.
     """
+    check(config)
     parent = Path(config.output_dir)
     parent.mkdir(parents=True, exist_ok=True)
     if config.name is not None:
         path = parent / config.name
         if path.exists():
-            if not config.overwrite:
-                raise FileExistsError(
-                    f"name={config.name!r}: {path} exists; --overwrite replaces it"
-                )
-            if not (path / "config.yaml").is_file():
-                raise FileExistsError(f"overwrite: {path} is not a run, it has no config.yaml")
-            shutil.rmtree(path)
-        path.mkdir()
+            with hold(path):
+                _empty(path)
+        else:
+            path.mkdir()
         return path
     stem = config.task if config.dataset is None else Path(config.dataset).stem
-    for suffix in ("", *(f"-{i}" for i in itertools.islice(itertools.count(2), 10_000))):
+    while True:
+        path = parent / files.free_name(parent, stem)
         try:
-            (parent / (stem + suffix)).mkdir()
-        except FileExistsError:
+            path.mkdir()
+        except FileExistsError:  # another run was faster
             continue
-        return parent / (stem + suffix)
-    raise FileExistsError(f"{parent}: no free name like {stem}-2; give one with --name")
+        return path
+
+
+@contextlib.contextmanager
+def hold(run_dir: Path) -> Iterator[None]:
+    """Keep other processes from writing to a run; the lock ends with this process, however it ends.
+
+    Raises:
+        FileExistsError: a process holds the run; names it.
+    """
+    lock = FileLock(run_dir / LOCK, thread_local=False)
+    try:
+        lock.acquire(timeout=0)
+    except NotImplementedError:
+        print(f"{run_dir}: its file system has no locks; take care that one process writes to it")
+    except Timeout:
+        try:
+            process = (run_dir / PID).read_text()
+        except OSError:
+            process = "unknown"
+        raise FileExistsError(
+            f"{run_dir}: process {process} is writing to this run; choose another --name, or wait "
+            "until it has ended"
+        ) from None
+    try:
+        files.write(run_dir / PID, str(os.getpid()).encode())
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            (run_dir / PID).unlink()
+        lock.release()
+
+
+def _empty(run_dir: Path) -> None:
+    """Delete a run but for its lock. config.yaml, which tells that it is one, goes last."""
+    last = run_dir / "config.yaml"
+    for path in [*(p for p in run_dir.iterdir() if p != last), last]:
+        if path.name not in (LOCK, PID) and (path.exists() or path.is_symlink()):
+            files.remove(path)
+
+
+def _what_is_there(path: Path, name: str) -> str:
+    found = models.checkpoints(path)
+    if not found:
+        return (
+            f"name={name!r}: {path} exists, without a checkpoint; give another --name, or replace it "
+            "with --overwrite"
+        )
+    step = int(found[-1].name.strip(".").removeprefix("step-").removesuffix(".old"))
+    return (
+        f"name={name!r}: {path} exists; its newest checkpoint, of step {step}, is {found[-1]}. To go on "
+        f"from it: --model {found[-1]} --name {files.free_name(path.parent, name)}. "
+        f"(--overwrite deletes the run and its checkpoints.)"
+    )
 
 
 class Metrics:
@@ -53,36 +139,57 @@ class Metrics:
         self.rows: list[dict[str, Any]] = []
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append a row. NaN, for what was not measured, becomes null: JSON has no NaN."""
+        """Append a row. NaN, for what was not measured, becomes null: JSON has no NaN.
+
+        Raises:
+            OSError: naming the file, which then ends with the row before.
+        """
         clean = {
             k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()
         }
         self.rows.append(clean)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(clean) + "\n")
+        line = (json.dumps(clean) + "\n").encode()
+        size = None
+        try:
+            with self.path.open("ab", buffering=0) as file:  # one write, no half lines
+                size = os.fstat(file.fileno()).st_size
+                if file.write(line) < len(line):
+                    file.write(line[os.fstat(file.fileno()).st_size - size :])
+        except OSError as error:
+            if size is not None:
+                with contextlib.suppress(OSError):
+                    os.truncate(self.path, size)
+            raise files.named(error, self.path) from error
 
     def recent(self, name: str, steps: int = SMOOTHING) -> float:
-        """The mean of a metric over the last steps."""
-        values = [row[name] for row in self.rows[-steps:]]
+        """The mean of a metric over the last steps, those aside where it is null."""
+        values = [row[name] for row in self.rows[-steps:] if row[name] is not None]
         return sum(values) / len(values) if values else math.nan
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Draw reward, KL and entropy over the steps."""
+    """Draw reward, KL and entropy over the steps.
+
+    Raises:
+        OSError: naming `path`; the picture that was there is unchanged.
+    """
     figure = Figure(figsize=(7, 6), layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True)
     steps = [row["step"] for row in rows]
-    reward = [row["reward"] for row in rows]
-    smooth = [
-        sum(reward[max(0, i - SMOOTHING + 1) : i + 1]) / min(i + 1, SMOOTHING)
-        for i in range(len(reward))
-    ]
+    curves = {
+        name: [math.nan if row[name] is None else row[name] for row in rows]
+        for name in ("reward", "entropy", "kl")
+    }
+    reward = curves.pop("reward")
+    smooth = []
+    for i in range(len(reward)):
+        known = [r for r in reward[max(0, i - SMOOTHING + 1) : i + 1] if not math.isnan(r)]
+        smooth.append(sum(known) / len(known) if known else math.nan)
     top.plot(steps, reward, color="C0", alpha=0.35, label="batch")
     top.plot(steps, smooth, color="C0", label=f"mean of {SMOOTHING} steps")
     top.set(ylabel="reward")
     top.legend(loc="lower right")
-    for name, colour in (("entropy", "C1"), ("kl", "C2")):
-        values = [math.nan if row[name] is None else row[name] for row in rows]
+    for (name, values), colour in zip(curves.items(), ("C1", "C2"), strict=True):
         if not all(map(math.isnan, values)):
             bottom.plot(steps, values, color=colour, label=f"{name} [nats per token]")
     bottom.set(xlabel="step")
@@ -90,4 +197,6 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         bottom.legend(loc="best")
     for axes in (top, bottom):
         axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=120, format="png")
+    files.write(path, picture.getvalue())

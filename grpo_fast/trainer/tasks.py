@@ -1,5 +1,7 @@
 """Tasks: what is asked, how answers are rewarded, and what a new model is shown before GRPO."""
 
+import codecs
+import dataclasses
 import json
 import random
 from collections.abc import Callable, Iterator
@@ -39,13 +41,13 @@ def build(config: TrainConfig) -> Task:
     Raises:
         ValueError: an unreadable dataset or reward function, or too few problems.
     """
+    folder = Path(config.reward_dir) if config.reward_dir else None
+    functions = [rewards.load(r, folder) for r in config.reward]
     task = from_file(config) if config.dataset is not None else arithmetic(config)
-    if config.reward:
-        functions = [rewards.load(r) for r in config.reward]
-        weights = config.reward_weights or [1.0] * len(functions)
-    else:
-        functions, weights = task.rewards, task.weights
-    return Task(task.train, task.heldout, functions, weights, task.demonstration, task.alphabet)
+    if not functions:
+        return task
+    weights = config.reward_weights or [1.0] * len(functions)
+    return dataclasses.replace(task, rewards=functions, weights=weights)
 
 
 def arithmetic(config: TrainConfig) -> Task:
@@ -72,49 +74,137 @@ def arithmetic(config: TrainConfig) -> Task:
 
 
 def from_file(config: TrainConfig) -> Task:
-    """The rows of a JSONL file; `prompt` is a string or a list of chat messages.
+    """The rows of a JSON Lines file; `prompt` is a string or a list of chat messages.
 
     Raises:
-        ValueError: a line that is not an object with both columns, by number.
+        ValueError: a line that is not such a row, by number.
     """
-    path = Path(config.dataset or "")
+    path = Path(config.dataset or "").expanduser()
     if not path.is_file():
         raise ValueError(f"dataset={config.dataset!r}: no such file")
+    needed = why_answers(config)
     rows: list[Row] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    first = 0
+    # Lines end at \n alone: other line separators of Unicode are part of a string.
+    for number, line in enumerate(path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n"), 1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: not JSON: {error}") from error
-        missing = {"prompt", "answer"} - set(row if isinstance(row, dict) else ())
-        if missing:
-            raise ValueError(f"{path}, line {number}: no column {', '.join(sorted(missing))}")
-        if rows and row.keys() != rows[0].keys():
-            raise ValueError(f"{path}, line {number}: other columns than line 1")
+            row = parse_row(line, needed)
+            if rows and row.keys() != rows[0].keys():
+                differ = ", ".join(sorted(row.keys() ^ rows[0].keys()))
+                raise ValueError(f"other columns than line {first}: {differ}")
+            if rows and isinstance(row["prompt"], str) != isinstance(rows[0]["prompt"], str):
+                raise ValueError(f"prompt: text and chat messages are mixed, see line {first}")
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}") from error
+        first = first or number
         rows.append(row)
-    alphabet = "".join(sorted({c for row in rows for c in f"{row['prompt']}{row['answer']}"}))
+    if not rows:
+        raise ValueError(f"{path}: no rows")
+    alphabet = "".join(sorted({c for r in rows for c in f"{r['prompt']}{r.get('answer', '')}"}))
+    demonstration = (lambda row, rng: str(row["answer"])) if needed else None
     train, heldout = split(rows, config)
-    return Task(
-        train, heldout, [rewards.correct], [1.0], lambda row, rng: str(row["answer"]), alphabet
-    )
+    return Task(train, heldout, [rewards.correct], [1.0], demonstration, alphabet)
+
+
+def why_answers(config: TrainConfig) -> str:
+    """What a dataset's answers are for, "" for nothing."""
+    if not config.reward:
+        return "without --reward a completion is rewarded where it is the answer"
+    if config.model is None and config.warmup_steps:
+        return "a new model is warmed up on the answers; --warmup_steps 0 or --model does without"
+    return ""
+
+
+def parse_row(line: bytes, needed: str) -> Row:
+    """One line of a dataset.
+
+    Args:
+        needed: what its answer is for; "": it needs none.
+
+    Raises:
+        ValueError: what is wrong with it.
+    """
+    try:
+        text = line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8: {error}") from error
+    try:
+        row = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not JSON: {error}") from error
+    if not isinstance(row, dict):
+        raise ValueError(f'want an object like {{"prompt": ...}}, got {type(row).__name__}')
+    if "prompt" not in row:
+        raise ValueError(f"no column prompt; there are: {', '.join(row) or 'none'}")
+    if needed and "answer" not in row:
+        raise ValueError(f"no column answer ({needed})")
+    for name in rewards.ARGUMENTS:
+        if name in row:
+            raise ValueError(
+                f"a column cannot be called {name!r}, which is an argument of every reward function"
+            )
+    check_prompt(row["prompt"])
+    if needed and not isinstance(row["answer"], (str, int, float)):
+        raise ValueError(f"answer: want text or a number, got {json.dumps(row['answer'])[:80]}")
+    try:
+        json.dumps(row, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"half of a surrogate pair, which is no text: {error}") from error
+    return row
+
+
+def check_prompt(prompt: Any) -> None:
+    """Refuse what is neither text nor chat messages.
+
+    Raises:
+        ValueError: saying what it is.
+    """
+    if not isinstance(prompt, (str, list)):
+        raise ValueError(f"prompt: want text or a list of messages, got {json.dumps(prompt)[:80]}")
+    if not prompt:
+        raise ValueError(f"prompt: empty: {json.dumps(prompt)}")
+    for message in [] if isinstance(prompt, str) else prompt:
+        keys = ("role", "content")
+        if not (isinstance(message, dict) and all(isinstance(message.get(k), str) for k in keys)):
+            raise ValueError(
+                'prompt: want messages like {"role": "user", "content": "..."}, got '
+                f"{json.dumps(message)[:80]}"
+            )
+
+
+def count(rows: list[Row]) -> int:
+    """How many different prompts."""
+    return len(by_prompt(rows))
+
+
+def by_prompt(rows: list[Row]) -> dict[str, list[Row]]:
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(json.dumps(row["prompt"]), []).append(row)
+    return found
 
 
 def split(rows: list[Row], config: TrainConfig) -> tuple[list[Row], list[Row]]:
-    """(training rows, `config.heldout` others). No prompt is on both sides.
+    """(training rows, those of `config.heldout` other prompts). No prompt is on both sides.
 
     Raises:
-        ValueError: fewer than one training row would be left.
+        ValueError: no training row would be left.
     """
-    by_prompt: dict[str, list[Row]] = {}
-    for row in rows:
-        by_prompt.setdefault(json.dumps(row["prompt"]), []).append(row)
-    groups = list(by_prompt.values())
+    groups = list(by_prompt(rows).values())
     random.Random(config.seed).shuffle(groups)
-    heldout, train = groups[: config.heldout], groups[config.heldout :]
+    count = config.heldout or max(1, min(150, len(groups) // 10))
+    heldout, train = groups[:count], groups[count:]
     if not train:
-        raise ValueError(f"heldout={config.heldout}: want fewer than the {len(groups)} problems")
+        raise ValueError(
+            f"heldout={count}: want fewer than the {len(groups)} different prompts; "
+            + (
+                f"set --heldout to at most {len(groups) - 1}"
+                if len(groups) > 1
+                else "there must be two at least, one to train on and one held out"
+            )
+        )
     return [r for g in train for r in g], [r for g in heldout for r in g]
 
 

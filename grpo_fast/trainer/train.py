@@ -1,12 +1,12 @@
 """The training loop: warm up a new model, then sample, reward and update until done or interrupted."""
 
 import contextlib
+import dataclasses
+import math
 import os
 import random
-import signal
-import threading
+import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,11 +16,13 @@ from tqdm import tqdm
 from transformers import set_seed
 
 from grpo_fast.trainer import config as configs
-from grpo_fast.trainer import evaluate, runs, tasks
+from grpo_fast.trainer import console, evaluate, files, runs, tasks
 from grpo_fast.trainer import model as models
 from grpo_fast.trainer import rollout as rollouts
 from grpo_fast.trainer.config import TrainConfig
+from grpo_fast.trainer.interruption import Interruption, interruptible, undivided
 from grpo_fast.trainer.model import Policy
+from grpo_fast.trainer.rewards import RewardError
 from grpo_fast.trainer.rollout import Rollout
 from grpo_fast.trainer.tasks import Task
 from grpo_fast.trainer.update import Learner
@@ -49,25 +51,36 @@ class Summary:
 def train(config: TrainConfig) -> Summary:
     """A whole run: `config.yaml`, `metrics.jsonl`, `curve.png` and checkpoints in a folder of its own.
 
-    However it ends (also by SIGINT or SIGTERM), the weights of that moment are saved.
+    However it ends (also by SIGINT, SIGTERM or SIGHUP), the weights of that moment are saved.
 
     Raises:
-        ValueError: a dataset, reward, model or device that cannot be used.
-        FileExistsError: the run exists.
+        ValueError: a dataset, reward, model or device that cannot be used; nothing was written.
+        FileExistsError: the run exists, or is alive.
         FloatingPointError: loss or gradient became NaN or infinite; names the step.
+        RewardError: a reward function raised, or returned no list of rewards.
+        OSError: what could not be written, and why.
     """
+    with console.lasting():
+        return _train(config)
+
+
+def _train(config: TrainConfig) -> Summary:
     started = time.perf_counter()
+    check_alone()
+    runs.check(config)
     set_seed(config.seed)
     # On a model as small as the built-in one threads gain little, and lose much where cores are shared.
     usual = torch.get_num_threads() if config.model else 1
     torch.set_num_threads(config.threads or usual)
     task = tasks.build(config)
+    config = dataclasses.replace(config, heldout=tasks.count(task.heldout))
     policy = models.build(config, task.alphabet)
+    rollouts.check_prompts(policy, [*task.train, *task.heldout], config.max_new_tokens)
     run_dir = runs.create(config)
-    configs.save(config, run_dir / "config.yaml")
-    print(f"{run_dir}: {len(task.train)} training and {len(task.heldout)} held-out problems")
-    run = _Run(config, task, policy, run_dir, runs.Metrics(run_dir), started)
-    with interruptible() as interruption:
+    with runs.hold(run_dir), interruptible() as interruption:
+        configs.save(config, run_dir / "config.yaml")
+        print(f"{run_dir}: {len(task.train)} training and {len(task.heldout)} held-out problems")
+        run = _Run(config, task, policy, run_dir, runs.Metrics(run_dir), started)
         try:
             if config.model is None and task.demonstration is not None:
                 taken = warm_up(policy, task, config, lambda: bool(interruption.signal))
@@ -75,52 +88,41 @@ def train(config: TrainConfig) -> Summary:
             if not interruption.signal:
                 run.show("before GRPO")
                 run.grpo(interruption)
-        finally:
-            checkpoint = models.save(policy, run_dir, run.step, config.keep_checkpoints)
-            runs.plot(run.metrics.rows, run_dir / "curve.png")
+            checkpoint = run.save()
+            run.draw()
+        except BaseException as error:
+            run.rescue()
+            if isinstance(error, ValueError) and not isinstance(error, RewardError):
+                # No option is wrong any more: let its traceback be seen.
+                raise RuntimeError(f"step {run.step}: {error}") from error
+            raise
         if not interruption.signal:
             run.show("after GRPO")
     rows = run.metrics.rows
+    first = rows[0]["reward"] if rows else None
     return Summary(
         run_dir=run_dir,
         checkpoint=checkpoint,
         steps=run.step,
-        first_reward=rows[0]["reward"] if rows else float("nan"),
+        first_reward=float("nan") if first is None else first,
         last_reward=run.metrics.recent("reward"),
         seconds=time.perf_counter() - started,
         signal=interruption.signal,
     )
 
 
-@dataclass
-class Interruption:
-    signal: int | None = None
+def check_alone() -> None:
+    """Refuse to be one of several processes, each of which would train a copy.
 
-
-@contextlib.contextmanager
-def interruptible() -> Iterator[Interruption]:
-    """Turn the first SIGINT or SIGTERM into a note to stop after the step; a second one stops at once.
-
-    Outside the main thread, where Python handles no signals, it does nothing.
+    Raises:
+        ValueError: this one is, by the variables of torchrun, accelerate and MPI.
     """
-    interruption = Interruption()
-    if threading.current_thread() is not threading.main_thread():
-        yield interruption
-        return
-
-    def note(number: int, frame: object) -> None:
-        if interruption.signal is not None:
-            raise KeyboardInterrupt
-        interruption.signal = number
-        # print may be in the middle of a write that this handler interrupted
-        os.write(2, b"\nstopping after this step; once more to stop at once\n")
-
-    previous = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield interruption
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+    for name in ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"):
+        if os.environ.get(name, "1") not in ("", "0", "1"):
+            raise ValueError(
+                f"{name}={os.environ[name]}: this trainer is one process on one device; for more, use "
+                "this library's losses in TRL or verl (docs/trl.md, docs/integrations.md)"
+            )
 
 
 @dataclass
@@ -132,6 +134,36 @@ class _Run:
     metrics: runs.Metrics
     started: float
     step: int = 0
+    saved: tuple[int, Path] | None = None
+    warned: bool = False
+
+    def save(self) -> Path:
+        """The checkpoint of this step, written unless it is there."""
+        if self.saved is None or self.saved[0] != self.step:
+            with undivided():
+                path = models.save(
+                    self.policy, self.run_dir, self.step, self.config.keep_checkpoints
+                )
+                self.saved = self.step, path
+        return self.saved[1]
+
+    def draw(self) -> None:
+        runs.plot(self.metrics.rows, self.run_dir / "curve.png")
+
+    def rescue(self) -> None:
+        """Save the weights of a run that ends by an exception, and say where they are."""
+        with contextlib.suppress(OSError, KeyboardInterrupt), undivided():
+            try:
+                print(f"the weights after step {self.step} are in {self.save()}", file=sys.stderr)
+            except Exception as error:  # must not hide the one that ended the run
+                found = models.checkpoints(self.run_dir)
+                why = files.reason(error) if isinstance(error, OSError) else error
+                print(
+                    f"the weights after step {self.step} could not be saved: {why}; "
+                    f"the newest checkpoint is {found[-1] if found else 'none'}",
+                    file=sys.stderr,
+                )
+            self.draw()
 
     def grpo(self, interruption: Interruption) -> None:
         """All GRPO steps. `self.step` counts the finished ones."""
@@ -143,8 +175,8 @@ class _Run:
         with tqdm(total=config.steps, desc="GRPO", mininterval=0.5) as bar:
             while self.step < config.steps and not interruption.signal:
                 row = self.grpo_step(learner, next(batches))
-                self.metrics.write(row)
                 self.step += 1
+                self.metrics.write(row)
                 bar.update()
                 bar.set_postfix_str(
                     f"reward {row['reward']:.3f}, "
@@ -152,17 +184,22 @@ class _Run:
                     + f"clip {row['clip_fraction']:.3f}, {row['tokens_per_second']:.0f} tokens/s"
                 )
                 if self.step % config.save_steps == 0 and self.step < config.steps:
-                    models.save(self.policy, self.run_dir, self.step, config.keep_checkpoints)
-                    runs.plot(self.metrics.rows, self.run_dir / "curve.png")
+                    self.save()
+                    self.draw()
 
     def grpo_step(self, learner: Learner, problems: list[tasks.Row]) -> dict[str, float]:
         """Sample `group_size` completions per problem, reward them, update; the row of metrics."""
         config, begin = self.config, time.perf_counter()
         rows = [row for row in problems for _ in range(config.group_size)]
-        rollout = rollouts.sample(
-            self.policy, [row["prompt"] for row in rows], config.max_new_tokens, config.temperature
-        )
+        rollout = self.sample(rows)
         rewards, means = rollouts.reward(self.task, rollout, rows)
+        if rewards.isnan().any() and not self.warned:
+            self.warned = True
+            tqdm.write(
+                f"step {self.step}: every reward function gave None for "
+                f"{int(rewards.isnan().sum())} completions; such completions have advantage 0",
+                file=sys.stderr,
+            )
         try:
             metrics = learner.update(rollout, rewards)
         except FloatingPointError as error:
@@ -170,9 +207,10 @@ class _Run:
         seconds = time.perf_counter() - begin
         return {
             "step": self.step,
-            "reward": rewards.mean().item(),
-            "reward_std": rewards.std().item(),
+            "reward": rewards.nanmean().item(),
+            "reward_std": spread(rewards),
             **{f"reward/{name}": mean for name, mean in means.items()},
+            "without_reward": rewards.isnan().float().mean().item(),
             "groups_without_signal": same_reward(rewards, config.group_size),
             **completion_metrics(rollout),
             **metrics,
@@ -181,14 +219,24 @@ class _Run:
             "seconds": time.perf_counter() - self.started,
         }
 
+    def sample(self, rows: list[tasks.Row]) -> Rollout:
+        """One completion for each of `rows`."""
+        config, prompts = self.config, [row["prompt"] for row in rows]
+        return rollouts.sample(
+            self.policy,
+            prompts,
+            config.max_new_tokens,
+            config.temperature,
+            config.micro_batch_size,
+        )
+
     def show(self, when: str) -> None:
         """Print accuracy on the held-out problems and a few answers to them."""
         print(f"{when}: {evaluate.report(self.policy, self.task, self.config)}")
-        config, rows = self.config, self.task.heldout[: self.config.samples]
+        rows = self.task.heldout[: self.config.samples]
         if not rows:
             return
-        prompts = [row["prompt"] for row in rows]
-        answers = rollouts.sample(self.policy, prompts, config.max_new_tokens, config.temperature)
+        answers = self.sample(rows)
         rewards, _ = rollouts.reward(self.task, answers, rows)
         for prompt, answer, value in zip(
             answers.prompts, answers.completions, rewards.tolist(), strict=True
@@ -196,10 +244,17 @@ class _Run:
             print(f"  {prompt!r} -> {answer!r}  reward {value:.2f}")
 
 
+def spread(rewards: Tensor) -> float:
+    """Standard deviation of the rewards that are not missing; NaN for fewer than two."""
+    known = rewards[~rewards.isnan()]
+    return known.std().item() if len(known) > 1 else math.nan
+
+
 def same_reward(rewards: Tensor, group_size: int) -> float:
-    """Share of groups whose rewards are all equal, which teach nothing."""
+    """Share of groups whose rewards are all equal (or missing, NaN), which teach nothing."""
     groups = rewards.view(-1, group_size)
-    return (groups == groups[:, :1]).all(1).float().mean().item()
+    lowest, highest = groups.nan_to_num(math.inf).amin(1), groups.nan_to_num(-math.inf).amax(1)
+    return (lowest >= highest).float().mean().item()
 
 
 def completion_metrics(rollout: Rollout) -> dict[str, float]:

@@ -11,6 +11,7 @@ from transformers import get_scheduler
 from grpo_fast import ops
 from grpo_fast.loss import fold_statistics, grpo_loss, metrics_from
 from grpo_fast.trainer.config import TrainConfig
+from grpo_fast.trainer.interruption import undivided
 from grpo_fast.trainer.model import Policy
 from grpo_fast.trainer.rollout import Rollout, completion_logits
 
@@ -39,8 +40,6 @@ class Learner:
         self.reference = None
         if self.objective.beta:
             self.reference = copy.deepcopy(policy.model).eval().requires_grad_(False)
-        if config.gradient_checkpointing:
-            policy.model.gradient_checkpointing_enable({"use_reentrant": False})
         self.optimizer = torch.optim.AdamW(
             policy.model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
         )
@@ -55,7 +54,7 @@ class Learner:
         """`config.num_iterations` optimiser steps on one batch; returns the metrics over all of them.
 
         Args:
-            rewards: (B,), groups of `config.group_size` consecutive completions.
+            rewards: (B,), groups of `config.group_size` consecutive completions; NaN: without a reward.
 
         Raises:
             FloatingPointError: the loss or a gradient is not finite; the weights are those before it.
@@ -67,8 +66,9 @@ class Learner:
             loss, norm, statistics = self.backward(micro_batches, rollout.mask)
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 raise FloatingPointError(f"loss {loss}, gradient norm {norm}")
-            self.optimizer.step()
-            self.scheduler.step()
+            with undivided():
+                self.optimizer.step()
+                self.scheduler.step()
             steps.append((loss, norm, statistics))
         losses, norms, gathered = zip(*steps, strict=True)
         folded = metrics_from(fold_statistics(torch.cat(gathered)))
@@ -90,10 +90,11 @@ class Learner:
             rewards.to(self.policy.device),
             group_size=config.group_size,
             scale=config.scale_rewards,
+            nan="skip",
         )
-        size = config.micro_batch_size or len(rewards)
-        parts = [slice(i, i + size) for i in range(0, len(rewards), size)]
-        micro_batches = [MicroBatch(rollout[part], advantages[part]) for part in parts]
+        parts = rollout.parts(config.micro_batch_size)
+        scores = advantages.split([len(part.prompts) for part in parts])
+        micro_batches = [MicroBatch(part, s) for part, s in zip(parts, scores, strict=True)]
         if self.reference is not None:
             for batch in micro_batches:
                 with torch.no_grad(), self.policy.autocast():
@@ -114,7 +115,7 @@ class Learner:
         """
         model, config = self.policy.model, self.config
         # Dropout would make the policy that is scored another one than the policy that sampled.
-        model.train(config.gradient_checkpointing)
+        model.eval()
         self.optimizer.zero_grad()
         token_mean = self.objective.reduction == "token_mean"
         losses, statistics = [], []

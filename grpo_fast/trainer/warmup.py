@@ -4,7 +4,6 @@ import random
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
@@ -41,33 +40,28 @@ def warm_up(policy: Policy, task: Task, config: TrainConfig, stopped: Callable[[
                 return step
             rows = next(batches)
             shown = [(row["prompt"], task.demonstration(row, rng)) for row in rows]
-            loss = imitation_loss(policy, shown)
             optimizer.zero_grad()
-            loss.backward()
+            loss = imitate(policy, demonstrations(policy, shown), config.micro_batch_size)
             torch.nn.utils.clip_grad_norm_(policy.model.parameters(), config.max_grad_norm)
             optimizer.step()
             ramp.step()
             bar.update()
             if (step + 1) % CHECK_EVERY == 0:
                 reward = mean_rewards(policy, task, probe, config, config.temperature)["reward"]
-                bar.set_postfix(loss=f"{loss.item():.3f}", reward=f"{reward:.3f}")
+                bar.set_postfix(loss=f"{loss:.3f}", reward=f"{reward:.3f}")
                 if reward >= config.warmup_reward:
                     return step + 1
     return config.warmup_steps
 
 
-def imitation_loss(policy: Policy, shown: list[tuple[Text, str]]) -> Tensor:
-    """Mean negative log-prob of the tokens of demonstrations, the end of sequence included, 0-dim.
-
-    Args:
-        shown: pairs (prompt, completion).
-    """
+def demonstrations(policy: Policy, shown: list[tuple[Text, str]]) -> Rollout:
+    """Pairs (prompt, completion) as if they had been sampled, the end of sequence included."""
     prompts, completions = [p for p, _ in shown], [c for _, c in shown]
     tokens = encode(policy.tokenizer, prompts).to(policy.device)
     ids = policy.tokenizer(completions, add_special_tokens=False)["input_ids"]
     targets = [torch.tensor([*row, policy.eos_ids[0]]) for row in ids]
     mask = pad_sequence([torch.ones_like(row, dtype=torch.bool) for row in targets], True)
-    batch = Rollout(
+    return Rollout(
         prompt_ids=tokens["input_ids"],
         prompt_mask=tokens["attention_mask"],
         completion_ids=pad_sequence(targets, True).to(policy.device),
@@ -76,7 +70,21 @@ def imitation_loss(policy: Policy, shown: list[tuple[Text, str]]) -> Tensor:
         prompts=prompts,
         completions=list(completions),
     )
-    with policy.autocast():
-        logits = completion_logits(policy.model, batch)
-    logps = ops.logprob(logits, batch.completion_ids, mask=batch.mask)
-    return -logps[batch.mask].mean()
+
+
+def imitate(policy: Policy, batch: Rollout, size: int | None) -> float:
+    """Gradients of the mean negative log-prob of a batch's tokens, which it returns.
+
+    Args:
+        size: sequences that pass through the model together; None: all.
+    """
+    tokens = batch.mask.sum()
+    total = 0.0
+    for part in batch.parts(size):
+        with policy.autocast():
+            logits = completion_logits(policy.model, part)
+        logps = ops.logprob(logits, part.completion_ids, mask=part.mask)
+        loss = -logps[part.mask].sum() / tokens
+        loss.backward()
+        total += loss.item()
+    return total

@@ -1,0 +1,50 @@
+"""Standard output and error that may go away: a closed terminal or pipe does not end a run."""
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+
+class _Stream:
+    """A text stream that goes on silently once it cannot be written to."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            self._stream.write(text)
+        except OSError:
+            self._let_go()
+        return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError:
+            self._let_go()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def _let_go(self) -> None:
+        """Send what is left to nowhere, as Python's documentation advises for a closed pipe."""
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+
+
+@contextlib.contextmanager
+def lasting() -> Iterator[None]:
+    """Within it, no print and no progress bar raises because nobody reads it any more."""
+    with contextlib.ExitStack() as stack:
+        nowhere = stack.enter_context(open(os.devnull, "w"))
+        out, err = (_Stream(stream or nowhere) for stream in (sys.stdout, sys.stderr))
+        stack.enter_context(contextlib.redirect_stdout(out))
+        stack.enter_context(contextlib.redirect_stderr(err))
+        try:
+            yield
+        finally:
+            out.flush()
+            err.flush()

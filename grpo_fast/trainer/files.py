@@ -1,0 +1,118 @@
+"""Files and folders that appear whole or not at all, and leave their place before they are deleted.
+
+What is unfinished or on its way out has a hidden name: `.<name>.partial`, `.<name>.old`, `.<name>.deleted`.
+"""
+
+import contextlib
+import errno
+import itertools
+import os
+import re
+import shutil
+from pathlib import Path
+
+FULL = {errno.ENOSPC, errno.EDQUOT}
+
+
+def hidden(path: Path, state: str) -> Path:
+    """Where `path` is kept while it is "partial", "old" or "deleted"."""
+    return path.with_name(f".{path.name.lstrip('.')}.{state}")
+
+
+def write(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all, in place of one that is there.
+
+    Raises:
+        OSError: naming `path`; what was there is unchanged.
+    """
+    partial = hidden(path, "partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise named(error, path) from error
+
+
+def publish(partial: Path, final: Path) -> None:
+    """Give a finished folder its name, in place of one that is there.
+
+    At every moment `final` or its hidden "old" is a whole folder.
+    """
+    for path in (*partial.rglob("*"), partial):
+        _sync(path)
+    old = hidden(final, "old")
+    if final.exists():
+        os.replace(final, old)
+    os.replace(partial, final)
+    _sync(final.parent)
+    if old.exists():
+        remove(old)
+
+
+def remove(path: Path) -> None:
+    """Delete a file or folder: it is gone from its place before anything in it is."""
+    deleted = hidden(path, "deleted")
+    _delete(deleted)
+    os.replace(path, deleted)
+    _delete(deleted)
+
+
+def tidy(folder: Path) -> None:
+    """Undo or finish what a process that died left in a folder: no hidden name stays."""
+    for path in sorted(folder.glob(".*")):
+        name, _, state = path.name[1:].rpartition(".")
+        if state == "old" and not (folder / name).exists():
+            os.replace(path, folder / name)
+        elif state == "old":
+            remove(path)
+        elif state in ("partial", "deleted"):
+            _delete(path)
+
+
+def free_name(folder: Path, stem: str) -> str:
+    """The first of stem, stem-2, stem-3, ... that is not in `folder`."""
+    names = itertools.chain([stem], (f"{stem}-{i}" for i in itertools.count(2)))
+    return next(name for name in names if not (folder / name).exists())
+
+
+def named(error: Exception, path: Path) -> OSError:
+    """An error that tells what could not be written and why.
+
+    Args:
+        error: an OSError, or what safetensors and tokenizers raise in its place.
+    """
+    code = error.errno if isinstance(error, OSError) else None
+    if code is None and (found := re.search(r"os error (\d+)", str(error))):
+        code = int(found[1])
+    if code is None:
+        return OSError(f"{path}: cannot be written: {error}")
+    return OSError(code, os.strerror(code), str(path))
+
+
+def reason(error: OSError) -> str:
+    """What could not be read or written and why, in one line."""
+    what = error.filename or error.filename2
+    return f"{what}: {error.strerror}" if what and error.strerror else str(error)
+
+
+def _delete(path: Path) -> None:
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    elif path.exists():
+        shutil.rmtree(path)
+
+
+def _sync(path: Path) -> None:
+    """Have the disk hold a file, or the names in a folder (not on Windows, which cannot)."""
+    if path.is_dir() and os.name != "posix":
+        return
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

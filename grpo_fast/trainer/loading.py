@@ -1,0 +1,163 @@
+"""A model that is given: load it, and refuse what would train on something else than its weights."""
+
+from functools import partial
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+import torch
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+OLD_BUFFERS = (".masked_bias",)  # constants that transformers once saved with GPT-2
+
+
+def load(name: str) -> tuple[Any, Any]:
+    """(causal LM in float32, tokenizer) of a folder or a hub id.
+
+    Raises:
+        ValueError: it cannot be read, is incomplete, not finite, or no causal LM; says which.
+    """
+    try:
+        where = locate(name)
+        tokenizer = read(AutoTokenizer, where, "tokenizer")
+        model, info = read(
+            AutoModelForCausalLM,
+            where,
+            "weights",
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # and refused below, by name
+        )
+        check_loaded(info)
+        check_finite(model)
+        check_causal(model)
+    except ValueError as error:
+        raise ValueError(f"model={name!r}: {error}") from error
+    return model, tokenizer
+
+
+def locate(name: str) -> str:
+    """A folder with a model in it, or a hub id.
+
+    Raises:
+        ValueError: `name` can only be a folder, and there is none or no model in it.
+    """
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        if folder.exists():
+            raise ValueError("a file; want the folder that it is in")
+        # Hub ids are `name` and `owner/name`.
+        if name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name or not name:
+            raise ValueError("no such folder")
+        return name
+    if (folder / "config.json").is_file():
+        return str(folder)
+    if (folder / "adapter_config.json").is_file():
+        raise ValueError("an adapter; merge it into its model and give the folder of the result")
+    if (folder / "checkpoints").is_dir():
+        raise ValueError("a run; give one of its checkpoints, <run>/checkpoints/step-<n>")
+    raise ValueError("a folder without config.json, so no model of transformers")
+
+
+def read(kind: Any, where: str, what: str, **options: Any) -> Any:
+    """`kind.from_pretrained(where)`, with errors in one line."""
+    try:
+        return kind.from_pretrained(where, **options)
+    except Exception as error:  # of whatever the files' readers raise
+        cause: BaseException | None = error
+        while cause is not None:
+            if isinstance(cause, (ConnectionError, LocalEntryNotFoundError, OfflineModeIsEnabled)):
+                raise ValueError(
+                    "no such folder, and the hub cannot be reached; give a folder with the model, or "
+                    "check the connection"
+                ) from error
+            if isinstance(cause, HFValidationError):
+                raise ValueError("no such folder, and not a hub id") from error
+            cause = cause.__cause__ or cause.__context__
+        text = " ".join(str(error).split()) or type(error).__name__
+        if "Unrecognized configuration class" in text:
+            text = f"{text.split(' for this kind')[0]}: not a causal language model"
+        raise ValueError(f"{what}: {text}") from error
+
+
+def check_loaded(info: dict[str, Any]) -> None:
+    """Refuse weights that are not those of the model.
+
+    Raises:
+        ValueError: naming tensors that are missing, unexpected, or of other shapes.
+    """
+    keys = {
+        "missing": sorted(info["missing_keys"]),
+        "unexpected": sorted(k for k in info["unexpected_keys"] if not k.endswith(OLD_BUFFERS)),
+    }
+    wrong = [f"{kind} tensors: {listed(names)}" for kind, names in keys.items() if names]
+    if shapes := sorted(info["mismatched_keys"], key=str):
+        wrong.append(
+            "tensors of another shape: "
+            + listed([f"{n} {tuple(got)}, want {tuple(want)}" for n, got, want in shapes])
+        )
+    if wrong:
+        raise ValueError(f"the checkpoint does not fit its config.json; {'; '.join(wrong)}")
+
+
+def check_finite(model: Any) -> None:
+    """Refuse NaN and infinite weights.
+
+    Raises:
+        ValueError: naming the tensors.
+    """
+    bad = [name for name, p in model.named_parameters() if not p.isfinite().all()]
+    if bad:
+        raise ValueError(f"NaN or infinite weights: {listed(bad)}")
+
+
+@torch.no_grad()
+def check_causal(model: Any) -> None:
+    """Refuse a model whose logits at a token depend on the tokens after it.
+
+    Raises:
+        ValueError: so they do.
+    """
+    if model.config.is_encoder_decoder:
+        raise ValueError("an encoder-decoder, not a causal language model")
+    ids = torch.tensor([[0, 1, 2], [0, 1, 0]], device=model.device)
+    first = model.eval()(input_ids=ids).logits[:, :2].float()
+    if (first[0] - first[1]).abs().max() > 1e-4 * first.abs().max():
+        raise ValueError(
+            "its logits depend on later tokens (an encoder like BERT?): not a causal language model"
+        )
+
+
+def listed(names: list[str], most: int = 5) -> str:
+    """The first names, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def recompute_activations(model: Any) -> None:
+    """Have each layer recompute its activations in the backward pass, in evaluation mode.
+
+    The model's own switch asks for training mode, which brings dropout with it: another policy would be
+    scored than the one that sampled.
+
+    Raises:
+        ValueError: the model has no layers for which transformers can do it.
+    """
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    if not layers:
+        raise ValueError(
+            f"gradient_checkpointing: {type(model).__name__} has no layers that can be recomputed"
+        )
+    for layer in layers:
+        # A bound method: a deep copy of the model gets one of its own.
+        layer.forward = MethodType(_recomputed, layer)
+
+
+def _recomputed(layer: Any, *args: Any, **kwargs: Any) -> Any:
+    forward = type(layer).forward
+    if not torch.is_grad_enabled():
+        return forward(layer, *args, **kwargs)
+    return checkpoint(partial(forward, layer, **kwargs), *args, use_reentrant=False)
