@@ -4,11 +4,13 @@ Each is held against the same sequences without any padding.
 """
 
 import copy
+import re
 
 import pytest
 import torch
 
 from grpo_fast import Objective
+from grpo_fast.trainer.cli import main
 from grpo_fast.trainer.model import character_tokenizer
 from tests import loops
 from tests.test_examples import load
@@ -23,6 +25,7 @@ LOOPS = {
 }
 # Pages whose blocks other tests run, and how many each has.
 ELSEWHERE = {
+    "README.md": 3,  # below; that with LoRA in test_trl_docs
     "docs/weights.md": 6,  # test_docs
     "docs/integrations.md": 2,  # test_diagnostics, test_hub
     "docs/metrics.md": 1,  # test_metrics
@@ -136,8 +139,27 @@ def test_the_first_block_of_the_readme_runs():
     exec(loops.blocks("README.md")[0], {})
 
 
+def test_data_reward_and_commands_of_the_readme(tmp_path, monkeypatch, capsys):
+    """As they stand, but for the model, which has to be downloaded, and the number of steps."""
+    text = (loops.ROOT / "README.md").read_text()
+    rows = re.search(r"```json\n(.*?)```", text, re.DOTALL)[1]
+    (tmp_path / "problems.jsonl").write_text(rows * 2)
+    (tmp_path / "my_rewards.py").write_text(loops.blocks("README.md")[3])
+    model, tokenizer = loops.llama(), character_tokenizer("What is 12+34?=870")
+    model.resize_token_embeddings(len(tokenizer))
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    training, evaluation = re.findall(r"^grpo-fast (.*)$", text, re.MULTILINE)
+    assert training.count("Qwen/Qwen3-0.6B") == 1
+    more = " --steps 1 --max_new_tokens 3 --samples 0"
+    assert main([*training.replace("Qwen/Qwen3-0.6B", "model").split(), *more.split()]) == 0
+    assert main(evaluation.split()) == 0
+    assert "accuracy" in capsys.readouterr().out
+
+
 def test_every_block_of_a_page_is_run():
     for path in [loops.ROOT / "README.md", *(loops.ROOT / "docs").glob("*.md")]:
         name = path.relative_to(loops.ROOT).as_posix()
-        known = ELSEWHERE.get(name, LOOPS[name][0] + 1 if name in LOOPS else 0)
+        known = ELSEWHERE.get(name, 0) + (name in LOOPS)
         assert len(loops.blocks(name)) == known, f"{name}: which test runs its blocks?"

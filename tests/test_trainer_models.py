@@ -71,19 +71,24 @@ NORM, UP = "model.norm.weight", "model.layers.0.mlp.up_proj.weight"
     "edit, message",
     [
         (lambda w: w.pop(NORM), f"missing tensors: {NORM}"),
-        (lambda w: w.update(extra=torch.ones(1)), "unexpected tensors: extra"),
         (lambda w: w.update({UP: torch.ones(3, 16)}), f"{UP} (3, 16), want (64, 16)"),
         (lambda w: w[NORM].fill_(math.nan), f"NaN or infinite weights: {NORM}"),
         (lambda w: w[UP][0].fill_(math.inf), f"NaN or infinite weights: {UP}"),
     ],
-    ids=["missing", "unexpected", "shape", "nan", "inf"],
+    ids=["missing", "shape", "nan", "inf"],
 )
 def test_weights_that_are_not_those_of_the_model_are_named(given, tmp_path, capsys, edit, message):
     change(given, edit)
     assert message in refused(given, capsys, tmp_path)
 
 
-def test_tied_heads_and_buffers_are_not_missing(given, tmp_path):
+def test_tensors_that_the_model_does_not_use_are_named(given, tmp_path, capsys):
+    change(given, lambda weights: weights.update({"v_head.weight": torch.ones(1)}))
+    models.build(tiny(tmp_path, model=str(given)), "")
+    assert "does not use: v_head.weight\n" in capsys.readouterr().err
+
+
+def test_tied_heads_and_buffers_are_not_missing(given, tmp_path, capsys):
     config = LlamaConfig.from_pretrained(given, tie_word_embeddings=True)
     AutoModelForCausalLM.from_config(config).save_pretrained(given)
     assert "lm_head.weight" not in load_file(given / "model.safetensors")
@@ -93,6 +98,7 @@ def test_tied_heads_and_buffers_are_not_missing(given, tmp_path):
     }
     change(given, lambda weights: weights.update(old))
     models.build(tiny(tmp_path, model=str(given)), "")
+    assert "does not use" not in capsys.readouterr().err
 
 
 def test_a_checkpoint_of_a_run_that_was_damaged_is_not_evaluated(tmp_path, capsys):

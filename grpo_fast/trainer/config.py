@@ -110,7 +110,9 @@ class TrainConfig:
         "group", "advantages are divided by the std of the group, of the batch, or not at all"
     )
     # The run
-    name: str | None = option(None, "of the run; default: arithmetic, arithmetic-2, ...")
+    name: str | None = option(
+        None, "of the run; default: that of the task or dataset; where it is taken with -2, -3, ..."
+    )
     output_dir: str = option("runs", "a run lives in <output_dir>/<name>")
     overwrite: bool = option(False, "replace an existing run of this name")
     seed: int = option(0, "of everything random")

@@ -1,5 +1,6 @@
 """A model that is given: load it, and refuse what would train on something else than its weights."""
 
+import sys
 from functools import partial
 from pathlib import Path
 from types import MethodType
@@ -84,16 +85,22 @@ def read(kind: Any, where: str, what: str, **options: Any) -> Any:
 
 
 def check_loaded(info: dict[str, Any]) -> None:
-    """Refuse weights that are not those of the model.
+    """Refuse a model some of whose weights are not in the checkpoint.
+
+    Tensors that the model has no use for are named on stderr: the weights of a value head do no harm,
+    those of a layer that config.json does not count would.
 
     Raises:
-        ValueError: naming tensors that are missing, unexpected, or of other shapes.
+        ValueError: naming tensors that are missing or of other shapes.
     """
-    keys = {
-        "missing": sorted(info["missing_keys"]),
-        "unexpected": sorted(k for k in info["unexpected_keys"] if not k.endswith(OLD_BUFFERS)),
-    }
-    wrong = [f"{kind} tensors: {listed(names)}" for kind, names in keys.items() if names]
+    unused = sorted(k for k in info["unexpected_keys"] if not k.endswith(OLD_BUFFERS))
+    if unused:
+        print(
+            f"tensors of the checkpoint that the model does not use: {listed(unused)}",
+            file=sys.stderr,
+        )
+    missing = sorted(info["missing_keys"])
+    wrong = [f"missing tensors: {listed(missing)}"] if missing else []
     if shapes := sorted(info["mismatched_keys"], key=str):
         wrong.append(
             "tensors of another shape: "
