@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo_fast.trainer import rewards
-from grpo_fast.trainer.config import TrainConfig
+from grpo_fast.trainer.config import HELDOUT, TrainConfig
 from grpo_fast.trainer.rewards import Reward
 
 Row = dict[str, Any]
@@ -194,7 +194,7 @@ def split(rows: list[Row], config: TrainConfig) -> tuple[list[Row], list[Row]]:
     """
     groups = list(by_prompt(rows).values())
     random.Random(config.seed).shuffle(groups)
-    count = config.heldout or max(1, min(150, len(groups) // 10))
+    count = config.heldout or max(1, min(HELDOUT, len(groups) // 10))
     heldout, train = groups[:count], groups[count:]
     if not train:
         raise ValueError(
