@@ -4,6 +4,7 @@ Each is held against the same sequences without any padding.
 """
 
 import copy
+import json
 import re
 
 import pytest
@@ -156,6 +157,11 @@ def test_data_reward_and_commands_of_the_readme(tmp_path, monkeypatch, capsys):
     assert main([*training.replace("Qwen/Qwen3-0.6B", "model").split(), *more.split()]) == 0
     assert main(evaluation.split()) == 0
     assert "accuracy" in capsys.readouterr().out
+    written = json.loads((tmp_path / "runs/problems/metrics.jsonl").read_text().splitlines()[0])
+    page = (loops.ROOT / "docs" / "metrics.md").read_text()
+    loss, *_, own = (re.findall(r"^\| `(\S+)` \|", x, re.M) for x in page.split("\n## ")[1:])
+    renamed = {"reward/contains" if name == "reward/<function>" else name for name in own}
+    assert written.keys() == renamed | set(loss) - {"tokens", "skipped_fraction"}
 
 
 def test_every_block_of_a_page_is_run():

@@ -11,7 +11,7 @@ from grpo_fast.diagnostics import TokenDiagnostics
 from grpo_fast.ops.policy_loss import STATISTICS
 
 PAGE = (Path(__file__).resolve().parents[1] / "docs" / "metrics.md").read_text()
-OF_CALLS, OF_STEPS, OF_TOKENS = PAGE.split("\n## ")[1:]
+OF_CALLS, OF_STEPS, OF_TOKENS, _ = PAGE.split("\n## ")[1:]  # test_loops has the last
 IDS, A = torch.tensor([[1, 2, 3], [4, 5, 6]]), torch.tensor([1.0, -1.0])
 LOGITS = torch.randn(2, 3, 9, generator=torch.Generator().manual_seed(0))
 OLD = -torch.rand(2, 3, generator=torch.Generator().manual_seed(1)) - 1
