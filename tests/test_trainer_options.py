@@ -1,6 +1,7 @@
 """The reference trainer's options, rewards and tasks: what is accepted, and what errors say."""
 
 import dataclasses
+import importlib.metadata
 import math
 import subprocess
 import sys
@@ -148,6 +149,15 @@ def test_runs_are_never_overwritten_silently(tmp_path):
     assert (tmp_path / "mine" / "notes.txt").exists()
     configs.save(named, tmp_path / "mine" / "config.yaml")
     assert [path.name for path in runs.create(replacing).iterdir()] == [".lock"]
+
+
+def test_a_transformers_that_is_too_old_is_named(monkeypatch, capsys):
+    monkeypatch.setattr(importlib.metadata, "version", lambda package: "4.57.1")
+    assert main(["train"]) == 1
+    assert (
+        "transformers 4.57.1 is installed: pip install 'transformers>=5.17'"
+        in capsys.readouterr().err
+    )
 
 
 def test_importing_the_library_leaves_transformers_alone():

@@ -247,6 +247,13 @@ class TestVersion:
         with pytest.raises(ImportError, match=match):
             getattr(adapter, name)()
 
+    def test_a_transformers_that_is_too_old_is_named(self, monkeypatch):
+        versions = {"trl": "1.16.0", "transformers": "4.57.1"}
+        monkeypatch.setattr(importlib.metadata, "version", versions.get)
+        match = "this needs transformers >= 5.17; transformers 4.57.1 is installed: pip install"
+        with pytest.raises(ImportError, match=match):
+            adapter.GRPOTrainer  # noqa: B018
+
     def test_the_objective_needs_no_trl(self):
         import subprocess
 

@@ -112,6 +112,11 @@ def is_between(version: str, at_least: str, below: str | None = None) -> bool:
     )
 
 
+TRANSFORMERS = (
+    "5.17"  # the oldest that the models are tested with; pyproject.toml asks pip for the same
+)
+
+
 def require(package: str, at_least: str, below: str | None = None) -> None:
     """Check that a host is installed in a version this adapter was written for.
 

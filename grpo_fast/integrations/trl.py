@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from grpo_fast import presets
-from grpo_fast.integrations._host import read, require
+from grpo_fast.integrations._host import TRANSFORMERS, read, require
 from grpo_fast.integrations.transformers import Head
 from grpo_fast.objective import Objective
 from grpo_fast.ops import linear_logprob
@@ -220,6 +220,7 @@ def __getattr__(name: str) -> Any:
     """`GRPOTrainer`, imported when it is first asked for: `objective` has to work without TRL."""
     if name == "GRPOTrainer":
         require("trl", *SUPPORTED)
+        require("transformers", TRANSFORMERS)
         from grpo_fast.integrations._trl_trainer import GRPOTrainer
 
         return GRPOTrainer

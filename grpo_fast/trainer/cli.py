@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from grpo_fast.integrations._host import TRANSFORMERS, found_version, require
 from grpo_fast.trainer import console, files
 from grpo_fast.trainer.rewards import RewardError
 
@@ -28,6 +29,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(command: str, arguments: Sequence[str]) -> int:
     """`main` of one command."""
+    if found_version("transformers") is not None:  # else its import names the extra
+        try:
+            require("transformers", TRANSFORMERS)
+        except ImportError as error:
+            return fail(command, 1, str(error))
     try:
         return {"train": train, "eval": evaluate}[command](arguments)
     except ModuleNotFoundError as error:
