@@ -6,6 +6,7 @@ Each is held against the same sequences without any padding.
 import copy
 import json
 import re
+import sys
 
 import pytest
 import torch
@@ -151,11 +152,14 @@ def test_data_reward_and_commands_of_the_readme(tmp_path, monkeypatch, capsys):
     for part in (model, tokenizer):
         part.save_pretrained(tmp_path / "model")
     monkeypatch.chdir(tmp_path)
+    sys.modules.pop("my_rewards", None)  # of another test
+    monkeypatch.setattr(sys, "path", [*sys.path])
     training, evaluation = re.findall(r"^grpo-fast (.*)$", text, re.MULTILINE)
     assert training.count("Qwen/Qwen3-0.6B") == 1
     more = " --steps 1 --max_new_tokens 3 --samples 0"
     assert main([*training.replace("Qwen/Qwen3-0.6B", "model").split(), *more.split()]) == 0
     assert main(evaluation.split()) == 0
+    sys.modules.pop("my_rewards")
     assert "accuracy" in capsys.readouterr().out
     written = json.loads((tmp_path / "runs/problems/metrics.jsonl").read_text().splitlines()[0])
     page = (loops.ROOT / "docs" / "metrics.md").read_text()

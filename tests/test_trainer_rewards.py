@@ -181,6 +181,18 @@ def test_a_module_that_cannot_be_imported(module, capsys, text, status, message)
     sys.modules.pop("broken", None)
 
 
+def test_the_users_module_comes_before_an_installed_one(tmp_path, monkeypatch):
+    for folder in ("installed", "mine"):
+        (tmp_path / folder).mkdir()
+        text = f"def where(**_): return {folder!r}"
+        (tmp_path / folder / "scores_of_two.py").write_text(text)
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "installed"), *sys.path])
+    before = [*sys.path]
+    assert rewards.load("scores_of_two:where", tmp_path / "mine")() == "mine"
+    assert sys.path == [*before, str(tmp_path / "mine")], "others find what they found"
+    sys.modules.pop("scores_of_two")
+
+
 def test_a_reward_that_hangs_ends_with_the_second_signal_and_the_weights(module):
     options = {"reward": "my_rewards:hangs", "warmup_steps": 0, "name": "run", "samples": 0}
     process = start(module, **options, steps=1000)

@@ -64,10 +64,10 @@ def bracketed_number(
 
 
 def load(specification: str, folder: Path | None = None) -> Reward:
-    """The function that `module:function` names; modules of `folder` are found too.
+    """The function that `module:function` names; modules of `folder` are found before installed ones.
 
     Args:
-        folder: default: the working directory.
+        folder: default: the working directory. Later imports, by the functions, find it last.
 
     Raises:
         ValueError: it is not of that form, or does not lead to a function.
@@ -77,8 +77,8 @@ def load(specification: str, folder: Path | None = None) -> Reward:
     if not module or not function:
         raise ValueError(f"reward: want module:function, got {specification!r}")
     folder = folder or Path.cwd()
-    if str(folder) not in sys.path:
-        sys.path.append(str(folder))
+    sys.path.insert(0, str(folder))
+    importlib.invalidate_caches()
     try:
         reward = importlib.import_module(module)
     except (Exception, SystemExit) as error:
@@ -90,6 +90,10 @@ def load(specification: str, folder: Path | None = None) -> Reward:
         raise RewardError(
             f"reward={specification!r}: importing {module} raised {_raised(error)}", error
         ) from error
+    finally:
+        sys.path.remove(str(folder))
+        if str(folder) not in sys.path:
+            sys.path.append(str(folder))
     for name in function.split("."):
         if not hasattr(reward, name):
             raise ValueError(f"reward={specification!r}: {module} has no {function!r}")
