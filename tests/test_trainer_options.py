@@ -12,8 +12,8 @@ import torch
 
 pytest.importorskip("transformers", reason="the trainer needs grpo-fast[train]")
 
+from grpo_fast.trainer import cli, rewards, runs, tasks
 from grpo_fast.trainer import config as configs
-from grpo_fast.trainer import rewards, runs, tasks
 from grpo_fast.trainer.cli import main
 from grpo_fast.trainer.config import TrainConfig
 
@@ -158,6 +158,27 @@ def test_a_transformers_that_is_too_old_is_named(monkeypatch, capsys):
         "transformers 4.57.1 is installed: pip install 'transformers>=5.17'"
         in capsys.readouterr().err
     )
+
+
+def test_a_package_that_is_missing_is_named_with_what_installs_it(monkeypatch):
+    code = (
+        "import sys; sys.modules['matplotlib'] = None\n"
+        "from grpo_fast.trainer.cli import main\n"
+        "sys.exit(main(['train']))"
+    )
+    root = Path(__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert "No module named 'matplotlib" in done.stderr
+    assert done.stderr.endswith(f": {cli.how_to_install()}\n")
+    for found, command in (
+        ("0.1.0", "pip install 'grpo-fast[train]'"),
+        (None, "pip install '.[train]'"),
+    ):
+        monkeypatch.setattr(cli, "found_version", lambda package, found=found: found)
+        assert cli.how_to_install().startswith(command)
 
 
 def test_importing_the_library_leaves_transformers_alone():

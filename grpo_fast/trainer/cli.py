@@ -39,7 +39,7 @@ def run(command: str, arguments: Sequence[str]) -> int:
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] not in EXTRA:
             raise
-        return fail(command, 1, f"{error}: pip install 'grpo-fast[train]'")
+        return fail(command, 1, f"{error}: {how_to_install()}")
     except RewardError as error:
         print(error.details, end="", file=sys.stderr)
         return fail(command, 1, str(error))
@@ -52,6 +52,13 @@ def run(command: str, arguments: Sequence[str]) -> int:
         return fail(command, 2, str(error))
     except KeyboardInterrupt as error:
         return fail(command, 128 + (error.args or (signal.SIGINT,))[0], "interrupted")
+
+
+def how_to_install() -> str:
+    """The command that installs what the trainer needs: of an installed package, or in a checkout."""
+    if found_version("grpo-fast") is not None:
+        return "pip install 'grpo-fast[train]'"
+    return "pip install '.[train]' in the checkout, where `make train` does it in an environment of its own"
 
 
 def fail(command: str, status: int, message: str) -> int:
