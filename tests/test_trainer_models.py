@@ -57,6 +57,7 @@ def change(folder: Path, edit) -> None:
 
 
 def refused(name, capsys, tmp_path) -> str:
+    capsys.readouterr()  # progress bars of what the test itself saved
     assert main(["train", *arguments(tmp_path / "runs", model=name)]) == 2
     shown = capsys.readouterr().err
     assert shown.count("\n") == 1, shown
