@@ -22,7 +22,7 @@ from grpo_fast.trainer.cli import main
 from grpo_fast.trainer.config import TrainConfig
 from grpo_fast.trainer.train import train
 from grpo_fast.trainer.update import Learner
-from tests.tiny_runs import arguments, metrics, setup, start, tiny
+from tests.tiny_runs import arguments, metrics, setup, start, tiny, write_rows
 
 KEYS = {
     "step", "reward", "loss", "kl", "entropy", "clip_fraction", "tokens_per_second", "grad_norm",
@@ -307,3 +307,36 @@ def test_interruption_leaves_a_usable_checkpoint(tmp_path):
     assert str(checkpoint) in out
     assert (tmp_path / "run" / "curve.png").exists()
     assert "accuracy" in evaluate.evaluate_run(tmp_path / "run", "cpu")
+
+
+def test_a_warm_up_that_diverges_is_named(tmp_path, capsys):
+    given = arguments(tmp_path, name="run", warmup_learning_rate=1e38, warmup_steps=40)
+    assert main(["train", *given]) == 1
+    shown = capsys.readouterr().err
+    assert "warm-up, step" in shown or "have diverged" in shown
+
+
+def test_answers_that_do_not_fit_are_refused(tmp_path, capsys):
+    rows = [{"prompt": str(i), "answer": "a long answer"} for i in range(4)]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    assert main(["train", *arguments(tmp_path / "runs", dataset=path, heldout=1)]) == 2
+    assert "set --max_new_tokens 14 or more" in capsys.readouterr().err
+
+
+def test_updates_of_a_step_that_fails_are_saved(tmp_path, monkeypatch, capsys):
+    """The second of two updates is not finite: the weights are those after the first."""
+    seen = []
+    backward = Learner.backward
+
+    def fails(self, *given):
+        loss, *rest = backward(self, *given)
+        seen.append({k: v.clone() for k, v in self.policy.model.state_dict().items()})
+        return (math.nan if len(seen) == 4 else loss), *rest
+
+    monkeypatch.setattr(Learner, "backward", fails)
+    given = arguments(tmp_path, name="run", num_iterations=2, save_steps=1)
+    assert main(["train", *given]) == 1
+    assert "step 1: loss nan" in capsys.readouterr().err
+    saved = AutoModelForCausalLM.from_pretrained(models.latest(tmp_path / "run")).state_dict()
+    for name, value in seen[3].items():
+        torch.testing.assert_close(saved[name], value, rtol=0, atol=0)

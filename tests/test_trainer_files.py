@@ -16,7 +16,7 @@ pytest.importorskip("transformers", reason="the trainer needs grpo-fast[train]")
 from transformers import AutoModelForCausalLM
 
 from grpo_fast.trainer import config as configs
-from grpo_fast.trainer import files, runs
+from grpo_fast.trainer import console, files, runs
 from grpo_fast.trainer import model as models
 from grpo_fast.trainer.cli import main
 from grpo_fast.trainer.train import train
@@ -316,3 +316,9 @@ def test_config_yaml_repeats_the_run_under_a_free_name(tmp_path, capsys):
     assert first == second
     assert main(["train", str(written), "--name", "run"]) == 2  # asked for by name
     assert json.loads(json.dumps(metrics(tmp_path / "run")))  # and still there
+
+
+def test_a_terminal_without_a_character_shows_its_number(tmp_path):
+    with (tmp_path / "out").open("w", encoding="ascii") as file:
+        console._Stream(file).write("caf\u00e9\n")
+    assert (tmp_path / "out").read_text() == "caf\\xe9\n"

@@ -148,7 +148,37 @@ def test_runs_are_never_overwritten_silently(tmp_path):
         runs.create(replacing)
     assert (tmp_path / "mine" / "notes.txt").exists()
     configs.save(named, tmp_path / "mine" / "config.yaml")
+    with pytest.raises(FileExistsError, match=r"what no run has made: notes\.txt"):
+        runs.create(replacing)
+    (tmp_path / "mine" / "notes.txt").unlink()
     assert [path.name for path in runs.create(replacing).iterdir()] == [".lock"]
+
+
+def test_a_home_folder_is_the_users(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = TrainConfig(output_dir="~/runs", reward_dir="~/rewards")
+    assert (config.output_dir, config.reward_dir) == (f"{tmp_path}/runs", f"{tmp_path}/rewards")
+
+
+def test_a_link_that_leads_nowhere_is_a_name_that_is_taken(tmp_path):
+    (tmp_path / "arithmetic").symlink_to(tmp_path / "nowhere")
+    assert runs.create(TrainConfig(output_dir=str(tmp_path))).name == "arithmetic-2"
+
+
+def test_a_path_that_is_not_utf8_is_refused_before_training(tmp_path):
+    with pytest.raises(ValueError, match=r"name=.*not UTF-8"):
+        runs.check(TrainConfig(output_dir=str(tmp_path), name="x\udcff"))
+
+
+def test_a_list_is_given_once():
+    with pytest.raises(ValueError, match="--reward is given twice; give all after one"):
+        configs.parse(["--reward", "a:f", "--reward=b:g"])
+
+
+def test_small_negative_weights_are_read_back(tmp_path):
+    config = TrainConfig(reward=["a:f", "b:g"], reward_weights=[-1e-7, 2.0])
+    configs.save(config, tmp_path / "config.yaml")
+    assert configs.parse([str(tmp_path / "config.yaml")]).reward_weights == [-1e-7, 2.0]
 
 
 def test_a_transformers_that_is_too_old_is_named(monkeypatch, capsys):
@@ -173,12 +203,9 @@ def test_a_package_that_is_missing_is_named_with_what_installs_it(monkeypatch):
     assert done.returncode == 1
     assert "No module named 'matplotlib" in done.stderr
     assert done.stderr.endswith(f": {cli.how_to_install()}\n")
-    for found, command in (
-        ("0.1.0", "pip install 'grpo-fast[train]'"),
-        (None, "pip install '.[train]'"),
-    ):
-        monkeypatch.setattr(cli, "found_version", lambda package, found=found: found)
-        assert cli.how_to_install().startswith(command)
+    assert cli.how_to_install().startswith(f"pip install '{root}[train]'")
+    monkeypatch.setattr(cli.grpo_fast, "__file__", "/x/site-packages/grpo_fast/__init__.py")
+    assert cli.how_to_install() == "pip install 'grpo-fast[train]'"
 
 
 def test_importing_the_library_leaves_transformers_alone():

@@ -1,6 +1,8 @@
 """Reward functions of the reference trainer: what they may return, and what happens where they fail."""
 
 import math
+import multiprocessing
+import os
 import pkgutil
 import signal
 import sys
@@ -12,9 +14,10 @@ import torch
 
 pytest.importorskip("transformers", reason="the trainer needs grpo-fast[train]")
 
-from grpo_fast.trainer import interruption, rewards
+from grpo_fast.trainer import evaluate, interruption, rewards
 from grpo_fast.trainer import model as models
 from grpo_fast.trainer.cli import main
+from grpo_fast.trainer.config import TrainConfig
 from tests.tiny_runs import arguments, metrics, start
 
 
@@ -166,7 +169,7 @@ def test_rewards_that_do_not_apply_end_no_run(module, capsys):
         ("import no_such_package", 1, "importing broken raised ModuleNotFoundError"),
         ("1 +", 1, "importing broken raised SyntaxError"),
         ("raise KeyError('x')  # mine", 1, "importing broken raised KeyError"),
-        ("", 2, "broken has no 'f'"),
+        ("", 2, "broken.py) has no 'f'"),
     ],
 )
 def test_a_module_that_cannot_be_imported(module, capsys, text, status, message):
@@ -191,6 +194,79 @@ def test_the_users_module_comes_before_an_installed_one(tmp_path, monkeypatch):
     assert rewards.load("scores_of_two:where", tmp_path / "mine")() == "mine"
     assert sys.path == [*before, str(tmp_path / "mine")], "others find what they found"
     sys.modules.pop("scores_of_two")
+
+
+def test_what_a_function_does_to_its_arguments_stays_with_it():
+    row = {"n": 1}
+
+    def changes(prompts, completions, facts, **_):
+        for prompt, fact in zip(prompts, facts, strict=True):
+            prompt.append("more")
+            fact["n"] += 1
+        completions.clear()
+        return [1.0, 2.0]
+
+    def reads(prompts, completions, facts, **_):
+        assert (prompts, facts) == ([["a"], ["a"]], [{"n": 1}] * 2)
+        return [float(len(completions))] * 2
+
+    prompt = ["a"]
+    total, _ = rewards.score(
+        [changes, reads], [1.0, 1.0], [prompt, prompt], ["x", "y"], {"facts": [row, row]}
+    )
+    assert total.tolist() == [3.0, 4.0]
+    assert (prompt, row) == (["a"], {"n": 1})
+
+
+def test_functions_that_share_a_name_keep_their_own_means():
+    functions = [lambda completions, x=x, **_: [x] * len(completions) for x in (0.25, 0.75)]
+    names = rewards.names(functions)
+    assert names[1] == f"{names[0]}-2"
+    _, means = rewards.score(functions, [1.0, 1.0], ["p"], ["c"], {})
+    assert list(means.values()) == [0.25, 0.75]
+
+
+def test_the_first_function_is_the_accuracy_whatever_others_are_called(monkeypatch):
+    means = {"right": 0.25, "reward": 0.5, "accuracy": 0.75}
+    monkeypatch.setattr(evaluate.rollout, "sample", lambda *_: None)
+    monkeypatch.setattr(evaluate.rollout, "reward", lambda *_: (torch.tensor([1.5]), means))
+    config = TrainConfig()
+    found = evaluate.mean_rewards(None, None, [{"prompt": "p"}], config, 1.0)
+    assert found == {"reward": 1.5, "accuracy": 0.25}
+
+
+@pytest.mark.parametrize("text", ["[7]", "7", " [7] "])
+@pytest.mark.parametrize("answer", ["[7]", "7", 7])
+def test_brackets_do_not_matter(text, answer):
+    assert rewards.correct(["p"], [text], [answer]) == [1.0]
+
+
+def test_a_generator_that_raises_is_named():
+    def lazily(completions, **_):
+        yield 1.0
+        raise FileNotFoundError("tests.json")
+
+    with pytest.raises(rewards.RewardError, match=r"lazily raised FileNotFoundError: tests\.json"):
+        rewards.score([lazily], [1.0], ["p"] * 2, ["c"] * 2, {})
+
+
+def test_rewards_beyond_float32_are_named():
+    with pytest.raises(rewards.RewardError, match="within float32's range"):
+        rewards.score([lambda **_: [1e39]], [1.0], ["p"], ["c"], {})
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_process_that_a_reward_starts_can_be_terminated():
+    context = multiprocessing.get_context("fork")
+    with interruption.interruptible() as state:
+        ready = context.Event()
+        child = context.Process(target=lambda: (ready.set(), time.sleep(60)))
+        child.start()
+        assert ready.wait(10)
+        child.terminate()
+        child.join(10)
+        assert child.exitcode == -signal.SIGTERM
+        assert state.signal is None
 
 
 def test_a_reward_that_hangs_ends_with_the_second_signal_and_the_weights(module):
@@ -229,8 +305,7 @@ def test_a_second_signal_waits_while_weights_change_or_are_written(capfd):
         assert ended
         assert stopped.value.args == (signal.SIGINT,)
         assert state.signal == signal.SIGTERM
-        with pytest.raises(interruption.Stopped):
-            signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)  # a third one does not end the save that follows
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 

@@ -6,8 +6,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import grpo_fast
 from grpo_fast.integrations._host import TRANSFORMERS, found_version, require
 from grpo_fast.trainer import console, files
+from grpo_fast.trainer.interruption import Stopped
 from grpo_fast.trainer.rewards import RewardError
 
 EXTRA = ("transformers", "tokenizers", "matplotlib", "yaml", "tqdm", "filelock")
@@ -51,14 +53,16 @@ def run(command: str, arguments: Sequence[str]) -> int:
     except ValueError as error:
         return fail(command, 2, str(error))
     except KeyboardInterrupt as error:
-        return fail(command, 128 + (error.args or (signal.SIGINT,))[0], "interrupted")
+        number = error.args[0] if isinstance(error, Stopped) else signal.SIGINT
+        return fail(command, 128 + number, "interrupted")
 
 
 def how_to_install() -> str:
-    """The command that installs what the trainer needs: of an installed package, or in a checkout."""
-    if found_version("grpo-fast") is not None:
-        return "pip install 'grpo-fast[train]'"
-    return "pip install '.[train]' in the checkout, where `make train` does it in an environment of its own"
+    """The command that installs what the trainer needs: in a checkout, or of an installed package."""
+    root = Path(grpo_fast.__file__).parents[1]
+    if (root / "pyproject.toml").is_file():
+        return f"pip install '{root}[train]' (or `make train` there, in an environment of its own)"
+    return "pip install 'grpo-fast[train]'"
 
 
 def fail(command: str, status: int, message: str) -> int:

@@ -6,6 +6,7 @@ import difflib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, Literal
 
@@ -122,6 +123,9 @@ class TrainConfig:
     samples: int = option(4, "completions shown before and after")
 
     def __post_init__(self) -> None:
+        for name in ("dataset", "reward_dir", "output_dir"):
+            if (getattr(self, name) or "").startswith("~"):
+                setattr(self, name, str(Path(getattr(self, name)).expanduser()))
         for name, defaults in DEFAULTS.items():
             if getattr(self, name) is None:
                 setattr(self, name, defaults[self.model is not None])
@@ -198,6 +202,9 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
         SystemExit: --help, or a value of the wrong type (argparse has said which).
     """
     arguments = list(arguments)
+    for name in ("reward", "reward_weights"):
+        if sum(a.split("=")[0] == f"--{name}" for a in arguments) > 1:
+            raise ValueError(f"--{name} is given twice; give all after one: --{name} FIRST SECOND")
     if arguments and not arguments[0].startswith("-"):
         arguments = [*yaml_arguments(Path(arguments[0]).expanduser()), *arguments[1:]]
     parser = HfArgumentParser(
@@ -265,12 +272,19 @@ def yaml_arguments(path: Path) -> list[str]:
         if key not in defaults:
             raise ValueError(f"{path}: unknown key {key!r}{_suggestion(str(key))}")
         if isinstance(value, list):
-            arguments += [f"--{key}", *map(str, value)] if value else []
+            arguments += [f"--{key}", *map(_plain, value)] if value else []
         elif value is not None:
             arguments.append(f"--{key}={value}")
         elif defaults[key] is not None:
             raise ValueError(f"{path}: {key}: want a value, got null")
     return arguments
+
+
+def _plain(value: Any) -> str:
+    """A value without an exponent: argparse would take -1e-05 for an option."""
+    if isinstance(value, float) and math.isfinite(value):
+        return format(Decimal(repr(value)), "f")
+    return str(value)
 
 
 def save(config: TrainConfig, path: Path) -> None:

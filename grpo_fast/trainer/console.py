@@ -16,6 +16,9 @@ class _Stream:
     def write(self, text: str) -> int:
         try:
             self._stream.write(text)
+        except UnicodeEncodeError:  # a sample in a terminal that has no such character
+            encoding = self._stream.encoding or "ascii"
+            self.write(text.encode(encoding, "backslashreplace").decode(encoding))
         except OSError:
             self._let_go()
         return len(text)

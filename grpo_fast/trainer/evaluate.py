@@ -18,7 +18,7 @@ BATCH = 256
 def mean_rewards(
     policy: Policy, task: Task, rows: list[Row], config: TrainConfig, temperature: float
 ) -> dict[str, float]:
-    """Means over one completion per row: "reward", the total, and each reward function by name.
+    """Means over one completion per row: "reward", the total, and "accuracy".
 
     "accuracy" is the mean of the first reward function: the one that tells whether an answer is right.
 
@@ -29,8 +29,7 @@ def mean_rewards(
     size = min(BATCH, config.micro_batch_size or BATCH)
     answers = rollout.sample(policy, prompts, config.max_new_tokens, temperature, size)
     total, means = rollout.reward(task, answers, rows)
-    accuracy = next(iter(means.values()))
-    return {"reward": total.nanmean().item(), "accuracy": accuracy, **means}
+    return {"reward": total.nanmean().item(), "accuracy": next(iter(means.values()))}
 
 
 def report(policy: Policy, task: Task, config: TrainConfig) -> str:
@@ -53,7 +52,7 @@ def evaluate_run(run_dir: Path, device: str = "auto", seed: int = 0) -> str:
     """
     run_dir = run_dir.expanduser()
     checkpoint = run_dir
-    if run_dir.resolve().parent.name != "checkpoints":
+    if not (run_dir / "config.json").is_file():
         checkpoint = models.latest(run_dir)
     settings = checkpoint.resolve().parent.parent / "config.yaml"
     config = dataclasses.replace(configs.parse([str(settings)]), device=device)

@@ -77,7 +77,7 @@ def tidy(folder: Path) -> None:
 def free_name(folder: Path, stem: str) -> str:
     """The first of stem, stem-2, stem-3, ... that is not in `folder`."""
     names = itertools.chain([stem], (f"{stem}-{i}" for i in itertools.count(2)))
-    return next(name for name in names if not (folder / name).exists())
+    return next(name for name in names if not os.path.lexists(folder / name))
 
 
 def named(error: Exception, path: Path) -> OSError:

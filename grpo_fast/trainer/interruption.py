@@ -6,6 +6,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 SIGNALS = [
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
@@ -32,6 +33,19 @@ class Interruption:
 
 
 _current = Interruption()
+_previous: dict[int, Any] = {}  # handlers that ours stand in for
+
+
+def _in_a_child() -> None:
+    """A reward function may fork: what it starts ends by signals as if this module were not there."""
+    for number, handler in _previous.items():
+        with contextlib.suppress(ValueError):
+            signal.signal(number, handler)
+    _previous.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_in_a_child)
 
 
 @contextlib.contextmanager
@@ -47,26 +61,31 @@ def interruptible() -> Iterator[Interruption]:
         yield interruption
         return
 
+    owner = os.getpid()
+
     def note(number: int, frame: object) -> None:
-        if interruption.signal is None:
+        if os.getpid() != owner:  # a child, before its handlers were restored
+            _in_a_child()
+            signal.raise_signal(number)
+        elif interruption.signal is None:
             interruption.signal = number
             _tell("stopping after this step; press Ctrl-C again to save and stop at once")
         elif interruption.depth:
             interruption.second = number
             _tell("stopping as soon as the weights are whole")
         else:
+            interruption.depth += 1  # a third one must not end the save that follows
             raise Stopped(number)
 
-    previous = {
-        s: signal.signal(s, note)
-        for s in SIGNALS
-        if s in (signal.SIGINT, signal.SIGTERM) or signal.getsignal(s) != signal.SIG_IGN
-    }
+    for s in SIGNALS:
+        if s in (signal.SIGINT, signal.SIGTERM) or signal.getsignal(s) != signal.SIG_IGN:
+            _previous[s] = signal.signal(s, note)
     try:
         yield interruption
     finally:
-        for number, handler in previous.items():
+        for number, handler in _previous.items():
             signal.signal(number, handler)
+        _previous.clear()
 
 
 @contextlib.contextmanager
@@ -80,6 +99,7 @@ def undivided() -> Iterator[None]:
         state.depth -= 1
     if not state.depth and state.second is not None:
         number, state.second = state.second, None
+        state.depth += 1
         raise Stopped(number)
 
 

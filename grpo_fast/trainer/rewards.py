@@ -6,17 +6,20 @@ its completion are strings, or lists of chat messages where the dataset's prompt
 a reward that does not apply to this completion, as in TRL.
 """
 
+import copy
 import importlib
 import math
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from grpo_fast._operands import LARGEST
 
 Reward = Callable[..., list[float | None]]
 Text = str | list[dict[str, str]]
@@ -50,10 +53,12 @@ def correct(
     prompts: list[Text], completions: list[Text], answer: list[Any], **kwargs: Any
 ) -> list[float | None]:
     """1 where the completion is the `answer` column, spaces and the brackets of `[...]` aside."""
-    return [
-        float(text_of(c).strip().removeprefix("[").removesuffix("]").strip() == str(a).strip())
-        for c, a in zip(completions, answer, strict=True)
-    ]
+    pairs = zip(completions, answer, strict=True)
+    return [float(_bare(text_of(c)) == _bare(str(a))) for c, a in pairs]
+
+
+def _bare(text: str) -> str:
+    return text.strip().removeprefix("[").removesuffix("]").strip()
 
 
 def bracketed_number(
@@ -64,7 +69,8 @@ def bracketed_number(
 
 
 def load(specification: str, folder: Path | None = None) -> Reward:
-    """The function that `module:function` names; modules of `folder` are found before installed ones.
+    """The function that `module:function` names; modules of `folder` are found before installed ones (but
+    after those that Python has imported already, such as its own `queue`).
 
     Args:
         folder: default: the working directory. Later imports, by the functions, find it last.
@@ -74,8 +80,10 @@ def load(specification: str, folder: Path | None = None) -> Reward:
         RewardError: its module raised while it was imported.
     """
     module, _, function = specification.partition(":")
-    if not module or not function:
-        raise ValueError(f"reward: want module:function, got {specification!r}")
+    if not module or not function or module.endswith(".py"):
+        raise ValueError(
+            f"reward: want module:function, such as my_rewards:short (without .py), got {specification!r}"
+        )
     folder = folder or Path.cwd()
     sys.path.insert(0, str(folder))
     importlib.invalidate_caches()
@@ -96,7 +104,11 @@ def load(specification: str, folder: Path | None = None) -> Reward:
             sys.path.append(str(folder))
     for name in function.split("."):
         if not hasattr(reward, name):
-            raise ValueError(f"reward={specification!r}: {module} has no {function!r}")
+            where = getattr(sys.modules[module], "__file__", "built in")
+            raise ValueError(
+                f"reward={specification!r}: {module} ({where}) has no {function!r}; a file of another name "
+                "cannot be taken for that module"
+            )
         reward = getattr(reward, name)
     if not callable(reward):
         raise ValueError(f"reward={specification!r}: not a function")
@@ -112,6 +124,7 @@ def score(
 ) -> tuple[Tensor, dict[str, float]]:
     """((B,) weighted sums of the rewards, mean of each reward by name).
 
+    Each function gets copies: what it does to its arguments changes neither the dataset nor what others get.
     A reward that is None counts in no sum and no mean. NaN: the total of a completion without any reward,
     and the mean of a function that gave none.
 
@@ -124,26 +137,33 @@ def score(
     means = {}
     for name, reward, weight in zip(names(rewards), rewards, weights, strict=True):
         try:
-            returned = reward(prompts=prompts, completions=completions, **columns)
+            given = {"prompts": prompts, "completions": completions, **columns}
+            returned = reward(**{k: [copy.deepcopy(x) for x in v] for k, v in given.items()})
+            if isinstance(returned, Iterator):
+                returned = list(returned)
         except (Exception, SystemExit) as error:
             raise RewardError(f"reward {place(reward)} raised {_raised(error)}", error) from error
         values = _numbers(returned, len(completions))
         if values is None:
             raise RewardError(
-                f"reward {place(reward)}: want a list of {len(completions)} finite numbers (None "
-                f"where it does not apply), got {_shown(returned)}"
+                f"reward {place(reward)}: want a list of {len(completions)} finite numbers, within "
+                f"float32's range (None where it does not apply), got {_shown(returned)}"
             )
-        given = ~values.isnan()
+        applies = ~values.isnan()
         total += weight * values.nan_to_num()
-        scored |= given
-        means[name] = values[given].mean().item()
+        scored |= applies
+        means[name] = values[applies].mean().item()
     return torch.where(scored, total, math.nan).float(), means
 
 
 def names(rewards: Sequence[Reward]) -> list[str]:
-    """What metrics call the functions: `function`, or `module:function` where two share a name."""
+    """What metrics call the functions: `function`, or `module:function` where two share a name.
+
+    Functions that share that, too, such as those of a decorator, are numbered.
+    """
     short = [getattr(r, "__name__", type(r).__name__) for r in rewards]
-    return [place(r) if short.count(s) > 1 else s for r, s in zip(rewards, short, strict=True)]
+    long = [place(r) if short.count(s) > 1 else s for r, s in zip(rewards, short, strict=True)]
+    return [f"{n}-{long[:i].count(n) + 1}" if n in long[:i] else n for i, n in enumerate(long)]
 
 
 def place(reward: Reward) -> str:
@@ -165,9 +185,9 @@ def _numbers(returned: Any, count: int) -> Tensor | None:
             continue
         try:
             number = math.nan if isinstance(value, (str, bytes)) else float(value)
-        except (TypeError, ValueError, RuntimeError, OverflowError):
+        except Exception:  # whatever a type of theirs raises
             return None
-        if not math.isfinite(number):
+        if not abs(number) <= LARGEST:  # nor NaN
             return None
         values.append(number)
     return torch.tensor(values, dtype=torch.float64) if len(values) == count else None

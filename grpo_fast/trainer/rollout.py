@@ -70,11 +70,18 @@ def sample(
     parts = []
     for i in range(0, len(prompts), size):
         with policy.autocast():
-            out = policy.model.generate(
-                input_ids=ids[i : i + size],
-                attention_mask=attention[i : i + size],
-                generation_config=settings,
-            )
+            try:
+                out = policy.model.generate(
+                    input_ids=ids[i : i + size],
+                    attention_mask=attention[i : i + size],
+                    generation_config=settings,
+                )
+            except RuntimeError as error:
+                if "probability tensor" not in str(error):
+                    raise
+                raise FloatingPointError(
+                    "the model's probabilities are NaN or infinite: its weights have diverged"
+                ) from error
         parts.append(out[:, ids.shape[1] :])
     T = max(part.shape[1] for part in parts)
     pad = policy.tokenizer.pad_token_id
@@ -120,7 +127,8 @@ def check_prompts(policy: Policy, rows: Sequence[Row], max_new_tokens: int) -> N
         if places is not None and len(ids) + max_new_tokens > places:
             raise ValueError(
                 f"prompt {_short(prompt)}: {len(ids)} tokens and max_new_tokens={max_new_tokens} are "
-                f"more than the model's {places} positions"
+                f"more than the model's {places} positions; set a smaller --max_new_tokens, or leave the "
+                "prompt out"
             )
 
 

@@ -5,6 +5,7 @@ import io
 import json
 import math
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,11 @@ from grpo_fast.trainer.config import TrainConfig
 
 SMOOTHING = 10  # steps of the moving mean
 LOCK, PID = ".lock", ".pid"
+# What a run makes, with the hidden names of files.py.
+MADE = re.compile(
+    r"\.lock|\.pid|checkpoints|\.?(config\.yaml|metrics\.jsonl|curve\.png|pid|checkpoints)"
+    r"(\.(partial|old|deleted))?"
+)
 
 
 def check(config: TrainConfig) -> None:
@@ -28,6 +34,10 @@ def check(config: TrainConfig) -> None:
             run, or a process is writing to it.
         ValueError: `config.output_dir` is not a folder.
     """
+    for option in ("output_dir", "name", "dataset"):
+        text = getattr(config, option) or ""
+        if text != text.encode(errors="ignore").decode():
+            raise ValueError(f"{option}={text!r}: not UTF-8, which safetensors needs of a path")
     parent = Path(config.output_dir)
     if parent.exists() and not parent.is_dir():
         raise ValueError(f"output_dir={config.output_dir!r}: not a folder")
@@ -46,6 +56,12 @@ def check(config: TrainConfig) -> None:
                 f"overwrite: {option}={getattr(config, option)!r} is in {path}, which would be "
                 "deleted; choose another --name"
             )
+    strange = sorted(p.name for p in path.iterdir() if not MADE.fullmatch(p.name))
+    if strange and (path / "config.yaml").is_file():
+        raise FileExistsError(
+            f"overwrite: {path} has what no run has made: {', '.join(strange[:5])}; move it away, or choose "
+            "another --name"
+        )
     # A run that died before it wrote anything is one, too.
     if not any((path / name).is_file() for name in ("config.yaml", LOCK)) and any(path.iterdir()):
         raise FileExistsError(f"overwrite: {path} is not a run, it has no config.yaml")
@@ -99,13 +115,15 @@ def hold(run_dir: Path) -> Iterator[None]:
             f"{run_dir}: process {process} is writing to this run; choose another --name, or wait "
             "until it has ended"
         ) from None
+    owner = os.getpid()
     try:
-        files.write(run_dir / PID, str(os.getpid()).encode())
+        files.write(run_dir / PID, str(owner).encode())
         yield
     finally:
-        with contextlib.suppress(OSError):
-            (run_dir / PID).unlink()
-        lock.release()
+        if os.getpid() == owner:  # and no child of a reward function
+            with contextlib.suppress(OSError):
+                (run_dir / PID).unlink()
+            lock.release()
 
 
 def _empty(run_dir: Path) -> None:
@@ -126,8 +144,8 @@ def _what_is_there(path: Path, name: str) -> str:
     step = int(found[-1].name.strip(".").removeprefix("step-").removesuffix(".old"))
     return (
         f"name={name!r}: {path} exists; its newest checkpoint, of step {step}, is {found[-1]}. To go on "
-        f"from it: --model {found[-1]} --name {files.free_name(path.parent, name)}. "
-        f"(--overwrite deletes the run and its checkpoints.)"
+        f"from it with its options: grpo-fast train {path / 'config.yaml'} --model {found[-1]} "
+        f"--name {files.free_name(path.parent, name)}. (--overwrite deletes the run and its checkpoints.)"
     )
 
 

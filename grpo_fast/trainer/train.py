@@ -74,6 +74,7 @@ def _train(config: TrainConfig) -> Summary:
     torch.set_num_threads(config.threads or usual)
     task = tasks.build(config)
     config = dataclasses.replace(config, heldout=tasks.count(task.heldout))
+    check_answers(config, task)
     policy = models.build(config, task.alphabet)
     rollouts.check_prompts(policy, [*task.train, *task.heldout], config.max_new_tokens)
     run_dir = runs.create(config)
@@ -125,6 +126,22 @@ def check_alone() -> None:
             )
 
 
+def check_answers(config: TrainConfig, task: Task) -> None:
+    """Refuse answers that a new model, which writes one character a token, could never finish.
+
+    Raises:
+        ValueError: one is too long.
+    """
+    if config.model is not None or config.dataset is None or task.demonstration is None:
+        return
+    longest = max(len(str(row["answer"])) for row in [*task.train, *task.heldout])
+    if longest + 1 > config.max_new_tokens:
+        raise ValueError(
+            f"max_new_tokens={config.max_new_tokens}: the longest answer has {longest} characters, one token "
+            f"each, and an end: set --max_new_tokens {longest + 1} or more"
+        )
+
+
 @dataclass
 class _Run:
     config: TrainConfig
@@ -134,24 +151,31 @@ class _Run:
     metrics: runs.Metrics
     started: float
     step: int = 0
-    saved: tuple[int, Path] | None = None
+    saved: tuple[int, Path] | None = None  # optimiser steps, and where
+    updates: int = 0
+    process: int = dataclasses.field(default_factory=os.getpid)
     warned: bool = False
 
     def save(self) -> Path:
-        """The checkpoint of this step, written unless it is there."""
-        if self.saved is None or self.saved[0] != self.step:
+        """The checkpoint of the weights as they are, written unless it is there."""
+        if self.saved is None or self.saved[0] != self.updates:
             with undivided():
                 path = models.save(
                     self.policy, self.run_dir, self.step, self.config.keep_checkpoints
                 )
-                self.saved = self.step, path
+                self.saved = self.updates, path
         return self.saved[1]
 
     def draw(self) -> None:
         runs.plot(self.metrics.rows, self.run_dir / "curve.png")
 
     def rescue(self) -> None:
-        """Save the weights of a run that ends by an exception, and say where they are."""
+        """Save the weights of a run that ends by an exception, and say where they are.
+
+        Not in a child that a reward function has forked: the run goes on.
+        """
+        if os.getpid() != self.process:
+            return
         with contextlib.suppress(OSError, KeyboardInterrupt), undivided():
             try:
                 print(f"the weights after step {self.step} are in {self.save()}", file=sys.stderr)
@@ -175,7 +199,6 @@ class _Run:
         with tqdm(total=config.steps, desc="GRPO", mininterval=0.5) as bar:
             while self.step < config.steps and not interruption.signal:
                 row = self.grpo_step(learner, next(batches))
-                self.step += 1
                 self.metrics.write(row)
                 bar.update()
                 bar.set_postfix_str(
@@ -200,13 +223,18 @@ class _Run:
                 f"{int(rewards.isnan().sum())} completions; such completions have advantage 0",
                 file=sys.stderr,
             )
-        try:
-            metrics = learner.update(rollout, rewards)
-        except FloatingPointError as error:
-            raise FloatingPointError(f"step {self.step}: {error}; the run ends here") from error
+        step = self.step
+        with undivided():  # the weights after a whole step have its name
+            try:
+                metrics = learner.update(rollout, rewards)
+                self.step += 1
+            except FloatingPointError as error:
+                raise FloatingPointError(f"step {step}: {error}; the run ends here") from error
+            finally:
+                self.updates = learner.updates
         seconds = time.perf_counter() - begin
         return {
-            "step": self.step,
+            "step": step,
             "reward": rewards.nanmean().item(),
             "reward_std": spread(rewards),
             **{f"reward/{name}": mean for name, mean in means.items()},

@@ -37,6 +37,7 @@ class Learner:
     def __init__(self, policy: Policy, config: TrainConfig) -> None:
         self.policy, self.config = policy, config
         self.objective = config.to_objective()
+        self.updates = 0  # optimiser steps so far
         self.reference = None
         if self.objective.beta:
             self.reference = copy.deepcopy(policy.model).eval().requires_grad_(False)
@@ -69,6 +70,7 @@ class Learner:
             with undivided():
                 self.optimizer.step()
                 self.scheduler.step()
+                self.updates += 1
             steps.append((loss, norm, statistics))
         losses, norms, gathered = zip(*steps, strict=True)
         folded = metrics_from(fold_statistics(torch.cat(gathered)))

@@ -1,5 +1,6 @@
 """The warm-up of a new model: supervised steps on demonstrations, stopped while there is much to learn."""
 
+import math
 import random
 from collections.abc import Callable
 
@@ -11,6 +12,7 @@ from grpo_fast import ops
 from grpo_fast.trainer import tasks
 from grpo_fast.trainer.config import TrainConfig
 from grpo_fast.trainer.evaluate import mean_rewards
+from grpo_fast.trainer.interruption import undivided
 from grpo_fast.trainer.model import Policy
 from grpo_fast.trainer.rewards import Text
 from grpo_fast.trainer.rollout import Rollout, completion_logits, encode
@@ -42,9 +44,12 @@ def warm_up(policy: Policy, task: Task, config: TrainConfig, stopped: Callable[[
             shown = [(row["prompt"], task.demonstration(row, rng)) for row in rows]
             optimizer.zero_grad()
             loss = imitate(policy, demonstrations(policy, shown), config.micro_batch_size)
-            torch.nn.utils.clip_grad_norm_(policy.model.parameters(), config.max_grad_norm)
-            optimizer.step()
-            ramp.step()
+            norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), config.max_grad_norm)
+            if not (math.isfinite(loss) and norm.isfinite()):
+                raise FloatingPointError(f"warm-up, step {step}: loss {loss}, gradient norm {norm}")
+            with undivided():
+                optimizer.step()
+                ramp.step()
             bar.update()
             if (step + 1) % CHECK_EVERY == 0:
                 reward = mean_rewards(policy, task, probe, config, config.temperature)["reward"]
