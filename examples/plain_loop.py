@@ -64,7 +64,12 @@ def sample(model: LlamaForCausalLM) -> Batch:
     ids, mask = prompts_of(PROMPTS)
     prompts, prompt_mask = ids.repeat_interleave(GROUP, 0), mask.repeat_interleave(GROUP, 0)
     sequences = model.generate(
-        prompts, attention_mask=prompt_mask, do_sample=True, max_new_tokens=LENGTH
+        prompts,
+        attention_mask=prompt_mask,
+        do_sample=True,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=LENGTH,
     )
     completions = sequences[:, prompts.shape[1] :]
     is_end = completions == EOS

@@ -21,13 +21,13 @@ pytest.importorskip("transformers", reason="the loops are for its models")
 
 # Where the loop is among the blocks of its page, and the objective it states.
 LOOPS = {
-    "README.md": (2, Objective.preset("grpo", beta=0.04)),
+    "README.md": (3, Objective.preset("grpo", beta=0.04)),
     "docs/linear.md": (0, Objective()),
     "docs/transformers.md": (0, Objective()),
 }
 # Pages whose blocks other tests run, and how many each has.
 ELSEWHERE = {
-    "README.md": 3,  # below; that with LoRA in test_trl_docs
+    "README.md": 4,  # below; that with LoRA in test_trl_docs
     "docs/weights.md": 6,  # test_docs
     "docs/integrations.md": 2,  # test_diagnostics, test_hub
     "docs/metrics.md": 1,  # test_metrics
@@ -136,6 +136,34 @@ def test_trls_trainer_equals_sequences_without_padding(tmp_path):
         torch.testing.assert_close(got[live], want[live], rtol=0, atol=1e-5)
 
 
+def test_what_the_readme_samples_is_what_it_scores(capsys):
+    tokenizer = character_tokenizer("abcdefghijklmnopqrstuvwxyz12345678")
+    model = loops.llama()
+    kept = []
+    generate = model.generate
+
+    def watched(*given, **options):
+        model.generation_config.top_k = 3  # as models on the hub come
+        processors = model._get_logits_processor
+
+        def note(*args, **kwargs):
+            kept.append(processors(*args, **kwargs))
+            return kept[-1]
+
+        model._get_logits_processor = note
+        return generate(*given, **options)
+
+    model.generate = watched
+    scope = {"model": model, "tokenizer": tokenizer, "prompts": ["ab", "cdefg"], "G": 2}
+    scope["reward_of"] = lambda text: float(len(text))
+    exec(loops.blocks("README.md")[2], scope)
+    assert kept == [[]], "nothing may change what is sampled"
+    assert scope["prompt_mask"].sum(1).tolist() == [2, 2, 5, 5]
+    given = {"ref_model": model, "optimizer": loops.Recorder(model), "num_iterations": 1}
+    exec(loops.blocks("README.md")[3], scope | given)
+    assert "'clip_fraction_low'" in capsys.readouterr().out
+
+
 def test_the_first_block_of_the_readme_runs():
     pytest.importorskip("trl", "1.15", reason="it imports TRL's trainer")
     exec(loops.blocks("README.md")[0], {})
@@ -146,7 +174,7 @@ def test_data_reward_and_commands_of_the_readme(tmp_path, monkeypatch, capsys):
     text = (loops.ROOT / "README.md").read_text()
     rows = re.search(r"```json\n(.*?)```", text, re.DOTALL)[1]
     (tmp_path / "problems.jsonl").write_text(rows * 2)
-    (tmp_path / "my_rewards.py").write_text(loops.blocks("README.md")[3])
+    (tmp_path / "my_rewards.py").write_text(loops.blocks("README.md")[4])
     model, tokenizer = loops.llama(), character_tokenizer("What is 12+34?=870")
     model.resize_token_embeddings(len(tokenizer))
     for part in (model, tokenizer):
@@ -155,9 +183,9 @@ def test_data_reward_and_commands_of_the_readme(tmp_path, monkeypatch, capsys):
     sys.modules.pop("my_rewards", None)  # of another test
     monkeypatch.setattr(sys, "path", [*sys.path])
     training, evaluation = re.findall(r"^grpo-fast (.*)$", text, re.MULTILINE)
-    assert training.count("Qwen/Qwen3-0.6B") == 1
+    assert training.count("Qwen/Qwen3-0.6B-Base") == 1
     more = " --steps 1 --max_new_tokens 3 --samples 0"
-    assert main([*training.replace("Qwen/Qwen3-0.6B", "model").split(), *more.split()]) == 0
+    assert main([*training.replace("Qwen/Qwen3-0.6B-Base", "model").split(), *more.split()]) == 0
     assert main(evaluation.split()) == 0
     sys.modules.pop("my_rewards")
     assert "accuracy" in capsys.readouterr().out

@@ -142,3 +142,9 @@ def test_masks_of_another_shape(mask, hint):
             MASKED[name](mask)
     with pytest.raises(ValueError, match=r"mask: want \(12,\), got \(4, 3\); pass mask.flatten"):
         policy_loss(LOGPS.flatten(), advantages=R[:1], mask=torch.ones(B, T))
+
+
+def test_logits_of_the_prompts_too_are_told_what_to_leave_out():
+    logits, ids = torch.zeros(2, 9, 7), torch.zeros(2, 4, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"logits\[:, -5:-1\].*logits_to_keep=4"):
+        grpo_loss(logits, ids, advantages=torch.ones(2))

@@ -95,9 +95,17 @@ def check_logits(op: str, logits: Tensor, ids: Tensor, ids_name: str) -> Tensor:
     if logits.ndim not in (2, 3):
         raise ValueError(f"{op}: logits: want (B, T, V) or (N, V), got {shape_of(logits)}")
     if ids.shape != logits.shape[:-1]:
+        hint = ""
+        if logits.ndim == 3 and ids.ndim == 2 and logits.shape[1] > ids.shape[1]:
+            T = ids.shape[1]
+            hint = (
+                f"; if the logits are of prompts and completions pass those that score the completions: "
+                f"logits[:, -{T + 1}:-1], or let the model compute them alone (logits_to_keep={T}, without "
+                "the last token)"
+            )
         raise ValueError(
             f"{op}: {ids_name}: want {tuple(logits.shape[:-1])}, one per row of logits "
-            f"{shape_of(logits)}, got {shape_of(ids)}"
+            f"{shape_of(logits)}, got {shape_of(ids)}{hint}"
         )
     if logits.shape[-1] == 0:
         raise ValueError(f"{op}: logits: the vocabulary is empty, got {shape_of(logits)}")

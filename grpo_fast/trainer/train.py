@@ -80,6 +80,8 @@ def _train(config: TrainConfig) -> Summary:
     run_dir = runs.create(config)
     with runs.hold(run_dir), interruptible() as interruption:
         configs.save(config, run_dir / "config.yaml")
+        if config.model is not None and config.dataset is None:
+            print(f"no --dataset: {config.model} is trained on the built-in task {config.task!r}")
         print(f"{run_dir}: {len(task.train)} training and {len(task.heldout)} held-out problems")
         run = _Run(config, task, policy, run_dir, runs.Metrics(run_dir), started)
         try:
@@ -99,6 +101,11 @@ def _train(config: TrainConfig) -> Summary:
             raise
         if not interruption.signal:
             run.show("after GRPO")
+        if run.metrics.rows and all(r["groups_without_signal"] == 1 for r in run.metrics.rows):
+            print(
+                "warning: in no group did completions earn different rewards: nothing was learned from them",
+                file=sys.stderr,
+            )
     rows = run.metrics.rows
     first = rows[0]["reward"] if rows else None
     return Summary(
