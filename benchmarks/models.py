@@ -213,6 +213,7 @@ def _short(error: Exception) -> str:
 
 
 def names() -> list[str]:
+    """The model types that `AutoModelForCausalLM` knows."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)

@@ -63,11 +63,13 @@ def use_triton(x: Tensor) -> bool:
         raise ValueError(f"GRPO_FAST_BACKEND={forced!r}: want one of {', '.join(BACKENDS)}")
     if forced == "torch":
         return False
+    if not forced and x.device.type != "cuda":
+        return False  # whatever Triton is there
     why = why_no_triton()
     if not forced:
-        if x.device.type == "cuda" and why and not torch.compiler.is_compiling():
+        if why and not torch.compiler.is_compiling():
             _warn_of_slow_path(why)
-        return x.device.type == "cuda" and not why
+        return not why
     if why:
         raise RuntimeError(f"GRPO_FAST_BACKEND=triton, but {why}")
     if x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":

@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import difflib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any, Literal
 import yaml
 from transformers import HfArgumentParser
 
+from grpo_fast._names import closest, did_you_mean
 from grpo_fast.objective import Objective
 from grpo_fast.presets import PRESETS
 from grpo_fast.trainer import files
@@ -348,8 +348,7 @@ def _suggestion(option: str) -> str:
     if name in _NONE_HERE:
         return f"; there is none: {_NONE_HERE[name]}"
     names = [f.name for f in dataclasses.fields(TrainConfig)]
-    close = difflib.get_close_matches(name, names, n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    return did_you_mean(closest(name, names)[:1])
 
 
 _NOTES = {

@@ -11,7 +11,6 @@ from transformers import get_scheduler
 from grpo_fast import ops
 from grpo_fast.loss import fold_statistics, grpo_loss, metrics_from
 from grpo_fast.trainer.config import TrainConfig
-from grpo_fast.trainer.interruption import undivided
 from grpo_fast.trainer.model import Policy
 from grpo_fast.trainer.rollout import Rollout, completion_logits
 
@@ -67,10 +66,9 @@ class Learner:
             loss, norm, statistics = self.backward(micro_batches, rollout.mask)
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 raise FloatingPointError(f"loss {loss}, gradient norm {norm}")
-            with undivided():
-                self.optimizer.step()
-                self.scheduler.step()
-                self.updates += 1
+            self.optimizer.step()
+            self.scheduler.step()
+            self.updates += 1
             steps.append((loss, norm, statistics))
         losses, norms, gathered = zip(*steps, strict=True)
         folded = metrics_from(fold_statistics(torch.cat(gathered)))
