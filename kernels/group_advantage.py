@@ -20,6 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
+from grpo_fast.kernels.schedules import compiled_with
 from grpo_fast.kernels.tiles import standard_score
 
 MAX_BLOCK = 1024
@@ -300,7 +301,7 @@ def group_advantage_fwd(
             RAW_SINGLETONS=raw_singletons,
             BLOCK_G=block_size(group_size),
             BLOCK_B=block_size(B),
-            num_warps=4,
+            **compiled_with(4),
         )
     return advantages
 
@@ -340,6 +341,6 @@ def combine_rewards_fwd(
             RAW_SINGLETONS=raw_singletons,
             BLOCK_G=block_size(group_size),
             BLOCK_B=block_size(B),
-            num_warps=4,
+            **compiled_with(4),
         )
     return combined

@@ -11,6 +11,8 @@ A program owns BLOCK elements.
 import triton
 import triton.language as tl
 
+from grpo_fast.kernels.schedules import compiled_with
+
 BLOCK = 4096
 
 
@@ -52,5 +54,5 @@ def scale(x, factor, y):
             n=n,
             INPLACE=y is x,
             BLOCK=BLOCK,
-            num_warps=8,
+            **compiled_with(8),
         )

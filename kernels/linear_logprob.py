@@ -12,6 +12,8 @@ A program owns BLOCK columns of a row.
 import triton
 import triton.language as tl
 
+from grpo_fast.kernels.schedules import compiled_with
+
 BLOCK = 2048
 
 
@@ -49,5 +51,5 @@ def weigh_rows(x, c, y):
             blocks=blocks,
             stride_c=c.stride(0),
             BLOCK=BLOCK,
-            num_warps=4,
+            **compiled_with(4),
         )

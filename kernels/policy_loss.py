@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
+from grpo_fast.kernels.schedules import compiled_with
 from grpo_fast.kernels.terms import (
     CLIP_DUAL,
     CLIP_HIGH,
@@ -245,7 +246,7 @@ def policy_loss_fwd(
             KL=objective.kl,
             KL_GRADIENT=objective.kl_gradient,
             BLOCK=BLOCK,
-            num_warps=4,
+            **compiled_with(4),
         )
     return loss, dlogp, kl, clip
 
@@ -273,6 +274,6 @@ def token_statistics_fwd(mask, share, loss, logp, old_logp, importance, kl, entr
         programs=programs,
         BLOCK=BLOCK,
         FOLD=64,
-        num_warps=4,
+        **compiled_with(4),
     )
     return statistics

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from grpo_fast.kernels.policy_loss import load_tokens, scalars
+from grpo_fast.kernels.schedules import compiled_with
 from grpo_fast.kernels.terms import bounded_log_ratio, policy_terms
 from grpo_fast.kernels.tiles import greater, lesser
 
@@ -293,6 +294,6 @@ def sequence_loss_fwd(
             KL=objective.kl,
             KL_GRADIENT=objective.kl_gradient,
             BLOCK=BLOCK,
-            num_warps=4,
+            **compiled_with(4),
         )
     return loss, dlogp, kl, clip

@@ -155,3 +155,9 @@ def test_lanes_are_added_up_in_the_same_order_side_by_side(reports):
         assert len(reports[logprob].lanes) == 1
         assert reports[grpo].lanes == reports[logprob].lanes, (grpo, logprob)
     assert reports["grpo split"].lanes != reports["grpo fp32"].lanes
+
+
+def test_every_launch_asks_for_fused_products_and_sums():
+    """Triton 3.9 warns where nothing is asked, and 3.10 fuses on request only."""
+    for case, launch in codegen.CASES.items():
+        assert codegen.record(launch).arguments["enable_fp_fusion"] is True, case
