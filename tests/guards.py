@@ -76,6 +76,15 @@ def _bits(x: Tensor) -> Tensor:
     return x.contiguous().view(sizes[x.element_size()])
 
 
+# Rows may be given by a pointer in front of them, and the entries from there to the first row.
+BEFORE = {"logits_ptr": "before", "x_ptr": "before", "dlogits_ptr": "dbefore"}
+
+
+def _moved(x: Tensor, n: int) -> Tensor:
+    """x, n entries further on in its storage."""
+    return x.as_strided(x.shape, x.stride(), x.storage_offset() + n)
+
+
 _off: list[bool] = []
 
 
@@ -95,6 +104,10 @@ def guarded(run: Callable[..., Any]) -> Callable[..., Any]:
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         if _off:
             return run(self, *args, **kwargs)
+        before = {name: kwargs.get(distance, 0) for name, distance in BEFORE.items()}
+        kwargs = {
+            name: _moved(x, before[name]) if before.get(name) else x for name, x in kwargs.items()
+        }
         given = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
         by_storage: dict[tuple[int, torch.dtype], list[Tensor]] = {}
         for x in given:
@@ -106,10 +119,17 @@ def guarded(run: Callable[..., Any]) -> Callable[..., Any]:
             for x, mine in zip(tensors, guard.inside, strict=True)
         }
 
-        def moved(x: Any) -> Any:
-            return inside[id(x)] if isinstance(x, Tensor) else x
+        def guarded_one(x: Any, name: str = "") -> Any:
+            if not isinstance(x, Tensor):
+                return x
+            mine = inside[id(x)]
+            return _moved(mine, -before[name]) if before.get(name) else mine
 
-        result = run(self, *map(moved, args), **{name: moved(x) for name, x in kwargs.items()})
+        result = run(
+            self,
+            *map(guarded_one, args),
+            **{name: guarded_one(x, name) for name, x in kwargs.items()},
+        )
         for guard in guards:
             guard.finish(self.fn.__name__)
         return result
