@@ -130,8 +130,9 @@ def comes_back(code: list[Instruction], place: dict[str, int], first: int, last:
         if i in seen or i >= len(code):
             continue
         seen.add(i)
-        if code[i].label in place:
-            todo.append(place[code[i].label])
+        label = code[i].label
+        if label is not None and label in place:
+            todo.append(place[label])
         if not re.match(UNCONDITIONAL, code[i].op):
             todo.append(i + 1)
     return False
