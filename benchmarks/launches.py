@@ -8,6 +8,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction, mangle_type
 
 
@@ -23,7 +24,10 @@ def record(case: Callable[[], None]) -> Launch:
     def run(fn: Any, *, grid: Any, warmup: bool, **arguments: Any) -> None:
         launches.append(Launch(fn, arguments))
 
-    with mock.patch.object(JITFunction, "run", run):
+    with (
+        mock.patch.object(JITFunction, "run", run),
+        mock.patch.object(InterpretedFunction, "run", run),
+    ):
         case()
     (launch,) = launches
     return launch

@@ -20,6 +20,13 @@ from grpo_fast.kernels.tiles import (
 )
 
 
+@triton.jit
+def is_doubtful(m, s, z, scale):
+    """Whether the statistics of a row may be wrong: its maximum is large, or that of some lanes is."""
+    highest_x = tl.abs(tl.maximum(m, z * scale))
+    return (highest_x >= FAR) | ((m <= -FAR) & (s != 0)) | (s != s)
+
+
 @triton.jit(noinline=True)
 def read_again(
     row_ptr,
@@ -42,8 +49,7 @@ def read_again(
     m is that of the whole row. Not inlined: it would cost those loops registers.
     """
     back = tl.full([], 0.0, tl.float32)
-    highest_x = tl.abs(tl.maximum(m, z * scale))
-    if (highest_x >= FAR) | ((m <= -FAR) & (s != 0)) | (s != s):
+    if is_doubtful(m, s, z, scale):
         lanes = tl.arange(0, T // 8)
         highest = tl.full([T // 8], -float("inf"), tl.float32)
         for base in range(0, V, T // 8):

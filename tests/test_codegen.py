@@ -9,6 +9,7 @@ pytest.importorskip("triton", reason="the kernels need Triton")
 import triton
 
 from benchmarks import codegen, compiled
+from benchmarks.assembly import Instruction, read_loops
 
 # Of the main loops of the common path: instructions per element, as measured and 5 % more. A barrier, a
 # narrow load or a conversion that comes back costs more. (gfx942 has none that rounds to bfloat16.)
@@ -176,3 +177,14 @@ def test_every_launch_asks_for_fused_products_and_sums():
     """Triton 3.9 warns where nothing is asked, and 3.10 fuses on request only."""
     for case, launch in codegen.CASES.items():
         assert codegen.record(launch).arguments["enable_fp_fusion"] is True, case
+
+
+def test_a_block_that_was_moved_out_of_line_is_no_loop():
+    """LLVM puts rare loads behind the code that goes on with them; from there the way is back, once."""
+    load, ret = Instruction("global_load_dword", None), Instruction("s_endpgm", None)
+    rest = [".back", load, ret]
+    once = [Instruction("s_cbranch_execnz", ".away"), *rest, ".away", load]
+    assert read_loops([*once, Instruction("s_cbranch_execz", ".back"), ret]) == []
+    again = [".top", load, Instruction("s_cbranch_execnz", ".top"), ret]
+    (loop,) = read_loops(again)
+    assert (loop.instructions, loop.loads) == (2, [32])

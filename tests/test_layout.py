@@ -27,7 +27,8 @@ SHARED = {
     "scoring",
     "rows",
     "schedules",
-}  # what kernels have in common; every other kernel file is a stem
+    "on_chip",
+}  # what kernels have in common, and a second `grpo`; every other kernel file is a stem
 REFERENCE = {"grpo": "grpo_loss", "sequence_loss": "policy_terms"}
 MODULES = sorted(ROOT.glob("kernels/*.py")) + sorted(
     path for path in (ROOT / "grpo_fast").glob("**/*.py") if "kernels" not in path.parts
