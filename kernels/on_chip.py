@@ -22,6 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
+from grpo_fast.kernels.edges import row_offset
 from grpo_fast.kernels.group_advantage import group_advantage_fwd
 from grpo_fast.kernels.grpo import SCORE_EPS, load_or
 from grpo_fast.kernels.policy_loss import scalars
@@ -29,7 +30,6 @@ from grpo_fast.kernels.rows import (
     inverse_temperature,
     load_scored,
     load_target,
-    row_offset,
     write_dlogits,
     write_zeros,
 )

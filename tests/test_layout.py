@@ -21,14 +21,8 @@ LAYERS = [
     {"trainer"},
 ]
 ALLOWED_IN_KERNELS = {"torch", "triton", "functools", "dataclasses", "grpo_fast"}
-SHARED = {
-    "tiles",
-    "terms",
-    "scoring",
-    "rows",
-    "schedules",
-    "on_chip",
-}  # what kernels have in common, and a second `grpo`; every other kernel file is a stem
+# What kernels have in common, and what is a part of `grpo` in a file of its own. Every other file is a stem.
+SHARED = {"tiles", "terms", "scoring", "edges", "rows", "schedules", "scale_rows", "on_chip"}
 REFERENCE = {"grpo": "grpo_loss", "sequence_loss": "policy_terms"}
 MODULES = sorted(ROOT.glob("kernels/*.py")) + sorted(
     path for path in (ROOT / "grpo_fast").glob("**/*.py") if "kernels" not in path.parts
