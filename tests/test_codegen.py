@@ -8,7 +8,7 @@ pytest.importorskip("triton", reason="the kernels need Triton")
 
 import triton
 
-from benchmarks import codegen, compiled
+from benchmarks import codegen, codegen_cases, compiled
 from benchmarks.assembly import Instruction, read_loops
 
 # Of the main loops of the common path: instructions per element, as measured and 5 % more. A barrier, a
@@ -46,7 +46,7 @@ def streaming(reports):
 
 @by_target
 def test_every_case_is_compiled(reports):
-    assert reports.keys() == codegen.CASES.keys()
+    assert reports.keys() == codegen_cases.CASES.keys()
     assert LOOPS.keys() < {x.kernel for x in reports.values()}
 
 
@@ -85,7 +85,7 @@ def test_row_loops_move_16_bytes_at_once(streaming):
 
 @by_target
 def test_instructions_per_element(streaming, target):
-    for case in codegen.COMMON:
+    for case in codegen_cases.COMMON:
         loops = streaming[case].main_loops()
         for kind, ceiling in INSTRUCTIONS[target].items():
             assert loops[kind].per_element(streaming[case].itemsize) <= ceiling, (case, kind)
@@ -93,7 +93,7 @@ def test_instructions_per_element(streaming, target):
 
 @by_target
 def test_uneven_rows_take_no_more_instructions(streaming):
-    for case, (even, _) in codegen.UNEVEN.items():
+    for case, (even, _) in codegen_cases.UNEVEN.items():
         found, wanted = (
             {
                 k: x.per_element(streaming[name].itemsize)
@@ -127,7 +127,7 @@ def test_enough_programs_are_resident(streaming, target):
 def test_threads_of_a_program(streaming, target):
     """1,024 read and rewrite a long row of float32 on NVIDIA's GPUs, where that was measured to be faster."""
     more = dict.fromkeys(("grpo fp32", "grpo fp32 to bf16"), 1024)
-    more |= {case: 1024 for case, (even, _) in codegen.UNEVEN.items() if even == "grpo fp32"}
+    more |= {case: 1024 for case, (even, _) in codegen_cases.UNEVEN.items() if even == "grpo fp32"}
     for case, report in streaming.items():
         expected = 128 if "small" in case or "capped" in case else 256
         if case in more and target != "gfx942":
@@ -175,7 +175,7 @@ def test_lanes_are_added_up_in_the_same_order_side_by_side(reports):
 
 def test_every_launch_asks_for_fused_products_and_sums():
     """Triton 3.9 warns where nothing is asked, and 3.10 fuses on request only."""
-    for case, launch in codegen.CASES.items():
+    for case, launch in codegen_cases.CASES.items():
         assert codegen.record(launch).arguments["enable_fp_fusion"] is True, case
 
 
