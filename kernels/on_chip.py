@@ -34,7 +34,7 @@ from grpo_fast.kernels.rows import (
     write_zeros,
 )
 from grpo_fast.kernels.schedules import compiled_with
-from grpo_fast.kernels.scoring import is_doubtful, score_row
+from grpo_fast.kernels.scoring import is_doubtful, read_again, score_statistics
 from grpo_fast.kernels.terms import token_policy_terms
 from grpo_fast.kernels.tiles import (
     LOG2_ZERO,
@@ -189,9 +189,9 @@ def _on_chip_kernel(
         else:
             m, s = tl.reduce(tl.reduce((m_own, s_own), 1, merge_sums), 0, merge_sums)
         doubtful = is_doubtful(m, s, z, scale)
-        m, s, log2_s, logp, entropy, scale, _ = score_row(
-            row_ptr, target, z, m, s, t, inv_temperature, V, STRIP
-        )
+        # Inlined: Triton 3.9 wants the barriers of a cluster in the kernel itself.
+        m, s, t, scale, back = read_again(row_ptr, target, V, z, scale, m, s, t, STRIP)
+        m, s, log2_s, logp, entropy = score_statistics(m, s, t, z, scale, back, inv_temperature)
         if old_logp_ptr is None:
             old_logp = logp
         loss, dlogp, kl, clip = token_policy_terms(
