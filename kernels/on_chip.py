@@ -50,7 +50,7 @@ from grpo_fast.kernels.tiles import (
 ELEMENTS = tl.constexpr(8)  # halves of one 128-bit access
 LARGE = tl.constexpr(3.4e38)
 OLDEST_TRITON, OLDEST_CAPABILITY = (3, 8), (9, 0)
-MAX_CTAS = 16
+PORTABLE_CTAS, MAX_CTAS = 8, 16  # of a cluster; more than eight where a data center's GPU has them
 ENTRIES = 20_480  # that a thread block keeps without spilling them
 MAX_V = MAX_CTAS * ENTRIES
 
@@ -334,6 +334,13 @@ def unavailable(device: torch.device) -> str:
     return ""
 
 
+def most_entries(device: torch.device) -> int:
+    """Of a row that fits on the chip: how large a cluster may be is the GPU's choice."""
+    if device.type != "cpu" and torch.cuda.get_device_capability(device)[0] not in (9, 10):
+        return PORTABLE_CTAS * ENTRIES
+    return MAX_V
+
+
 def unsupported(logits: torch.Tensor, dlogits: torch.Tensor, softcap: float | None = None) -> str:
     """Why `grpo_fwd_bwd` cannot take these (B, T, V) logits, in words for a warning; "" where it can."""
     why = unavailable(logits.device)
@@ -345,8 +352,8 @@ def unsupported(logits: torch.Tensor, dlogits: torch.Tensor, softcap: float | No
             return f"logits or gradient are {x.dtype}, and it takes float16 and bfloat16"
     if softcap is not None:
         return f"the logits have a soft cap, {softcap}"
-    if V > MAX_V:
-        return f"rows of {V:,} entries do not fit on the chip, {MAX_V:,} do"
+    if (most := most_entries(logits.device)) < V:
+        return f"rows of {V:,} entries do not fit on the chip, {most:,} do"
     if V % ELEMENTS.value:
         return f"8 does not divide the {V:,} entries of a row"
     for x in (logits, dlogits):

@@ -281,6 +281,8 @@ def test_what_else_it_cannot_do(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda x, c=capability: c)
         assert why in on_chip.unavailable(gpu)
         assert bool(why) == bool(on_chip.unavailable(gpu))
+        large = on_chip.MAX_V if capability[0] == 9 else on_chip.MAX_V // 2
+        assert on_chip.most_entries(gpu) == large
     monkeypatch.setattr(torch.version, "hip", "7.0")
     assert "AMD" in on_chip.unavailable(gpu)
 
