@@ -54,7 +54,6 @@ VARIANTS = (
     Variant(Plan(8, 16, "bits", 64)),
     Variant(Plan(16, 4, "e")),
     Variant(Plan(16, 8, "e", 64)),
-    Variant(Plan(8, 4, "bits", 168)),
     Variant(Plan(4, 16, "e")),
 )
 

@@ -311,7 +311,7 @@ class Plan:
 def plan(V: int, bonus: bool) -> Plan:
     """The smallest cluster that holds a row of V entries, at two thread blocks a multiprocessor.
 
-    With a BONUS in twice the threads: Triton's planning of clusters gives up on more than nine strips then.
+    With a bonus in twice the threads: Triton 3.8's planning of clusters gives up on more than eight strips.
     """
     ctas = 1
     while ctas * ENTRIES < V:
