@@ -34,7 +34,7 @@ from grpo_fast.kernels.rows import (
     write_zeros,
 )
 from grpo_fast.kernels.schedules import compiled_with
-from grpo_fast.kernels.scoring import is_doubtful, score_row
+from grpo_fast.kernels.scoring import is_doubtful, read_again, score_statistics
 from grpo_fast.kernels.terms import token_policy_terms
 from grpo_fast.kernels.tiles import (
     LOG2_ZERO,
@@ -50,7 +50,7 @@ from grpo_fast.kernels.tiles import (
 ELEMENTS = tl.constexpr(8)  # halves of one 128-bit access
 LARGE = tl.constexpr(3.4e38)
 OLDEST_TRITON, OLDEST_CAPABILITY = (3, 8), (9, 0)
-MAX_CTAS = 16
+PORTABLE_CTAS, MAX_CTAS = 8, 16  # of a cluster; more than eight where a data center's GPU has them
 ENTRIES = 20_480  # that a thread block keeps without spilling them
 MAX_V = MAX_CTAS * ENTRIES
 
@@ -189,9 +189,9 @@ def _on_chip_kernel(
         else:
             m, s = tl.reduce(tl.reduce((m_own, s_own), 1, merge_sums), 0, merge_sums)
         doubtful = is_doubtful(m, s, z, scale)
-        m, s, log2_s, logp, entropy, scale, _ = score_row(
-            row_ptr, target, z, m, s, t, inv_temperature, V, STRIP
-        )
+        # Inlined: Triton 3.9 wants the barriers of a cluster in the kernel itself.
+        m, s, t, scale, back = read_again(row_ptr, target, V, z, scale, m, s, t, STRIP)
+        m, s, log2_s, logp, entropy = score_statistics(m, s, t, z, scale, back, inv_temperature)
         if old_logp_ptr is None:
             old_logp = logp
         loss, dlogp, kl, clip = token_policy_terms(
@@ -311,7 +311,7 @@ class Plan:
 def plan(V: int, bonus: bool) -> Plan:
     """The smallest cluster that holds a row of V entries, at two thread blocks a multiprocessor.
 
-    With a BONUS in twice the threads: Triton's planning of clusters gives up on more than nine strips then.
+    With a bonus in twice the threads: Triton 3.8's planning of clusters gives up on more than eight strips.
     """
     ctas = 1
     while ctas * ENTRIES < V:
@@ -334,6 +334,13 @@ def unavailable(device: torch.device) -> str:
     return ""
 
 
+def most_entries(device: torch.device) -> int:
+    """Of a row that fits on the chip: how large a cluster may be is the GPU's choice."""
+    if device.type != "cpu" and torch.cuda.get_device_capability(device)[0] not in (9, 10):
+        return PORTABLE_CTAS * ENTRIES
+    return MAX_V
+
+
 def unsupported(logits: torch.Tensor, dlogits: torch.Tensor, softcap: float | None = None) -> str:
     """Why `grpo_fwd_bwd` cannot take these (B, T, V) logits, in words for a warning; "" where it can."""
     why = unavailable(logits.device)
@@ -345,8 +352,8 @@ def unsupported(logits: torch.Tensor, dlogits: torch.Tensor, softcap: float | No
             return f"logits or gradient are {x.dtype}, and it takes float16 and bfloat16"
     if softcap is not None:
         return f"the logits have a soft cap, {softcap}"
-    if V > MAX_V:
-        return f"rows of {V:,} entries do not fit on the chip, {MAX_V:,} do"
+    if (most := most_entries(logits.device)) < V:
+        return f"rows of {V:,} entries do not fit on the chip, {most:,} do"
     if V % ELEMENTS.value:
         return f"8 does not divide the {V:,} entries of a row"
     for x in (logits, dlogits):

@@ -86,6 +86,7 @@ COVERS: dict[str, tuple[str, str]] = {
         "triton and ((every_objective and (default or everything or gspo or entropy)) or "
         "optional or scored_in or inplace_gives or exactly or strided or reference)",
     ),
+    "kernels/on_chip.py": ("on_chip", "not long"),
 }
 # Changes that no test on a CPU can see: in the statement's text, by regular expression.
 EQUIVALENT = {

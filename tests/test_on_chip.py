@@ -1,5 +1,6 @@
 """`GRPO_FAST_ON_CHIP=1`: the same loss, gradient and metrics from a kernel that reads each row once."""
 
+import functools
 import os
 import warnings
 
@@ -244,19 +245,20 @@ def test_ids_outside_the_vocabulary_give_nan(bad, monkeypatch, device):
 
 
 REASONS = {
-    "float32": (torch.zeros(1, 2, 64), "float32"),
-    "odd": (torch.zeros(1, 2, 63, dtype=HALF), "8 does not divide the 63"),
-    "stride": (torch.zeros(1, 2, 68, dtype=HALF)[..., :64], "multiple of 16 bytes"),
-    "offset": (torch.zeros(1, 3, 64, dtype=HALF).flatten()[1:129].view(1, 2, 64), "16 bytes"),
-    "long": (torch.zeros(1, 1, on_chip.MAX_V + 8, dtype=HALF), "do not fit"),
+    "float32": (lambda new: new(1, 2, 64).float(), "float32"),
+    "odd": (lambda new: new(1, 2, 63), "8 does not divide the 63"),
+    "stride": (lambda new: new(1, 2, 68)[..., :64], "multiple of 16 bytes"),
+    "offset": (lambda new: new(200).flatten()[1:129].view(1, 2, 64), "multiple of 16 bytes"),
+    "long": (lambda new: new(1, 1, on_chip.MAX_V + 8), "do not fit"),
 }
 
 
-@pytest.mark.parametrize("logits, why", REASONS.values(), ids=REASONS)
-def test_what_it_cannot_do_the_other_kernel_does_and_a_warning_says_so(logits, why, launches):
-    ids = torch.zeros(logits.shape[:2], dtype=torch.int64)
-    given = {"advantages": torch.ones(1)}
-    assert why in on_chip.unsupported(logits, logits)
+@needs_clusters
+@pytest.mark.parametrize("make, why", REASONS.values(), ids=REASONS)
+def test_what_it_cannot_do_the_other_kernel_does_and_a_warning_says_so(make, why, launches, device):
+    logits = make(functools.partial(torch.zeros, dtype=HALF, device=device))
+    ids = torch.zeros(logits.shape[:2], dtype=torch.int64, device=device)
+    given = {"advantages": torch.ones(1, device=device)}
     with pytest.warns(UserWarning, match=f"GRPO_FAST_ON_CHIP=1 has no effect.*{why}"):
         grpo_loss(logits.requires_grad_(), ids, **given)
     with warnings.catch_warnings():
@@ -279,12 +281,14 @@ def test_what_else_it_cannot_do(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda x, c=capability: c)
         assert why in on_chip.unavailable(gpu)
         assert bool(why) == bool(on_chip.unavailable(gpu))
+        large = on_chip.MAX_V if capability[0] == 9 else on_chip.MAX_V // 2
+        assert on_chip.most_entries(gpu) == large
     monkeypatch.setattr(torch.version, "hip", "7.0")
     assert "AMD" in on_chip.unavailable(gpu)
 
 
-def test_the_switch(monkeypatch, launches):
-    logits, ids, arguments = batch(1, 2, 64, "cpu", HALF)
+def test_the_switch(monkeypatch, launches, device):
+    logits, ids, arguments = batch(1, 2, 64, device, HALF)
     monkeypatch.setenv("GRPO_FAST_ON_CHIP", "yes")
     with pytest.raises(ValueError, match="GRPO_FAST_ON_CHIP='yes': want 0 or 1"):
         grpo_loss(logits.requires_grad_(), ids, **arguments)

@@ -21,6 +21,7 @@ from grpo_fast.kernels import (
     linear_grpo,
     linear_logprob,
     logprob,
+    on_chip,
     policy_loss,
     scale_rows,
     schedules,
@@ -229,6 +230,31 @@ def test_grpo(V, dtype, entropy, inplace):
     assert traffic.total(traffic.loads) == size + vectors + met
     outputs = N * (4 if entropy else 3) * FLOAT + N
     assert traffic.total(traffic.stores) == written + outputs + met
+
+
+@pytest.mark.parametrize("coef", [0.0, 0.1])
+@pytest.mark.parametrize("V", [1000, 5000])
+def test_grpo_on_chip_reads_a_row_once(V, coef):
+    logits, ids, mask = batch(V, torch.float16)
+    N, live, w = len(ids), int(mask.sum()), 2
+    old, ref, advantages, weight = (torch.ones(N) for _ in range(4))
+    weight[0] = 0  # c = e = 0
+    objective = Objective(beta=0.1, entropy_coef=coef)
+    with counted() as traffic:
+        on_chip.grpo_fwd_bwd(
+            *(logits, ids, mask, weight, advantages, None, 1, None, old, ref, *[None] * 5),
+            *(1.0, False, objective, logits),
+        )
+    moving = mask & (weight != 0)
+    expected = visits(mask, logits.shape, 1)
+    expected.view(N, V)[mask, ids[mask]] += 1
+    size, visited = traffic.read(logits)
+    assert size == live * (V + 1) * w
+    assert_visits(visited, expected)
+    written, visited = traffic.written(logits)
+    documented = formulas.grpo(N, live, int(moving.sum()), V, w)
+    assert written == documented.written + documented.rewritten
+    assert_visits(visited, written_visits(moving, ids, logits.shape))
 
 
 @by_size
