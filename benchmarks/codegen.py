@@ -112,6 +112,11 @@ def logits(V: int, dtype: torch.dtype) -> torch.Tensor:
     return tensor(B, T_LEN, padded, dtype=dtype)[..., :V]
 
 
+def overlapping(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A gradient of smaller elements over the logits, as the head has it (`schedules.overlaps`)."""
+    return x.view(dtype)[..., : x.shape[-1]]
+
+
 def launch_logprob_fwd(
     V: int = V_ROW,
     dtype: torch.dtype = torch.bfloat16,
@@ -136,6 +141,7 @@ def launch_logprob_bwd(
     entropy: bool = False,
     extras: bool = False,
     cap: tuple[float, ...] = (),
+    over: torch.dtype | None = None,
 ) -> None:
     x = logits(V, dtype)
     logprob.logprob_bwd(
@@ -150,7 +156,7 @@ def launch_logprob_bwd(
         tokens(entropy),
         tokens(),
         tokens(),
-        x,
+        x if over is None else overlapping(x, over),
         *cap,
     )
 
@@ -165,8 +171,10 @@ def launch_grpo(
     objective: Objective | None = None,
     out: torch.dtype | None = None,
     cap: tuple[float, ...] = (),
+    over: torch.dtype | None = None,
 ) -> None:
     x = logits(V, dtype)
+    written = x if out is None else logits(V, out)
     grpo.grpo_fwd_bwd(
         x,
         tokens(dtype=torch.int64),
@@ -186,7 +194,7 @@ def launch_grpo(
         1.0,
         False,
         objective or Objective(beta=0.04, entropy_coef=0.01 if entropy else 0.0),
-        x if out is None else logits(V, out),
+        written if over is None else overlapping(x, over),
         *cap,
     )
 
@@ -283,6 +291,7 @@ BY_SEQUENCE = {
     "off_policy_mask": Objective(off_policy_threshold=0.1, beta=0.04),
     **{x: o for x, o in OBJECTIVES.items() if o.needs_sequences},
 }
+OVERLAPS: dict[str, dict[str, Any]] = {"": {}, " entropy": {"entropy": True}, " capped": {"cap": CAP}}
 # Clip, k3, old and reference log-probs, bfloat16: what most runs launch.
 COMMON = ("grpo", "grpo split")
 CASES: dict[str, Callable[[], None]] = {
@@ -311,6 +320,11 @@ CASES: dict[str, Callable[[], None]] = {
     "grpo fp32 split entropy": partial(launch_grpo, V_SPLIT, torch.float32, entropy=True),
     "grpo fp32 entropy": partial(launch_grpo, V_ROW, torch.float32, entropy=True),
     "grpo fp32 to bf16": partial(launch_grpo, V_SPLIT, torch.float32, out=torch.bfloat16),
+    **{
+        f"{kernel} overlap{name}": partial(launch, V_SPLIT, torch.float32, over=torch.bfloat16, **x)
+        for kernel, launch in (("grpo", launch_grpo), ("logprob_bwd", launch_logprob_bwd))
+        for name, x in OVERLAPS.items()
+    },
     "grpo capped": partial(launch_grpo, V_SPLIT, torch.float32, out=torch.bfloat16, cap=CAP),
     "grpo capped entropy": partial(launch_grpo, entropy=True, cap=CAP),
     "logprob_fwd capped": partial(launch_logprob_fwd, V_SPLIT, torch.float32, cap=CAP),

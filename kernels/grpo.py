@@ -13,7 +13,7 @@ masked rows are written only. `_scale_rows_kernel` reads and writes the rows who
 nothing of the others.
 
 A program owns a row, or a part of one until the last part to arrive takes over (`rows`). `dlogits` may be
-`logits`: a row is rewritten after all of it has been read.
+`logits`, or lie over it (`schedules.overlaps`): a row is rewritten after all of it has been read.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ from grpo_fast.kernels.rows import (
     write_dlogits,
     write_zeros,
 )
-from grpo_fast.kernels.schedules import aligned, reading, schedule
+from grpo_fast.kernels.schedules import aligned, overlaps, reading, schedule
 from grpo_fast.kernels.scoring import score_row
 from grpo_fast.kernels.terms import token_policy_terms
 from grpo_fast.kernels.tiles import (
@@ -146,11 +146,12 @@ def _grpo_kernel(
     BLOCK_G: tl.constexpr,
     BLOCK_SEGMENTS: tl.constexpr,
     SPLIT: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     HAS_ENTROPY: tl.constexpr = entropy_ptr is not None
     HAS_REF: tl.constexpr = ref_logp_ptr is not None
     # A row of one tile has no direction, a capped one is bound by arithmetic: no spills on sm_100 this way.
-    BACKWARDS: tl.constexpr = (not SPLIT and K > 1) or softcap is not None
+    BACKWARDS: tl.constexpr = not OVERLAP and ((not SPLIT and K > 1) or softcap is not None)
     pid = tl.program_id(0)
     row = (pid // parts).to(tl.int64)
     part = pid % parts
@@ -286,6 +287,7 @@ def _grpo_kernel(
                     softcap,
                     logit_scale,
                     cap_rate,
+                    OVERLAP,
                 )
             else:
                 write_zeros(drow_ptr, 0, V, WRITE_K, WRITE_T)
@@ -357,7 +359,7 @@ def grpo_fwd_bwd(
     softcap=None,
     logit_scale=None,
 ):
-    """Launch the kernel, `dlogits` (B, T, V) being written (it may be `logits`).
+    """Launch the kernel, `dlogits` (B, T, V) being written (`logits`, or over them: `schedules.overlaps`).
 
     Args:
         logits: (B, T, V), the last dimension contiguous.
@@ -382,6 +384,9 @@ def grpo_fwd_bwd(
     side = 4 if entropy is None and aligned(logits) else 1
     plan = reading(V, logits.element_size(), softcap is not None, side)
     write_K, write_T = plan.write_tile
+    over = overlaps(logits, dlogits)
+    if over and softcap is not None:  # a longer tile forwards would spill on sm_100
+        write_K = min(write_K, 2)
     if N:
         _grpo_kernel[(N * plan.parts,)](
             logits_ptr=logits,
@@ -420,6 +425,7 @@ def grpo_fwd_bwd(
             WRITE_K=write_K,
             WRITE_T=write_T,
             BLOCK_G=block_size(group_size),
+            OVERLAP=over,
         )
     return loss, logp, entropy, kl, clip
 

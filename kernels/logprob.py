@@ -12,6 +12,7 @@ A program owns a row, or a part of one (`schedules`). m and s (log2 units, `tile
 backward.
 """
 
+import dataclasses
 import functools
 
 import torch
@@ -31,7 +32,7 @@ from grpo_fast.kernels.rows import (
     write_dlogits,
     write_zeros,
 )
-from grpo_fast.kernels.schedules import reading, schedule
+from grpo_fast.kernels.schedules import overlaps, reading, schedule
 from grpo_fast.kernels.scoring import load_statistics, saved_statistics, score_row
 from grpo_fast.kernels.tiles import (
     LOG2E,
@@ -185,6 +186,7 @@ def _logprob_bwd_kernel(
     cap_rate,
     K: tl.constexpr,
     T: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     HAS_ENTROPY: tl.constexpr = dentropy_ptr is not None
     pid = tl.program_id(0)
@@ -233,6 +235,7 @@ def _logprob_bwd_kernel(
             softcap,
             logit_scale,
             cap_rate,
+            OVERLAP,
         )
     else:
         write_zeros(drow_ptr, start, stop, K, T)
@@ -298,9 +301,16 @@ def logprob_bwd(
     softcap=None,
     logit_scale=None,
 ):
-    """Launch the backward kernel, `dlogits` (B, T, V) being written (it may be `logits`)."""
+    """Launch the backward kernel, `dlogits` (B, T, V) being written.
+
+    It may be `logits`, or lie over them (`schedules.overlaps`). Then a row has one program: another part of
+    it would be overwritten before its own program has read it.
+    """
     B, T_len, V = logits.shape
     plan = schedule(V, softcap is not None)
+    over = overlaps(logits, dlogits)
+    if over:
+        plan = dataclasses.replace(plan, parts=1, columns=V)
     if dlogits.numel():
         _logprob_bwd_kernel[(B * T_len * plan.parts,)](
             dlogp_ptr=dlogp,
@@ -319,4 +329,5 @@ def logprob_bwd(
             **plan.arguments(logits),
             inv_temperature=inv_temperature,
             **soft_cap_scalars(softcap, logit_scale),
+            OVERLAP=over,
         )

@@ -147,3 +147,39 @@ def reading(V: int, itemsize: int, capped: bool = False, side: int = 1) -> Readi
         side=side,
         steps=steps,
     )
+
+
+def overlaps(logits, dlogits) -> bool:
+    """Whether the gradient, of smaller elements, lies over the logits, both (B, T, V).
+
+    Element j of a row is then at position j, counted in its own size, from where the row of logits starts:
+    `logits.view(torch.bfloat16)[..., :V]`, if nothing lies between the rows.
+
+    Raises:
+        ValueError: the two share memory in any other way, but for being the same elements.
+    """
+    if logits.untyped_storage()._cdata != dlogits.untyped_storage()._cdata:
+        return False
+    (first, stop), (dfirst, dstop) = _bytes_of(logits), _bytes_of(dlogits)
+    if first >= dstop or dfirst >= stop:  # pieces of one buffer, or empty
+        return False
+    ratio = logits.element_size() / dlogits.element_size()
+    steps = zip(logits.shape, logits.stride(), dlogits.stride(), (ratio, ratio, 1), strict=True)
+    same = all(size <= 1 or dstep == step * more for size, step, dstep, more in steps)
+    if ratio < 1 or logits.shape != dlogits.shape or first != dfirst or not same:
+        raise ValueError(
+            "dlogits shares memory with logits: want the same elements, or smaller ones that start where "
+            f"each row of logits starts, got {_place(dlogits)} over {_place(logits)}"
+        )
+    return ratio > 1
+
+
+def _bytes_of(x) -> tuple[int, int]:
+    """From the first byte of x in its storage to where its last one ends."""
+    last = sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
+    first = x.storage_offset() * x.element_size()
+    return first, first + (last + 1) * x.element_size() if x.numel() else first
+
+
+def _place(x) -> str:
+    return f"{x.dtype} {tuple(x.shape)}, strides {x.stride()}, offset {x.storage_offset()}"
