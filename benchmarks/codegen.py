@@ -291,7 +291,11 @@ BY_SEQUENCE = {
     "off_policy_mask": Objective(off_policy_threshold=0.1, beta=0.04),
     **{x: o for x, o in OBJECTIVES.items() if o.needs_sequences},
 }
-OVERLAPS: dict[str, dict[str, Any]] = {"": {}, " entropy": {"entropy": True}, " capped": {"cap": CAP}}
+OVERLAPS: dict[str, dict[str, Any]] = {
+    "": {},
+    " entropy": {"entropy": True},
+    " capped": {"cap": CAP},
+}
 # Clip, k3, old and reference log-probs, bfloat16: what most runs launch.
 COMMON = ("grpo", "grpo split")
 CASES: dict[str, Callable[[], None]] = {

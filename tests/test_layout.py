@@ -27,6 +27,7 @@ SHARED = {
     "scoring",
     "rows",
     "schedules",
+    "chunks",
 }  # what kernels have in common; every other kernel file is a stem
 REFERENCE = {"grpo": "grpo_loss", "sequence_loss": "policy_terms"}
 MODULES = sorted(ROOT.glob("kernels/*.py")) + sorted(

@@ -342,7 +342,7 @@ def _by_phases(
     found = _phases.values(logp, entropy, tokens, sequences, terms)
     if way == "late":
         c = spread_rows(found.dlogp, head.rows, len(head.hidden))
-        head.dhidden = weigh_rows(head.dhidden, c)
+        head.dhidden = weigh_rows(head.hidden_gradient(), c)
     elif way == "two_phase":
         dentropy = _entropy_gradient(tokens, terms, found)
         write_all(head, scores, found.dlogp, dentropy, statistics)
