@@ -44,6 +44,7 @@ from grpo_fast.kernels import (
     linear_logprob,
     logprob,
     policy_loss,
+    scale_rows,
     schedules,
     sequence_loss,
 )
@@ -107,9 +108,9 @@ def tokens(given: bool = True, dtype: torch.dtype = torch.float32) -> torch.Tens
     return tensor(N, dtype=dtype) if given else None
 
 
-def logits(V: int, dtype: torch.dtype) -> torch.Tensor:
-    padded = triton.cdiv(V, 16) * 16  # Triton knows a stride as aligned if 16 divides it
-    return tensor(B, T_LEN, padded, dtype=dtype)[..., :V]
+def logits(V: int, dtype: torch.dtype, stride: int = 0) -> torch.Tensor:
+    """Rows that Triton knows to be aligned, as 16 divides their stride, or with a stride as it comes."""
+    return tensor(B, T_LEN, stride or triton.cdiv(V, 16) * 16, dtype=dtype)[..., :V]
 
 
 def overlapping(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -123,9 +124,10 @@ def launch_logprob_fwd(
     entropy: bool = False,
     extras: bool = False,
     cap: tuple[float, ...] = (),
+    stride: int = 0,
 ) -> None:
     logprob.logprob_fwd(
-        logits(V, dtype),
+        logits(V, dtype, stride),
         tokens(dtype=torch.int64),
         tokens(extras, torch.bool),
         tokens(extras),
@@ -141,9 +143,10 @@ def launch_logprob_bwd(
     entropy: bool = False,
     extras: bool = False,
     cap: tuple[float, ...] = (),
+    stride: int = 0,
     over: torch.dtype | None = None,
 ) -> None:
-    x = logits(V, dtype)
+    x = logits(V, dtype, stride)
     logprob.logprob_bwd(
         tokens(),
         tokens(entropy),
@@ -171,9 +174,10 @@ def launch_grpo(
     objective: Objective | None = None,
     out: torch.dtype | None = None,
     cap: tuple[float, ...] = (),
+    stride: int = 0,
     over: torch.dtype | None = None,
 ) -> None:
-    x = logits(V, dtype)
+    x = logits(V, dtype, stride)
     written = x if out is None else logits(V, out)
     grpo.grpo_fwd_bwd(
         x,
@@ -199,8 +203,8 @@ def launch_grpo(
     )
 
 
-def launch_scale_rows(V: int = V_ROW, dtype: torch.dtype = torch.bfloat16) -> None:
-    grpo.scale_rows(tensor().expand(N), logits(V, dtype))
+def launch_scale_rows(V: int = V_ROW, dtype: torch.dtype = torch.bfloat16, stride: int = 0) -> None:
+    scale_rows.scale_rows(tensor().expand(N), logits(V, dtype, stride))
 
 
 def launch_scale(dtype: torch.dtype | None = None) -> None:
@@ -296,6 +300,26 @@ OVERLAPS: dict[str, dict[str, Any]] = {
     " entropy": {"entropy": True},
     " capped": {"cap": CAP},
 }
+# Rows one after the other that do not all start at 16 bytes (GPT-2's vocabulary, Qwen2.5's without padding),
+# or do so although 16 does not divide their stride (Llama 3's with 8 more). By the case that each is like.
+UNEVEN = {
+    f"{case} {V}": (case, partial(launch, V, dtype, stride=V))
+    for V in (50_257, 151_665, 128_264)
+    for case, launch, dtype in (
+        ("grpo", launch_grpo, torch.bfloat16),
+        ("grpo fp16", launch_grpo, torch.float16),
+        ("grpo fp32", launch_grpo, torch.float32),
+        *(
+            (
+                ("logprob_fwd", launch_logprob_fwd, torch.bfloat16),
+                ("logprob_bwd", launch_logprob_bwd, torch.bfloat16),
+                ("scale_rows", launch_scale_rows, torch.bfloat16),
+            )
+            if V == 151_665
+            else ()
+        ),
+    )
+}
 # Clip, k3, old and reference log-probs, bfloat16: what most runs launch.
 COMMON = ("grpo", "grpo split")
 CASES: dict[str, Callable[[], None]] = {
@@ -334,6 +358,7 @@ CASES: dict[str, Callable[[], None]] = {
     "logprob_fwd capped": partial(launch_logprob_fwd, V_SPLIT, torch.float32, cap=CAP),
     "logprob_bwd capped": partial(launch_logprob_bwd, V_SPLIT, entropy=True, cap=CAP),
     **{f"grpo {name}": partial(launch_grpo, objective=x) for name, x in BY_TOKEN.items()},
+    **{name: launch for name, (_, launch) in UNEVEN.items()},
     "scale_rows": launch_scale_rows,
     "scale_rows split fp32": partial(launch_scale_rows, V_SPLIT, torch.float32),
     "linear_grpo scale": launch_scale,

@@ -62,8 +62,15 @@ def _tile(threads: int, k: int) -> list[Edit]:
     ]
 
 
-NO_LAST: Edit = ("grpo.py", '"evict_last",', '"",')
-NO_FIRST: Edit = ("rows.py", ', eviction_policy="evict_first"', "")
+def _hint(of_pass: str, hint: str) -> Edit:
+    """What the loads (and stores) of a pass tell the cache."""
+    now = {"FIRST_OF_TWO": "evict_last", "ONLY_ONE": "evict_first", "REWRITE": "evict_first"}
+    line = f'\n{of_pass} = tl.constexpr("{{}}")'
+    return ("rows.py", line.format(now[of_pass]), line.format(hint))
+
+
+NO_LAST = _hint("FIRST_OF_TWO", "")
+NO_FIRST = _hint("REWRITE", "")
 # Segments of one tile for halves too: two at a time in `grpo`, two one after the other in `logprob`.
 SIDE_BY_SIDE: list[Edit] = [
     ("schedules.py", "if capped or itemsize < 4 or", "if capped or"),
@@ -74,7 +81,6 @@ SIDE_BY_SIDE: list[Edit] = [
     ),
     ("schedules.py", "\nSEGMENTS = 4 ", "\nSEGMENTS = 2 "),
 ]
-LOGPROB_HINT = '"evict_first",'
 VARIANTS: dict[str, list[Edit]] = {
     "as it is": [],
     "no hints": [NO_LAST, NO_FIRST],
@@ -98,8 +104,8 @@ VARIANTS: dict[str, list[Edit]] = {
 }
 LOGPROB: dict[str, list[Edit]] = {
     "as it is": [],
-    "evict_last": [("logprob.py", LOGPROB_HINT, '"evict_last",')],
-    "no hints": [("logprob.py", LOGPROB_HINT, '"",')],
+    "evict_last": [_hint("ONLY_ONE", "evict_last")],
+    "no hints": [_hint("ONLY_ONE", "")],
     "two segments one after the other": SIDE_BY_SIDE,
     "5 parts": [_parts(5)],
     "K 8": _tile(256, 8),

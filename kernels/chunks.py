@@ -39,12 +39,12 @@ def _move_rows_kernel(
     offs = (pid % blocks) * BLOCK + tl.arange(0, BLOCK)
     keep = offs < D
     if stage_ptr is not None:
-        if i < n_out:
-            row = i
-            if to_ptr is not None:
-                row = tl.load(to_ptr + i)
-            x = tl.load(stage_ptr + i * D + offs, mask=keep, other=0.0)
-            tl.store(dhidden_ptr + row * D + offs, x.to(dhidden_ptr.dtype.element_ty), mask=keep)
+        leaves = keep & (i < n_out)
+        row = i
+        if to_ptr is not None:
+            row = tl.load(to_ptr + i, mask=i < n_out, other=0)
+        x = tl.load(stage_ptr + i * D + offs, mask=leaves, other=0.0)
+        tl.store(dhidden_ptr + row * D + offs, x.to(dhidden_ptr.dtype.element_ty), mask=leaves)
     if hidden_ptr is not None:
         x = tl.zeros([BLOCK], hidden_ptr.dtype.element_ty)
         live = i < n_in

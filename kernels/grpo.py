@@ -9,23 +9,31 @@
 The coefficient of a row is known as soon as its log-prob is, so the gradient is taken while the row is still
 in the cache. Bytes, at w per logit: N V w read from memory, N V w read again from the cache, N V w written,
 and N w read and written once more for the scored ones; rows with c = e = 0 are read once and written once,
-masked rows are written only. `_scale_rows_kernel` reads and writes the rows whose factor is not 1, and
-nothing of the others.
+masked rows are written only.
 
 A program owns a row, or a part of one until the last part to arrive takes over (`rows`). `dlogits` may be
 `logits`, or lie over it (`schedules.overlaps`): a row is rewritten after all of it has been read.
 """
 
-import dataclasses
 import functools
 
 import torch
 import triton
 import triton.language as tl
 
-from grpo_fast.kernels.group_advantage import block_size, from_lowest, group_moments
+from grpo_fast.kernels.edges import (
+    gradient_of,
+    place_gradient,
+    place_row,
+    read_edges,
+    rows_of,
+    write_edges,
+    zero_edges,
+)
+from grpo_fast.kernels.group_advantage import block_size
 from grpo_fast.kernels.policy_loss import scalars
 from grpo_fast.kernels.rows import (
+    FIRST_OF_TWO,
     arrive,
     combine_segments,
     inverse_temperature,
@@ -33,58 +41,24 @@ from grpo_fast.kernels.rows import (
     load_target,
     read_part,
     read_statistics,
-    row_offset,
     soft_cap_scalars,
     write_dlogits,
     write_zeros,
 )
-from grpo_fast.kernels.schedules import aligned, overlaps, reading, schedule
-from grpo_fast.kernels.scoring import score_row
+from grpo_fast.kernels.schedules import overlaps, reading
+from grpo_fast.kernels.scoring import load_advantage, load_or, score_row
 from grpo_fast.kernels.terms import token_policy_terms
 from grpo_fast.kernels.tiles import (
     LOG2E,
     dlogits_factors,
     dlogits_target,
     soft_cap,
-    standard_score,
 )
 
-MANY_ROWS = 1024
 SCORE_EPS = 1e-4  # of the z-score taken in the launch: TRL's and the paper code's
 
 
-@triton.jit
-def load_or(ptr, row, default):
-    """The value of a row, or `default` where there is no such tensor."""
-    value = default
-    if ptr is not None:
-        value = tl.load(ptr + row).to(tl.float32)
-    return value
-
-
-@triton.jit
-def load_advantage(
-    advantages_ptr, rewards_ptr, sequence_ptr, row, T_len, G, eps, BLOCK_G: tl.constexpr
-):
-    """The advantage of a row: its own, or the z-score of its sequence's reward in the group."""
-    # No early return: Triton compiles what follows one, even where the condition is a constant.
-    if rewards_ptr is None:
-        advantage = tl.load(advantages_ptr + row).to(tl.float32)
-    else:
-        sequence = row // T_len
-        if sequence_ptr is not None:
-            sequence = tl.load(sequence_ptr + row)
-        first = sequence // G * G
-        lowest, _, inverse, mean, squares, count, differ = group_moments(
-            rewards_ptr, None, 0, first, first + G, BLOCK_G
-        )
-        centred = from_lowest(tl.load(rewards_ptr + sequence), lowest, inverse) - mean
-        eps = (0.5 * eps * inverse).to(tl.float32)
-        advantage = standard_score(centred, squares, count, differ, eps, UNBIASED=True)
-    return advantage
-
-
-@triton.jit(do_not_specialize=["T_len", "G"])
+@triton.jit(do_not_specialize=["before", "dbefore", "T_len", "G"])
 def _grpo_kernel(
     logits_ptr,  # (B, T, V)
     ids_ptr,  # (N,)
@@ -108,8 +82,10 @@ def _grpo_kernel(
     clip_ptr,  # (N,) int8
     partial_ptr,  # (N, segments, 3) fp32, or None
     arrived_ptr,  # (N,) int32, zeros, or None
+    before,
     stride_b,
     stride_t,
+    dbefore,
     dstride_b,
     dstride_t,
     T_len,
@@ -146,6 +122,8 @@ def _grpo_kernel(
     BLOCK_G: tl.constexpr,
     BLOCK_SEGMENTS: tl.constexpr,
     SPLIT: tl.constexpr,
+    ROWS: tl.constexpr,
+    SAME_ROWS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     HAS_ENTROPY: tl.constexpr = entropy_ptr is not None
@@ -155,24 +133,26 @@ def _grpo_kernel(
     pid = tl.program_id(0)
     row = (pid // parts).to(tl.int64)
     part = pid % parts
-    row_ptr = logits_ptr + row_offset(row, T_len, stride_b, stride_t)
+    row_ptr, body_ptr, head, body = place_row(
+        logits_ptr, before, row, T_len, stride_b, stride_t, V, ROWS
+    )
     live = True
     if mask_ptr is not None:
         live = tl.load(mask_ptr + row) != 0
+    target = load_target(ids_ptr, row, V)  # beside the mask: one wait for memory, not two
     if live:
-        target = load_target(ids_ptr, row, V)
         inv_temperature = inverse_temperature(temperature_ptr, row, inv_temperature)
         scale = inv_temperature * LOG2E
         if SPLIT:
             read_part(
-                row_ptr,
+                body_ptr,
                 partial_ptr,
                 row,
                 part,
-                target,
+                target - head,
                 scale,
                 columns,
-                V,
+                body,
                 segments,
                 K,
                 T,
@@ -180,22 +160,22 @@ def _grpo_kernel(
                 SIDE,
                 GROUPS,
                 HAS_ENTROPY,
-                "evict_last",
+                FIRST_OF_TWO,
                 softcap,
                 logit_scale,
                 cap_rate,
             )
         else:
             m, s, t = read_statistics(
-                row_ptr,
-                target,
+                body_ptr,
+                target - head,
                 scale,
                 0,
-                V,
+                body,
                 K,
                 T,
                 HAS_ENTROPY,
-                "evict_last",
+                FIRST_OF_TWO,
                 softcap,
                 logit_scale,
                 cap_rate,
@@ -206,6 +186,22 @@ def _grpo_kernel(
         if last:
             if SPLIT:
                 m, s, t = combine_segments(partial_ptr, row, segments, BLOCK_SEGMENTS, HAS_ENTROPY)
+            if ROWS == "anywhere":
+                m, s, t = read_edges(
+                    row_ptr,
+                    target,
+                    head,
+                    body,
+                    V,
+                    scale,
+                    m,
+                    s,
+                    t,
+                    HAS_ENTROPY,
+                    softcap,
+                    logit_scale,
+                    cap_rate,
+                )
             z = load_scored(row_ptr, target)
             slope = 1.0
             if softcap is not None:
@@ -265,21 +261,23 @@ def _grpo_kernel(
                 tl.store(kl_ptr + row, kl)
             # In place, the scored logit is overwritten below, after every thread has read it.
             tl.debug_barrier()
-            drow_ptr = dlogits_ptr + row_offset(row, T_len, dstride_b, dstride_t)
+            drow_ptr, dbody_ptr = place_gradient(
+                dlogits_ptr, dbefore, row, T_len, dstride_b, dstride_t, head, ROWS, SAME_ROWS
+            )
             if (dlogp != 0) | (dentropy != 0):
                 k0, k1 = dlogits_factors(dlogp, dentropy, entropy, s, log2_s, inv_temperature)
                 dtarget = dlogits_target(dlogp, dentropy, entropy, logp, inv_temperature) * slope
                 write_dlogits(
-                    row_ptr,
-                    drow_ptr,
-                    target,
+                    body_ptr,
+                    dbody_ptr,
+                    target - head,
                     dtarget,
                     scale,
                     m,
                     k0,
                     k1,
                     0,
-                    V,
+                    body,
                     WRITE_K,
                     WRITE_T,
                     HAS_ENTROPY,
@@ -289,14 +287,38 @@ def _grpo_kernel(
                     cap_rate,
                     OVERLAP,
                 )
+                if ROWS == "anywhere":
+                    write_edges(
+                        row_ptr,
+                        drow_ptr,
+                        target,
+                        dtarget,
+                        head,
+                        body,
+                        V,
+                        scale,
+                        m,
+                        k0,
+                        k1,
+                        HAS_ENTROPY,
+                        softcap,
+                        logit_scale,
+                        cap_rate,
+                        OVERLAP,
+                    )
             else:
-                write_zeros(drow_ptr, 0, V, WRITE_K, WRITE_T)
+                write_zeros(dbody_ptr, 0, body, WRITE_K, WRITE_T)
+                if ROWS == "anywhere":
+                    zero_edges(drow_ptr, head, body, V)
     else:
-        drow_ptr = dlogits_ptr + row_offset(row, T_len, dstride_b, dstride_t)
+        drow_ptr, dbody_ptr = place_gradient(
+            dlogits_ptr, dbefore, row, T_len, dstride_b, dstride_t, head, ROWS, SAME_ROWS
+        )
         start = part * columns
-        stop = tl.minimum(start + columns, V)
-        write_zeros(drow_ptr, start, stop, WRITE_K, WRITE_T)
+        write_zeros(dbody_ptr, start, tl.minimum(start + columns, body), WRITE_K, WRITE_T)
         if part == 0:
+            if ROWS == "anywhere":
+                zero_edges(drow_ptr, head, body, V)
             tl.store(loss_ptr + row, 0.0)
             tl.store(logp_ptr + row, 0.0)
             tl.store(clip_ptr + row, 0)
@@ -304,36 +326,6 @@ def _grpo_kernel(
                 tl.store(entropy_ptr + row, 0.0)
             if HAS_REF:
                 tl.store(kl_ptr + row, 0.0)
-
-
-@triton.jit(do_not_specialize=["T_len"])
-def _scale_rows_kernel(
-    factor_ptr,  # (N,) fp32
-    x_ptr,  # (B, T, V), scaled in place
-    stride_factor,
-    stride_b,
-    stride_t,
-    T_len,
-    V,
-    parts,
-    columns,
-    K: tl.constexpr,
-    T: tl.constexpr,
-):
-    pid = tl.program_id(0)
-    row = (pid // parts).to(tl.int64)
-    factor = tl.load(factor_ptr + row * stride_factor)
-    if factor != 1.0:  # decided on the device: asking from the host would be a sync
-        offs = tl.arange(0, K)[:, None] * T + tl.arange(0, T)[None, :]
-        x_ptr += row_offset(row, T_len, stride_b, stride_t)
-        start = (pid % parts) * columns
-        stop = tl.minimum(start + columns, V)
-        for base in range(start, stop, K * T):
-            keep = offs < stop - base
-            x = tl.load(x_ptr + base + offs, mask=keep).to(tl.float32)
-            # A row of zeros stays one, also under a factor of inf.
-            x = tl.where(x == 0, 0.0, x * factor)
-            tl.store(x_ptr + base + offs, x.to(x_ptr.dtype.element_ty), mask=keep)
 
 
 def grpo_fwd_bwd(
@@ -358,6 +350,8 @@ def grpo_fwd_bwd(
     dlogits,
     softcap=None,
     logit_scale=None,
+    out=None,
+    arrived=None,
 ):
     """Launch the kernel, `dlogits` (B, T, V) being written (`logits`, or over them: `schedules.overlaps`).
 
@@ -369,27 +363,32 @@ def grpo_fwd_bwd(
         return_entropy: also where the objective has no use for it.
         objective: a `grpo_fast.Objective`.
         softcap, logit_scale: both or neither: z stands for softcap * tanh(logit_scale * logits / softcap).
+        out: what is returned, to be written; None: made here.
+        arrived: (N,) int32 zeros, for this launch alone; None: made here if they are needed.
 
     Returns:
         loss, logp, entropy (or None), kl (or None): (N,) fp32; clip: (N,) int8.
     """
     B, T_len, V = logits.shape
     N = B * T_len
-    new = functools.partial(torch.empty, device=logits.device, dtype=torch.float32)
-    loss, logp = new(N), new(N)
-    entropy = new(N) if return_entropy or objective.entropy_coef else None
-    kl = new(N) if ref_logp is not None else None
-    clip = new(N, dtype=torch.int8)
+    if out is None:
+        new = functools.partial(torch.empty, device=logits.device, dtype=torch.float32)
+        with_entropy = return_entropy or objective.entropy_coef
+        entropy, kl = new(N) if with_entropy else None, None if ref_logp is None else new(N)
+        out = new(N), new(N), entropy, kl, new(N, dtype=torch.int8)
+    loss, logp, entropy, kl, clip = out
     # With an entropy a thread holds so much that too few programs would be resident.
-    side = 4 if entropy is None and aligned(logits) else 1
+    side = 4 if entropy is None else 1
     plan = reading(V, logits.element_size(), softcap is not None, side)
     write_K, write_T = plan.write_tile
     over = overlaps(logits, dlogits)
     if over and softcap is not None:  # a longer tile forwards would spill on sm_100
         write_K = min(write_K, 2)
     if N:
+        rows = rows_of("logits", logits)
         _grpo_kernel[(N * plan.parts,)](
-            logits_ptr=logits,
+            **rows,
+            **gradient_of(rows, dlogits),
             ids_ptr=ids,
             mask_ptr=mask,
             weight_ptr=weight,
@@ -403,16 +402,13 @@ def grpo_fwd_bwd(
             coefficient_ptr=coefficient,
             entropy_weight_ptr=entropy_weight,
             temperature_ptr=temperature,
-            dlogits_ptr=dlogits,
             loss_ptr=loss,
             logp_ptr=logp,
             entropy_ptr=entropy,
             kl_ptr=kl,
             clip_ptr=clip,
-            **plan.meeting_point(N, logits.device),
-            **plan.arguments(logits),
-            dstride_b=dlogits.stride(0),
-            dstride_t=dlogits.stride(1),
+            **plan.meeting_point(N, logits.device, arrived),
+            **plan.arguments(),
             G=group_size,
             inv_temperature=inv_temperature,
             **scalars(objective),
@@ -428,23 +424,3 @@ def grpo_fwd_bwd(
             OVERLAP=over,
         )
     return loss, logp, entropy, kl, clip
-
-
-def scale_rows(factor, x):
-    """`x *= factor[:, None]` in place, without touching the rows whose factor is 1.
-
-    Args:
-        factor: (N,) fp32, any stride: an expanded scalar has 0.
-        x: (B, T, V), the last dimension contiguous, N = B T.
-    """
-    B, T_len, V = x.shape
-    plan = schedule(V)
-    if B * T_len >= MANY_ROWS:  # most programs only read a factor of 1: one for each row is enough
-        plan = dataclasses.replace(plan, parts=1, columns=V)
-    if x.numel():
-        _scale_rows_kernel[(B * T_len * plan.parts,)](
-            factor_ptr=factor,
-            x_ptr=x,
-            stride_factor=factor.stride(0),
-            **plan.arguments(x),
-        )

@@ -19,7 +19,17 @@ import torch
 import triton
 import triton.language as tl
 
+from grpo_fast.kernels.edges import (
+    gradient_of,
+    place_gradient,
+    place_row,
+    read_edges,
+    rows_of,
+    write_edges,
+    zero_edges,
+)
 from grpo_fast.kernels.rows import (
+    ONLY_ONE,
     arrive,
     combine_segments,
     inverse_temperature,
@@ -27,7 +37,6 @@ from grpo_fast.kernels.rows import (
     load_target,
     read_part,
     read_statistics,
-    row_offset,
     soft_cap_scalars,
     write_dlogits,
     write_zeros,
@@ -42,7 +51,7 @@ from grpo_fast.kernels.tiles import (
 )
 
 
-@triton.jit(do_not_specialize=["T_len"])
+@triton.jit(do_not_specialize=["before", "T_len"])
 def _logprob_fwd_kernel(
     logits_ptr,  # (B, T, V)
     ids_ptr,  # (N,)
@@ -54,6 +63,7 @@ def _logprob_fwd_kernel(
     s_ptr,  # (N,) fp32
     partial_ptr,  # (N, segments, 3) fp32, or None
     arrived_ptr,  # (N,) int32, zeros, or None
+    before,
     stride_b,
     stride_t,
     T_len,
@@ -72,6 +82,7 @@ def _logprob_fwd_kernel(
     GROUPS: tl.constexpr,
     BLOCK_SEGMENTS: tl.constexpr,
     SPLIT: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
     HAS_ENTROPY: tl.constexpr = entropy_ptr is not None
     pid = tl.program_id(0)
@@ -80,21 +91,23 @@ def _logprob_fwd_kernel(
     live = True
     if mask_ptr is not None:
         live = tl.load(mask_ptr + row) != 0
+    target = load_target(ids_ptr, row, V)  # beside the mask: one wait for memory, not two
     if live:
-        row_ptr = logits_ptr + row_offset(row, T_len, stride_b, stride_t)
-        target = load_target(ids_ptr, row, V)
+        row_ptr, body_ptr, head, body = place_row(
+            logits_ptr, before, row, T_len, stride_b, stride_t, V, ROWS
+        )
         inv_temperature = inverse_temperature(temperature_ptr, row, inv_temperature)
         scale = inv_temperature * LOG2E
         if SPLIT:
             read_part(
-                row_ptr,
+                body_ptr,
                 partial_ptr,
                 row,
                 part,
-                target,
+                target - head,
                 scale,
                 columns,
-                V,
+                body,
                 segments,
                 K,
                 T,
@@ -102,22 +115,22 @@ def _logprob_fwd_kernel(
                 SIDE,
                 GROUPS,
                 HAS_ENTROPY,
-                "evict_first",
+                ONLY_ONE,
                 softcap,
                 logit_scale,
                 cap_rate,
             )
         else:
             m, s, t = read_statistics(
-                row_ptr,
-                target,
+                body_ptr,
+                target - head,
                 scale,
                 0,
-                V,
+                body,
                 K,
                 T,
                 HAS_ENTROPY,
-                "evict_first",
+                ONLY_ONE,
                 softcap,
                 logit_scale,
                 cap_rate,
@@ -128,6 +141,22 @@ def _logprob_fwd_kernel(
         if last:
             if SPLIT:
                 m, s, t = combine_segments(partial_ptr, row, segments, BLOCK_SEGMENTS, HAS_ENTROPY)
+            if ROWS == "anywhere":
+                m, s, t = read_edges(
+                    row_ptr,
+                    target,
+                    head,
+                    body,
+                    V,
+                    scale,
+                    m,
+                    s,
+                    t,
+                    HAS_ENTROPY,
+                    softcap,
+                    logit_scale,
+                    cap_rate,
+                )
             z = load_scored(row_ptr, target)
             if softcap is not None:
                 z, _ = soft_cap(z, softcap, logit_scale, cap_rate)
@@ -159,7 +188,7 @@ def _logprob_fwd_kernel(
             tl.store(entropy_ptr + row, 0.0)
 
 
-@triton.jit(do_not_specialize=["T_len"])
+@triton.jit(do_not_specialize=["before", "dbefore", "T_len"])
 def _logprob_bwd_kernel(
     dlogp_ptr,  # (N,) fp32
     dentropy_ptr,  # (N,) fp32, or None
@@ -172,8 +201,10 @@ def _logprob_bwd_kernel(
     m_ptr,  # (N,) fp32
     s_ptr,  # (N,) fp32
     dlogits_ptr,  # (B, T, V)
+    before,
     stride_b,
     stride_t,
+    dbefore,
     dstride_b,
     dstride_t,
     T_len,
@@ -186,14 +217,22 @@ def _logprob_bwd_kernel(
     cap_rate,
     K: tl.constexpr,
     T: tl.constexpr,
+    ROWS: tl.constexpr,
+    SAME_ROWS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     HAS_ENTROPY: tl.constexpr = dentropy_ptr is not None
     pid = tl.program_id(0)
     row = (pid // parts).to(tl.int64)
-    start = (pid % parts) * columns
-    stop = tl.minimum(start + columns, V)
-    drow_ptr = dlogits_ptr + row_offset(row, T_len, dstride_b, dstride_t)
+    part = pid % parts
+    row_ptr, body_ptr, head, body = place_row(
+        logits_ptr, before, row, T_len, stride_b, stride_t, V, ROWS
+    )
+    drow_ptr, dbody_ptr = place_gradient(
+        dlogits_ptr, dbefore, row, T_len, dstride_b, dstride_t, head, ROWS, SAME_ROWS
+    )
+    start = part * columns
+    stop = tl.minimum(start + columns, body)
     dlogp = tl.load(dlogp_ptr + row)
     dentropy = 0.0
     entropy = 0.0
@@ -204,7 +243,6 @@ def _logprob_bwd_kernel(
     if mask_ptr is not None:
         live = live & (tl.load(mask_ptr + row) != 0)
     if live:
-        row_ptr = logits_ptr + row_offset(row, T_len, stride_b, stride_t)
         target = load_target(ids_ptr, row, V)
         inv_temperature = inverse_temperature(temperature_ptr, row, inv_temperature)
         logp = tl.load(logp_ptr + row)
@@ -212,15 +250,18 @@ def _logprob_bwd_kernel(
         k0, k1 = dlogits_factors(dlogp, dentropy, entropy, s, tl.log2(s), inv_temperature)
         dtarget = dlogits_target(dlogp, dentropy, entropy, logp, inv_temperature)
         if softcap is not None:
-            here = (target >= start) & (target < stop)
+            place = target - head
+            here = (place >= start) & (place < stop)
+            if ROWS == "anywhere":
+                here = here | ((part == 0) & ((place < 0) | (place >= body)) & (target >= 0))
             z = tl.load(row_ptr + target, mask=here, other=0.0).to(tl.float32)
             _, slope = soft_cap(z, softcap, logit_scale, cap_rate)
             dtarget = dtarget * slope
             tl.debug_barrier()  # in place, every thread has read it before one writes it
         write_dlogits(
-            row_ptr,
-            drow_ptr,
-            target,
+            body_ptr,
+            dbody_ptr,
+            target - head,
             dtarget,
             scale,
             m,
@@ -237,8 +278,29 @@ def _logprob_bwd_kernel(
             cap_rate,
             OVERLAP,
         )
+        if ROWS == "anywhere" and part == 0:
+            write_edges(
+                row_ptr,
+                drow_ptr,
+                target,
+                dtarget,
+                head,
+                body,
+                V,
+                scale,
+                m,
+                k0,
+                k1,
+                HAS_ENTROPY,
+                softcap,
+                logit_scale,
+                cap_rate,
+                OVERLAP,
+            )
     else:
-        write_zeros(drow_ptr, start, stop, K, T)
+        write_zeros(dbody_ptr, start, stop, K, T)
+        if ROWS == "anywhere" and part == 0:
+            zero_edges(drow_ptr, head, body, V)
 
 
 def logprob_fwd(
@@ -250,6 +312,8 @@ def logprob_fwd(
     with_entropy,
     softcap=None,
     logit_scale=None,
+    out=None,
+    arrived=None,
 ):
     """Launch the forward kernel.
 
@@ -257,19 +321,22 @@ def logprob_fwd(
         logits: (B, T, V), the last dimension contiguous.
         ids, mask, temperature: (N,) contiguous; the last two may be None.
         softcap, logit_scale: both or neither: z stands for softcap * tanh(logit_scale * logits / softcap).
+        out: what is returned, to be written; None: made here.
+        arrived: (N,) int32 zeros, for this launch alone; None: made here if they are needed.
 
     Returns:
         logp, entropy (or None), m, s: (N,) fp32.
     """
     B, T_len, V = logits.shape
     N = B * T_len
-    new = functools.partial(torch.empty, device=logits.device, dtype=torch.float32)
-    logp, m, s = new(N), new(N), new(N)
-    entropy = new(N) if with_entropy else None
+    if out is None:
+        new = functools.partial(torch.empty, device=logits.device, dtype=torch.float32)
+        out = new(N), new(N) if with_entropy else None, new(N), new(N)
+    logp, entropy, m, s = out
     plan = reading(V, logits.element_size(), softcap is not None)
     if N:
         _logprob_fwd_kernel[(N * plan.parts,)](
-            logits_ptr=logits,
+            **rows_of("logits", logits),
             ids_ptr=ids,
             mask_ptr=mask,
             temperature_ptr=temperature,
@@ -277,8 +344,8 @@ def logprob_fwd(
             entropy_ptr=entropy,
             m_ptr=m,
             s_ptr=s,
-            **plan.meeting_point(N, logits.device),
-            **plan.arguments(logits),
+            **plan.meeting_point(N, logits.device, arrived),
+            **plan.arguments(),
             inv_temperature=inv_temperature,
             **soft_cap_scalars(softcap, logit_scale),
         )
@@ -312,10 +379,12 @@ def logprob_bwd(
     if over:
         plan = dataclasses.replace(plan, parts=1, columns=V)
     if dlogits.numel():
+        rows = rows_of("logits", logits)
         _logprob_bwd_kernel[(B * T_len * plan.parts,)](
             dlogp_ptr=dlogp,
             dentropy_ptr=dentropy,
-            logits_ptr=logits,
+            **rows,
+            **gradient_of(rows, dlogits),
             ids_ptr=ids,
             mask_ptr=mask,
             temperature_ptr=temperature,
@@ -323,10 +392,7 @@ def logprob_bwd(
             entropy_ptr=entropy,
             m_ptr=m,
             s_ptr=s,
-            dlogits_ptr=dlogits,
-            dstride_b=dlogits.stride(0),
-            dstride_t=dlogits.stride(1),
-            **plan.arguments(logits),
+            **plan.arguments(),
             inv_temperature=inv_temperature,
             **soft_cap_scalars(softcap, logit_scale),
             OVERLAP=over,

@@ -11,13 +11,13 @@ reach the result.
 import triton
 import triton.language as tl
 
-from grpo_fast.kernels.tiles import (
-    LOWEST,
-    dlogits_tile,
-    fold_softmax,
-    reduce_softmax,
-    soft_cap,
-)
+from grpo_fast.kernels.edges import capped_dlogits
+from grpo_fast.kernels.tiles import LOWEST, fold_softmax, reduce_softmax, soft_cap
+
+# What each pass over rows tells the cache. benchmarks/variants.py times others.
+FIRST_OF_TWO = tl.constexpr("evict_last")  # the second comes back for it
+ONLY_ONE = tl.constexpr("evict_first")  # nothing is read again
+REWRITE = tl.constexpr("evict_first")  # loads and stores of the second
 
 
 def soft_cap_scalars(softcap, logit_scale) -> dict[str, float | None]:
@@ -77,7 +77,7 @@ def read_statistics(
 ):
     """(m, s, t) of columns [start, stop) of a row without column `target`.
 
-    HINT: to the cache; "evict_last" where a second pass follows.
+    HINT: to the cache, FIRST_OF_TWO or ONLY_ONE.
     softcap, logit_scale, cap_rate: all or none (`soft_cap_scalars`): what is read goes through `soft_cap`.
     """
     BLOCK: tl.constexpr = K * T
@@ -326,19 +326,6 @@ def combine_segments(
 
 
 @triton.jit
-def capped_dlogits(
-    z, scale, m, k0, k1, HAS_ENTROPY: tl.constexpr, softcap=None, logit_scale=None, cap_rate=None
-):
-    """`dlogits_tile`, through the soft cap if there is one."""
-    if softcap is not None:
-        z, slope = soft_cap(z, softcap, logit_scale, cap_rate)
-    dz = dlogits_tile(z, scale, m, k0, k1, HAS_ENTROPY)
-    if softcap is not None:
-        dz = dz * slope
-    return dz
-
-
-@triton.jit
 def write_dlogits(
     row_ptr,
     drow_ptr,
@@ -378,22 +365,22 @@ def write_dlogits(
     full = (stop - start) // BLOCK
     for i in range(0, full):
         base = start + (full - 1 - i if BACKWARDS else i) * BLOCK
-        z = tl.load(row_ptr + base + offs, eviction_policy="evict_first").to(tl.float32)
+        z = tl.load(row_ptr + base + offs, eviction_policy=REWRITE).to(tl.float32)
         dz = capped_dlogits(z, scale, m, k0, k1, HAS_ENTROPY, softcap, logit_scale, cap_rate)
         dz = dz.to(drow_ptr.dtype.element_ty)
         if OVERLAP:
             tl.debug_barrier()
-        tl.store(drow_ptr + base + offs, dz, eviction_policy="evict_first")
+        tl.store(drow_ptr + base + offs, dz, eviction_policy=REWRITE)
     for base in range(start + full * BLOCK, stop, T):
         keep = strip < stop - base
         z = tl.load(
-            row_ptr + base + strip, mask=keep, other=-float("inf"), eviction_policy="evict_first"
+            row_ptr + base + strip, mask=keep, other=-float("inf"), eviction_policy=REWRITE
         ).to(tl.float32)
         dz = capped_dlogits(z, scale, m, k0, k1, HAS_ENTROPY, softcap, logit_scale, cap_rate)
         dz = dz.to(drow_ptr.dtype.element_ty)
         if OVERLAP:
             tl.debug_barrier()
-        tl.store(drow_ptr + base + strip, dz, mask=keep, eviction_policy="evict_first")
+        tl.store(drow_ptr + base + strip, dz, mask=keep, eviction_policy=REWRITE)
     if (target >= start) & (target < stop):
         tl.debug_barrier()  # one thread writes over what another's loop left there
         tl.store(drow_ptr + target, dtarget.to(drow_ptr.dtype.element_ty))
@@ -411,13 +398,6 @@ def write_zeros(drow_ptr, start, stop, K: tl.constexpr, T: tl.constexpr):
     base = start + full * BLOCK
     if base < stop:
         tl.store(drow_ptr + base + offs, zeros, mask=offs < stop - base)
-
-
-@triton.jit
-def row_offset(row, T_len, stride_b, stride_t):
-    """Where row (b, t) = divmod(row, T_len) starts. int64: B * T * V passes 2**31 for any real batch."""
-    row = row.to(tl.int64)
-    return (row // T_len) * stride_b + (row % T_len) * stride_t
 
 
 @triton.jit

@@ -11,6 +11,8 @@ import dataclasses
 import torch
 import triton
 
+from grpo_fast.kernels.edges import UNIT
+
 MAX_V_PER_PROGRAM = 32_768
 WARP_SIZE = 64 if torch.version.hip else 32
 PARTS = 16  # how many programs share a long row, at most
@@ -37,10 +39,9 @@ class Schedule:
     T: int
     num_warps: int
 
-    def arguments(self, x) -> dict[str, int]:
-        """How a kernel is told of this schedule and of the rows of x, (B, T, V)."""
+    def arguments(self) -> dict[str, int]:
+        """How a kernel is told of this schedule."""
         return {
-            **layout(x),
             "parts": self.parts,
             "columns": self.columns,
             "K": self.K,
@@ -72,9 +73,9 @@ class Reading(Schedule):
         T = 8 * WARP_SIZE * self.num_warps
         return (self.K if self.T == T else 2), T
 
-    def arguments(self, x) -> dict[str, int]:
+    def arguments(self) -> dict[str, int]:
         return {
-            **super().arguments(x),
+            **super().arguments(),
             "segments": self.segments,
             "STEPS": self.steps,
             "SIDE": self.side,
@@ -83,23 +84,17 @@ class Reading(Schedule):
             "SPLIT": self.split,
         }
 
-    def meeting_point(self, N, device) -> dict[str, torch.Tensor | None]:
-        """Where the programs of N rows leave the statistics of segments, and count themselves."""
+    def meeting_point(self, N, device, arrived=None) -> dict[str, torch.Tensor | None]:
+        """Where the programs of N rows leave the statistics of segments, and count themselves.
+
+        arrived: (N,) int32 zeros to count in, used up by one launch; None: made here.
+        """
         if not self.split:
             return {"partial_ptr": None, "arrived_ptr": None}
         partial = torch.empty(N, self.segments, STATISTICS, device=device, dtype=torch.float32)
-        arrived = torch.zeros(N, device=device, dtype=torch.int32)
+        if arrived is None:
+            arrived = torch.zeros(N, device=device, dtype=torch.int32)
         return {"partial_ptr": partial, "arrived_ptr": arrived}
-
-
-def layout(x) -> dict[str, int]:
-    """Where the rows of x, (B, T, V), lie, as the kernels' arguments."""
-    return {"stride_b": x.stride(0), "stride_t": x.stride(1), "T_len": x.shape[1], "V": x.shape[2]}
-
-
-def aligned(x) -> bool:
-    """Whether Triton knows that all rows of x start at 16 bytes: it asks 16 of every number."""
-    return all(n % 16 == 0 for n in (x.data_ptr(), x.stride(0), x.stride(1)))
 
 
 def schedule(V: int, capped: bool = False) -> Schedule:
@@ -121,10 +116,9 @@ def schedule(V: int, capped: bool = False) -> Schedule:
 def reading(V: int, itemsize: int, capped: bool = False, side: int = 1) -> Reading:
     """The schedule for rows of V entries of `itemsize` bytes that are read for their statistics.
 
-    side: how many segments at a time, 1, 2 or 4, at the caller's choice where the rows are `aligned`, else 1:
-        it does not reach the result. With many threads on a row, few rows are between their two passes, so
-        the cache holds them. Done for float32 alone, where it was measured to be faster
-        (benchmarks/NOTES.md).
+    side: how many segments at a time, 1, 2 or 4, at the caller's choice: it does not reach the result. With
+        many threads on a row, few rows are between their two passes, so the cache holds them. Done for
+        float32 alone, where it was measured to be faster (benchmarks/NOTES.md).
     """
     plan = schedule(V, capped)
     if plan.parts == 1:
@@ -170,6 +164,12 @@ def overlaps(logits, dlogits) -> bool:
         raise ValueError(
             "dlogits shares memory with logits: want the same elements, or smaller ones that start where "
             f"each row of logits starts, got {_place(dlogits)} over {_place(logits)}"
+        )
+    starts = (logits.data_ptr() // logits.element_size(), *logits.stride()[:2])
+    if ratio > 1 and any(n % UNIT.value for n in starts):
+        raise ValueError(
+            f"dlogits lies over logits: want rows that start at multiples of {UNIT.value} entries, got "
+            f"{_place(logits)}"
         )
     return ratio > 1
 

@@ -21,7 +21,7 @@ class OutOfBoundsError(AssertionError):
 
 
 class _Guarded:
-    """The tensors of one storage, side by side in a buffer of their own; of several dtypes where they overlap."""
+    """The tensors of one storage, of any dtypes, in a buffer of their own."""
 
     def __init__(self, tensors: list[Tensor]) -> None:
         self.tensors = [x.detach() for x in tensors]
@@ -92,6 +92,15 @@ def _bits(x: Tensor) -> Tensor:
     return x.contiguous().view(sizes[x.element_size()])
 
 
+# Rows may be given by a pointer in front of them, and the entries from there to the first row.
+BEFORE = {"logits_ptr": "before", "x_ptr": "before", "dlogits_ptr": "dbefore"}
+
+
+def _moved(x: Tensor, n: int) -> Tensor:
+    """x, n entries further on in its storage."""
+    return x.as_strided(x.shape, x.stride(), x.storage_offset() + n)
+
+
 _off: list[bool] = []
 
 
@@ -111,6 +120,10 @@ def guarded(run: Callable[..., Any]) -> Callable[..., Any]:
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         if _off:
             return run(self, *args, **kwargs)
+        before = {name: kwargs.get(distance, 0) for name, distance in BEFORE.items()}
+        kwargs = {
+            name: _moved(x, before[name]) if before.get(name) else x for name, x in kwargs.items()
+        }
         given = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
         by_storage: dict[int, list[Tensor]] = {}
         for x in given:
@@ -122,10 +135,17 @@ def guarded(run: Callable[..., Any]) -> Callable[..., Any]:
             for x, mine in zip(tensors, guard.inside, strict=True)
         }
 
-        def moved(x: Any) -> Any:
-            return inside[id(x)] if isinstance(x, Tensor) else x
+        def guarded_one(x: Any, name: str = "") -> Any:
+            if not isinstance(x, Tensor):
+                return x
+            mine = inside[id(x)]
+            return _moved(mine, -before[name]) if before.get(name) else mine
 
-        result = run(self, *map(moved, args), **{name: moved(x) for name, x in kwargs.items()})
+        result = run(
+            self,
+            *map(guarded_one, args),
+            **{name: guarded_one(x, name) for name, x in kwargs.items()},
+        )
         for guard in guards:
             guard.finish(self.fn.__name__)
         return result

@@ -13,7 +13,7 @@ pytest.importorskip("triton", reason="the kernels need Triton")
 from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder
 
 from grpo_fast import reference
-from grpo_fast.kernels import grpo, logprob, schedules
+from grpo_fast.kernels import grpo, logprob, scale_rows, schedules
 from grpo_fast.objective import Objective
 from tests.guards import unguarded
 
@@ -71,7 +71,7 @@ def some_programs(monkeypatch, shape):
         (logprob, "_logprob_fwd_kernel", read),
         (logprob, "_logprob_bwd_kernel", write),
         (grpo, "_grpo_kernel", read),
-        (grpo, "_scale_rows_kernel", 1),  # of many rows, one program each
+        (scale_rows, "_scale_rows_kernel", 1),  # of many rows, one program each
     ):
         kernel = SomePrograms(getattr(module, name), shape, monkeypatch, parts)
         monkeypatch.setattr(module, name, kernel)
@@ -123,5 +123,5 @@ def test_grpo_and_scale_rows(shape, lazily, some_programs, device):
     torch.testing.assert_close(out[1][some].double(), expected, rtol=1e-5, atol=1e-5)
     (dx,) = torch.autograd.grad(-expected.sum(), x)
     torch.testing.assert_close(logits[0, some].double(), dx, rtol=2e-3, atol=1e-6)
-    grpo.scale_rows(torch.full((), 2.0, device=device).expand(N), logits)
+    scale_rows.scale_rows(torch.full((), 2.0, device=device).expand(N), logits)
     torch.testing.assert_close(logits[0, some].double(), 2 * dx, rtol=2e-3, atol=1e-6)

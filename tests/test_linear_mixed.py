@@ -15,7 +15,6 @@ from tests.test_linear_logprob import HEADS, make
 from tests.test_linear_logprob import batch as rows_of
 from tests.test_linear_logprob import check as check_log_probs
 
-
 HALVES = [torch.float16, torch.bfloat16]
 by_head = pytest.mark.parametrize(
     "head", [HEADS["plain"], HEADS["everything"]], ids=["plain", "all"]
@@ -128,7 +127,7 @@ def test_gradient_lies_over_the_logits(mixed):
 @pytest.mark.parametrize("logits_dtype", ["fp32", "bf16"])
 def test_sums_that_the_library_splits_are_float32(dtype, logits_dtype, mixed, device):
     """Over the vocabulary, over tokens, or of an adapter's few columns: rounded once, not piece by piece."""
-    tensors, options, ids, arguments = batch(4, 5, 101, device, HEADS["lora"], D=24, dtype=dtype)
+    tensors, _, ids, arguments = batch(4, 5, 101, device, HEADS["lora"], D=24, dtype=dtype)
     check_runs = {"chunk_size": 4, "logits_dtype": logits_dtype}
     leaves = {k: x.nan_to_num(0.0).requires_grad_() for k, x in tensors.items()}
     lora = leaves["A"], leaves["B"], 0.7

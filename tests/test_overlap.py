@@ -1,4 +1,4 @@
-"""A gradient in half precision over the logits in float32 that it comes from: the same bits as beside them."""
+"""A half-precision gradient over the float32 logits that it comes from: the same bits as beside them."""
 
 import pytest
 import torch
@@ -110,12 +110,18 @@ def test_any_other_overlap_is_refused(kernel, other, device):
     wrong = other(x, x.view(torch.bfloat16))
     ids = torch.zeros(8, dtype=torch.int64, device=device)
     ones = torch.ones(8, device=device)
+    if kernel == "grpo":
+        given = (x, ids, None, ones, ones, None, 1, *[None] * 8, 1.0, False, Objective(), wrong)
+        launcher = grpo.grpo_fwd_bwd
+    else:
+        given = (ones, None, x, ids, None, None, 1.0, ones, None, ones, ones, wrong)
+        launcher = logprob.logprob_bwd
     with pytest.raises(ValueError, match=r"dlogits shares memory with logits: .*offset"):
-        if kernel == "grpo":
-            grpo.grpo_fwd_bwd(
-                *(x, ids, None, ones, ones, None, 1, *[None] * 8), 1.0, False, Objective(), wrong
-            )
-        else:
-            logprob.logprob_bwd(
-                *(ones, None, x, ids, None, None, 1.0, ones, None, ones, ones), wrong
-            )
+        launcher(*given)
+
+
+def test_rows_that_start_anywhere_are_refused(device):
+    """What is before the first multiple of 8 entries would be overwritten before it is read."""
+    x = torch.zeros(2, 4, 66, device=device)
+    with pytest.raises(ValueError, match=r"dlogits lies over logits: .*multiples of 8.*66"):
+        schedules.overlaps(x, x.view(torch.bfloat16)[..., :66])

@@ -21,6 +21,7 @@ from grpo_fast.kernels import (
     linear_logprob,
     logprob,
     policy_loss,
+    scale_rows,
     schedules,
     sequence_loss,
 )
@@ -241,13 +242,13 @@ def test_scale_rows(V, dtype):
     parts = schedules.schedule(V).parts
     one = torch.ones(()).expand(N)
     with counted() as traffic:
-        grpo.scale_rows(one, x)
+        scale_rows.scale_rows(one, x)
     assert traffic.total(traffic.loads) == N * parts * FLOAT
     assert traffic.total(traffic.stores) == 0
     factor = torch.ones(N)
     factor[[0, 5]] = 0.5
     with counted() as traffic:
-        grpo.scale_rows(factor, x)
+        scale_rows.scale_rows(factor, x)
     size, visited = traffic.read(x)
     assert size == 2 * V * w
     assert_visits(visited, visits(factor != 1, x.shape, 1))

@@ -244,7 +244,7 @@ class Head:
         self.dweight = self.hidden.new_empty(0, dtype=torch.float32)
         if self.needs.weight:
             self.dweight = self.hidden.new_empty(weight.shape, dtype=torch.float32)
-            if V < len(weight):
+            if len(weight) > V:
                 self.dweight[V:] = 0  # the first chunk writes the others
             if not self.N:
                 self.dweight.zero_()
@@ -295,7 +295,7 @@ class Head:
         return h if n == self.C else torch.nn.functional.pad(h, (0, 0, 0, self.C - n))
 
     def _move(self, part: slice | None) -> None:
-        """In one launch: the gradient that waits to its place, and the hidden states of a part to `_taken`."""
+        """In one launch: the gradient that waits to its place, hidden states of a part to `_taken`."""
         waiting, self._waiting = self._waiting, None
         if waiting is None and part is None:
             return

@@ -4,6 +4,7 @@ The twin of `kernels/rows.py` and of the softmax part of `kernels/tiles.py`, in 
 u = (z - max z) / temperature and e = exp(u), a block is turned into e once and the gradient is `e * factor`.
 """
 
+import functools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 BLOCK_ELEMENTS = 1 << 21  # 8 MB of float32
+UNIT = 8  # as in kernels/edges.py
 
 
 class SoftCap(NamedTuple):
@@ -71,6 +73,23 @@ def _sequence_blocks(
         for start in range(0, T, step):
             stop = min(start + step, T)
             yield slice(b * T + start, b * T + stop), [x[b, start:stop] for x in (read, *written)]
+
+
+def new_gradient(logits: Tensor) -> Tensor:
+    """An empty tensor like `logits`, (B, T, V), for their gradient: contiguous, but for at most 7 entries.
+
+    Each of its rows starts as many entries off a multiple of UNIT as that of `logits`. The kernels move 16
+    bytes at once where both do, and single entries of the gradient where not. They differ where V is odd
+    and `logits` are a slice.
+    """
+    B, T, V = logits.shape
+    new = functools.partial(torch.empty, dtype=logits.dtype, device=logits.device)
+    if V % UNIT == 0:
+        return new(logits.shape)
+    stride_t = V + (logits.stride(1) - V) % UNIT
+    stride_b = T * stride_t + (logits.stride(0) - T * stride_t) % UNIT
+    before = logits.storage_offset() % UNIT
+    return new(before + B * stride_b).as_strided(logits.shape, (stride_b, stride_t, 1), before)
 
 
 def live_rows(mask: Tensor | None, rows: slice) -> Tensor | None:

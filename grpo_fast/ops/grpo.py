@@ -153,7 +153,7 @@ def spread(score: Tensor, sequence: Tensor | None, logits: Tensor) -> Tensor:
 
 def _grpo(logits: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     """`Outputs`, then dlogits: the gradient of the sum of the losses."""
-    dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    dlogits = _rows.new_gradient(logits)
     return (*fill(logits, Arguments(*arguments), dlogits), dlogits)
 
 
@@ -182,14 +182,14 @@ def _(logits: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
 @grpo.register_fake
 def _(logits: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     outputs = new_outputs(Arguments(*arguments))
-    return (*outputs, torch.empty(logits.shape, dtype=logits.dtype, device=logits.device))
+    return (*outputs, _rows.new_gradient(logits))
 
 
 @torch.library.custom_op("grpo_fast::scale_rows_", mutates_args=("x",))
 def scale_rows_(x: Tensor, factor: Tensor) -> None:
     """`x *= factor[:, None]` on the rows of x (B, T, V); rows whose factor is 1 are not touched."""
     if use_triton(x):
-        from grpo_fast.kernels import grpo as kernels
+        from grpo_fast.kernels import scale_rows as kernels
 
         launch(kernels.scale_rows, x, Strided(factor), x)
     elif bool((factor != 1).any()):

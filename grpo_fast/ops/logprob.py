@@ -169,8 +169,8 @@ def logprob_bwd(
     top: Tensor,
     total: Tensor,
 ) -> Tensor:
-    """dlogits, (B, T, V) contiguous, in the dtype of `logits`."""
-    dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    """dlogits, (B, T, V), in the dtype of `logits`."""
+    dlogits = _rows.new_gradient(logits)
     row_arguments = (ids, mask, temperature, inv_temperature, logp, entropy, top, total)
     write_rows(dlogp, dentropy, logits, *row_arguments, dlogits)
     return dlogits
@@ -178,7 +178,7 @@ def logprob_bwd(
 
 @logprob_bwd.register_fake
 def _(dlogp: Tensor, dentropy: Tensor | None, logits: Tensor, *rest: Any) -> Tensor:
-    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    return _rows.new_gradient(logits)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
