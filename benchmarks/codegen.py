@@ -299,6 +299,7 @@ OVERLAPS: dict[str, dict[str, Any]] = {
     "": {},
     " entropy": {"entropy": True},
     " capped": {"cap": CAP},
+    " 151665": {"V": 151_665},
 }
 # Rows one after the other that do not all start at 16 bytes (GPT-2's vocabulary, Qwen2.5's without padding),
 # or do so although 16 does not divide their stride (Llama 3's with 8 more). By the case that each is like.
@@ -349,7 +350,9 @@ CASES: dict[str, Callable[[], None]] = {
     "grpo fp32 entropy": partial(launch_grpo, V_ROW, torch.float32, entropy=True),
     "grpo fp32 to bf16": partial(launch_grpo, V_SPLIT, torch.float32, out=torch.bfloat16),
     **{
-        f"{kernel} overlap{name}": partial(launch, V_SPLIT, torch.float32, over=torch.bfloat16, **x)
+        f"{kernel} overlap{name}": partial(
+            launch, **{"V": V_SPLIT, "dtype": torch.float32, "over": torch.bfloat16, **x}
+        )
         for kernel, launch in (("grpo", launch_grpo), ("logprob_bwd", launch_logprob_bwd))
         for name, x in OVERLAPS.items()
     },

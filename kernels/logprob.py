@@ -377,7 +377,7 @@ def logprob_bwd(
     plan = schedule(V, softcap is not None)
     over = overlaps(logits, dlogits)
     if over:
-        plan = dataclasses.replace(plan, parts=1, columns=V)
+        plan = dataclasses.replace(plan, parts=1, columns=plan.parts * plan.columns)
     if dlogits.numel():
         rows = rows_of("logits", logits)
         _logprob_bwd_kernel[(B * T_len * plan.parts,)](
