@@ -38,6 +38,7 @@ from benchmarks.assembly import (
 )
 from benchmarks.launches import compile_launch, record
 from grpo_fast.kernels import (
+    chunks,
     group_advantage,
     grpo,
     linear_grpo,
@@ -217,6 +218,12 @@ def launch_weigh_rows() -> None:
     linear_logprob.weigh_rows(x, tensor(N), tensor(N, 3584, dtype=torch.bfloat16))
 
 
+def launch_move_rows() -> None:
+    stage, h = tensor(N, 3584), tensor(N, 3584, dtype=torch.bfloat16)
+    rows = tensor(N, dtype=torch.int64)
+    chunks.move_rows(stage, tensor(*h.shape, dtype=h.dtype), rows, N, h, rows, None, N, h)
+
+
 def launch_policy_loss(extras: bool = True, objective: Objective | None = None) -> None:
     policy_loss.policy_loss_fwd(
         tokens(),
@@ -367,6 +374,7 @@ CASES: dict[str, Callable[[], None]] = {
     "linear_grpo scale": launch_scale,
     "linear_grpo scale to bf16": partial(launch_scale, torch.bfloat16),
     "linear_logprob weigh_rows": launch_weigh_rows,
+    "linear move_rows": launch_move_rows,
     "policy_loss": launch_policy_loss,
     "policy_loss bare": partial(launch_policy_loss, extras=False),
     **{
