@@ -5,12 +5,13 @@ Tensors are without storage (device "meta"): nothing is computed.
 
 from collections.abc import Callable
 from functools import partial
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 import triton
 
 from grpo_fast.kernels import (
+    chunks,
     group_advantage,
     grpo,
     linear_grpo,
@@ -41,6 +42,11 @@ def logits(V: int, dtype: torch.dtype, stride: int = 0) -> torch.Tensor:
     return tensor(B, T_LEN, stride or triton.cdiv(V, 16) * 16, dtype=dtype)[..., :V]
 
 
+def overlapping(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A gradient of smaller elements over the logits, as the head has it (`schedules.overlaps`)."""
+    return x.view(dtype)[..., : x.shape[-1]]
+
+
 def launch_logprob_fwd(
     V: int = V_ROW,
     dtype: torch.dtype = torch.bfloat16,
@@ -67,6 +73,7 @@ def launch_logprob_bwd(
     extras: bool = False,
     cap: tuple[float, ...] = (),
     stride: int = 0,
+    over: torch.dtype | None = None,
 ) -> None:
     x = logits(V, dtype, stride)
     logprob.logprob_bwd(
@@ -81,7 +88,7 @@ def launch_logprob_bwd(
         tokens(entropy),
         tokens(),
         tokens(),
-        x,
+        x if over is None else overlapping(x, over),
         *cap,
     )
 
@@ -97,8 +104,10 @@ def launch_grpo(
     out: torch.dtype | None = None,
     cap: tuple[float, ...] = (),
     stride: int = 0,
+    over: torch.dtype | None = None,
 ) -> None:
     x = logits(V, dtype, stride)
+    written = x if out is None else logits(V, out)
     grpo.grpo_fwd_bwd(
         x,
         tokens(dtype=torch.int64),
@@ -118,7 +127,7 @@ def launch_grpo(
         1.0,
         False,
         objective or Objective(beta=0.04, entropy_coef=0.01 if entropy else 0.0),
-        x if out is None else logits(V, out),
+        written if over is None else overlapping(x, over),
         *cap,
     )
 
@@ -135,6 +144,12 @@ def launch_scale(dtype: torch.dtype | None = None) -> None:
 def launch_weigh_rows() -> None:
     x = tensor(N, 3584, dtype=torch.bfloat16)
     linear_logprob.weigh_rows(x, tensor(N), tensor(N, 3584, dtype=torch.bfloat16))
+
+
+def launch_move_rows() -> None:
+    stage, h = tensor(N, 3584), tensor(N, 3584, dtype=torch.bfloat16)
+    rows = tensor(N, dtype=torch.int64)
+    chunks.move_rows(stage, tensor(*h.shape, dtype=h.dtype), rows, N, h, rows, None, N, h)
 
 
 def launch_policy_loss(extras: bool = True, objective: Objective | None = None) -> None:
@@ -215,6 +230,12 @@ BY_SEQUENCE = {
     "off_policy_mask": Objective(off_policy_threshold=0.1, beta=0.04),
     **{x: o for x, o in OBJECTIVES.items() if o.needs_sequences},
 }
+OVERLAPS: dict[str, dict[str, Any]] = {
+    "": {},
+    " entropy": {"entropy": True},
+    " capped": {"cap": CAP},
+    " 151665": {"V": 151_665},
+}
 # Rows one after the other that do not all start at 16 bytes (GPT-2's vocabulary, Qwen2.5's without
 # padding), or do so although 16 does not divide their stride (Llama 3's with 8 more). First the case that
 # each is like.
@@ -264,6 +285,13 @@ CASES: dict[str, Callable[[], None]] = {
     "grpo fp32 split entropy": partial(launch_grpo, V_SPLIT, torch.float32, entropy=True),
     "grpo fp32 entropy": partial(launch_grpo, V_ROW, torch.float32, entropy=True),
     "grpo fp32 to bf16": partial(launch_grpo, V_SPLIT, torch.float32, out=torch.bfloat16),
+    **{
+        f"{kernel} overlap{name}": partial(
+            launch, **{"V": V_SPLIT, "dtype": torch.float32, "over": torch.bfloat16, **x}
+        )
+        for kernel, launch in (("grpo", launch_grpo), ("logprob_bwd", launch_logprob_bwd))
+        for name, x in OVERLAPS.items()
+    },
     "grpo capped": partial(launch_grpo, V_SPLIT, torch.float32, out=torch.bfloat16, cap=CAP),
     "grpo capped entropy": partial(launch_grpo, entropy=True, cap=CAP),
     "logprob_fwd capped": partial(launch_logprob_fwd, V_SPLIT, torch.float32, cap=CAP),
@@ -275,6 +303,7 @@ CASES: dict[str, Callable[[], None]] = {
     "linear_grpo scale": launch_scale,
     "linear_grpo scale to bf16": partial(launch_scale, torch.bfloat16),
     "linear_logprob weigh_rows": launch_weigh_rows,
+    "linear move_rows": launch_move_rows,
     "policy_loss": launch_policy_loss,
     "policy_loss bare": partial(launch_policy_loss, extras=False),
     **{

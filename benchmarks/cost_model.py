@@ -140,7 +140,10 @@ def chunk(gpu: Gpu, rows: int, D: int, V: int, fp32: bool) -> int:
 
 
 def _linear_grpo(gpu: Gpu, D: int, V: int, rows: int, fp32: bool, top: Ceilings) -> Prediction:
-    """Three multiplications, the kernel on each chunk of logits, dweight read and written per chunk."""
+    """Three multiplications, the kernel on each chunk of logits, dweight read and written per chunk.
+
+    Logits and their gradient share a workspace of 2 or 4 bytes an entry, which sets the length of a chunk.
+    """
     C = chunk(gpu, rows, D, V, fp32)
     chunks = max(-(-rows // C), 1)
     gemms = 6 * chunks * C * D * V / top.gemm  # the last chunk is filled up
@@ -150,8 +153,9 @@ def _linear_grpo(gpu: Gpu, D: int, V: int, rows: int, fp32: bool, top: Ceilings)
     moved = traffic.grpo(rows, rows, rows, V, FULL if fp32 else HALF)
     kernel = _bounded(dataclasses.replace(moved, written=rows * V * HALF), top, work)
     # What the products move beyond those of halves: dweight in float32, which the first chunk does not read,
-    # a cast of it at the end, and float32 logits.
+    # a cast of it at the end, and float32 logits; dhidden in float32, which another launch reads and rounds.
     extra = ((2 * chunks - 1) * FULL + FULL + HALF) * V * D + fp32 * (FULL - HALF) * rows * V
+    extra += (FULL - HALF + FULL + HALF) * rows * D
     # They hide between none and all of these bytes behind their arithmetic.
     return Prediction(
         gemms + kernel.low, gemms + kernel.high + extra / top.bandwidth, "matrix multiplications"

@@ -192,12 +192,19 @@ def write_edges(
     softcap=None,
     logit_scale=None,
     cap_rate=None,
+    OVERLAP: tl.constexpr = False,
 ):
-    """The gradient at the edges of a row, `dtarget` at the scored column; `drow_ptr` may be `row_ptr`."""
+    """The gradient at the edges of a row, `dtarget` at the scored column; `drow_ptr` may be `row_ptr`.
+
+    OVERLAP: as in `rows.write_dlogits`. No edge is before the body then, and what is after it is still there:
+    the gradient of the body is shorter than the body, and comes before.
+    """
     column, there = edge_columns(head, body, V)
     z = tl.load(row_ptr + column, mask=there, other=-float("inf")).to(tl.float32)
     dz = capped_dlogits(z, scale, m, k0, k1, HAS_ENTROPY, softcap, logit_scale, cap_rate)
     dz = tl.where(column == target, dtarget, dz).to(drow_ptr.dtype.element_ty)
+    if OVERLAP:
+        tl.debug_barrier()
     tl.store(drow_ptr + column, dz, mask=there)
 
 

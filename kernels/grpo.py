@@ -12,7 +12,7 @@ and N w read and written once more for the scored ones; rows with c = e = 0 are 
 masked rows are written only.
 
 A program owns a row, or a part of one until the last part to arrive takes over (`rows`). `dlogits` may be
-`logits`: a row is rewritten after all of it has been read.
+`logits`, or lie over it (`schedules.overlaps`): a row is rewritten after all of it has been read.
 """
 
 import functools
@@ -30,7 +30,7 @@ from grpo_fast.kernels.edges import (
     write_edges,
     zero_edges,
 )
-from grpo_fast.kernels.group_advantage import block_size, from_lowest, group_moments
+from grpo_fast.kernels.group_advantage import block_size
 from grpo_fast.kernels.policy_loss import scalars
 from grpo_fast.kernels.rows import (
     FIRST_OF_TWO,
@@ -45,49 +45,17 @@ from grpo_fast.kernels.rows import (
     write_dlogits,
     write_zeros,
 )
-from grpo_fast.kernels.schedules import reading
-from grpo_fast.kernels.scoring import score_row
+from grpo_fast.kernels.schedules import overlaps, reading
+from grpo_fast.kernels.scoring import load_advantage, load_or, score_row
 from grpo_fast.kernels.terms import token_policy_terms
 from grpo_fast.kernels.tiles import (
     LOG2E,
     dlogits_factors,
     dlogits_target,
     soft_cap,
-    standard_score,
 )
 
 SCORE_EPS = 1e-4  # of the z-score taken in the launch: TRL's and the paper code's
-
-
-@triton.jit
-def load_or(ptr, row, default):
-    """The value of a row, or `default` where there is no such tensor."""
-    value = default
-    if ptr is not None:
-        value = tl.load(ptr + row).to(tl.float32)
-    return value
-
-
-@triton.jit
-def load_advantage(
-    advantages_ptr, rewards_ptr, sequence_ptr, row, T_len, G, eps, BLOCK_G: tl.constexpr
-):
-    """The advantage of a row: its own, or the z-score of its sequence's reward in the group."""
-    # No early return: Triton compiles what follows one, even where the condition is a constant.
-    if rewards_ptr is None:
-        advantage = tl.load(advantages_ptr + row).to(tl.float32)
-    else:
-        sequence = row // T_len
-        if sequence_ptr is not None:
-            sequence = tl.load(sequence_ptr + row)
-        first = sequence // G * G
-        lowest, _, inverse, mean, squares, count, differ = group_moments(
-            rewards_ptr, None, 0, first, first + G, BLOCK_G
-        )
-        centred = from_lowest(tl.load(rewards_ptr + sequence), lowest, inverse) - mean
-        eps = (0.5 * eps * inverse).to(tl.float32)
-        advantage = standard_score(centred, squares, count, differ, eps, UNBIASED=True)
-    return advantage
 
 
 @triton.jit(do_not_specialize=["before", "dbefore", "T_len", "G"])
@@ -156,11 +124,12 @@ def _grpo_kernel(
     SPLIT: tl.constexpr,
     ROWS: tl.constexpr,
     SAME_ROWS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     HAS_ENTROPY: tl.constexpr = entropy_ptr is not None
     HAS_REF: tl.constexpr = ref_logp_ptr is not None
     # A row of one tile has no direction, a capped one is bound by arithmetic: no spills on sm_100 this way.
-    BACKWARDS: tl.constexpr = (not SPLIT and K > 1) or softcap is not None
+    BACKWARDS: tl.constexpr = not OVERLAP and ((not SPLIT and K > 1) or softcap is not None)
     pid = tl.program_id(0)
     row = (pid // parts).to(tl.int64)
     part = pid % parts
@@ -316,6 +285,7 @@ def _grpo_kernel(
                     softcap,
                     logit_scale,
                     cap_rate,
+                    OVERLAP,
                 )
                 if ROWS == "anywhere":
                     write_edges(
@@ -334,6 +304,7 @@ def _grpo_kernel(
                         softcap,
                         logit_scale,
                         cap_rate,
+                        OVERLAP,
                     )
             else:
                 write_zeros(dbody_ptr, 0, body, WRITE_K, WRITE_T)
@@ -379,8 +350,10 @@ def grpo_fwd_bwd(
     dlogits,
     softcap=None,
     logit_scale=None,
+    out=None,
+    arrived=None,
 ):
-    """Launch the kernel, `dlogits` (B, T, V) being written (it may be `logits`).
+    """Launch the kernel, `dlogits` (B, T, V) being written (`logits`, or over them: `schedules.overlaps`).
 
     Args:
         logits: (B, T, V), the last dimension contiguous.
@@ -390,21 +363,27 @@ def grpo_fwd_bwd(
         return_entropy: also where the objective has no use for it.
         objective: a `grpo_fast.Objective`.
         softcap, logit_scale: both or neither: z stands for softcap * tanh(logit_scale * logits / softcap).
+        out: what is returned, to be written; None: made here.
+        arrived: (N,) int32 zeros, for this launch alone; None: made here if they are needed.
 
     Returns:
         loss, logp, entropy (or None), kl (or None): (N,) fp32; clip: (N,) int8.
     """
     B, T_len, V = logits.shape
     N = B * T_len
-    new = functools.partial(torch.empty, device=logits.device, dtype=torch.float32)
-    loss, logp = new(N), new(N)
-    entropy = new(N) if return_entropy or objective.entropy_coef else None
-    kl = new(N) if ref_logp is not None else None
-    clip = new(N, dtype=torch.int8)
+    if out is None:
+        new = functools.partial(torch.empty, device=logits.device, dtype=torch.float32)
+        with_entropy = return_entropy or objective.entropy_coef
+        entropy, kl = new(N) if with_entropy else None, None if ref_logp is None else new(N)
+        out = new(N), new(N), entropy, kl, new(N, dtype=torch.int8)
+    loss, logp, entropy, kl, clip = out
     # With an entropy a thread holds so much that too few programs would be resident.
     side = 4 if entropy is None else 1
     plan = reading(V, logits.element_size(), softcap is not None, side)
     write_K, write_T = plan.write_tile
+    over = overlaps(logits, dlogits)
+    if over and softcap is not None:  # a longer tile forwards would spill on sm_100
+        write_K = min(write_K, 2)
     if N:
         rows = rows_of("logits", logits)
         _grpo_kernel[(N * plan.parts,)](
@@ -428,7 +407,7 @@ def grpo_fwd_bwd(
             entropy_ptr=entropy,
             kl_ptr=kl,
             clip_ptr=clip,
-            **plan.meeting_point(N, logits.device),
+            **plan.meeting_point(N, logits.device, arrived),
             **plan.arguments(),
             G=group_size,
             inv_temperature=inv_temperature,
@@ -442,5 +421,6 @@ def grpo_fwd_bwd(
             WRITE_K=write_K,
             WRITE_T=write_T,
             BLOCK_G=block_size(group_size),
+            OVERLAP=over,
         )
     return loss, logp, entropy, kl, clip

@@ -12,6 +12,7 @@ A program owns a row, or a part of one (`schedules`). m and s (log2 units, `tile
 backward.
 """
 
+import dataclasses
 import functools
 
 import torch
@@ -40,7 +41,7 @@ from grpo_fast.kernels.rows import (
     write_dlogits,
     write_zeros,
 )
-from grpo_fast.kernels.schedules import reading, schedule
+from grpo_fast.kernels.schedules import overlaps, reading, schedule
 from grpo_fast.kernels.scoring import load_statistics, saved_statistics, score_row
 from grpo_fast.kernels.tiles import (
     LOG2E,
@@ -218,6 +219,7 @@ def _logprob_bwd_kernel(
     T: tl.constexpr,
     ROWS: tl.constexpr,
     SAME_ROWS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     HAS_ENTROPY: tl.constexpr = dentropy_ptr is not None
     pid = tl.program_id(0)
@@ -274,6 +276,7 @@ def _logprob_bwd_kernel(
             softcap,
             logit_scale,
             cap_rate,
+            OVERLAP,
         )
         if ROWS == "anywhere" and part == 0:
             write_edges(
@@ -292,6 +295,7 @@ def _logprob_bwd_kernel(
                 softcap,
                 logit_scale,
                 cap_rate,
+                OVERLAP,
             )
     else:
         write_zeros(dbody_ptr, start, stop, K, T)
@@ -308,6 +312,8 @@ def logprob_fwd(
     with_entropy,
     softcap=None,
     logit_scale=None,
+    out=None,
+    arrived=None,
 ):
     """Launch the forward kernel.
 
@@ -315,15 +321,18 @@ def logprob_fwd(
         logits: (B, T, V), the last dimension contiguous.
         ids, mask, temperature: (N,) contiguous; the last two may be None.
         softcap, logit_scale: both or neither: z stands for softcap * tanh(logit_scale * logits / softcap).
+        out: what is returned, to be written; None: made here.
+        arrived: (N,) int32 zeros, for this launch alone; None: made here if they are needed.
 
     Returns:
         logp, entropy (or None), m, s: (N,) fp32.
     """
     B, T_len, V = logits.shape
     N = B * T_len
-    new = functools.partial(torch.empty, device=logits.device, dtype=torch.float32)
-    logp, m, s = new(N), new(N), new(N)
-    entropy = new(N) if with_entropy else None
+    if out is None:
+        new = functools.partial(torch.empty, device=logits.device, dtype=torch.float32)
+        out = new(N), new(N) if with_entropy else None, new(N), new(N)
+    logp, entropy, m, s = out
     plan = reading(V, logits.element_size(), softcap is not None)
     if N:
         _logprob_fwd_kernel[(N * plan.parts,)](
@@ -335,7 +344,7 @@ def logprob_fwd(
             entropy_ptr=entropy,
             m_ptr=m,
             s_ptr=s,
-            **plan.meeting_point(N, logits.device),
+            **plan.meeting_point(N, logits.device, arrived),
             **plan.arguments(),
             inv_temperature=inv_temperature,
             **soft_cap_scalars(softcap, logit_scale),
@@ -359,9 +368,16 @@ def logprob_bwd(
     softcap=None,
     logit_scale=None,
 ):
-    """Launch the backward kernel, `dlogits` (B, T, V) being written (it may be `logits`)."""
+    """Launch the backward kernel, `dlogits` (B, T, V) being written.
+
+    It may be `logits`, or lie over them (`schedules.overlaps`). Then a row has one program: another part of
+    it would be overwritten before its own program has read it.
+    """
     B, T_len, V = logits.shape
     plan = schedule(V, softcap is not None)
+    over = overlaps(logits, dlogits)
+    if over:
+        plan = dataclasses.replace(plan, parts=1, columns=plan.parts * plan.columns)
     if dlogits.numel():
         rows = rows_of("logits", logits)
         _logprob_bwd_kernel[(B * T_len * plan.parts,)](
@@ -379,4 +395,5 @@ def logprob_bwd(
             **plan.arguments(),
             inv_temperature=inv_temperature,
             **soft_cap_scalars(softcap, logit_scale),
+            OVERLAP=over,
         )

@@ -344,6 +344,7 @@ def write_dlogits(
     softcap=None,
     logit_scale=None,
     cap_rate=None,
+    OVERLAP: tl.constexpr = False,
 ):
     """Columns [start, stop) of the gradient of a row; `drow_ptr` may be `row_ptr`.
 
@@ -352,7 +353,12 @@ def write_dlogits(
     have yet to come back to can stay. The scored column is written twice: by the loops like any other, at
     last with its own value, `dtarget`, a soft cap's slope included. Strips around it, as in the first pass,
     would make the one program that rewrites a row wait for memory a few times more.
+
+    OVERLAP: the gradient has smaller elements, from the first byte of the row on (`schedules.overlaps`).
+    Column j is then written over a column before it: one of this tile, or of one before. So the whole row
+    is of one program, forwards, and no thread writes before all threads have read the tile.
     """
+    tl.static_assert(not (OVERLAP and BACKWARDS))
     BLOCK: tl.constexpr = K * T
     offs = tile_offsets(K, T)
     strip = tile_offsets(1, T)
@@ -362,6 +368,8 @@ def write_dlogits(
         z = tl.load(row_ptr + base + offs, eviction_policy=REWRITE).to(tl.float32)
         dz = capped_dlogits(z, scale, m, k0, k1, HAS_ENTROPY, softcap, logit_scale, cap_rate)
         dz = dz.to(drow_ptr.dtype.element_ty)
+        if OVERLAP:
+            tl.debug_barrier()
         tl.store(drow_ptr + base + offs, dz, eviction_policy=REWRITE)
     for base in range(start + full * BLOCK, stop, T):
         keep = strip < stop - base
@@ -370,6 +378,8 @@ def write_dlogits(
         ).to(tl.float32)
         dz = capped_dlogits(z, scale, m, k0, k1, HAS_ENTROPY, softcap, logit_scale, cap_rate)
         dz = dz.to(drow_ptr.dtype.element_ty)
+        if OVERLAP:
+            tl.debug_barrier()
         tl.store(drow_ptr + base + strip, dz, mask=keep, eviction_policy=REWRITE)
     if (target >= start) & (target < stop):
         tl.debug_barrier()  # one thread writes over what another's loop left there

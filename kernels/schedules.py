@@ -12,6 +12,8 @@ import dataclasses
 import torch
 import triton
 
+from grpo_fast.kernels.edges import UNIT
+
 MAX_V_PER_PROGRAM = 32_768
 WARP_SIZE = 64 if torch.version.hip else 32
 PARTS = 16  # how many programs share a long row, at most
@@ -83,12 +85,16 @@ class Reading(Schedule):
             "SPLIT": self.split,
         }
 
-    def meeting_point(self, N, device) -> dict[str, torch.Tensor | None]:
-        """Where the programs of N rows leave the statistics of segments, and count themselves."""
+    def meeting_point(self, N, device, arrived=None) -> dict[str, torch.Tensor | None]:
+        """Where the programs of N rows leave the statistics of segments, and count themselves.
+
+        arrived: (N,) int32 zeros to count in, used up by one launch; None: made here.
+        """
         if not self.split:
             return {"partial_ptr": None, "arrived_ptr": None}
         partial = torch.empty(N, self.segments, STATISTICS, device=device, dtype=torch.float32)
-        arrived = torch.zeros(N, device=device, dtype=torch.int32)
+        if arrived is None:
+            arrived = torch.zeros(N, device=device, dtype=torch.int32)
         return {"partial_ptr": partial, "arrived_ptr": arrived}
 
 
@@ -136,3 +142,45 @@ def reading(V: int, itemsize: int, capped: bool = False, side: int = 1) -> Readi
         side=side,
         steps=steps,
     )
+
+
+def overlaps(logits, dlogits) -> bool:
+    """Whether the gradient, of smaller elements, lies over the logits, both (B, T, V).
+
+    Element j of a row is then at position j, counted in its own size, from where the row of logits starts:
+    `logits.view(torch.bfloat16)[..., :V]`, if nothing lies between the rows.
+
+    Raises:
+        ValueError: the two share memory in any other way, but for being the same elements.
+    """
+    if logits.untyped_storage()._cdata != dlogits.untyped_storage()._cdata:
+        return False
+    (first, stop), (dfirst, dstop) = _bytes_of(logits), _bytes_of(dlogits)
+    if first >= dstop or dfirst >= stop:  # pieces of one buffer, or empty
+        return False
+    ratio = logits.element_size() / dlogits.element_size()
+    steps = zip(logits.shape, logits.stride(), dlogits.stride(), (ratio, ratio, 1), strict=True)
+    same = all(size <= 1 or dstep == step * more for size, step, dstep, more in steps)
+    if ratio < 1 or logits.shape != dlogits.shape or first != dfirst or not same:
+        raise ValueError(
+            "dlogits shares memory with logits: want the same elements, or smaller ones that start where "
+            f"each row of logits starts, got {_place(dlogits)} over {_place(logits)}"
+        )
+    starts = (logits.data_ptr() // logits.element_size(), *logits.stride()[:2])
+    if ratio > 1 and any(n % UNIT.value for n in starts):
+        raise ValueError(
+            f"dlogits lies over logits: want rows that start at multiples of {UNIT.value} entries, got "
+            f"{_place(logits)}"
+        )
+    return ratio > 1
+
+
+def _bytes_of(x) -> tuple[int, int]:
+    """From the first byte of x in its storage to where its last one ends."""
+    last = sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
+    first = x.storage_offset() * x.element_size()
+    return first, first + (last + 1) * x.element_size() if x.numel() else first
+
+
+def _place(x) -> str:
+    return f"{x.dtype} {tuple(x.shape)}, strides {x.stride()}, offset {x.storage_offset()}"

@@ -8,6 +8,7 @@ ordinary logits at a tiny temperature) is read once more, by `read_again`, if th
 import triton
 import triton.language as tl
 
+from grpo_fast.kernels.group_advantage import from_lowest, group_moments
 from grpo_fast.kernels.tiles import (
     FAR,
     LN2,
@@ -17,6 +18,7 @@ from grpo_fast.kernels.tiles import (
     exact_scale,
     include_target,
     soft_cap,
+    standard_score,
 )
 
 
@@ -164,3 +166,34 @@ def load_statistics(m_ptr, s_ptr, row, scale):
     s = tl.load(s_ptr + row)
     exact, _ = exact_scale(m, tl.full([], 1.0, tl.float32))
     return tl.where(s < 0, m * exact, m), tl.abs(s), tl.where(s < 0, exact, scale)
+
+
+@triton.jit
+def load_or(ptr, row, default):
+    """The value of a row, or `default` where there is no such tensor."""
+    value = default
+    if ptr is not None:
+        value = tl.load(ptr + row).to(tl.float32)
+    return value
+
+
+@triton.jit
+def load_advantage(
+    advantages_ptr, rewards_ptr, sequence_ptr, row, T_len, G, eps, BLOCK_G: tl.constexpr
+):
+    """The advantage of a row: its own, or the z-score of its sequence's reward in the group."""
+    # No early return: Triton compiles what follows one, even where the condition is a constant.
+    if rewards_ptr is None:
+        advantage = tl.load(advantages_ptr + row).to(tl.float32)
+    else:
+        sequence = row // T_len
+        if sequence_ptr is not None:
+            sequence = tl.load(sequence_ptr + row)
+        first = sequence // G * G
+        lowest, _, inverse, mean, squares, count, differ = group_moments(
+            rewards_ptr, None, 0, first, first + G, BLOCK_G
+        )
+        centred = from_lowest(tl.load(rewards_ptr + sequence), lowest, inverse) - mean
+        eps = (0.5 * eps * inverse).to(tl.float32)
+        advantage = standard_score(centred, squares, count, differ, eps, UNBIASED=True)
+    return advantage

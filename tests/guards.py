@@ -21,34 +21,50 @@ class OutOfBoundsError(AssertionError):
 
 
 class _Guarded:
-    """The tensors of one storage, side by side in a buffer of their own."""
+    """The tensors of one storage, of any dtypes, in a buffer of their own."""
 
     def __init__(self, tensors: list[Tensor]) -> None:
         self.tensors = [x.detach() for x in tensors]
-        first = min(x.storage_offset() for x in tensors)
-        last = max(x.storage_offset() + _extent(x) for x in tensors)
-        like = tensors[0]
-        filler = INTEGERS.get(like.dtype, torch.nan)
-        self.buffer = torch.full((last - first + 2 * BAND,), filler, dtype=like.dtype)
-        self.free = torch.ones_like(self.buffer, dtype=torch.bool)
-        self.inside = [self._at(self.buffer, x, first) for x in tensors]
+        like = max(tensors, key=Tensor.element_size)
+        size = like.element_size()
+        first = min(x.storage_offset() * x.element_size() for x in tensors) // size
+        last = max((x.storage_offset() + _extent(x)) * x.element_size() for x in tensors)
+        length = -(-last // size) - first + 2 * BAND
+        if any(x.dtype != like.dtype for x in tensors):
+            # Every bit set: NaN, whichever floating dtype it is read in.
+            self.buffer = torch.full((length * size,), 255, dtype=torch.uint8).view(like.dtype)
+        else:
+            self.buffer = torch.full(
+                (length,), INTEGERS.get(like.dtype, torch.nan), dtype=like.dtype
+            )
+        self.bytes = self.buffer.view(torch.uint8)
+        self.free = torch.ones_like(self.bytes, dtype=torch.bool)
+        shift = (BAND - first) * size
+        self.inside = [self._at(self.buffer, x, shift) for x in tensors]
         for x, mine in zip(self.tensors, self.inside, strict=True):
             _once(mine).copy_(_once(x))
-            _once(self._at(self.free, x, first)).fill_(False)
-        self.outside = self.buffer[self.free].clone()
+            _once(self._bytes_at(self.free, x, shift)).fill_(False)
+        self.outside = self.bytes[self.free].clone()
 
     @staticmethod
-    def _at(buffer: Tensor, x: Tensor, first: int) -> Tensor:
-        return buffer.as_strided(x.shape, x.stride(), x.storage_offset() - first + BAND)
+    def _at(buffer: Tensor, x: Tensor, shift: int) -> Tensor:
+        offset = x.storage_offset() + shift // x.element_size()
+        return buffer.view(x.dtype).as_strided(x.shape, x.stride(), offset)
+
+    @staticmethod
+    def _bytes_at(buffer: Tensor, x: Tensor, shift: int) -> Tensor:
+        size = x.element_size()
+        strides = [size * n for n in x.stride()]
+        return buffer.as_strided((*x.shape, size), (*strides, 1), x.storage_offset() * size + shift)
 
     def finish(self, kernel: str) -> None:
         """Check the bands, and hand back what changed."""
-        now = self.buffer[self.free]
-        changed = ~((now == self.outside) | (now.isnan() & self.outside.isnan()))
+        changed = self.bytes[self.free] != self.outside
         if bool(changed.any()):
-            where = int(self.free.nonzero()[changed.nonzero()[0, 0], 0]) - BAND
+            found = int(self.free.nonzero()[changed.nonzero()[0, 0], 0])
+            where = found // self.buffer.element_size()
             raise OutOfBoundsError(
-                f"{kernel} wrote {now[changed][0].item()} to element {where} of a buffer of "
+                f"{kernel} wrote {self.buffer[where].item()} to element {where - BAND} of a buffer of "
                 f"{len(self.buffer) - 2 * BAND} that holds {[tuple(x.shape) for x in self.tensors]}"
             )
         for x, mine in zip(map(_once, self.tensors), map(_once, self.inside), strict=True):
@@ -109,9 +125,9 @@ def guarded(run: Callable[..., Any]) -> Callable[..., Any]:
             name: _moved(x, before[name]) if before.get(name) else x for name, x in kwargs.items()
         }
         given = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
-        by_storage: dict[tuple[int, torch.dtype], list[Tensor]] = {}
+        by_storage: dict[int, list[Tensor]] = {}
         for x in given:
-            by_storage.setdefault((x.untyped_storage()._cdata, x.dtype), []).append(x)
+            by_storage.setdefault(x.untyped_storage()._cdata, []).append(x)
         guards = [_Guarded(tensors) for tensors in by_storage.values()]
         inside = {
             id(x): mine

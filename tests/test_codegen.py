@@ -70,7 +70,9 @@ def test_row_loops_only_stream(streaming):
     for case, report in streaming.items():
         assert report.main_loops().keys() == LOOPS[report.kernel], case
         for loop in report.row_loops():
-            assert (loop.barriers, loop.shuffles) == (0, 0), (case, loop)
+            # A gradient over its logits: no thread may write a tile before all have read it.
+            barriers = int("overlap" in case and loop.kind == "write")
+            assert (loop.barriers, loop.shuffles) == (barriers, 0), (case, loop)
             # One scalar for a tile of some thousand elements; the capped kernels on gfx942 alone need it.
             assert loop.reloads <= ("capped" in case), (case, loop)
 
@@ -117,7 +119,7 @@ def test_enough_programs_are_resident(streaming, target):
     at_least = 3 if target == "sm_100" else 4
     for case, report in streaming.items():
         expected = 3 if "entropy extras" in case else at_least
-        if case == "grpo fp32 split entropy":
+        if case in ("grpo fp32 split entropy", "grpo overlap entropy"):
             expected = 2
         expected = -(-expected * 256 // report.threads) if report.threads > 256 else expected
         assert report.resident_programs() >= expected, (case, report.registers)
@@ -127,6 +129,7 @@ def test_enough_programs_are_resident(streaming, target):
 def test_threads_of_a_program(streaming, target):
     """1,024 read and rewrite a long row of float32 on NVIDIA's GPUs, where that was measured to be faster."""
     more = dict.fromkeys(("grpo fp32", "grpo fp32 to bf16"), 1024)
+    more |= dict.fromkeys(("grpo overlap", "grpo overlap 151665"), 1024)
     more |= {case: 1024 for case, (even, _) in codegen_cases.UNEVEN.items() if even == "grpo fp32"}
     for case, report in streaming.items():
         expected = 128 if "small" in case or "capped" in case else 256

@@ -63,3 +63,15 @@ def test_one_buffer_given_twice_is_one():
     x = torch.arange(10.0)
     _copy_kernel[(1,)](x, x, 9, 1, 16)
     assert x.tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 9, 9]
+
+
+def test_smaller_elements_over_larger_ones_stay_there():
+    """As a gradient in half precision over logits in float32: what is written is read from then on."""
+    rows = torch.arange(16.0).view(2, 8)
+    x, y = rows[:, :5], rows.view(torch.float16)[:, :5]
+    _copy_kernel[(1,)](x, y, 5, 0, 16)
+    assert y[0].tolist() == [0, 1, 2, 3, 4]
+    assert x[0, 3:].tolist() == [3, 4]
+    assert x[1].tolist() == [8, 9, 10, 11, 12]
+    with pytest.raises(OutOfBoundsError, match="element 5 of a buffer of 13"):
+        _copy_kernel[(1,)](x, y, 11, 0, 16)  # the gap between the rows

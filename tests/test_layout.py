@@ -21,8 +21,18 @@ LAYERS = [
     {"trainer"},
 ]
 ALLOWED_IN_KERNELS = {"torch", "triton", "functools", "dataclasses", "grpo_fast"}
-# What kernels have in common, and what is a part of `grpo` in a file of its own. Every other file is a stem.
-SHARED = {"tiles", "terms", "scoring", "edges", "rows", "schedules", "scale_rows", "on_chip"}
+# What kernels have in common, and parts of other stems that have a file of their own. The rest are stems.
+SHARED = {
+    "tiles",
+    "terms",
+    "scoring",
+    "edges",
+    "rows",
+    "schedules",
+    "scale_rows",
+    "on_chip",
+    "chunks",
+}
 REFERENCE = {"grpo": "grpo_loss", "sequence_loss": "policy_terms"}
 MODULES = sorted(ROOT.glob("kernels/*.py")) + sorted(
     path for path in (ROOT / "grpo_fast").glob("**/*.py") if "kernels" not in path.parts

@@ -9,7 +9,7 @@ from grpo_fast.objective import Objective
 from grpo_fast.ops._head import Head
 from grpo_fast.ops._head_arguments import Needs, Options
 from grpo_fast.ops._vocab_parallel import read_shared_rows
-from grpo_fast.ops.grpo import Arguments, fill
+from grpo_fast.ops.grpo import Arguments, Outputs, fill, new_outputs
 from grpo_fast.ops.logprob import read_rows, write_rows
 
 NO_GRADIENT = Needs(False, False, False, False, False)
@@ -80,13 +80,25 @@ def spread_rows(
     return x.new_full((N,), default).index_copy_(0, rows, x)
 
 
-def read_part(head: Head, logits: Tensor, scores: Scores, with_entropy: bool) -> Statistics:
-    """Of rows whose logits `head` has just computed."""
+def new_statistics(head: Head, with_entropy: bool) -> Statistics:
+    """Of the rows that take part, for `read_part` to write."""
+    sizes = (head.N, head.N if with_entropy else 0, head.N, head.N)
+    return Statistics(*(head.hidden.new_empty(n, dtype=torch.float32) for n in sizes))
+
+
+def read_part(
+    head: Head, part: slice, logits: Tensor, scores: Scores, with_entropy: bool, out: Statistics
+) -> Statistics:
+    """Of the rows whose logits `head` has just computed, in their place in `out`."""
+    mine = Statistics(*(x[part] for x in out))
     if head.shard:
         found = read_shared_rows(logits, *scores, with_entropy, head.softcap, head.shard)
+        for x, y in zip(mine, found, strict=True):
+            x.copy_(y)
     else:
-        found = read_rows(logits, *scores, with_entropy, head.softcap)
-    return Statistics(*found)
+        counters = head.counters(part)
+        read_rows(logits, *scores, with_entropy, head.softcap, mine, counters)
+    return mine
 
 
 def write_part(
@@ -108,13 +120,11 @@ def write_part(
 
 def read_all(head: Head, scores: Scores, with_entropy: bool) -> Statistics:
     """The log-probs of the rows that take part."""
-    found = [
-        read_part(head, head.logits(part)[0], select(scores, part), with_entropy)
-        for part in head.parts()
-    ]
-    if not found:
-        return Statistics(*(head.hidden.new_empty(0, dtype=torch.float32) for _ in range(4)))
-    return Statistics(*(torch.cat(x) for x in zip(*found, strict=True)))
+    found = new_statistics(head, with_entropy)
+    for part in head.parts():
+        logits, _ = head.logits(part)
+        read_part(head, part, logits, select(scores, part), with_entropy, found)
+    return found
 
 
 def write_all(
@@ -138,17 +148,19 @@ def read_with_unit_gradient(
     given: dict[str, Any] = dict.fromkeys(Arguments._fields)
     given |= {**scores._asdict(), "weight": weight, "advantages": -weight, "group_size": 1}
     given |= {"return_entropy": with_entropy, "modes": UNIT.modes.key, "numbers": UNIT.numbers}
-    a = Arguments(**given)
-    found = []
+    out = fill_parts(head, Arguments(**given))
+    return out.logp, out.entropy
+
+
+def fill_parts(head: Head, a: Arguments) -> Outputs:
+    """Gradients of the rows that take part, where their coefficients depend on nothing else."""
+    out = new_outputs(a, empty=True)
     for part in head.parts():
         logits, dlogits = head.logits(part)
-        out = fill(logits, slice_arguments(a, part), dlogits, head.softcap)
-        found.append((out.logp, out.entropy))
+        mine = Outputs(*(x[part] for x in out))
+        fill(logits, slice_arguments(a, part), dlogits, head.softcap, mine, head.counters(part))
         head.backward(part)
-    if not found:
-        return weight, torch.empty_like(weight)  # an operator may not return one tensor twice
-    logp, entropy = (torch.cat(x) for x in zip(*found, strict=True))
-    return logp, entropy
+    return out
 
 
 def slice_arguments(a: Arguments, rows: Tensor | slice) -> Arguments:

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from grpo_fast.ops._backend import version_of
+from grpo_fast.ops._backend import launch, use_triton, version_of
 from grpo_fast.ops._head_arguments import Needs, Options, Parameters
 from grpo_fast.ops._rows import SoftCap
 from grpo_fast.ops._vocab_parallel import Shard
@@ -45,11 +45,7 @@ def row_limit(hidden: Tensor, options: Options) -> int:
     """How many rows of logits may exist at a time."""
     if options.chunk_size:
         return options.chunk_size
-    dtype, logits_dtype = working_dtypes(hidden, options)
-    size = logits_dtype.itemsize
-    if logits_dtype != dtype:
-        size += dtype.itemsize  # a buffer of its own for the gradient
-    row = max(padded(options.widest), PAD) * size
+    row = max(padded(options.widest), PAD) * working_dtypes(hidden, options)[1].itemsize
     if hidden.is_cuda:
         return max(1, WORKSPACE_BYTES["cuda"] // row)
     share = CPU_WORKSPACE_SHARE * 4 * options.widest * hidden.shape[1]
@@ -138,7 +134,10 @@ def padded(V: int) -> int:
 def product(a: Tensor, b: Tensor, out: Tensor) -> None:
     """`out = a @ b`; out may be float32 where a and b are halves (`has_mixed_products`).
 
-    Into a buffer everywhere: of `@` autocast would make a product of halves.
+    Into a buffer everywhere: of `@` autocast would make a product of halves. A sum over many elements, or of
+    few results, the library splits, and by PyTorch's default it adds up the pieces in the dtype of `out`:
+    that has to be float32 then, rounded by the caller. Logits in half precision are neither: D elements, and
+    results by the thousand; they are what the model's own head would compute under the same settings.
     """
     if out.dtype == a.dtype:
         torch.mm(a, b, out=out)
@@ -194,11 +193,14 @@ class Head:
     ) -> None:
         V = options.vocab_size
         self.dtype, self.logits_dtype = working_dtypes(hidden, options)
+        # Of products that the library may split (`product`).
+        self.sums = torch.float32 if has_mixed_products(hidden) else self.dtype
         if on_gpu(hidden) and hidden.dtype != self.dtype:
             warn_of_copies()
         self.hidden, self.rows, self.live, self.needs = hidden, rows, live, needs
         self.full = parameters
         self.dhidden_dtype = early_dtype(hidden) if early else hidden.dtype
+        self.kernels = use_triton(hidden)
         weight, bias, lora_a, lora_b = parameters
         self.weight = self._operand(weight[:V])
         self.bias = None if bias is None else bias[:V].to(self.logits_dtype)
@@ -213,8 +215,14 @@ class Head:
         most = row_limit(hidden, options)
         D = hidden.shape[1]
         self.C = options.chunk_size or length or chunk_rows(self.N, D, most, processors(hidden))
-        self._work = self._new_workspace(V)
-        self._dlogits = self._work
+        rows = hidden.new_empty((self.C if self.N else 0, padded(V)), dtype=self.logits_dtype)
+        self._work = rows[:, :V]
+        # Over the logits, from the first byte of each row on: of smaller elements where they are float32
+        # and the operands are halves.
+        self._dlogits = rows.view(self.dtype)[:, :V]
+        self._counters: Tensor | None = None
+        self._waiting: slice | None = None  # the part whose gradient is still in the stage
+        self._taken: Tensor | None = None  # where `move_rows` puts hidden states
         if needs.hidden or needs.parameters:
             self._new_gradients()
 
@@ -222,13 +230,7 @@ class Head:
         """x as it enters the products: of the dtype of `hidden`, whatever the device multiplies."""
         return x.to(self.hidden.dtype).to(self.dtype)
 
-    def _new_workspace(self, V: int, dtype: torch.dtype | None = None) -> Tensor:
-        size = (self.C if self.N else 0, padded(V))
-        return self.hidden.new_empty(size, dtype=dtype or self.logits_dtype)[:, :V]
-
     def _new_gradients(self) -> None:
-        if self.logits_dtype != self.dtype:
-            self._dlogits = self._new_workspace(len(self.weight), self.dtype)
         new = self.hidden.new_zeros
         D, V = self.hidden.shape[1], len(self.weight)
         weight, bias, lora_a, lora_b = self.full
@@ -242,7 +244,8 @@ class Head:
         self.dweight = self.hidden.new_empty(0, dtype=torch.float32)
         if self.needs.weight:
             self.dweight = self.hidden.new_empty(weight.shape, dtype=torch.float32)
-            self.dweight[V:] = 0  # the first chunk writes the others
+            if len(weight) > V:
+                self.dweight[V:] = 0  # the first chunk writes the others
             if not self.N:
                 self.dweight.zero_()
 
@@ -252,8 +255,7 @@ class Head:
         self.dbias = zeros(self.needs.bias, bias)
         self.dlora_a = zeros(self.needs.lora_a, lora_a)
         self.dlora_b = zeros(self.needs.lora_b, lora_b)
-        stage = exact if has_mixed_products(self.hidden) else self.dtype
-        self._stage = self.hidden.new_empty((self.C if self.N else 0, D), dtype=stage)
+        self._stage = self.hidden.new_empty((self.C if self.N else 0, D), dtype=self.sums)
         self._fresh = True
 
     def parts(self) -> Iterator[slice]:
@@ -261,9 +263,30 @@ class Head:
         for start in range(0, self.N, self.C):
             yield slice(start, min(start + self.C, self.N))
 
+    def counters(self, part: slice) -> Tensor | None:
+        """Zeros, one for each row of a part, if kernels want to count who has read it: once a row."""
+        if not self.kernels:
+            return None
+        from grpo_fast.kernels.schedules import schedule
+
+        if schedule(len(self.weight)).parts == 1:
+            return None
+        if self._counters is None:
+            self._counters = self.hidden.new_zeros(self.N, dtype=torch.int32)
+        return self._counters[part]
+
     def _take(self, part: slice) -> Tensor:
         """(C, D) rows of a part, zeros after them and where they may hold anything."""
         n = part.stop - part.start
+        plain = self.rows is None and self.live is None and n == self.C
+        if plain and self.hidden.dtype == self.dtype:
+            self._move(None)
+            return self.hidden[part]
+        if self.kernels:
+            if self._taken is None:
+                self._taken = self.hidden.new_empty(self.C, self.hidden.shape[1], dtype=self.dtype)
+            self._move(part)
+            return self._taken
         index = None if self.rows is None else self.rows[part]
         h = self.hidden[part] if index is None else self.hidden.index_select(0, index)
         if self.live is not None:
@@ -271,8 +294,29 @@ class Head:
         h = h.to(self.dtype)
         return h if n == self.C else torch.nn.functional.pad(h, (0, 0, 0, self.C - n))
 
+    def _move(self, part: slice | None) -> None:
+        """In one launch: the gradient that waits to its place, hidden states of a part to `_taken`."""
+        waiting, self._waiting = self._waiting, None
+        if waiting is None and part is None:
+            return
+        from grpo_fast.kernels.chunks import move_rows
+
+        stage, dhidden, to, n_out = None, None, None, 0
+        if waiting is not None:
+            stage, (dhidden, to, n_out) = self._stage, self._places(self.dhidden, waiting)
+        h, hidden, rows, n_in, live = None, None, None, 0, None
+        if part is not None:
+            h, (hidden, rows, n_in) = self._taken, self._places(self.hidden, part)
+            live = None if self.live is None else self.live[part]
+        launch(move_rows, self.hidden, stage, dhidden, to, n_out, hidden, rows, live, n_in, h)
+
+    def _places(self, x: Tensor, part: slice) -> tuple[Tensor, Tensor | None, int]:
+        """(x (N, D) or what begins with the rows of a part, which rows of it or None, how many)."""
+        n = part.stop - part.start
+        return (x[part], None, n) if self.rows is None else (x, self.rows[part], n)
+
     def logits(self, part: slice) -> tuple[Tensor, Tensor]:
-        """(1, n, V) logits of a part, and the buffer that their gradient belongs into, perhaps the same."""
+        """(1, n, V) logits of a part, and where their gradient belongs: over them (`schedules.overlaps`)."""
         n = part.stop - part.start
         self._h = self._take(part)
         if self.bias is None:
@@ -285,8 +329,9 @@ class Head:
             self._work.copy_(self.bias.expand_as(self._work))
             accumulate(self._work, self._h, self.weight.T)
         if self.lora_a is not None and self.lora_b is not None:
-            self._inner = self._h.new_empty(self.C, len(self.lora_a))
-            product(self._h, self.lora_a.T, self._inner)
+            inner = self._h.new_empty(self.C, len(self.lora_a), dtype=self.sums)
+            product(self._h, self.lora_a.T, inner)
+            self._inner = inner.to(self.dtype)
             accumulate(self._work, self._inner, self.lora_b.T, self.scaling)
         return self._work[:n][None], self._dlogits[:n][None]
 
@@ -294,20 +339,23 @@ class Head:
         """Collect the gradients of the part whose logits were last asked for."""
         n = part.stop - part.start
         dz = self._dlogits
-        dz[n:] = 0
+        if n < self.C:
+            dz[n:] = 0
         V = len(self.weight)
         dinner = None
         if self.lora_b is not None and (self.needs.hidden or self.needs.lora_a):
-            dinner = dz.new_empty(self.C, self.lora_b.shape[1])
-            product(dz, self.lora_b, dinner)
-            dinner.mul_(self.scaling)
+            summed = dz.new_empty(self.C, self.lora_b.shape[1], dtype=self.sums)
+            product(dz, self.lora_b, summed)
+            dinner = summed.mul_(self.scaling).to(self.dtype)
         if self.needs.hidden:
             direct = self.rows is None and n == self.C and self.dhidden.dtype == self._stage.dtype
             out = self.dhidden[part] if direct else self._stage
             product(dz, self.weight, out)
             if dinner is not None and self.lora_a is not None:
                 accumulate(out, dinner, self.lora_a)
-            if self.rows is not None:
+            if self.kernels and not direct:
+                self._waiting = part  # until the next part is taken
+            elif self.rows is not None:
                 self.dhidden.index_copy_(0, self.rows[part], out[:n].to(self.dhidden.dtype))
             elif not direct:
                 self.dhidden[part] = out[:n]
@@ -321,8 +369,14 @@ class Head:
             accumulate(self.dlora_a, dinner.T, self._h)
         self._fresh = False
 
+    def hidden_gradient(self) -> Tensor:
+        """That of `hidden`, (0,) if not wanted; of a vocabulary spread over processes, this one's share."""
+        self._move(None)
+        return self.dhidden
+
     def gradients(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """In the order of `Needs`; (0,) where not wanted. Those of parameters in float32."""
+        self.hidden_gradient()
         if self.shard:
             for x in (self.dhidden, self.dlora_a):  # what all processes contribute to
                 if x.numel():

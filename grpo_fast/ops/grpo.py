@@ -70,10 +70,10 @@ class Outputs(NamedTuple):
     clip: Tensor
 
 
-def new_outputs(a: Arguments) -> Outputs:
-    """Zeros of the right shapes."""
+def new_outputs(a: Arguments, empty: bool = False) -> Outputs:
+    """Zeros of the right shapes; with `empty` for `fill` to write."""
     N = a.weight.shape[0]  # not len(): it would tie a compiled graph to this one length
-    new = a.weight.new_zeros
+    new = a.weight.new_empty if empty else a.weight.new_zeros
     return Outputs(
         new(N),
         new(N),
@@ -100,22 +100,39 @@ def _launcher(
 
 
 def fill(
-    logits: Tensor, a: Arguments, dlogits: Tensor, softcap: _rows.SoftCap | None = None
+    logits: Tensor,
+    a: Arguments,
+    dlogits: Tensor,
+    softcap: _rows.SoftCap | None = None,
+    out: Outputs | None = None,
+    arrived: Tensor | None = None,
 ) -> Outputs:
-    """Write the gradient into `dlogits`, (B, T, V), which may be `logits`; return the rest."""
+    """Write the gradient into `dlogits`, (B, T, V), which may be `logits`; return the rest.
+
+    Args:
+        out: what is returned, to be written; None: made here.
+        arrived: as the launcher takes it.
+    """
     objective = Objective.from_terms(Modes.of(a.modes), a.numbers)
     common = a.inv_temperature.item()
     if use_triton(logits):
         arguments = {**a._asdict(), "inv_temperature": common, "objective": objective}
         del arguments["modes"], arguments["numbers"]
+        if out is not None:
+            entropy = out.entropy if a.return_entropy else None
+            kl = None if a.ref_logp is None else out.kl
+            arguments["out"] = (out.loss, out.logp, entropy, kl, out.clip)
         outputs = launch(
             _launcher(logits, dlogits, softcap),
             logits,
             logits=logits,
             **arguments,
             dlogits=dlogits,
+            arrived=arrived,
             **(softcap._asdict() if softcap else {}),
         )
+        if out is not None:
+            return out
         return Outputs(*(a.weight.new_empty(0) if x is None else x for x in outputs))
     if wants_rows_on_chip():
         warn_not_on_chip("PyTorch's operators run in place of the kernels")
@@ -126,7 +143,9 @@ def fill(
             a.rewards, a.group_size, None, "group", operand(SCORE_EPS), True
         )
         advantages = spread(score, a.sequence, logits)
-    out = new_outputs(a)
+    out = new_outputs(a, empty=True) if out is None else out
+    for x in out:
+        x.zero_()  # what is said of tokens that do not count
     for rows, (block, dblock) in _rows.row_blocks(logits, dlogits):
         live = _rows.live_rows(a.mask, rows)
         where = rows if live is None else live + rows.start

@@ -29,8 +29,10 @@ from grpo_fast.ops._chunks import (
     Scores,
     Statistics,
     at,
+    fill_parts,
     kept_rows,
     lifted,
+    new_statistics,
     read_all,
     read_part,
     read_with_unit_gradient,
@@ -51,7 +53,7 @@ from grpo_fast.ops._head_arguments import (
     sorted_into,
 )
 from grpo_fast.ops._tokens import Sequences, Tokens
-from grpo_fast.ops.grpo import ARGUMENTS, Arguments, Outputs, fill, new_outputs
+from grpo_fast.ops.grpo import ARGUMENTS, Arguments, Outputs, new_outputs
 from grpo_fast.ops.linear_logprob import empty_gradients, weigh_rows
 
 USED_TWICE = (
@@ -145,18 +147,6 @@ def _at_first(x: Tensor, given: Tensor, boundaries: Tensor, n: int) -> Tensor:
     return x.new_zeros(n + 1).scatter_(0, first, total)[:n]
 
 
-def by_token(head: Head, a: Arguments) -> Outputs:
-    """Gradients of the rows that take part, their coefficients depending on nothing else."""
-    found = []
-    for part in head.parts():
-        logits, dlogits = head.logits(part)
-        found.append(fill(logits, slice_arguments(a, part), dlogits, head.softcap))
-        head.backward(part)
-    if not found:
-        return new_outputs(a)
-    return Outputs(*(torch.cat(x) for x in zip(*found, strict=True)))
-
-
 def as_tokens(a: Arguments) -> Tokens:
     """The arguments as the objective on log-probs takes them."""
     return Tokens(*(getattr(a, name) for name in Tokens._fields))
@@ -193,18 +183,15 @@ def by_chunk(
     Args:
         coefficients: (dL/dlogp, dL/dentropy or None) from the rows, their log-probs and entropies.
     """
-    found = []
+    found = new_statistics(head, with_entropy)
     for part in parts:
         logits, dlogits = head.logits(part)
         these = select(scores, part)
-        statistics = read_part(head, logits, these, with_entropy)
-        found.append(statistics)
+        statistics = read_part(head, part, logits, these, with_entropy, found)
         dlogp, dentropy = coefficients(part, statistics.logp, statistics.entropy)
         write_part(head, dlogp, dentropy, logits, these, statistics, dlogits)
         head.backward(part)
-    if not found:
-        return read_all(head, scores, with_entropy)
-    return Statistics(*(torch.cat(x) for x in zip(*found, strict=True)))
+    return found
 
 
 def by_shared_token(
@@ -215,7 +202,7 @@ def by_shared_token(
     with_entropy: bool,
     terms: Terms,
 ) -> Statistics:
-    """`by_token` where the vocabulary is shared: a chunk's statistics meet before its coefficients are known.
+    """`fill_parts` where the vocabulary is shared: statistics meet before the coefficients are known.
 
     c: what dL/dlogp owes to the surrogate, where that is known.
     """
@@ -292,7 +279,7 @@ def _forward(hidden: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
         length = max((ends[j] - ends[i] for i, j in _together(ends, limit)), default=1)
     head = Head(hidden, call.parameters, options, rows, a.mask, needs, length, early=True)
     if way == "token" and not head.shard:
-        out = by_token(head, a)
+        out = fill_parts(head, a)
     else:
         out = _by_phases(way, head, scores, a, sequences, ends, terms)
     gradients = head.gradients()
@@ -328,7 +315,7 @@ def _by_phases(
         statistics = by_shared_token(head, scores, tokens, c, with_entropy, terms)
         logp, entropy = statistics.logp, statistics.entropy
     elif c is not None:
-        out = by_token(head, with_coefficients(a, c, tokens, terms))
+        out = fill_parts(head, with_coefficients(a, c, tokens, terms))
         logp, entropy = out.logp, out.entropy
     elif way == "late":
         logp, entropy = read_with_unit_gradient(head, scores, with_entropy)
@@ -342,7 +329,7 @@ def _by_phases(
     found = _phases.values(logp, entropy, tokens, sequences, terms)
     if way == "late":
         c = spread_rows(found.dlogp, head.rows, len(head.hidden))
-        head.dhidden = weigh_rows(head.dhidden, c)
+        head.dhidden = weigh_rows(head.hidden_gradient(), c)
     elif way == "two_phase":
         dentropy = _entropy_gradient(tokens, terms, found)
         write_all(head, scores, found.dlogp, dentropy, statistics)

@@ -58,7 +58,7 @@ def _forward(hidden: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, T
     if unit:
         logp = spread_rows(read_with_unit_gradient(head, scores)[0], rows, N)
         nothing = [logp.new_empty(0) for _ in range(3)]
-        return logp, nothing[0], nothing[1], nothing[2], head.dhidden
+        return logp, nothing[0], nothing[1], nothing[2], head.hidden_gradient()
     logp, entropy, top, total = read_all(head, scores, with_entropy)
     return (
         spread_rows(logp, rows, N),

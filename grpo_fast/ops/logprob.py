@@ -19,16 +19,21 @@ def read_rows(
     inv_temperature: Tensor,
     with_entropy: bool,
     softcap: _rows.SoftCap | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    out: tuple[Tensor, ...] | None = None,
+    arrived: Tensor | None = None,
+) -> tuple[Tensor, ...]:
     """logp, entropy ((0,) unless wanted), and the row statistics that the gradient needs; (N,) fp32.
 
     Args:
         logits: (B, T, V), B T = N. ids, mask, temperature: (N,). inv_temperature: 0-dim, on the CPU.
+        out: what is returned, to be written; None: made here.
+        arrived: as the launcher takes it.
     """
     common = inv_temperature.item()
     if use_triton(logits):
         from grpo_fast.kernels import logprob as kernels
 
+        given = None if out is None else (out[0], out[1] if with_entropy else None, *out[2:])
         logp, entropy, m, s = launch(
             kernels.logprob_fwd,
             logits,
@@ -38,8 +43,12 @@ def read_rows(
             temperature,
             common,
             with_entropy,
-            *(softcap or ()),
+            *(softcap or (None, None)),
+            given,
+            arrived,
         )
+        if out is not None:
+            return out
         return logp, logp.new_empty(0) if entropy is None else entropy, m, s
     N = ids.numel()
     logp, entropy, top = (logits.new_zeros(N, dtype=torch.float32) for _ in range(3))
@@ -48,15 +57,18 @@ def read_rows(
         live = _rows.live_rows(mask, rows)
         z = block if live is None else block[live]
         where = rows if live is None else live + rows.start
-        out = torch.empty(z.shape, dtype=torch.float32, device=z.device)
+        work = torch.empty(z.shape, dtype=torch.float32, device=z.device)
         scale = common if temperature is None else 1 / temperature[where]
         if softcap is not None:
             z = softcap.apply(z)
-        _, statistics, _ = _rows.exponentials(z, ids[where].long(), scale, out, with_entropy)
+        _, statistics, _ = _rows.exponentials(z, ids[where].long(), scale, work, with_entropy)
         logp[where], top[where], total[where] = statistics.logp, statistics.top, statistics.total
         if statistics.entropy is not None:
             entropy[where] = statistics.entropy
-    return logp, entropy if with_entropy else entropy.new_empty(0), top, total
+    found = logp, entropy if with_entropy else entropy.new_empty(0), top, total
+    for x, y in zip(out or (), found, strict=False):
+        x.copy_(y)
+    return out or found
 
 
 @torch.library.custom_op("grpo_fast::logprob_fwd", mutates_args=())
@@ -69,7 +81,10 @@ def logprob_fwd(
     with_entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`read_rows` as an operator."""
-    return read_rows(logits, ids, mask, temperature, inv_temperature, with_entropy)
+    logp, entropy, top, total = read_rows(
+        logits, ids, mask, temperature, inv_temperature, with_entropy
+    )
+    return logp, entropy, top, total
 
 
 @logprob_fwd.register_fake
