@@ -47,6 +47,7 @@ def linear_grpo_loss(
     token_weights: Tensor | None = None,
     scores: Tensor | None = None,
     num_items: float | Tensor | None = None,
+    loss_scale: float | Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     objective: Objective = Objective(),
@@ -149,7 +150,7 @@ def linear_grpo_loss(
         op,
         completion_ids,
         live,
-        _arguments.mask_share(mask, completion_ids),
+        _arguments.floating_mask(mask, completion_ids),
         here(advantages),
         here(rewards),
         group_size,
@@ -160,6 +161,7 @@ def linear_grpo_loss(
         here(scores),
         num_items,
         here(cu_seqlens),
+        loss_scale,
         objective,
     )
     tokens = _scored(tokens, completion_ids)
@@ -175,6 +177,7 @@ def linear_grpo_loss(
             "token_weights": here(token_weights),
             "scores": here(scores),
             "num_items": num_items,
+            "loss_scale": loss_scale,
             "cu_seqlens": here(cu_seqlens),
             "objective": objective,
         }

@@ -48,6 +48,7 @@ def grpo_loss(
     token_weights: Tensor | None = None,
     scores: Tensor | None = None,
     num_items: float | Tensor | None = None,
+    loss_scale: float | Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     objective: Objective = Objective(),
@@ -127,7 +128,7 @@ def grpo_loss(
         op,
         completion_ids,
         mask_flat,
-        _arguments.mask_share(mask, completion_ids),
+        _arguments.floating_mask(mask, completion_ids),
         advantages,
         rewards,
         group_size,
@@ -138,6 +139,7 @@ def grpo_loss(
         scores,
         num_items,
         cu_seqlens,
+        loss_scale,
         objective,
     )
     with_grad = torch.is_grad_enabled() and logits.requires_grad
@@ -173,6 +175,7 @@ def policy_loss(
     scores: Tensor | None = None,
     entropy: Tensor | None = None,
     num_items: float | Tensor | None = None,
+    loss_scale: float | Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     objective: Objective = Objective(),
 ) -> LossOutput:
@@ -219,7 +222,7 @@ def policy_loss(
         op,
         logps,
         mask_flat,
-        _arguments.mask_share(mask, logps),
+        _arguments.floating_mask(mask, logps),
         advantages,
         None,
         None,
@@ -230,6 +233,7 @@ def policy_loss(
         scores,
         num_items,
         cu_seqlens,
+        loss_scale,
         objective,
     )
     logp = logps.reshape(-1).float().contiguous()
