@@ -163,8 +163,8 @@ def reduction_weights_fwd(
         by_tokens: whether the second kind of weights is wanted.
 
     Returns:
-        weight, share (or None), weight by tokens (or None): (N,) fp32; the sequence of each token, (N,) int64,
-        or None without boundaries.
+        weight, share (or None), weight by tokens (or None): (N,) fp32; the sequence of each token, (N,)
+        int64, or None without boundaries.
     """
     N = like.numel()
     new = functools.partial(torch.empty, N, device=like.device)
@@ -201,7 +201,9 @@ def reduction_weights_fwd(
         sequences=sequences,
         constant=1 / (sequences * (max_length or 1)),
         num_items=1.0 if num_items is None or pointers["num_items_ptr"] is not None else num_items,
-        loss_scale=1.0 if loss_scale is None or pointers["loss_scale_ptr"] is not None else loss_scale,
+        loss_scale=1.0
+        if loss_scale is None or pointers["loss_scale_ptr"] is not None
+        else loss_scale,
         REDUCTION=reduction,
         HAS_ITEMS=num_items is not None,
         COUNTED=COUNTED,

@@ -31,10 +31,11 @@ class _Anchor(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)  # or each backward makes zeros for nobody
         return x.new_empty(0)
 
     @staticmethod
-    def backward(ctx: Any, _: Tensor) -> None:
+    def backward(ctx: Any, _: Tensor | None) -> None:
         return None
 
 

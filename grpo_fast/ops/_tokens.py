@@ -200,7 +200,9 @@ def _check_num_items(
             f"{op}: num_items is the denominator of reduction='token_mean' and has no effect with "
             f"{objective.reduction!r}"
         )
-    return _check_number(op, "num_items", num_items, 0, "a finite number >= 0 that float32 can hold")
+    return _check_number(
+        op, "num_items", num_items, 0, "a finite number >= 0 that float32 can hold"
+    )
 
 
 def _check_loss_scale(op: str, loss_scale: float | Tensor | None) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""What a token weighs in the loss, all factors in one launch (kernel: `grpo_fast.kernels.reduction_weights`)."""
+"""What a token weighs in the loss, in one launch (kernel: `grpo_fast.kernels.reduction_weights`)."""
 
 import functools
 from typing import Any, NamedTuple
