@@ -19,7 +19,7 @@ import triton.language as tl
 from grpo_fast.kernels.policy_loss import load_tokens
 from grpo_fast.kernels.schedules import compiled_with
 
-COUNTED = 8192  # tokens that a program counts at a time
+COUNTED = 4096  # tokens that a program counts at a time
 BLOCK = 2048  # tokens that it writes at a time
 SMALLEST = tl.constexpr(torch.finfo(torch.float32).tiny)
 
