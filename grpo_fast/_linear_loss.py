@@ -101,7 +101,7 @@ def linear_grpo_loss(
             log-probs of every token that is not masked: those that `compact` left out of the gradient get a
             pass for their logits, one of the three products, and on a GPU another sync.
         advantages, rewards, group_size, mask, old_logps, ref_logps, importance_weights, token_weights,
-            scores, num_items, cu_seqlens, temperature, objective: as in `grpo_loss`: constants, `old_logps`
+            scores, num_items, loss_scale, cu_seqlens, temperature, objective: as in `grpo_loss`: constants, `old_logps`
             and `ref_logps` with a graph too. Where the mask is 0, `hidden` may hold NaN.
 
     Returns:

@@ -135,9 +135,9 @@ def scaled(scale, fn, *args, **kwargs):
 def call_of(name, device, mask="bool", layout="padded", **options):
     """(function, its reference, first argument, the rest, arguments)."""
     objective = Objective(**{"beta": 0.04, "entropy_coef": 0.1, **options})
-    logits, ids, given = batch(4, 5, 30, device, garbage=False)
+    logits, ids, given = batch(3, 4, 20, device, garbage=False)
     if mask == "floating":
-        given["mask"] = given["mask"] * (torch.rand(4, 5) + 0.1).to(device)
+        given["mask"] = given["mask"] * (torch.rand(3, 4) + 0.1).to(device)
     names = ["old_logps", "ref_logps"]
     if layout == "packed":
         live = given["mask"] != 0
@@ -149,7 +149,7 @@ def call_of(name, device, mask="bool", layout="padded", **options):
     if name == "grpo_loss":
         return grpo_loss, reference.grpo_loss, logits, (ids,), given
     if name == "linear_grpo_loss":
-        weight = 0.2 * torch.randn(30, 30, device=device)
+        weight = 0.2 * torch.randn(20, 20, device=device)
         return linear_grpo_loss, reference.linear_grpo, logits, (weight, ids), given
     given["entropy"] = reference.entropy(logits)
     return policy_loss, reference.policy_loss, reference.logprob(logits, ids), (), given
@@ -157,10 +157,11 @@ def call_of(name, device, mask="bool", layout="padded", **options):
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 @by_reduction
-@pytest.mark.parametrize("layout", ["padded", "packed"])
-@pytest.mark.parametrize("mask", ["bool", "floating"])
-def test_loss_scale_is_a_factor_on_the_loss(mask, layout, reduction, name, backend, device):
+@pytest.mark.parametrize(("layout", "mask"), [("padded", "bool"), ("packed", "floating")])
+def test_loss_scale_is_a_factor_on_the_loss(layout, mask, reduction, name, backend, device):
     """On surrogate, KL and entropy bonus alike; the other statistics and the metrics do not change."""
+    if backend == "triton" and name == "linear_grpo_loss" and reduction != "token_mean":
+        pytest.skip("its kernels are those of grpo_loss")
     options = {"reduction": reduction, "max_length": REDUCTIONS[reduction]}
     if mask == "floating":
         options["entropy_reduction"] = "token_mean"
@@ -189,7 +190,7 @@ SOME = ["gspo", "gmpo", "vespo", "entropy by tokens", "top entropy"]
 @pytest.mark.parametrize("name", [x for x in SOME if x in OBJECTIVES])
 @pytest.mark.parametrize("old", [True, False], ids=["off policy", "on policy"])
 def test_loss_scale_of_other_objectives(old, name, backend, device):
-    logits, ids, given = batch(4, 5, 30, device)
+    logits, ids, given = batch(3, 3, 20, device)
     given |= {"objective": OBJECTIVES[name], "old_logps": given["old_logps"] if old else None}
     want = scaled(3, grpo_loss, logits, ids, **given)
     got = loss_and_grad(grpo_loss, logits, ids, loss_scale=3, **given)
