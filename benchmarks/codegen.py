@@ -247,9 +247,8 @@ def launch_token_statistics(extras: bool = True) -> None:
 
 
 def launch_reduction_weights(reduction: str = "sequence_mean", packed: bool = False) -> None:
-    like, boundaries = tensor(B, T_LEN), None
-    if packed:
-        like, boundaries = tokens(), tensor(B + 1, dtype=torch.int32)
+    like = tensor(N) if packed else tensor(B, T_LEN)
+    boundaries = tensor(B + 1, dtype=torch.int32) if packed else None
     flags, mask = tokens(dtype=torch.bool), tokens(not packed, torch.bfloat16)
     rest = (tensor(dtype=torch.int64) if packed else None, tensor(), reduction, 0, not packed)
     reduction_weights.reduction_weights_fwd(like, flags, mask, tokens(), boundaries, *rest)

@@ -19,7 +19,15 @@ SIGNATURES = {
     grpo_fast.loss.grpo_loss: (
         ["logits", "completion_ids"],
         [
-            *("advantages", "rewards", "group_size", *LOSS, "num_items", "loss_scale", "cu_seqlens"),
+            *(
+                "advantages",
+                "rewards",
+                "group_size",
+                *LOSS,
+                "num_items",
+                "loss_scale",
+                "cu_seqlens",
+            ),
             *("temperature", "objective", "return_entropy", "inplace"),
         ],
     ),
@@ -41,7 +49,14 @@ SIGNATURES = {
                 "group_size",
                 *LOSS,
             ),
-            *("num_items", "loss_scale", "cu_seqlens", "temperature", "objective", "return_entropy"),
+            *(
+                "num_items",
+                "loss_scale",
+                "cu_seqlens",
+                "temperature",
+                "objective",
+                "return_entropy",
+            ),
         ],
     ),
     grpo_fast.ops.linear_logprob: (
