@@ -103,7 +103,8 @@ def linear_grpo_loss(
         advantages, rewards, group_size, mask, old_logps, ref_logps, importance_weights, token_weights,
             scores, num_items, loss_scale, cu_seqlens, temperature, objective: as in `grpo_loss`: constants,
             `old_logps` and `ref_logps` with a graph too. A factor on the loss costs a pass over the gradients
-            of `hidden` and the parameters, where `loss_scale` costs nothing. Where the mask is 0, `hidden` may hold NaN.
+            of `hidden` and the parameters, where `loss_scale` costs nothing. Where the mask is 0, `hidden`
+            may hold NaN.
 
     Returns:
         `LossOutput`. Log-probs and entropy of tokens left out are unspecified (0), and the metrics are of

@@ -18,8 +18,9 @@ class LossOutput(NamedTuple):
         logps: log-probs, of the shape of the ids, detached; finite but unspecified where masked.
         entropy: the same of the entropy in nats, or None where it was not computed.
         metrics: 0-dim tensors on the device of the loss; see `metrics_from`.
-        statistics: (16,) fp32, the sums the metrics come from, and that of the losses. Gather them across ranks
-            (one collective), then `metrics_from(fold_statistics(gathered))` is the metrics of the global batch.
+        statistics: (16,) fp32, the sums the metrics come from, and that of the losses. Gather them across
+            ranks (one collective), then `metrics_from(fold_statistics(gathered))` is the metrics of the
+            global batch.
     """
 
     loss: Tensor

@@ -117,9 +117,10 @@ def grpo_loss(
 
     Raises:
         ValueError, TypeError: arguments that do not fit, by name; advantages, rewards, weights, scores,
-            `num_items`, `loss_scale` and temperatures that require grad, which none reaches. Values of tensors
-            on a GPU (ids, `cu_seqlens`, per-token temperatures) are checked only with GRPO_FAST_VALIDATE=1.
-            Without it, an id outside the vocabulary or a negative weight in a mask makes the loss NaN there.
+            `num_items`, `loss_scale` and temperatures that require grad, which none reaches. Values of
+            tensors on a GPU (ids, `cu_seqlens`, per-token temperatures) are checked only with
+            GRPO_FAST_VALIDATE=1. Without it, an id outside the vocabulary or a negative weight in a mask
+            makes the loss NaN there.
     """
     op = "grpo_loss"
     check_objective(op, objective)

@@ -277,3 +277,17 @@ def test_integers_negative_numbers_and_zero(backend, device):
     given["advantages"] = torch.full_like(given["advantages"], torch.nan)
     for found in loss_and_grad(fn, x, *rest, **given, loss_scale=0):
         assert (found == 0).all()  # as with a token weight of 0, whatever the loss is
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_loss_may_be_divided_in_place(name, backend, device):
+    """It is a tensor of its own: no view that autograd refuses to change, nor the statistics' entry."""
+    fn, _, x, rest, given = call_of(name, device)
+    want = scaled(0.25, fn, x, *rest, **given)
+    x = x.clone().requires_grad_()
+    out = fn(x, *rest, **given)
+    before = out.statistics.clone()
+    loss = out.loss
+    loss /= 4
+    torch.testing.assert_close((loss, *torch.autograd.grad(loss, x)), want)
+    torch.testing.assert_close(out.statistics, before, rtol=0, atol=0)

@@ -46,7 +46,7 @@ class _Anchored(torch.autograd.Function):
     def forward(ctx: Any, op: str, y: Tensor, *anchors: Tensor) -> Tensor:
         ctx.op = op
         ctx.save_for_backward(*anchors)
-        return y.view_as(y)
+        return y.detach()  # no view: a loss may be divided in place
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple:
