@@ -18,6 +18,7 @@ from grpo_fast.kernels import (
     linear_logprob,
     logprob,
     policy_loss,
+    reduction_weights,
     scale_rows,
     sequence_loss,
 )
@@ -192,6 +193,14 @@ def launch_token_statistics(extras: bool = True) -> None:
     )
 
 
+def launch_reduction_weights(reduction: str = "sequence_mean", packed: bool = False) -> None:
+    like = tensor(N) if packed else tensor(B, T_LEN)
+    boundaries = tensor(B + 1, dtype=torch.int32) if packed else None
+    flags, mask = tokens(dtype=torch.bool), tokens(not packed, torch.bfloat16)
+    rest = (tensor(dtype=torch.int64) if packed else None, tensor(), reduction, 0, not packed)
+    reduction_weights.reduction_weights_fwd(like, flags, mask, tokens(), boundaries, *rest)
+
+
 def launch_group_advantage(scale: str = "group", labels: bool = False) -> None:
     group_advantage.group_advantage_fwd(
         tensor(256), 16, tensor(256, dtype=torch.int64) if labels else None, scale, 1e-4, True
@@ -316,6 +325,8 @@ CASES: dict[str, Callable[[], None]] = {
     },
     "token_statistics": launch_token_statistics,
     "token_statistics bare": partial(launch_token_statistics, extras=False),
+    "reduction_weights": launch_reduction_weights,
+    "reduction_weights packed": partial(launch_reduction_weights, "token_mean", packed=True),
     "group_advantage": launch_group_advantage,
     "group_advantage labels": partial(launch_group_advantage, labels=True),
     "group_advantage batch": partial(launch_group_advantage, "batch"),

@@ -23,6 +23,7 @@ from grpo_fast.kernels import (
     logprob,
     on_chip,
     policy_loss,
+    reduction_weights,
     scale_rows,
     schedules,
     sequence_loss,
@@ -343,11 +344,28 @@ def test_token_statistics(N):
     for x in (loss, logp, old, importance, kl, entropy, clip):
         assert_visits(traffic.read(x)[1], mask.long())
     programs = -(-N // policy_loss.BLOCK)
-    partial, counter = programs * policy_loss.NUM_STATISTICS * FLOAT, programs * FLOAT
+    partial = programs * policy_loss.NUM_STATISTICS * FLOAT
+    counter = programs * FLOAT if programs > 1 else 0
     inputs = N * FLAG + live * (6 * FLOAT + 1)
     assert traffic.total(traffic.loads) == inputs + partial + counter
-    outputs = policy_loss.NUM_STATISTICS * FLOAT
+    outputs = (policy_loss.NUM_STATISTICS + policy_loss.NUM_METRICS + 1) * FLOAT
     assert traffic.total(traffic.stores) == outputs + partial + counter
+
+
+@pytest.mark.parametrize("reduction", ["sequence_mean", "token_mean", "sequence_sum"])
+@pytest.mark.parametrize("T", [7, 2500])
+def test_reduction_weights(T, reduction):
+    mask, live, (token_weights, *_) = token_vectors(2 * T)
+    with counted() as traffic:
+        reduction_weights.reduction_weights_fwd(
+            mask.view(2, T), mask, None, token_weights, None, None, 1.0, reduction, 0, False
+        )
+    N, BLOCK = 2 * T, reduction_weights.BLOCK
+    assert_visits(traffic.read(token_weights)[1], mask.long())
+    blocks = {"sequence_mean": -(-T // BLOCK), "token_mean": -(-N // BLOCK), "sequence_sum": 0}
+    assert traffic.read(mask)[0] == N * (1 + blocks[reduction]) * FLAG
+    assert traffic.total(traffic.loads) == traffic.read(mask)[0] + live * FLOAT
+    assert traffic.total(traffic.stores) == N * FLOAT
 
 
 @pytest.mark.parametrize(
