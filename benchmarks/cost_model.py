@@ -153,7 +153,7 @@ def _linear_grpo(gpu: Gpu, D: int, V: int, rows: int, fp32: bool, top: Ceilings)
     moved = traffic.grpo(rows, rows, rows, V, FULL if fp32 else HALF)
     kernel = _bounded(dataclasses.replace(moved, written=rows * V * HALF), top, work)
     # What the products move beyond those of halves: dweight in float32, which the first chunk does not read,
-    # a cast of it at the end, and float32 logits; dhidden in float32, which another launch reads and rounds.
+    # a cast of it at the end, and float32 logits; dhidden in float32, which a launch of its own rounds.
     extra = ((2 * chunks - 1) * FULL + FULL + HALF) * V * D + fp32 * (FULL - HALF) * rows * V
     extra += (FULL - HALF + FULL + HALF) * rows * D
     # They hide between none and all of these bytes behind their arithmetic.

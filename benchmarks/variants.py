@@ -372,8 +372,8 @@ def suite_head(options: Any) -> None:
     def gemms(C: int, wide: bool) -> Callable[[], None]:
         h, w = hidden.detach().view(-1, D), weight.detach()
         z = torch.empty(C, V, device="cuda", dtype=torch.float32 if wide else torch.bfloat16)
-        dz = z.to(torch.bfloat16)
-        dh = torch.empty(C, D, device="cuda", dtype=torch.bfloat16)
+        dz = z.view(torch.bfloat16)[:, :V]  # over the logits, as the head has it
+        dh = torch.empty(C, D, device="cuda", dtype=torch.float32)
         dw = torch.empty(V, D, device="cuda", dtype=torch.float32)
 
         def run() -> None:
@@ -384,7 +384,7 @@ def suite_head(options: Any) -> None:
                     torch.mm(part, w.T, out_dtype=torch.float32, out=z[:n])
                 else:
                     torch.mm(part, w.T, out=z[:n])
-                torch.mm(dz[:n], w, out=dh[:n])
+                torch.mm(dz[:n], w, out_dtype=torch.float32, out=dh[:n])
                 beta = int(start > 0)
                 torch.addmm(dw, dz[:n].T, part, beta=beta, out_dtype=torch.float32, out=dw)
 

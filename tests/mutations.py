@@ -27,7 +27,7 @@ COVERS: dict[str, tuple[str, str]] = {
         SHARED,
     ),
     "grpo_fast/ops/_head.py": (
-        "linear_logprob linear_grpo linear_edges linear_errors linear_dtypes",
+        "linear_logprob linear_grpo linear_mixed linear_edges linear_errors linear_dtypes",
         TORCH,
     ),
     "grpo_fast/ops/_head_arguments.py": (
@@ -82,9 +82,9 @@ COVERS: dict[str, tuple[str, str]] = {
     ),
     "kernels/reduction_weights.py": ("reduction_weights", "triton or boundaries"),
     "kernels/rows.py": (
-        "logprob grpo rows linear_logprob",
+        "logprob grpo rows overlap linear_logprob",
         "triton and (reference or banned or offset or masked or exact_zeros or capped or optional) "
-        "or align or (segments and 40000)",
+        "or align or (segments and 40000) or test_overlap",
     ),
     "kernels/grpo.py": (
         "grpo",
@@ -108,6 +108,8 @@ EQUIVALENT = {
 SAME = {
     ("kernels/grpo.py", "rewards_ptr, None, 0, first", "1"): "the label of a group without labels",
     ("kernels/grpo.py", "BACKWARDS: tl.constexpr", ""): "the order of the tiles, for the cache",
+    ("kernels/grpo.py", "if over and softcap", ""): "the length of a tile, for the registers",
+    ("kernels/grpo.py", "write_K = min(write_K", ""): "the length of a tile, for the registers",
     ("kernels/grpo.py", "side = 4 if entropy is None", ""): "another schedule, the same numbers",
     ("kernels/grpo.py", "reading(V", "softcap is None"): "another schedule, the same numbers",
     ("kernels/grpo.py", "plan = dataclasses.replace(plan, parts=1, columns=V)", "plan, columns"): (
@@ -129,11 +131,7 @@ SAME = {
         "on policy the gradient of the clipped surrogate is the same"
     ),
     ("ops/_chunks.py", ".clamp(-100, 100)", "101"): "2^101 is as far inside float32's range",
-    ("ops/_chunks.py", "read_part(head, head.logits(part)[0]", "1"): (
-        "two buffers only where halves are multiplied into float32, on a GPU"
-    ),
     ("ops/_chunks.py", '"advantages": -weight, "group_size": 1', "2"): "without rewards, no groups",
-    ("ops/_head.py", "size = (self.C if self.N else 0", "1"): "a row of workspace for no tokens",
     ("ops/_head.py", "if fresh and alpha == 1", ""): "slabs of halves, on a GPU",
     ("ops/_head.py", "h = torch.where(self.live[part, None], h, 0)", "1"): (
         "any finite number does: what comes of it has no gradient"
@@ -153,9 +151,6 @@ SAME = {
     ("ops/_rows.py", "together = max(1, step", "2"): "speed alone",
     ("ops/policy_loss.py", "x.sum(dtype=torch.float32)", "x.sum()"): "of numbers that are float32",
     ("kernels/grpo.py", "if B * T_len >= MANY_ROWS", ""): "another schedule, the same numbers",
-    ("ops/_head.py", "if self.logits_dtype != self.dtype", ""): (
-        "two dtypes only where halves are multiplied into float32, on a GPU"
-    ),
     ("ops/_head.py", "    return min(", "max("): "other chunks, no longer than they may be",
     ("ops/_rows.py", "if together > 1 and", "2"): "speed alone",
     ("ops/_rows.py", "nothing = (dentropy == 0) |", "1"): "0 times a finite number is 0",
