@@ -80,7 +80,10 @@ COVERS: dict[str, tuple[str, str]] = {
         "infinite or confident or banned or offset or tiny_temp or among_large or uniform or "
         "(large_numbers and 1e and 1000)) or (segments and 40000)",
     ),
-    "kernels/reduction_weights.py": ("reduction_weights", "triton or boundaries"),
+    "kernels/reduction_weights.py": (
+        "traffic reduction_weights",
+        "reduction_weights and (triton or boundaries or traffic)",
+    ),
     "kernels/rows.py": (
         "logprob grpo rows overlap linear_logprob",
         "triton and (reference or banned or offset or masked or exact_zeros or capped or optional) "

@@ -289,6 +289,18 @@ def test_reduction_weights(T, reduction):
     assert traffic.total(traffic.stores) == N * FLOAT
 
 
+def test_reduction_weights_of_packed_sequences():
+    """Each token is written once: of two programs on a GPU nobody knows which comes last."""
+    mask, *_ = token_vectors(2500)
+    boundaries = torch.tensor([0, 0, 7, 2200, 2500], dtype=torch.int32)
+    with counted() as traffic:
+        reduction_weights.reduction_weights_fwd(
+            mask, mask, None, None, boundaries, None, 1.0, "sequence_mean", 0, False
+        )
+    assert traffic.read(mask)[0] == 2 * 2500 * FLAG
+    assert traffic.total(traffic.stores) == 2500 * (FLOAT + ID)
+
+
 @pytest.mark.parametrize(
     "scale, labels, per_sequence",
     [
