@@ -98,9 +98,7 @@ VARIANTS: dict[str, list[Edit]] = {
     "K 2": _tile(256, 2),
     "128 threads": _tile(128, 4),
     "512 threads": _tile(512, 2),
-    "backwards": [
-        ("grpo.py", "BACKWARDS: tl.constexpr = (not SPLIT", "BACKWARDS: tl.constexpr = (True")
-    ],
+    "backwards": [("grpo.py", "= not OVERLAP and ((not SPLIT", "= not OVERLAP and ((True")],
 }
 LOGPROB: dict[str, list[Edit]] = {
     "as it is": [],
