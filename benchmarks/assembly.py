@@ -117,6 +117,27 @@ def read_loop(body: list[Instruction]) -> Loop:
     return Loop(kind, len(body), *exchanges, loads, stores)
 
 
+UNCONDITIONAL = r"s_branch|s_endpgm|s_setpc|EXIT$"
+
+
+def comes_back(code: list[Instruction], place: dict[str, int], first: int, last: int) -> bool:
+    """Whether control gets from one instruction to another: a block moved out of line jumps back, too."""
+    seen, todo = set(), [first]
+    while todo:
+        i = todo.pop()
+        if i == last:
+            return True
+        if i in seen or i >= len(code):
+            continue
+        seen.add(i)
+        label = code[i].label
+        if label is not None and label in place:
+            todo.append(place[label])
+        if not re.match(UNCONDITIONAL, code[i].op):
+            todo.append(i + 1)
+    return False
+
+
 def read_loops(listing: Listing) -> list[Loop]:
     """The innermost loops: what lies between a label and a jump back to it."""
     place: dict[str, int] = {}
@@ -127,7 +148,8 @@ def read_loops(listing: Listing) -> list[Loop]:
         else:
             code.append(x)
     jumps = [(i, place[x.label]) for i, x in enumerate(code) if x.label in place]
-    spans = {(to, i) for i, to in jumps if to < i}  # `BRA .` after the end is no loop
+    # `BRA .` after the end is no loop.
+    spans = {(to, i) for i, to in jumps if to < i and comes_back(code, place, to, i)}
     loops = []
     for first, last in sorted(spans):
         if any(first <= a and b <= last for a, b in spans - {(first, last)}):

@@ -1,6 +1,8 @@
 """Kernels compiled elsewhere, launched without Triton, through the CUDA driver's own interface."""
 
 import ctypes
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +100,12 @@ class Kernel:
         self.call(function, ctypes.byref(count), self.function, config)
         return count.value
 
-    def launch(self, programs: int, **arguments: Tensor | float) -> None:
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        """Launch as a kernel of Triton is: this object may stand in for one."""
+        return functools.partial(self.launch, grid[0])
+
+    def launch(self, programs: int, **arguments: Any) -> None:
+        """Of the arguments those that the kernel takes; the others are constants in it."""
         values = []
         for name, kind in self.entry["parameters"]:
             value = 0 if name in HIDDEN else arguments[name]

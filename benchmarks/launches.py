@@ -8,6 +8,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction, mangle_type
 
 
@@ -23,15 +24,28 @@ def record(case: Callable[[], None]) -> Launch:
     def run(fn: Any, *, grid: Any, warmup: bool, **arguments: Any) -> None:
         launches.append(Launch(fn, arguments))
 
-    with mock.patch.object(JITFunction, "run", run):
+    with (
+        mock.patch.object(JITFunction, "run", run),
+        mock.patch.object(InterpretedFunction, "run", run),
+    ):
         case()
     (launch,) = launches
     return launch
 
 
-def compile_launch(launch: Launch, target: GPUTarget) -> Any:
-    """Compile as `fn[grid](**arguments)` would on `target`: None and 1 are constants, 16 a known divisor."""
-    signature, constants, attributes = {}, {}, {}
+class Specialisation(NamedTuple):
+    """What Triton makes of the arguments: their types, the values that are constants, known divisors."""
+
+    signature: dict[str, str]
+    constants: dict[tuple[int, ...], Any]
+    attributes: dict[tuple[int, ...], list[list[Any]]]
+
+
+def specialise(launch: Launch) -> Specialisation:
+    """As `fn[grid](**arguments)` would: None and 1 are constants, 16 a known divisor."""
+    signature: dict[str, str] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
     for i, parameter in enumerate(launch.fn.params):
         value = launch.arguments[parameter.name]
         special = not parameter.do_not_specialize
@@ -43,7 +57,12 @@ def compile_launch(launch: Launch, target: GPUTarget) -> Any:
         signature[parameter.name] = mangle_type(value)
         if special and (isinstance(value, torch.Tensor) or (number and value % 16 == 0)):
             attributes[(i,)] = [["tt.divisibility", 16]]
+    return Specialisation(signature, constants, attributes)
+
+
+def compile_launch(launch: Launch, target: GPUTarget) -> Any:
+    """Compile as `fn[grid](**arguments)` would on `target`."""
     names = {parameter.name for parameter in launch.fn.params}
     options = {name: x for name, x in launch.arguments.items() if name not in names}
-    source = ASTSource(launch.fn, signature, constants, attributes)
+    source = ASTSource(launch.fn, *specialise(launch))
     return triton.compile(source, target=target, options=options)

@@ -27,6 +27,7 @@ COMMIT_VARIABLE = "GRPO_FAST_COMMIT"  # where a copy of the tree without .git kn
 UNKNOWN = "unknown"
 DRIVER_FIELDS = {"driver": "driver_version", "gpu_uuid": "uuid"}  # our names, nvidia-smi's
 COMMAND_VARIABLE = "GRPO_FAST_COMMAND"
+SWITCH = "GRPO_FAST_ON_CHIP"
 
 
 def environment() -> dict[str, str]:
@@ -141,6 +142,9 @@ def describe_without_roofs() -> dict[str, Any]:
     """Which machine, software and code this is; nothing is measured."""
     cuda = torch.cuda.is_available()
     code = commit()
+    command = os.environ.get(COMMAND_VARIABLE, "pytest benchmarks")
+    if os.environ.get(SWITCH) == "1":  # another kernel
+        command = f"{SWITCH}=1 {command}"
     return {
         "device": name(),
         "device_type": "cuda" if cuda else "cpu",
@@ -152,7 +156,7 @@ def describe_without_roofs() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "commit": code,
         "dirty": not is_clean(code),
-        "command": os.environ.get(COMMAND_VARIABLE, "pytest benchmarks"),
+        "command": command,
     }
 
 

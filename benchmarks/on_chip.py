@@ -1,12 +1,8 @@
-"""Would a row of logits that never leaves the chip be faster? A kernel to find out with, and its measurement.
+"""Is it faster to keep a row of logits on the chip? `kernels/on_chip.py` beside `kernels/grpo.py`.
 
-One program a row, spread over a cluster of thread blocks (Triton's `num_ctas`). Each thread holds its part
-of the row in registers from the statistics to the gradient: N V w bytes read, N V w written, nothing read
-twice, no cache that has to keep anything. `kernels/grpo.py` reads a row twice and counts on the cache. Same
-loss, and the same formulas (`kernels/tiles.py`): the clipped surrogate, KL k3, one ratio a token.
-
-Reductions across a cluster need Triton >= 3.8, which most machines with a GPU do not have. So the kernel is
-compiled ahead of time where it is, and launched without Triton through the driver's own interface:
+Reductions across a cluster need Triton >= 3.8, which most machines with a GPU do not have. (Where it is
+installed, `GRPO_FAST_ON_CHIP=1` switches the kernel on, and `benchmarks.variants grpo` times it.) So the
+kernel is compiled ahead of time where it is, and launched without Triton through the driver's own interface:
 
     python -m benchmarks.on_chip build --out FOLDER [--ptxas PATH]
     python -m benchmarks.on_chip run FOLDER --out FILE.json [--seconds 60] [--only NAME]

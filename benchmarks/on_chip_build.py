@@ -7,67 +7,66 @@ import re
 import subprocess
 import tempfile
 import traceback
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
+from triton.backends.compiler import GPUTarget
 
 from benchmarks import shapes
 from benchmarks.driver import HIDDEN
-from benchmarks.on_chip_kernel import SIGNATURE, on_chip_kernel
+from benchmarks.launches import Launch, compile_launch, record, specialise
+from grpo_fast import Objective
+from grpo_fast.kernels.on_chip import Plan, grpo_fwd_bwd
 
 SHAPE = "qwen2.5-7b-16k"
-ELEMENTS = 8  # bfloat16 of one 128-bit access
 PTX_TYPES = {"*": "u64", "i32": "u32", "fp32": "f32"}
+TARGET = GPUTarget("cuda", 90, 32)
 
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """A way to spread a row: `ctas` thread blocks of `warps` warps each.
+    """A way to spread a row.
 
     relaxed_exit: the barrier behind which a thread block may leave the cluster does not wait for its stores.
     Triton's does, for nothing: it is there so that none leaves while another reads its shared memory.
     """
 
-    ctas: int
-    warps: int
-    keep: str = "e"
-    registers: int | None = None  # at most, a thread
+    plan: Plan
     relaxed_exit: bool = False
 
     @property
     def name(self) -> str:
-        parts = [f"{self.ctas}x{self.warps}", self.keep]
-        if self.registers is not None:
-            parts.append(f"r{self.registers}")
+        plan = self.plan
+        parts = [f"{plan.ctas}x{plan.warps}", plan.keep]
+        if plan.registers is not None:
+            parts.append(f"r{plan.registers}")
         return "-".join([*parts, "relaxed"] if self.relaxed_exit else parts)
 
-    @property
-    def strip(self) -> int:
-        return self.ctas * self.warps * 32 * ELEMENTS
 
-    def constants(self, V: int) -> dict[str, Any]:
-        return {
-            "CTAS": self.ctas,
-            "THREADS": 32 * self.warps,
-            "STRIPS": triton.cdiv(V, self.strip),
-            "KEEP": self.keep,
-        }
-
-
-# The most promising first.
+# The first is what the kernel does by itself. The most promising come first.
 VARIANTS = (
-    Variant(8, 8),
-    Variant(8, 8, relaxed_exit=True),
-    Variant(16, 8, registers=64),
-    Variant(16, 4),
-    Variant(8, 4, "bits", 168),
-    Variant(16, 8, registers=64, relaxed_exit=True),
-    Variant(8, 16, registers=64),
-    Variant(4, 32),
-    Variant(8, 8, "bits"),
-    Variant(8, 4),
+    Variant(Plan(8, 8, "e")),
+    Variant(Plan(8, 8, "e"), relaxed_exit=True),
+    Variant(Plan(8, 16, "e", 64)),
+    Variant(Plan(8, 16, "bits", 64)),
+    Variant(Plan(16, 4, "e")),
+    Variant(Plan(16, 8, "e", 64)),
+    Variant(Plan(4, 16, "e")),
 )
+
+
+def launch_of(shape: shapes.Shape, plan: Plan) -> Launch:
+    """What `on_chip_check.Rows` launches on a batch of this shape."""
+    new = partial(torch.empty, device="meta")
+    logits = new(shape.B, shape.T, shape.V, dtype=torch.bfloat16)
+    ids, mask = new(shape.N, dtype=torch.int64), new(shape.N, dtype=torch.bool)
+    weight, advantages, old, ref = (new(shape.N) for _ in range(4))
+    given = (logits, ids, mask, weight, advantages, None, shape.G, None, old, ref, *[None] * 5)
+    objective = Objective.preset("grpo")  # as `inputs.make_batch` has it
+    return record(lambda: grpo_fwd_bwd(*given, 1.0, False, objective, logits, plan))
 
 
 def build(folder: Path, ptxas: str | None) -> None:
@@ -78,11 +77,11 @@ def build(folder: Path, ptxas: str | None) -> None:
         os.environ["TRITON_PTXAS_BLACKWELL_PATH"] = ptxas  # from it Triton knows which PTX to write
     assembler = knobs.nvidia.ptxas_blackwell
     folder.mkdir(parents=True, exist_ok=True)
-    V = shapes.CUDA[SHAPE].V
+    shape = shapes.CUDA[SHAPE]
     entries = []
     for variant in VARIANTS:
         try:
-            entry = compile_variant(variant, V, folder, assembler.path)
+            entry = compile_variant(variant, shape, folder, assembler.path)
         except Exception:
             print(f"{variant.name}: does not compile\n{traceback.format_exc(limit=-1)}")
             continue
@@ -94,40 +93,28 @@ def build(folder: Path, ptxas: str | None) -> None:
     manifest = {
         "triton": triton.__version__,
         "ptxas": assembler.version,
-        "V": V,
+        "V": shape.V,
         "hidden": HIDDEN,
         "variants": entries,
     }
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
 
 
-def compile_variant(variant: Variant, V: int, folder: Path, ptxas: str) -> dict[str, Any]:
+def compile_variant(
+    variant: Variant, shape: shapes.Shape, folder: Path, ptxas: str
+) -> dict[str, Any]:
     """Leave the variant's cubin in `folder`; what a launch of it has to know."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    constants = variant.constants(V)
-    signature = {**SIGNATURE, **dict.fromkeys(constants, "constexpr")}
-    aligned = {
-        (i,): [["tt.divisibility", 16]]
-        for i, name in enumerate(on_chip_kernel.arg_names)
-        if name.endswith("_ptr") or name in ("stride", "V")
-    }
-    options = {
-        "num_ctas": variant.ctas,
-        "num_warps": variant.warps,
-        "maxnreg": variant.registers,
-        "enable_fp_fusion": True,
-    }
-    source = ASTSource(on_chip_kernel, signature, constants, aligned)
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    launch = launch_of(shape, variant.plan)
+    compiled = compile_launch(launch, TARGET)
     ptx = compiled.asm["ptx"]
     if variant.relaxed_exit:
         ptx = relax_exit(ptx)
-    parameters = [*SIGNATURE, *HIDDEN]
-    types = [PTX_TYPES[x[0] if x[0] == "*" else x] for x in SIGNATURE.values()]
+    signature = {k: x for k, x in specialise(launch).signature.items() if x != "constexpr"}
+    parameters = [*signature, *HIDDEN]
+    types = [PTX_TYPES[x[0] if x[0] == "*" else x] for x in signature.values()]
     types += ["u64"] * len(HIDDEN)
-    found = re.findall(r"^\s*\.param \.(\w+).*_param_\d+,?$", ptx, re.MULTILINE)
+    kernel = ptx[ptx.index(".entry") :]  # what it calls has parameters of its own
+    found = re.findall(r"^\s*\.param \.(\w+).*_kernel_param_\d+,?$", kernel, re.MULTILINE)
     if found != types:
         raise ValueError(f"{variant.name}: the parameters are {found}, want {types}")
     metadata = compiled.metadata
@@ -146,8 +133,8 @@ def compile_variant(variant: Variant, V: int, folder: Path, ptxas: str) -> dict[
         "num_ctas": metadata.num_ctas,
         "num_warps": metadata.num_warps,
         "shared": metadata.shared,
-        "strips": constants["STRIPS"],
-        "keep": variant.keep,
+        "strips": launch.arguments["STRIPS"],
+        "keep": variant.plan.keep,
         "relaxed_exit": variant.relaxed_exit,
         "parameters": list(zip(parameters, types, strict=True)),
         "registers": logged(r"Used (\d+) registers"),

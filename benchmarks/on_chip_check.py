@@ -1,7 +1,9 @@
 """The batches of `on_chip.py`, and whether its kernel is right on them."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -10,7 +12,7 @@ from benchmarks import inputs, shapes
 from benchmarks.driver import Kernel
 from benchmarks.on_chip_build import SHAPE
 from grpo_fast import reference
-from grpo_fast.kernels.grpo import grpo_fwd_bwd
+from grpo_fast.kernels import grpo, on_chip
 from grpo_fast.reference_terms import kl_estimate
 
 CHECKED = shapes.Shape(B=8, T=128, V=shapes.CUDA[SHAPE].V, G=4)
@@ -54,33 +56,18 @@ class Rows:
 
     def run(self, kernel: Kernel, logits: Tensor, dlogits: Tensor) -> dict[str, Tensor]:
         """Launch the kernel that keeps rows on the chip; loss, log-prob and KL of each row."""
-        N, V = logits.shape
-        objective = self.batch.objective
-        out = {name: torch.full_like(self.weight, torch.nan) for name in ("loss", "logp", "kl")}
-        kernel.launch(
-            N,
-            logits_ptr=logits,
-            ids_ptr=self.ids,
-            mask_ptr=self.mask,
-            weight_ptr=self.weight,
-            advantages_ptr=self.advantages,
-            old_logp_ptr=self.old_logp,
-            ref_logp_ptr=self.ref_logp,
-            dlogits_ptr=dlogits,
-            **{f"{name}_ptr": x for name, x in out.items()},
-            stride=logits.stride(0),
-            V=V,
-            inv_temperature=1.0,
-            low=1.0 - objective.epsilon_low,
-            high=1.0 + objective.epsilon_high,
-            beta=objective.beta,
-        )
-        return out
+        with mock.patch.object(on_chip, "_on_chip_kernel", kernel):
+            return self.launch(on_chip.grpo_fwd_bwd, logits, dlogits)
 
     def run_own(self, logits: Tensor, dlogits: Tensor) -> dict[str, Tensor]:
-        """Launch grpo_fast's kernel on the same rows; its loss, log-prob and KL of each."""
+        """Launch the kernel that reads rows twice on the same rows; its loss, log-prob and KL of each."""
+        return self.launch(grpo.grpo_fwd_bwd, logits, dlogits)
+
+    def launch(
+        self, launcher: Callable[..., Any], logits: Tensor, dlogits: Tensor
+    ) -> dict[str, Tensor]:
         shape = self.batch.shape
-        loss, logp, _, kl, _ = grpo_fwd_bwd(
+        loss, logp, _, kl, _ = launcher(
             logits.view(shape.B, shape.T, shape.V),
             self.ids,
             self.mask,

@@ -46,7 +46,7 @@ OFF_DEVICE = (
     "test_cost_model",
     "test_layout",
     "test_memory",
-    "test_on_chip",
+    "test_on_chip_build",
     "test_packaging",
     "test_report",
     "test_runner",

@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TESTS = (
     *("test_logprob", "test_ids", "test_linear_edges", "test_linear_logprob", "test_weights"),
     *("test_grpo", "test_linear_model", "test_linear_upstream", "test_policy_loss"),
+    "test_reduction_weights",
     *("test_sequence_loss", "test_selection", "test_diagnostics", "test_linear_grpo"),
     *("test_loss", "test_group_advantage", "test_index_arithmetic"),
 )

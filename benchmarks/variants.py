@@ -100,6 +100,7 @@ VARIANTS: dict[str, list[Edit]] = {
     "512 threads": _tile(512, 2),
     "backwards": [("grpo.py", "= not OVERLAP and ((not SPLIT", "= not OVERLAP and ((True")],
 }
+ON_CHIP = "on chip"  # what GRPO_FAST_ON_CHIP=1 runs, where it can
 LOGPROB: dict[str, list[Edit]] = {
     "as it is": [],
     "evict_last": [_hint("ONLY_ONE", "evict_last")],
@@ -247,12 +248,17 @@ def folders(options: Any) -> dict[str, Path]:
 def grpo_modules(options: Any) -> dict[str, Any]:
     found = {}
     chosen: dict[str, tuple[list[Edit], Path | None]] = {k: (v, None) for k, v in VARIANTS.items()}
-    chosen |= {name: ([], path) for name, path in folders(options).items()}
+    chosen |= {ON_CHIP: ([], None)} | {x: ([], path) for x, path in folders(options).items()}
     for name, (edits, folder) in chosen.items():
         if options.only and not any(word in name for word in options.only):
             continue
         try:
-            found[name] = load(name, edits, folder)("grpo")
+            module = load(name, edits, folder)
+            why = name == ON_CHIP and module("on_chip").unavailable(torch.device("cuda"))
+            if why or (name == ON_CHIP and options.float32):
+                print(f"{name}: {why or 'it takes halves'}")
+                continue
+            found[name] = module("on_chip" if name == ON_CHIP else "grpo")
         except Exception as error:
             print(f"{name}: {type(error).__name__}: {error}")
     return found

@@ -70,7 +70,9 @@ def sample(model: Any, accelerator: Accelerator) -> dict[str, Tensor]:
     }
 
 
-def loss_of(model: Any, batch: dict[str, Tensor], num_items: Tensor) -> tuple[Tensor, Tensor]:
+def loss_of(
+    model: Any, batch: dict[str, Tensor], num_items: Tensor, factor: float
+) -> tuple[Tensor, Tensor]:
     """(loss, statistics) of a micro-batch: tensors, for the hooks of DDP and FSDP."""
 
     def score(hidden: Tensor, head: Head) -> tuple[Tensor, Tensor]:
@@ -82,6 +84,7 @@ def loss_of(model: Any, batch: dict[str, Tensor], num_items: Tensor) -> tuple[Te
             group_size=GROUP,
             mask=batch["mask"],
             num_items=num_items,
+            loss_scale=factor,
             objective=OBJECTIVE,
             **head.options,
         )
@@ -116,8 +119,8 @@ def train(accelerator: Accelerator) -> list[float]:
         for i in range(MICRO_BATCHES):  # whole groups
             part = {name: x.chunk(MICRO_BATCHES)[i] for name, x in batch.items()}
             with accelerator.accumulate(model):
-                loss, found = loss_of(model, part, num_items)
-                accelerator.backward(factor * loss)
+                loss, found = loss_of(model, part, num_items, factor)
+                accelerator.backward(loss)
                 optimizer.step()
                 optimizer.zero_grad()
                 statistics.append(found)

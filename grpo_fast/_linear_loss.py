@@ -47,6 +47,7 @@ def linear_grpo_loss(
     token_weights: Tensor | None = None,
     scores: Tensor | None = None,
     num_items: float | Tensor | None = None,
+    loss_scale: float | Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     objective: Objective = Objective(),
@@ -100,8 +101,10 @@ def linear_grpo_loss(
             log-probs of every token that is not masked: those that `compact` left out of the gradient get a
             pass for their logits, one of the three products, and on a GPU another sync.
         advantages, rewards, group_size, mask, old_logps, ref_logps, importance_weights, token_weights,
-            scores, num_items, cu_seqlens, temperature, objective: as in `grpo_loss`: constants, `old_logps`
-            and `ref_logps` with a graph too. Where the mask is 0, `hidden` may hold NaN.
+            scores, num_items, loss_scale, cu_seqlens, temperature, objective: as in `grpo_loss`: constants,
+            `old_logps` and `ref_logps` with a graph too. A factor on the loss costs a pass over the gradients
+            of `hidden` and the parameters, where `loss_scale` costs nothing. Where the mask is 0, `hidden`
+            may hold NaN.
 
     Returns:
         `LossOutput`. Log-probs and entropy of tokens left out are unspecified (0), and the metrics are of
@@ -149,7 +152,7 @@ def linear_grpo_loss(
         op,
         completion_ids,
         live,
-        _arguments.mask_share(mask, completion_ids),
+        _arguments.floating_mask(mask, completion_ids),
         here(advantages),
         here(rewards),
         group_size,
@@ -160,6 +163,7 @@ def linear_grpo_loss(
         here(scores),
         num_items,
         here(cu_seqlens),
+        loss_scale,
         objective,
     )
     tokens = _scored(tokens, completion_ids)
@@ -175,6 +179,7 @@ def linear_grpo_loss(
             "token_weights": here(token_weights),
             "scores": here(scores),
             "num_items": num_items,
+            "loss_scale": loss_scale,
             "cu_seqlens": here(cu_seqlens),
             "objective": objective,
         }

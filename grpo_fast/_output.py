@@ -1,10 +1,11 @@
 """What the losses return."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-from grpo_fast.ops._metrics import metrics_from
+from grpo_fast.ops._metrics import METRICS
 from grpo_fast.ops._tokens import Tokens
 from grpo_fast.ops.policy_loss import token_statistics
 
@@ -17,8 +18,9 @@ class LossOutput(NamedTuple):
         logps: log-probs, of the shape of the ids, detached; finite but unspecified where masked.
         entropy: the same of the entropy in nats, or None where it was not computed.
         metrics: 0-dim tensors on the device of the loss; see `metrics_from`.
-        statistics: (16,) fp32, the sums the metrics come from. Gather them across ranks (one collective),
-            then `metrics_from(fold_statistics(gathered))` is the metrics of the global batch.
+        statistics: (16,) fp32, the sums the metrics come from, and that of the losses. Gather them across
+            ranks (one collective), then `metrics_from(fold_statistics(gathered))` is the metrics of the
+            global batch.
     """
 
     loss: Tensor
@@ -43,7 +45,7 @@ def loss_output(
     share: what a floating mask weighs each token with; None: 1.
     """
     entropy = None if entropy is None else entropy.detach()
-    statistics = token_statistics(
+    statistics, values, total = token_statistics(
         tokens.mask,
         share,
         loss.detach(),
@@ -54,10 +56,24 @@ def loss_output(
         entropy,
         clip,
     )
-    metrics = metrics_from(statistics)
+    metrics = dict(zip(METRICS, values.unbind(), strict=True))
     if tokens.ref_logp is None:
         del metrics["kl"]
     if entropy is None:
         del metrics["entropy"]
     shaped = None if entropy is None else entropy.view(like.shape)
-    return LossOutput(loss.sum(), logp.view(like.shape), shaped, metrics, statistics)
+    total = SumOf.apply(loss, total) if loss.requires_grad else total
+    return LossOutput(total, logp.view(like.shape), shaped, metrics, statistics)
+
+
+class SumOf(torch.autograd.Function):
+    """`SumOf.apply(x, total)` is the sum of x, where that is known already."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, total: Tensor) -> Tensor:
+        ctx.shape = x.shape
+        return total.detach()
+
+    @staticmethod
+    def backward(ctx: Any, dtotal: Tensor) -> tuple[Tensor, None]:
+        return dtotal.expand(ctx.shape), None

@@ -48,6 +48,7 @@ def grpo_loss(
     token_weights: Tensor | None = None,
     scores: Tensor | None = None,
     num_items: float | Tensor | None = None,
+    loss_scale: float | Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     objective: Objective = Objective(),
@@ -65,7 +66,8 @@ def grpo_loss(
         logits: (B, T, V) padded or (N, V) packed, float32, bfloat16 or float16, aligned: row t scores
             token t. The last dimension contiguous; a strided view (`logits[:, prompt - 1 : -1]`) is not
             copied by this function. Their gradient is stored in their dtype before the upstream gradient
-            is applied: in float16 no loss scale keeps it from underflow.
+            is applied. An upstream gradient other than 1 costs a read and a write of all of it, about as
+            much as the loss itself, and rounds it again: pass factors as `loss_scale`.
         completion_ids: (B, T) or (N,), int32 or int64; anything where the mask is 0.
         advantages: (B,) or (B, 1) per sequence, or per token. Or:
         rewards: (B,) or (B, 1) with `group_size` of at least 2: z-scored within groups of consecutive
@@ -87,6 +89,12 @@ def grpo_loss(
             Default: the rewards, or else the advantages.
         num_items: the denominator of "token_mean", a number or 0-dim tensor; with another reduction an
             error. At least 1 is taken.
+        loss_scale: a factor on the loss and its gradient, at no cost: a share of the micro-batch, the number
+            of ranks, the scale of a GradScaler. A finite number or 0-dim tensor, on any device, read without
+            a host sync; it may be negative; at 0 all tokens are left out. It reaches the gradient before that
+            is rounded to the dtype of `logits`, and keeps float16 from underflow. All of the loss is scaled,
+            KL and entropy terms too; `LossOutput.loss` is the scaled loss, and so is "loss" in `statistics`.
+            The metrics and all other statistics do not change.
         cu_seqlens: (B + 1,) int boundaries of packed sequences. Packed tokens without it are one sequence.
             With B = N, and not one token in each sequence, (N,) may be per token or per sequence, and is
             refused: (B, 1) is per sequence.
@@ -109,9 +117,10 @@ def grpo_loss(
 
     Raises:
         ValueError, TypeError: arguments that do not fit, by name; advantages, rewards, weights, scores,
-            `num_items` and temperatures that require grad, which none reaches. Values of tensors on a GPU
-            (ids, `cu_seqlens`, per-token temperatures) are checked only with GRPO_FAST_VALIDATE=1. Without
-            it, an id outside the vocabulary or a negative weight in a mask makes the loss NaN there.
+            `num_items`, `loss_scale` and temperatures that require grad, which none reaches. Values of
+            tensors on a GPU (ids, `cu_seqlens`, per-token temperatures) are checked only with
+            GRPO_FAST_VALIDATE=1. Without it, an id outside the vocabulary or a negative weight in a mask
+            makes the loss NaN there.
     """
     op = "grpo_loss"
     check_objective(op, objective)
@@ -127,7 +136,7 @@ def grpo_loss(
         op,
         completion_ids,
         mask_flat,
-        _arguments.mask_share(mask, completion_ids),
+        _arguments.floating_mask(mask, completion_ids),
         advantages,
         rewards,
         group_size,
@@ -138,6 +147,7 @@ def grpo_loss(
         scores,
         num_items,
         cu_seqlens,
+        loss_scale,
         objective,
     )
     with_grad = torch.is_grad_enabled() and logits.requires_grad
@@ -173,6 +183,7 @@ def policy_loss(
     scores: Tensor | None = None,
     entropy: Tensor | None = None,
     num_items: float | Tensor | None = None,
+    loss_scale: float | Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     objective: Objective = Objective(),
 ) -> LossOutput:
@@ -185,7 +196,7 @@ def policy_loss(
         logps: (B, T) padded or (N,) packed log-probs of the completion tokens, any floating dtype.
         entropy: per token, in nats; needed where `objective.needs_entropy`.
         advantages, mask, old_logps, ref_logps, importance_weights, token_weights, scores, num_items,
-            cu_seqlens, objective: as in `grpo_loss`: constants, `old_logps=logps` too.
+            loss_scale, cu_seqlens, objective: as in `grpo_loss`: constants, `old_logps=logps` too.
 
     Returns:
         `LossOutput`; its `entropy` is the given one, detached.
@@ -219,7 +230,7 @@ def policy_loss(
         op,
         logps,
         mask_flat,
-        _arguments.mask_share(mask, logps),
+        _arguments.floating_mask(mask, logps),
         advantages,
         None,
         None,
@@ -230,6 +241,7 @@ def policy_loss(
         scores,
         num_items,
         cu_seqlens,
+        loss_scale,
         objective,
     )
     logp = logps.reshape(-1).float().contiguous()

@@ -202,6 +202,7 @@ def grpo_loss(
     token_weights: Tensor | None = None,
     scores: Tensor | None = None,
     num_items: float | Tensor | None = None,
+    loss_scale: float | Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     objective: Objective | None = None,
@@ -229,6 +230,7 @@ def grpo_loss(
         else scores,
         entropy=entropy(logits, temperature) if objective.needs_entropy else None,
         num_items=num_items,
+        loss_scale=loss_scale,
         cu_seqlens=cu_seqlens,
         objective=objective,
     )
@@ -310,6 +312,7 @@ def policy_loss(
     scores: Tensor | None = None,
     entropy: Tensor | None = None,
     num_items: float | Tensor | None = None,
+    loss_scale: float | Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     objective: Objective | None = None,
 ) -> Tensor:
@@ -372,6 +375,8 @@ def policy_loss(
     weights = reduction_weights(weighs, objective, num_items, cu_seqlens, logps.dtype)
     extra = per_token(token_weights)
     extra = torch.ones_like(logps) if extra is None else extra
+    if loss_scale is not None:  # on all of the loss; what a token weight of 0 leaves out stays out
+        extra = torch.where(extra == 0, 0, extra * torch.as_tensor(loss_scale).to(extra))
     total = _weighted_sum(weights * extra, loss)
     if objective.entropy_coef:
         bonus = per_token(entropy)

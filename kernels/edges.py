@@ -13,8 +13,6 @@ cannot occur:
 A column is counted from the first entry of a row, a place from the first entry of its body.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -23,6 +21,8 @@ from grpo_fast.kernels.tiles import (
     LOG2_ZERO,
     LOWEST,
     dlogits_tile,
+    merge_softmax,
+    merge_sums,
     reduce_softmax,
     soft_cap,
 )
@@ -43,7 +43,7 @@ def lined_up(x: torch.Tensor) -> tuple[torch.Tensor, int]:
     return x.as_strided(x.shape, x.stride(), x.storage_offset() - before), before
 
 
-def rows_of(name: str, x: torch.Tensor) -> dict[str, Any]:
+def rows_of(name: str, x: torch.Tensor) -> dict:
     """Where the rows of x, (B, T, V), lie, as the arguments of a kernel that calls it `name`_ptr."""
     start, before = lined_up(x)
     return {
@@ -64,7 +64,7 @@ def kind(*numbers: int) -> str:
     return "anywhere" if any(n % UNIT.value for n in numbers) else "units"
 
 
-def gradient_of(rows: dict[str, Any], dx: torch.Tensor) -> dict[str, Any]:
+def gradient_of(rows: dict, dx: torch.Tensor) -> dict:
     """The same of the gradient of the tensor that `rows` describes.
 
     SAME_ROWS: whether each of its rows starts as many entries off a unit as that of the tensor.
@@ -167,12 +167,12 @@ def read_edges(
     u = tl.fma(z, scale, -m_edge)
     s_edge = tl.exp2(u)
     t_edge = s_edge * tl.maximum(u, LOG2_ZERO)
-    m_new, s_new, t_new = reduce_softmax(m_edge, s_edge, t_edge, HAS_ENTROPY)
-    top = tl.maximum(m, m_new)
-    shrink, shrink_new = tl.exp2(m - top), tl.exp2(m_new - top)
+    m_edge, s_edge, t_edge = reduce_softmax(m_edge, s_edge, t_edge, HAS_ENTROPY)
     if HAS_ENTROPY:
-        t = shrink * (t + (m - top) * s) + shrink_new * (t_new + (m_new - top) * s_new)
-    return top, s * shrink + s_new * shrink_new, t
+        m, s, t = merge_softmax(m, s, t, m_edge, s_edge, t_edge)
+    else:
+        m, s = merge_sums(m, s, m_edge, s_edge)
+    return m, s, t
 
 
 @triton.jit

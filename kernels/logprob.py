@@ -6,7 +6,7 @@
 
 Bytes, at w per logit: the forward reads N V w, and N w for the scored logits; the backward reads N V w and
 writes N V w, and N w once more for the scored ones. Rows whose upstream gradient is 0 are written only.
-Masked rows are not read at all.
+Of masked rows no logit is read.
 
 A program owns a row, or a part of one (`schedules`). m and s (log2 units, `tiles`) are kept for the
 backward.

@@ -4,7 +4,8 @@
     loss  = w (importance * surrogate(ratio, A) + beta KL(logp, ref)),  dlogp = dloss/dlogp
 
 `_policy_loss_kernel` computes both per token; formulas in `terms`. `_token_statistics_kernel` reduces what a
-step produced to one vector, in fixed order. Bytes: every argument once, of masked tokens only the mask.
+step produced to one vector, in fixed order, and to metrics. Bytes: every argument once, of masked tokens only
+the mask.
 
 A program owns BLOCK tokens; of the statistics, the last program to arrive adds up those of all.
 """
@@ -25,7 +26,8 @@ from grpo_fast.kernels.terms import (
 )
 
 BLOCK = 1024
-NUM_STATISTICS = 16  # the layout is named in `grpo_fast.ops.policy_loss.STATISTICS`
+NUM_STATISTICS = 16  # the layout is named in `grpo_fast.ops._metrics.STATISTICS`
+NUM_METRICS = 14  # likewise, `METRICS`
 
 
 def scalars(objective):
@@ -155,8 +157,10 @@ def _token_statistics_kernel(
     entropy_ptr,  # (N,) fp32, or None
     clip_ptr,  # (N,) int8
     partial_ptr,  # (programs, 16) fp32
-    arrived_ptr,  # (1,) int32, zero
+    arrived_ptr,  # (1,) int32, zero, or None: there is one program
     statistics_ptr,  # (16,) fp32
+    metrics_ptr,  # (14,) fp32
+    total_ptr,  # the sum of the losses, fp32
     N,
     programs,
     BLOCK: tl.constexpr,
@@ -197,7 +201,10 @@ def _token_statistics_kernel(
     tl.store(slot_ptr + 14, tl.min(tl.where(live, ratio, float("inf"))))
     tl.store(slot_ptr + 15, tl.max(tl.where(live, ratio, -float("inf"))))
     tl.debug_barrier()  # the stores of all threads come before the counter of one
-    if tl.atomic_add(arrived_ptr, 1, sem="acq_rel", scope="gpu") == programs - 1:
+    last = True
+    if arrived_ptr is not None:
+        last = tl.atomic_add(arrived_ptr, 1, sem="acq_rel", scope="gpu") == programs - 1
+    if last:
         column = tl.arange(0, 16)[None, :]
         total = tl.zeros([16], tl.float32)
         least = tl.full([16], float("inf"), tl.float32)
@@ -216,6 +223,30 @@ def _token_statistics_kernel(
         summed = tl.sum(tl.where(column == 2, total, 0.0))
         total = tl.where(column >= 14, tl.where(summed == summed, total, summed), total)
         tl.store(statistics_ptr + column, total)
+        tl.store(total_ptr + 0 * column, total, mask=column == 1)
+        store_metrics(metrics_ptr, total, column)
+
+
+@triton.jit
+def store_metrics(metrics_ptr, total, column):
+    """The metrics of statistics, as `grpo_fast.ops._metrics.metrics_from` computes and orders them."""
+    tokens = tl.sum(tl.where(column == 0, total, 0.0))
+    rho = tl.sum(tl.where(column == 12, total, 0.0))
+    squares = tl.sum(tl.where(column == 13, total, 0.0))
+    empty = tokens == 0
+    count = tl.where(empty, 1.0, tokens)
+    value = tl.div_rn(total, tl.zeros_like(total) + count)
+    value = tl.where((column == 0) | (column >= 14), total, value)
+    of_ratios = (column == 2) | (column == 10) | (column >= 14)
+    value = tl.where(of_ratios, tl.where(empty, 1.0, value), value)
+    least = tl.where(count * squares < 1e-30, 1e-30, count * squares)
+    effective = tl.where(squares == 0, tl.where(empty, 1.0, 0.0), tl.div_rn(rho * rho, least))
+    value = tl.where(column == 12, effective, value)
+    # tokens, the ratio's mean and extremes, clip fractions, approximate KLs, the rest.
+    place = tl.where(column <= 4, column + 4, tl.where(column <= 7, column - 1, column + 1))
+    place = tl.where(column == 0, 0, tl.where(column == 2, 1, place))
+    place = tl.where(column >= 14, column - 12, place)
+    tl.store(metrics_ptr + place, value, mask=(column != 1) & (column != 13))
 
 
 def policy_loss_fwd(
@@ -252,11 +283,17 @@ def policy_loss_fwd(
 
 
 def token_statistics_fwd(mask, share, loss, logp, old_logp, importance, kl, entropy, clip):
-    """Launch the statistics kernel on (N,) tensors, N > 0. Returns (16,) fp32."""
+    """Launch the statistics kernel on (N,) tensors, N > 0.
+
+    Returns the statistics (16,), the metrics (14,), the sum of the losses (), all fp32.
+    """
     N = len(logp)
     programs = triton.cdiv(N, BLOCK)
     new = functools.partial(torch.empty, device=logp.device, dtype=torch.float32)
-    statistics = new(NUM_STATISTICS)
+    statistics, metrics, total = new(NUM_STATISTICS), new(NUM_METRICS), new(())
+    arrived = None
+    if programs > 1:
+        arrived = torch.zeros(1, device=logp.device, dtype=torch.int32)
     _token_statistics_kernel[(programs,)](
         mask_ptr=mask,
         share_ptr=share,
@@ -268,12 +305,14 @@ def token_statistics_fwd(mask, share, loss, logp, old_logp, importance, kl, entr
         entropy_ptr=entropy,
         clip_ptr=clip,
         partial_ptr=new(programs, NUM_STATISTICS),
-        arrived_ptr=torch.zeros(1, device=logp.device, dtype=torch.int32),
+        arrived_ptr=arrived,
         statistics_ptr=statistics,
+        metrics_ptr=metrics,
+        total_ptr=total,
         N=N,
         programs=programs,
         BLOCK=BLOCK,
         FOLD=64,
         **compiled_with(4),
     )
-    return statistics
+    return statistics, metrics, total

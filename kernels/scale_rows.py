@@ -45,9 +45,9 @@ def _scale_rows_kernel(
         stop = tl.minimum(start + columns, body)
         for base in range(start, stop, K * T):
             scale_entries(body_ptr + base + offs, offs < stop - base, factor)
-        if ROWS == "anywhere":
+        if ROWS == "anywhere" and part == 0:
             column, there = edge_columns(head, body, V)
-            scale_entries(row_ptr + column, there & (part == 0), factor)
+            scale_entries(row_ptr + column, there, factor)
 
 
 @triton.jit

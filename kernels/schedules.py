@@ -3,7 +3,8 @@
 Up to `MAX_V_PER_PROGRAM` entries one program owns a row. A longer row consists of segments, whose statistics
 are the same bits whichever program reads them: a program reads one or some of them, one after the other, or
 several side by side with as many times the threads. Segments depend on V and the dtype alone: so a row's
-result depends neither on the batch around it nor on the kernel that reads it.
+result depends neither on the batch around it nor on the kernel that reads it. Where 8 does not divide V, or
+the strides, the order of its sums depends on where the row starts within 8 entries (`edges`).
 """
 
 import dataclasses

@@ -22,7 +22,14 @@ from grpo_fast.kernels.tiles import (
 )
 
 
-@triton.jit(noinline=True)
+@triton.jit
+def is_doubtful(m, s, z, scale):
+    """Whether the statistics of a row may be wrong: its maximum is large, or that of some lanes is."""
+    highest_x = tl.abs(tl.maximum(m, z * scale))
+    return (highest_x >= FAR) | ((m <= -FAR) & (s != 0)) | (s != s)
+
+
+@triton.jit
 def read_again(
     row_ptr,
     target,
@@ -41,11 +48,10 @@ def read_again(
 
     m, s, t: of a row but its scored logit z, as the loops over all rows have found them. They are doubtful
     where the maximum is large, or that of some lanes is, whose sum is then inf, and 0 times it NaN. The new
-    m is that of the whole row. Not inlined: it would cost those loops registers.
+    m is that of the whole row.
     """
     back = tl.full([], 0.0, tl.float32)
-    highest_x = tl.abs(tl.maximum(m, z * scale))
-    if (highest_x >= FAR) | ((m <= -FAR) & (s != 0)) | (s != s):
+    if is_doubtful(m, s, z, scale):
         lanes = tl.arange(0, T // 8)
         highest = tl.full([T // 8], -float("inf"), tl.float32)
         for base in range(0, V, T // 8):
@@ -66,6 +72,25 @@ def read_again(
         s = tl.sum(s_lanes, axis=0)
         t = tl.sum(t_lanes, axis=0)
     return m, s, t, scale, back
+
+
+@triton.jit(noinline=True)
+def read_again_apart(
+    row_ptr,
+    target,
+    V,
+    z,
+    scale,
+    m,
+    s,
+    t,
+    T: tl.constexpr,
+    softcap=None,
+    logit_scale=None,
+    cap_rate=None,
+):
+    """`read_again`, not inlined: it would cost the loops over all rows registers."""
+    return read_again(row_ptr, target, V, z, scale, m, s, t, T, softcap, logit_scale, cap_rate)
 
 
 @triton.jit
@@ -97,7 +122,7 @@ def score_row(
     Returns m, s and log2 s of the whole row, its log p and entropy; then the scale that m is of, and 0. Of a
     row whose numbers are too large for its own scale that is a power of two, with its reciprocal for the 0.
     """
-    m, s, t, scale, back = read_again(
+    m, s, t, scale, back = read_again_apart(
         row_ptr,
         target,
         V,
@@ -111,13 +136,20 @@ def score_row(
         logit_scale,
         cap_rate,
     )
+    m, s, log2_s, logp, entropy = score_statistics(m, s, t, z, scale, back, inv_temperature)
+    return m, s, log2_s, logp, entropy, scale, back
+
+
+@triton.jit
+def score_statistics(m, s, t, z, scale, back, inv_temperature):
+    """m, s and log2 s of the whole row, its log p and entropy, from what `read_again` returns."""
     m, s, log2_s, logp, entropy = include_target(m, s, t, z, scale)
     u = tl.fma(z, scale, -m)
     unit = back * inv_temperature  # of a row that is far, in nats
     logp = tl.where((back != 0) & (u < 0), u * unit - log2_s * LN2, logp)
     # A finite logit whose product with the scale is not: log p may be finite all the same.
     logp = tl.where(u == -float("inf"), z * inv_temperature, logp)
-    return m, s, log2_s, logp, entropy, scale, back
+    return m, s, log2_s, logp, entropy
 
 
 @triton.jit

@@ -79,6 +79,23 @@ def reduce_softmax(m, s, t, HAS_ENTROPY: tl.constexpr):
 
 
 @triton.jit
+def merge_sums(m, s, m_other, s_other):
+    """The statistics (m, s) of two sets of entries taken together: for `tl.reduce`, in one go."""
+    top = tl.maximum(m, m_other)
+    return top, s * tl.exp2(m - top) + s_other * tl.exp2(m_other - top)
+
+
+@triton.jit
+def merge_softmax(m, s, t, m_other, s_other, t_other):
+    """The same of (m, s, t)."""
+    top = tl.maximum(m, m_other)
+    shrink = tl.exp2(m - top)
+    shrink_other = tl.exp2(m_other - top)
+    t = shrink * (t + (m - top) * s) + shrink_other * (t_other + (m_other - top) * s_other)
+    return top, s * shrink + s_other * shrink_other, t
+
+
+@triton.jit
 def log2_1p(x):
     """log2(1 + x) for x >= 0, accurate for small x, whatever the accuracy of the hardware's log2."""
     # atanh series: log(1 + x) = 2 (w + w^3/3 + w^5/5 + ...), w = x / (2 + x) <= 1/9 for x <= 1/4.

@@ -23,6 +23,7 @@ SLOW = (
     "test_masks.py",
     "test_nan.py",
     "test_rare_options.py",
+    "test_reduction_weights.py",
     "test_strides.py",
 )
 # And of these one in two, on any path: each trains or compiles.

@@ -30,6 +30,7 @@ OURS = (
     "GeneratedBackwardFor_grpo_fast_",
     "_AnchoredBackward",
     "_OverwriteBackward",
+    "SumOfBackward",
     "WithGradientOfBackward",
 )
 LINEAR = ("Sum", "View", "Where", "Mul", "Div")

@@ -34,7 +34,7 @@ COVERS: dict[str, tuple[str, str]] = {
         "linear_errors linear_logprob linear_edges linear_dtypes vocab_parallel",
         SHARED,
     ),
-    "grpo_fast/ops/_metrics.py": ("loss rare_options masks", TORCH),
+    "grpo_fast/ops/_metrics.py": ("policy_loss loss rare_options masks", TORCH),
     "grpo_fast/ops/_phases.py": ("rare_options sequence_loss policy_loss grpo", TORCH),
     "grpo_fast/ops/_rows.py": ("logprob errors strides grpo linear_logprob", TORCH),
     "grpo_fast/ops/_selection.py": (
@@ -42,7 +42,10 @@ COVERS: dict[str, tuple[str, str]] = {
         f"({TORCH} and not trl_modes) or over_processes",
     ),
     "grpo_fast/ops/_terms.py": ("policy_loss kl nan sequence_loss preset_edges loss grpo", TORCH),
-    "grpo_fast/ops/_tokens.py": ("loss errors rare_options told_apart masks policy_loss", TORCH),
+    "grpo_fast/ops/_tokens.py": (
+        "loss errors rare_options told_apart masks policy_loss reduction_weights",
+        TORCH,
+    ),
     "grpo_fast/ops/_vocab_parallel.py": (
         "vocab_parallel",
         "combine or whose or sends or ((2-False or without_rows) and not kernels)",
@@ -64,6 +67,7 @@ COVERS: dict[str, tuple[str, str]] = {
         "logprob linear_logprob",
         "not processes and not any_shape and (not triton or banned or offset)",
     ),
+    "grpo_fast/ops/reduction_weights.py": ("reduction_weights masks loss", TORCH),
     "grpo_fast/ops/policy_loss.py": ("policy_loss errors loss rare_options masks", TORCH),
     "grpo_fast/ops/sequence_loss.py": ("sequence_loss policy_loss loss masks nan kl", TORCH),
     "grpo_fast/weights.py": ("weights selection nan", f"{TORCH} and not trl_modes"),
@@ -76,6 +80,10 @@ COVERS: dict[str, tuple[str, str]] = {
         "infinite or confident or banned or offset or tiny_temp or among_large or uniform or "
         "(large_numbers and 1e and 1000)) or (segments and 40000)",
     ),
+    "kernels/reduction_weights.py": (
+        "traffic reduction_weights",
+        "reduction_weights and (triton or boundaries or traffic)",
+    ),
     "kernels/rows.py": (
         "logprob grpo rows overlap linear_logprob",
         "triton and (reference or banned or offset or masked or exact_zeros or capped or optional) "
@@ -86,6 +94,7 @@ COVERS: dict[str, tuple[str, str]] = {
         "triton and ((every_objective and (default or everything or gspo or entropy)) or "
         "optional or scored_in or inplace_gives or exactly or strided or reference)",
     ),
+    "kernels/on_chip.py": ("on_chip", "not long"),
 }
 # Changes that no test on a CPU can see: in the statement's text, by regular expression.
 EQUIVALENT = {

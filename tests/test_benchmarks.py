@@ -271,3 +271,13 @@ def test_peak_memory_sees_what_is_freed_again():
     if extra is None:
         pytest.skip("this system does not tell the peak of its memory")
     assert extra == pytest.approx(1 << 26, rel=0.1)
+
+
+def test_results_name_the_switch_that_another_kernel_ran_by(monkeypatch):
+    monkeypatch.setenv(machine.COMMAND_VARIABLE, "benchmarks/run_all")
+    for value, command in (
+        ("0", "benchmarks/run_all"),
+        ("1", "GRPO_FAST_ON_CHIP=1 benchmarks/run_all"),
+    ):
+        monkeypatch.setenv("GRPO_FAST_ON_CHIP", value)
+        assert machine.describe_without_roofs()["command"] == command

@@ -8,7 +8,8 @@ pytest.importorskip("triton", reason="the kernels need Triton")
 
 import triton
 
-from benchmarks import codegen, compiled
+from benchmarks import codegen, codegen_cases, compiled
+from benchmarks.assembly import Instruction, read_loops
 
 # Of the main loops of the common path: instructions per element, as measured and 5 % more. A barrier, a
 # narrow load or a conversion that comes back costs more. (gfx942 has none that rounds to bfloat16.)
@@ -45,7 +46,7 @@ def streaming(reports):
 
 @by_target
 def test_every_case_is_compiled(reports):
-    assert reports.keys() == codegen.CASES.keys()
+    assert reports.keys() == codegen_cases.CASES.keys()
     assert LOOPS.keys() < {x.kernel for x in reports.values()}
 
 
@@ -86,7 +87,7 @@ def test_row_loops_move_16_bytes_at_once(streaming):
 
 @by_target
 def test_instructions_per_element(streaming, target):
-    for case in codegen.COMMON:
+    for case in codegen_cases.COMMON:
         loops = streaming[case].main_loops()
         for kind, ceiling in INSTRUCTIONS[target].items():
             assert loops[kind].per_element(streaming[case].itemsize) <= ceiling, (case, kind)
@@ -94,7 +95,7 @@ def test_instructions_per_element(streaming, target):
 
 @by_target
 def test_uneven_rows_take_no_more_instructions(streaming):
-    for case, (even, _) in codegen.UNEVEN.items():
+    for case, (even, _) in codegen_cases.UNEVEN.items():
         found, wanted = (
             {
                 k: x.per_element(streaming[name].itemsize)
@@ -129,7 +130,7 @@ def test_threads_of_a_program(streaming, target):
     """1,024 read and rewrite a long row of float32 on NVIDIA's GPUs, where that was measured to be faster."""
     more = dict.fromkeys(("grpo fp32", "grpo fp32 to bf16"), 1024)
     more |= dict.fromkeys(("grpo overlap", "grpo overlap 151665"), 1024)
-    more |= {case: 1024 for case, (even, _) in codegen.UNEVEN.items() if even == "grpo fp32"}
+    more |= {case: 1024 for case, (even, _) in codegen_cases.UNEVEN.items() if even == "grpo fp32"}
     for case, report in streaming.items():
         expected = 128 if "small" in case or "capped" in case else 256
         if case in more and target != "gfx942":
@@ -177,5 +178,16 @@ def test_lanes_are_added_up_in_the_same_order_side_by_side(reports):
 
 def test_every_launch_asks_for_fused_products_and_sums():
     """Triton 3.9 warns where nothing is asked, and 3.10 fuses on request only."""
-    for case, launch in codegen.CASES.items():
+    for case, launch in codegen_cases.CASES.items():
         assert codegen.record(launch).arguments["enable_fp_fusion"] is True, case
+
+
+def test_a_block_that_was_moved_out_of_line_is_no_loop():
+    """LLVM puts rare loads behind the code that goes on with them; from there the way is back, once."""
+    load, ret = Instruction("global_load_dword", None), Instruction("s_endpgm", None)
+    rest = [".back", load, ret]
+    once = [Instruction("s_cbranch_execnz", ".away"), *rest, ".away", load]
+    assert read_loops([*once, Instruction("s_cbranch_execz", ".back"), ret]) == []
+    again = [".top", load, Instruction("s_cbranch_execnz", ".top"), ret]
+    (loop,) = read_loops(again)
+    assert (loop.instructions, loop.loads) == (2, [32])

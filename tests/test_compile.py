@@ -13,6 +13,7 @@ from grpo_fast.ops.linear_grpo import linear_grpo, scale_, scaled_to
 from grpo_fast.ops.linear_logprob import linear_logprob_bwd, linear_logprob_fwd, weigh_rows
 from grpo_fast.ops.logprob import logprob_bwd, logprob_fwd
 from grpo_fast.ops.policy_loss import policy_loss_fwd, token_statistics
+from grpo_fast.ops.reduction_weights import reduction_weights_fwd
 from grpo_fast.ops.sequence_loss import sequence_loss_fwd
 
 V, D = 30, 8
@@ -216,6 +217,11 @@ def test_opcheck(backend, device):
     check(
         token_statistics, mask, x, x, x, x, x, x, x, torch.zeros(N, dtype=torch.int8, device=device)
     )
+    rows, half = x.view(2, 3), x.half()
+    ends = torch.tensor([0, 2, 6], device=device)
+    check(reduction_weights_fwd, rows, *[None] * 6, "sequence_sum", 0, False)
+    check(reduction_weights_fwd, rows, mask, half, x, None, None, warm, "sequence_mean", 0, True)
+    check(reduction_weights_fwd, x, mask, None, x, ends, x[0], x[1], "token_mean", 0, True)
     check(group_advantage_fwd, x, 2, None, "group", operand(1e-4), True)
     check(group_advantage_fwd, x, 1, ids, "batch", operand(1e-4), False)
     check(group_advantage_fwd, x, 2, None, "none", operand(1e-4), True, True, True, True)

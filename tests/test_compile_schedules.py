@@ -40,6 +40,7 @@ def from_logits(hidden, weight, number, objective):
         ref_logps=shared(where)["old_logps"],
         temperature=number,
         num_items=number if objective.reduction == "token_mean" else None,
+        loss_scale=number,
         objective=objective,
     )
     return out.loss * number + out.metrics["clip_fraction_low"]
@@ -58,6 +59,7 @@ def from_hidden(hidden, weight, number, objective):
         logit_scale=number,
         lora=(weight[:2], weight[:, :2], number),
         num_items=number if objective.reduction == "token_mean" else None,
+        loss_scale=number,
         objective=objective,
         compact=False,
     )
@@ -75,6 +77,7 @@ def from_log_probs(hidden, weight, number, objective):
         ref_logps=shared(where)["old_logps"],
         entropy=entropy,
         num_items=number if objective.reduction == "token_mean" else None,
+        loss_scale=number,
         objective=objective,
     )
     return out.loss / number

@@ -376,7 +376,7 @@ def test_entropy_on_request_changes_nothing_else(objective, backend, device):
 
 
 def test_gradient_properties(backend, device):
-    logits, ids, arguments = batch(4, 5, 300, device, garbage=False)
+    logits, ids, arguments = batch(4, 5, 304, device, garbage=False)
     arguments["objective"] = Objective(beta=0.1, entropy_coef=0.05)
     out, grad = loss_and_grad(grpo_loss, logits, ids, **arguments)
     assert grad.double().sum(-1).abs().max() < 1e-7  # over the vocabulary

@@ -280,7 +280,7 @@ def test_no_upstream_gradient_means_exact_zeros(backend, device):
     assert logits.grad[1].ne(0).any()
 
 
-@pytest.mark.parametrize("V", [777, 40_000])
+@pytest.mark.parametrize("V", [776, 40_000])
 def test_a_row_does_not_depend_on_the_others(V, backend, device):
     logits = 3 * torch.randn(5, V, device=device)
     ids = torch.randint(V, (5,), device=device)

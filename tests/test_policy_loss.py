@@ -1,3 +1,4 @@
+import functools
 import math
 
 import pytest
@@ -6,8 +7,9 @@ import torch
 from grpo_fast import Objective, reference
 from grpo_fast.loss import grpo_loss, policy_loss
 from grpo_fast.ops import logprob
+from grpo_fast.ops._metrics import METRICS, STATISTICS, metrics_from
 from grpo_fast.ops._selection import top_entropy_mask
-from grpo_fast.ops.policy_loss import STATISTICS, token_statistics
+from grpo_fast.ops.policy_loss import token_statistics
 from grpo_fast.testing import assert_as_accurate
 from tests.cases import batch, in_double, loss_and_grad
 from tests.properties import given, settings, st
@@ -258,7 +260,7 @@ def test_statistics_match_float64(N, backend, device):
     }
     weights = torch.where(mask, torch.rand(N, device=device) * 3, torch.nan)
     clip = torch.randint(0, 8, (N,), dtype=torch.int8, device=device)
-    got = token_statistics(
+    got, metrics, total = token_statistics(
         mask,
         None,
         real["loss"],
@@ -292,3 +294,44 @@ def test_statistics_match_float64(N, backend, device):
     }
     for name, value in zip(STATISTICS, got.double(), strict=True):
         torch.testing.assert_close(value, want[name].double(), rtol=3e-5, atol=3e-3, msg=name)
+    check_metrics(got, metrics, total)
+
+
+def check_metrics(statistics, metrics, total):
+    """That the kernel's metrics are those of `metrics_from`, in their order, to the last digit."""
+    want = metrics_from(statistics)
+    assert list(want) == list(METRICS)
+    for name, value in zip(METRICS, metrics, strict=True):
+        torch.testing.assert_close(value, want[name], rtol=2e-7, atol=0, equal_nan=True, msg=name)
+    torch.testing.assert_close(total, statistics[1], rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    "case",
+    ["none live", "weighed", "weighed below 1", "nan", "no importance", "rho of 0", "rho of inf"],
+)
+@pytest.mark.parametrize("N", [7, 2500])
+def test_metrics_at_the_edges(N, case, backend, device):
+    new = functools.partial(torch.randn, N, device=device)
+    logp, importance, share, mask = new(), new().abs(), None, new() > 0
+    if case == "none live":
+        mask = torch.zeros_like(mask)
+    if case.startswith("weighed"):
+        share = torch.where(mask, new().abs(), 0) * (1e-5 if "below" in case else 1)
+    if case == "nan":
+        logp = torch.where(
+            torch.arange(N, device=device) == int(mask.nonzero()[0]), torch.nan, logp
+        )
+    if case == "rho of 0":
+        importance = torch.zeros_like(logp)
+    if case == "rho of inf":
+        logp = logp + 200
+    if case == "no importance":
+        importance = None
+    clip = torch.randint(0, 8, (N,), dtype=torch.int8, device=device)
+    entropy = None if case == "weighed" else new()
+    given = (mask, share, new(), logp, torch.zeros_like(logp), importance, new(), entropy, clip)
+    statistics, metrics, total = token_statistics(*given)
+    check_metrics(statistics, metrics, total)
+    if case != "nan":
+        assert metrics.isfinite().all() or case == "rho of inf"

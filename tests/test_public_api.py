@@ -19,13 +19,21 @@ SIGNATURES = {
     grpo_fast.loss.grpo_loss: (
         ["logits", "completion_ids"],
         [
-            *("advantages", "rewards", "group_size", *LOSS, "num_items", "cu_seqlens"),
+            *(
+                "advantages",
+                "rewards",
+                "group_size",
+                *LOSS,
+                "num_items",
+                "loss_scale",
+                "cu_seqlens",
+            ),
             *("temperature", "objective", "return_entropy", "inplace"),
         ],
     ),
     grpo_fast.loss.policy_loss: (
         ["logps"],
-        ["advantages", *LOSS, "entropy", "num_items", "cu_seqlens", "objective"],
+        ["advantages", *LOSS, "entropy", "num_items", "loss_scale", "cu_seqlens", "objective"],
     ),
     grpo_fast.loss.linear_grpo_loss: (
         ["hidden", "weight", "completion_ids"],
@@ -41,7 +49,14 @@ SIGNATURES = {
                 "group_size",
                 *LOSS,
             ),
-            *("num_items", "cu_seqlens", "temperature", "objective", "return_entropy"),
+            *(
+                "num_items",
+                "loss_scale",
+                "cu_seqlens",
+                "temperature",
+                "objective",
+                "return_entropy",
+            ),
         ],
     ),
     grpo_fast.ops.linear_logprob: (

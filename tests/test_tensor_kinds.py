@@ -31,6 +31,7 @@ def of_tokens():
         "advantages": torch.randn(B),
         "scores": torch.randn(B),
         "num_items": torch.tensor(5.0),
+        "loss_scale": torch.tensor(0.5),
         "objective": TOPR,
     }
 

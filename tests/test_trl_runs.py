@@ -97,3 +97,17 @@ def test_resume(model_path, tokenizer, tmp_path):  # noqa: F811
     for name in want:
         torch.testing.assert_close(got[name], want[name], rtol=0, atol=0)
     assert_same_logs(resumed[:-1], whole[:-1])  # the last has the mean loss of the steps it ran
+
+
+def test_no_factor_is_left_on_the_loss(model_path, tokenizer, tmp_path, monkeypatch):  # noqa: F811
+    """Of accumulation or of processes: it would cost a pass over the gradients of hidden states and head."""
+    from grpo_fast.ops import linear_grpo
+
+    factors, scale_ = [], linear_grpo.scale_
+    monkeypatch.setattr(
+        linear_grpo, "scale_", lambda x, factor: (factors.append(factor.item()), scale_(x, factor))
+    )
+    options = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4, "max_steps": 1}
+    train(GRPOTrainer, model_path, tokenizer, tmp_path, **options)
+    assert len(factors) >= 2
+    assert set(factors) == {1.0}

@@ -2,6 +2,7 @@
 
 import sys
 import tempfile
+from types import SimpleNamespace
 
 import pytest
 
@@ -72,3 +73,16 @@ def test_another_folder_of_kernels(folder, tmp_path):
     (other / "a.py").write_text("from grpo_fast.kernels.b import X\n")
     (other / "b.py").write_text("X = 7\n")
     assert variants.load("other", [], other)("a").X == 7
+
+
+def test_the_kernel_on_chip_is_one_of_them_where_it_can_run(folder, monkeypatch, capsys):
+    options = SimpleNamespace(only=[variants.ON_CHIP], folder=[], float32=False)
+    monkeypatch.setattr("torch.version.hip", None)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
+    for version, there in (("3.8.0", True), ("3.7.1", False)):
+        monkeypatch.setattr("triton.__version__", version)
+        found = variants.grpo_modules(options)
+        assert list(found) == [variants.ON_CHIP] * there
+        assert ("needs 3.8" in capsys.readouterr().out) != there
+    monkeypatch.setattr("triton.__version__", "3.8.0")
+    assert not variants.grpo_modules(SimpleNamespace(**{**vars(options), "float32": True}))

@@ -82,7 +82,8 @@ class Call:
     @functools.cached_property
     def out(self) -> LossOutput:
         """The loss, averaged as the host does."""
-        found = policy_loss(
+        scale = self.average.scale
+        return policy_loss(
             self.logps,
             advantages=self.advantages,
             mask=self.mask,
@@ -91,10 +92,10 @@ class Call:
             importance_weights=self.importance_weights,
             token_weights=self.token_weights,
             num_items=self.average.num_items,
+            loss_scale=scale.detach().reshape(()) if isinstance(scale, Tensor) else scale,
             cu_seqlens=self.cu_seqlens,
             objective=self.objective,
         )
-        return found._replace(loss=found.loss * self.average.scale)
 
     @functools.cached_property
     def token(self) -> TokenDiagnostics:

@@ -13,8 +13,8 @@ from grpo_fast.diagnostics import token_diagnostics
 class Scored(NamedTuple):
     """A micro-batch after its loss, detached but for `loss`."""
 
-    loss: Tensor  # TRL's, but for gradient accumulation
-    policy_loss: Tensor  # the same without the entropy bonus
+    loss: Tensor  # TRL's
+    policy_loss: Tensor  # the same without the entropy bonus, and but for gradient accumulation
     logps: Tensor
     entropy: Tensor
     kl: Tensor | None  # its mean over live tokens

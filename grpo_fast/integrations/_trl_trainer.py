@@ -239,11 +239,11 @@ class GRPOTrainer(trl.GRPOTrainer):
             "num_items": num_items,
         }
         compute = self._log_probs_first if self._masks_by_log_probs(inputs) else self._at_once
-        scored = compute(model, inputs, arguments, unit)
+        scored = compute(model, inputs, arguments, unit, steps)
         if self.loss_type in BY_ITEMS:  # TRL reports it so
             scored = scored._replace(policy_loss=scored.policy_loss / steps)
         _trl_metrics.report(self, mode, inputs, mask, scored)
-        return scored.loss / steps
+        return scored.loss
 
     def _masks_by_log_probs(self, inputs: dict[str, Any]) -> bool:
         """Whether tokens drop out by what only the log-probs tell, beyond what the objective knows."""
@@ -298,7 +298,12 @@ class GRPOTrainer(trl.GRPOTrainer):
         return dataclasses.replace(chosen, off_policy_threshold=None), advantages
 
     def _at_once(
-        self, model: Any, inputs: dict[str, Any], arguments: dict[str, Any], unit: float
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        arguments: dict[str, Any],
+        unit: float,
+        steps: int,
     ) -> Scored:
         """Loss and gradient in one pass over the head."""
         input_ids, attention_mask = _sequences(inputs)
@@ -320,6 +325,7 @@ class GRPOTrainer(trl.GRPOTrainer):
                     advantages=advantages,
                     temperature=self.temperature,
                     objective=chosen,
+                    loss_scale=unit / steps,
                     return_entropy=True,
                     **head.options,
                     **arguments,
@@ -334,13 +340,17 @@ class GRPOTrainer(trl.GRPOTrainer):
                 last=ids.shape[1],
                 dtype=self._head_dtype(),
             )
-        loss = unit * loss
         # One pass has one loss; TRL reports it without what the bonus took off.
-        without_bonus = loss.detach() + coefficient * mean_entropy
+        without_bonus = steps * loss.detach() + coefficient * mean_entropy
         return Scored(loss, without_bonus, logps, entropy, kl[0] if kl else None, mask)
 
     def _log_probs_first(
-        self, model: Any, inputs: dict[str, Any], arguments: dict[str, Any], unit: float
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        arguments: dict[str, Any],
+        unit: float,
+        steps: int,
     ) -> Scored:
         """Log-probs and entropy, then the loss: for masks over all devices or the sampler's log-probs."""
         input_ids, attention_mask = _sequences(inputs)
@@ -353,11 +363,12 @@ class GRPOTrainer(trl.GRPOTrainer):
                 entropy.detach(), mask, 1 - self.top_entropy_quantile
             )
             advantages = torch.where(bonus_mask, per_row(advantages), 0)
-        out = policy_loss(logps, advantages=advantages, objective=chosen, **arguments)
-        loss = unit * out.loss
-        total = loss + self._entropy_bonus(entropy, bonus_mask)
+        out = policy_loss(
+            logps, advantages=advantages, objective=chosen, loss_scale=unit, **arguments
+        )
+        total = (out.loss + self._entropy_bonus(entropy, bonus_mask)) / steps
         kl = out.metrics.get("kl")
-        return Scored(total, loss.detach(), out.logps, entropy.detach(), kl, bonus_mask)
+        return Scored(total, out.loss.detach(), out.logps, entropy.detach(), kl, bonus_mask)
 
     def _entropy_bonus(self, entropy: Tensor, mask: Tensor) -> Tensor:
         """The bonus of some tokens as a loss: the mean over them, whatever normalises the policy's."""

@@ -271,7 +271,8 @@ def check_mask(op: str, mask: Tensor | None, like: Tensor, anywhere: bool = Fals
                 f"{op}: mask: {value} at {where}; a floating mask weighs its tokens, "
                 f"want finite numbers >= 0{hint}"
             )
-    return (mask.detach() != 0).reshape(-1).contiguous()
+    kept = mask.detach()
+    return (kept if kept.dtype == torch.bool else kept != 0).reshape(-1).contiguous()
 
 
 def _other_mask(mask: Tensor, like: Tensor) -> str:
@@ -292,16 +293,25 @@ def _other_mask(mask: Tensor, like: Tensor) -> str:
     return _expanded("mask", mask, like)
 
 
-def mask_share(mask: Tensor | None, like: Tensor) -> Tensor | None:
-    """(N,) fp32 on the device of `like`: what a floating mask weighs each token with. None: 1 or 0.
+def floating_mask(mask: Tensor | None, like: Tensor) -> Tensor | None:
+    """(N,) on the device of `like`: a mask that weighs, in its own dtype. None: it is not floating."""
+    if mask is None or not mask.is_floating_point():
+        return None
+    return mask.detach().to(like.device, non_blocking=True).reshape(-1).contiguous()
+
+
+def share_of(floating: Tensor) -> Tensor:
+    """What a floating mask weighs each token with, in float32.
 
     A negative weight, which nobody looks for on a GPU, is NaN: an additive mask must not look right.
     """
-    if mask is None or not mask.is_floating_point():
-        return None
-    share = mask.detach().to(like.device, torch.float32, non_blocking=True)
-    share = torch.nn.functional.threshold(share, -SMALLEST, math.nan)
-    return share.reshape(-1).contiguous()
+    return torch.nn.functional.threshold(floating.float(), -SMALLEST, math.nan)
+
+
+def mask_share(mask: Tensor | None, like: Tensor) -> Tensor | None:
+    """(N,) fp32 on the device of `like`: what a floating mask weighs each token with. None: 1 or 0."""
+    floating = floating_mask(mask, like)
+    return None if floating is None else share_of(floating)
 
 
 def check_temperature(

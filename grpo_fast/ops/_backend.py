@@ -80,6 +80,27 @@ def use_triton(x: Tensor) -> bool:
     return True
 
 
+def wants_rows_on_chip() -> bool:
+    """Whether GRPO_FAST_ON_CHIP=1 asks for `grpo_fast.kernels.on_chip` in place of `grpo_fast.kernels.grpo`.
+
+    Raises:
+        ValueError: another value than 0 or 1.
+    """
+    given = os.environ.get("GRPO_FAST_ON_CHIP", "")
+    if given not in ("", "0", "1"):
+        raise ValueError(f"GRPO_FAST_ON_CHIP={given!r}: want 0 or 1")
+    return given == "1"
+
+
+@functools.cache
+def warn_not_on_chip(why: str) -> None:
+    """Once for each reason."""
+    warnings.warn(
+        f"grpo_fast: GRPO_FAST_ON_CHIP=1 has no effect here: {why}. The results are the same without it",
+        stacklevel=4,
+    )
+
+
 def launch(launcher: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
     """`launcher(*args, **kwargs)` with the GPU of `x` as the current one: Triton launches on that.
 

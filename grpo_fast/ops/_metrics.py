@@ -4,7 +4,44 @@ import torch
 from torch import Tensor
 
 from grpo_fast.ops._arguments import check_tensor, shape_of
-from grpo_fast.ops.policy_loss import STATISTICS
+
+# The statistics, in this order: sums over live tokens, then an extreme each.
+STATISTICS = (
+    "tokens",
+    "loss",
+    "ratio",
+    "k1",
+    "k3",
+    "clip_low",
+    "clip_high",
+    "clip_dual",
+    "kl",
+    "entropy",
+    "importance",
+    "importance_outside",
+    "rho",
+    "rho_squared",
+    "ratio_min",
+    "ratio_max",
+)
+LOSS = STATISTICS.index("loss")
+# What `metrics_from` returns, in this order.
+METRICS = (
+    "tokens",
+    "ratio_mean",
+    "ratio_min",
+    "ratio_max",
+    "clip_fraction_low",
+    "clip_fraction_high",
+    "clip_fraction_dual",
+    "approx_kl_k1",
+    "approx_kl_k3",
+    "kl",
+    "entropy",
+    "importance_weight_mean",
+    "importance_weight_out_of_range",
+    "effective_sample_size",
+)
 
 
 def fold_statistics(gathered: Tensor) -> Tensor:

@@ -118,7 +118,7 @@ class WithGradientOf(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, value: Tensor) -> Tensor:
-        return value.clone()
+        return value.detach()
 
     @staticmethod
     def backward(ctx: Any, dvalue: Tensor) -> tuple[Tensor, None]:

@@ -6,12 +6,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from grpo_fast import reference
-from grpo_fast._operands import LARGEST
+from grpo_fast._operands import LARGEST, SMALLEST, operand
 from grpo_fast.objective import Objective
 from grpo_fast.ops import _arguments
 from grpo_fast.ops._backend import check_values
 from grpo_fast.ops.group_advantage import check_rewards
+from grpo_fast.ops.reduction_weights import weights_of
 
 
 class Tokens(NamedTuple):
@@ -43,7 +43,7 @@ def check_tokens(
     op: str,
     like: Tensor,
     mask: Tensor | None,
-    share: Tensor | None,
+    floating: Tensor | None,
     advantages: Tensor | None,
     rewards: Tensor | None,
     group_size: int | None,
@@ -54,16 +54,16 @@ def check_tokens(
     scores: Tensor | None,
     num_items: float | Tensor | None,
     cu_seqlens: Tensor | None,
+    loss_scale: float | Tensor | None,
     objective: Objective,
 ) -> tuple[Tokens, Sequences]:
     """Check what the losses have in common; `like` has one entry per token.
 
-    mask, share: from `_arguments.check_mask` and `_arguments.mask_share`.
+    mask, floating: from `_arguments.check_mask` and `_arguments.floating_mask`.
     """
     check_objective(op, objective)
     if cu_seqlens is not None:
         cu_seqlens = _arguments.check_cu_seqlens(op, cu_seqlens, like)
-    sequence = None if cu_seqlens is None else reference.sequence_of_token(cu_seqlens, len(like))
     # Packed tokens without boundaries are one sequence.
     rows = like[None] if like.ndim == 1 and cu_seqlens is None else like
     num_sequences = len(rows) if cu_seqlens is None else len(cu_seqlens) - 1
@@ -88,8 +88,21 @@ def check_tokens(
         ("token_weights", token_weights),
         ("scores", scores),
         ("num_items", num_items),
+        ("loss_scale", loss_scale),
     ):
         _arguments.check_constant(op, name, factor)
+
+    found = weights_of(
+        like.detach(),
+        mask,
+        floating,
+        _arguments.per_token(op, "token_weights", token_weights, like),
+        cu_seqlens,
+        _check_num_items(op, num_items, objective),
+        _check_loss_scale(op, loss_scale),
+        objective,
+    )
+    sequence = found.sequence
 
     def spread(name: str, x: Tensor | None) -> Tensor | None:
         """A per-sequence or per-token argument as (N,)."""
@@ -98,27 +111,14 @@ def check_tokens(
         x = _arguments.spread(op, name, x, like, cu_seqlens, sequence)
         return _arguments.per_token(op, name, x, like)
 
-    live = torch.ones(like.numel(), dtype=torch.bool, device=like.device) if mask is None else mask
-    weighs = live if share is None else share
-    weight = reference.reduction_weights(
-        weighs.view(rows.shape), objective, _check_num_items(op, num_items, objective), cu_seqlens
-    ).reshape(-1)
-    token_weight = weighs.float()
-    if token_weights is not None:
-        extra = _arguments.per_token(op, "token_weights", token_weights, like)
-        assert extra is not None
-        extra = torch.where(live, extra, 0)
-        token_weight, weight = token_weight * extra, weight * extra
-    entropy_weight = None
-    if objective.entropy_reduction == "token_mean":
-        entropy_weight = token_weight / reference.total_of(weighs, torch.float32)
     if rewards is not None and scores is None and objective.surrogate == "topr":
         scores = rewards[:, None]  # one per sequence, however many tokens there are
     importance = spread("importance_weights", importance_weights)
     log_importance = None
     if objective.surrogate == "vespo" and importance is not None:
         # It enters the sequence weight: one per sequence once, at its first token.
-        counts = live
+        live = torch.ones_like(importance, dtype=torch.bool) if mask is None else mask
+        counts, weighs = live, live if found.share is None else found.share
         if importance_weights is not None and importance_weights.shape != like.shape:
             counts = first_of_sequence(rows, sequence)
             weighs = counts
@@ -126,7 +126,7 @@ def check_tokens(
         log_importance, importance = torch.where(counts, logs, 0), None
     tokens = Tokens(
         mask,
-        weight.expand(like.numel()).contiguous(),
+        found.weight,
         spread("advantages", advantages),
         rewards,
         group_size or 1,
@@ -135,10 +135,12 @@ def check_tokens(
         _arguments.per_token(op, "ref_logps", ref_logps, like),
         importance,
         spread("scores", scores),
-        entropy_weight,
+        found.by_tokens,
     )
-    boundaries = None if cu_seqlens is None else cu_seqlens.long().contiguous()
-    return tokens, Sequences(log_importance, share, boundaries, rows.shape[-1])
+    boundaries = None
+    if cu_seqlens is not None and objective.needs_sequences:
+        boundaries = cu_seqlens.long().contiguous()
+    return tokens, Sequences(log_importance, found.share, boundaries, rows.shape[-1])
 
 
 def check_objective(op: str, objective: object) -> None:
@@ -190,7 +192,7 @@ def first_of_sequence(rows: Tensor, sequence: Tensor | None) -> Tensor:
 
 def _check_num_items(
     op: str, num_items: float | Tensor | None, objective: Objective
-) -> float | Tensor | None:
+) -> Tensor | None:
     if num_items is None:
         return None
     if objective.reduction != "token_mean":
@@ -198,18 +200,35 @@ def _check_num_items(
             f"{op}: num_items is the denominator of reduction='token_mean' and has no effect with "
             f"{objective.reduction!r}"
         )
-    if isinstance(num_items, Tensor):
-        if num_items.ndim:
+    return _check_number(
+        op, "num_items", num_items, 0, "a finite number >= 0 that float32 can hold"
+    )
+
+
+def _check_loss_scale(op: str, loss_scale: float | Tensor | None) -> Tensor | None:
+    if loss_scale is None:
+        return None
+    return _check_number(
+        op, "loss_scale", loss_scale, -LARGEST, "a finite number that float32 can hold"
+    )
+
+
+def _check_number(op: str, name: str, x: float | Tensor, low: float, wanted: str) -> Tensor:
+    """A number or a 0-dim tensor as an operator takes it: where it is, if nobody may look at it."""
+    if isinstance(x, Tensor):
+        if x.ndim:
             raise ValueError(
-                f"{op}: num_items: want a number or a 0-dim tensor, got {_arguments.shape_of(num_items)}"
+                f"{op}: {name}: want a number or a 0-dim tensor, got {_arguments.shape_of(x)}"
             )
-        if not check_values(num_items):
-            return num_items.detach()
-        num_items = num_items.item()
-    if isinstance(num_items, bool) or not isinstance(num_items, (int, float)):
-        raise TypeError(f"{op}: num_items: want a number or a 0-dim tensor, got {num_items!r}")
-    if not 0 <= num_items <= LARGEST:
-        raise ValueError(
-            f"{op}: num_items: want a finite number >= 0 that float32 can hold, got {num_items}"
-        )
-    return num_items
+        if x.dtype == torch.bool or x.dtype.is_complex:
+            raise TypeError(f"{op}: {name}: want a real number, got a tensor of {x.dtype}")
+        if not check_values(x):
+            return x.detach()
+        given, x = x.detach(), x.item()
+    else:
+        given = None
+    if isinstance(x, bool) or not isinstance(x, (int, float)):
+        raise TypeError(f"{op}: {name}: want a number or a 0-dim tensor, got {x!r}")
+    if not low <= x <= LARGEST or (low < 0 < abs(x) < SMALLEST):
+        raise ValueError(f"{op}: {name}: want {wanted}, got {x}")
+    return operand(float(x)) if given is None else given

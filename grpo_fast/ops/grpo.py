@@ -1,5 +1,6 @@
 """Logits to the GRPO loss and its gradient in one pass (kernels: `grpo_fast.kernels.grpo`)."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +11,13 @@ from grpo_fast._overwritten import DESTROYED, mark_again
 from grpo_fast.objective import Objective
 from grpo_fast.ops import _rows
 from grpo_fast.ops._autograd import without_graph
-from grpo_fast.ops._backend import Strided, launch, use_triton
+from grpo_fast.ops._backend import (
+    Strided,
+    launch,
+    use_triton,
+    wants_rows_on_chip,
+    warn_not_on_chip,
+)
 from grpo_fast.ops._terms import token_policy_terms, weigh
 from grpo_fast.ops.group_advantage import group_advantage_fwd
 
@@ -76,6 +83,22 @@ def new_outputs(a: Arguments, empty: bool = False) -> Outputs:
     )
 
 
+def _launcher(
+    logits: Tensor, dlogits: Tensor, softcap: _rows.SoftCap | None
+) -> Callable[..., tuple[Tensor | None, ...]]:
+    """Which of the two kernels runs; where GRPO_FAST_ON_CHIP=1 cannot be followed, a warning says why."""
+    from grpo_fast.kernels import grpo as kernels
+
+    if wants_rows_on_chip():
+        from grpo_fast.kernels import on_chip
+
+        why = on_chip.unsupported(logits, dlogits, softcap.softcap if softcap else None)
+        if not why:
+            return on_chip.grpo_fwd_bwd
+        warn_not_on_chip(why)
+    return kernels.grpo_fwd_bwd
+
+
 def fill(
     logits: Tensor,
     a: Arguments,
@@ -93,8 +116,6 @@ def fill(
     objective = Objective.from_terms(Modes.of(a.modes), a.numbers)
     common = a.inv_temperature.item()
     if use_triton(logits):
-        from grpo_fast.kernels import grpo as kernels
-
         arguments = {**a._asdict(), "inv_temperature": common, "objective": objective}
         del arguments["modes"], arguments["numbers"]
         if out is not None:
@@ -102,7 +123,7 @@ def fill(
             kl = None if a.ref_logp is None else out.kl
             arguments["out"] = (out.loss, out.logp, entropy, kl, out.clip)
         outputs = launch(
-            kernels.grpo_fwd_bwd,
+            _launcher(logits, dlogits, softcap),
             logits,
             logits=logits,
             **arguments,
@@ -113,6 +134,8 @@ def fill(
         if out is not None:
             return out
         return Outputs(*(a.weight.new_empty(0) if x is None else x for x in outputs))
+    if wants_rows_on_chip():
+        warn_not_on_chip("PyTorch's operators run in place of the kernels")
     advantages = a.advantages
     if advantages is None:
         assert a.rewards is not None

@@ -260,7 +260,8 @@ def logprob(
 
     Equivalent to `(logits / temperature).log_softmax(-1).gather(-1, ids[..., None]).squeeze(-1)`, computed
     in float32 whatever the dtype of `logits`, without a tensor of the size of `logits`. Differentiable in
-    both outputs; the gradient of a confident token does not round to 0.
+    both outputs; the gradient of a confident token does not round to 0. On a GPU a row has the same bits in
+    any batch if 8 divides V and the strides of `logits`; otherwise its last bit may depend on its place.
 
     Args:
         logits: (B, T, V) or (N, V), float32, bfloat16 or float16; the last dimension contiguous, the

@@ -9,6 +9,7 @@ from grpo_fast._operands import Modes
 from grpo_fast.objective import Objective
 from grpo_fast.ops._autograd import without_graph
 from grpo_fast.ops._backend import launch, use_triton
+from grpo_fast.ops._metrics import LOSS, METRICS, STATISTICS, metrics_from
 from grpo_fast.ops._terms import (
     CLIP_DUAL,
     CLIP_HIGH,
@@ -17,29 +18,6 @@ from grpo_fast.ops._terms import (
     token_policy_terms,
     weigh,
 )
-
-# What `token_statistics` returns, in this order: sums over live tokens, then an extreme each.
-STATISTICS = (
-    "tokens",
-    "loss",
-    "ratio",
-    "k1",
-    "k3",
-    "clip_low",
-    "clip_high",
-    "clip_dual",
-    "kl",
-    "entropy",
-    "importance",
-    "importance_outside",
-    "rho",
-    "rho_squared",
-    "ratio_min",
-    "ratio_max",
-)
-
-
-LOSS = STATISTICS.index("loss")
 
 
 @torch.library.custom_op("grpo_fast::policy_loss", mutates_args=())
@@ -129,8 +107,10 @@ def token_statistics(
     kl: Tensor | None,
     entropy: Tensor | None,
     clip: Tensor,
-) -> Tensor:
-    """(16,) fp32, named by `STATISTICS`, of (N,) tokens. Nothing of a masked token enters.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`STATISTICS` (16,), `METRICS` (14,), and the sum of the losses (), fp32, of (N,) tokens.
+
+    Nothing of a masked token enters.
 
     share: (N,) what a token weighs in the sums, the loss apart, which is weighted. None: 1.
     """
@@ -187,9 +167,13 @@ def token_statistics(
     if share is not None:
         weighs = chosen(share, 0)
         sums = [x if i == LOSS else weighs * x for i, x in enumerate(sums)]
-    return torch.stack([*(total(x) for x in sums), least.float(), most.float()])
+    statistics = torch.stack([*(total(x) for x in sums), least.float(), most.float()])
+    metrics = torch.stack(list(metrics_from(statistics).values()))
+    return statistics, metrics, statistics[LOSS].clone()
 
 
 @token_statistics.register_fake
-def _(mask: Tensor | None, share: Tensor | None, loss: Tensor, *rest: Any) -> Tensor:
-    return loss.new_empty(len(STATISTICS), dtype=torch.float32)
+def _(mask: Tensor | None, share: Tensor | None, loss: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return tuple(
+        loss.new_empty(n, dtype=torch.float32) for n in ((len(STATISTICS),), (len(METRICS),), ())
+    )

@@ -133,14 +133,14 @@ class Learner:
                 old_logps=batch.old_logps,
                 ref_logps=batch.ref_logps,
                 num_items=mask.sum() if token_mean else None,
+                # The other reductions are means over sequences.
+                loss_scale=None if token_mean else len(batch.advantages) / len(mask),
                 temperature=config.temperature,
                 objective=self.objective,
                 inplace=True,
             )
-            # The other reductions are means over sequences.
-            loss = out.loss if token_mean else out.loss * (len(batch.advantages) / len(mask))
-            loss.backward()
-            losses.append(loss.detach())
+            out.loss.backward()
+            losses.append(out.loss.detach())
             statistics.append(out.statistics)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
         return torch.stack(losses).sum().item(), norm.item(), torch.stack(statistics)
