@@ -98,9 +98,7 @@ VARIANTS: dict[str, list[Edit]] = {
     "K 2": _tile(256, 2),
     "128 threads": _tile(128, 4),
     "512 threads": _tile(512, 2),
-    "backwards": [
-        ("grpo.py", "BACKWARDS: tl.constexpr = (not SPLIT", "BACKWARDS: tl.constexpr = (True")
-    ],
+    "backwards": [("grpo.py", "= not OVERLAP and ((not SPLIT", "= not OVERLAP and ((True")],
 }
 ON_CHIP = "on chip"  # what GRPO_FAST_ON_CHIP=1 runs, where it can
 LOGPROB: dict[str, list[Edit]] = {
