@@ -276,6 +276,9 @@ CASES: dict[str, Callable[[], None]] = {
         launch_logprob_fwd, V_SPLIT, entropy=True, extras=True
     ),
     "logprob_fwd fp32 split": partial(launch_logprob_fwd, V_SPLIT, torch.float32),
+    "logprob_fwd fp32 split entropy": partial(
+        launch_logprob_fwd, V_SPLIT, torch.float32, entropy=True
+    ),
     "logprob_bwd": launch_logprob_bwd,
     "logprob_bwd entropy": partial(launch_logprob_bwd, entropy=True),
     "logprob_bwd split entropy extras": partial(

@@ -21,13 +21,19 @@ SEGMENTS = 4  # of a long row of float32, how many a program reads
 STATISTICS = 3  # m, s, t
 
 
-def compiled_with(num_warps: int) -> dict[str, int | bool]:
+def compiled_with(num_warps: int, registers: int | None = None) -> dict[str, int | bool]:
     """What every launch asks of the compiler.
 
     Products and sums are fused: `tiles` counts on single roundings, and some kernels would spill registers
     without it. Triton 3.10 does so on request only, and 3.9 warns where nothing is asked.
+
+    registers: at most so many a thread. Unless a number is given, the assemblers of Triton 3.8 and 3.9
+        spill a value or two of some kernels, so that more programs are resident.
     """
-    return {"num_warps": num_warps, "enable_fp_fusion": True}
+    options = {"num_warps": num_warps, "enable_fp_fusion": True}
+    if registers and not torch.version.hip:  # AMD's compiler knows no such option
+        options["maxnreg"] = registers
+    return options
 
 
 @dataclasses.dataclass(frozen=True)
