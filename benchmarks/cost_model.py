@@ -148,7 +148,7 @@ def _linear_grpo(gpu: Gpu, D: int, V: int, rows: int, fp32: bool, top: Ceilings)
     chunks = max(-(-rows // C), 1)
     gemms = 6 * chunks * C * D * V / top.gemm  # the last chunk is filled up
     split = " split" if V > MAX_V_PER_PROGRAM else ""
-    launch = "grpo fp32 to bf16" if fp32 else f"grpo{split}"
+    launch = "grpo overlap" if fp32 else f"grpo{split}"
     work = _work(gpu, launch, {"read": rows * V, "write": rows * V})
     moved = traffic.grpo(rows, rows, rows, V, FULL if fp32 else HALF)
     kernel = _bounded(dataclasses.replace(moved, written=rows * V * HALF), top, work)
