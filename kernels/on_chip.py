@@ -16,7 +16,6 @@ Not everything fits: `unsupported` says what `grpo` has to do instead. Reduction
 """
 
 import dataclasses
-import functools
 
 import torch
 import triton
@@ -24,7 +23,7 @@ import triton.language as tl
 
 from grpo_fast.kernels.edges import row_offset
 from grpo_fast.kernels.group_advantage import group_advantage_fwd
-from grpo_fast.kernels.grpo import SCORE_EPS, load_or
+from grpo_fast.kernels.grpo import SCORE_EPS, load_or, new_outputs
 from grpo_fast.kernels.policy_loss import scalars
 from grpo_fast.kernels.rows import (
     inverse_temperature,
@@ -383,16 +382,19 @@ def grpo_fwd_bwd(
     objective,
     dlogits,
     spread: Plan | None = None,
+    out=None,
+    arrived=None,
 ):
-    """As `grpo.grpo_fwd_bwd`, for what is not `unsupported`; `spread` is for experiments."""
+    """As `grpo.grpo_fwd_bwd`, for what is not `unsupported`; `spread` is for experiments.
+
+    arrived: not used: a row has one program.
+    """
     B, T_len, V = logits.shape
     N = B * T_len
-    new = functools.partial(torch.empty, device=logits.device, dtype=torch.float32)
-    loss, logp = new(N), new(N)
     bonus = bool(objective.entropy_coef)
-    entropy = new(N) if return_entropy or bonus else None
-    kl = new(N) if ref_logp is not None else None
-    clip = new(N, dtype=torch.int8)
+    if out is None:
+        out = new_outputs(logits, return_entropy or bonus, ref_logp is not None)
+    loss, logp, entropy, kl, clip = out
     if N:
         # In a launch of its own: a small group's sums would be spread over the cluster here.
         scored = rewards is not None
