@@ -132,7 +132,7 @@ def _number(x: Tensor | None, like: Tensor) -> float | Tensor | None:
     """A number as the launcher takes it: from the CPU without waiting, from the device where it lies."""
     if x is None or (x.device == like.device and not (x.is_cpu and x.dtype == torch.float64)):
         return x
-    return x.item()
+    return float(x.item())  # of integers Triton would compile a kernel for each kind
 
 
 @functools.lru_cache(maxsize=64)
