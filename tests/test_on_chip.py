@@ -1,6 +1,5 @@
 """`GRPO_FAST_ON_CHIP=1`: the same loss, gradient and metrics from a kernel that reads each row once."""
 
-import contextlib
 import functools
 import os
 import warnings
@@ -16,7 +15,6 @@ from grpo_fast.loss import grpo_loss, linear_grpo_loss
 from grpo_fast.ops import _arguments, _backend
 from grpo_fast.testing import assert_as_accurate
 from tests.cases import batch, in_double, loss_and_grad
-from tests.mixed import mixed_products
 
 HALF = torch.float16 if os.environ.get("TRITON_INTERPRET") == "1" else torch.bfloat16
 HERE = on_chip.unavailable(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
@@ -331,29 +329,3 @@ def test_a_cluster_holds_its_row(V, bonus):
     assert thread_block <= on_chip.ENTRIES
     assert spread.ctas in (1, 2, 4, 8, 16)
     assert spread.ctas == 1 or spread.ctas // 2 * on_chip.ENTRIES < V
-
-
-@needs_clusters
-def test_chunks_of_the_head(launches, device):
-    """Half-precision logits in chunks, the gradient in their place."""
-    N, D, V = 7, 16, 1000
-    hidden = torch.randn(1, N, D, device=device).to(HALF).requires_grad_()
-    weight = torch.randn(V, D, device=device).to(HALF).requires_grad_()
-    ids = torch.randint(V, (1, N), device=device)
-    given = {"advantages": torch.ones(1, device=device), "objective": Objective()}
-
-    def run(fn, *inputs, **options):
-        out = fn(*inputs, ids, **given, **options)
-        loss = getattr(out, "loss", out)
-        return loss, *torch.autograd.grad(loss, inputs)
-
-    on_a_cpu = contextlib.nullcontext() if device == "cuda" else mixed_products()
-    with on_a_cpu:
-        found = run(linear_grpo_loss, hidden, weight, logits_dtype="bf16", chunk_size=3)
-    assert launches == [(1, 3, V), (1, 3, V), (1, 1, V)]
-    plain = run(reference.linear_grpo, hidden, weight)
-    doubles = [x.detach().double().requires_grad_() for x in (hidden, weight)]
-    given["advantages"] = given["advantages"].double()
-    truth = run(reference.linear_grpo, *doubles)
-    for a, b, t in zip(found, plain, truth, strict=True):
-        assert_as_accurate(a, b, t, scale=1.0)
