@@ -260,6 +260,12 @@ UNEVEN = {
                 ("logprob_fwd", launch_logprob_fwd, torch.bfloat16),
                 ("logprob_bwd", launch_logprob_bwd, torch.bfloat16),
                 ("scale_rows", launch_scale_rows, torch.bfloat16),
+                ("logprob_fwd fp32 split", launch_logprob_fwd, torch.float32),
+                (
+                    "grpo fp32 split entropy",
+                    partial(launch_grpo, entropy=True),
+                    torch.float32,
+                ),
             )
             if V == 151_665
             else ()
