@@ -382,17 +382,25 @@ def grpo_fwd_bwd(
     return_entropy,
     objective,
     dlogits,
+    out=None,
+    arrived=None,
     spread: Plan | None = None,
 ):
-    """As `grpo.grpo_fwd_bwd`, for what is not `unsupported`; `spread` is for experiments."""
+    """As `grpo.grpo_fwd_bwd`, for what is not `unsupported`; `spread` is for experiments.
+
+    Nothing is counted in `arrived`: a row has one program.
+    """
     B, T_len, V = logits.shape
     N = B * T_len
-    new = functools.partial(torch.empty, device=logits.device, dtype=torch.float32)
-    loss, logp = new(N), new(N)
     bonus = bool(objective.entropy_coef)
-    entropy = new(N) if return_entropy or bonus else None
-    kl = new(N) if ref_logp is not None else None
-    clip = new(N, dtype=torch.int8)
+    if out is None:
+        new = functools.partial(torch.empty, device=logits.device, dtype=torch.float32)
+        entropy, kl = (
+            new(N) if return_entropy or bonus else None,
+            None if ref_logp is None else new(N),
+        )
+        out = new(N), new(N), entropy, kl, new(N, dtype=torch.int8)
+    loss, logp, entropy, kl, clip = out
     if N:
         # In a launch of its own: a small group's sums would be spread over the cluster here.
         scored = rewards is not None

@@ -11,7 +11,7 @@ pytest.importorskip("triton", reason="the kernels need Triton")
 
 from grpo_fast import Objective, reference
 from grpo_fast.kernels import grpo, on_chip
-from grpo_fast.loss import grpo_loss
+from grpo_fast.loss import grpo_loss, linear_grpo_loss
 from grpo_fast.ops import _arguments, _backend
 from grpo_fast.testing import assert_as_accurate
 from tests.cases import batch, in_double, loss_and_grad
@@ -144,6 +144,23 @@ def test_results_are_those_of_the_other_kernel(coef, monkeypatch, launches, devi
     assert one.metrics.keys() == two.metrics.keys()
     for name, x in one.metrics.items():
         torch.testing.assert_close(x, two.metrics[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+@needs_clusters
+@pytest.mark.parametrize("coef", [0.0, 0.1])
+def test_chunks_of_half_precision_logits(coef, monkeypatch, launches, device):
+    """The head has the results written in their place."""
+    torch.manual_seed(0)
+    hidden, weight = (torch.randn(*n, device=device).to(HALF) for n in ((2, 3, 16), (64, 16)))
+    ids = torch.randint(64, (2, 3), device=device)
+    given = {"advantages": torch.randn(2, device=device), "ref_logps": -4.0 * (ids > -1)}
+    given["objective"] = Objective(beta=0.1, entropy_coef=coef)
+    call = functools.partial(linear_grpo_loss, logits_dtype="bf16", chunk_size=4)
+    got = loss_and_grad(call, hidden, weight, ids, **given)
+    assert launches == [(1, 4, 64), (1, 2, 64)]
+    monkeypatch.setenv("GRPO_FAST_ON_CHIP", "0")
+    want = loss_and_grad(call, hidden, weight, ids, **given)
+    torch.testing.assert_close(got, want, rtol=2e-3, atol=1e-5)
 
 
 @needs_clusters
