@@ -91,7 +91,8 @@ def check_tokens(
         ("loss_scale", loss_scale),
     ):
         _arguments.check_constant(op, name, factor)
-        _arguments.check_held(op, name, factor, like)
+        if name in ("num_items", "loss_scale"):
+            _arguments.check_held(op, name, factor, like)
 
     found = weights_of(
         like.detach(),
