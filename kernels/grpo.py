@@ -328,6 +328,14 @@ def _grpo_kernel(
                 tl.store(kl_ptr + row, 0.0)
 
 
+def new_outputs(logits, with_entropy, with_kl):
+    """Vectors for what `grpo_fwd_bwd` returns."""
+    N = logits.shape[0] * logits.shape[1]
+    new = functools.partial(torch.empty, N, device=logits.device, dtype=torch.float32)
+    entropy, kl = new() if with_entropy else None, new() if with_kl else None
+    return new(), new(), entropy, kl, new(dtype=torch.int8)
+
+
 def grpo_fwd_bwd(
     logits,
     ids,
@@ -372,10 +380,7 @@ def grpo_fwd_bwd(
     B, T_len, V = logits.shape
     N = B * T_len
     if out is None:
-        new = functools.partial(torch.empty, device=logits.device, dtype=torch.float32)
-        with_entropy = return_entropy or objective.entropy_coef
-        entropy, kl = new(N) if with_entropy else None, None if ref_logp is None else new(N)
-        out = new(N), new(N), entropy, kl, new(N, dtype=torch.int8)
+        out = new_outputs(logits, return_entropy or objective.entropy_coef, ref_logp is not None)
     loss, logp, entropy, kl, clip = out
     # With an entropy a thread holds so much that too few programs would be resident.
     side = 4 if entropy is None else 1

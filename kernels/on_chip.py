@@ -16,7 +16,6 @@ Not everything fits: `unsupported` says what `grpo` has to do instead. Reduction
 """
 
 import dataclasses
-import functools
 
 import torch
 import triton
@@ -24,7 +23,7 @@ import triton.language as tl
 
 from grpo_fast.kernels.edges import row_offset
 from grpo_fast.kernels.group_advantage import group_advantage_fwd
-from grpo_fast.kernels.grpo import SCORE_EPS, load_or
+from grpo_fast.kernels.grpo import SCORE_EPS, load_or, new_outputs
 from grpo_fast.kernels.policy_loss import scalars
 from grpo_fast.kernels.rows import (
     inverse_temperature,
@@ -382,24 +381,19 @@ def grpo_fwd_bwd(
     return_entropy,
     objective,
     dlogits,
+    spread: Plan | None = None,
     out=None,
     arrived=None,
-    spread: Plan | None = None,
 ):
-    """As `grpo.grpo_fwd_bwd`, for what is not `unsupported`; `spread` is for experiments.
+    """As `grpo.grpo_fwd_bwd`, for what is not `unsupported`.
 
-    Nothing is counted in `arrived`: a row has one program.
+    spread: for experiments. arrived: not used, as no program waits for another of its row.
     """
     B, T_len, V = logits.shape
     N = B * T_len
     bonus = bool(objective.entropy_coef)
     if out is None:
-        new = functools.partial(torch.empty, device=logits.device, dtype=torch.float32)
-        entropy, kl = (
-            new(N) if return_entropy or bonus else None,
-            None if ref_logp is None else new(N),
-        )
-        out = new(N), new(N), entropy, kl, new(N, dtype=torch.int8)
+        out = new_outputs(logits, return_entropy or bonus, ref_logp is not None)
     loss, logp, entropy, kl, clip = out
     if N:
         # In a launch of its own: a small group's sums would be spread over the cluster here.

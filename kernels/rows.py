@@ -280,7 +280,8 @@ def read_part(
         )
     else:
         size = columns // GROUPS
-        for group in range(part * GROUPS, tl.minimum((part + 1) * GROUPS, tl.cdiv(V, size))):
+        # All segments, those that a body (`edges`) is too short for as well: they are combined.
+        for group in range(part * GROUPS, tl.minimum((part + 1) * GROUPS, tl.cdiv(segments, SIDE))):
             read_group(
                 row_ptr,
                 partial_ptr,

@@ -43,7 +43,11 @@ def _scale_rows_kernel(
         )
         start = part * columns
         stop = tl.minimum(start + columns, body)
-        for base in range(start, stop, K * T):
+        full = (stop - start) // (K * T)
+        for i in range(0, full):
+            scale_entries(body_ptr + start + i * (K * T) + offs, None, factor)
+        base = start + full * (K * T)
+        if base < stop:
             scale_entries(body_ptr + base + offs, offs < stop - base, factor)
         if ROWS == "anywhere" and part == 0:
             column, there = edge_columns(head, body, V)

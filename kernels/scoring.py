@@ -147,8 +147,10 @@ def score_statistics(m, s, t, z, scale, back, inv_temperature):
     u = tl.fma(z, scale, -m)
     unit = back * inv_temperature  # of a row that is far, in nats
     logp = tl.where((back != 0) & (u < 0), u * unit - log2_s * LN2, logp)
-    # A finite logit whose product with the scale is not: log p may be finite all the same.
-    logp = tl.where(u == -float("inf"), z * inv_temperature, logp)
+    # A finite logit whose product with the scale is not: log p may be finite all the same. Next to a logit
+    # of inf, or where all are -inf, it is NaN.
+    beyond = (u == -float("inf")) & (m < float("inf")) & (s > 0)
+    logp = tl.where(beyond, z * inv_temperature, logp)
     return m, s, log2_s, logp, entropy
 
 

@@ -294,6 +294,6 @@ def sequence_loss_fwd(
             KL=objective.kl,
             KL_GRADIENT=objective.kl_gradient,
             BLOCK=BLOCK,
-            **compiled_with(4, registers=96),
+            **compiled_with(4, registers=80),
         )
     return loss, dlogp, kl, clip

@@ -37,6 +37,14 @@ def test_matrix_multiplications_set_the_time_from_hidden_states():
     assert gemms < made.low < made.high < 1.25 * gemms
 
 
+def test_share_of_the_bare_products():
+    bare = 6 * S0.N * S0.D * S0.V / cost_model.ceilings("H100").gemm
+    own, halves = cost_model.of_products("H100")
+    made = predict("linear_grpo", "forward_backward", "H100")
+    assert own == f"grpo_fast {made.low / bare:.2f} to {made.high / bare:.2f}"
+    assert halves.startswith("grpo_fast-bf16 1.")
+
+
 @pytest.mark.parametrize("fp32, rows", [(True, 3328), (False, 5504)])
 def test_chunks_are_those_of_the_head(fp32, rows):
     h200 = cost_model.GPUS["H200"]

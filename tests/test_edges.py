@@ -121,6 +121,32 @@ def test_where_the_gradient_is_written(V, cap, device):
         torch.testing.assert_close(second, want[1], rtol=0, atol=0)
 
 
+def test_a_last_segment_that_holds_edges_alone(device, monkeypatch):
+    """It has no statistics of its own, and those that other rows have left in its memory are not taken."""
+    pytest.importorskip("triton", reason="the kernels need Triton")
+    from grpo_fast.kernels import schedules
+
+    meeting_point = schedules.Reading.meeting_point
+
+    def of_other_rows(self, *given):
+        found = meeting_point(self, *given)
+        found["partial_ptr"].fill_(5.0)
+        return found
+
+    monkeypatch.setattr(schedules.Reading, "meeting_point", of_other_rows)
+    monkeypatch.setenv("GRPO_FAST_BACKEND", "triton")
+    V = 5 * 8192 + 1
+    x = held(torch.randn(1, 1, V, device=device), 5, 0)
+    ids = torch.tensor([[3]], device=device)
+    logp, entropy = logprob(x, ids, return_entropy=True)
+    torch.testing.assert_close(logp, reference.logprob(x, ids))
+    torch.testing.assert_close(entropy, reference.entropy(x))
+    advantages = torch.ones(1, device=device)
+    out = grpo_loss(x.requires_grad_(), ids, advantages=advantages, return_entropy=True)
+    torch.testing.assert_close(out.logps, logp)
+    torch.testing.assert_close(out.entropy, entropy)
+
+
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("V", [8, 24, 701])
 def test_a_new_gradient_has_rows_like_those_of_the_logits(V, place):

@@ -186,6 +186,11 @@ LOSS_CASES = {
         ValueError,
         "cu_seqlens: must go from 0 to N = 12, got 0 to 5",
     ),
+    "cu_seqlens without a sequence": (
+        PACKED | {"cu_seqlens": torch.tensor([0])},
+        ValueError,
+        "cu_seqlens: has no sequence for N = 12 tokens",
+    ),
     "cu_seqlens from 1": (
         PACKED | {"cu_seqlens": torch.tensor([1, 12])},
         ValueError,

@@ -222,3 +222,18 @@ def test_a_nan_among_large_numbers_comes_out(V, backend, device):
     logits[:, V - 3] = torch.nan
     logp = logprob(logits, torch.tensor([0, V - 3], device=device))
     assert logp.isnan().all()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 1e-3])
+def test_rows_without_a_softmax_give_nan(temperature, backend, device):
+    """A logit of inf, as where float16 overflows, or none above -inf: log p is not that of a large number."""
+    logits = torch.randn(3, 40, device=device)
+    logits[0, 30] = torch.inf
+    logits[1, 5] = torch.inf
+    logits[2] = -torch.inf
+    ids = torch.tensor([5, 5, 5], device=device)
+    assert logprob(logits, ids, temperature=temperature).isnan().all()
+    given = {"advantages": torch.ones(3, device=device), "temperature": temperature}
+    out = grpo_loss(logits.requires_grad_(), ids, **given)
+    assert out.logps.isnan().all()
+    assert out.loss.isnan()

@@ -83,6 +83,14 @@ def test_losses_on_hidden_states(compact, objective, backend, device):
     torch.testing.assert_close(got[1], want[1].nan_to_num(), rtol=1e-4, atol=1e-6)
 
 
+def test_top_entropy_of_the_tokens_that_take_part(device):
+    """Their shares are those of the rows that the head reads, not of all rows."""
+    objective = Objective(
+        top_entropy_quantile=0.5, entropy_coef=0.02, entropy_reduction="token_mean"
+    )
+    test_losses_on_hidden_states(True, objective, None, device)
+
+
 @by_objective
 def test_packed_is_padded(objective, backend, device):
     skip_most(backend, objective)

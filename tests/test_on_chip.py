@@ -148,23 +148,6 @@ def test_results_are_those_of_the_other_kernel(coef, monkeypatch, launches, devi
 
 @needs_clusters
 @pytest.mark.parametrize("coef", [0.0, 0.1])
-def test_chunks_of_half_precision_logits(coef, monkeypatch, launches, device):
-    """The head has the results written in their place."""
-    torch.manual_seed(0)
-    hidden, weight = (torch.randn(*n, device=device).to(HALF) for n in ((2, 3, 16), (64, 16)))
-    ids = torch.randint(64, (2, 3), device=device)
-    given = {"advantages": torch.randn(2, device=device), "ref_logps": -4.0 * (ids > -1)}
-    given["objective"] = Objective(beta=0.1, entropy_coef=coef)
-    call = functools.partial(linear_grpo_loss, logits_dtype="bf16", chunk_size=4)
-    got = loss_and_grad(call, hidden, weight, ids, **given)
-    assert launches == [(1, 4, 64), (1, 2, 64)]
-    monkeypatch.setenv("GRPO_FAST_ON_CHIP", "0")
-    want = loss_and_grad(call, hidden, weight, ids, **given)
-    torch.testing.assert_close(got, want, rtol=2e-3, atol=1e-5)
-
-
-@needs_clusters
-@pytest.mark.parametrize("coef", [0.0, 0.1])
 def test_inplace_gives_the_same_bits_in_the_same_memory(coef, device):
     logits, ids, arguments = batch(3, 4, 4104, device, HALF)
     arguments["objective"] = Objective(beta=0.1, entropy_coef=coef)
@@ -176,6 +159,24 @@ def test_inplace_gives_the_same_bits_in_the_same_memory(coef, device):
 
 
 @needs_clusters
+def test_chunks_of_the_head(monkeypatch, launches, device):
+    """Their results are written where those of the whole batch belong."""
+    hidden = torch.randn(2, 3, 8, device=device).half().requires_grad_()
+    weight = torch.randn(104, 8, device=device).half()
+    ids = torch.randint(0, 104, (2, 3), device=device)
+    objective = Objective(beta=0.1, entropy_coef=0.02)
+    given = {"advantages": torch.randn(2, device=device), "objective": objective}
+    given["ref_logps"] = torch.randn(2, 3, device=device) - 4
+    found = []
+    for switch in ("1", "0"):
+        monkeypatch.setenv("GRPO_FAST_ON_CHIP", switch)
+        options = {"chunk_size": 4, "logits_dtype": "bf16"}
+        out = linear_grpo_loss(hidden, weight, ids, **given, **options)
+        found.append((out.loss, out.logps, out.metrics, *torch.autograd.grad(out.loss, hidden)))
+    assert launches == [(1, 4, 104), (1, 2, 104)]
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-5)
+
+
 def test_a_row_has_the_same_bits_in_any_batch(device):
     logits, ids, arguments = batch(3, 4, 1000, device, HALF)
     alone = {k: v[2:] for k, v in arguments.items()}

@@ -9,6 +9,7 @@ import torch
 from grpo_fast import Objective, metrics_from, reference
 from grpo_fast.loss import grpo_loss, linear_grpo_loss, policy_loss
 from grpo_fast.ops import grpo as grpo_ops
+from grpo_fast.ops import reduction_weights
 from grpo_fast.ops.reduction_weights import weights_of
 from grpo_fast.testing import assert_as_accurate
 from tests.cases import batch, in_double, loss_and_grad, packed
@@ -97,6 +98,12 @@ def test_boundaries_that_are_wrong_make_weights_nan(device, monkeypatch):
     beyond = torch.tensor([-5, 4, 700], device=device)
     weight = weights_of(tokens, None, None, None, beyond, None, None, Objective()).weight
     assert weight.isfinite().all()
+
+
+def test_an_integer_from_the_cpu_is_launched_as_a_number():
+    elsewhere = torch.empty(0, device="meta")
+    found = reduction_weights._number(torch.tensor(1), elsewhere)
+    assert (type(found), found) == (float, 1.0)
 
 
 def test_a_negative_mask_and_a_weight_of_zero(backend, device):

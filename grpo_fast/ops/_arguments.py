@@ -365,6 +365,8 @@ def check_cu_seqlens(op: str, cu_seqlens: Tensor, ids: Tensor) -> Tensor:
     if cu_seqlens.ndim != 1 or len(cu_seqlens) == 0:
         raise ValueError(f"{op}: cu_seqlens: want (num_seqs + 1,), got {shape_of(cu_seqlens)}")
     check_device(op, "cu_seqlens", cu_seqlens, ids)
+    if len(cu_seqlens) == 1 and len(ids):
+        raise ValueError(f"{op}: cu_seqlens: has no sequence for N = {len(ids)} tokens")
     if check_values(cu_seqlens):
         ends: Sequence[int] = cu_seqlens.tolist()
         if ends[0] != 0 or ends[-1] != len(ids):

@@ -118,7 +118,10 @@ def compacted(
         a = a._replace(mask=None)
     if not by_sequence:
         rows = kept_rows(keep, hidden)
-        return rows, a if rows is None else slice_arguments(a, rows), sequences, None
+        if rows is None:
+            return None, a, sequences, None
+        sequences = sequences._replace(share=at(sequences.share, rows))
+        return rows, slice_arguments(a, rows), sequences, None
     if keep is None:
         ends = None
         if sequences.boundaries is None:  # every T_len tokens are one

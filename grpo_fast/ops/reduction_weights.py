@@ -135,7 +135,7 @@ def _number(x: Tensor | None, like: Tensor) -> float | Tensor | None:
     """
     if x is None or (x.device == like.device and not (x.is_cpu and x.dtype == torch.float64)):
         return x
-    return x.item()
+    return float(x.item())  # of integers Triton would compile a kernel for each kind
 
 
 @functools.lru_cache(maxsize=64)
