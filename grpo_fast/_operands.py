@@ -5,6 +5,7 @@ with inductor it may run code that was made for another value. A tensor is an in
 may change from step to step. These tensors live on the CPU, where an operator reads them without waiting.
 """
 
+import numbers
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -13,6 +14,13 @@ from torch import Tensor
 
 # Kernels compute in float32: a number outside of this range, or its reciprocal, would become inf or 0 there.
 SMALLEST, LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+
+
+def hint(name: str, x: object) -> str:
+    """The end of an error message about x, which is no Python number: what to do with one of numpy's."""
+    return (
+        f"; pass float({name})" if isinstance(x, numbers.Real) and not isinstance(x, bool) else ""
+    )
 
 
 def operand(x: float) -> Tensor:

@@ -66,8 +66,8 @@ def grpo_loss(
         logits: (B, T, V) padded or (N, V) packed, float32, bfloat16 or float16, aligned: row t scores
             token t. The last dimension contiguous; a strided view (`logits[:, prompt - 1 : -1]`) is not
             copied by this function. Their gradient is stored in their dtype before the upstream gradient
-            is applied. An upstream gradient other than 1 costs a read and a write of all of it, about as
-            much as the loss itself, and rounds it again: pass factors as `loss_scale`.
+            is applied. An upstream gradient other than 1 costs a read and a write of all of it, more than
+            half of what the loss itself takes, and rounds it again: pass factors as `loss_scale`.
         completion_ids: (B, T) or (N,), int32 or int64; anything where the mask is 0.
         advantages: (B,) or (B, 1) per sequence, or per token. Or:
         rewards: (B,) or (B, 1) with `group_size` of at least 2: z-scored within groups of consecutive
@@ -90,11 +90,11 @@ def grpo_loss(
         num_items: the denominator of "token_mean", a number or 0-dim tensor; with another reduction an
             error. At least 1 is taken.
         loss_scale: a factor on the loss and its gradient, at no cost: a share of the micro-batch, the number
-            of ranks, the scale of a GradScaler. A finite number or 0-dim tensor, on any device, read without
-            a host sync; it may be negative; at 0 all tokens are left out. It reaches the gradient before that
-            is rounded to the dtype of `logits`, and keeps float16 from underflow. All of the loss is scaled,
-            KL and entropy terms too; `LossOutput.loss` is the scaled loss, and so is "loss" in `statistics`.
-            The metrics and all other statistics do not change.
+            of ranks, the scale of a GradScaler. A finite number, or a 0-dim tensor on the CPU or the device
+            of `logits`, read without a host sync. It may be negative; 0 leaves out all tokens. It is applied
+            before the gradient is rounded to the dtype of `logits`, which keeps float16 from underflow. All
+            of the loss is scaled, KL and entropy terms too; `LossOutput.loss` is the scaled loss, and so is
+            "loss" in `statistics`. The metrics and all other statistics do not change.
         cu_seqlens: (B + 1,) int boundaries of packed sequences. Packed tokens without it are one sequence.
             With B = N, and not one token in each sequence, (N,) may be per token or per sequence, and is
             refused: (B, 1) is per sequence.

@@ -14,7 +14,7 @@ from grpo_fast._names import (
     check_preset,
     keywords_explained,
 )
-from grpo_fast._operands import LARGEST, NUMBERS, Modes, Terms, operands
+from grpo_fast._operands import LARGEST, NUMBERS, Modes, Terms, hint, operands
 from grpo_fast.presets import ENTROPY_BY_TOKENS, PRESETS
 
 Surrogate = Literal[
@@ -417,7 +417,9 @@ OPTIONS = tuple(field.name for field in dataclasses.fields(Objective) if field.i
 
 def _check_number(name: str, value: object, low: float | None = None, strict: bool = False) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: want a number, got {value!r} ({type(value).__name__})")
+        raise TypeError(
+            f"{name}: want a number, got {value!r} ({type(value).__name__}){hint(name, value)}"
+        )
     if not -math.inf < value < math.inf:  # not `math.isfinite`, which no compiled graph can hold
         raise ValueError(f"{name}: want a finite number, got {value}")
     if not -LARGEST <= value <= LARGEST:

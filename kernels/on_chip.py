@@ -334,7 +334,7 @@ def unavailable(device: torch.device) -> str:
 
 
 def most_entries(device: torch.device) -> int:
-    """Of a row that fits on the chip: how large a cluster may be is the GPU's choice."""
+    """How long a row may be to fit on the chip: GPUs differ in how large a cluster may be."""
     if device.type != "cpu" and torch.cuda.get_device_capability(device)[0] not in (9, 10):
         return PORTABLE_CTAS * ENTRIES
     return MAX_V

@@ -1,6 +1,6 @@
-"""An upstream gradient applied to gradients of logits that are there already.
+"""Rows of a gradient of logits, multiplied in place by the upstream gradient of each row.
 
-    x_n = factor_n x_n        for each row of (B, T, V), in place
+    x_n = factor_n x_n        for each row n of (B, T, V)
 
 Bytes: rows whose factor is not 1 are read and written, nothing of the others.
 """

@@ -182,7 +182,7 @@ def overlaps(logits, dlogits) -> bool:
 
 
 def _bytes_of(x) -> tuple[int, int]:
-    """From the first byte of x in its storage to where its last one ends."""
+    """(the first byte of x in its storage, the byte after its last one)."""
     last = sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
     first = x.storage_offset() * x.element_size()
     return first, first + (last + 1) * x.element_size() if x.numel() else first

@@ -2,10 +2,12 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from grpo_fast import Objective
+from grpo_fast.integrations._call import Call, token_average
 from grpo_fast.integrations._host import at, options, read
 from grpo_fast.loss import policy_loss
 from tests.hosts import assert_adapter_only_scales
@@ -53,3 +55,14 @@ def test_what_an_adapter_may_do_to_a_loss():
             assert_adapter_only_scales(own)
     with pytest.raises(AssertionError, match="no gradient"):
         assert_adapter_only_scales(loss.detach())
+
+
+@pytest.mark.parametrize("count", [3, np.float32(3), torch.tensor(3), torch.tensor([3.0])], ids=str)
+def test_denominators_of_any_kind(count):
+    logps = torch.randn(2, 3)
+    given = {"logps": logps, "advantages": torch.randn(2, 3), "mask": torch.ones(2, 3)}
+    one, other = (
+        Call(preset="verl/gpg", average=token_average(n, 2.0), old_logps=None, **given).out.loss
+        for n in (1.0, count)
+    )
+    torch.testing.assert_close(3 * other, one)

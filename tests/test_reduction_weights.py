@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -265,6 +266,8 @@ def test_loss_scale_keeps_float16_from_underflow(backend, device):
         ),
         (torch.ones(1), ValueError, r"loss_scale: want a number or a 0-dim tensor, got \(1,\)"),
         (torch.ones((), requires_grad=True), ValueError, "loss_scale requires grad"),
+        (torch.ones((), device="meta"), ValueError, "loss_scale is on meta, which holds no values"),
+        (np.float32(2), TypeError, r"loss_scale: want .*; pass float\(loss_scale\)"),
     ],
     ids=str,
 )

@@ -92,7 +92,7 @@ class Call:
             importance_weights=self.importance_weights,
             token_weights=self.token_weights,
             num_items=self.average.num_items,
-            loss_scale=scale.detach().reshape(()) if isinstance(scale, Tensor) else scale,
+            loss_scale=scale.detach().reshape(()) if isinstance(scale, Tensor) else float(scale),
             cu_seqlens=self.cu_seqlens,
             objective=self.objective,
         )

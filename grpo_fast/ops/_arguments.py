@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from grpo_fast import reference
-from grpo_fast._operands import LARGEST, SMALLEST, operand
+from grpo_fast._operands import LARGEST, SMALLEST, hint, operand
 from grpo_fast._overwritten import check_not_overwritten
 from grpo_fast.ops._backend import check_values
 
@@ -238,6 +238,14 @@ def check_constant(op: str, name: str, x: object) -> None:
         )
 
 
+def check_held(op: str, name: str, x: object, like: Tensor) -> None:
+    """A number may lie on any device but meta, where there are no values."""
+    if isinstance(x, Tensor) and x.is_meta and not like.is_meta:
+        raise ValueError(
+            f"{op}: {name} is on meta, which holds no values: want a number or a tensor on {like.device}"
+        )
+
+
 def check_device(op: str, name: str, x: Tensor, like: Tensor) -> None:
     """x must be where the others are: nothing is moved silently."""
     if x.device != like.device:
@@ -319,6 +327,7 @@ def check_temperature(
 ) -> tuple[Tensor | None, Tensor]:
     """(per-token temperatures (N,) or None, 1 / the common temperature as an operand)."""
     check_constant(op, "temperature", temperature)
+    check_held(op, "temperature", temperature, like)
     if isinstance(temperature, Tensor) and temperature.ndim > 0:
         values = per_token(op, "temperature", temperature, like)
         assert values is not None
@@ -335,7 +344,10 @@ def check_temperature(
             return temperature.detach().float().expand(like.numel()).contiguous(), operand(1.0)
         temperature = float(temperature)
     if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
-        raise TypeError(f"{op}: temperature: want a number or a tensor, got {temperature!r}")
+        raise TypeError(
+            f"{op}: temperature: want a number or a tensor, got {temperature!r}"
+            f"{hint('temperature', temperature)}"
+        )
     if not SMALLEST <= temperature <= LARGEST:
         raise ValueError(f"{op}: temperature: want {POSITIVE}, got {temperature}")
     return None, operand(temperature).reciprocal()

@@ -94,7 +94,7 @@ def wants_rows_on_chip() -> bool:
 
 @functools.cache
 def warn_not_on_chip(why: str) -> None:
-    """Once for each reason."""
+    """Warn that GRPO_FAST_ON_CHIP=1 has no effect, once for each reason."""
     warnings.warn(
         f"grpo_fast: GRPO_FAST_ON_CHIP=1 has no effect here: {why}. The results are the same without it",
         stacklevel=4,

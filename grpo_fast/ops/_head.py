@@ -134,10 +134,10 @@ def padded(V: int) -> int:
 def product(a: Tensor, b: Tensor, out: Tensor) -> None:
     """`out = a @ b`; out may be float32 where a and b are halves (`has_mixed_products`).
 
-    Into a buffer everywhere: of `@` autocast would make a product of halves. A sum over many elements, or of
-    few results, the library splits, and by PyTorch's default it adds up the pieces in the dtype of `out`:
-    that has to be float32 then, rounded by the caller. Logits in half precision are neither: D elements, and
-    results by the thousand; they are what the model's own head would compute under the same settings.
+    Always into a buffer: autocast would turn `@` into a product of halves. The library may split a sum that
+    is long, or a product that has few results, and by PyTorch's default it adds up the pieces in the dtype of
+    `out`. There `out` has to be float32, and the caller rounds it. Logits in half precision are no such
+    product: sums of D elements, many results, the same as in the model's own head.
     """
     if out.dtype == a.dtype:
         torch.mm(a, b, out=out)
@@ -264,7 +264,10 @@ class Head:
             yield slice(start, min(start + self.C, self.N))
 
     def counters(self, part: slice) -> Tensor | None:
-        """Zeros, one for each row of a part, if kernels want to count who has read it: once a row."""
+        """(n,) int32 zeros where the programs of a row count themselves, for one launch on these rows.
+
+        None where a row has one program.
+        """
         if not self.kernels:
             return None
         from grpo_fast.kernels.schedules import schedule

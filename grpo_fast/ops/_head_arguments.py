@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from grpo_fast._names import check_choice
-from grpo_fast._operands import LARGEST, SMALLEST, operand
+from grpo_fast._operands import LARGEST, SMALLEST, hint, operand
 from grpo_fast.ops._arguments import (
     LOGITS_DTYPES,
     POSITIVE,
@@ -213,7 +213,9 @@ def check_lora(
     check_tensor(op, "lora A", a)
     check_tensor(op, "lora B", b)
     if isinstance(scaling, bool) or not isinstance(scaling, (int, float)):
-        raise TypeError(f"{op}: lora scaling: want a number, got {scaling!r}")
+        raise TypeError(
+            f"{op}: lora scaling: want a number, got {scaling!r}{hint('scaling', scaling)}"
+        )
     if not -LARGEST <= scaling <= LARGEST:
         raise ValueError(f"{op}: lora scaling: want a number that float32 can hold, got {scaling}")
     if a.ndim != 2 or a.shape[1] != D:
@@ -235,6 +237,6 @@ def check_count(op: str, name: str, x: object) -> int:
 def check_positive(op: str, name: str, x: object) -> None:
     """A number above 0, finite."""
     if isinstance(x, bool) or not isinstance(x, (int, float)):
-        raise TypeError(f"{op}: {name}: want a number, got {x!r}")
+        raise TypeError(f"{op}: {name}: want a number, got {x!r}{hint(name, x)}")
     if not SMALLEST <= x <= LARGEST:
         raise ValueError(f"{op}: {name}: want {POSITIVE}, got {x}")

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from grpo_fast import reference
+from grpo_fast._operands import hint
 from grpo_fast.ops import _arguments
 
 
@@ -14,7 +15,7 @@ def check_number(
 ) -> None:
     """Refuse what is not a finite number within the bounds, both included."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{op}: {name}: want a number, got {value!r}")
+        raise TypeError(f"{op}: {name}: want a number, got {value!r}{hint(name, value)}")
     if not (minimum <= value <= high and value < math.inf):
         wanted = f">= {minimum}" if high == math.inf else f"in [{minimum}, {high}]"
         raise ValueError(f"{op}: {name}: want a finite number {wanted}, got {value}")

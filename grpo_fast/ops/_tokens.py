@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from grpo_fast._operands import LARGEST, SMALLEST, operand
+from grpo_fast._operands import LARGEST, SMALLEST, hint, operand
 from grpo_fast.objective import Objective
 from grpo_fast.ops import _arguments
 from grpo_fast.ops._backend import check_values
@@ -91,6 +91,8 @@ def check_tokens(
         ("loss_scale", loss_scale),
     ):
         _arguments.check_constant(op, name, factor)
+        if name in ("num_items", "loss_scale"):
+            _arguments.check_held(op, name, factor, like)
 
     found = weights_of(
         like.detach(),
@@ -228,7 +230,7 @@ def _check_number(op: str, name: str, x: float | Tensor, low: float, wanted: str
     else:
         given = None
     if isinstance(x, bool) or not isinstance(x, (int, float)):
-        raise TypeError(f"{op}: {name}: want a number or a 0-dim tensor, got {x!r}")
+        raise TypeError(f"{op}: {name}: want a number or a 0-dim tensor, got {x!r}{hint(name, x)}")
     if not low <= x <= LARGEST or (low < 0 < abs(x) < SMALLEST):
         raise ValueError(f"{op}: {name}: want {wanted}, got {x}")
     return operand(float(x)) if given is None else given

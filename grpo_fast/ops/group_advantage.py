@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from grpo_fast._names import check_choice, keywords_explained
-from grpo_fast._operands import LARGEST, operand
+from grpo_fast._operands import LARGEST, hint, operand
 from grpo_fast.ops import _arguments
 from grpo_fast.ops._backend import check_values, launch, use_triton
 
@@ -314,7 +314,7 @@ def group_advantage(
     ):
         check_choice(name, value, choices, op)
     if isinstance(eps, bool) or not isinstance(eps, (int, float)):
-        raise TypeError(f"{op}: eps: want a number, got {eps!r}")
+        raise TypeError(f"{op}: eps: want a number, got {eps!r}{hint('eps', eps)}")
     if not 0 <= eps <= LARGEST:
         raise ValueError(f"{op}: eps: want a finite number >= 0 that float32 can hold, got {eps}")
     skip_nan, raw = nan == "skip", singleton == "raw"

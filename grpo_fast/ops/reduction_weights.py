@@ -129,7 +129,10 @@ def weights_of(
 
 
 def _number(x: Tensor | None, like: Tensor) -> float | Tensor | None:
-    """A number as the launcher takes it: from the CPU without waiting, from the device where it lies."""
+    """A number as the launcher takes it: on the device of `like` it stays a tensor, else its value.
+
+    Nobody waits for a value on the CPU; for one on another GPU the host does.
+    """
     if x is None or (x.device == like.device and not (x.is_cpu and x.dtype == torch.float64)):
         return x
     return float(x.item())  # of integers Triton would compile a kernel for each kind
