@@ -413,7 +413,7 @@ def grpo_fwd_bwd(
             kl_ptr=kl,
             clip_ptr=clip,
             **plan.meeting_point(N, logits.device, arrived),
-            **plan.arguments(),
+            **plan.arguments(entropy is not None),
             G=group_size,
             inv_temperature=inv_temperature,
             **scalars(objective),

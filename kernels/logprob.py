@@ -41,7 +41,7 @@ from grpo_fast.kernels.rows import (
     write_dlogits,
     write_zeros,
 )
-from grpo_fast.kernels.schedules import compiled_with, overlaps, reading, schedule
+from grpo_fast.kernels.schedules import overlaps, reading, schedule
 from grpo_fast.kernels.scoring import load_statistics, saved_statistics, score_row
 from grpo_fast.kernels.tiles import (
     LOG2E,
@@ -334,9 +334,6 @@ def logprob_fwd(
         out = new(N), new(N) if with_entropy else None, new(N), new(N)
     logp, entropy, m, s = out
     plan = reading(V, logits.element_size(), softcap is not None)
-    registers = None
-    if plan.groups > 1:  # four programs of 256 threads, or three
-        registers = 64 if entropy is None else 80
     if N:
         _logprob_fwd_kernel[(N * plan.parts,)](
             **rows_of("logits", logits),
@@ -348,7 +345,7 @@ def logprob_fwd(
             m_ptr=m,
             s_ptr=s,
             **plan.meeting_point(N, logits.device, arrived),
-            **(plan.arguments() | compiled_with(plan.num_warps, registers)),
+            **plan.arguments(entropy is not None),
             inv_temperature=inv_temperature,
             **soft_cap_scalars(softcap, logit_scale),
         )

@@ -80,9 +80,13 @@ class Reading(Schedule):
         T = 8 * WARP_SIZE * self.num_warps
         return (self.K if self.T == T else 2), T
 
-    def arguments(self) -> dict[str, int]:
+    def arguments(self, with_entropy: bool = False) -> dict[str, int]:
+        registers = None
+        if self.groups > 1:  # four programs of 256 threads a multiprocessor, or three
+            registers = 80 if with_entropy else 64
         return {
             **super().arguments(),
+            **compiled_with(self.num_warps, registers),
             "segments": self.segments,
             "STEPS": self.steps,
             "SIDE": self.side,
