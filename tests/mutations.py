@@ -74,6 +74,10 @@ COVERS: dict[str, tuple[str, str]] = {
     "grpo_fast/presets.py": ("preset_values presets preset_edges verl", TORCH),
     "grpo_fast/integrations/trl.py": ("trl_loss trl", TORCH),
     "grpo_fast/integrations/verl.py": ("verl verl_options integrations_masks", TORCH),
+    "kernels/edges.py": (
+        "edges overlap",
+        "(triton and (23 or 8-)) or (where_the and (8- or 9-)) or kernels or overlap",
+    ),
     "kernels/tiles.py": (
         "tiles policy_loss logprob extreme_rows group_advantage nan rows",
         "triton and (log2_1p or (missing_number and (default or sapo)) or every_objective or flags or "
