@@ -383,16 +383,23 @@ def grpo_fwd_bwd(
     objective,
     dlogits,
     spread: Plan | None = None,
+    out=None,
+    arrived=None,
 ):
-    """As `grpo.grpo_fwd_bwd`, for what is not `unsupported`; `spread` is for experiments."""
+    """As `grpo.grpo_fwd_bwd`, for what is not `unsupported`.
+
+    Args:
+        spread: for experiments.
+        arrived: has no use here, since no programs meet.
+    """
     B, T_len, V = logits.shape
     N = B * T_len
-    new = functools.partial(torch.empty, device=logits.device, dtype=torch.float32)
-    loss, logp = new(N), new(N)
     bonus = bool(objective.entropy_coef)
-    entropy = new(N) if return_entropy or bonus else None
-    kl = new(N) if ref_logp is not None else None
-    clip = new(N, dtype=torch.int8)
+    if out is None:
+        new = functools.partial(torch.empty, device=logits.device, dtype=torch.float32)
+        entropy, kl = new(N) if return_entropy or bonus else None, None if ref_logp is None else new(N)
+        out = new(N), new(N), entropy, kl, new(N, dtype=torch.int8)
+    loss, logp, entropy, kl, clip = out
     if N:
         # In a launch of its own: a small group's sums would be spread over the cluster here.
         scored = rewards is not None

@@ -11,7 +11,7 @@ pytest.importorskip("triton", reason="the kernels need Triton")
 
 from grpo_fast import Objective, reference
 from grpo_fast.kernels import grpo, on_chip
-from grpo_fast.loss import grpo_loss
+from grpo_fast.loss import grpo_loss, linear_grpo_loss
 from grpo_fast.ops import _arguments, _backend
 from grpo_fast.testing import assert_as_accurate
 from tests.cases import batch, in_double, loss_and_grad
@@ -144,6 +144,21 @@ def test_results_are_those_of_the_other_kernel(coef, monkeypatch, launches, devi
     assert one.metrics.keys() == two.metrics.keys()
     for name, x in one.metrics.items():
         torch.testing.assert_close(x, two.metrics[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+@needs_clusters
+def test_logits_of_the_head(launches, monkeypatch, device):
+    """Chunks of them, whose results go where the head wants them."""
+    states, ids, arguments = batch(3, 4, 16, device, HALF, garbage=False)
+    arguments["objective"] = Objective(beta=0.1, entropy_coef=0.1)
+    weight = 0.2 * torch.randn(64, 16, device=device).to(HALF)
+    given = {"logits_dtype": "bf16", "chunk_size": 4, "compact": False, **arguments}
+    loss, grad = loss_and_grad(linear_grpo_loss, states, weight, ids % 64, **given)
+    assert launches == 3 * [(1, 4, 64)]
+    monkeypatch.delenv("GRPO_FAST_ON_CHIP")
+    other, want = loss_and_grad(linear_grpo_loss, states, weight, ids % 64, **given)
+    torch.testing.assert_close(loss, other, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(grad, want, rtol=1e-2, atol=1e-4)
 
 
 @needs_clusters
