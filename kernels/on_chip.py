@@ -397,7 +397,10 @@ def grpo_fwd_bwd(
     bonus = bool(objective.entropy_coef)
     if out is None:
         new = functools.partial(torch.empty, device=logits.device, dtype=torch.float32)
-        entropy, kl = new(N) if return_entropy or bonus else None, None if ref_logp is None else new(N)
+        entropy, kl = (
+            new(N) if return_entropy or bonus else None,
+            None if ref_logp is None else new(N),
+        )
         out = new(N), new(N), entropy, kl, new(N, dtype=torch.int8)
     loss, logp, entropy, kl, clip = out
     if N:

@@ -78,11 +78,13 @@ COVERS: dict[str, tuple[str, str]] = {
         "edges overlap",
         "(triton and (23 or 8-)) or (where_the and (8- or 9-)) or kernels or overlap",
     ),
+    "kernels/scale_rows.py": ("scale_rows", "scale_rows"),
+    "kernels/chunks.py": ("chunks linear_mixed", "move_rows or triton"),
     "kernels/tiles.py": (
         "tiles policy_loss logprob extreme_rows group_advantage nan rows",
         "triton and (log2_1p or (missing_number and (default or sapo)) or every_objective or flags or "
         "infinite or confident or banned or offset or tiny_temp or among_large or uniform or "
-        "(large_numbers and 1e and 1000)) or (segments and 40000)",
+        "(large_numbers and 1e and 1000)) or (segments and 40001)",
     ),
     "kernels/reduction_weights.py": (
         "traffic reduction_weights",
@@ -91,7 +93,7 @@ COVERS: dict[str, tuple[str, str]] = {
     "kernels/rows.py": (
         "logprob grpo rows overlap linear_logprob",
         "triton and (reference or banned or offset or masked or exact_zeros or capped or optional) "
-        "or align or (segments and 40000) or test_overlap",
+        "or align or (segments and 40001) or test_overlap",
     ),
     "kernels/grpo.py": (
         "grpo",
@@ -102,7 +104,7 @@ COVERS: dict[str, tuple[str, str]] = {
 }
 # Changes that no test on a CPU can see: in the statement's text, by regular expression.
 EQUIVALENT = {
-    r"block|warps|stages|eviction|cache_mod|num_ctas|SMALL|_WIDTH|WORKSPACE": "speed alone",
+    r"block|warps|stages|eviction|cache_mod|num_ctas|SMALL|_WIDTH|WORKSPACE|MANY_ROWS": "speed alone",
     r"set_materialize_grads|CHUNK_COST|^LIFTED": "speed and memory, or head-room",
     r"device=|\.device|cuda|is_compiling|synchroni": "asks for the device; the tests have one",
     r"MIXED_|out_dtype=": "products of halves on a GPU",
@@ -113,15 +115,22 @@ EQUIVALENT = {
 }
 # And single ones, (file, part of the line, what stands there then): the reason.
 SAME = {
-    ("kernels/grpo.py", "rewards_ptr, None, 0, first", "1"): "the label of a group without labels",
     ("kernels/grpo.py", "BACKWARDS: tl.constexpr", ""): "the order of the tiles, for the cache",
     ("kernels/grpo.py", "if over and softcap", ""): "the length of a tile, for the registers",
     ("kernels/grpo.py", "write_K = min(write_K", ""): "the length of a tile, for the registers",
     ("kernels/grpo.py", "side = 4 if entropy is None", ""): "another schedule, the same numbers",
     ("kernels/grpo.py", "reading(V", "softcap is None"): "another schedule, the same numbers",
-    ("kernels/grpo.py", "plan = dataclasses.replace(plan, parts=1, columns=V)", "plan, columns"): (
+    ("kernels/scale_rows.py", "replace(plan, parts=1, columns=V)", "plan, columns"): (
         "programs that find no columns of theirs cost time alone"
     ),
+    ("kernels/scale_rows.py", "replace(plan, parts=1, columns=V)", "2"): (
+        "programs that find no columns of theirs cost time alone"
+    ),
+    ("kernels/edges.py", '    if ROWS == "units"', ""): "a hint to the compiler, true of all rows",
+    ("kernels/edges.py", 'body = V // UNIT * UNIT if ROWS == "units"', "units"): (
+        "a hint to the compiler: UNIT divides V there"
+    ),
+    ("kernels/edges.py", "OVERLAP", ""): "a barrier: the interpreter runs a program as one thread",
     ("kernels/grpo.py", "tl.store(kl_ptr + row, 0.0)", "1.0"): (
         "of a masked token, which statistics leave out"
     ),
@@ -157,7 +166,6 @@ SAME = {
     ),
     ("ops/_rows.py", "together = max(1, step", "2"): "speed alone",
     ("ops/policy_loss.py", "x.sum(dtype=torch.float32)", "x.sum()"): "of numbers that are float32",
-    ("kernels/grpo.py", "if B * T_len >= MANY_ROWS", ""): "another schedule, the same numbers",
     ("ops/_head.py", "    return min(", "max("): "other chunks, no longer than they may be",
     ("ops/_rows.py", "if together > 1 and", "2"): "speed alone",
     ("ops/_rows.py", "nothing = (dentropy == 0) |", "1"): "0 times a finite number is 0",
