@@ -75,11 +75,12 @@ COVERS: dict[str, tuple[str, str]] = {
     "grpo_fast/integrations/trl.py": ("trl_loss trl", TORCH),
     "grpo_fast/integrations/verl.py": ("verl verl_options integrations_masks", TORCH),
     "kernels/edges.py": (
-        "edges overlap",
-        "(triton and (23 or 8-)) or (where_the and (8- or 9-)) or kernels or overlap",
+        "edges overlap linear_mixed",
+        "(triton and (23 or 8-)) or (where_the and (8- or 9-)) or kernels or overlap or "
+        "(test_loss and triton and all)",
     ),
-    "kernels/scale_rows.py": ("scale_rows", "scale_rows"),
-    "kernels/chunks.py": ("chunks linear_mixed", "move_rows or triton"),
+    "kernels/scale_rows.py": ("scale_rows traffic", "scale_rows"),
+    "kernels/chunks.py": ("chunks traffic", "move_rows"),
     "kernels/tiles.py": (
         "tiles policy_loss logprob extreme_rows group_advantage nan rows",
         "triton and (log2_1p or (missing_number and (default or sapo)) or every_objective or flags or "
@@ -129,6 +130,12 @@ SAME = {
     ("kernels/edges.py", '    if ROWS == "units"', ""): "a hint to the compiler, true of all rows",
     ("kernels/edges.py", 'body = V // UNIT * UNIT if ROWS == "units"', "units"): (
         "a hint to the compiler: UNIT divides V there"
+    ),
+    ("kernels/edges.py", "z = tl.load(row_ptr + column, mask=there", "mask=there)"): (
+        "what stands where nothing is read is replaced, or not stored"
+    ),
+    ("kernels/edges.py", "z = tl.load(row_ptr + column, mask=there", "(float('inf'))"): (
+        "what stands where nothing is read is replaced, or not stored"
     ),
     ("kernels/edges.py", "OVERLAP", ""): "a barrier: the interpreter runs a program as one thread",
     ("kernels/grpo.py", "tl.store(kl_ptr + row, 0.0)", "1.0"): (

@@ -164,6 +164,7 @@ def test_what_the_kernels_are_told_of_rows():
     assert told(y[:, 1:], _rows.new_gradient(y[:, 1:])) == ("anywhere", 1, True)
     assert told(x, torch.zeros(2, 4, 161)[..., :160]) == ("aligned", 0, False)
     assert told(x, torch.zeros(2, 4, 168)[..., :160]) == ("aligned", 0, False)
+    assert told(x, torch.zeros(2, 4, 176)[..., :160]) == ("aligned", 0, True)
     # Memory that does not reach back to where a unit starts.
     assert (
         told(torch.frombuffer(bytearray(330), dtype=torch.bfloat16, offset=2).view(1, 4, 41))[1]
