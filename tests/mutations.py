@@ -12,6 +12,7 @@ SHARED = f"({TORCH}) or ((2-False or without_rows) and not kernels)"  # over two
 # The test files for each file, the likeliest first, and which of their tests.
 COVERS: dict[str, tuple[str, str]] = {
     "grpo_fast/_names.py": ("names", TORCH),
+    "grpo_fast/_output.py": ("loss policy_loss", TORCH),
     "grpo_fast/_overwritten.py": ("inplace", TORCH),
     "grpo_fast/ops/_arguments.py": (
         "errors linear_errors told_apart masks shapes tensor_kinds",
@@ -89,7 +90,13 @@ COVERS: dict[str, tuple[str, str]] = {
     ),
     "kernels/reduction_weights.py": (
         "traffic reduction_weights",
-        "reduction_weights and (triton or boundaries or traffic)",
+        "(traffic and reduction_weights) or boundaries or "
+        "(triton and (test_weights or negative_mask or counts_are))",
+    ),
+    "kernels/policy_loss.py": (
+        "traffic metrics policy_loss loss",
+        "(traffic and (policy_loss or statistics)) or (triton and (metrics or statistics or "
+        "every_objective))",
     ),
     "kernels/rows.py": (
         "logprob grpo rows overlap linear_logprob",
@@ -101,8 +108,11 @@ COVERS: dict[str, tuple[str, str]] = {
         "triton and ((every_objective and (default or everything or gspo or entropy)) or "
         "optional or scored_in or inplace_gives or exactly or strided or reference)",
     ),
-    "kernels/on_chip.py": ("on_chip", "not long"),
+    "kernels/on_chip.py": ("on_chip", "on_chip and not long"),
 }
+for _name in [x for x in COVERS if x.startswith("kernels/")]:
+    _files, _which = COVERS[_name]
+    COVERS[_name] = f"layout {_files}", f"masked_load or {_which}"
 # Changes that no test on a CPU can see: in the statement's text, by regular expression.
 EQUIVALENT = {
     r"block|warps|stages|eviction|cache_mod|num_ctas|SMALL|_WIDTH|WORKSPACE|MANY_ROWS": "speed alone",
@@ -116,6 +126,11 @@ EQUIVALENT = {
 }
 # And single ones, (file, part of the line, what stands there then): the reason.
 SAME = {
+    ("kernels/reduction_weights.py", "new(dtype=torch.float32)", "new()"): "PyTorch's default",
+    ("kernels/chunks.py", "row = tl.load(to_ptr", "1"): "of rows that do not leave",
+    ("kernels/chunks.py", "x = tl.load(", "1.0"): "of columns that are not stored",
+    ("kernels/chunks.py", "stride_n, stride_d = (0, 0)", "1"): "of hidden states that are absent",
+    ("kernels/scale_rows.py", "x = tl.load(ptr", "1.0"): "of entries that are not stored",
     ("kernels/grpo.py", "BACKWARDS: tl.constexpr", ""): "the order of the tiles, for the cache",
     ("kernels/grpo.py", "if over and softcap", ""): "the length of a tile, for the registers",
     ("kernels/grpo.py", "write_K = min(write_K", ""): "the length of a tile, for the registers",
