@@ -127,6 +127,13 @@ EQUIVALENT = {
 # And single ones, (file, part of the line, what stands there then): the reason.
 SAME = {
     ("kernels/reduction_weights.py", "new(dtype=torch.float32)", "new()"): "PyTorch's default",
+    ("kernels/reduction_weights.py", "return tl.where(total == 0, 1.0", "1"): (
+        "of no live token: nothing is divided by it"
+    ),
+    ("kernels/reduction_weights.py", "live = there & (tl.load(mask_ptr", "1"): "of no token",
+    ("kernels/reduction_weights.py", "num_items=1.0 if num_items is None", "1.5"): "is not used",
+    ("kernels/reduction_weights.py", "total = tl.sum(", "counts)"): "of one dimension",
+    ("kernels/reduction_weights.py", "total = tl.sum(", "weighed)"): "of one dimension",
     ("kernels/chunks.py", "row = tl.load(to_ptr", "1"): "of rows that do not leave",
     ("kernels/chunks.py", "x = tl.load(", "1.0"): "of columns that are not stored",
     ("kernels/chunks.py", "stride_n, stride_d = (0, 0)", "1"): "of hidden states that are absent",
