@@ -29,7 +29,7 @@ COVERS: dict[str, tuple[str, str]] = {
     ),
     "grpo_fast/ops/_head.py": (
         "linear_logprob linear_grpo linear_mixed linear_edges linear_errors linear_dtypes",
-        TORCH,
+        f"({TORCH}) or (linear_mixed and triton and plain)",  # the kernel that moves rows, too
     ),
     "grpo_fast/ops/_head_arguments.py": (
         "linear_errors linear_logprob linear_edges linear_dtypes vocab_parallel",
@@ -194,6 +194,7 @@ SAME = {
         "without a surrogate nobody reads what goes into its terms: leaving it out saves the reads"
     ),
     ("ops/_rows.py", "together = max(1, step", "2"): "speed alone",
+    ("ops/_rows.py", "step = max(1, BLOCK", "2"): "speed and memory",
     ("ops/policy_loss.py", "x.sum(dtype=torch.float32)", "x.sum()"): "of numbers that are float32",
     ("ops/_head.py", "    return min(", "max("): "other chunks, no longer than they may be",
     ("ops/_rows.py", "if together > 1 and", "2"): "speed alone",
