@@ -37,7 +37,10 @@ COVERS: dict[str, tuple[str, str]] = {
     ),
     "grpo_fast/ops/_metrics.py": ("policy_loss loss rare_options masks", TORCH),
     "grpo_fast/ops/_phases.py": ("rare_options sequence_loss policy_loss grpo", TORCH),
-    "grpo_fast/ops/_rows.py": ("logprob errors strides grpo linear_logprob", TORCH),
+    "grpo_fast/ops/_rows.py": (
+        "edges logprob errors strides grpo linear_logprob",
+        f"{TORCH} and not where_the",
+    ),
     "grpo_fast/ops/_selection.py": (
         "selection policy_loss weights",
         f"({TORCH} and not trl_modes) or over_processes",
@@ -193,6 +196,7 @@ SAME = {
     ("ops/_phases.py", "tokens = tokens._replace(", "advantages=nothing"): (
         "without a surrogate nobody reads what goes into its terms: leaving it out saves the reads"
     ),
+    ("ops/_rows.py", "BLOCK_ELEMENTS = 1 << 21", ""): "speed and memory",
     ("ops/_rows.py", "together = max(1, step", "2"): "speed alone",
     ("ops/_rows.py", "step = max(1, BLOCK", "2"): "speed and memory",
     ("ops/policy_loss.py", "x.sum(dtype=torch.float32)", "x.sum()"): "of numbers that are float32",

@@ -123,15 +123,15 @@ def test_where_the_gradient_is_written(V, cap, device):
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("V", [8, 24, 701])
 def test_a_new_gradient_has_rows_like_those_of_the_logits(V, place):
-    x = held(torch.zeros(3, 4, V), *place)
+    x = held(torch.zeros(3, 3, V), *place)
     y = _rows.new_gradient(x)
     assert y.shape == x.shape
-    assert y.untyped_storage().nbytes() - x.numel() * 4 <= 4 * 7 * (2 + 3 * 4)
+    assert y.untyped_storage().nbytes() - x.numel() * 4 <= 4 * 7 * (2 + 3 * 3)
     if V % 8 == 0:
         assert y.is_contiguous()
         return
-    starts = [z[b, t].storage_offset() % 8 for z in (x, y) for b in range(3) for t in range(4)]
-    assert starts[:12] == starts[12:]
+    starts = [z[b, t].storage_offset() % 8 for z in (x, y) for b in range(3) for t in range(3)]
+    assert starts[:9] == starts[9:]
     if place == (0, 0):
         assert y.is_contiguous()
 
