@@ -111,7 +111,7 @@ COVERS: dict[str, tuple[str, str]] = {
         "triton and ((every_objective and (default or everything or gspo or entropy)) or "
         "optional or scored_in or inplace_gives or exactly or strided or reference)",
     ),
-    "kernels/on_chip.py": ("on_chip", "on_chip and not long"),
+    "kernels/on_chip.py": ("on_chip_build on_chip", "check_of_the or (on_chip and not long)"),
 }
 for _name in [x for x in COVERS if x.startswith("kernels/")]:
     _files, _which = COVERS[_name]
