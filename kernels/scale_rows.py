@@ -56,7 +56,7 @@ def _scale_rows_kernel(
 
 @triton.jit
 def scale_entries(ptr, there, factor):
-    x = tl.load(ptr, mask=there).to(tl.float32)
+    x = tl.load(ptr, mask=there, other=0.0).to(tl.float32)
     # A row of zeros stays one, also under a factor of inf.
     x = tl.where(x == 0, 0.0, x * factor)
     tl.store(ptr, x.to(ptr.dtype.element_ty), mask=there)

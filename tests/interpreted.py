@@ -21,7 +21,7 @@ class Traffic:
     def note(chunks, pointers, mask=None):
         addresses = np.atleast_1d(pointers.data)
         if mask is not None:
-            addresses = addresses[np.broadcast_to(mask.data, addresses.shape)]
+            addresses = addresses[np.broadcast_to(mask.data != 0, addresses.shape)]
         width = pointers.get_element_ty().primitive_bitwidth // 8
         chunks.append((addresses.ravel().astype(np.int64), max(width, 1)))
 

@@ -8,6 +8,7 @@ the reason why no test can see it. All happens in temporary copies of the tree; 
 
 import argparse
 import contextlib
+import importlib
 import itertools
 import multiprocessing
 import os
@@ -24,6 +25,7 @@ from pathlib import Path
 from tests.mutations import COVERS, ROOT, mutants
 
 IGNORED = shutil.ignore_patterns(".*", "__pycache__", "results", "runs", "build", "*.egg-info")
+SLOW_TO_IMPORT = ("pytest", "torch._dynamo", "triton.language", "triton.runtime.interpreter")
 
 
 def run(tree, name, ready):
@@ -91,6 +93,9 @@ def main():
 
     if not torch.cuda.is_available():
         os.environ.setdefault("TRITON_INTERPRET", "1")
+    for module in SLOW_TO_IMPORT:  # once, not in each process
+        with contextlib.suppress(ImportError):
+            importlib.import_module(module)
     torch.set_num_threads(1)
     names = [name for name in COVERS if re.search(given.files, name)]
     context, work = multiprocessing.get_context("fork"), []

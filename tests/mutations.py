@@ -12,6 +12,7 @@ SHARED = f"({TORCH}) or ((2-False or without_rows) and not kernels)"  # over two
 # The test files for each file, the likeliest first, and which of their tests.
 COVERS: dict[str, tuple[str, str]] = {
     "grpo_fast/_names.py": ("names", TORCH),
+    "grpo_fast/_output.py": ("loss policy_loss", TORCH),
     "grpo_fast/_overwritten.py": ("inplace", TORCH),
     "grpo_fast/ops/_arguments.py": (
         "errors linear_errors told_apart masks shapes tensor_kinds",
@@ -28,7 +29,7 @@ COVERS: dict[str, tuple[str, str]] = {
     ),
     "grpo_fast/ops/_head.py": (
         "linear_logprob linear_grpo linear_mixed linear_edges linear_errors linear_dtypes",
-        TORCH,
+        f"({TORCH}) or (linear_mixed and triton and plain)",  # the kernel that moves rows, too
     ),
     "grpo_fast/ops/_head_arguments.py": (
         "linear_errors linear_logprob linear_edges linear_dtypes vocab_parallel",
@@ -36,7 +37,10 @@ COVERS: dict[str, tuple[str, str]] = {
     ),
     "grpo_fast/ops/_metrics.py": ("policy_loss loss rare_options masks", TORCH),
     "grpo_fast/ops/_phases.py": ("rare_options sequence_loss policy_loss grpo", TORCH),
-    "grpo_fast/ops/_rows.py": ("logprob errors strides grpo linear_logprob", TORCH),
+    "grpo_fast/ops/_rows.py": (
+        "edges logprob errors strides grpo linear_logprob",
+        f"{TORCH} and not where_the",
+    ),
     "grpo_fast/ops/_selection.py": (
         "selection policy_loss weights",
         f"({TORCH} and not trl_modes) or over_processes",
@@ -74,31 +78,47 @@ COVERS: dict[str, tuple[str, str]] = {
     "grpo_fast/presets.py": ("preset_values presets preset_edges verl", TORCH),
     "grpo_fast/integrations/trl.py": ("trl_loss trl", TORCH),
     "grpo_fast/integrations/verl.py": ("verl verl_options integrations_masks", TORCH),
+    "kernels/edges.py": (
+        "edges overlap linear_mixed",
+        "(triton and (23 or 8-)) or (where_the and (8- or 9-)) or kernels or overlap or "
+        "(test_loss and triton and all)",
+    ),
+    "kernels/scale_rows.py": ("scale_rows traffic", "scale_rows"),
+    "kernels/chunks.py": ("chunks traffic", "move_rows"),
     "kernels/tiles.py": (
         "tiles policy_loss logprob extreme_rows group_advantage nan rows",
         "triton and (log2_1p or (missing_number and (default or sapo)) or every_objective or flags or "
         "infinite or confident or banned or offset or tiny_temp or among_large or uniform or "
-        "(large_numbers and 1e and 1000)) or (segments and 40000)",
+        "(large_numbers and 1e and 1000)) or (segments and 40001)",
     ),
     "kernels/reduction_weights.py": (
         "traffic reduction_weights",
-        "reduction_weights and (triton or boundaries or traffic)",
+        "(traffic and reduction_weights) or boundaries or "
+        "(triton and (test_weights or negative_mask or counts_are))",
+    ),
+    "kernels/policy_loss.py": (
+        "traffic metrics policy_loss loss",
+        "(traffic and (policy_loss or statistics)) or (triton and (metrics or statistics or "
+        "every_objective))",
     ),
     "kernels/rows.py": (
         "logprob grpo rows overlap linear_logprob",
         "triton and (reference or banned or offset or masked or exact_zeros or capped or optional) "
-        "or align or (segments and 40000) or test_overlap",
+        "or align or (segments and 40001) or test_overlap",
     ),
     "kernels/grpo.py": (
         "grpo",
         "triton and ((every_objective and (default or everything or gspo or entropy)) or "
         "optional or scored_in or inplace_gives or exactly or strided or reference)",
     ),
-    "kernels/on_chip.py": ("on_chip", "not long"),
+    "kernels/on_chip.py": ("on_chip_build on_chip", "check_of_the or (on_chip and not long)"),
 }
+for _name in [x for x in COVERS if x.startswith("kernels/")]:
+    _files, _which = COVERS[_name]
+    COVERS[_name] = f"layout {_files}", f"masked_load or {_which}"
 # Changes that no test on a CPU can see: in the statement's text, by regular expression.
 EQUIVALENT = {
-    r"block|warps|stages|eviction|cache_mod|num_ctas|SMALL|_WIDTH|WORKSPACE": "speed alone",
+    r"block|warps|stages|eviction|cache_mod|num_ctas|SMALL|_WIDTH|WORKSPACE|MANY_ROWS": "speed alone",
     r"set_materialize_grads|CHUNK_COST|^LIFTED": "speed and memory, or head-room",
     r"device=|\.device|cuda|is_compiling|synchroni": "asks for the device; the tests have one",
     r"MIXED_|out_dtype=": "products of halves on a GPU",
@@ -109,15 +129,40 @@ EQUIVALENT = {
 }
 # And single ones, (file, part of the line, what stands there then): the reason.
 SAME = {
-    ("kernels/grpo.py", "rewards_ptr, None, 0, first", "1"): "the label of a group without labels",
+    ("kernels/reduction_weights.py", "new(dtype=torch.float32)", "new()"): "PyTorch's default",
+    ("kernels/reduction_weights.py", "return tl.where(total == 0, 1.0", "1"): (
+        "of no live token: nothing is divided by it"
+    ),
+    ("kernels/reduction_weights.py", "live = there & (tl.load(mask_ptr", "1"): "of no token",
+    ("kernels/reduction_weights.py", "num_items=1.0 if num_items is None", "1.5"): "is not used",
+    ("kernels/reduction_weights.py", "total = tl.sum(", "counts)"): "of one dimension",
+    ("kernels/reduction_weights.py", "total = tl.sum(", "weighed)"): "of one dimension",
+    ("kernels/chunks.py", "row = tl.load(to_ptr", "1"): "of rows that do not leave",
+    ("kernels/chunks.py", "x = tl.load(", "1.0"): "of columns that are not stored",
+    ("kernels/chunks.py", "stride_n, stride_d = (0, 0)", "1"): "of hidden states that are absent",
+    ("kernels/scale_rows.py", "x = tl.load(ptr", "1.0"): "of entries that are not stored",
     ("kernels/grpo.py", "BACKWARDS: tl.constexpr", ""): "the order of the tiles, for the cache",
     ("kernels/grpo.py", "if over and softcap", ""): "the length of a tile, for the registers",
     ("kernels/grpo.py", "write_K = min(write_K", ""): "the length of a tile, for the registers",
     ("kernels/grpo.py", "side = 4 if entropy is None", ""): "another schedule, the same numbers",
     ("kernels/grpo.py", "reading(V", "softcap is None"): "another schedule, the same numbers",
-    ("kernels/grpo.py", "plan = dataclasses.replace(plan, parts=1, columns=V)", "plan, columns"): (
+    ("kernels/scale_rows.py", "replace(plan, parts=1, columns=V)", "plan, columns"): (
         "programs that find no columns of theirs cost time alone"
     ),
+    ("kernels/scale_rows.py", "replace(plan, parts=1, columns=V)", "2"): (
+        "programs that find no columns of theirs cost time alone"
+    ),
+    ("kernels/edges.py", '    if ROWS == "units"', ""): "a hint to the compiler, true of all rows",
+    ("kernels/edges.py", 'body = V // UNIT * UNIT if ROWS == "units"', "units"): (
+        "a hint to the compiler: UNIT divides V there"
+    ),
+    ("kernels/edges.py", "z = tl.load(row_ptr + column, mask=there", "mask=there)"): (
+        "what stands where nothing is read is replaced, or not stored"
+    ),
+    ("kernels/edges.py", "z = tl.load(row_ptr + column, mask=there", "(float('inf'))"): (
+        "what stands where nothing is read is replaced, or not stored"
+    ),
+    ("kernels/edges.py", "OVERLAP", ""): "a barrier: the interpreter runs a program as one thread",
     ("kernels/grpo.py", "tl.store(kl_ptr + row, 0.0)", "1.0"): (
         "of a masked token, which statistics leave out"
     ),
@@ -151,9 +196,10 @@ SAME = {
     ("ops/_phases.py", "tokens = tokens._replace(", "advantages=nothing"): (
         "without a surrogate nobody reads what goes into its terms: leaving it out saves the reads"
     ),
+    ("ops/_rows.py", "BLOCK_ELEMENTS = 1 << 21", ""): "speed and memory",
     ("ops/_rows.py", "together = max(1, step", "2"): "speed alone",
+    ("ops/_rows.py", "step = max(1, BLOCK", "2"): "speed and memory",
     ("ops/policy_loss.py", "x.sum(dtype=torch.float32)", "x.sum()"): "of numbers that are float32",
-    ("kernels/grpo.py", "if B * T_len >= MANY_ROWS", ""): "another schedule, the same numbers",
     ("ops/_head.py", "    return min(", "max("): "other chunks, no longer than they may be",
     ("ops/_rows.py", "if together > 1 and", "2"): "speed alone",
     ("ops/_rows.py", "nothing = (dentropy == 0) |", "1"): "0 times a finite number is 0",

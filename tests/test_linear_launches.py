@@ -5,7 +5,7 @@ import importlib
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 pytest.importorskip("triton", reason="the kernels need Triton")
@@ -44,16 +44,20 @@ class Counted(TorchDispatchMode):
 
 @pytest.fixture
 def count(monkeypatch):
-    """What a call launches; the kernels do not run."""
+    """What a call launches; the kernels do not run, but for one whose results are indices."""
     monkeypatch.setenv("GRPO_FAST_BACKEND", "triton")
+    run = GridExecutor.__call__
 
     def counted(tokens, masked=0, frozen=False, hidden=True, length=3, **given):
         counts, products = Counted(), []
-        monkeypatch.setattr(
-            GridExecutor,
-            "__call__",
-            lambda self, *_, **__: counts.found.update([self.fn.__name__]),
-        )
+
+        def launch(self, *args, **kwargs):
+            counts.found[self.fn.__name__] += 1
+            if self.fn.__name__ == "_reduction_weights_kernel":
+                with _disable_current_modes():
+                    run(self, *args, **kwargs)
+
+        monkeypatch.setattr(GridExecutor, "__call__", launch)
         N = tokens + masked
         states = torch.zeros(N, D, dtype=torch.bfloat16, requires_grad=hidden)
         weight = torch.zeros(V, D, dtype=torch.bfloat16, requires_grad=not frozen)

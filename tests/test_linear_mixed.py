@@ -118,6 +118,7 @@ def test_gradient_lies_over_the_logits(mixed):
     assert gradient.data_ptr() == logits.data_ptr()
     assert gradient.stride(1) == 2 * logits.stride(1) == 2 * _head.padded(100)
     assert logits.untyped_storage().nbytes() == 8 * _head.padded(100) * 4
+    assert [x.numel() for x in head.gradients()] == [24 * 16, 100 * 16, 0, 0, 0]
     assert _head.row_limit(head.hidden, _head_options(chunk_size=0)) == _head.row_limit(
         head.hidden.float(), _head_options(chunk_size=0)
     )

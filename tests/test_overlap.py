@@ -97,6 +97,7 @@ def test_which_tensors_overlap(device):
     [
         lambda x, half: half[..., 64:],  # the second half of each row
         lambda x, half: half.view(2, 8, 64)[:, :4],  # rows closer together
+        lambda x, half: half.as_strided((2, 4, 64), (256, 128, 1)),  # sequences closer together
         lambda x, half: half[..., ::2],  # gaps between the elements
         lambda x, half: half[:, 1:, :64],
         lambda x, half: half[..., :32],

@@ -9,6 +9,7 @@ if torch.cuda.is_available():
 
 from benchmarks import traffic as formulas
 from grpo_fast.kernels import (
+    chunks,
     edges,
     group_advantage,
     grpo,
@@ -27,7 +28,7 @@ from tests.interpreted import counted
 
 ID, FLAG, FLOAT = 8, 1, 4  # bytes of an id, of an entry of a mask, of anything else per token
 # With edges, one tile; one program per row, several tiles; many programs per row.
-SIZES = [101, 5000, 40_000]
+SIZES = [101, 5000, 33_000]
 
 by_size = pytest.mark.parametrize("V", SIZES)
 by_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
@@ -372,6 +373,23 @@ def test_scale_of_the_linear_head(n):
             linear_grpo.scale(x, two, out)
         assert traffic.total(traffic.loads) == n * FLOAT + programs * FLOAT
         assert traffic.total(traffic.stores) == traffic.written(out)[0] == n * width
+
+
+@pytest.mark.parametrize("D", [7, 3000])
+def test_move_rows(D):
+    """Of hidden states only what is live is read; all of the chunk is written."""
+    stage, hidden = torch.randn(5, D), torch.randn(9, D)
+    dhidden, h, rows = hidden.half(), hidden[:5].clone(), torch.tensor([3, 0, 8, 1])
+    live = torch.tensor([True, False, True, True])
+    with counted() as traffic:
+        chunks.move_rows(stage, dhidden, rows[:3], 3, hidden, rows, live, 4, h)
+    blocks = -(-D // chunks.BLOCK)
+    assert traffic.read(stage)[0] == 3 * D * FLOAT
+    assert traffic.read(hidden)[0] == 3 * D * FLOAT
+    assert traffic.read(rows)[0] == blocks * (3 + 3) * ID
+    assert traffic.read(live)[0] == blocks * 4 * FLAG
+    assert traffic.total(traffic.loads) == (6 * D) * FLOAT + blocks * (6 * ID + 4 * FLAG)
+    assert traffic.total(traffic.stores) == 3 * D * 2 + 5 * D * FLOAT
 
 
 @pytest.mark.parametrize("D", [7, 2048, 3000])
