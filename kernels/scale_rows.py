@@ -45,21 +45,27 @@ def _scale_rows_kernel(
         stop = tl.minimum(start + columns, body)
         full = (stop - start) // (K * T)
         for i in range(0, full):
-            scale_entries(body_ptr + start + i * (K * T) + offs, None, factor)
+            tile_ptr = body_ptr + start + i * (K * T) + offs
+            tl.store(tile_ptr, scaled(tl.load(tile_ptr), factor))
         base = start + full * (K * T)
         if base < stop:
-            scale_entries(body_ptr + base + offs, offs < stop - base, factor)
+            scale_some(body_ptr + base + offs, offs < stop - base, factor)
         if ROWS == "anywhere" and part == 0:
             column, there = edge_columns(head, body, V)
-            scale_entries(row_ptr + column, there, factor)
+            scale_some(row_ptr + column, there, factor)
 
 
 @triton.jit
-def scale_entries(ptr, there, factor):
-    x = tl.load(ptr, mask=there, other=0.0).to(tl.float32)
-    # A row of zeros stays one, also under a factor of inf.
-    x = tl.where(x == 0, 0.0, x * factor)
-    tl.store(ptr, x.to(ptr.dtype.element_ty), mask=there)
+def scaled(x, factor):
+    """x times the factor, in its dtype. A row of zeros stays one, also under a factor of inf."""
+    wide = x.to(tl.float32)
+    return tl.where(wide == 0, 0.0, wide * factor).to(x.dtype)
+
+
+@triton.jit
+def scale_some(ptr, there, factor):
+    """Scale the entries that are `there`."""
+    tl.store(ptr, scaled(tl.load(ptr, mask=there, other=0.0), factor), mask=there)
 
 
 def scale_rows(factor, x):
