@@ -45,8 +45,8 @@ def _scale_rows_kernel(
         stop = tl.minimum(start + columns, body)
         full = (stop - start) // (K * T)
         for i in range(0, full):
-            tile_ptr = body_ptr + start + i * (K * T) + offs
-            tl.store(tile_ptr, scaled(tl.load(tile_ptr), factor))
+            tile = body_ptr + start + i * (K * T) + offs
+            tl.store(tile, scaled(tl.load(tile), factor))
         base = start + full * (K * T)
         if base < stop:
             scale_some(body_ptr + base + offs, offs < stop - base, factor)
