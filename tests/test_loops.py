@@ -102,7 +102,7 @@ def test_the_accelerate_example_equals_sequences_without_padding():
     model.zero_grad()
     for i in range(example.MICRO_BATCHES):
         part = {name: x.chunk(example.MICRO_BATCHES)[i] for name, x in batch.items()}
-        example.loss_of(model, part, batch["mask"].sum())[0].backward()
+        example.loss_of(model, part, batch["mask"].sum(), 1.0)[0].backward()
     loops.assert_same_gradients(loops.gradients(model), want)
 
 
