@@ -45,9 +45,9 @@ PREDICTED = """
 
 `python -m benchmarks.cost_model`: bytes, instructions and ceilings, bfloat16. The range is from "what is read
 again is found in the cache" to "nothing is". Nothing here is measured. Ceilings: {origin}.
-From hidden states, times the three bare products on an H100: {products}. Before gradients were
-written over the logits, float32 logits were predicted at 1.15 to 1.30 and measured at 1.28, bfloat16 ones
-measured at 1.17 (commit c671b21).
+From hidden states, times the three bare products on an H100: {products}.
+Before gradients were written over the logits, a review expected 1.15 to 1.30 with float32 logits; measured
+were 1.28, and 1.17 with bfloat16 ones (commit c671b21).
 """
 PREDICTED_MEMORY = """
 ### Predicted memory of a 7B update
@@ -64,8 +64,10 @@ MAIN_LAUNCHES = (
     "grpo",
     "grpo split",
     "grpo split entropy extras",
-    "grpo padded",
+    "grpo 151665",
+    "grpo overlap",
     "scale_rows",
+    "reduction_weights",
     "policy_loss",
     "token_statistics",
     "group_advantage",
