@@ -65,16 +65,8 @@ CHOICES: dict[str, str] = {
 OBJECTIVES_OWN = "; it belongs to the objective: objective=Objective({ours}=...)"
 LOSSES_OWN = "; it belongs to the losses: grpo_loss(..., {ours}=...)"
 LOSS_ARGUMENTS = (
-    *(
-        "advantages",
-        "rewards",
-        "group_size",
-        "mask",
-        "old_logps",
-        "ref_logps",
-        "num_items",
-        "loss_scale",
-    ),
+    *("advantages", "rewards", "group_size", "mask", "old_logps", "ref_logps"),
+    *("num_items", "loss_scale"),
     *("importance_weights", "token_weights", "scores", "cu_seqlens", "temperature"),
     *("return_entropy", "inplace", "entropy"),
 )

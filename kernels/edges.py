@@ -65,7 +65,7 @@ def kind(*numbers: int) -> str:
 
 
 def gradient_of(rows: dict, dx: torch.Tensor) -> dict:
-    """The same of the gradient of the tensor that `rows` describes.
+    """Where the rows of the gradient lie, as the arguments of a kernel; `rows` is what `rows_of` gave.
 
     SAME_ROWS: whether each of its rows starts as many entries off a unit as that of the tensor.
     """
@@ -210,6 +210,7 @@ def write_edges(
 
 @triton.jit
 def zero_edges(drow_ptr, head, body, V):
+    """Write zeros at the edges of a row of the gradient."""
     column, there = edge_columns(head, body, V)
     zeros = tl.zeros([2 * UNIT], tl.float32).to(drow_ptr.dtype.element_ty)
     tl.store(drow_ptr + column, zeros, mask=there)
@@ -219,7 +220,7 @@ def zero_edges(drow_ptr, head, body, V):
 def capped_dlogits(
     z, scale, m, k0, k1, HAS_ENTROPY: tl.constexpr, softcap=None, logit_scale=None, cap_rate=None
 ):
-    """`dlogits_tile`, through the soft cap if there is one."""
+    """The gradient of some logits (`dlogits_tile`), through the soft cap if there is one."""
     if softcap is not None:
         z, slope = soft_cap(z, softcap, logit_scale, cap_rate)
     dz = dlogits_tile(z, scale, m, k0, k1, HAS_ENTROPY)

@@ -385,7 +385,7 @@ def grpo_fwd_bwd(
     out=None,
     arrived=None,
 ):
-    """As `grpo.grpo_fwd_bwd`, for what is not `unsupported`.
+    """Launch the kernel, with the arguments of `grpo.grpo_fwd_bwd`, for what is not `unsupported`.
 
     spread: for experiments. arrived: not used, as no program waits for another of its row.
     """

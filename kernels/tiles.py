@@ -87,7 +87,7 @@ def merge_sums(m, s, m_other, s_other):
 
 @triton.jit
 def merge_softmax(m, s, t, m_other, s_other, t_other):
-    """The same of (m, s, t)."""
+    """The statistics (m, s, t) of two sets of entries taken together: for `tl.reduce`, in one go."""
     top = tl.maximum(m, m_other)
     shrink = tl.exp2(m - top)
     shrink_other = tl.exp2(m_other - top)

@@ -81,7 +81,7 @@ def spread_rows(
 
 
 def new_statistics(head: Head, with_entropy: bool) -> Statistics:
-    """Of the rows that take part, for `read_part` to write."""
+    """Empty vectors for the statistics of the rows that take part: `read_part` writes them."""
     sizes = (head.N, head.N if with_entropy else 0, head.N, head.N)
     return Statistics(*(head.hidden.new_empty(n, dtype=torch.float32) for n in sizes))
 
@@ -89,7 +89,7 @@ def new_statistics(head: Head, with_entropy: bool) -> Statistics:
 def read_part(
     head: Head, part: slice, logits: Tensor, scores: Scores, with_entropy: bool, out: Statistics
 ) -> Statistics:
-    """Of the rows whose logits `head` has just computed, in their place in `out`."""
+    """Write the statistics of the rows whose logits `head` has just computed into their place in `out`."""
     mine = Statistics(*(x[part] for x in out))
     if head.shard:
         found = read_shared_rows(logits, *scores, with_entropy, head.softcap, head.shard)

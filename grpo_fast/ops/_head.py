@@ -53,7 +53,7 @@ def row_limit(hidden: Tensor, options: Options) -> int:
 
 
 def working_dtypes(hidden: Tensor, options: Options) -> tuple[torch.dtype, torch.dtype]:
-    """Of the operands, and of the logits."""
+    """The dtypes of the operands of the products, and of the logits."""
     if not options.fp32_logits:
         return hidden.dtype, hidden.dtype
     # Where no product of halves has a float32 result, it is one of float32 copies.

@@ -13,7 +13,7 @@ from grpo_fast.ops._backend import launch, use_triton
 
 
 class Weights(NamedTuple):
-    """Of (N,) tokens."""
+    """What each of (N,) tokens weighs."""
 
     weight: Tensor  # in the loss
     share: Tensor | None  # what a floating mask weighs a token with; None: 1
