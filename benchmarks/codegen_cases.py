@@ -15,7 +15,6 @@ from grpo_fast.kernels import (
     group_advantage,
     grpo,
     linear_grpo,
-    linear_logprob,
     logprob,
     policy_loss,
     reduction_weights,
@@ -23,6 +22,7 @@ from grpo_fast.kernels import (
     sequence_loss,
 )
 from grpo_fast.objective import KL, Objective, Surrogate
+from grpo_fast.ops import scaling
 
 B, T_LEN = 4, 16
 N = B * T_LEN
@@ -144,7 +144,7 @@ def launch_scale(dtype: torch.dtype | None = None) -> None:
 
 def launch_weigh_rows() -> None:
     x = tensor(N, 3584, dtype=torch.bfloat16)
-    linear_logprob.weigh_rows(x, tensor(N), tensor(N, 3584, dtype=torch.bfloat16))
+    scaling.weigh_rows(x, tensor(N), tensor(N, 3584, dtype=torch.bfloat16))
 
 
 def launch_move_rows() -> None:

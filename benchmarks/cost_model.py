@@ -20,7 +20,7 @@ import torch
 
 from benchmarks import compiled, shapes, traffic
 from benchmarks.committed import Run
-from grpo_fast.ops import _head
+from grpo_fast.ops.head import chunk_length
 
 # Of the data sheet, reached by a plain copy and by a large bfloat16 multiplication: assumed, not measured.
 SHARE_OF_BANDWIDTH, SHARE_OF_GEMM = 0.90, 0.80
@@ -136,7 +136,7 @@ def chunk(gpu: Gpu, rows: int, D: int, V: int, fp32: bool) -> int:
     """How many rows of logits this project's head makes at a time for bfloat16 hidden states."""
     hidden: Any = SimpleNamespace(dtype=torch.bfloat16, is_cuda=True, shape=(rows, D))
     options: Any = SimpleNamespace(fp32_logits=fp32, chunk_size=0, widest=V)
-    return _head.chunk_rows(rows, D, _head.row_limit(hidden, options), gpu.processors)
+    return chunk_length.chunk_rows(rows, D, chunk_length.row_limit(hidden, options), gpu.processors)
 
 
 def _linear_grpo(gpu: Gpu, D: int, V: int, rows: int, fp32: bool, top: Ceilings) -> Prediction:

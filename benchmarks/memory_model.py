@@ -32,7 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks import decoder, providers, step_7b
-from grpo_fast.ops import _chunks
+from grpo_fast.ops.head import passes
 
 # The packages export functions of these names.
 linear_grpo, linear_logprob = (
@@ -144,7 +144,7 @@ def gpu_on_paper() -> Iterator[None]:
         enter(mock.patch.object(torch.Tensor, "is_cuda", True))
         enter(mock.patch.object(torch.cuda, "get_device_properties", _properties))
         for name in ("fill", "read_rows", "write_rows"):
-            enter(mock.patch.object(_chunks, name, _nothing))
+            enter(mock.patch.object(passes, name, _nothing))
         with contextlib.suppress(ImportError):  # then there is nothing to predict of it
             from trl.kernels import chunked_logprob
 

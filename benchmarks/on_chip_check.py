@@ -13,7 +13,7 @@ from benchmarks.driver import Kernel
 from benchmarks.on_chip_build import SHAPE
 from grpo_fast import reference
 from grpo_fast.kernels import grpo, on_chip
-from grpo_fast.reference_terms import kl_estimate
+from grpo_fast.reference import kl_estimate
 
 CHECKED = shapes.Shape(B=8, T=128, V=shapes.CUDA[SHAPE].V, G=4)
 ROWS_AT_ONCE = 64  # whose float64 gradient is taken

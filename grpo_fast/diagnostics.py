@@ -10,19 +10,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from grpo_fast import checks
 from grpo_fast.objective import Objective
-from grpo_fast.ops import _arguments
-from grpo_fast.ops._selection import per_token_advantages
-from grpo_fast.ops._terms import (
+from grpo_fast.records import Sequences, Tokens
+from grpo_fast.sequences import per_token_advantages
+from grpo_fast.torch_kernels.sequence_loss import poisoned, ratio_terms
+from grpo_fast.torch_kernels.terms import (
     CLIP_DUAL,
     CLIP_HIGH,
     CLIP_LOW,
+    Ratio,
     beyond_bounds,
     kl_terms,
     policy_terms,
     ratio_cap,
 )
-from grpo_fast.ops.sequence_loss import Segments, poisoned, ratio_terms
 
 __all__ = ["TokenDiagnostics", "kl_estimate", "token_diagnostics"]
 
@@ -89,19 +91,19 @@ def token_diagnostics(
         ValueError: another shape, by name; an objective with a KL term and no `ref_logps`.
     """
     op = "token_diagnostics"
-    shape = _arguments.check_tensor(op, "logps", logps).shape
+    shape = checks.check_tensor(op, "logps", logps).shape
     for name, x in {"old_logps": old_logps, "ref_logps": ref_logps}.items():
-        if x is not None and _arguments.check_tensor(op, name, x).shape != shape:
-            raise ValueError(f"{op}: {name}: want {tuple(shape)}, got {_arguments.shape_of(x)}")
+        if x is not None and checks.check_tensor(op, name, x).shape != shape:
+            raise ValueError(f"{op}: {name}: want {tuple(shape)}, got {checks.shape_of(x)}")
     if objective.beta and ref_logps is None:
         raise ValueError(f"{op}: ref_logps: needed, since objective.beta={objective.beta}")
     if cu_seqlens is not None:
-        cu_seqlens = _arguments.check_cu_seqlens(op, cu_seqlens, logps).long()
+        cu_seqlens = checks.check_cu_seqlens(op, cu_seqlens, logps).long()
     advantages = per_token_advantages(op, advantages, logps, cu_seqlens)
-    live = _arguments.check_mask(op, mask, logps)
+    live = checks.check_mask(op, mask, logps)
     if live is None:
         live = torch.ones(logps.numel(), dtype=torch.bool, device=logps.device)
-    share = _arguments.mask_share(mask, logps)
+    share = checks.mask_share(mask, logps)
 
     def kept(x: Tensor) -> Tensor:
         return torch.where(live, x.reshape(-1), 0).float()
@@ -109,13 +111,13 @@ def token_diagnostics(
     logp, A = kept(logps), kept(advantages)
     old = logp if old_logps is None else kept(old_logps)
     ref = None if ref_logps is None else kept(ref_logps)
-    segments = Segments.of(len(logp), cu_seqlens, shape[-1])
-    found = ratio_terms(logp - old, A, None, live, share, segments, objective)
+    sequences = Sequences(cu_seqlens, shape[-1], share, None)
+    found = ratio_terms(logp - old, A, live, sequences, objective)
     ratio = found.bounded.exp()
     own = torch.ones_like(ratio)  # of derivatives, which nobody wants here
+    tokens = Tokens(torch.ones_like(logp), A, old, ref, poisoned(None, found), None, None, None)
     terms = policy_terms(
-        *(logp, old, ref, found.bounded, own, found.log_w, found.dropped),
-        *(A, None, poisoned(None, found), objective),
+        logp, tokens, Ratio(found.bounded, own, found.log_w, found.dropped), objective
     )
     nothing = torch.zeros_like(live)
     below, above = beyond_bounds(logp, old, ratio, A, objective)
@@ -161,7 +163,7 @@ def kl_estimate(
             "kl_estimate: objective.kl='k3_unbiased' needs a ratio: use token_diagnostics"
         )
     for name, x in (("logps", logps), ("ref_logps", ref_logps)):
-        _arguments.check_tensor("kl_estimate", name, x)
+        checks.check_tensor("kl_estimate", name, x)
     logp = logps.float()
     one = torch.ones_like(logp)
     return kl_terms(logp, ref_logps.float(), torch.zeros_like(logp), one, one, objective)[0]

@@ -7,15 +7,15 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
-from grpo_fast._names import (
+from grpo_fast.operands import LARGEST, NUMBERS, Modes, Terms, hint, operands
+from grpo_fast.presets import ENTROPY_BY_TOKENS, PRESETS
+from grpo_fast.spelling import (
     LOSS_ARGUMENTS,
     LOSSES_OWN,
     check_choice,
     check_preset,
     keywords_explained,
 )
-from grpo_fast._operands import LARGEST, NUMBERS, Modes, Terms, hint, operands
-from grpo_fast.presets import ENTROPY_BY_TOKENS, PRESETS
 
 Surrogate = Literal[
     "clip",

@@ -13,7 +13,7 @@ from typing import Annotated, Any, NamedTuple, get_type_hints
 
 from torch import Tensor
 
-from grpo_fast._operands import Modes, Terms
+from grpo_fast.operands import Modes, Terms
 
 SymInt = Annotated[int, "SymInt"]  # a size that a compiled graph may leave open
 
@@ -67,6 +67,54 @@ class Outputs(NamedTuple):
     clip: Tensor  # int8, bits of the clip flags
 
 
+class PolicyLoss(NamedTuple):
+    """What an objective makes of log-probs; (N,), and (0,) where it is not computed."""
+
+    loss: Tensor  # fp32, times the token's weight
+    dlogp: Tensor  # fp32, dloss/dlogp
+    kl: Tensor  # fp32
+    clip: Tensor  # int8, bits of the clip flags
+
+
+class Weighing(NamedTuple):
+    """What decides how much each token weighs in the loss."""
+
+    mask: Tensor | None  # (N,) bool: tokens that count; None for all
+    floating: Tensor | None  # (N,): the mask, where it is a floating one
+    token_weights: Tensor | None  # (N,) fp32; None: 1
+    boundaries: Tensor | None  # (num_sequences + 1,) of packed tokens; None: one sequence
+    num_items: Tensor | None  # 0-dim: the denominator of "token_mean"; None: the number of tokens
+    loss_scale: Tensor | None  # 0-dim: a factor on the loss; None: 1. Kernels take numbers as well
+
+
+class Weights(NamedTuple):
+    """What each token weighs; (N,)."""
+
+    weight: Tensor  # fp32, in the loss
+    share: Tensor | None  # fp32, in sums over a sequence and in metrics: the floating mask; None: 1
+    entropy_weight: Tensor | None  # fp32, in a mean over all tokens; None: not wanted
+    sequence: Tensor | None  # int64, the sequence of each packed token; None: not packed
+
+
+class Outgoing(NamedTuple):
+    """Gradients of hidden states that leave a chunk of the head."""
+
+    stage: Tensor  # (C, D): where they are
+    dhidden: Tensor  # (rows, D): where they go, contiguous
+    rows: Tensor | None  # (n,) int64: which rows of `dhidden`; None: the first ones
+    n: int
+
+
+class Incoming(NamedTuple):
+    """Hidden states that a chunk of the head takes next."""
+
+    hidden: Tensor  # (rows, D), any strides: where they are
+    rows: Tensor | None  # (n,) int64: which rows of `hidden`; None: the first ones
+    live: Tensor | None  # (n,) bool: rows that count, the others become 0; None: all
+    n: int
+    h: Tensor  # (C, D): where they go; rows from n on become 0
+
+
 class RowStatistics(NamedTuple):
     """What the gradient of log-probs needs of the forward; (N,) fp32."""
 
@@ -101,10 +149,13 @@ class Standardization(NamedTuple):
     raw_singletons: bool = False
 
 
+Z_SCORE = Standardization("group", 1e-4)  # of the losses' `rewards`: TRL's and the paper code's
+
+
 KINDS = {Tensor: "Tensor", Any: "Tensor", int: "int", SymInt: "SymInt", bool: "bool", str: "str"}
 
 
-def schema(**records: type) -> str:
+def schema(**records: Any) -> str:
     """The arguments of an operator that takes these records, as its schema declares them.
 
     Args:
@@ -158,3 +209,15 @@ def unflatten(arguments: Sequence[Any], *kinds: Any) -> list[Any]:
         start += len(piece)
     assert start == len(arguments)
     return found
+
+
+def select(record: Any, rows: Tensor | slice | None) -> Any:
+    """The values of some tokens, in a record whose vectors are per token; None for all."""
+    if rows is None:
+        return record
+    return type(record)(*(_of_rows(x, rows) for x in record))
+
+
+def _of_rows(x: Any, rows: Tensor | slice) -> Any:
+    """`x[rows]` of a vector; what is a number, empty or not there has no rows."""
+    return x[rows] if isinstance(x, Tensor) and x.ndim and len(x) else x

@@ -26,7 +26,7 @@ from grpo_fast.kernels.terms import (
 )
 
 BLOCK = 1024
-NUM_STATISTICS = 16  # the layout is named in `grpo_fast.ops._metrics.STATISTICS`
+NUM_STATISTICS = 16  # the layout is named in `grpo_fast.metrics.STATISTICS`
 NUM_METRICS = 14  # likewise, `METRICS`
 
 
@@ -229,7 +229,7 @@ def _token_statistics_kernel(
 
 @triton.jit
 def store_metrics(metrics_ptr, total, column):
-    """The metrics of statistics, as `grpo_fast.ops._metrics.metrics_from` computes and orders them."""
+    """The metrics of statistics, as `grpo_fast.metrics.metrics_from` computes and orders them."""
     tokens = tl.sum(tl.where(column == 0, total, 0.0))
     rho = tl.sum(tl.where(column == 12, total, 0.0))
     squares = tl.sum(tl.where(column == 13, total, 0.0))

@@ -1,6 +1,6 @@
 """A token's share of an objective, as pure maths: surrogates, KL estimators, their derivatives.
 
-No loads, no stores. Twins on the PyTorch path: `grpo_fast/ops/_terms.py`.
+No loads, no stores. Twins on the PyTorch path: `grpo_fast/torch_kernels/terms.py`.
 """
 
 import triton

@@ -11,46 +11,49 @@ SHARED = f"({TORCH}) or ((2-False or without_rows) and not kernels)"  # over two
 
 # The test files for each file, the likeliest first, and which of their tests.
 COVERS: dict[str, tuple[str, str]] = {
-    "grpo_fast/_names.py": ("names", TORCH),
-    "grpo_fast/_output.py": ("loss policy_loss", TORCH),
-    "grpo_fast/_overwritten.py": ("inplace", TORCH),
-    "grpo_fast/ops/_arguments.py": (
+    "grpo_fast/spelling.py": ("names", TORCH),
+    "grpo_fast/loss/output.py": ("loss policy_loss", TORCH),
+    "grpo_fast/overwritten.py": ("inplace", TORCH),
+    "grpo_fast/checks.py": (
         "errors linear_errors told_apart masks shapes tensor_kinds",
         TORCH,
     ),
-    "grpo_fast/ops/_autograd.py": ("derivatives inplace linear_errors", TORCH),
-    "grpo_fast/ops/_backend.py": (
+    "grpo_fast/ops/autograd.py": ("derivatives inplace linear_errors", TORCH),
+    "grpo_fast/ops/backend.py": (
         "errors public_api grpo logprob strides",
         f"{LAUNCHES} or (triton and (strided_logits or one_output or layouts and policy_loss))",
     ),
-    "grpo_fast/ops/_chunks.py": (
+    "grpo_fast/ops/head/passes.py": (
         "linear_grpo linear_logprob linear_edges linear_upstream rare_options masks vocab_parallel",
         SHARED,
     ),
-    "grpo_fast/ops/_head.py": (
+    "grpo_fast/ops/head/chunked.py": (
         "linear_logprob linear_grpo linear_mixed linear_edges linear_errors linear_dtypes",
         f"({TORCH}) or (linear_mixed and triton and plain)",  # the kernel that moves rows, too
     ),
-    "grpo_fast/ops/_head_arguments.py": (
+    "grpo_fast/ops/head/arguments.py": (
         "linear_errors linear_logprob linear_edges linear_dtypes vocab_parallel",
         SHARED,
     ),
-    "grpo_fast/ops/_metrics.py": ("policy_loss loss rare_options masks", TORCH),
-    "grpo_fast/ops/_phases.py": ("rare_options sequence_loss policy_loss grpo", TORCH),
-    "grpo_fast/ops/_rows.py": (
+    "grpo_fast/metrics.py": ("policy_loss loss rare_options masks", TORCH),
+    "grpo_fast/ops/coefficients.py": ("rare_options sequence_loss policy_loss grpo", TORCH),
+    "grpo_fast/torch_kernels/rows.py": (
         "edges logprob errors strides grpo linear_logprob",
         f"{TORCH} and not where_the",
     ),
-    "grpo_fast/ops/_selection.py": (
+    "grpo_fast/weights/live_tokens.py": (
         "selection policy_loss weights",
         f"({TORCH} and not trl_modes) or over_processes",
     ),
-    "grpo_fast/ops/_terms.py": ("policy_loss kl nan sequence_loss preset_edges loss grpo", TORCH),
-    "grpo_fast/ops/_tokens.py": (
+    "grpo_fast/torch_kernels/terms.py": (
+        "policy_loss kl nan sequence_loss preset_edges loss grpo",
+        TORCH,
+    ),
+    "grpo_fast/loss/arguments.py": (
         "loss errors rare_options told_apart masks policy_loss reduction_weights",
         TORCH,
     ),
-    "grpo_fast/ops/_vocab_parallel.py": (
+    "grpo_fast/ops/head/vocab_parallel.py": (
         "vocab_parallel",
         "combine or whose or sends or ((2-False or without_rows) and not kernels)",
     ),

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from grpo_fast import Objective, reference
-from grpo_fast._operands import operand
 from grpo_fast.loss import grpo_loss, linear_grpo_loss
+from grpo_fast.operands import operand
 from grpo_fast.ops import group_advantage
 from tests.cases import loss_and_grad
 

@@ -4,16 +4,17 @@ import pytest
 import torch
 
 from grpo_fast import Objective
-from grpo_fast._operands import operand
 from grpo_fast.loss import grpo_loss, linear_grpo_loss, policy_loss
+from grpo_fast.operands import operand
 from grpo_fast.ops import group_advantage, linear_logprob, logprob
 from grpo_fast.ops.group_advantage import combine_rewards_fwd, group_advantage_fwd
-from grpo_fast.ops.grpo import grpo, grpo_, scale_rows_
-from grpo_fast.ops.linear_grpo import linear_grpo, scale_, scaled_to
-from grpo_fast.ops.linear_logprob import linear_logprob_bwd, linear_logprob_fwd, weigh_rows
+from grpo_fast.ops.grpo import grpo, grpo_
+from grpo_fast.ops.linear_grpo import linear_grpo
+from grpo_fast.ops.linear_logprob import linear_logprob_bwd, linear_logprob_fwd
 from grpo_fast.ops.logprob import logprob_bwd, logprob_fwd
 from grpo_fast.ops.policy_loss import policy_loss_fwd, token_statistics
 from grpo_fast.ops.reduction_weights import reduction_weights_fwd
+from grpo_fast.ops.scaling import scale_, scale_rows_, scaled_to, weigh_rows
 from grpo_fast.ops.sequence_loss import sequence_loss_fwd
 
 V, D = 30, 8

@@ -11,7 +11,8 @@ import torch
 
 from benchmarks import accuracy
 from grpo_fast import weights
-from grpo_fast.integrations import skyrl, verl
+from grpo_fast.integrations import skyrl
+from grpo_fast.integrations.verl import losses
 from grpo_fast.objective import (
     DEFAULTS,
     KL,
@@ -131,5 +132,5 @@ def test_every_adapter_is_documented_by_names_that_exist():
     files = {path.stem for path in folder.glob("[a-z]*.py")}
     elsewhere = {"trl", "transformers"}  # with pages of their own
     assert files - elsewhere <= {module for module, _ in named}
-    for losses in (verl.POLICY_LOSSES, skyrl.POLICY_LOSSES):
+    for losses in (losses.POLICY_LOSSES, skyrl.POLICY_LOSSES):
         assert all(f"`{name}`" in text for name in losses)

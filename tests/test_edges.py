@@ -5,8 +5,9 @@ import torch
 
 from grpo_fast import Objective, reference
 from grpo_fast.loss import grpo_loss
-from grpo_fast.ops import _rows, logprob
+from grpo_fast.ops import logprob
 from grpo_fast.testing import assert_as_accurate
+from grpo_fast.torch_kernels import rows
 from tests.cases import batch, in_double, loss_and_grad
 
 # Nothing but edges; edges and a few units; a tile and a rest; several programs.
@@ -85,7 +86,7 @@ def test_where_the_gradient_is_written(V, cap, device):
     pytest.importorskip("triton", reason="the kernels need Triton")
     from grpo_fast.kernels import grpo as kernels
     from grpo_fast.kernels import logprob as logprob_kernels
-    from grpo_fast.ops._backend import launch
+    from grpo_fast.ops.backend import launch
 
     logits, ids, arguments = small_batch(V, device)
     ids, mask = ids.flatten(), arguments["mask"].flatten()
@@ -110,7 +111,7 @@ def test_where_the_gradient_is_written(V, cap, device):
 
     for before, gap in places(V):
         x = held(logits, before, gap)
-        want = both(x, _rows.new_gradient(x), _rows.new_gradient(x))
+        want = both(x, rows.new_gradient(x), rows.new_gradient(x))
         unlike = held(torch.full_like(logits, 7), 2, 1), held(torch.full_like(logits, 7), 0, 5)
         for got, expected in zip(both(x, *unlike), want, strict=True):
             torch.testing.assert_close(got, expected, rtol=0, atol=0)
@@ -150,7 +151,7 @@ def test_a_last_segment_that_holds_edges_alone(device, monkeypatch):
 @pytest.mark.parametrize("V", [8, 24, 701])
 def test_a_new_gradient_has_rows_like_those_of_the_logits(V, place):
     x = held(torch.zeros(3, 3, V), *place)
-    y = _rows.new_gradient(x)
+    y = rows.new_gradient(x)
     assert y.shape == x.shape
     assert y.untyped_storage().nbytes() - x.numel() * 4 <= 4 * 7 * (2 + 3 * 3)
     if V % 8 == 0:
@@ -166,7 +167,7 @@ def test_what_the_kernels_are_told_of_rows():
     pytest.importorskip("triton", reason="the kernels need Triton")
     from grpo_fast.kernels import edges
 
-    assert edges.UNIT.value == _rows.UNIT
+    assert edges.UNIT.value == rows.UNIT
 
     def told(x, dx=None):
         rows = edges.rows_of("logits", x)
@@ -187,7 +188,7 @@ def test_what_the_kernels_are_told_of_rows():
     assert told(y) == ("anywhere", 0, True)
     assert told(y[:, 1:]) == ("anywhere", 1, True)
     assert told(y[:, 1:], torch.zeros(2, 3, 161)) == ("anywhere", 1, False)
-    assert told(y[:, 1:], _rows.new_gradient(y[:, 1:])) == ("anywhere", 1, True)
+    assert told(y[:, 1:], rows.new_gradient(y[:, 1:])) == ("anywhere", 1, True)
     assert told(x, torch.zeros(2, 4, 161)[..., :160]) == ("aligned", 0, False)
     assert told(x, torch.zeros(2, 4, 168)[..., :160]) == ("aligned", 0, False)
     assert told(x, torch.zeros(2, 4, 176)[..., :160]) == ("aligned", 0, True)

@@ -10,8 +10,8 @@ import torch
 
 from grpo_fast import Objective
 from grpo_fast.loss import fold_statistics, grpo_loss, policy_loss
-from grpo_fast.ops import _backend, group_advantage, logprob
-from grpo_fast.ops._backend import Strided, launch, use_triton
+from grpo_fast.ops import backend, group_advantage, logprob
+from grpo_fast.ops.backend import Strided, launch, use_triton
 
 LOGITS = torch.zeros(4, 3, 10)
 IDS = torch.zeros(4, 3, dtype=torch.int64)
@@ -339,7 +339,7 @@ def test_backend_switch(monkeypatch):
     with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1"):
         logprob(LOGITS, IDS)
     why = "Triton is not installed"
-    monkeypatch.setattr("grpo_fast.ops._backend.why_no_triton", lambda: why)
+    monkeypatch.setattr("grpo_fast.ops.backend.why_no_triton", lambda: why)
     with pytest.raises(RuntimeError, match=f"GRPO_FAST_BACKEND=triton, but {why}"):
         logprob(LOGITS, IDS)
 
@@ -347,7 +347,7 @@ def test_backend_switch(monkeypatch):
 def test_which_backend_runs(monkeypatch):
     """The switch itself is asked: both implementations return the same numbers."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr("grpo_fast.ops._backend.why_no_triton", lambda: "")
+    monkeypatch.setattr("grpo_fast.ops.backend.why_no_triton", lambda: "")
     for forced, runs in (("triton", True), ("torch", False), ("", False)):
         monkeypatch.setenv("GRPO_FAST_BACKEND", forced)
         assert use_triton(LOGITS) is runs
@@ -358,21 +358,21 @@ def test_which_backend_runs(monkeypatch):
 def test_a_gpu_without_triton_is_told(monkeypatch):
     """Once, where the user's own tensors are on a GPU."""
     monkeypatch.delenv("GRPO_FAST_BACKEND", raising=False)
-    monkeypatch.setattr(_backend, "why_no_triton", lambda: "Triton is not installed")
-    _backend._warn_of_slow_path.cache_clear()
+    monkeypatch.setattr(backend, "why_no_triton", lambda: "Triton is not installed")
+    backend._warn_of_slow_path.cache_clear()
     on_a_gpu = SimpleNamespace(device=torch.device("cuda", 0))
     with pytest.warns(UserWarning, match="Triton is not installed: PyTorch's operators run"):
         assert use_triton(on_a_gpu) is False
     assert use_triton(on_a_gpu) is False  # and no second warning, which would be an error here
-    _backend._warn_of_slow_path.cache_clear()
+    backend._warn_of_slow_path.cache_clear()
 
 
 def test_versions_that_are_too_old_are_named(monkeypatch):
     triton = SimpleNamespace(__version__="3.3.1", __spec__=object())
     monkeypatch.setitem(sys.modules, "triton", triton)
-    _backend.why_no_triton.cache_clear()
-    assert _backend.why_no_triton() == "Triton 3.3.1 is installed, and the kernels need 3.4"
-    _backend.why_no_triton.cache_clear()
+    backend.why_no_triton.cache_clear()
+    assert backend.why_no_triton() == "Triton 3.3.1 is installed, and the kernels need 3.4"
+    backend.why_no_triton.cache_clear()
     code = "import torch; torch.__version__ = '2.7.1+cpu'; import grpo_fast.ops"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from grpo_fast.integrations import hub
+from grpo_fast import hub
 
 ROOT = Path(__file__).resolve().parents[1]
 ORACLES = Path(sys.prefix) / "oracles"

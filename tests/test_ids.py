@@ -5,10 +5,10 @@ import torch
 
 pytest.importorskip("triton", reason="PyTorch's operators raise an error of their own")
 
-from grpo_fast import Objective
+from grpo_fast import Objective, checks
 from grpo_fast.loss import grpo_loss, linear_grpo_loss
-from grpo_fast.ops import _arguments, linear_logprob, logprob
-from grpo_fast.ops._vocab_parallel import combine
+from grpo_fast.ops import linear_logprob, logprob
+from grpo_fast.ops.head.vocab_parallel import combine
 
 OUTSIDE = [-100, -1, "V", "V + 7", 2**31 - 1, 2**32, 2**32 + 1, -(2**32)]
 SIZES = [100, 5000, 40_000]  # one tile, several, shared by several programs
@@ -18,7 +18,7 @@ SIZES = [100, 5000, 40_000]  # one tile, several, shared by several programs
 def unchecked(monkeypatch):
     """As on a GPU: values are not looked at, and the kernels run."""
     monkeypatch.setenv("GRPO_FAST_BACKEND", "triton")
-    monkeypatch.setattr(_arguments, "check_values", lambda x: False)
+    monkeypatch.setattr(checks, "check_values", lambda x: False)
 
 
 def batch(V, bad, device):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from grpo_fast import reference
-from grpo_fast.integrations._verl_logprobs import logprobs_from_logits
+from grpo_fast.integrations.verl.log_probs import logprobs_from_logits
 from grpo_fast.loss import grpo_loss
 from grpo_fast.ops import logprob
 from tests.cases import batch

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from grpo_fast import Objective
-from grpo_fast.integrations._call import Call, token_average
-from grpo_fast.integrations._host import at, options, read
+from grpo_fast.integrations.shared.call import Call, token_average
+from grpo_fast.integrations.shared.options import at, options, read
 from grpo_fast.loss import policy_loss
 from tests.hosts import assert_adapter_only_scales
 

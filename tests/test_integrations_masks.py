@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from grpo_fast.integrations import areal, miles, nemo_rl, openrlhf, prime_rl, skyrl, slime, verl
+from grpo_fast.integrations import areal, miles, nemo_rl, openrlhf, prime_rl, skyrl, slime
+from grpo_fast.integrations.verl import losses
 from grpo_fast.testing import assert_as_accurate
 from grpo_fast.weights import clip_cov, geometric_mean
 from tests import test_integrations_miles, test_integrations_slime
@@ -68,7 +69,7 @@ def test_verl(mode, aggregation, info, device):
     live, config = fractions != 0, configuration(global_batch_info=info)
     results = []
     for fn, dtype, fill in (
-        (verl.POLICY_LOSSES[mode], torch.float32, torch.nan),
+        (losses.POLICY_LOSSES[mode], torch.float32, torch.nan),
         (theirs, torch.float32, 0),
         (theirs, torch.float64, 0),
     ):

@@ -8,8 +8,9 @@ import torch
 
 from grpo_fast import Objective, reference
 from grpo_fast.loss import linear_grpo_loss
-from grpo_fast.ops import _head, linear_logprob
-from grpo_fast.ops._head_arguments import Options
+from grpo_fast.ops import linear_logprob
+from grpo_fast.ops.head import products
+from grpo_fast.ops.head.arguments import Options
 from grpo_fast.testing import assert_as_accurate
 from tests.ranks import run
 
@@ -243,9 +244,9 @@ class TestWithoutMixedProducts:
         monkeypatch.setattr(_head, "MIXED_MM", False)
         monkeypatch.setattr(_head, "processors", lambda x: 4)
         monkeypatch.setenv("GRPO_FAST_BACKEND", "torch")
-        _head.warn_of_copies.cache_clear()
+        products.warn_of_copies.cache_clear()
         yield
-        _head.warn_of_copies.cache_clear()
+        products.warn_of_copies.cache_clear()
 
     @pytest.mark.parametrize("logits_dtype", ["fp32", "bf16"])
     @pytest.mark.parametrize("dtype", HALVES, ids=name)
@@ -271,7 +272,7 @@ class TestWithoutMixedProducts:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             linear_logprob(hidden, weight, ids)
-            _head.warn_of_copies.cache_clear()
+            products.warn_of_copies.cache_clear()
             linear_logprob(hidden, weight, ids, logits_dtype="bf16")
             linear_logprob(hidden.float(), weight, ids)
 
@@ -285,4 +286,4 @@ class TestWithoutMixedProducts:
         ],
     )
     def test_which_builds(self, version, hip, mixed):
-        assert _head.mixed_products_of(version, hip) is mixed
+        assert products.mixed_products_of(version, hip) is mixed

@@ -6,7 +6,7 @@ import torch
 from grpo_fast import Objective
 from grpo_fast.loss import linear_grpo_loss
 from grpo_fast.ops import linear_logprob
-from grpo_fast.ops._head import TILE_ROWS, chunk_rows
+from grpo_fast.ops.head.chunk_length import TILE_ROWS, chunk_rows
 from tests.test_linear_grpo import batch, check, ways_taken
 
 B, T, D, V = 3, 4, 8, 20

@@ -5,7 +5,8 @@ import torch
 
 from grpo_fast import Objective, reference
 from grpo_fast.loss import grpo_loss, linear_grpo_loss
-from grpo_fast.ops import _head, linear_grpo, linear_logprob
+from grpo_fast.ops import linear_grpo, linear_logprob
+from grpo_fast.ops.head import chunk_length
 from grpo_fast.testing import assert_as_accurate
 from tests.cases import in_double
 from tests.properties import given, settings, st
@@ -287,7 +288,7 @@ def test_the_ways_of_sequence_objectives_agree(name, compact, backend, device, m
 def test_whole_sequences_in_the_chunks_that_memory_allows(T, device, monkeypatch):
     """Without a chunk size: nine rows, three sequences of three or a longest one of nine."""
     monkeypatch.setenv("GRPO_FAST_BACKEND", "torch")
-    monkeypatch.setitem(_head.WORKSPACE_BYTES, "cpu", 9 * 64 * 4)
+    monkeypatch.setitem(chunk_length.WORKSPACE_BYTES, "cpu", 9 * 64 * 4)
     monkeypatch.setattr(_head, "CPU_WORKSPACE_SHARE", 0)
     tensors, options, ids, arguments = batch(6, T, 60, "cpu")
     arguments = {k: x.nan_to_num(-4.0) for k, x in arguments.items() if k != "mask"}

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from grpo_fast import reference
-from grpo_fast.ops import _head, linear_logprob, logprob
+from grpo_fast.ops import linear_logprob, logprob
+from grpo_fast.ops.head import chunk_length, products
 from grpo_fast.testing import assert_as_accurate
 from tests.cases import in_other_company
 from tests.properties import given, settings, st
@@ -162,7 +163,6 @@ def test_frozen_head_scales_stored_rows(options, backend, device):
 
 def test_a_frozen_head_needs_two_products_of_the_size(monkeypatch, device):
     """Counted: 2 for an unfrozen head, 2 N D V each in the forward, 3 in the backward."""
-    from grpo_fast.ops import _head
 
     products = []
     for name in ("product", "accumulate"):
@@ -245,11 +245,11 @@ def test_rows_hardly_depend_on_the_batch_by_default(limit, monkeypatch, backend,
     """
     N, D, V = 40, 16, 300
     if limit:
-        room = dict.fromkeys(("cuda", "cpu"), limit * _head.padded(V) * 4)
+        room = dict.fromkeys(("cuda", "cpu"), limit * chunk_length.padded(V) * 4)
         monkeypatch.setattr(_head, "WORKSPACE_BYTES", room)
         monkeypatch.setattr(_head, "CPU_WORKSPACE_SHARE", 0)
     heights = []
-    real = _head.product
+    real = products.product
 
     def recorded(a, b, out):
         heights.append((len(a), len(out)))
@@ -322,5 +322,5 @@ def test_sums_of_halves_where_addmm_takes_none(monkeypatch, fresh, alpha):
     want = alpha * (a.double() @ b.double()) + (0 if fresh else out.double())
     monkeypatch.setattr(_head, "SLAB", 16)
     monkeypatch.setattr(torch, "mm", mixed)
-    _head._accumulate_in_slabs(out, a, b, alpha, fresh)
+    products._accumulate_in_slabs(out, a, b, alpha, fresh)
     torch.testing.assert_close(out.double(), want, rtol=1e-6, atol=1e-5)

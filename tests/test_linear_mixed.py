@@ -5,8 +5,9 @@ import torch
 
 from grpo_fast import Objective, reference
 from grpo_fast.loss import linear_grpo_loss
-from grpo_fast.ops import _head, linear_logprob
-from grpo_fast.ops._head_arguments import Needs
+from grpo_fast.ops import linear_logprob
+from grpo_fast.ops.head import chunk_length, chunked
+from grpo_fast.ops.head.arguments import Needs
 from grpo_fast.testing import assert_as_accurate
 from tests.cases import in_double
 from tests.mixed import mixed_products
@@ -101,13 +102,13 @@ def test_long_rows(mixed, backend, device):
 def head_of(dtype=torch.bfloat16, needs=(True, True, False, False, False), fp32=True, **change):
     tensors, _ = make(24, 16, 100, "cpu", dtype=dtype)
     options = _head_options(fp32=fp32, **change)
-    parameters = _head.Parameters(tensors["weight"], None, None, None)
-    return _head.Head(tensors["hidden"], parameters, options, None, None, Needs(*needs))
+    parameters = chunked.Parameters(tensors["weight"], None, None, None)
+    return chunked.Head(tensors["hidden"], parameters, options, None, None, Needs(*needs))
 
 
 def _head_options(V=100, fp32=True, chunk_size=8):
     one = torch.ones((), dtype=torch.float64)
-    return _head.Options(one, None, one, fp32, V, chunk_size, "", 0, V)
+    return chunked.Options(one, None, one, fp32, V, chunk_size, "", 0, V)
 
 
 def test_gradient_lies_over_the_logits(mixed):
@@ -116,12 +117,12 @@ def test_gradient_lies_over_the_logits(mixed):
     logits, gradient = head.logits(slice(0, 8))
     assert (logits.dtype, gradient.dtype) == (torch.float32, torch.bfloat16)
     assert gradient.data_ptr() == logits.data_ptr()
-    assert gradient.stride(1) == 2 * logits.stride(1) == 2 * _head.padded(100)
-    assert logits.untyped_storage().nbytes() == 8 * _head.padded(100) * 4
+    assert gradient.stride(1) == 2 * logits.stride(1) == 2 * chunk_length.padded(100)
+    assert logits.untyped_storage().nbytes() == 8 * chunk_length.padded(100) * 4
     assert [x.numel() for x in head.gradients()] == [24 * 16, 100 * 16, 0, 0, 0]
-    assert _head.row_limit(head.hidden, _head_options(chunk_size=0)) == _head.row_limit(
-        head.hidden.float(), _head_options(chunk_size=0)
-    )
+    assert chunk_length.row_limit(
+        head.hidden, _head_options(chunk_size=0)
+    ) == chunk_length.row_limit(head.hidden.float(), _head_options(chunk_size=0))
 
 
 @by_half

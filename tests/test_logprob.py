@@ -174,7 +174,7 @@ def test_the_pytorch_path_in_blocks_of_any_size(elements, device, monkeypatch):
         return found
 
     want = computed()
-    monkeypatch.setattr("grpo_fast.ops._rows.BLOCK_ELEMENTS", elements)
+    monkeypatch.setattr("grpo_fast.torch_kernels.rows.BLOCK_ELEMENTS", elements)
     for a, b in zip(computed(), want, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 

@@ -8,7 +8,7 @@ import torch
 
 from grpo_fast import Objective, grpo_loss, linear_grpo_loss, metrics_from, policy_loss
 from grpo_fast.diagnostics import TokenDiagnostics
-from grpo_fast.ops._metrics import STATISTICS
+from grpo_fast.metrics import STATISTICS
 
 PAGE = (Path(__file__).resolve().parents[1] / "docs" / "metrics.md").read_text()
 OF_CALLS, OF_STEPS, OF_TOKENS, _ = PAGE.split("\n## ")[1:]  # test_loops has the last

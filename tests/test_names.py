@@ -8,10 +8,10 @@ import torch
 
 import grpo_fast
 from grpo_fast import Objective
-from grpo_fast._names import ARGUMENTS, CHOICES, LOSS_ARGUMENTS, spelled
 from grpo_fast.objective import KL, OPTIONS, Ratio, Reduction, Surrogate
 from grpo_fast.ops.group_advantage import AGGREGATIONS, BASELINES
 from grpo_fast.presets import PRESETS
+from grpo_fast.spelling import ARGUMENTS, CHOICES, LOSS_ARGUMENTS, spelled
 
 X, IDS = torch.zeros(2, 3, 4), torch.zeros(2, 3, dtype=torch.int64)
 

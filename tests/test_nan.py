@@ -8,7 +8,7 @@ import torch
 from grpo_fast import Objective, reference, weights
 from grpo_fast.diagnostics import token_diagnostics
 from grpo_fast.loss import grpo_loss, policy_loss
-from grpo_fast.ops._metrics import STATISTICS
+from grpo_fast.metrics import STATISTICS
 from grpo_fast.ops.policy_loss import token_statistics
 from tests.cases import batch, loss_and_grad
 from tests.test_grpo import by_objective

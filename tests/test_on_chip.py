@@ -12,7 +12,7 @@ pytest.importorskip("triton", reason="the kernels need Triton")
 from grpo_fast import Objective, reference
 from grpo_fast.kernels import on_chip
 from grpo_fast.loss import grpo_loss, linear_grpo_loss
-from grpo_fast.ops import _arguments, _backend
+from grpo_fast.ops import backend
 from grpo_fast.testing import assert_as_accurate
 from tests.cases import batch, in_double, loss_and_grad
 
@@ -26,7 +26,7 @@ SIZES = [4096, 50_304, 81_928]
 @pytest.fixture(autouse=True)
 def switched_on(monkeypatch):
     """A fallback would warn, and a warning is an error."""
-    _backend.warn_not_on_chip.cache_clear()
+    backend.warn_not_on_chip.cache_clear()
     monkeypatch.setenv("GRPO_FAST_BACKEND", "triton")
     monkeypatch.setenv("GRPO_FAST_ON_CHIP", "1")
 

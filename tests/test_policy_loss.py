@@ -6,10 +6,10 @@ import torch
 
 from grpo_fast import Objective, reference
 from grpo_fast.loss import grpo_loss, policy_loss
+from grpo_fast.metrics import METRICS, STATISTICS, metrics_from
 from grpo_fast.ops import logprob
-from grpo_fast.ops._metrics import METRICS, STATISTICS, metrics_from
-from grpo_fast.ops._selection import top_entropy_mask
 from grpo_fast.ops.policy_loss import token_statistics
+from grpo_fast.ops.top_entropy import top_entropy_mask
 from grpo_fast.testing import assert_as_accurate
 from tests.cases import batch, in_double, loss_and_grad
 from tests.properties import given, settings, st

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from grpo_fast import Objective, metrics_from, reference
+from grpo_fast import Objective, metrics_from, reference, sequences
 from grpo_fast.loss import grpo_loss, linear_grpo_loss, policy_loss
 from grpo_fast.ops import grpo as grpo_ops
 from grpo_fast.ops import reduction_weights
@@ -83,7 +83,7 @@ def test_weights_of_packed_sequences(dtype, mask, reduction, backend, device):
         want = of_double(objective, given, extra, None, 1.0, cu_seqlens)[0]
         torch.testing.assert_close(got.weight, want.float(), rtol=5e-7, atol=0)
         if cu_seqlens is not None:
-            index = reference.sequence_of_token(cu_seqlens, 2811)
+            index = sequences.sequence_of_token(cu_seqlens, 2811)
             torch.testing.assert_close(got.sequence, index)
 
 

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from grpo_fast import Objective, reference
-from grpo_fast.reference_terms import kl_estimate
+from grpo_fast import Objective, reference, sequences
+from grpo_fast.reference import kl_estimate
 from tests.cases import batch, in_double
 from tests.test_grpo import OBJECTIVES
 
@@ -186,4 +186,4 @@ def test_weights_of_packed_and_padded_sequences_agree():
         packed = reference.reduction_weights(mask.flatten(), objective, cu_seqlens=cu_seqlens)
         torch.testing.assert_close(packed, padded.flatten())
         assert padded[~mask].eq(0).all()
-    assert reference.sequence_of_token(torch.tensor([0, 0, 2, 2, 5]), 5).tolist() == [1, 1, 3, 3, 3]
+    assert sequences.sequence_of_token(torch.tensor([0, 0, 2, 2, 5]), 5).tolist() == [1, 1, 3, 3, 3]

@@ -7,7 +7,7 @@ import torch
 
 from grpo_fast import Objective, weights
 from grpo_fast.loss import policy_loss
-from grpo_fast.ops._selection import order_statistics
+from grpo_fast.ops.top_entropy import order_statistics
 from grpo_fast.testing import assert_as_accurate
 from tests.cases import loss_and_grad, packed, tokens
 from tests.oracles import verl_core_algos

@@ -8,7 +8,7 @@ import torch
 from grpo_fast import Objective, weights
 from grpo_fast.diagnostics import token_diagnostics
 from grpo_fast.loss import grpo_loss, linear_grpo_loss, policy_loss
-from grpo_fast.ops import _arguments, group_advantage, linear_logprob, logprob
+from grpo_fast.ops import group_advantage, linear_logprob, logprob
 
 B, T, D, V = 4, 3, 5, 11
 TOPR = Objective(surrogate="topr")

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from grpo_fast.ops import scaling
+
 pytest.importorskip("triton", reason="the kernels need Triton")
 if torch.cuda.is_available():
     pytest.skip("counts what the interpreter does", allow_module_level=True)
@@ -397,7 +399,7 @@ def test_weigh_rows(D):
     x, c = torch.randn(5, D), torch.tensor([1.0, 0.0, 2.0, -1.0, 0.0])
     y = torch.empty_like(x)
     with counted() as traffic:
-        linear_logprob.weigh_rows(x, c, y)
+        scaling.weigh_rows(x, c, y)
     blocks = -(-D // linear_logprob.BLOCK)
     size, visited = traffic.read(x)
     assert size == 3 * D * FLOAT

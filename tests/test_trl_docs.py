@@ -15,8 +15,8 @@ from trl import GRPOConfig  # noqa: E402
 from trl.trainer import utils  # noqa: E402
 
 from grpo_fast import Objective  # noqa: E402
-from grpo_fast.integrations import _trl_trainer  # noqa: E402
 from grpo_fast.integrations import trl as adapter  # noqa: E402
+from grpo_fast.integrations.trl import trainer
 from grpo_fast.trainer.model import character_tokenizer  # noqa: E402
 from tests.test_trl_loss import (  # noqa: E402, F401 (two are fixtures)
     LOSS_TYPES,
@@ -77,7 +77,7 @@ def test_versions_and_command():
 
 
 def test_reasons():
-    for step in _trl_trainer.STEPS:
+    for step in trainer.STEPS:
         assert f"`{step}`" in TEXT or f"own {step}`" in TEXT
 
 

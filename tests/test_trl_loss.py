@@ -16,8 +16,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralFo
 from trl import GRPOConfig  # noqa: E402
 from trl import GRPOTrainer as Stock  # noqa: E402
 
-from grpo_fast.integrations import _trl_metrics  # noqa: E402
-from grpo_fast.integrations.trl import GRPOTrainer  # noqa: E402
+from grpo_fast.integrations.trl import (
+    GRPOTrainer,
+    metrics,
+)
 from grpo_fast.trainer.model import character_tokenizer  # noqa: E402
 from tests.hosts import assert_adapter_only_scales  # noqa: E402
 
@@ -317,7 +319,7 @@ def test_one_collective_and_one_sync(trainers, monkeypatch):
         monkeypatch.setattr(ours.accelerator, name, counted(name, getattr(ours.accelerator, name)))
     monkeypatch.setattr(torch.Tensor, "item", counted("item", torch.Tensor.item))
     monkeypatch.setattr(torch.Tensor, "tolist", counted("tolist", torch.Tensor.tolist))
-    report = _trl_metrics.report
+    report = metrics.report
 
     def only_the_report(*args):
         calls["item"] = calls["tolist"] = (

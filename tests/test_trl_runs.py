@@ -6,14 +6,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from grpo_fast.ops import scaling
+
 pytest.importorskip("trl", "1.15", reason="it is a subclass of TRL's trainer")
 pytestmark = pytest.mark.filterwarnings("ignore")  # of TRL and its libraries
 
 from datasets import Dataset  # noqa: E402
 from trl import GRPOTrainer as Stock  # noqa: E402
 
-from grpo_fast.integrations import _trl_trainer  # noqa: E402
-from grpo_fast.integrations.trl import GRPOTrainer  # noqa: E402
+from grpo_fast.integrations.trl import (
+    GRPOTrainer,
+    trainer,
+)
 from tests import ranks  # noqa: E402
 from tests.test_trl_trainer import (  # noqa: E402, F401
     PROMPTS,
@@ -54,8 +58,8 @@ def sharded_on_a_rank(path, output, lora):
         options["peft_config"] = peft.LoraConfig(r=4, lora_alpha=64)
     tokens = AutoTokenizer.from_pretrained(path)
     want, their_logs = train(Stock, path, tokens, Path(output), **options)
-    fused, calls = _trl_trainer.linear_grpo_loss, []
-    _trl_trainer.linear_grpo_loss = lambda *a, **k: calls.append(1) or fused(*a, **k)
+    fused, calls = trainer.linear_grpo_loss, []
+    trainer.linear_grpo_loss = lambda *a, **k: calls.append(1) or fused(*a, **k)
     got, logs = train(GRPOTrainer, path, tokens, Path(output), **options)
     assert calls, "TRL's own code has run"
     assert any(isinstance(x, DTensor) for x in got.values()), "nothing is sharded"
@@ -103,7 +107,7 @@ def test_no_factor_is_left_on_the_loss(model_path, tokenizer, tmp_path, monkeypa
     """Of accumulation or of processes: it would cost a pass over the gradients of hidden states and head."""
     from grpo_fast.ops import linear_grpo
 
-    factors, scale_ = [], linear_grpo.scale_
+    factors, scale_ = [], scaling.scale_
     monkeypatch.setattr(
         linear_grpo, "scale_", lambda x, factor: (factors.append(factor.item()), scale_(x, factor))
     )

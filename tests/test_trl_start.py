@@ -67,8 +67,7 @@ def test_fused(capsys, model_path, tokenizer, tmp_path, monkeypatch):
     ],
 )
 def test_which_implementation(device, why, forced, want, monkeypatch):
-    from grpo_fast.integrations import _trl_trainer
-    from grpo_fast.ops import _backend
+    from grpo_fast.integrations.trl import trainer
 
     for module in (_backend, _trl_trainer):
         monkeypatch.setattr(module, "why_no_triton", lambda: why)
@@ -77,7 +76,7 @@ def test_which_implementation(device, why, forced, want, monkeypatch):
     )
     monkeypatch.setenv("GRPO_FAST_BACKEND", forced)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert _trl_trainer.implementation(torch.device(device)) == want
+    assert trainer.implementation(torch.device(device)) == want
 
 
 def test_off_policy_mask_on_the_samplers_log_probs(model_path, tokenizer, tmp_path):
@@ -135,9 +134,9 @@ def test_torch_compile(capsys, model_path, tokenizer, tmp_path, monkeypatch):
     """The backbone runs compiled, beside the fused loss; the check of the head compiles nothing."""
     from torch._dynamo.utils import counters
 
-    from grpo_fast.integrations import _trl_trainer
+    from grpo_fast.integrations.trl import trainer
 
-    check, graphs = _trl_trainer.check_head, []
+    check, graphs = trainer.check_head, []
 
     def counted(model):
         check(model)

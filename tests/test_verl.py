@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from grpo_fast import Objective, reference
-from grpo_fast.integrations import _host, verl
+from grpo_fast.integrations import verl
+from grpo_fast.integrations.shared import packages
+from grpo_fast.integrations.verl import losses
 from grpo_fast.loss import policy_loss
 from grpo_fast.presets import GUARDED_K3
 from grpo_fast.testing import assert_as_accurate
@@ -24,7 +26,7 @@ AGGREGATIONS = (
     "seq-mean-token-sum-norm",
     "seq-mean-token-mean",
 )
-MODES = tuple(verl.POLICY_LOSSES)
+MODES = tuple(losses.POLICY_LOSSES)
 GLOBAL = {"dp_size": 2, "batch_num_tokens": 53, "global_batch_size": 9, "loss_scale_factor": 11}
 
 
@@ -88,7 +90,7 @@ def run(fn, x, old, advantages, mask, aggregation, config, weights):
         config=config,
         rollout_is_weights=weights,
     )
-    if fn in verl.POLICY_LOSSES.values():
+    if fn in losses.POLICY_LOSSES.values():
         assert_adapter_only_scales(loss)
     (grad,) = torch.autograd.grad(0.7 * loss, x)
     return loss, grad, metrics
@@ -104,7 +106,7 @@ def compare(mode, aggregation, config, device, weighted, per_token=True):
 
     results = []
     for fn, dtype, fill in (
-        (verl.POLICY_LOSSES[mode], torch.float32, torch.nan),  # nothing of the padding is read
+        (losses.POLICY_LOSSES[mode], torch.float32, torch.nan),  # nothing of the padding is read
         (theirs, torch.float32, 0),
         (theirs, torch.float64, 0),
     ):
@@ -143,7 +145,7 @@ def test_clip_cov_draws_as_many_as_verl(device):
     for ratio, drawn in ((0.2, 3), (1e-4, 1)):  # of 15 tokens
         config.policy_loss.clip_cov_ratio = ratio
         for loss in (
-            verl.POLICY_LOSSES["clip_cov"],
+            losses.POLICY_LOSSES["clip_cov"],
             verl_core_algos().get_policy_loss_fn("clip_cov"),
         ):
             _, metrics = loss(old, logp, advantages, mask, "token-mean", config)
@@ -163,9 +165,9 @@ def test_a_missing_denominator_is_an_error(aggregation, device):
     arguments = (old, logp, advantages, mask, aggregation, config)
     if aggregation != "token-sum":
         with pytest.raises(ValueError, match="needed with dp_size=2"):
-            verl.POLICY_LOSSES["vanilla"](*arguments)
+            losses.POLICY_LOSSES["vanilla"](*arguments)
     else:
-        verl.POLICY_LOSSES["vanilla"](*arguments)
+        losses.POLICY_LOSSES["vanilla"](*arguments)
 
 
 def test_gspo_bounds_the_sequence_ratio_from_above(backend, device, monkeypatch):
@@ -237,7 +239,7 @@ def test_configurations_may_be_anything(device):
         results = []
         for given in (config, plain, MappingProxyType(plain)):
             torch.manual_seed(0)
-            loss = verl.POLICY_LOSSES[mode]
+            loss = losses.POLICY_LOSSES[mode]
             results.append(loss(old, logp, advantages, mask, "token-mean", given)[0])
         assert results[0] == results[1] == results[2]
 
@@ -246,7 +248,7 @@ def test_no_distance_is_logged_as_0(device):
     """Not as -0.0, which a log shows."""
     _, logp, advantages, _, mask = batch(device)
     for mode in ("vanilla", "dro", "kl_cov"):
-        loss = verl.POLICY_LOSSES[mode]
+        loss = losses.POLICY_LOSSES[mode]
         metrics = loss(logp, logp, advantages, mask, config=configuration())[1]
         assert str(metrics["actor/ppo_kl"]) == "0.0"
 
@@ -259,13 +261,13 @@ def test_bad_configurations(device):
         ("vanilla", configuration(clip_ratio_c=0.5), "dual_clip.*0.5.*dual_clip is clip_ratio_c"),
     ):
         with pytest.raises(ValueError, match=message):
-            verl.POLICY_LOSSES[mode](old, logp, advantages, mask, "token-mean", config)
+            losses.POLICY_LOSSES[mode](old, logp, advantages, mask, "token-mean", config)
     with pytest.raises(ValueError, match="vanilla: old_log_prob: needed"):
-        verl.POLICY_LOSSES["vanilla"](None, logp, advantages, mask, config=configuration())
+        losses.POLICY_LOSSES["vanilla"](None, logp, advantages, mask, config=configuration())
     with pytest.raises(ValueError, match="'mean' is unknown"):
-        verl.POLICY_LOSSES["gpg"](old, logp, advantages, mask, "mean", configuration())
+        losses.POLICY_LOSSES["gpg"](old, logp, advantages, mask, "mean", configuration())
     with pytest.raises(AttributeError, match="tau_pos"):
-        verl.POLICY_LOSSES["sapo"](old, logp, advantages, mask, "token-mean", {"clip_ratio": 0.2})
+        losses.POLICY_LOSSES["sapo"](old, logp, advantages, mask, "token-mean", {"clip_ratio": 0.2})
 
 
 @pytest.fixture
@@ -338,7 +340,7 @@ def test_another_verl_is_refused(found, installed):
         ):
             patch()
     with pytest.raises(ImportError, match=r"nosuchhost >= 1\.0, which is not installed"):
-        _host.require("nosuchhost", "1.0")
+        packages.require("nosuchhost", "1.0")
 
 
 def test_patching_log_probs(installed, backend, device):

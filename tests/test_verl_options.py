@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from grpo_fast.integrations import verl
+from grpo_fast.integrations.verl import losses
 from tests.hosts import mean
 from tests.oracles import verl_core_algos
 from tests.test_verl import GLOBAL, B, T, batch, configuration, installed, run
@@ -46,7 +47,7 @@ def both(mode, config, aggregation="token-mean", weighted=False, changed=None):
     results = []
     for fn, dtype in (
         (verl_core_algos().get_policy_loss_fn(mode), torch.float64),
-        (verl.POLICY_LOSSES[mode], torch.float32),
+        (losses.POLICY_LOSSES[mode], torch.float32),
     ):
         x, o, a, w = (y.to(dtype) for y in (logp, old, advantages, weights))
         found = run(fn, x, o, a, mask, aggregation, config, w if weighted else None)
@@ -62,8 +63,8 @@ def assert_same(results):
 
 
 def test_the_losses_are_these():
-    assert set(verl.POLICY_LOSSES) == set(READS)
-    for mode, loss in verl.POLICY_LOSSES.items():
+    assert set(losses.POLICY_LOSSES) == set(READS)
+    for mode, loss in losses.POLICY_LOSSES.items():
         assert loss.__name__ == loss.__qualname__ == f"policy_loss_{mode}"
     assert verl.SUPPORTED == ("0.9.1", "0.10")
 
@@ -148,10 +149,10 @@ def test_selections_where_an_option_is_none(mode, names):
         for other, theirs in names.items():
             setattr(given.policy_loss, other, theirs)
         torch.manual_seed(0)
-        want = verl.POLICY_LOSSES[mode](old, logp, advantages, mask, "token-mean", given)
+        want = losses.POLICY_LOSSES[mode](old, logp, advantages, mask, "token-mean", given)
         setattr(given.policy_loss, name, None)
         torch.manual_seed(0)
-        got = verl.POLICY_LOSSES[mode](old, logp, advantages, mask, "token-mean", given)
+        got = losses.POLICY_LOSSES[mode](old, logp, advantages, mask, "token-mean", given)
         assert got == want
         setattr(given.policy_loss, name, 1.5 * value)
     if mode == "clip_cov":  # the bounds of the covariance, as they are in verl
@@ -187,16 +188,16 @@ def test_dro_needs_a_positive_beta(beta):
     with pytest.raises(
         ValueError, match=rf"policy_loss\.dro_beta: want a positive number, got {beta}"
     ):
-        verl.POLICY_LOSSES["dro"](old, logp, advantages, mask, "token-mean", config)
+        losses.POLICY_LOSSES["dro"](old, logp, advantages, mask, "token-mean", config)
     without = configuration(policy_loss=SimpleNamespace())
     with pytest.raises(ValueError, match=r"dro_beta: .*got None"):
-        verl.POLICY_LOSSES["dro"](old, logp, advantages, mask, "token-mean", without)
+        losses.POLICY_LOSSES["dro"](old, logp, advantages, mask, "token-mean", without)
 
 
 def test_gpg_has_no_ratio(backend):
     """The old log-probs may be anything, or none at all; the other losses name them."""
     old, logp, advantages, _, mask = batch("cpu")
-    loss = verl.POLICY_LOSSES["gpg"]
+    loss = losses.POLICY_LOSSES["gpg"]
     want = loss(old, logp, advantages, mask, "token-mean", configuration())
     assert (
         loss(torch.full_like(old, torch.nan), logp, advantages, mask, config=configuration())
@@ -205,9 +206,9 @@ def test_gpg_has_no_ratio(backend):
     assert loss(None, logp, advantages, mask, config=configuration()) == want
     for mode in set(READS) - {"gpg"}:
         with pytest.raises(ValueError, match=f"{mode}: old_log_prob: needed"):
-            verl.POLICY_LOSSES[mode](None, logp, advantages, mask, config=configuration())
+            losses.POLICY_LOSSES[mode](None, logp, advantages, mask, config=configuration())
         with pytest.raises(ValueError, match=f"{mode}: config: needed, verl's actor configuration"):
-            verl.POLICY_LOSSES[mode](old, logp, advantages, mask)
+            losses.POLICY_LOSSES[mode](old, logp, advantages, mask)
 
 
 # The scale of the loss of one token at [2, 1] of the batch, whose mask has (6, 0, 3, 5, 1) tokens.
@@ -234,7 +235,7 @@ def test_averages(aggregation, where, kind):
     info = {name: kind(value) for name, value in GLOBAL.items()} if where == "global" else {}
     x = logp.clone().requires_grad_()
     config = configuration(global_batch_info=info)
-    loss, _ = verl.POLICY_LOSSES["gpg"](old, x, advantages, mask, aggregation, config)
+    loss, _ = losses.POLICY_LOSSES["gpg"](old, x, advantages, mask, aggregation, config)
     (grad,) = torch.autograd.grad(loss, x)
     assert grad[2, 1].item() == pytest.approx(AVERAGES[aggregation, where], rel=1e-6)
     assert grad.count_nonzero() == 1
@@ -256,7 +257,7 @@ def test_losses_that_average_in_their_own_way(mode):
     """sapo over the sequences with a token, geo_mean over all of them, whatever is asked for."""
     old, logp, advantages, _, mask = batch("cpu")
     losses = {
-        aggregation: verl.POLICY_LOSSES[mode](
+        aggregation: losses.POLICY_LOSSES[mode](
             old, logp, advantages, mask, aggregation, configuration()
         )
         for aggregation in ("token-mean", "token-sum", "seq-mean-token-sum-norm")
@@ -284,13 +285,13 @@ def test_a_missing_denominator_is_named(aggregation, name):
     with pytest.raises(
         ValueError, match=f"{aggregation}: global_batch_info.{name} is needed with dp_size=2"
     ):
-        verl.POLICY_LOSSES["gpg"](old, logp, advantages, mask, aggregation, config)
+        losses.POLICY_LOSSES["gpg"](old, logp, advantages, mask, aggregation, config)
     config = configuration(global_batch_info=info | {"dp_size": 1})
-    verl.POLICY_LOSSES["gpg"](old, logp, advantages, mask, aggregation, config)
+    losses.POLICY_LOSSES["gpg"](old, logp, advantages, mask, aggregation, config)
     with pytest.raises(
         ValueError, match="'max' is unknown; choose from token-mean, token-sum, seq-mean"
     ):
-        verl.POLICY_LOSSES["gpg"](old, logp, advantages, mask, "max", config)
+        losses.POLICY_LOSSES["gpg"](old, logp, advantages, mask, "max", config)
 
 
 def test_no_valid_token_anywhere():
@@ -300,7 +301,7 @@ def test_no_valid_token_anywhere():
     for aggregation in ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm"):
         for zero in (info, {k: torch.tensor(v) for k, v in info.items()}):
             x = logp.clone().requires_grad_()
-            loss, metrics = verl.POLICY_LOSSES["vanilla"](
+            loss, metrics = losses.POLICY_LOSSES["vanilla"](
                 old, x, advantages, mask & False, aggregation, configuration(global_batch_info=zero)
             )
             assert loss == 0
@@ -396,7 +397,7 @@ def test_every_loss_is_registered(installed, monkeypatch):
 
     monkeypatch.setattr(installed.core, "register_policy_loss", register_policy_loss)
     verl.register()
-    assert registered == verl.POLICY_LOSSES
+    assert registered == losses.POLICY_LOSSES
 
 
 def test_importing_without_verl_registers_nothing(monkeypatch, caplog):

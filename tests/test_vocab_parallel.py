@@ -8,7 +8,7 @@ import torch
 from grpo_fast import Objective, reference
 from grpo_fast.loss import linear_grpo_loss
 from grpo_fast.ops import linear_logprob
-from grpo_fast.ops._vocab_parallel import Shard, combine, read_shared_rows
+from grpo_fast.ops.head.vocab_parallel import Shard, combine, read_shared_rows
 from grpo_fast.testing import assert_as_accurate
 from tests.cases import in_double
 from tests.ranks import needs_gloo, needs_interpreter, run
@@ -255,7 +255,7 @@ def test_combine_leaves_out_who_has_no_columns():
 def test_who_has_no_columns_sends_float32(monkeypatch):
     """All processes must send the same dtype, also where the logits are bfloat16."""
     monkeypatch.setattr(
-        "grpo_fast.ops._vocab_parallel.gather", lambda all_of, mine, group: all_of.copy_(mine)
+        "grpo_fast.ops.head.vocab_parallel.gather", lambda all_of, mine, group: all_of.copy_(mine)
     )
     shard = Shard(SimpleNamespace(size=lambda: 1), 10)
     logits = torch.empty(1, 3, 0, dtype=torch.bfloat16)

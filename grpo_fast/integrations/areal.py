@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo_fast.integrations._call import Call, changed_by_clamp, sequence_mean, token_average
+from grpo_fast.integrations.shared.call import Call, changed_by_clamp, sequence_mean, token_average
 
 ACTOR = "areal.trainer.ppo.actor"
 Result = tuple[Tensor, dict[str, Any]]

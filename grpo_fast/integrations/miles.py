@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo_fast import reference
 from grpo_fast.diagnostics import TokenDiagnostics, kl_estimate, token_diagnostics
-from grpo_fast.integrations._call import sequence_mean
-from grpo_fast.integrations._responses import from_log_probs, from_logits, scored_entries
+from grpo_fast.integrations.shared.call import sequence_mean
+from grpo_fast.integrations.shared.responses import from_log_probs, from_logits, scored_entries
 from grpo_fast.integrations.slime import Metrics, Slime, to_objective
 from grpo_fast.loss import LossOutput
 from grpo_fast.objective import Objective
 from grpo_fast.presets import GUARDED_K3
+from grpo_fast.sequences import sum_over_sequence
 
 UTILS = "miles.backends.training_utils"
 LOSS, HUB = f"{UTILS}.loss", f"{UTILS}.loss_hub"
@@ -181,7 +181,7 @@ class Miles(Slime):
         lost = live & ~(logps - (logps if old is None else old)).isfinite()
         if objective.ratio == "token":
             return lost
-        return live & (reference.sequence_sum(lost.float(), live, given["cu_seqlens"]) > 0)
+        return live & (sum_over_sequence(lost.float(), live, given["cu_seqlens"]) > 0)
 
     def more_metrics(
         self,

@@ -15,17 +15,14 @@ import torch
 from torch import Tensor
 
 from grpo_fast.diagnostics import kl_estimate
-from grpo_fast.integrations._call import SUM, Average, Call, sequence_mean
-from grpo_fast.integrations._host import (
+from grpo_fast.integrations.shared.call import SUM, Average, Call, as_floats, sequence_mean
+from grpo_fast.integrations.shared.options import (
     At,
-    as_floats,
     at,
-    found_version,
-    is_between,
     options,
     read,
-    replace,
 )
+from grpo_fast.integrations.shared.packages import found_version, is_between, replace
 from grpo_fast.objective import Objective
 from grpo_fast.weights import importance_weights
 

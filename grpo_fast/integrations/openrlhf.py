@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grpo_fast.integrations._call import (
+from grpo_fast.integrations.shared.call import (
     Call,
     clip_fraction,
     masked_mean,
@@ -21,7 +21,8 @@ from grpo_fast.integrations._call import (
     sequence_mean,
     token_average,
 )
-from grpo_fast.integrations._host import At, at, objective_of, require
+from grpo_fast.integrations.shared.options import At, at, objective_of
+from grpo_fast.integrations.shared.packages import require
 from grpo_fast.weights import binary_divergence
 
 SUPPORTED = ("0.11.2", "0.12")  # from, and below

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from grpo_fast.diagnostics import kl_estimate
-from grpo_fast.integrations._call import SUM, Call, masked_mean, outside
+from grpo_fast.integrations.shared.call import SUM, Call, masked_mean, outside
 
 
 def default_loss(

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo_fast.integrations._call import (
+from grpo_fast.integrations.shared.call import (
     SUM,
     Call,
     Metric,
@@ -22,7 +22,7 @@ from grpo_fast.integrations._call import (
     nothing,
     outside,
 )
-from grpo_fast.integrations._host import At, at, options, read
+from grpo_fast.integrations.shared.options import At, at, options, read
 
 CORRECTION = "skyrl.backends.skyrl_train.utils.off_policy_correction_utils"
 _CORRECTIONS = {

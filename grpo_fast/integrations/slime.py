@@ -14,11 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo_fast import reference
 from grpo_fast.diagnostics import TokenDiagnostics, token_diagnostics
-from grpo_fast.integrations._call import changed_by_clamp, sequence_mean
-from grpo_fast.integrations._host import At, at, objective_of, options
-from grpo_fast.integrations._responses import (
+from grpo_fast.integrations.shared.call import changed_by_clamp, sequence_mean
+from grpo_fast.integrations.shared.options import At, at, objective_of, options
+from grpo_fast.integrations.shared.responses import (
     boundaries,
     from_log_probs,
     from_logits,
@@ -26,6 +25,7 @@ from grpo_fast.integrations._responses import (
 )
 from grpo_fast.loss import LossOutput
 from grpo_fast.objective import Objective
+from grpo_fast.sequences import sum_over_sequence
 
 LOSS = "slime.backends.megatron_utils.loss"
 Metrics = dict[str, Tensor]
@@ -265,7 +265,7 @@ def _metrics(
         drift = torch.zeros_like(out.logps) if old is None else old - out.logps
         stale = sequence_mean(drift, mask, cu_seqlens) > args.opsm_delta
         dropped = (stale & (given["advantages"] < 0)).float()
-        count = reference.sequence_sum(mask.to(dropped), mask != 0, cu_seqlens).clamp(min=1)
+        count = sum_over_sequence(mask.to(dropped), mask != 0, cu_seqlens).clamp(min=1)
         metrics["opsm_clipfrac"] = (dropped / count).sum()
     if batch.get("opd_reverse_kl"):
         metrics["opd_reverse_kl"] = reduce(torch.cat(batch["opd_reverse_kl"]))

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from grpo_fast.integrations._hf_head import (
+from grpo_fast.integrations.shared.model_head import (
     COMPILED,
     Head,
     call_head,

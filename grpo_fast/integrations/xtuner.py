@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from grpo_fast.integrations._call import SUM, Call
-from grpo_fast.integrations._host import At, at, options
+from grpo_fast.integrations.shared.call import SUM, Call
+from grpo_fast.integrations.shared.options import At, at, options
 
 OPTIONS: dict[str, At] = {
     "epsilon_low": at("cliprange_low"),

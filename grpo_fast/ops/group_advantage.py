@@ -1,14 +1,17 @@
-"""Group-relative advantages (kernel: `grpo_fast.kernels.group_advantage`)."""
+"""Group-relative advantages of rewards, as operators and as the public function."""
 
-import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from grpo_fast._names import check_choice, keywords_explained
-from grpo_fast._operands import LARGEST, hint, operand
-from grpo_fast.ops import _arguments
-from grpo_fast.ops._backend import check_values, launch, use_triton
+from grpo_fast import checks, sequences
+from grpo_fast.checks import check_values
+from grpo_fast.operands import LARGEST, hint, operand
+from grpo_fast.ops.backend import run
+from grpo_fast.records import Z_SCORE, Grouping, Standardization, flat, schema, unflatten
+from grpo_fast.spelling import check_choice, keywords_explained
+from grpo_fast.torch_kernels.group_advantage import wide
 
 SCALES = ("group", "batch", "none")
 BASELINES = ("mean", "leave_one_out")
@@ -20,167 +23,57 @@ NARROW = {torch.float32, torch.float16, torch.bfloat16}
 NARROW |= {torch.bool, torch.uint8, torch.int8, torch.int16}
 
 
-@torch.library.custom_op("grpo_fast::group_advantage", mutates_args=())
-def group_advantage_fwd(
-    rewards: Tensor,
-    group_size: int,
-    labels: Tensor | None,
-    scale: str,
-    eps: Tensor,
-    unbiased: bool,
-    leave_one_out: bool = False,
-    skip_nan: bool = False,
-    raw_singletons: bool = False,
-) -> Tensor:
+def _group_advantage(rewards: Tensor, *arguments: Any) -> Tensor:
     """(B,) fp32 advantages of (B,) fp32 or fp64 rewards."""
-    options = (scale, eps.item(), unbiased, leave_one_out, skip_nan, raw_singletons)
-    if use_triton(rewards):
-        from grpo_fast.kernels import group_advantage as kernels
-
-        return launch(kernels.group_advantage_fwd, rewards, rewards, group_size, labels, *options)
-    return group_scores(rewards, group_size, labels, *options).float()
+    grouping, how = unflatten(arguments, Grouping, Standardization)
+    how = how._replace(eps=how.eps.item())
+    return run("group_advantage.group_advantage_fwd", rewards, rewards, grouping, how)
 
 
-@group_advantage_fwd.register_fake
-def _(
-    rewards: Tensor,
-    group_size: int,
-    labels: Tensor | None,
-    scale: str,
-    eps: Tensor,
-    unbiased: bool,
-    leave_one_out: bool = False,
-    skip_nan: bool = False,
-    raw_singletons: bool = False,
-) -> Tensor:
+group_advantage_op = torch.library.custom_op(
+    "grpo_fast::group_advantage",
+    _group_advantage,
+    mutates_args=(),
+    schema=f"(Tensor rewards, {schema(grouping=Grouping, how=Standardization)}) -> Tensor",
+)
+
+
+@group_advantage_op.register_fake
+def _(rewards: Tensor, *arguments: Any) -> Tensor:
     return torch.empty_like(rewards, dtype=torch.float32)
 
 
-@torch.library.custom_op("grpo_fast::combine_rewards", mutates_args=())
-def combine_rewards_fwd(
-    rewards: Tensor,
-    weights: Tensor | None,
-    group_size: int,
-    labels: Tensor | None,
-    normalize: bool,
-    scale: str,
-    eps: Tensor,
-    unbiased: bool,
-    skip_nan: bool,
-    raw_singletons: bool,
-) -> Tensor:
+def group_advantage_fwd(rewards: Tensor, grouping: Grouping, how: Standardization) -> Tensor:
+    """Call the operator; `how.eps` is a number."""
+    return group_advantage_op(rewards, *flat(grouping, how._replace(eps=operand(how.eps))))
+
+
+def z_scores(rewards: Tensor, group_size: int) -> Tensor:
+    """Score rewards (B,) as the losses do: `(r - mean) / (std + 1e-4)` within consecutive groups."""
+    return group_advantage_fwd(rewards, Grouping(group_size, None), Z_SCORE)
+
+
+def _combine_rewards(rewards: Tensor, weights: Tensor | None, *arguments: Any) -> Tensor:
     """(B,) weighted sums of (B, K) fp32 or fp64 rewards, or of their scores (`normalize`), in `wide`."""
-    if use_triton(rewards):
-        from grpo_fast.kernels import group_advantage as kernels
-
-        return launch(
-            kernels.combine_rewards_fwd,
-            rewards,
-            *(rewards, weights, group_size, labels, normalize, scale, eps.item(), unbiased),
-            *(skip_nan, raw_singletons),
-        )
-    values = rewards.to(wide(rewards))
-    if normalize:
-        values = group_scores(
-            *(rewards, group_size, labels, scale, eps.item(), unbiased),
-            *(False, skip_nan, raw_singletons),
-        )
-    if weights is not None:
-        values = values * weights
-    if not skip_nan:
-        return values.sum(1)
-    missing = rewards.isnan()
-    return torch.where(missing, 0, values).sum(1).masked_fill(missing.all(1), torch.nan)
+    grouping, normalize, how = unflatten(arguments, Grouping, bool, Standardization)
+    how = how._replace(eps=how.eps.item())
+    return run(
+        "group_advantage.combine_rewards_fwd", rewards, rewards, weights, grouping, normalize, how
+    )
 
 
-@combine_rewards_fwd.register_fake
-def _(
-    rewards: Tensor,
-    weights: Tensor | None,
-    group_size: int,
-    labels: Tensor | None,
-    normalize: bool,
-    scale: str,
-    eps: Tensor,
-    unbiased: bool,
-    skip_nan: bool,
-    raw_singletons: bool,
-) -> Tensor:
+_COMBINE = schema(grouping=Grouping, normalize=bool, how=Standardization)
+combine_rewards_op = torch.library.custom_op(
+    "grpo_fast::combine_rewards",
+    _combine_rewards,
+    mutates_args=(),
+    schema=f"(Tensor rewards, Tensor? weights, {_COMBINE}) -> Tensor",
+)
+
+
+@combine_rewards_op.register_fake
+def _(rewards: Tensor, weights: Tensor | None, *arguments: Any) -> Tensor:
     return rewards.new_empty(len(rewards), dtype=wide(rewards))
-
-
-def wide(x: Tensor) -> torch.dtype:
-    """The dtype to add rewards up in: float64, which some devices do not have."""
-    return torch.float32 if x.device.type == "mps" else torch.float64
-
-
-def group_scores(
-    rewards: Tensor,
-    group_size: int,
-    labels: Tensor | None,
-    scale: str,
-    eps: float,
-    unbiased: bool,
-    leave_one_out: bool,
-    skip_nan: bool,
-    raw_singletons: bool,
-) -> Tensor:
-    """The kernel's values by PyTorch's operators, for (B,) rewards or each column of (B, K), in `wide`."""
-    rewards = rewards.to(wide(rewards))
-    if rewards.numel() == 0:
-        return torch.empty_like(rewards)
-    if labels is None:
-        group = torch.arange(len(rewards), device=rewards.device) // group_size
-    else:
-        group = labels.unique(return_inverse=True)[1]
-    shape = (int(group.max()) + 1, *rewards.shape[1:])
-    present = ~rewards.isnan() if skip_nan else torch.ones_like(rewards, dtype=torch.bool)
-
-    def total(x: Tensor) -> Tensor:
-        return x.new_zeros(shape).index_add_(0, group, torch.where(present, x, 0))
-
-    def extreme(reduction: str, other: float) -> Tensor:
-        index = group.view(-1, *(1,) * (rewards.ndim - 1)).expand_as(rewards)
-        x = torch.where(present, rewards, other)
-        return x.new_zeros(shape).scatter_reduce_(0, index, x, reduction, include_self=False)
-
-    count = total(torch.ones_like(rewards))[group]
-    highest, lowest = extreme("amax", -math.inf)[group], extreme("amin", math.inf)[group]
-    u, unit = from_lowest(rewards, highest, lowest)
-    centred = u - total(u)[group] / count
-    squares = total(centred.square())[group]
-    differ = highest != lowest
-    if leave_one_out:  # r - mean of the others
-        centred = centred * (count / (count - 1).clamp(min=1))
-    if raw_singletons:  # mean 0, std 1
-        alone = count == 1
-        centred = torch.where(alone, rewards, centred)
-        squares, unit = torch.where(alone, 1, squares), torch.where(alone, 1, unit)
-        differ = differ | alone
-    if scale == "batch":
-        count = present.sum(0).to(rewards.dtype)
-        bounds = (torch.where(present, rewards, x) for x in (-math.inf, math.inf))
-        u, of_batch = from_lowest(rewards, next(bounds).amax(0), next(bounds).amin(0))
-        mean = torch.where(present, u, 0).sum(0) / count
-        squares = torch.where(present, u - mean, 0).square().sum(0)
-        centred, unit = centred * (unit / of_batch), of_batch
-    if scale == "none":
-        centred = centred * unit
-    else:
-        freedom = (count - 1).clamp(min=1) if unbiased else count
-        centred = centred / ((squares / freedom).sqrt() + eps / unit)
-    return torch.where(differ & present, centred, 0)
-
-
-def from_lowest(rewards: Tensor, highest: Tensor, lowest: Tensor) -> tuple[Tensor, Tensor]:
-    """(how far rewards are above the lowest, the power of two that this is in units of): in [0, 2).
-
-    So neither a large common offset nor a size that cannot be squared costs anything. By halves, which do
-    not overflow.
-    """
-    half = (highest / 2 - lowest / 2).clamp(min=torch.finfo(rewards.dtype).tiny)
-    unit = torch.ldexp(torch.ones_like(half), torch.frexp(half).exponent - 1)
-    return (rewards / 2 - lowest / 2) / unit, unit * 2
 
 
 def check_rewards(
@@ -195,13 +88,13 @@ def check_rewards(
 
     B a multiple of `group_size` where there is one. `alone`: it may be 1.
     """
-    _arguments.check_tensor(op, "rewards", rewards)
+    checks.check_tensor(op, "rewards", rewards)
     if not columns:
-        rewards = _arguments.one_per_sequence(rewards)
+        rewards = sequences.one_per_sequence(rewards)
     if rewards.ndim != 1 and not (columns and rewards.ndim == 2 and rewards.shape[1]):
         wanted = "(B,) or (B, K)" if columns else "(B,)"
-        raise ValueError(f"{op}: rewards: want {wanted}, got {_arguments.shape_of(rewards)}")
-    _arguments.check_real(op, "rewards", rewards)
+        raise ValueError(f"{op}: rewards: want {wanted}, got {checks.shape_of(rewards)}")
+    checks.check_real(op, "rewards", rewards)
     if group_size is not None:
         if isinstance(group_size, bool) or not isinstance(group_size, int):
             raise TypeError(f"{op}: group_size: want an int, got {group_size!r}")
@@ -244,15 +137,15 @@ def check_groups(
         )
     if group_ids is None:
         return None
-    _arguments.check_tensor(op, "group_ids", group_ids)
-    group_ids = _arguments.one_per_sequence(group_ids)
+    checks.check_tensor(op, "group_ids", group_ids)
+    group_ids = sequences.one_per_sequence(group_ids)
     if group_ids.shape != rewards.shape[:1]:
         raise ValueError(
-            f"{op}: group_ids: want {tuple(rewards.shape[:1])}, got {_arguments.shape_of(group_ids)}"
+            f"{op}: group_ids: want {tuple(rewards.shape[:1])}, got {checks.shape_of(group_ids)}"
         )
     if group_ids.is_floating_point() or group_ids.is_complex():
         raise TypeError(f"{op}: group_ids: want integers, got {group_ids.dtype}")
-    _arguments.check_device(op, "group_ids", group_ids, rewards)
+    checks.check_device(op, "group_ids", group_ids, rewards)
     return group_ids.to(torch.int64).contiguous()
 
 
@@ -322,51 +215,57 @@ def group_advantage(
     labels = check_groups(op, rewards, group_size, group_ids)
     if raw and scale == "batch":
         raise ValueError(f"{op}: singleton='raw' goes with scale='group' or 'none', got 'batch'")
-    size, added = group_size or 1, operand(eps)
-    leave_one_out = baseline == "leave_one_out"
+    grouping = Grouping(group_size or 1, labels)
+    how = Standardization(scale, eps, unbiased, baseline == "leave_one_out", skip_nan, raw)
     if rewards.ndim == 2:
-        normalize = aggregation == "normalize_then_sum"
-        if normalize and scale == "batch":
-            raise ValueError(
-                f"{op}: scale='batch' has no effect with aggregation='normalize_then_sum', which "
-                "ends with the std of the batch; choose 'group' or 'none' for each reward's own"
-            )
-        if normalize and leave_one_out:
-            raise ValueError(
-                f"{op}: baseline='leave_one_out' has no effect with aggregation='normalize_then_sum'"
-            )
-        rewards = combine_rewards_fwd(
-            rewards,
-            _check_weights(op, weights, rewards),
-            *(size, labels, normalize, scale, added, unbiased, skip_nan, raw),
-        )
-        if normalize:
-            whole = max(len(rewards), 1)
-            return group_advantage_fwd(
-                rewards, whole, None, "group", added, unbiased, False, skip_nan
-            )
+        rewards, whole = _combined(op, rewards, weights, aggregation, grouping, how)
+        if whole:
+            grouping = Grouping(max(len(rewards), 1), None)
+            how = how._replace(scale="group", raw_singletons=False)
     elif weights is not None:
         raise ValueError(f"{op}: weights: has no effect with rewards (B,), want rewards (B, K)")
     elif aggregation != "sum_then_normalize":
         raise ValueError(
             f"{op}: aggregation={aggregation!r} has no effect with rewards (B,), want rewards (B, K)"
         )
-    return group_advantage_fwd(
-        rewards, size, labels, scale, added, unbiased, leave_one_out, skip_nan, raw
-    )
+    return group_advantage_fwd(rewards, grouping, how)
+
+
+def _combined(
+    op: str,
+    rewards: Tensor,
+    weights: Tensor | None,
+    aggregation: str,
+    grouping: Grouping,
+    how: Standardization,
+) -> tuple[Tensor, bool]:
+    """The one reward of each sequence, (B,), and whether it is to be scored over the whole batch."""
+    normalize = aggregation == "normalize_then_sum"
+    if normalize and how.scale == "batch":
+        raise ValueError(
+            f"{op}: scale='batch' has no effect with aggregation='normalize_then_sum', which "
+            "ends with the std of the batch; choose 'group' or 'none' for each reward's own"
+        )
+    if normalize and how.leave_one_out:
+        raise ValueError(
+            f"{op}: baseline='leave_one_out' has no effect with aggregation='normalize_then_sum'"
+        )
+    weights = _check_weights(op, weights, rewards)
+    how = how._replace(eps=operand(how.eps), leave_one_out=False)
+    return combine_rewards_op(rewards, weights, *flat(grouping, normalize, how)), normalize
 
 
 def _check_weights(op: str, weights: Tensor | None, rewards: Tensor) -> Tensor | None:
     if weights is None:
         return None
-    _arguments.check_tensor(op, "weights", weights)
+    checks.check_tensor(op, "weights", weights)
     if weights.shape != rewards.shape[1:]:
         raise ValueError(
             f"{op}: weights: want {tuple(rewards.shape[1:])}, one per column of rewards "
-            f"{_arguments.shape_of(rewards)}, got {_arguments.shape_of(weights)}"
+            f"{checks.shape_of(rewards)}, got {checks.shape_of(weights)}"
         )
-    _arguments.check_real(op, "weights", weights)
-    _arguments.check_device(op, "weights", weights, rewards)
+    checks.check_real(op, "weights", weights)
+    checks.check_device(op, "weights", weights, rewards)
     if check_values(weights) and not bool(weights.isfinite().all()):
         raise ValueError(f"{op}: weights: want finite weights, got {weights.tolist()}")
     return weights.detach().to(wide(weights)).contiguous()

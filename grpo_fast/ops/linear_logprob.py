@@ -1,7 +1,6 @@
-"""Hidden states to differentiable log-probs and entropy, logits never held as a whole.
+"""Hidden states to differentiable log-probs and entropies; the logits are never held as a whole.
 
-The language-model head runs in chunks of tokens (`grpo_fast.ops._head`). Kernels: `grpo_fast.kernels.logprob`
-on each chunk, and `grpo_fast.kernels.linear_logprob`.
+The language-model head runs in chunks of tokens (`grpo_fast.ops.head`).
 """
 
 from typing import Any, Literal, overload
@@ -10,56 +9,61 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from grpo_fast._names import keywords_explained
-from grpo_fast.ops import _arguments, _float64
-from grpo_fast.ops._autograd import anchors_of, once_differentiable, without_graph
-from grpo_fast.ops._backend import launch, use_triton
-from grpo_fast.ops._chunks import (
+from grpo_fast import checks
+from grpo_fast.ops.autograd import anchors_of, once_differentiable, without_graph
+from grpo_fast.ops.head import float64
+from grpo_fast.ops.head.arguments import HeadArguments, Needs, Options, Parameters, check_head
+from grpo_fast.ops.head.chunked import Head
+from grpo_fast.ops.head.passes import (
     NO_GRADIENT,
-    SCORES,
-    Scores,
-    Statistics,
-    at,
+    empty_gradients,
     kept_rows,
     read_all,
     read_with_unit_gradient,
     scaled,
-    select,
     spread_rows,
     write_all,
 )
-from grpo_fast.ops._head import Head
-from grpo_fast.ops._head_arguments import (
-    NUM_NUMBERS,
-    OPTIONS,
-    PARAMETERS,
-    Needs,
-    Options,
-    Parameters,
-    check_head,
-    sorted_into,
-)
+from grpo_fast.ops.scaling import weigh_rows
+from grpo_fast.records import RowStatistics, Targets, flat, schema, select, unflatten
+from grpo_fast.spelling import keywords_explained
 
-# What the two operators take after the hidden states: see their schemas.
-FORWARD = (Parameters, Scores, None, None, None, Options)
-BACKWARD = (Parameters, Scores, None, Statistics, None, Options)
+# The arguments of the two operators after the hidden states.
+FORWARD = {
+    "parameters": Parameters,
+    "targets": Targets,
+    "keep": Tensor | None,  # (N,) bool, on any device: the rows that take part
+    "with_entropy": bool,
+    "unit": bool,  # whether the gradient of each log-prob in its hidden state is wanted
+    "options": Options,
+}
+BACKWARD = {
+    "parameters": Parameters,
+    "targets": Targets,
+    "keep": Tensor | None,
+    "statistics": RowStatistics,
+    "needs": Needs,
+    "options": Options,
+}
+five = "(Tensor, Tensor, Tensor, Tensor, Tensor)"
 
 
 def _forward(hidden: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`Statistics`, then the gradient of each log-prob in its hidden state if `unit` asks for it."""
-    parameters, scores, keep, with_entropy, unit, options = sorted_into(arguments, *FORWARD)
+    """`RowStatistics`, then the gradient of each log-prob in its hidden state if `unit` asks for it."""
+    given = unflatten(arguments, *FORWARD.values())
+    parameters, targets, keep, with_entropy, unit, options = given
     rows = kept_rows(keep, hidden)
     if keep is not None:  # nothing masked is kept
-        scores = scores._replace(mask=None)
+        targets = targets._replace(mask=None)
     needs = NO_GRADIENT._replace(hidden=unit)
-    head = Head(hidden, parameters, options, rows, scores.mask, needs)
-    scores = select(scaled(scores, options), rows)
+    head = Head(hidden, parameters, options, rows, targets.mask, needs)
+    targets = select(scaled(targets, options), rows)
     N = len(hidden)
     if unit:
-        logp = spread_rows(read_with_unit_gradient(head, scores)[0], rows, N)
+        logp = spread_rows(read_with_unit_gradient(head, targets)[0], rows, N)
         nothing = [logp.new_empty(0) for _ in range(3)]
         return logp, nothing[0], nothing[1], nothing[2], head.hidden_gradient()
-    logp, entropy, top, total = read_all(head, scores, with_entropy)
+    logp, entropy, top, total = read_all(head, targets, with_entropy)
     return (
         spread_rows(logp, rows, N),
         spread_rows(entropy, rows, N, computed=with_entropy),
@@ -73,15 +77,14 @@ linear_logprob_fwd = torch.library.custom_op(
     "grpo_fast::linear_logprob_fwd",
     _forward,
     mutates_args=(),
-    schema=f"(Tensor hidden, {PARAMETERS}, {SCORES}, Tensor? keep, bool with_entropy, bool unit, {OPTIONS}) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    schema=f"(Tensor hidden, {schema(**FORWARD)}) -> {five}",
 )
 
 
 @linear_logprob_fwd.register_fake
 def _(hidden: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    _, scores, _, with_entropy, unit, _ = sorted_into(arguments, *FORWARD)
-    N = scores.ids.shape[0]
+    _, targets, _, with_entropy, unit, _ = unflatten(arguments, *FORWARD.values())
+    N = targets.ids.shape[0]
     kept = N * (not unit)
     vectors = [hidden.new_empty(n, dtype=torch.float32) for n in (N, N * with_entropy, kept, kept)]
     return (*vectors, hidden.new_empty(hidden.shape if unit else 0))
@@ -91,79 +94,47 @@ def _backward_pass(
     dlogp: Tensor, dentropy: Tensor | None, hidden: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients named by `Needs`, (0,) where not wanted."""
-    parameters, scores, keep, statistics, needs, options = sorted_into(arguments, *BACKWARD)
+    given = unflatten(arguments, *BACKWARD.values())
+    parameters, targets, keep, statistics, needs, options = given
     rows = kept_rows(keep, hidden)
     if keep is not None:
-        scores = scores._replace(mask=None)
-    head = Head(hidden, parameters, options, rows, scores.mask, Needs(*needs))
+        targets = targets._replace(mask=None)
+    head = Head(hidden, parameters, options, rows, targets.mask, needs)
     write_all(
         head,
-        select(scaled(scores, options), rows),
+        select(scaled(targets, options), rows),
         dlogp if rows is None else dlogp[rows],
-        at(dentropy, rows),
-        Statistics(*(x[rows] if rows is not None and len(x) else x for x in statistics)),
+        dentropy if rows is None or dentropy is None else dentropy[rows],
+        select(statistics, rows),
     )
     return head.gradients()
 
 
-five = "(Tensor, Tensor, Tensor, Tensor, Tensor)"
 linear_logprob_bwd = torch.library.custom_op(
     "grpo_fast::linear_logprob_bwd",
     _backward_pass,
     mutates_args=(),
-    schema=f"(Tensor dlogp, Tensor? dentropy, Tensor hidden, {PARAMETERS}, {SCORES}, Tensor? keep, "
-    f"Tensor logp, Tensor entropy, Tensor top, Tensor total, bool[] needs, {OPTIONS}) -> {five}",
+    schema=f"(Tensor dlogp, Tensor? dentropy, Tensor hidden, {schema(**BACKWARD)}) -> {five}",
 )
-
-
-def empty_gradients(
-    hidden: Tensor, parameters: Parameters, needs: Needs, dtype: torch.dtype | None = None
-) -> tuple[Tensor, ...]:
-    """What `Head.gradients` returns, without its values; `dtype` of the first, if not that of `hidden`."""
-    shapes = [
-        x.shape if wanted and x is not None else 0
-        for x, wanted in zip(parameters, needs[1:], strict=True)
-    ]
-    return (
-        hidden.new_empty(hidden.shape if needs.hidden else 0, dtype=dtype),
-        *(hidden.new_empty(shape, dtype=torch.float32) for shape in shapes),
-    )
 
 
 @linear_logprob_bwd.register_fake
 def _(dlogp: Tensor, dentropy: Tensor | None, hidden: Tensor, *arguments: Any) -> tuple:
-    parameters, *_, needs, _ = sorted_into(arguments, *BACKWARD)
-    return empty_gradients(hidden, parameters, Needs(*needs))
-
-
-@torch.library.custom_op("grpo_fast::weigh_rows", mutates_args=())
-def weigh_rows(x: Tensor, c: Tensor) -> Tensor:
-    """`c[:, None] * x`, zeros where c is 0; x (N, D), c (N,)."""
-    y = torch.empty_like(x)
-    if use_triton(x):
-        from grpo_fast.kernels import linear_logprob as kernels
-
-        launch(kernels.weigh_rows, x, x, c, y)
-        return y
-    return torch.where(c[:, None] == 0, 0, c[:, None] * x).to(x.dtype)
-
-
-@weigh_rows.register_fake
-def _(x: Tensor, c: Tensor) -> Tensor:
-    return torch.empty_like(x)
+    parameters, *_, needs, _ = unflatten(arguments, *BACKWARD.values())
+    return empty_gradients(hidden, parameters, needs)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     hidden, *rest = inputs
-    parameters, scores, keep, _, ctx.unit, options = sorted_into(tuple(rest), *FORWARD)
+    parameters, targets, keep, _, ctx.unit, options = unflatten(rest, *FORWARD.values())
     ctx.inputs = len(inputs)
     if ctx.unit:  # the hidden states themselves are not needed any more
         ctx.save_for_backward(output[4])
     else:
-        ctx.save_for_backward(
-            *(hidden, *parameters, *scores, keep, *output[:4]), *options[:NUM_NUMBERS]
-        )
-        ctx.sizes = options[NUM_NUMBERS:]
+        saved = flat(hidden, parameters, targets, keep, *output[:4], options)
+        tensors = [x for x in saved if x is None or isinstance(x, Tensor)]
+        ctx.save_for_backward(*tensors)
+        ctx.others = saved[len(tensors) :]  # the last options are no tensors
     ctx.mark_non_differentiable(*output[2:])
     ctx.set_materialize_grads(False)
 
@@ -174,23 +145,18 @@ def _backward(ctx: Any, dlogp: Tensor | None, dentropy: Tensor | None, *_: Any) 
     if ctx.unit:
         (dhidden,) = ctx.saved_tensors
         return none if dlogp is None else (weigh_rows(dhidden, dlogp), *none[1:])
-    hidden, *rest = ctx.saved_tensors
-    parameters = Parameters(*rest[:4])
-    ids, mask, temperature, inv_temperature, keep, logp, entropy, top, total = rest[4:13]
-    if not entropy.shape[0]:
+    kinds = [Tensor, Parameters, Targets, Tensor, RowStatistics, Options]
+    saved = unflatten([*ctx.saved_tensors, *ctx.others], *kinds)
+    hidden, parameters, targets, keep, statistics, options = saved
+    if not statistics.entropy.shape[0]:
         dentropy = None
     needs = Needs(*ctx.needs_input_grad[:5])
     if (dlogp is None and dentropy is None) or not any(needs):
         return none
+    if dlogp is None:
+        dlogp = torch.zeros_like(statistics.logp)
     gradients = linear_logprob_bwd(
-        torch.zeros_like(logp) if dlogp is None else dlogp,
-        dentropy,
-        hidden,
-        *parameters,
-        *(ids, mask, temperature, inv_temperature, keep),
-        *(logp, entropy, top, total),
-        list(needs),
-        *(*rest[13:], *ctx.sizes),
+        dlogp, dentropy, hidden, *flat(parameters, targets, keep, statistics, needs, options)
     )
     wanted = [
         g.to(x.dtype) if n and x is not None else None
@@ -302,40 +268,37 @@ def linear_logprob(
         NotImplementedError: forward-mode derivatives.
     """
     op = "linear_logprob"
-    flat, parameters, options, V = check_head(
+    flat_hidden, parameters, options, V = check_head(
         op,
         hidden,
-        weight,
         ids,
         "ids",
-        bias,
-        softcap,
-        logit_scale,
-        logits_dtype,
-        vocab_size,
-        chunk_size,
-        lora,
-        tp_group,
+        HeadArguments(
+            weight=weight,
+            bias=bias,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            logits_dtype=logits_dtype,
+            vocab_size=vocab_size,
+            chunk_size=chunk_size,
+            lora=lora,
+            tp_group=tp_group,
+        ),
     )
-    given = _arguments.check_mask(op, mask, ids, anywhere=True)
+    given = checks.check_mask(op, mask, ids, anywhere=True)
     keep = given if compact else None
     live = None if given is None else given.to(ids.device, non_blocking=True)
-    flat_ids = _arguments.check_ids(op, "ids", ids, live, V)
-    temperatures, inv_temperature = _arguments.check_temperature(op, temperature, ids, live)
-    if flat.dtype == torch.float64:
-        exact = _float64.log_probs(flat, parameters, options, flat_ids, live, temperature)
+    flat_ids = checks.check_ids(op, "ids", ids, live, V)
+    targets = Targets(flat_ids, live, *checks.check_temperature(op, temperature, ids, live))
+    if flat_hidden.dtype == torch.float64:
+        exact = float64.log_probs(flat_hidden, parameters, options, targets, temperature)
         found = tuple(x.view(ids.shape) for x in exact)
         return (found[0], found[1]) if return_entropy else found[0]
-    graded = torch.is_grad_enabled()
     frozen = not any(x is not None and x.requires_grad for x in parameters)
+    unit = torch.is_grad_enabled() and hidden.requires_grad and frozen
+    unit = unit and not (return_entropy or tp_group)
     logp, entropy, *_ = linear_logprob_fwd(
-        flat,
-        *parameters,
-        *(flat_ids, live, temperatures, inv_temperature),
-        keep,
-        return_entropy,
-        graded and hidden.requires_grad and frozen and not (return_entropy or tp_group),
-        *options,
+        flat_hidden, *flat(parameters, targets, keep, return_entropy, unit, options)
     )
     anchors = anchors_of(hidden, *parameters)
     logp = once_differentiable(op, logp, anchors)

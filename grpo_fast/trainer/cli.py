@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import grpo_fast
-from grpo_fast.integrations._host import TRANSFORMERS, found_version, require
+from grpo_fast.integrations.shared.packages import TRANSFORMERS, found_version, require
 from grpo_fast.trainer import console, files
 from grpo_fast.trainer.interruption import Stopped
 from grpo_fast.trainer.rewards import RewardError

@@ -12,9 +12,9 @@ from typing import Any, Literal
 import yaml
 from transformers import HfArgumentParser
 
-from grpo_fast._names import closest, did_you_mean
 from grpo_fast.objective import Objective
 from grpo_fast.presets import PRESETS
+from grpo_fast.spelling import closest, did_you_mean
 from grpo_fast.trainer import files
 
 # What an option that is not given becomes: for a new model, with --model.

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo_fast._operands import LARGEST
+from grpo_fast.operands import LARGEST
 
 Reward = Callable[..., list[float | None]]
 Text = str | list[dict[str, str]]

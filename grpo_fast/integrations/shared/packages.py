@@ -1,0 +1,55 @@
+"""Packages of a host: which version is installed, and where its functions have been imported."""
+
+import importlib.metadata
+import re
+import sys
+from typing import Any
+
+
+def require(package: str, at_least: str, below: str | None = None) -> None:
+    """Check that a host is installed in a version this adapter was written for.
+
+    Raises:
+        ImportError: it is not installed, older, or as new as `below`; with the command that installs it.
+    """
+    wanted = f"this needs {package} >= {at_least}" + (f", < {below}" if below else "")
+    command = f"pip install '{package}>={at_least}" + (f",<{below}'" if below else "'")
+    found = found_version(package)
+    if found is None:
+        raise ImportError(f"{wanted}, which is not installed: {command}")
+    if not is_between(found, at_least, below):
+        raise ImportError(f"{wanted}; {package} {found} is installed: {command}")
+
+
+def replace(package: str, theirs: Any, ours: Any) -> None:
+    """Put `ours` wherever a loaded module of the package has the name of `theirs` bound to it."""
+    for name, module in list(sys.modules.items()):
+        if name == package or name.startswith(f"{package}."):
+            for key, value in list(vars(module).items()):
+                if value is theirs:
+                    setattr(module, key, ours)
+
+
+def found_version(package: str) -> str | None:
+    """The version of a package, installed or a checkout on the path; None where neither says it."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # a checkout on the path says it itself
+        return getattr(sys.modules.get(package), "__version__", None)
+
+
+def is_between(version: str, at_least: str, below: str | None = None) -> bool:
+    """Whether a version is at least one and less than another, by their first three numbers."""
+
+    def numbers(text: str) -> list[int]:
+        found = [int(n) for n in re.findall(r"\d+", text.partition("+")[0])[:3]]
+        return found + [0] * (3 - len(found))
+
+    return numbers(at_least) <= numbers(version) and not (
+        below and numbers(version) >= numbers(below)
+    )
+
+
+TRANSFORMERS = (
+    "5.17"  # the oldest that the models are tested with; pyproject.toml asks pip for the same
+)

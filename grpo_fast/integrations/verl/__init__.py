@@ -1,0 +1,68 @@
+"""verl 0.9.1: its policy losses and log-probs, by this library.
+
+`VERL_USE_EXTERNAL_MODULES=grpo_fast.integrations.verl` makes every verl process import this module, which
+replaces verl's policy losses of the same `actor.policy_loss.loss_mode` by those of `POLICY_LOSSES`: the same
+signature, configuration, losses, gradients and metrics. "bypass_mode", which calls verl's own functions by
+name, stays verl's. `patch_logprobs()` replaces verl's log-prob functions.
+"""
+
+import importlib
+import importlib.util
+import logging
+import sys
+
+from grpo_fast.integrations.shared.packages import replace, require
+from grpo_fast.integrations.verl.log_probs import linear_cross_entropy, logprobs_from_logits
+from grpo_fast.integrations.verl.losses import OPTIONS, POLICY_LOSSES
+
+__all__ = [
+    "OPTIONS",
+    "POLICY_LOSSES",
+    "linear_cross_entropy",
+    "logprobs_from_logits",
+    "patch_logprobs",
+    "register",
+]
+
+SUPPORTED = ("0.9.1", "0.10")  # from, and below
+
+
+def register() -> None:
+    """Replace verl's policy losses by `POLICY_LOSSES`, in this process.
+
+    Raises:
+        ImportError: verl is not installed, or in another version.
+    """
+    require("verl", *SUPPORTED)
+    core_algos = importlib.import_module("verl.trainer.ppo.core_algos")
+    for mode, loss in POLICY_LOSSES.items():
+        core_algos.register_policy_loss(mode)(loss)
+
+
+def patch_logprobs() -> None:
+    """Replace verl's two functions above, in this process, also where verl has already imported them.
+
+    Raises:
+        ImportError: verl is not installed, or in another version.
+    """
+    require("verl", *SUPPORTED)
+    home = importlib.import_module("verl.utils.torch_functional")
+    replace("verl", home.logprobs_from_logits, logprobs_from_logits)
+    fused = importlib.import_module("verl.utils.kernel.linear_cross_entropy")
+    replace("verl", fused.linear_cross_entropy, linear_cross_entropy)
+
+
+def _is_installed() -> bool:
+    spec = importlib.util.find_spec("verl")
+    return (
+        spec is not None and spec.origin is not None
+    )  # not a folder that happens to have its name
+
+
+if "verl" in sys.modules:
+    register()
+elif _is_installed():
+    try:
+        register()
+    except ImportError as reason:  # the losses themselves work without verl
+        logging.getLogger(__name__).warning("nothing is registered with verl: %s", reason)

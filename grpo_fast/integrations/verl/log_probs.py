@@ -1,0 +1,92 @@
+"""verl's log-prob functions, by this library; `verl.patch_logprobs()` puts them in place."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from grpo_fast.ops import linear_logprob, logprob
+from grpo_fast.overwritten import check_not_overwritten
+
+
+def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool = True) -> Tensor:
+    """verl's function of the same name: log-probs of `labels`, float32 whatever the dtype of `logits`.
+
+    Equivalent to `logits.float().log_softmax(-1).gather(-1, labels[..., None]).squeeze(-1)`.
+
+    Args:
+        logits: (..., V).
+        labels: (...).
+        inplace_backward: accepted since verl passes it; the gradient gets memory of its own either way,
+            and the logits stay what they are.
+    """
+    check_not_overwritten("logprobs_from_logits", logits)  # before `reshape`, which may copy
+    V = logits.shape[-1]
+    return logprob(logits.reshape(-1, V), labels.reshape(-1)).view(labels.shape)
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    temperature: float = 1.0,
+    reduction: str = "none",
+    dist_process_group: dist.ProcessGroup | None = None,
+) -> tuple[Tensor, Tensor]:
+    """verl's function of the same name: log-probs of `labels` and entropies, without the logits in memory.
+
+    Equivalent to `logprob((hidden @ weight.T).view(-1, V), labels.view(-1), temperature=temperature,
+    return_entropy=True)`, differentiable in both outputs.
+
+    Args:
+        hidden: (..., D).
+        weight: (V, D), or this rank's rows of it.
+        labels: (...), ids of the whole vocabulary.
+        reduction: of the log-probs: "none", "sum" or "mean".
+        dist_process_group: ranks that share the vocabulary, each with its rows of `weight`, consecutive in
+            the order of the ranks, and everything else alike. All get the same results. As with verl's
+            kernel, the gradients of `hidden` are to be summed over the ranks by the caller (Megatron does,
+            where it gathers `hidden` from sequence-parallel ranks): each rank returns an equal share.
+
+    Returns:
+        (log-probs, float32 (N,) or 0-dim; entropies, float32 (N,) in nats).
+
+    Raises:
+        ValueError: an unknown reduction. TypeError: a group that is none.
+    """
+    if reduction.lower() not in ("none", "sum", "mean"):
+        raise ValueError(f"reduction={reduction!r} is unknown; choose from none, sum, mean")
+    ranks = 1
+    if dist_process_group is not None:
+        if not isinstance(dist_process_group, dist.ProcessGroup):
+            raise TypeError(f"dist_process_group: want a ProcessGroup, got {dist_process_group!r}")
+        ranks = dist_process_group.size()
+    hidden = hidden.reshape(-1, hidden.shape[-1])
+    logps, entropy = linear_logprob(
+        hidden if ranks == 1 else _ShareGradient.apply(hidden, ranks),
+        weight,
+        labels.reshape(-1),
+        temperature=temperature,
+        return_entropy=True,
+        tp_group=None if ranks == 1 else dist_process_group,
+    )
+    if reduction.lower() == "none":
+        return logps, entropy
+    return logps.sum() if reduction.lower() == "sum" else logps.mean(), entropy
+
+
+class _ShareGradient(torch.autograd.Function):
+    """`_ShareGradient.apply(x, n)` is x; of its gradient each of n ranks keeps an n-th, for a sum outside.
+
+    `linear_logprob` hands the whole gradient to each rank. A caller that sums would count it n times.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, n: int) -> Tensor:
+        ctx.n = n
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, None]:
+        return dx / ctx.n, None

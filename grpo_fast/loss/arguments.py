@@ -1,0 +1,236 @@
+"""The arguments that the losses share: checked, spread over tokens, flattened."""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from grpo_fast import checks
+from grpo_fast.checks import check_constant, check_held, check_values, per_token
+from grpo_fast.objective import Objective
+from grpo_fast.operands import LARGEST, SMALLEST, hint, operand
+from grpo_fast.ops.coefficients import Batch
+from grpo_fast.ops.group_advantage import check_rewards
+from grpo_fast.ops.reduction_weights import weights_of
+from grpo_fast.records import Rewards, Sequences, Tokens, Weighing
+from grpo_fast.sequences import first_of_sequence, one_per_sequence, spread_argument
+
+
+class LossArguments(NamedTuple):
+    """What all losses take besides logits, hidden states or log-probs; see `grpo_fast.loss.grpo_loss`."""
+
+    objective: Objective
+    advantages: Tensor | None = None
+    rewards: Tensor | None = None
+    group_size: int | None = None
+    mask: Tensor | None = None
+    old_logps: Tensor | None = None
+    ref_logps: Tensor | None = None
+    importance_weights: Tensor | None = None
+    token_weights: Tensor | None = None
+    scores: Tensor | None = None
+    num_items: float | Tensor | None = None
+    loss_scale: float | Tensor | None = None
+    cu_seqlens: Tensor | None = None
+
+    def here(self, device: torch.device) -> "LossArguments":
+        """The arguments that may be on the CPU, on the device of the rest, without waiting for it."""
+        names = ("advantages", "rewards", "token_weights", "scores", "cu_seqlens")
+        moved = {name: to_device(getattr(self, name), device) for name in names}
+        return self._replace(**moved)
+
+
+def to_device(x: Any, device: torch.device) -> Any:
+    """A tensor on the CPU as one on `device`, without waiting for it; anything else unchanged."""
+    return x.to(device, non_blocking=True) if isinstance(x, Tensor) and x.is_cpu else x
+
+
+def check_batch(
+    op: str,
+    like: Tensor,
+    mask: Tensor | None,
+    given: LossArguments,
+    dtype: torch.dtype = torch.float32,
+) -> Batch:
+    """Check the arguments of a loss, and return them flat.
+
+    Args:
+        like: one entry per token, (B, T) or packed (N,).
+        mask: (N,) bool, from `checks.check_mask`.
+        dtype: of the tensors per token, float32 or float64.
+    """
+    objective, cu_seqlens = given.objective, given.cu_seqlens
+    check_objective(op, objective)
+    if cu_seqlens is not None:
+        cu_seqlens = checks.check_cu_seqlens(op, cu_seqlens, like)
+    # Packed tokens without boundaries are one sequence.
+    rows = like[None] if like.ndim == 1 and cu_seqlens is None else like
+    rewards = _check_rewards(
+        op, like, given, len(rows) if cu_seqlens is None else len(cu_seqlens) - 1
+    )
+    _check_needed(op, given)
+    _check_constants(op, like, given)
+    found = weights_of(
+        torch.empty_like(like, dtype=dtype) if dtype == torch.float64 else like.detach(),
+        Weighing(
+            mask,
+            checks.floating_mask(given.mask, like),
+            per_token(op, "token_weights", given.token_weights, like, dtype),
+            cu_seqlens,
+            _check_num_items(op, given.num_items, objective),
+            _check_loss_scale(op, given.loss_scale),
+        ),
+        objective,
+    )
+
+    def spread(name: str, x: Tensor | None) -> Tensor | None:
+        """A per-sequence or per-token argument as (N,)."""
+        if x is None:
+            return None
+        x = spread_argument(op, name, x, like, cu_seqlens, found.sequence)
+        return per_token(op, name, x, like, dtype)
+
+    scores = given.scores
+    if rewards is not None and scores is None and objective.surrogate == "topr":
+        scores = rewards[:, None]  # one per sequence, however many tokens there are
+    importance = spread("importance_weights", given.importance_weights)
+    log_importance = None
+    if objective.surrogate == "vespo" and importance is not None:
+        # It enters the sequence weight: one per sequence once, at its first token.
+        live = torch.ones_like(importance, dtype=torch.bool) if mask is None else mask
+        counts, weighs = live, live if found.share is None else found.share
+        weights = given.importance_weights
+        if weights is not None and weights.shape != like.shape:
+            counts = first_of_sequence(rows, found.sequence)
+            weighs = counts
+        logs = weighs * importance.log().clamp(math.log(1e-8), 20)
+        log_importance, importance = torch.where(counts, logs, 0), None
+    tokens = Tokens(
+        weight=found.weight,
+        advantages=spread("advantages", given.advantages),
+        old_logp=per_token(op, "old_logps", given.old_logps, like, dtype),
+        ref_logp=per_token(op, "ref_logps", given.ref_logps, like, dtype),
+        importance=importance,
+        score=spread("scores", scores),
+        entropy_weight=found.entropy_weight,
+        coefficient=None,
+    )
+    boundaries = None
+    if cu_seqlens is not None and objective.needs_sequences:
+        boundaries = cu_seqlens.long().contiguous()
+    return Batch(
+        mask,
+        tokens,
+        Rewards(rewards, given.group_size or 1, found.sequence),
+        Sequences(boundaries, rows.shape[-1], found.share, log_importance),
+    )
+
+
+def _check_rewards(
+    op: str, like: Tensor, given: LossArguments, num_sequences: int
+) -> Tensor | None:
+    """Check that there are either advantages or rewards; return the rewards."""
+    advantages, rewards, group_size = given.advantages, given.rewards, given.group_size
+    if (advantages is None) == (rewards is None):
+        raise ValueError(
+            f"{op}: give either advantages or rewards with group_size, "
+            f"got {'neither' if advantages is None else 'both'}"
+        )
+    if rewards is None:
+        if group_size is not None:
+            raise ValueError(f"{op}: group_size={group_size} has no effect with advantages")
+        return None
+    if group_size is None:
+        raise ValueError(f"{op}: group_size: needed with rewards")
+    check_constant(op, "rewards", rewards)
+    rewards = check_rewards(op, one_per_sequence(rewards), group_size)
+    checks.check_shape(op, "rewards", rewards, ((num_sequences,),))
+    checks.check_device(op, "rewards", rewards, like)
+    return rewards
+
+
+def _check_constants(op: str, like: Tensor, given: LossArguments) -> None:
+    """Check that no argument asks for a gradient, which none would get."""
+    for name in ("advantages", "importance_weights", "token_weights", "scores"):
+        check_constant(op, name, getattr(given, name))
+    for name in ("num_items", "loss_scale"):
+        check_constant(op, name, getattr(given, name))
+        check_held(op, name, getattr(given, name), like)
+
+
+def check_objective(op: str, objective: object) -> None:
+    """Refuse what is no objective, before its options are read."""
+    if not isinstance(objective, Objective):
+        raise TypeError(
+            f"{op}: objective: want an Objective, such as Objective.preset(name), got {objective!r}"
+        )
+
+
+def _check_needed(op: str, given: LossArguments) -> None:
+    """Check the arguments that the objective needs, or does not use."""
+    objective, old_logps, ref_logps = given.objective, given.old_logps, given.ref_logps
+    scores, modes = given.scores, objective.terms.modes
+    if modes.has_kl and ref_logps is None:
+        raise ValueError(f"{op}: ref_logps: needed, since objective.beta={objective.beta}")
+    if scores is not None and objective.surrogate != "topr":
+        raise ValueError(
+            f"{op}: scores have no effect with surrogate={objective.surrogate!r}; they belong to 'topr'"
+        )
+    reason = None
+    if modes.drops_stale:
+        reason = "off_policy_threshold"
+    elif modes.surrogate == "rollout_is":
+        reason = "surrogate"
+    elif modes.has_penalty:
+        reason = "quadratic_coef"
+    if reason and old_logps is None:
+        option = f"{reason}={getattr(objective, reason)!r}"
+        raise ValueError(
+            f"{op}: old_logps: needed, since {option} measures the distance to the policy that "
+            "sampled; on the first update pass that policy's log-probs all the same"
+        )
+
+
+def _check_num_items(
+    op: str, num_items: float | Tensor | None, objective: Objective
+) -> Tensor | None:
+    if num_items is None:
+        return None
+    if objective.reduction != "token_mean":
+        raise ValueError(
+            f"{op}: num_items is the denominator of reduction='token_mean' and has no effect with "
+            f"{objective.reduction!r}"
+        )
+    return _check_number(
+        op, "num_items", num_items, 0, "a finite number >= 0 that float32 can hold"
+    )
+
+
+def _check_loss_scale(op: str, loss_scale: float | Tensor | None) -> Tensor | None:
+    if loss_scale is None:
+        return None
+    return _check_number(
+        op, "loss_scale", loss_scale, -LARGEST, "a finite number that float32 can hold"
+    )
+
+
+def _check_number(op: str, name: str, x: float | Tensor, low: float, wanted: str) -> Tensor:
+    """Check a number or a 0-dim tensor; return a 0-dim tensor, on its own device if nobody may look at it."""
+    if isinstance(x, Tensor):
+        if x.ndim:
+            raise ValueError(
+                f"{op}: {name}: want a number or a 0-dim tensor, got {checks.shape_of(x)}"
+            )
+        if x.dtype == torch.bool or x.dtype.is_complex:
+            raise TypeError(f"{op}: {name}: want a real number, got a tensor of {x.dtype}")
+        if not check_values(x):
+            return x.detach()
+        given, x = x.detach(), x.item()
+    else:
+        given = None
+    if isinstance(x, bool) or not isinstance(x, (int, float)):
+        raise TypeError(f"{op}: {name}: want a number or a 0-dim tensor, got {x!r}{hint(name, x)}")
+    if not low <= x <= LARGEST or (low < 0 < abs(x) < SMALLEST):
+        raise ValueError(f"{op}: {name}: want {wanted}, got {x}")
+    return operand(float(x)) if given is None else given

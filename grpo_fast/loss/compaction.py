@@ -1,0 +1,82 @@
+"""Which tokens can have a gradient: all others are left out of the products with the head."""
+
+import torch
+from torch import Tensor
+
+from grpo_fast.loss.arguments import LossArguments
+from grpo_fast.ops.group_advantage import kept_whole, z_scores
+from grpo_fast.sequences import one_per_sequence, sequence_of_token, spread
+
+
+def keep_of(
+    ids: Tensor, mask: Tensor | None, live: Tensor | None, given: LossArguments
+) -> Tensor | None:
+    """Whether a token may have a gradient, (N,) bool; None if all may.
+
+    Computed on the host if all that decides is there: then nobody waits for the device.
+
+    Args:
+        mask: (N,) bool, where the caller has it. live: the same on the device of the ids.
+    """
+    deciding = (mask, given.advantages, given.rewards, given.token_weights, given.cu_seqlens)
+    if all(x is None or x.is_cpu for x in deciding):
+        return carries_gradient(ids, mask, given)
+    return carries_gradient(ids, live, given.here(ids.device))
+
+
+def carries_gradient(like: Tensor, mask: Tensor | None, given: LossArguments) -> Tensor | None:
+    """Whether a token may have a gradient, (N,) bool, where the arguments are; None if all may.
+
+    Args:
+        like: (B, T) or (N,), for its shape. mask: (N,) bool. given: checked arguments.
+    """
+    modes, cu_seqlens = given.objective.terms.modes, given.cu_seqlens
+    N, T = like.numel(), like.shape[-1]
+    sequence = None if cu_seqlens is None else sequence_of_token(cu_seqlens, N)
+    if modes.by_entropy:  # every live token's entropy counts
+        return mask
+
+    def per_token(x: Tensor) -> Tensor:
+        if x.shape == like.shape:
+            return x.reshape(-1)
+        x = x.reshape(-1)
+        return spread(x, (len(x), T), sequence)
+
+    conditions = [] if mask is None else [mask]
+    if given.token_weights is not None:
+        conditions.append(given.token_weights.reshape(-1) != 0)
+    if not (modes.has_kl or modes.has_bonus):
+        if not modes.has_penalty:  # those do not vanish with the advantage
+            conditions.append(per_token(_advantages(given)) != 0)
+        # They may be on the GPU where the others decide on the host: then they do not decide.
+        importance = None if modes.surrogate == "vespo" else given.importance_weights
+        if importance is not None and all(x.device == importance.device for x in conditions):
+            conditions.append(per_token(importance) != 0)
+    if not conditions:
+        return None
+    alive = conditions[0]
+    for condition in conditions[1:]:
+        alive = alive & condition
+    if modes.needs_sequences:
+        alive = _whole_sequences(alive, T, cu_seqlens, sequence)
+        alive = alive if mask is None else alive & mask
+    return alive
+
+
+def _advantages(given: LossArguments) -> Tensor:
+    """The advantages, or those of the rewards, one per sequence."""
+    if given.advantages is not None:
+        return given.advantages
+    rewards = one_per_sequence(given.rewards)
+    return z_scores(kept_whole(rewards), given.group_size or 1)[:, None]
+
+
+def _whole_sequences(
+    alive: Tensor, T: int, cu_seqlens: Tensor | None, sequence: Tensor | None
+) -> Tensor:
+    """All tokens of sequences that have a token alive: one moves all, since the ratio is that of all."""
+    if cu_seqlens is None or sequence is None:
+        rows = alive.view(-1, max(T, 1))
+        return rows.any(1)[:, None].expand(rows.shape).reshape(-1)
+    count = torch.nn.functional.pad(alive.cumsum(0), (1, 0))[cu_seqlens.long()]
+    return (count.diff() > 0)[sequence]

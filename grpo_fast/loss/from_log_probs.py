@@ -1,0 +1,95 @@
+"""`policy_loss`: the loss on log-probs that a model has computed already."""
+
+from torch import Tensor
+
+from grpo_fast import checks
+from grpo_fast.loss.arguments import LossArguments, check_batch, check_objective
+from grpo_fast.loss.output import LossOutput, loss_output
+from grpo_fast.objective import OPTIONS, Objective
+from grpo_fast.ops.autograd import anchors_of, once_differentiable
+from grpo_fast.ops.coefficients import values
+from grpo_fast.records import Outputs
+from grpo_fast.spelling import keywords_explained
+
+
+@keywords_explained(OPTIONS)
+def policy_loss(
+    logps: Tensor,
+    *,
+    advantages: Tensor,
+    mask: Tensor | None = None,
+    old_logps: Tensor | None = None,
+    ref_logps: Tensor | None = None,
+    importance_weights: Tensor | None = None,
+    token_weights: Tensor | None = None,
+    scores: Tensor | None = None,
+    entropy: Tensor | None = None,
+    num_items: float | Tensor | None = None,
+    loss_scale: float | Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    objective: Objective = Objective(),
+) -> LossOutput:
+    """`grpo_loss` from log-probs instead of logits: the same objective, by the same device code.
+
+    Equivalent to `grpo_fast.reference.policy_loss` with the same arguments, in float32. Differentiable in
+    `logps`, and in `entropy` where `objective.entropy_coef` is not 0.
+
+    Args:
+        logps: (B, T) padded or (N,) packed log-probs of the completion tokens, any floating dtype.
+        entropy: per token, in nats; needed where `objective.needs_entropy`.
+        advantages, mask, old_logps, ref_logps, importance_weights, token_weights, scores, num_items,
+            loss_scale, cu_seqlens, objective: as in `grpo_loss`: constants, `old_logps=logps` too.
+
+    Returns:
+        `LossOutput`; its `entropy` is the given one, detached.
+
+    Raises:
+        ValueError, TypeError: as `grpo_loss`.
+    """
+    op = "policy_loss"
+    check_objective(op, objective)
+    checks.check_tensor(op, "logps", logps)
+    checks.check_no_tangent(op, "logps", logps)
+    if not logps.is_floating_point():
+        raise TypeError(f"{op}: logps: want a floating dtype, got {logps.dtype}")
+    if logps.ndim not in (1, 2):
+        raise ValueError(f"{op}: logps: want (B, T) or (N,), got {checks.shape_of(logps)}")
+    _check_entropy(op, entropy, logps, objective)
+    given = LossArguments(
+        objective=objective,
+        advantages=advantages,
+        mask=mask,
+        old_logps=old_logps,
+        ref_logps=ref_logps,
+        importance_weights=importance_weights,
+        token_weights=token_weights,
+        scores=scores,
+        num_items=num_items,
+        loss_scale=loss_scale,
+        cu_seqlens=cu_seqlens,
+    )
+    logp = logps.float()
+    batch = check_batch(op, logp, checks.check_mask(op, mask, logps), given)
+    flat = logp.reshape(-1).contiguous()
+    flat_entropy = None if entropy is None else entropy.reshape(-1).float().contiguous()
+    found = values(flat, flat_entropy, batch, objective.terms)
+    loss = once_differentiable(op, found.loss, anchors_of(logps, entropy))
+    out = Outputs(loss, flat.detach(), flat_entropy, found.kl, found.clip)  # type: ignore[arg-type]
+    return loss_output(logps, out, batch)
+
+
+def _check_entropy(op: str, entropy: Tensor | None, logps: Tensor, objective: Objective) -> None:
+    """Check the entropies that are given, or that none are needed."""
+    if objective.needs_entropy and entropy is None:
+        name = "entropy_coef" if objective.terms.modes.has_bonus else "top_entropy_quantile"
+        raise ValueError(
+            f"{op}: entropy: needed, since objective.{name}={getattr(objective, name)}"
+        )
+    if entropy is not None:
+        checks.check_tensor(op, "entropy", entropy)
+        checks.check_no_tangent(op, "entropy", entropy)
+        if entropy.shape != logps.shape:
+            raise ValueError(
+                f"{op}: entropy: want {tuple(logps.shape)}, got {checks.shape_of(entropy)}"
+            )
+        checks.check_device(op, "entropy", entropy, logps)

@@ -1,0 +1,211 @@
+"""`grpo_loss`: the loss on logits."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from grpo_fast import checks, overwritten
+from grpo_fast.loss.arguments import LossArguments, check_batch, check_objective
+from grpo_fast.loss.output import LossOutput, loss_output
+from grpo_fast.objective import OPTIONS, Objective
+from grpo_fast.operands import Terms
+from grpo_fast.ops.autograd import anchors_of, once_differentiable
+from grpo_fast.ops.coefficients import (
+    Batch,
+    WithGradientOf,
+    coefficient_on_policy,
+    values,
+    with_coefficients,
+)
+from grpo_fast.ops.group_advantage import z_scores
+from grpo_fast.ops.grpo import grpo, grpo_inplace
+from grpo_fast.ops.logprob import logprob_fwd
+from grpo_fast.records import Outputs, Rewards, Targets, flat
+from grpo_fast.sequences import spread
+from grpo_fast.spelling import keywords_explained
+
+
+@keywords_explained(OPTIONS)
+def grpo_loss(
+    logits: Tensor,
+    completion_ids: Tensor,
+    *,
+    advantages: Tensor | None = None,
+    rewards: Tensor | None = None,
+    group_size: int | None = None,
+    mask: Tensor | None = None,
+    old_logps: Tensor | None = None,
+    ref_logps: Tensor | None = None,
+    importance_weights: Tensor | None = None,
+    token_weights: Tensor | None = None,
+    scores: Tensor | None = None,
+    num_items: float | Tensor | None = None,
+    loss_scale: float | Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    objective: Objective = Objective(),
+    return_entropy: bool = False,
+    inplace: bool = False,
+) -> LossOutput:
+    """The GRPO loss of a batch of completions, with its gradient computed in the same pass over the logits.
+
+    Equivalent to `grpo_fast.reference.grpo_loss` with the same arguments, computed in float32 whatever the
+    dtype of `logits`. It makes one tensor of the size of `logits`, their gradient, or none with `inplace`.
+    Autograd adds its own: the backward of a slice makes a tensor of the size of what was sliced. Let the head
+    compute only the rows that are scored (`logits_to_keep=` in transformers) to avoid that.
+
+    Args:
+        logits: (B, T, V) padded or (N, V) packed, float32, bfloat16 or float16, aligned: row t scores
+            token t. The last dimension contiguous; a strided view (`logits[:, prompt - 1 : -1]`) is not
+            copied by this function. Their gradient is stored in their dtype before the upstream gradient
+            is applied. An upstream gradient other than 1 costs a read and a write of all of it, more than
+            half of what the loss itself takes, and rounds it again: pass factors as `loss_scale`.
+        completion_ids: (B, T) or (N,), int32 or int64; anything where the mask is 0.
+        advantages: (B,) or (B, 1) per sequence, or per token. Or:
+        rewards: (B,) or (B, 1) with `group_size` of at least 2: z-scored within groups of consecutive
+            sequences, on the device, in the same launch. Across ranks use
+            `grpo_fast.ops.group_advantage` on gathered rewards.
+        mask: per token; 0 leaves a token out: nothing of it is read, it may hold NaN. Default: all count.
+            A floating mask weighs: m_t multiplies what a token adds to a sum, and the denominators are sums
+            of m_t: of reductions, of means over a sequence (GSPO), of the metrics. Of bools and integers
+            any nonzero value is 1. An additive attention mask (0 and -inf) is an error: pass `mask == 0`.
+        old_logps: per token, of the policy that sampled. None: on policy, the ratio is 1. It and `ref_logps`
+            are constants, detached here if they come with a graph: no gradient flows through them.
+        ref_logps: per token, of the reference policy; needed where `objective.beta` is not 0.
+        importance_weights: (B,), (B, 1) or per token; a detached factor on the surrogate, not on the KL
+            term (train/inference mismatch). Where it is 0 the surrogate is left out, even if it is
+            infinite or NaN.
+        token_weights: per token; a detached factor on everything a token contributes. Where it is 0 the
+            token is left out, even if its loss is infinite or NaN.
+        scores: "topr" only: (B,), (B, 1) or per token, what was scored before any baseline; its sign decides.
+            Default: the rewards, or else the advantages.
+        num_items: the denominator of "token_mean", a number or 0-dim tensor; with another reduction an
+            error. At least 1 is taken.
+        loss_scale: a factor on the loss and its gradient, at no cost: a share of the micro-batch, the number
+            of ranks, the scale of a GradScaler. A finite number, or a 0-dim tensor on the CPU or the device
+            of `logits`, read without a host sync. It may be negative; 0 leaves out all tokens. It is applied
+            before the gradient is rounded to the dtype of `logits`, which keeps float16 from underflow. All
+            of the loss is scaled, KL and entropy terms too; `LossOutput.loss` is the scaled loss, and so is
+            "loss" in `statistics`. The metrics and all other statistics do not change.
+        cu_seqlens: (B + 1,) int boundaries of packed sequences. Packed tokens without it are one sequence.
+            With B = N, and not one token in each sequence, (N,) may be per token or per sequence, and is
+            refused: (B, 1) is per sequence.
+        temperature: positive; a number, or one per token.
+        objective: what is optimised.
+        return_entropy: compute the entropy, for `LossOutput.entropy` and the metrics, also where the
+            objective does not need it.
+        inplace: allow the logits to be overwritten with their gradient, which then needs no memory of its
+            own. Afterwards they cannot be used, nor their base, views, `detach()` and `.data`: a gradient
+            through them raises, and so do this library's functions. PyTorch's own functions cannot be
+            kept from reading: `logits.argmax(-1)`, or an entropy under `torch.no_grad()`, is then that of
+            the gradient, without an error. Compute such metrics before, or use `LossOutput`.
+            Not done under `torch.compile`, whose memory planner decides, nor where no gradient is wanted.
+            Objectives that are not `objective.by_token` then read the logits once more, unless they are on
+            policy.
+
+    Returns:
+        `LossOutput`. No host sync happens on the way. backward works once: a second one, or a second
+        derivative, raises.
+
+    Raises:
+        ValueError, TypeError: arguments that do not fit, by name; advantages, rewards, weights, scores,
+            `num_items`, `loss_scale` and temperatures that require grad, which none reaches. Values of
+            tensors on a GPU (ids, `cu_seqlens`, per-token temperatures) are checked only with
+            GRPO_FAST_VALIDATE=1. Without it, an id outside the vocabulary or a negative weight in a mask
+            makes the loss NaN there.
+    """
+    op = "grpo_loss"
+    check_objective(op, objective)
+    logits3 = checks.check_logits(op, logits, completion_ids, "completion_ids")
+    targets = checks.check_targets(op, "completion_ids", completion_ids, logits, mask, temperature)
+    given = LossArguments(
+        objective=objective,
+        advantages=advantages,
+        rewards=rewards,
+        group_size=group_size,
+        mask=mask,
+        old_logps=old_logps,
+        ref_logps=ref_logps,
+        importance_weights=importance_weights,
+        token_weights=token_weights,
+        scores=scores,
+        num_items=num_items,
+        loss_scale=loss_scale,
+        cu_seqlens=cu_seqlens,
+    )
+    batch = check_batch(op, completion_ids, targets.mask, given)
+    with_grad = torch.is_grad_enabled() and logits.requires_grad
+    inplace = inplace and with_grad and not torch.compiler.is_compiling()
+    if inplace:
+        overwritten.check_overwritable(op, logits)
+    anchors = anchors_of(logits)
+    return_entropy = return_entropy or objective.needs_entropy
+    call = _Call(logits3, targets, batch, objective.terms, return_entropy, inplace)
+    out = _by_launch(call) if objective.by_token and with_grad else _by_phases(call)
+    out = out._replace(loss=once_differentiable(op, out.loss, anchors))
+    if inplace:
+        overwritten.mark(logits)
+    if not return_entropy:
+        out = out._replace(entropy=None)  # type: ignore[arg-type]
+    return loss_output(completion_ids, out, batch)
+
+
+class _Call(NamedTuple):
+    """Checked arguments of one call of `grpo_loss`."""
+
+    logits: Tensor  # (B, T, V)
+    targets: Targets
+    batch: Batch
+    terms: Terms
+    with_entropy: bool
+    inplace: bool
+
+
+def _by_launch(call: _Call) -> Outputs:
+    """Compute the loss of each token, and the gradient, in one launch."""
+    given = flat(call.targets, call.batch.tokens, call.batch.rewards, call.with_entropy, call.terms)
+    return Outputs(*(grpo_inplace if call.inplace else grpo)(call.logits, *given)[:5])
+
+
+def _by_launch_with(call: _Call, coefficient: Tensor) -> Outputs:
+    """Compute the same where the surrogate's part of dloss/dlogp is known beforehand."""
+    tokens, terms = with_coefficients(call.batch.tokens, coefficient, call.terms)
+    batch = call.batch._replace(tokens=tokens, rewards=Rewards(None, 1, None))
+    return _by_launch(call._replace(batch=batch, terms=terms))
+
+
+def _by_phases(call: _Call) -> Outputs:
+    """Compute the same where a token's coefficient depends on others, or no gradient is wanted.
+
+    On policy, one launch. In place, one read for the log-probs before it. Otherwise one read for the
+    log-probs, and one read and write for the gradient in the backward. Without a gradient, one read.
+    """
+    logits, targets, batch, terms = call.logits, call.targets, call.batch, call.terms
+    rewards = batch.rewards
+    if rewards.values is not None:
+        score = z_scores(rewards.values, rewards.group_size)
+        advantages = spread(score, logits.shape[:2], rewards.sequence)
+        batch = batch._replace(tokens=batch.tokens._replace(advantages=advantages))
+        call = call._replace(batch=batch)
+    with_grad = torch.is_grad_enabled() and logits.requires_grad
+    coefficient = coefficient_on_policy(batch, terms) if with_grad else None
+    if coefficient is not None:
+        out = _by_launch_with(call, coefficient)
+        with torch.no_grad():
+            found = values(out.logp, out.entropy, batch, terms)
+        loss = WithGradientOf.apply(out.loss, found.loss)
+        return Outputs(loss, out.logp, out.entropy, found.kl, found.clip)
+    with torch.set_grad_enabled(with_grad and not call.inplace):
+        logp, entropy, _, _ = logprob_fwd(logits, *flat(targets, call.with_entropy))
+        found = values(logp, entropy, batch, terms)
+    loss = found.loss
+    if with_grad and call.inplace:
+        tokens = batch.tokens._replace(ref_logp=None, entropy_weight=found.entropy_weight)
+        left = call._replace(
+            batch=batch._replace(tokens=tokens),
+            terms=terms._replace(modes=terms.modes.without_kl()),
+            with_entropy=terms.modes.has_bonus,
+        )
+        loss = WithGradientOf.apply(_by_launch_with(left, found.dlogp).loss, loss)
+    return Outputs(loss, logp.detach(), entropy, found.kl, found.clip)

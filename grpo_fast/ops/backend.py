@@ -1,0 +1,141 @@
+"""Which implementation runs: the Triton kernels or PyTorch's own operators."""
+
+import contextlib
+import functools
+import importlib.util
+import os
+import warnings
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("triton", "torch")
+OLDEST_TORCH, OLDEST_TRITON = (2, 8), (3, 4)  # pyproject.toml asks pip for the same
+
+
+def version_of(text: str) -> tuple[int, int]:
+    """Major and minor of a version."""
+    major, minor = text.split(".")[:2]
+    return int(major), int(minor)
+
+
+if version_of(torch.__version__) < OLDEST_TORCH:
+    raise ImportError(
+        f"grpo_fast needs torch >= 2.8, and torch {torch.__version__} is installed: pip install 'torch>=2.8'"
+    )
+
+
+@functools.cache
+def why_no_triton() -> str:
+    """Why the kernels cannot be compiled, or "" where they can. Triton exists for Linux only."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    found = importlib.import_module("triton").__version__
+    if version_of(found) < OLDEST_TRITON:
+        return f"Triton {found} is installed, and the kernels need 3.4"
+    return ""
+
+
+@functools.cache
+def _warn_of_slow_path(why: str) -> None:
+    """Once: the user has a GPU and gets PyTorch's operators."""
+    warnings.warn(
+        f"grpo_fast: {why}: PyTorch's operators run in place of the kernels. The results are the same, but "
+        "they take longer: pip install 'triton>=3.4'",
+        stacklevel=4,
+    )
+
+
+def use_triton(x: Tensor) -> bool:
+    """Whether an op on `x` launches kernels.
+
+    By default CUDA (and ROCm) tensors do where Triton is installed, all others take the PyTorch path.
+    `GRPO_FAST_BACKEND=triton` or `torch` forces one of them.
+
+    Raises:
+        ValueError: another value of GRPO_FAST_BACKEND.
+        RuntimeError: "triton" is forced where it cannot run.
+    """
+    forced = os.environ.get("GRPO_FAST_BACKEND", "")
+    if forced and forced not in BACKENDS:
+        raise ValueError(f"GRPO_FAST_BACKEND={forced!r}: want one of {', '.join(BACKENDS)}")
+    if forced == "torch":
+        return False
+    if not forced and x.device.type != "cuda":
+        return False  # whatever Triton is there
+    why = why_no_triton()
+    if not forced:
+        if why and not torch.compiler.is_compiling():
+            _warn_of_slow_path(why)
+        return not why
+    if why:
+        raise RuntimeError(f"GRPO_FAST_BACKEND=triton, but {why}")
+    if x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise RuntimeError(
+            "GRPO_FAST_BACKEND=triton with CPU tensors runs in Triton's interpreter only: "
+            "set TRITON_INTERPRET=1 before Triton is imported"
+        )
+    return True
+
+
+def wants_rows_on_chip() -> bool:
+    """Whether GRPO_FAST_ON_CHIP=1 asks for `grpo_fast.kernels.on_chip` in place of `grpo_fast.kernels.grpo`.
+
+    Raises:
+        ValueError: another value than 0 or 1.
+    """
+    given = os.environ.get("GRPO_FAST_ON_CHIP", "")
+    if given not in ("", "0", "1"):
+        raise ValueError(f"GRPO_FAST_ON_CHIP={given!r}: want 0 or 1")
+    return given == "1"
+
+
+@functools.cache
+def warn_not_on_chip(why: str) -> None:
+    """Warn that GRPO_FAST_ON_CHIP=1 has no effect, once for each reason."""
+    warnings.warn(
+        f"grpo_fast: GRPO_FAST_ON_CHIP=1 has no effect here: {why}. The results are the same without it",
+        stacklevel=4,
+    )
+
+
+def run(function: str, like: Tensor, *args: Any, exact: bool = False, **kwargs: Any) -> Any:
+    """Call a kernel: its launcher in `grpo_fast.kernels`, or its twin in `grpo_fast.torch_kernels`.
+
+    This is the one place that chooses. Both have the same names and signatures.
+
+    Args:
+        function: module and name, such as "logprob.logprob_fwd".
+        like: a tensor on the device that computes.
+        exact: by PyTorch's operators whatever the device is: float64, or nothing to launch on.
+    """
+    stem, name = function.split(".")
+    if exact or not use_triton(like):
+        twin = getattr(importlib.import_module(f"..torch_kernels.{stem}", __package__), name)
+        return twin(*(x.vector if isinstance(x, Strided) else x for x in args), **kwargs)
+    launcher = getattr(importlib.import_module(f"..kernels.{stem}", __package__), name)
+    args = tuple(_dense(value) for value in args)
+    kwargs = {key: _dense(value) for key, value in kwargs.items()}
+    # Triton launches on the current GPU.
+    with torch.cuda.device(like.device) if like.is_cuda else contextlib.nullcontext():
+        return launcher(*args, **kwargs)
+
+
+class Strided(NamedTuple):
+    """A vector whose stride the launcher takes into account."""
+
+    vector: Tensor
+
+
+def _dense(value: Any) -> Any:
+    """A vector, or the vectors of a record, with a stride of 1, which the kernels count on.
+
+    A vector with another stride is copied, an expanded one too. Launchers make their own output vectors and
+    take the strides of everything else.
+    """
+    if isinstance(value, Strided):
+        return value.vector
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_dense(x) for x in value))
+    return value.contiguous() if isinstance(value, Tensor) and value.ndim == 1 else value

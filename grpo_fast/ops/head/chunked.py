@@ -1,0 +1,231 @@
+"""The language-model head in chunks of tokens: logits into a workspace, and their gradient out of it.
+
+    z = h W^T + bias + scaling (h A^T) B^T        one chunk of C rows at a time
+    dh = dz W,  dW += dz^T h                      dz written over z by the caller
+
+dW is accumulated in float32 whatever the dtype of the weight. Every product of a call has the same C rows,
+the last chunk filled up with zeros: a row's result then depends on the batch around it no more than the
+matrix library makes it.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from grpo_fast.ops.backend import run
+from grpo_fast.ops.head.arguments import Needs, Options, Parameters
+from grpo_fast.ops.head.chunk_length import chunk_rows, padded, processors, row_limit
+from grpo_fast.ops.head.products import (
+    accumulate,
+    early_dtype,
+    has_mixed_products,
+    on_gpu,
+    product,
+    warn_of_copies,
+    working_dtypes,
+)
+from grpo_fast.ops.head.vocab_parallel import Shard
+from grpo_fast.records import Incoming, Outgoing, SoftCap
+
+
+class Head:
+    """One pass over the rows of `hidden`: `logits` of a part, its gradient put in place, then `backward`.
+
+    Args:
+        hidden: (N, D).
+        rows: indices of the rows that take part, or None for all.
+        live: (N,) bool, or None; without `rows` only: `hidden` may hold anything where it is False.
+        needs: the gradients that `backward` is to collect.
+        length: rows of the longest part, where the parts are the caller's; 0 to choose.
+        early: the upstream gradient is yet to come; see `early_dtype`.
+    """
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        parameters: Parameters,
+        options: Options,
+        rows: Tensor | None,
+        live: Tensor | None,
+        needs: Needs,
+        length: int = 0,
+        early: bool = False,
+    ) -> None:
+        V = options.vocab_size
+        self.dtype, self.logits_dtype = working_dtypes(hidden, options)
+        # Of products that the library may split (`product`).
+        self.sums = torch.float32 if has_mixed_products(hidden) else self.dtype
+        if on_gpu(hidden) and hidden.dtype != self.dtype:
+            warn_of_copies()
+        self.hidden, self.rows, self.live, self.needs = hidden, rows, live, needs
+        self.full = parameters
+        self.dhidden_dtype = early_dtype(hidden) if early else hidden.dtype
+        weight, bias, lora_a, lora_b = parameters
+        self.weight = self._operand(weight[:V])
+        self.bias = None if bias is None else bias[:V].to(self.logits_dtype)
+        self.lora_a = None if lora_a is None else self._operand(lora_a)
+        self.lora_b = None if lora_b is None else self._operand(lora_b[:V])
+        self.scaling = options.lora_scaling.item()
+        self.shard = Shard.of(options.tp_group, options.first_row) if options.tp_group else None
+        self.softcap = None
+        if options.softcap is not None:
+            self.softcap = SoftCap(options.softcap.item(), options.logit_scale.item())
+        self.N = len(hidden) if rows is None else len(rows)
+        most = row_limit(hidden, options)
+        D = hidden.shape[1]
+        self.C = options.chunk_size or length or chunk_rows(self.N, D, most, processors(hidden))
+        rows = hidden.new_empty((self.C if self.N else 0, padded(V)), dtype=self.logits_dtype)
+        self._work = rows[:, :V]
+        # Over the logits, from the first byte of each row on: of smaller elements where they are float32
+        # and the operands are halves.
+        self._dlogits = rows.view(self.dtype)[:, :V]
+        self._counters: Tensor | None = None
+        self._waiting: slice | None = None  # the part whose gradient is still in the stage
+        self._taken: Tensor | None = None  # where `move_rows` puts hidden states
+        if needs.hidden or needs.parameters:
+            self._new_gradients()
+
+    def _operand(self, x: Tensor) -> Tensor:
+        """x as it enters the products: of the dtype of `hidden`, whatever the device multiplies."""
+        return x.to(self.hidden.dtype).to(self.dtype)
+
+    def _new_gradients(self) -> None:
+        new = self.hidden.new_zeros
+        D, V = self.hidden.shape[1], len(self.weight)
+        weight, bias, lora_a, lora_b = self.full
+        # Rows that take no part have no gradient; those that do are all written.
+        whole = self.rows is None
+        # A sum over processes is rounded once, at its end.
+        exact = torch.float32 if self.shard else self.dhidden_dtype
+        self.dhidden = (self.hidden.new_empty if whole else new)(
+            self.hidden.shape if self.needs.hidden else 0, dtype=exact
+        )
+        self.dweight = self.hidden.new_empty(0, dtype=torch.float32)
+        if self.needs.weight:
+            self.dweight = self.hidden.new_empty(weight.shape, dtype=torch.float32)
+            if len(weight) > V:
+                self.dweight[V:] = 0  # the first chunk writes the others
+            if not self.N:
+                self.dweight.zero_()
+
+        def zeros(wanted: bool, like: Tensor | None) -> Tensor:
+            return new(like.shape if wanted and like is not None else 0, dtype=torch.float32)
+
+        self.dbias = zeros(self.needs.bias, bias)
+        self.dlora_a = zeros(self.needs.lora_a, lora_a)
+        self.dlora_b = zeros(self.needs.lora_b, lora_b)
+        self._stage = self.hidden.new_empty((self.C if self.N else 0, D), dtype=self.sums)
+        self._fresh = True
+
+    def parts(self) -> Iterator[slice]:
+        """Consecutive parts of the rows that take part, each of C but the last."""
+        for start in range(0, self.N, self.C):
+            yield slice(start, min(start + self.C, self.N))
+
+    def counters(self, part: slice) -> Tensor | None:
+        """Zeros, (n,) int32, in which the programs of a row count themselves, for one launch on these rows.
+
+        None where a row has one program.
+        """
+        if not run("schedules.counts_arrivals", self.hidden, len(self.weight)):
+            return None
+        if self._counters is None:
+            self._counters = self.hidden.new_zeros(self.N, dtype=torch.int32)
+        return self._counters[part]
+
+    def _take(self, part: slice) -> Tensor:
+        """(C, D) rows of a part, zeros after them and where they may hold anything."""
+        n = part.stop - part.start
+        plain = self.rows is None and self.live is None and n == self.C
+        if plain and self.hidden.dtype == self.dtype:
+            self._move(None)
+            return self.hidden[part]
+        if self._taken is None:
+            self._taken = self.hidden.new_empty(self.C, self.hidden.shape[1], dtype=self.dtype)
+        self._move(part)
+        return self._taken
+
+    def _move(self, part: slice | None) -> None:
+        """Move the waiting gradient to its place, and hidden states of a part to `_taken`, in one launch."""
+        waiting, self._waiting = self._waiting, None
+        outgoing, incoming = None, None
+        if waiting is not None:
+            outgoing = Outgoing(self._stage, *self._places(self.dhidden, waiting))
+        if part is not None:
+            assert self._taken is not None
+            hidden, rows, n = self._places(self.hidden, part)
+            live = None if self.live is None else self.live[part]
+            incoming = Incoming(hidden, rows, live, n, self._taken)
+        if outgoing is not None or incoming is not None:
+            run("chunks.move_rows", self.hidden, outgoing, incoming)
+
+    def _places(self, x: Tensor, part: slice) -> tuple[Tensor, Tensor | None, int]:
+        """(x (N, D) or what begins with the rows of a part, which rows of it or None, how many)."""
+        n = part.stop - part.start
+        return (x[part], None, n) if self.rows is None else (x, self.rows[part], n)
+
+    def logits(self, part: slice) -> tuple[Tensor, Tensor]:
+        """(1, n, V) logits of a part, and where their gradient belongs: over them (`schedules.overlaps`)."""
+        n = part.stop - part.start
+        self._h = self._take(part)
+        if self.bias is None:
+            product(self._h, self.weight.T, self._work)
+        elif (
+            self.bias.dtype == self._h.dtype
+        ):  # one pass over the chunk less where the library fuses it
+            torch.addmm(self.bias, self._h, self.weight.T, out=self._work)
+        else:
+            self._work.copy_(self.bias.expand_as(self._work))
+            accumulate(self._work, self._h, self.weight.T)
+        if self.lora_a is not None and self.lora_b is not None:
+            inner = self._h.new_empty(self.C, len(self.lora_a), dtype=self.sums)
+            product(self._h, self.lora_a.T, inner)
+            self._inner = inner.to(self.dtype)
+            accumulate(self._work, self._inner, self.lora_b.T, self.scaling)
+        return self._work[:n][None], self._dlogits[:n][None]
+
+    def backward(self, part: slice) -> None:
+        """Collect the gradients of the part whose logits were last asked for."""
+        n = part.stop - part.start
+        dz = self._dlogits
+        if n < self.C:
+            dz[n:] = 0
+        V = len(self.weight)
+        dinner = None
+        if self.lora_b is not None and (self.needs.hidden or self.needs.lora_a):
+            summed = dz.new_empty(self.C, self.lora_b.shape[1], dtype=self.sums)
+            product(dz, self.lora_b, summed)
+            dinner = summed.mul_(self.scaling).to(self.dtype)
+        if self.needs.hidden:
+            direct = self.rows is None and n == self.C and self.dhidden.dtype == self._stage.dtype
+            out = self.dhidden[part] if direct else self._stage
+            product(dz, self.weight, out)
+            if dinner is not None and self.lora_a is not None:
+                accumulate(out, dinner, self.lora_a)
+            if not direct:
+                self._waiting = part  # until the next part is taken
+        if self.needs.weight:
+            accumulate(self.dweight[:V], dz.T, self._h, fresh=self._fresh)
+        if self.needs.bias:
+            self.dbias[:V] += dz.sum(0, dtype=torch.float32)
+        if self.needs.lora_b:
+            accumulate(self.dlora_b[:V], dz.T, self._inner, self.scaling)
+        if self.needs.lora_a and dinner is not None:
+            accumulate(self.dlora_a, dinner.T, self._h)
+        self._fresh = False
+
+    def hidden_gradient(self) -> Tensor:
+        """The gradient of `hidden`, (0,) if not wanted; this process's share of it where there is a shard."""
+        self._move(None)
+        return self.dhidden
+
+    def gradients(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """All gradients, in the order of `Needs`, (0,) where not wanted; those of parameters in float32."""
+        self.hidden_gradient()
+        if self.shard:
+            for x in (self.dhidden, self.dlora_a):  # what all processes contribute to
+                if x.numel():
+                    self.shard.total(x)
+        dhidden = self.dhidden.to(self.dhidden_dtype)
+        return dhidden, self.dweight, self.dbias, self.dlora_a, self.dlora_b

@@ -1,0 +1,84 @@
+"""Hidden states to log-probs where an operand is float64: PyTorch's operators, in chunks of tokens.
+
+The kernels compute in float32. A model in float64 wants all of its digits, and is small. So autograd
+differentiates here, and the backward computes the logits of each chunk again: those of one chunk exist at a
+time.
+"""
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from grpo_fast.ops.head.arguments import Options, Parameters
+from grpo_fast.ops.head.chunk_length import row_limit
+from grpo_fast.records import Z_SCORE, Targets
+
+
+def log_probs(
+    hidden: Tensor,
+    parameters: Parameters,
+    options: Options,
+    targets: Targets,
+    temperature: float | Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Log-probs and entropies, both (N,) float64 and differentiable; unspecified where not live.
+
+    Args:
+        hidden: (N, D).
+        targets: their temperatures are float32, and not used.
+        temperature: a number, a 0-dim tensor, or one per token in any shape.
+    """
+    ids, live = targets.ids, targets.mask
+    if live is not None:
+        hidden = torch.where(live[:, None], hidden, 0)
+        ids = torch.where(live, ids, 0)
+    by_row = None
+    if isinstance(temperature, Tensor):
+        by_row = temperature.detach().to(ids.device).reshape(-1).expand(len(ids))
+        if live is not None:
+            by_row = torch.where(live, by_row, 1)
+
+    step = row_limit(hidden, options)
+    found = [
+        checkpoint(
+            _score,
+            (hidden[rows], ids[rows], temperature if by_row is None else by_row[rows]),
+            parameters,
+            options,
+            use_reentrant=False,
+        )
+        for rows in (slice(i, i + step) for i in range(0, max(len(hidden), 1), step))
+    ]
+    logp, entropy = (torch.cat(x) for x in zip(*found, strict=True))
+    return logp, entropy
+
+
+def _score(
+    tokens: tuple[Tensor, Tensor, float | Tensor], parameters: Parameters, options: Options
+) -> tuple[Tensor, Tensor]:
+    """Log-probs and entropies of some rows: (hidden states, ids, temperature)."""
+    hidden, ids, temperature = tokens
+    weight, bias, lora_a, lora_b = parameters
+    logits = hidden @ weight.T
+    if bias is not None:
+        logits = logits + bias
+    if lora_a is not None and lora_b is not None:
+        logits = logits + options.lora_scaling * (hidden @ lora_a.T) @ lora_b.T
+    logits = options.logit_scale * logits[:, : options.vocab_size]
+    if options.softcap is not None:
+        logits = options.softcap * (logits / options.softcap).tanh()
+    if isinstance(temperature, Tensor):
+        temperature = temperature[:, None].to(logits.dtype)
+    logp = (logits / temperature).log_softmax(-1)
+    # A banned token has p = 0 and log p = -inf: 0 * inf would make the whole entropy NaN.
+    entropy = -(logp.exp() * logp.masked_fill(logp == -torch.inf, 0)).sum(-1)
+    return logp.gather(-1, ids[:, None].long()).squeeze(-1), entropy
+
+
+def z_scores(rewards: Tensor, group_size: int) -> Tensor:
+    """Score rewards (B,) in float64 as `grpo_fast.ops.group_advantage.z_scores` does in float32."""
+    groups = rewards.double().view(-1, group_size)
+    differ = groups.amax(1, keepdim=True) > groups.amin(1, keepdim=True)
+    centred = groups - groups.mean(1, keepdim=True)
+    squares = centred.square().sum(1, keepdim=True) / max(group_size - 1, 1)
+    return torch.where(differ, centred / (squares.sqrt() + Z_SCORE.eps), 0).view(-1)

@@ -1,0 +1,173 @@
+"""Passes over the rows of hidden states that take part, chunk by chunk: log-probs read, gradients written."""
+
+import torch
+from torch import Tensor
+
+from grpo_fast.objective import Objective
+from grpo_fast.ops.grpo import Arguments, fill, new_outputs
+from grpo_fast.ops.head.arguments import Needs, Options, Parameters
+from grpo_fast.ops.head.chunked import Head
+from grpo_fast.ops.head.vocab_parallel import read_shared_rows
+from grpo_fast.ops.logprob import read_rows, write_rows
+from grpo_fast.records import Outputs, Rewards, RowStatistics, Targets, Tokens, select
+
+NO_GRADIENT = Needs(False, False, False, False, False)
+NO_REWARDS = Rewards(None, 1, None)
+# The loss is -A log p with A = -1, so that its gradient is that of log p itself.
+UNIT = Objective(surrogate="reinforce").terms
+# What `lifted` makes of the largest weight, at most: 4000 times as much is left for advantage and ratio.
+LIFTED = 16.0
+
+
+def scaled(targets: Targets, options: Options) -> Targets:
+    """The targets with a logit scale as part of the temperature, where there is no soft cap."""
+    if options.softcap is not None or options.logit_scale == 1:
+        return targets
+    temperature = targets.temperature
+    return targets._replace(
+        temperature=None if temperature is None else temperature / options.logit_scale,
+        inv_temperature=targets.inv_temperature * options.logit_scale,
+    )
+
+
+def kept_rows(keep: Tensor | None, like: Tensor) -> Tensor | None:
+    """Indices, on the device of `like`, of the rows to keep; None for all. On a GPU `keep` costs a sync."""
+    if keep is None:
+        return None
+    rows = keep.nonzero().squeeze(1)
+    return None if len(rows) == len(keep) else rows.to(like.device, non_blocking=True)
+
+
+def spread_rows(
+    x: Tensor, rows: Tensor | None, N: int, default: float = 0.0, computed: bool = True
+) -> Tensor:
+    """Values of the rows that took part as (N,), `default` for the others; unchanged if not computed."""
+    if rows is None or not computed:
+        return x
+    return x.new_full((N,), default).index_copy_(0, rows, x)
+
+
+def new_statistics(head: Head, with_entropy: bool) -> RowStatistics:
+    """Empty vectors for the statistics of the rows that take part: `read_part` writes them."""
+    sizes = (head.N, head.N if with_entropy else 0, head.N, head.N)
+    return RowStatistics(*(head.hidden.new_empty(n, dtype=torch.float32) for n in sizes))
+
+
+def read_part(
+    head: Head,
+    part: slice,
+    logits: Tensor,
+    targets: Targets,
+    with_entropy: bool,
+    out: RowStatistics,
+) -> RowStatistics:
+    """Write the statistics of the rows whose logits `head` has just computed into their place in `out`."""
+    mine = select(out, part)
+    if head.shard:
+        found = read_shared_rows(logits, targets, with_entropy, head.softcap, head.shard)
+        for x, y in zip(mine, found, strict=True):
+            x.copy_(y)
+    else:
+        read_rows(logits, targets, with_entropy, head.softcap, mine, head.counters(part))
+    return mine
+
+
+def write_part(
+    head: Head,
+    dlogp: Tensor,
+    dentropy: Tensor | None,
+    logits: Tensor,
+    targets: Targets,
+    statistics: RowStatistics,
+    dlogits: Tensor,
+) -> None:
+    """Write the gradient of a chunk of logits into `dlogits`, which may be `logits`."""
+    if head.shard:
+        if not logits.shape[-1]:
+            return
+        targets = targets._replace(ids=head.shard.local(targets.ids, logits.shape[-1]))
+    write_rows(dlogp, dentropy, logits, targets, statistics, dlogits, head.softcap)
+
+
+def read_all(head: Head, targets: Targets, with_entropy: bool) -> RowStatistics:
+    """Compute the log-probs of the rows that take part."""
+    found = new_statistics(head, with_entropy)
+    for part in head.parts():
+        logits, _ = head.logits(part)
+        read_part(head, part, logits, select(targets, part), with_entropy, found)
+    return found
+
+
+def write_all(
+    head: Head,
+    targets: Targets,
+    dlogp: Tensor,
+    dentropy: Tensor | None,
+    statistics: RowStatistics,
+) -> None:
+    """Run the gradient pass: the logits again, their gradient, and what `head` makes of it."""
+    for part in head.parts():
+        logits, dlogits = head.logits(part)
+        upstream = dlogp[part], None if dentropy is None else dentropy[part]
+        of_part = select(targets, part), select(statistics, part)
+        write_part(head, *upstream, logits, *of_part, dlogits)
+        head.backward(part)
+
+
+def read_with_unit_gradient(
+    head: Head, targets: Targets, with_entropy: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Log-probs and entropies, in one pass with the gradient of each log-prob in its hidden state."""
+    weight = head.hidden.new_ones(head.N, dtype=torch.float32)
+    tokens = Tokens(weight, -weight, *(None,) * (len(Tokens._fields) - 2))
+    out = fill_parts(head, Arguments(targets, tokens, NO_REWARDS, with_entropy, UNIT))
+    return out.logp, out.entropy
+
+
+def fill_parts(head: Head, a: Arguments) -> Outputs:
+    """Compute the gradients of rows whose coefficients depend on nothing else."""
+    out = new_outputs(a, empty=True)
+    for part in head.parts():
+        logits, dlogits = head.logits(part)
+        mine = select(out, part)
+        fill(logits, select_rows(a, part), dlogits, head.softcap, mine, head.counters(part))
+        head.backward(part)
+    return out
+
+
+def select_rows(a: Arguments, rows: Tensor | slice) -> Arguments:
+    """The arguments of some rows."""
+    return a._replace(targets=select(a.targets, rows), tokens=select(a.tokens, rows))
+
+
+def lifted(tokens: Tokens) -> tuple[Tokens, Tensor]:
+    """Weights as large as gradients of logits in float16 want them, and the factor: a power of two.
+
+    The gradients are computed before the loss scale arrives that would keep them out of float16's underflow:
+    they get one here, chosen from the weights, and lose it again in float32.
+    """
+    largest = torch.nn.functional.pad(tokens.weight.abs(), (0, 1)).amax()
+    exponent = torch.frexp(largest).exponent.clamp(-100, 100)
+    lift = torch.ldexp(torch.full_like(largest, LIFTED), -exponent)
+    entropy_weight = tokens.entropy_weight
+    if entropy_weight is not None:
+        entropy_weight = entropy_weight * lift
+    return tokens._replace(weight=tokens.weight * lift, entropy_weight=entropy_weight), lift
+
+
+def empty_gradients(
+    hidden: Tensor, parameters: Parameters, needs: Needs, dtype: torch.dtype | None = None
+) -> tuple[Tensor, ...]:
+    """Tensors like `Head.gradients` returns, without values.
+
+    Args:
+        dtype: of the first, if not that of `hidden`.
+    """
+    shapes = [
+        x.shape if wanted and x is not None else 0
+        for x, wanted in zip(parameters, needs[1:], strict=True)
+    ]
+    return (
+        hidden.new_empty(hidden.shape if needs.hidden else 0, dtype=dtype),
+        *(hidden.new_empty(shape, dtype=torch.float32) for shape in shapes),
+    )

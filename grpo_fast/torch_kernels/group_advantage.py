@@ -1,0 +1,94 @@
+"""Group-relative advantages: the twin of `kernels/group_advantage.py`."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from grpo_fast.records import Grouping, Standardization
+
+
+def group_advantage_fwd(rewards: Tensor, grouping: Grouping, how: Standardization) -> Tensor:
+    """Advantages (B,) fp32 of rewards (B,) fp32 or fp64."""
+    return group_scores(rewards, grouping, how).float()
+
+
+def combine_rewards_fwd(
+    rewards: Tensor,
+    weights: Tensor | None,
+    grouping: Grouping,
+    normalize: bool,
+    how: Standardization,
+) -> Tensor:
+    """Weighted sums (B,) of rewards (B, K) fp32 or fp64, or of their scores (`normalize`), in `wide`."""
+    values = group_scores(rewards, grouping, how) if normalize else rewards.to(wide(rewards))
+    if weights is not None:
+        values = values * weights
+    if not how.skip_nan:
+        return values.sum(1)
+    missing = rewards.isnan()
+    return torch.where(missing, 0, values).sum(1).masked_fill(missing.all(1), torch.nan)
+
+
+def wide(x: Tensor) -> torch.dtype:
+    """The dtype to add rewards up in: float64, which some devices do not have."""
+    return torch.float32 if x.device.type == "mps" else torch.float64
+
+
+def group_scores(rewards: Tensor, grouping: Grouping, how: Standardization) -> Tensor:
+    """Scores of (B,) rewards, or of each column of (B, K), in the dtype `wide`."""
+    rewards = rewards.to(wide(rewards))
+    if rewards.numel() == 0:
+        return torch.empty_like(rewards)
+    if grouping.labels is None:
+        group = torch.arange(len(rewards), device=rewards.device) // grouping.group_size
+    else:
+        group = grouping.labels.unique(return_inverse=True)[1]
+    shape = (int(group.max()) + 1, *rewards.shape[1:])
+    present = ~rewards.isnan() if how.skip_nan else torch.ones_like(rewards, dtype=torch.bool)
+
+    def total(x: Tensor) -> Tensor:
+        return x.new_zeros(shape).index_add_(0, group, torch.where(present, x, 0))
+
+    def extreme(reduction: str, other: float) -> Tensor:
+        index = group.view(-1, *(1,) * (rewards.ndim - 1)).expand_as(rewards)
+        x = torch.where(present, rewards, other)
+        return x.new_zeros(shape).scatter_reduce_(0, index, x, reduction, include_self=False)
+
+    count = total(torch.ones_like(rewards))[group]
+    highest, lowest = extreme("amax", -math.inf)[group], extreme("amin", math.inf)[group]
+    u, unit = from_lowest(rewards, highest, lowest)
+    centred = u - total(u)[group] / count
+    squares = total(centred.square())[group]
+    differ = highest != lowest
+    if how.leave_one_out:  # r - mean of the others
+        centred = centred * (count / (count - 1).clamp(min=1))
+    if how.raw_singletons:  # mean 0, std 1
+        alone = count == 1
+        centred = torch.where(alone, rewards, centred)
+        squares, unit = torch.where(alone, 1, squares), torch.where(alone, 1, unit)
+        differ = differ | alone
+    if how.scale == "batch":
+        count = present.sum(0).to(rewards.dtype)
+        bounds = (torch.where(present, rewards, x) for x in (-math.inf, math.inf))
+        u, of_batch = from_lowest(rewards, next(bounds).amax(0), next(bounds).amin(0))
+        mean = torch.where(present, u, 0).sum(0) / count
+        squares = torch.where(present, u - mean, 0).square().sum(0)
+        centred, unit = centred * (unit / of_batch), of_batch
+    if how.scale == "none":
+        centred = centred * unit
+    else:
+        freedom = (count - 1).clamp(min=1) if how.unbiased else count
+        centred = centred / ((squares / freedom).sqrt() + how.eps / unit)
+    return torch.where(differ & present, centred, 0)
+
+
+def from_lowest(rewards: Tensor, highest: Tensor, lowest: Tensor) -> tuple[Tensor, Tensor]:
+    """(how far rewards are above the lowest, the power of two that this is in units of): in [0, 2).
+
+    So neither a large common offset nor a size that cannot be squared costs anything. By halves, which do
+    not overflow.
+    """
+    half = (highest / 2 - lowest / 2).clamp(min=torch.finfo(rewards.dtype).tiny)
+    unit = torch.ldexp(torch.ones_like(half), torch.frexp(half).exponent - 1)
+    return (rewards / 2 - lowest / 2) / unit, unit * 2

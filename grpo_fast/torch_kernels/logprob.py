@@ -1,0 +1,108 @@
+"""Log-probs and entropies of rows of logits, and their gradient: the twin of `kernels/logprob.py`."""
+
+import torch
+from torch import Tensor
+
+from grpo_fast.records import RowStatistics, SoftCap, Targets
+from grpo_fast.torch_kernels.rows import (
+    apply_soft_cap,
+    exponentials,
+    gradient,
+    live_rows,
+    row_blocks,
+    row_scale,
+    scaled_difference,
+    soft_cap_slope,
+    store,
+)
+
+
+def logprob_fwd(
+    logits: Tensor,
+    targets: Targets,
+    with_entropy: bool,
+    softcap: SoftCap | None = None,
+    out: RowStatistics | None = None,
+    arrived: Tensor | None = None,
+) -> RowStatistics:
+    """Compute log-probs, entropies (None unless wanted) and the statistics that the gradient needs.
+
+    Args:
+        logits: (B, T, V), B T = N.
+        out: the vectors to write; None: they are made here.
+    """
+    ids, mask = targets.ids, targets.mask
+    if out is None:
+        new = [logits.new_empty(ids.numel(), dtype=torch.float32) for _ in range(4)]
+        out = RowStatistics(*new)
+    for x, default in zip(out, (0, 0, 0, 1), strict=True):
+        if x is not None:
+            x.fill_(default)  # of rows that do not count
+    for rows, (block,) in row_blocks(logits):
+        live = live_rows(mask, rows)
+        z = block if live is None else block[live]
+        where = rows if live is None else live + rows.start
+        work = torch.empty(z.shape, dtype=torch.float32, device=z.device)
+        if softcap is not None:
+            z = apply_soft_cap(z, softcap)
+        scale = row_scale(targets, where)
+        _, found, _ = exponentials(z, ids[where].long(), scale, work, with_entropy)
+        out.logp[where], out.top[where], out.total[where] = found.logp, found.top, found.total
+        if with_entropy:
+            out.entropy[where] = found.entropy
+    return out if with_entropy else out._replace(entropy=None)  # type: ignore[arg-type]
+
+
+def logprob_bwd(
+    dlogp: Tensor,
+    dentropy: Tensor | None,
+    logits: Tensor,
+    targets: Targets,
+    statistics: RowStatistics,
+    dlogits: Tensor,
+    softcap: SoftCap | None = None,
+) -> None:
+    """Write the gradient into `dlogits`, (B, T, V), which may be `logits`.
+
+    Args:
+        targets: an id of -1 says that no column of this row is scored.
+        statistics: what `logprob_fwd` returned.
+    """
+    for rows, (block, dblock) in row_blocks(logits, dlogits):
+        live = live_rows(targets.mask, rows)
+        where = rows if live is None else live + rows.start
+        z = block if live is None else block[live]
+        if softcap is not None:
+            z = apply_soft_cap(z, softcap)
+        direct = live is None and dblock.dtype == torch.float32
+        out = dblock if direct else torch.empty(z.shape, dtype=torch.float32, device=z.device)
+        scale = row_scale(targets, where)
+        u = scaled_difference(z, statistics.top[where][:, None], scale, out)
+        e = u.exp() if dentropy is not None else u.exp_()
+        with_entropy = dentropy is not None
+        of_rows = RowStatistics(
+            statistics.logp[where],
+            statistics.entropy[where] if with_entropy else None,  # type: ignore[arg-type]
+            statistics.top[where],
+            statistics.total[where],
+        )
+        dz = gradient(
+            e,
+            u if with_entropy else None,
+            targets.ids[where].long(),
+            dlogp[where],
+            None if dentropy is None else dentropy[where],
+            of_rows,
+            scale,
+            None if softcap is None else soft_cap_slope(z, softcap),
+        )
+        store(dblock, live, dz)
+
+
+def unit_of_tops(inv_temperature: Tensor, total: Tensor) -> Tensor:
+    """The unit, in nats, of the maxima `top` that `logprob_fwd` returns.
+
+    Args:
+        inv_temperature: (N,). total: (..., N), what `logprob_fwd` returned.
+    """
+    return inv_temperature

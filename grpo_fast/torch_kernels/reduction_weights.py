@@ -1,0 +1,75 @@
+"""What each token weighs in the loss: the twin of `kernels/reduction_weights.py`."""
+
+import torch
+from torch import Tensor
+
+from grpo_fast.checks import share_of
+from grpo_fast.records import Weighing, Weights
+from grpo_fast.sequences import sequence_of_token
+
+
+def reduction_weights_fwd(
+    like: Tensor, weighing: Weighing, reduction: str, max_length: int, by_tokens: bool
+) -> Weights:
+    """Compute the weights of tokens under a reduction; fp32, or float64 where `like` is.
+
+    Args:
+        like: has the shape of the tokens, (B, T), or packed (N,).
+        max_length: the denominator of "fixed_length".
+        by_tokens: whether weights of a mean over all tokens are wanted as well.
+    """
+    mask, floating, token_weights, boundaries, num_items, loss_scale = weighing
+    N, device = like.numel(), like.device
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    live = torch.ones(N, dtype=torch.bool, device=device) if mask is None else mask
+    share = None if floating is None else share_of(floating, dtype)
+    weighs = live if share is None else share
+    sequence = None if boundaries is None else sequence_of_token(boundaries, N)
+    rows = like.shape if like.ndim == 2 else (1, N)
+    sequences = rows[0] if boundaries is None else len(boundaries) - 1
+    if reduction == "token_mean":
+        items = total_of(weighs, dtype)
+        if num_items is not None:
+            items = torch.as_tensor(num_items, dtype=dtype, device=device).clamp(min=1)
+        each = (1 / items).expand(N)
+    elif reduction == "sequence_mean":
+        length = _lengths(weighs, rows, boundaries, sequence, dtype)
+        each = 1 / (length.where(length != 0, 1) * max(sequences, 1))
+    else:
+        most = max_length if reduction == "fixed_length" else 1
+        each = torch.full((N,), 1 / (max(sequences, 1) * (most or 1)), dtype=dtype, device=device)
+    extra = torch.ones(N, dtype=dtype, device=device)
+    if token_weights is not None:
+        extra = torch.where(live, token_weights.to(dtype), 0)
+    if loss_scale is not None:
+        # Select, not multiply: a token without weight has none, whatever the scale is.
+        factor = torch.as_tensor(loss_scale, dtype=dtype, device=device)
+        extra = torch.where(extra == 0, 0, extra * factor)
+    weight = torch.where(weighs != 0, each * weighs.to(dtype), 0) * extra
+    entropy_weight = None
+    if by_tokens:
+        entropy_weight = weighs.to(dtype) * extra / total_of(weighs, dtype)
+    return Weights(weight, share, entropy_weight, sequence)
+
+
+def total_of(weighs: Tensor, dtype: torch.dtype) -> Tensor:
+    """The sum of a mask, bool or floating, as the denominator of a mean: 1 where it is 0."""
+    total = weighs.sum(dtype=torch.float64) if weighs.is_floating_point() else weighs.sum()
+    return total.where(total != 0, 1).to(dtype)
+
+
+def _lengths(
+    weighs: Tensor,
+    rows: torch.Size | tuple[int, int],
+    boundaries: Tensor | None,
+    sequence: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The sum of the mask over the sequence of each token, (N,)."""
+    if boundaries is None or sequence is None:
+        length = weighs.to(dtype).view(rows).sum(1, keepdim=True)
+        return length.expand(rows).reshape(-1)
+    # Differences of a running count: exact, and no atomics.
+    running = weighs.double().cumsum(0) if weighs.is_floating_point() else weighs.cumsum(0)
+    count = torch.nn.functional.pad(running, (1, 0))[boundaries.long()]
+    return count.diff()[sequence].to(dtype)

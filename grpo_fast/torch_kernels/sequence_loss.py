@@ -1,0 +1,104 @@
+"""The objective on log-probs where it looks at whole sequences: the twin of `kernels/sequence_loss.py`."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from grpo_fast.objective import Objective
+from grpo_fast.records import PolicyLoss, Sequences, Tokens
+from grpo_fast.sequences import sequence_sums
+from grpo_fast.torch_kernels.terms import Ratio, bounded_log_ratio, masked, policy_terms, weigh
+
+
+def sequence_loss_fwd(
+    logp: Tensor, mask: Tensor | None, tokens: Tokens, sequences: Sequences, objective: Objective
+) -> PolicyLoss:
+    """Compute `policy_loss_fwd` for objectives in which a token's loss depends on its whole sequence."""
+    live = torch.ones_like(logp, dtype=torch.bool) if mask is None else mask
+    tokens, logp = masked(tokens, mask), torch.where(live, logp, 0)
+    assert tokens.advantages is not None
+    weight = tokens.weight
+    old = logp if tokens.old_logp is None else tokens.old_logp
+    found = ratio_terms(logp - old, tokens.advantages, live, sequences, objective)
+    through_mean = objective.ratio == "sequence" or objective.surrogate == "gmpo"
+    own = found.free.to(logp.dtype)
+    if through_mean:
+        own = torch.where(found.opened, own * found.part, 0)
+    tokens = tokens._replace(importance=poisoned(tokens.importance, found))
+    terms = policy_terms(
+        logp, tokens, Ratio(found.bounded, own, found.log_w, found.dropped), objective
+    )
+    through = weigh(weight, torch.where(found.free, terms.by_ratio, 0))
+    if through_mean:
+        total = sequence_sums(sequences.boundaries, sequences.T_len, len(logp))
+        through = total(through)
+        if objective.beta and objective.kl == "k3_unbiased":
+            assert terms.kl is not None
+            mine = weigh(weight, torch.where(found.free, objective.beta * terms.kl, 0))
+            # From the others: a token's own is in `by_logp` already, without the cancellation.
+            through = through + torch.where(mine.isinf(), 0, total(mine) - mine)
+        through = torch.where(found.opened, through * found.part, 0)
+    dlogp = weigh(weight, terms.by_logp) + through
+    clip = torch.where(live, terms.clip, 0)
+    return PolicyLoss(weigh(weight, terms.loss), dlogp, terms.kl, clip)  # type: ignore[arg-type]
+
+
+class Ratios(NamedTuple):
+    """Of tokens, what their sequences make of them."""
+
+    log_ratio: Tensor  # before its clamp
+    bounded: Tensor  # after it
+    free: Tensor  # the clamp lets a gradient through
+    opened: Tensor  # live, and not bounded before the mean is taken (GMPO)
+    part: Tensor  # of the token in a mean over its sequence
+    log_w: Tensor | None  # VESPO's log sequence weight
+    dropped: Tensor | None  # by `off_policy_threshold`
+    undecided: Tensor | None  # whether to drop them cannot be told: the sequence has a NaN
+
+
+def poisoned(importance: Tensor | None, found: Ratios) -> Tensor | None:
+    """Importance weights that are NaN where it is undecided whether a token counts: that comes out."""
+    if found.undecided is None:
+        return importance
+    importance = torch.ones_like(found.log_ratio) if importance is None else importance
+    return torch.where(found.undecided & (importance != 0), torch.nan, importance)
+
+
+def ratio_terms(
+    own: Tensor,
+    advantage: Tensor,
+    live: Tensor,
+    sequences: Sequences,
+    objective: Objective,
+) -> Ratios:
+    """Compute the ratio of each token from the tokens' own log-ratios, which are 0 where masked."""
+    share, log_importance = sequences.share, sequences.log_importance
+    total = sequence_sums(sequences.boundaries, sequences.T_len, len(own))
+    weighs = live.to(own.dtype) if share is None else share
+    count = total(weighs)
+    part = weighs / count.where(count != 0, 1)
+    d, opened = own, live
+
+    def mean(x: Tensor) -> Tensor:
+        return total(x if share is None else share * x) / count.where(count != 0, 1)
+
+    if objective.surrogate == "gmpo":
+        up, down = d.clamp(max=objective.epsilon_high), d.clamp(min=-objective.epsilon_low)
+        d = torch.where(advantage > 0, up, torch.where(advantage < 0, down, 0))
+        opened = live & (advantage != 0)
+        opened &= ~torch.where(
+            advantage > 0, own > objective.epsilon_high, own < -objective.epsilon_low
+        )
+    if objective.surrogate == "gmpo" or objective.ratio != "token":
+        d = mean(d)
+    bounded, free = bounded_log_ratio(d, objective)
+    log_w = dropped = undecided = None
+    if objective.surrogate == "vespo":
+        logs = own.clamp(-20, 20) if share is None else share * own.clamp(-20, 20)
+        log_w = total(logs if log_importance is None else logs + log_importance)
+    if objective.off_policy_threshold is not None:
+        drift = mean(-own)
+        dropped = (drift > objective.off_policy_threshold) & (advantage < 0)
+        undecided = drift.isnan() & (advantage < 0)
+    return Ratios(d, bounded, free, opened, part, log_w, dropped, undecided)

@@ -1,0 +1,33 @@
+"""Detached weights for the losses: what the sampling policy's drift costs a token, and which tokens count.
+
+Each function returns float32 (`kl_cov` a bool), to be given to `grpo_fast.loss` as `importance_weights`,
+which weigh the policy term alone, as `token_weights`, which weigh everything a token contributes, or
+multiplied into `mask`, which takes tokens out of the denominators too. Which trainer does which:
+docs/weights.md.
+
+Tokens are padded (B, T), or packed (N,) with `cu_seqlens` where sequences matter. A masked token is never
+read, it may hold NaN. Nothing is differentiated, and nothing waits for the GPU.
+"""
+
+from grpo_fast.weights.divergence import binary_divergence, kpop
+from grpo_fast.weights.importance import (
+    geometric_mean,
+    icepop,
+    importance_weights,
+    truncated_importance,
+)
+from grpo_fast.weights.selection import clip_cov, kl_cov, m2po, top_entropy, varied_groups
+
+__all__ = [
+    "binary_divergence",
+    "clip_cov",
+    "geometric_mean",
+    "icepop",
+    "importance_weights",
+    "kl_cov",
+    "kpop",
+    "m2po",
+    "top_entropy",
+    "truncated_importance",
+    "varied_groups",
+]
