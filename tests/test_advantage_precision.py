@@ -8,8 +8,9 @@ import torch
 
 from grpo_fast import Objective, reference
 from grpo_fast.loss import grpo_loss, linear_grpo_loss
-from grpo_fast.operands import operand
 from grpo_fast.ops import group_advantage
+from grpo_fast.ops.group_advantage import group_advantage_fwd
+from grpo_fast.records import Grouping, Standardization
 from tests.cases import loss_and_grad
 
 
@@ -149,8 +150,7 @@ def test_rewards_of_a_loss(fused, dtype, backend, device):
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
 def test_a_nan_among_equal_rewards_comes_out(scale, backend, device):
     """On a GPU values are not looked at: its group must not pass for one that does not differ."""
-    op = torch.ops.grpo_fast.group_advantage
     rewards = torch.tensor([1.0, torch.nan, 1.0, 1.0, 2.0, 3.0], device=device)
-    found = op(rewards, 3, None, scale, operand(1e-4), True)
+    found = group_advantage_fwd(rewards, Grouping(3, None), Standardization(scale, 1e-4))
     assert found[:3].isnan().all()
     assert scale == "batch" or found[3:].isfinite().all()

@@ -7,15 +7,28 @@ from grpo_fast import Objective
 from grpo_fast.loss import grpo_loss, linear_grpo_loss, policy_loss
 from grpo_fast.operands import operand
 from grpo_fast.ops import group_advantage, linear_logprob, logprob
-from grpo_fast.ops.group_advantage import combine_rewards_fwd, group_advantage_fwd
+from grpo_fast.ops.group_advantage import combine_rewards_op, group_advantage_op
 from grpo_fast.ops.grpo import grpo, grpo_
-from grpo_fast.ops.linear_grpo import linear_grpo
+from grpo_fast.ops.head.arguments import Needs, Options, Parameters
+from grpo_fast.ops.linear_grpo import Call, linear_grpo
 from grpo_fast.ops.linear_logprob import linear_logprob_bwd, linear_logprob_fwd
 from grpo_fast.ops.logprob import logprob_bwd, logprob_fwd
-from grpo_fast.ops.policy_loss import policy_loss_fwd, token_statistics
-from grpo_fast.ops.reduction_weights import reduction_weights_fwd
+from grpo_fast.ops.policy_loss import policy_loss_op, token_statistics_op
+from grpo_fast.ops.reduction_weights import reduction_weights_op
 from grpo_fast.ops.scaling import scale_, scale_rows_, scaled_to, weigh_rows
-from grpo_fast.ops.sequence_loss import sequence_loss_fwd
+from grpo_fast.ops.sequence_loss import sequence_loss_op
+from grpo_fast.records import (
+    Grouping,
+    Outputs,
+    Rewards,
+    RowStatistics,
+    Sequences,
+    Standardization,
+    Targets,
+    Tokens,
+    Weighing,
+    flat,
+)
 
 V, D = 30, 8
 
@@ -184,9 +197,6 @@ def test_one_graph_for_every_length(step, layout, objective, device, monkeypatch
     assert len(graphs) == 2  # of the first length, then of any
 
 
-def terms_of(objective):
-    return objective.terms.modes.key, objective.terms.numbers
-
 
 def test_opcheck(backend, device):
     """Schema, fake implementation and autograd registration of every operator."""
@@ -195,45 +205,47 @@ def test_opcheck(backend, device):
     ids = torch.randint(V, (N,), device=device)
     x = torch.rand(N, device=device)
     mask = torch.tensor([1, 1, 0, 1, 1, 1], device=device).bool()
-    terms = terms_of(Objective(beta=0.1, entropy_coef=0.1))
+    terms = Objective(beta=0.1, entropy_coef=0.1).terms
     warm, unit = operand(0.9), operand(1.0)
-    shared = (ids, mask, x, x, None, 1, None, x, x, *[None] * 5, warm, True, *terms)
+    targets = Targets(ids, mask, None, warm)
+    tokens = Tokens(x, x, x, x, None, None, None, None)
+    shared = flat(targets, tokens, Rewards(None, 1, None), True, terms)
     tests = ("test_schema", "test_faketensor")
     autograd = (*tests, "test_autograd_registration")
 
-    def check(op, *args, tests=tests):
-        torch.library.opcheck(op, args, test_utils=tests)
+    def check(op, x, *records, tests=tests):
+        torch.library.opcheck(op, (x, *flat(*records)), test_utils=tests)
 
     graded = logits.clone().requires_grad_()
-    check(logprob_fwd, graded, ids, mask, None, warm, True, tests=autograd)
-    check(logprob_fwd, logits, ids, None, x + 0.5, unit, False)
-    check(logprob_bwd, x, x, logits, ids, mask, None, warm, -x, x, x, x + 1)
+    check(logprob_fwd, graded, targets, True, tests=autograd)
+    check(logprob_fwd, logits, Targets(ids, None, x + 0.5, unit), False)
+    check(logprob_bwd, x, x, logits, targets, RowStatistics(-x, x, x, x + 1))
     check(grpo, graded, *shared, tests=autograd)
     check(grpo_, logits.clone(), *shared)
     check(scale_rows_, logits.clone(), x)
-    policy = (x.clone().requires_grad_(), mask, x, x, x, x, x, x)
-    check(policy_loss_fwd, *policy, *terms, tests=autograd)
-    gspo = terms_of(Objective(ratio="sequence", beta=0.1))
-    check(sequence_loss_fwd, *policy, None, x, None, 3, *gspo, tests=autograd)
-    check(
-        token_statistics, mask, x, x, x, x, x, x, x, torch.zeros(N, dtype=torch.int8, device=device)
-    )
+    policy = x.clone().requires_grad_(), mask, Tokens(x, x, x, x, x, x, None, None)
+    check(policy_loss_op, *policy, terms, tests=autograd)
+    gspo = Objective(ratio="sequence", beta=0.1).terms
+    check(sequence_loss_op, *policy, Sequences(None, 3, x, None), gspo, tests=autograd)
+    clip = torch.zeros(N, dtype=torch.int8, device=device)
+    check(token_statistics_op, *Outputs(x, x, x, x, clip), mask, x, x, x)
     rows, half = x.view(2, 3), x.half()
     ends = torch.tensor([0, 2, 6], device=device)
-    check(reduction_weights_fwd, rows, *[None] * 6, "sequence_sum", 0, False)
-    check(reduction_weights_fwd, rows, mask, half, x, None, None, warm, "sequence_mean", 0, True)
-    check(reduction_weights_fwd, x, mask, None, x, ends, x[0], x[1], "token_mean", 0, True)
-    check(group_advantage_fwd, x, 2, None, "group", operand(1e-4), True)
-    check(group_advantage_fwd, x, 1, ids, "batch", operand(1e-4), False)
-    check(group_advantage_fwd, x, 2, None, "none", operand(1e-4), True, True, True, True)
-    several = x.view(-1, 2)
-    check(
-        *(combine_rewards_fwd, several, x[:2], 1, None, False, "group", operand(1e-4), True),
-        *(False, False),
-    )
-    check(
-        combine_rewards_fwd, several, None, 3, None, True, "none", operand(1e-4), True, True, True
-    )
+    bare = Weighing(*[None] * 6)
+    check(reduction_weights_op, rows, bare, "sequence_sum", 0, False)
+    weighing = Weighing(mask, half, x, None, None, warm)
+    check(reduction_weights_op, rows, weighing, "sequence_mean", 0, True)
+    weighing = Weighing(mask, None, x, ends, x[0], x[1])
+    check(reduction_weights_op, x, weighing, "token_mean", 0, True)
+    eps, pairs = operand(1e-4), Grouping(2, None)
+    labelled, every = Grouping(1, ids), (True, True, True)
+    check(group_advantage_op, x, pairs, Standardization("group", eps))
+    check(group_advantage_op, x, labelled, Standardization("batch", eps, unbiased=False))
+    check(group_advantage_op, x, pairs, Standardization("none", eps, True, *every))
+    several, plain = x.view(-1, 2), Standardization("group", eps)
+    check(combine_rewards_op, several, x[:2], Grouping(1, None), False, plain)
+    skipping = Standardization("none", eps, skip_nan=True, raw_singletons=True)
+    check(combine_rewards_op, several, None, Grouping(3, None), True, skipping)
 
 
 @pytest.mark.parametrize("backend", ["torch"], indirect=True)  # the kernels mutate nothing else
@@ -244,29 +256,26 @@ def test_opcheck_of_the_linear_head(backend, device):
     ids = torch.randint(V, (N,), device=device)
     x = torch.rand(N, device=device)
     mask = torch.tensor([1, 1, 0, 1, 1, 1], device=device).bool()
-    head = (weight.clone().requires_grad_(), bias, None, None)
-    options = (operand(1.0), operand(5.0), operand(0.5), True, V, 4, "", 0, V)
-    scores = (ids, mask, None, operand(0.9))
-    terms = terms_of(Objective(beta=0.1, entropy_coef=0.1))
-    tokens = (ids, mask, x, x, None, 1, None, x, x, *[None] * 5, operand(0.9), True, *terms)
+    options = Options(operand(1.0), operand(5.0), operand(0.5), True, V, 4, "", 0, V)
+    targets = Targets(ids, mask, None, operand(0.9))
+    tokens = Tokens(x, x, x, x, None, None, None, None)
     tests = ("test_schema", "test_faketensor")
     autograd = (*tests, "test_autograd_registration")
 
-    def check(op, *args, tests=tests):
-        torch.library.opcheck(op, args, test_utils=tests)
+    def check(op, x, *records, tests=tests):
+        torch.library.opcheck(op, (x, *flat(*records)), test_utils=tests)
 
     graded = hidden.clone().requires_grad_()
-    check(linear_logprob_fwd, graded, *head, *scores, mask, True, False, *options, tests=autograd)
-    frozen = (weight, bias, None, None)
-    check(linear_logprob_fwd, graded, *frozen, *scores, mask, False, True, *options, tests=autograd)
-    statistics = (-x, x, x, x + 1)
-    needs = [True, True, True, False, False]
-    check(*(linear_logprob_bwd, x, x, hidden, *frozen, *scores, mask, *statistics, needs, *options))
-    sequences = (None, x, None, 3)
-    check(
-        *(linear_grpo, graded, *head, *tokens, mask, *sequences, *options, needs, None),
-        tests=autograd,
-    )
+    head = Parameters(weight.clone().requires_grad_(), bias, None, None)
+    check(linear_logprob_fwd, graded, head, targets, mask, True, False, options, tests=autograd)
+    frozen = Parameters(weight, bias, None, None)
+    check(linear_logprob_fwd, graded, frozen, targets, mask, False, True, options, tests=autograd)
+    needs = Needs(True, True, True, False, False)
+    given = (frozen, targets, mask, RowStatistics(-x, x, x, x + 1), needs, options)
+    check(linear_logprob_bwd, x, x, hidden, *given)
+    terms, sequences = Objective(beta=0.1, entropy_coef=0.1).terms, Sequences(None, 3, x, None)
+    given = Call(head, targets, tokens, True, terms, mask, sequences, options, needs, None)
+    check(linear_grpo, graded, *given, tests=autograd)
     check(weigh_rows, hidden, x)
     check(scale_, hidden.clone(), x[0])
     check(scaled_to, hidden, x[0], torch.float16)

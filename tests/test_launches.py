@@ -18,7 +18,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from grpo_fast import Objective, checks, grpo_loss, policy_loss
-from grpo_fast.loss import arguments
+from grpo_fast.loss import arguments as loss_arguments
 from tests.cases import batch, packed
 
 pytest.importorskip("triton", reason="the kernels need Triton")
@@ -78,7 +78,7 @@ def dispatches(monkeypatch):
     """`with dispatches() as found`: how often each operator and each kernel was dispatched."""
     monkeypatch.setenv("GRPO_FAST_BACKEND", "triton")
     monkeypatch.setattr(kernels, "BLOCK", 2)  # several programs add up the statistics
-    for module in (checks, _tokens, sys.modules["grpo_fast.ops.group_advantage"]):
+    for module in (checks, loss_arguments, sys.modules["grpo_fast.ops.group_advantage"]):
         monkeypatch.setattr(module, "check_values", lambda x: False)
     run, modes = GridExecutor.__call__, []
 

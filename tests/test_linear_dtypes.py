@@ -9,7 +9,7 @@ import torch
 from grpo_fast import Objective, reference
 from grpo_fast.loss import linear_grpo_loss
 from grpo_fast.ops import linear_logprob
-from grpo_fast.ops.head import products
+from grpo_fast.ops.head import chunked, products
 from grpo_fast.ops.head.arguments import Options
 from grpo_fast.testing import assert_as_accurate
 from tests.ranks import run
@@ -240,9 +240,9 @@ class TestWithoutMixedProducts:
 
         monkeypatch.setattr(torch, "mm", mm)
         monkeypatch.setattr(torch, "addmm", addmm)
-        monkeypatch.setattr(_head, "on_gpu", lambda x: True)
-        monkeypatch.setattr(_head, "MIXED_MM", False)
-        monkeypatch.setattr(_head, "processors", lambda x: 4)
+        monkeypatch.setattr(products, "on_gpu", lambda x: True)
+        monkeypatch.setattr(products, "MIXED_MM", False)
+        monkeypatch.setattr(chunked, "processors", lambda x: 4)
         monkeypatch.setenv("GRPO_FAST_BACKEND", "torch")
         products.warn_of_copies.cache_clear()
         yield

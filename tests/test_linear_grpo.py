@@ -289,7 +289,7 @@ def test_whole_sequences_in_the_chunks_that_memory_allows(T, device, monkeypatch
     """Without a chunk size: nine rows, three sequences of three or a longest one of nine."""
     monkeypatch.setenv("GRPO_FAST_BACKEND", "torch")
     monkeypatch.setitem(chunk_length.WORKSPACE_BYTES, "cpu", 9 * 64 * 4)
-    monkeypatch.setattr(_head, "CPU_WORKSPACE_SHARE", 0)
+    monkeypatch.setattr(chunk_length, "CPU_WORKSPACE_SHARE", 0)
     tensors, options, ids, arguments = batch(6, T, 60, "cpu")
     arguments = {k: x.nan_to_num(-4.0) for k, x in arguments.items() if k != "mask"}
     tensors["hidden"], ids = tensors["hidden"].nan_to_num(0.5), ids.clamp(min=0)

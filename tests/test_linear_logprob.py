@@ -5,7 +5,7 @@ import torch
 
 from grpo_fast import reference
 from grpo_fast.ops import linear_logprob, logprob
-from grpo_fast.ops.head import chunk_length, products
+from grpo_fast.ops.head import chunk_length, chunked, products
 from grpo_fast.testing import assert_as_accurate
 from tests.cases import in_other_company
 from tests.properties import given, settings, st
@@ -166,13 +166,13 @@ def test_a_frozen_head_needs_two_products_of_the_size(monkeypatch, device):
 
     products = []
     for name in ("product", "accumulate"):
-        real = getattr(_head, name)
+        real = getattr(chunked, name)
 
         def counting(*args, real=real, **kwargs):
             products.append(1)
             return real(*args, **kwargs)
 
-        monkeypatch.setattr(_head, name, counting)
+        monkeypatch.setattr(chunked, name, counting)
 
     def count(frozen, **kwargs):
         tensors, options = make(16, 8, 101, device)
@@ -246,8 +246,8 @@ def test_rows_hardly_depend_on_the_batch_by_default(limit, monkeypatch, backend,
     N, D, V = 40, 16, 300
     if limit:
         room = dict.fromkeys(("cuda", "cpu"), limit * chunk_length.padded(V) * 4)
-        monkeypatch.setattr(_head, "WORKSPACE_BYTES", room)
-        monkeypatch.setattr(_head, "CPU_WORKSPACE_SHARE", 0)
+        monkeypatch.setattr(chunk_length, "WORKSPACE_BYTES", room)
+        monkeypatch.setattr(chunk_length, "CPU_WORKSPACE_SHARE", 0)
     heights = []
     real = products.product
 
@@ -255,7 +255,7 @@ def test_rows_hardly_depend_on_the_batch_by_default(limit, monkeypatch, backend,
         heights.append((len(a), len(out)))
         real(a, b, out)
 
-    monkeypatch.setattr(_head, "product", recorded)
+    monkeypatch.setattr(chunked, "product", recorded)
     tensors, _ = make(N, D, V, device)
     ids = torch.randint(V, (N,), device=device)
     hidden, weight = tensors["hidden"], tensors["weight"]
@@ -320,7 +320,7 @@ def test_sums_of_halves_where_addmm_takes_none(monkeypatch, fresh, alpha):
     a, b = torch.randn(37, 50).bfloat16(), torch.randn(50, 7).bfloat16()
     out = torch.full((37, 7), float("nan")) if fresh else torch.randn(37, 7)
     want = alpha * (a.double() @ b.double()) + (0 if fresh else out.double())
-    monkeypatch.setattr(_head, "SLAB", 16)
+    monkeypatch.setattr(products, "SLAB", 16)
     monkeypatch.setattr(torch, "mm", mixed)
     products._accumulate_in_slabs(out, a, b, alpha, fresh)
     torch.testing.assert_close(out.double(), want, rtol=1e-6, atol=1e-5)

@@ -10,6 +10,7 @@ from grpo_fast.diagnostics import token_diagnostics
 from grpo_fast.loss import grpo_loss, policy_loss
 from grpo_fast.metrics import STATISTICS
 from grpo_fast.ops.policy_loss import token_statistics
+from grpo_fast.records import Outputs
 from tests.cases import batch, loss_and_grad
 from tests.test_grpo import by_objective
 
@@ -139,7 +140,9 @@ def test_extremes_of_ratios_with_a_nan(backend, device):
     d = 0.1 * torch.randn(N, device=device)
     d[1700] = torch.nan
     zeros, clip = torch.zeros(N, device=device), torch.zeros(N, dtype=torch.int8, device=device)
-    found, *_ = token_statistics(None, None, zeros, d, zeros, None, None, None, clip)
+    nothing = zeros[:0]
+    outputs = Outputs(zeros, d, nothing, nothing, clip)
+    found, *_ = token_statistics(outputs, None, None, zeros, None)
     found = dict(zip(STATISTICS, found.tolist(), strict=True))
     for name in ("ratio", "k1", "k3", "ratio_min", "ratio_max"):
         assert found[name] != found[name], name

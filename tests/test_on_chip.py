@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("triton", reason="the kernels need Triton")
 
-from grpo_fast import Objective, reference
+from grpo_fast import Objective, checks, reference
 from grpo_fast.kernels import on_chip
 from grpo_fast.loss import grpo_loss, linear_grpo_loss
 from grpo_fast.ops import backend
@@ -262,7 +262,7 @@ def test_nan_comes_out_and_nothing_of_a_token_without_weight_does(device):
 @needs_clusters
 @pytest.mark.parametrize("bad", [-1, 1000, 2**32 + 1])
 def test_ids_outside_the_vocabulary_give_nan(bad, monkeypatch, device):
-    monkeypatch.setattr(_arguments, "check_values", lambda x: False)
+    monkeypatch.setattr(checks, "check_values", lambda x: False)
     logits, ids, arguments = batch(1, 3, 1000, device, HALF, garbage=False)
     del arguments["mask"]
     wrong = ids.clone()

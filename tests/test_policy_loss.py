@@ -10,6 +10,7 @@ from grpo_fast.metrics import METRICS, STATISTICS, metrics_from
 from grpo_fast.ops import logprob
 from grpo_fast.ops.policy_loss import token_statistics
 from grpo_fast.ops.top_entropy import top_entropy_mask
+from grpo_fast.records import Outputs
 from grpo_fast.testing import assert_as_accurate
 from tests.cases import batch, in_double, loss_and_grad
 from tests.properties import given, settings, st
@@ -260,17 +261,8 @@ def test_statistics_match_float64(N, backend, device):
     }
     weights = torch.where(mask, torch.rand(N, device=device) * 3, torch.nan)
     clip = torch.randint(0, 8, (N,), dtype=torch.int8, device=device)
-    got, metrics, total = token_statistics(
-        mask,
-        None,
-        real["loss"],
-        real["logp"],
-        real["old"],
-        weights,
-        real["kl"],
-        real["entropy"],
-        clip,
-    )
+    outputs = Outputs(real["loss"], real["logp"], real["entropy"], real["kl"], clip)
+    got, metrics, total = token_statistics(outputs, mask, None, real["old"], weights)
     x = {name: value[mask].double() for name, value in real.items()}
     w, flags = weights[mask].double(), clip[mask]
     d = x["logp"] - x["old"]

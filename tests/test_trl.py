@@ -13,7 +13,8 @@ import torch
 
 from grpo_fast import Objective, reference
 from grpo_fast.integrations import trl as adapter
-from grpo_fast.integrations.trl.options import BY_ITEMS, LOSS_TYPES, objective
+from grpo_fast.integrations.trl import objective
+from grpo_fast.integrations.trl.options import BY_ITEMS, LOSS_TYPES
 from grpo_fast.loss import grpo_loss
 from grpo_fast.testing import assert_as_accurate
 from tests.cases import batch, in_double, loss_and_grad

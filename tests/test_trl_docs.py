@@ -16,7 +16,7 @@ from trl.trainer import utils  # noqa: E402
 
 from grpo_fast import Objective  # noqa: E402
 from grpo_fast.integrations import trl as adapter  # noqa: E402
-from grpo_fast.integrations.trl import trainer
+from grpo_fast.integrations.trl import trainer  # noqa: E402
 from grpo_fast.trainer.model import character_tokenizer  # noqa: E402
 from tests.test_trl_loss import (  # noqa: E402, F401 (two are fixtures)
     LOSS_TYPES,

@@ -16,10 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralFo
 from trl import GRPOConfig  # noqa: E402
 from trl import GRPOTrainer as Stock  # noqa: E402
 
-from grpo_fast.integrations.trl import (
-    GRPOTrainer,
-    metrics,
-)
+from grpo_fast.integrations.trl import GRPOTrainer, metrics  # noqa: E402
 from grpo_fast.trainer.model import character_tokenizer  # noqa: E402
 from tests.hosts import assert_adapter_only_scales  # noqa: E402
 
@@ -327,7 +324,7 @@ def test_one_collective_and_one_sync(trainers, monkeypatch):
         )
         report(*args)
 
-    monkeypatch.setattr(_trl_metrics, "report", only_the_report)
+    monkeypatch.setattr(metrics, "report", only_the_report)
     compute(ours, {"beta": 0.3, "entropy_coef": 0.1, "use_adaptive_entropy": True}, inputs)
     assert {name: n for name, n in calls.items() if n} == {"gather": 1, "tolist": 1}
 

@@ -14,10 +14,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # of TRL and its libraries
 from datasets import Dataset  # noqa: E402
 from trl import GRPOTrainer as Stock  # noqa: E402
 
-from grpo_fast.integrations.trl import (
-    GRPOTrainer,
-    trainer,
-)
+from grpo_fast.integrations.trl import GRPOTrainer, trainer  # noqa: E402
 from tests import ranks  # noqa: E402
 from tests.test_trl_trainer import (  # noqa: E402, F401
     PROMPTS,

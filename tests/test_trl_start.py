@@ -68,8 +68,9 @@ def test_fused(capsys, model_path, tokenizer, tmp_path, monkeypatch):
 )
 def test_which_implementation(device, why, forced, want, monkeypatch):
     from grpo_fast.integrations.trl import trainer
+    from grpo_fast.ops import backend
 
-    for module in (_backend, _trl_trainer):
+    for module in (backend, trainer):
         monkeypatch.setattr(module, "why_no_triton", lambda: why)
     monkeypatch.setattr(
         torch, "empty", lambda *_, device: type("Fake", (), {"device": torch.device(device)})
@@ -142,7 +143,7 @@ def test_torch_compile(capsys, model_path, tokenizer, tmp_path, monkeypatch):
         check(model)
         graphs.append(counters["stats"]["unique_graphs"])
 
-    monkeypatch.setattr(_trl_trainer, "check_head", counted)
+    monkeypatch.setattr(trainer, "check_head", counted)
     torch.compiler.reset()
     counters.clear()
     options = {"torch_compile": True, "torch_compile_backend": "eager", "max_steps": 2}
