@@ -8,12 +8,21 @@ ARGS ?=
 # Test processes
 JOBS ?= 2
 # What `make check` runs: files of at most about 15 s without the kernels, which the interpreter makes slow.
-FAST := advantage_oracles derivatives diagnostics docs errors group_advantage grpo guards inplace \
-	integrations_host integrations_masks integrations_miles integrations_nemo_rl integrations_openrlhf \
-	integrations_packed integrations_padded integrations_slime layout linear_errors logprob loss metrics names \
-	objective packaging policy_loss preset_edges preset_values presets public_api rare_options readme reference \
-	scaling selection sequence_loss shapes tensor_kinds trainer_data trainer_models \
-	trl_docs trl_loss verl verl_options weights
+FAST := spec/test_advantage_oracles.py spec/test_derivatives.py spec/test_names.py spec/test_objective.py \
+	spec/test_preset_edges.py spec/test_preset_values.py spec/test_presets.py spec/test_reference.py \
+	kernels/test_guards.py \
+	ops/test_group_advantage.py ops/test_grpo.py ops/test_inplace.py ops/test_linear_errors.py \
+	ops/test_logprob.py ops/test_policy_loss.py ops/test_sequence_loss.py \
+	loss/test_errors.py loss/test_loss.py loss/test_metrics.py loss/test_rare_options.py \
+	loss/test_scaling.py loss/test_shapes.py loss/test_tensor_kinds.py \
+	weights/test_diagnostics.py weights/test_selection.py weights/test_weights.py \
+	integrations/test_host.py integrations/test_masks.py integrations/test_miles.py \
+	integrations/test_nemo_rl.py integrations/test_openrlhf.py integrations/test_packed.py \
+	integrations/test_padded.py integrations/test_slime.py integrations/test_trl_docs.py \
+	integrations/test_trl_loss.py integrations/test_verl.py integrations/test_verl_options.py \
+	trainer/test_trainer_data.py trainer/test_trainer_models.py \
+	project/test_docs.py project/test_layout.py project/test_packaging.py project/test_public_api.py \
+	project/test_readme.py
 
 ifeq ($(VENV),system)
 PY := $(PYTHON)
@@ -29,13 +38,13 @@ setup: $(READY)
 EXTRA := test
 train: EXTRA := train
 system:
-	@$(PYTHON) tests/installed.py $(EXTRA)
+	@$(PYTHON) tests/support/installed.py $(EXTRA)
 
 # torch first and alone, at the pinned version: other packages would otherwise pull the newest CUDA build.
-# verl last, for its sources alone, which tests/test_verl.py runs: its requirements exclude our transformers, and its
+# verl last, for its sources alone, which tests/integrations/test_verl.py runs: its requirements exclude our transformers, and its
 # wheel brings a top-level `tests`. Hence without dependencies, and off the path. So is Hugging Face's kernels, which
-# loads our hub package in tests/test_hub.py: transformers changes its ways where it can be imported. And the older TRL
-# that is supported, for tests/test_trl_versions.py.
+# loads our hub package in tests/project/test_hub.py: transformers changes its ways where it can be imported. And the older TRL
+# that is supported, for tests/integrations/test_trl_versions.py.
 $(VENV)/.ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit(f"make needs Python 3.11 or newer; $(PYTHON) is {v[0]}.{v[1]}: set PYTHON to another")'
 	$(PYTHON) -m venv $(VENV)
@@ -57,10 +66,10 @@ test: $(READY) lint
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) $(ARGS)
 
 check: $(READY) lint
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) -k "not triton" $(FAST:%=tests/test_%.py) $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) -k "not triton" $(FAST:%=tests/%) $(ARGS)
 
 mutants: $(READY)
-	$(PY) tests/mutants.py --jobs $(JOBS) $(ARGS)
+	$(PY) tests/support/mutants.py --jobs $(JOBS) $(ARGS)
 
 bench: $(READY)
 	$(PY) -m pytest benchmarks $(ARGS)

@@ -1,4 +1,4 @@
-"""Bytes that the kernels move, the formulas of their docstrings; tests/test_traffic.py holds them true.
+"""Bytes that the kernels move, the formulas of their docstrings; a test counts them.
 
 N tokens, `live` of which count, `moving` of which have a gradient; V entries of w bytes. What is per token is
 left out next to rows of logits.

@@ -16,7 +16,7 @@ from pathlib import Path
 import grpo_fast
 
 SOURCE = Path(grpo_fast.__file__).parent
-LEFT_OUT = {"integrations", "trainer", "__pycache__"}
+LEFT_OUT = {"integrations", "trainer", "hub.py", "__pycache__"}
 VERSION = 1  # of the kernel, an int: to be raised with every publication that breaks callers
 README = """---
 library_name: kernels

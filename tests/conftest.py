@@ -17,17 +17,17 @@ def pytest_configure(config):
 # Of these files' interpreted cases, which take minutes, one in five of each test runs unless `--slow` asks
 # for all.
 SLOW = (
-    "test_extreme_rows.py",
-    "test_kl.py",
-    "test_linear_grpo.py",
-    "test_masks.py",
-    "test_nan.py",
-    "test_rare_options.py",
-    "test_reduction_weights.py",
-    "test_strides.py",
+    "kernels/test_extreme_rows.py",
+    "ops/test_kl.py",
+    "ops/test_linear_grpo.py",
+    "loss/test_masks.py",
+    "loss/test_nan.py",
+    "loss/test_rare_options.py",
+    "ops/test_reduction_weights.py",
+    "ops/test_strides.py",
 )
 # And of these one in two, on any path: each trains or compiles.
-LONG = ("test_compile_schedules.py", "test_trl_dtypes.py")
+LONG = ("ops/test_compile_schedules.py", "integrations/test_trl_dtypes.py")
 
 
 def pytest_addoption(parser):
@@ -41,7 +41,7 @@ def pytest_collection_modifyitems(config, items):
         return
     kept, left_out, counts = [], [], {}
     for item in items:
-        name = item.path.name
+        name = f"{item.path.parent.name}/{item.path.name}"
         slow = name in SLOW and "triton" in item.nodeid
         step = 5 if slow else 2 if name in LONG else 1
         which = name, slow, item.function
@@ -59,7 +59,7 @@ def interpreter():
         return
     from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle
 
-    from tests.guards import guarded
+    from tests.support.guards import guarded
 
     def create_fma(self, x, y, z):
         exact = x.data.astype("float64") * y.data + z.data

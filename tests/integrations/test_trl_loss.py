@@ -1,0 +1,437 @@
+"""One `_compute_loss` of `GRPOTrainer` and of TRL's own on the same inputs: loss, gradients, metrics."""
+
+import copy
+import re
+from collections import defaultdict
+
+import pytest
+import torch
+
+pytest.importorskip("trl", "1.15", reason="it is a subclass of TRL's trainer")
+pytestmark = pytest.mark.filterwarnings("ignore")  # of TRL and its libraries
+
+import transformers  # noqa: E402
+from datasets import Dataset  # noqa: E402
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM  # noqa: E402
+from trl import GRPOConfig  # noqa: E402
+from trl import GRPOTrainer as Stock  # noqa: E402
+
+from grpo_fast.integrations.trl import GRPOTrainer, metrics  # noqa: E402
+from grpo_fast.trainer.model import character_tokenizer  # noqa: E402
+from tests.support.hosts import assert_adapter_only_scales  # noqa: E402
+
+B, P, T, V = 5, 3, 6, 11
+GAS, SPG = 4, 2
+LOSS_TYPES = ["grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo"]
+SIZES = {
+    "vocab_size": V,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.3,
+    "bos_token_id": None,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+}
+
+
+@pytest.fixture(autouse=True)
+def torch_backend(monkeypatch):
+    monkeypatch.setenv("GRPO_FAST_BACKEND", "torch")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the model is tiny
+    yield
+    torch.set_num_threads(threads)
+
+
+def make(cls, model, path, **options):
+    tokenizer = character_tokenizer("abcdefgh")
+    tokenizer.padding_side = "left"
+    arguments = GRPOConfig(
+        output_dir=str(path),
+        per_device_train_batch_size=4,
+        num_generations=4,
+        max_completion_length=T,
+        gradient_accumulation_steps=GAS,
+        steps_per_generation=SPG,
+        report_to="none",
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        **options,
+    )
+    trainer = cls(
+        model=model,
+        reward_funcs=lambda completions, **_: [0.0] * len(completions),
+        args=arguments,
+        train_dataset=Dataset.from_dict({"prompt": ["a"] * 8}),
+        processing_class=tokenizer,
+    )
+    trainer.current_gradient_accumulation_steps = GAS
+    trainer.model.train()
+    return trainer
+
+
+@pytest.fixture(scope="module")
+def trainers(tmp_path_factory):
+    """(TRL's, ours), with equal weights."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SIZES))
+    path = tmp_path_factory.mktemp("trainer")
+    return make(Stock, copy.deepcopy(model), path), make(GRPOTrainer, copy.deepcopy(model), path)
+
+
+DEFAULTS = {
+    "loss_type": "dapo",
+    "importance_sampling_level": "token",
+    "beta": 0.0,
+    "use_bias_correction_kl": True,
+    "epsilon": 0.2,
+    "epsilon_high": None,
+    "delta": None,
+    "off_policy_mask_threshold": None,
+    "top_entropy_quantile": 1.0,
+    "entropy_coef": 0.0,
+    "use_adaptive_entropy": False,
+    "entropy_target": 1.5,
+    "entropy_coef_delta": 0.02,
+    "use_vllm": False,
+    "vllm_importance_sampling_correction": True,
+    "sapo_temperature_pos": 1.0,
+    "vespo_k_pos": 2.0,
+}
+
+
+def configure(trainer, options):
+    """Set options as TRL's constructor does."""
+    options = DEFAULTS | options
+    for name, value in options.items():
+        setattr(trainer.args, name, value)
+        setattr(trainer, name, value)
+    trainer.epsilon_low = options["epsilon"]
+    high = options["epsilon_high"]
+    trainer.epsilon_high = options["epsilon"] if high is None else high
+    trainer._entropy_bonus_enabled = options["entropy_coef"] != 0 or options["use_adaptive_entropy"]
+    trainer._last_world_entropy, trainer._entropy_window_stats = 1.4, None
+    trainer._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
+
+
+def inputs_of(trainer, change=()):
+    """A micro-batch: ragged, one completion empty, old and reference policies near this one."""
+    generator = torch.Generator().manual_seed(1)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    ids = torch.randint(2, V, (B, P + T), generator=generator)
+    prompt_mask = (torch.arange(P) >= torch.tensor([0, 2, 1, 0, 0])[:, None]).long()
+    mask = (torch.arange(T) < torch.tensor([6, 3, 0, 5, 2])[:, None]).long()
+    with torch.no_grad():
+        logits = trainer.model(
+            input_ids=ids, attention_mask=torch.cat([prompt_mask, mask], 1)
+        ).logits
+        logps = logits.log_softmax(-1)[:, P - 1 : -1].gather(-1, ids[:, P:, None]).squeeze(-1)
+    inputs = {
+        "prompt_ids": ids[:, :P],
+        "prompt_mask": prompt_mask,
+        "completion_ids": ids[:, P:],
+        "completion_mask": mask,
+        "advantages": normal(B),
+        "num_items_in_batch": torch.tensor(37),
+        "old_per_token_logps": (logps + 0.3 * normal(B, T)) * mask,
+        "ref_per_token_logps": (logps + 0.3 * normal(B, T)) * mask,
+    }
+    extra = {
+        "advantages": normal(B, T),
+        "tool_mask": torch.randint(0, 2, (B, T), generator=generator),
+        "importance_sampling_ratio": torch.where(
+            mask.bool(), 2 * torch.rand(B, T, generator=generator), 1
+        ),
+        "sampling_per_token_logps": torch.where(
+            torch.rand(B, T, generator=generator) < 0.1,
+            torch.nan,
+            inputs["old_per_token_logps"] + 0.3 * normal(B, T),
+        ),
+    }
+    for name in change:
+        if name == "on_policy":
+            del inputs["old_per_token_logps"]
+        elif name == "sequence_ratio":
+            ratio = 2 * torch.rand(B, 1, generator=generator)
+            inputs["importance_sampling_ratio"] = ratio.masked_fill(ratio < 0.5, 0)
+        elif name == "masked_ratio":
+            ratio = extra["importance_sampling_ratio"]
+            inputs["importance_sampling_ratio"] = ratio.masked_fill(ratio < 0.5, 0)
+        elif name == "no_difference":  # groups without a difference in reward, in part
+            inputs["advantages"][::2] = 0
+        elif name == "nothing_live":
+            inputs["completion_mask"] = torch.zeros_like(mask)
+        elif name == "one_token":
+            for key in list(inputs):
+                if inputs[key].ndim == 2 and inputs[key].shape[1] == T:
+                    inputs[key] = inputs[key][:, :1]
+        else:
+            inputs[name] = extra[name]
+    return inputs
+
+
+def compute(trainer, options, inputs, mode="train", prepare=None):
+    """(loss, gradients, metrics)."""
+    configure(trainer, options)
+    if prepare is not None:
+        prepare(trainer)
+    trainer.model.train(mode == "train")
+    trainer.model.zero_grad()
+    loss = trainer._compute_loss(trainer.model, dict(inputs))
+    if type(trainer) is GRPOTrainer and trainer._why_not_fused(inputs) is None:
+        assert_adapter_only_scales(loss)
+    loss.backward()
+    gradients = {name: p.grad for name, p in trainer.model.named_parameters()}
+    return loss, gradients, {name: values[0] for name, values in trainer._metrics[mode].items()}
+
+
+def assert_same(trainers, options, change=(), mode="train", prepare=None):
+    stock, ours = trainers
+    inputs = inputs_of(stock, change)
+    want, their_gradients, their_metrics = compute(stock, options, inputs, mode, prepare)
+    got, gradients, metrics = compute(ours, options, inputs, mode, prepare)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+    assert gradients.keys() == their_gradients.keys()
+    for name, gradient in their_gradients.items():
+        if gradient is None:
+            assert gradients[name] is None
+            continue
+        torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=2e-6)
+    assert metrics.keys() == their_metrics.keys()
+    for name, value in their_metrics.items():
+        assert metrics[name] == pytest.approx(value, rel=1e-4, abs=1e-6, nan_ok=True), name
+    return their_metrics
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_every_loss_type(loss_type, level, trainers):
+    """Each with KL plain and corrected, clamps, masks, per-token advantages, and every kind of ratio."""
+    base = {"loss_type": loss_type, "importance_sampling_level": level}
+    if loss_type == "cispo":
+        base["epsilon_high"] = 1.2
+    vllm = {"use_vllm": True}
+    cases = [
+        ({}, ()),
+        ({}, ("on_policy",)),
+        ({"beta": 0.3}, ()),
+        ({"beta": 0.3, "use_bias_correction_kl": False}, ()),
+        ({"beta": 0.3}, ("tool_mask", "advantages")),
+        ({"off_policy_mask_threshold": 0.02, "beta": 0.3}, ()),
+        ({"off_policy_mask_threshold": 0.02, "beta": 0.3}, ("sampling_per_token_logps",)),
+        ({"off_policy_mask_threshold": 0.02}, ("on_policy",)),
+        ({"off_policy_mask_threshold": -0.02, "beta": 0.3}, ("on_policy",)),
+        (vllm, ("importance_sampling_ratio",)),
+        (vllm | {"beta": 0.3}, ("masked_ratio",)),
+        (vllm, ("sequence_ratio",)),
+        (vllm | {"vllm_importance_sampling_correction": False}, ()),
+        ({"top_entropy_quantile": 0.4}, ()),
+        ({"top_entropy_quantile": 0.4, "entropy_coef": 0.1, "beta": 0.3}, ("tool_mask",)),
+        ({"top_entropy_quantile": 0.0, "entropy_coef": 0.1, "beta": 0.3}, ()),
+        ({"top_entropy_quantile": 0.4, "off_policy_mask_threshold": -0.02}, ("on_policy",)),
+        ({"top_entropy_quantile": 0.4, "off_policy_mask_threshold": 0.02}, ()),
+        ({"entropy_coef": 0.1}, ()),
+        ({"entropy_coef": 0.1, "use_adaptive_entropy": True}, ()),
+        ({"entropy_coef": 0.1, "use_adaptive_entropy": True, "entropy_target": 1.3}, ()),
+        ({"beta": 0.3, "entropy_coef": 0.1}, ("nothing_live",)),
+        ({}, ("one_token",)),
+        ({}, ("no_difference",)),
+        ({"beta": 0.3}, ("no_difference",)),
+        ({"entropy_coef": 0.1}, ("no_difference",)),
+        (vllm, ("importance_sampling_ratio", "no_difference")),
+    ]
+    if loss_type in ("grpo", "bnpo", "dr_grpo", "dapo", "luspo"):
+        cases.append(({"delta": 1.1, "epsilon_high": 0.28, "epsilon": 0.1}, ()))
+        cases.append(({"delta": 0.7}, ("on_policy",)))
+    if loss_type == "sapo":
+        cases.append(({"sapo_temperature_pos": 2.0}, ()))
+    if loss_type == "vespo":
+        cases.append(({"vespo_k_pos": 1.5}, ("advantages",)))
+    for options, change in cases:
+        print(options, change)  # of the case that failed
+        assert_same(trainers, base | options, change)
+
+
+@pytest.mark.parametrize(
+    "of_trainer, of_args",
+    [
+        ({"beta": 0.5}, {}),
+        ({"beta": 0.0}, {}),
+        ({"epsilon_low": 0.05, "epsilon_high": 0.1}, {}),
+        ({"importance_sampling_level": "sequence"}, {"use_bias_correction_kl": False}),
+        ({"loss_type": "dr_grpo", "max_completion_length": 3}, {}),
+        ({"off_policy_mask_threshold": 0.02}, {"delta": 1.1}),
+        ({"top_entropy_quantile": 0.4}, {}),
+        ({"loss_type": "cispo", "epsilon_high": 1.1}, {"epsilon_high": 5.0}),
+        ({"loss_type": "sapo"}, {"sapo_temperature_pos": 2.0}),
+        ({}, {"beta": 0.9, "epsilon": 0.9, "loss_type": "sapo"}),  # TRL has read these
+    ],
+)
+def test_options_changed_during_training(of_trainer, of_args, trainers, monkeypatch):
+    """What a callback sets counts where, and only where, TRL's loss looks for it."""
+
+    def change(trainer):
+        for where, options in ((trainer, of_trainer), (trainer.args, of_args)):
+            for name, value in options.items():
+                monkeypatch.setattr(where, name, value)
+
+    assert_same(trainers, {"beta": 0.1})
+    assert_same(trainers, {"beta": 0.1}, prepare=change)
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_evaluation(loss_type, trainers):
+    """No accumulation: other normalisers."""
+    assert_same(trainers, {"loss_type": loss_type, "entropy_coef": 0.1}, mode="eval")
+
+
+def test_the_metrics_are_not_trivial(trainers):
+    metrics = assert_same(trainers, {"loss_type": "grpo", "beta": 0.3, "epsilon": 0.05})
+    names = ("kl", "entropy", "clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/high_max")
+    assert all(metrics[name] > 0 for name in names)
+    assert metrics["clip_ratio/low_mean"] != metrics["clip_ratio/high_mean"]
+
+
+def test_one_collective_and_one_sync(trainers, monkeypatch):
+    """What TRL spends a dozen of each on."""
+    ours = trainers[1]
+    inputs = inputs_of(ours)
+    calls = defaultdict(int)
+
+    def counted(name, function):
+        def call(*args, **kwargs):
+            calls[name] += 1
+            return function(*args, **kwargs)
+
+        return call
+
+    for name in ("gather", "reduce", "gather_for_metrics"):
+        monkeypatch.setattr(ours.accelerator, name, counted(name, getattr(ours.accelerator, name)))
+    monkeypatch.setattr(torch.Tensor, "item", counted("item", torch.Tensor.item))
+    monkeypatch.setattr(torch.Tensor, "tolist", counted("tolist", torch.Tensor.tolist))
+    report = metrics.report
+
+    def only_the_report(*args):
+        calls["item"] = calls["tolist"] = (
+            0  # on the CPU, where a sync is free, the loss checks its arguments
+        )
+        report(*args)
+
+    monkeypatch.setattr(metrics, "report", only_the_report)
+    compute(ours, {"beta": 0.3, "entropy_coef": 0.1, "use_adaptive_entropy": True}, inputs)
+    assert {name: n for name, n in calls.items() if n} == {"gather": 1, "tolist": 1}
+
+
+class TestNotFused:
+    """TRL's own path runs, a line says so once, and the result is TRL's."""
+
+    def check(self, trainers, options, inputs, match, capsys):
+        trainers[1]._said.clear()
+        capsys.readouterr()
+        got = compute(trainers[1], options, inputs)
+        compute(trainers[1], options, inputs)
+        (line,) = capsys.readouterr().out.splitlines()  # once
+        assert re.match(f"grpo_fast: not fused, TRL's own loss runs: {match}", line)
+        want = compute(trainers[0], options, inputs)
+        torch.testing.assert_close(got[0], want[0], rtol=0, atol=0)
+        assert got[2] == want[2]
+
+    def test_auxiliary_loss_of_a_mixture_of_experts(self, tmp_path, capsys):
+        """Until the option that the line names is set."""
+        torch.manual_seed(0)
+        config = MixtralConfig(**SIZES, num_local_experts=4, output_router_logits=True)
+        model = MixtralForCausalLM(config)
+        pair = make(Stock, copy.deepcopy(model), tmp_path), make(GRPOTrainer, model, tmp_path)
+        match = r"router_aux_loss_coef=0.001 adds .*; GRPOConfig\(router_aux_loss_coef=0.0\) trains"
+        self.check(pair, {}, inputs_of(pair[0]), match, capsys)
+        pair = (
+            make(cls, model, tmp_path, router_aux_loss_coef=0.0) for cls in (Stock, GRPOTrainer)
+        )
+        assert_same(tuple(pair), {"beta": 0.1})
+        assert not capsys.readouterr().out
+
+    def test_multimodal_inputs(self, trainers, monkeypatch, capsys):
+        # Any of their names: the model here takes none, so TRL's own forward is stubbed to see it arrive.
+        seen = []
+        inputs = inputs_of(trainers[0]) | {
+            "token_type_ids": torch.zeros(B, P + T, dtype=torch.long)
+        }
+
+        def stock(self, model, *args, **kwargs):
+            seen.append(kwargs["token_type_ids"])
+            logps = torch.zeros(B, T, requires_grad=True)
+            return logps, logps.detach(), None
+
+        monkeypatch.setattr(Stock, "_get_per_token_logps_and_entropies", stock)
+        match = r"the inputs are not text alone \(token_type_ids\); batches of text are fused$"
+        self.check(trainers, {}, inputs, match, capsys)
+        assert seen[0] is inputs["token_type_ids"]
+
+    @pytest.mark.parametrize(
+        "name, options",
+        [
+            ("_get_per_token_logps_and_entropies", {}),
+            ("get_gamma_weights", {"loss_type": "vespo"}),
+            ("get_off_policy_mask", {"off_policy_mask_threshold": 0.02}),
+        ],
+    )
+    @pytest.mark.parametrize("on", ["class", "instance"])
+    def test_a_step_overridden(self, on, name, options, trainers, monkeypatch, capsys):
+        """On policy, too, where TRL's trainer would ask for it."""
+        calls = []
+
+        def replaced(theirs):
+            def step(*args, **kwargs):
+                calls.append(name)
+                return theirs(*args, **kwargs)
+
+            return step
+
+        ours = trainers[1]
+        if on == "class":
+            step = replaced(getattr(GRPOTrainer, name))
+            whole = name.startswith("_")
+            body = {name: step if whole else staticmethod(step)}
+            monkeypatch.setattr(ours, "__class__", type("Mine", (GRPOTrainer,), body))
+        else:
+            monkeypatch.setattr(ours, name, replaced(getattr(ours, name)), raising=False)
+        inputs = inputs_of(trainers[0], ("on_policy",))
+        match = (
+            f"{type(ours).__name__} has its own {name}, which the fused loss does not call; it is"
+        )
+        self.check(trainers, options, inputs, match, capsys)
+        assert calls
+
+
+def test_a_model_that_does_something_else_is_refused(tmp_path):
+    model = LlamaForCausalLM(LlamaConfig(**SIZES))
+    ours = make(GRPOTrainer, model, tmp_path)
+    ours.model.config.logit_scale = 2.0  # which a Llama does not look at
+    with pytest.raises(ValueError, match="LlamaForCausalLM: its logits are not those"):
+        compute(ours, {}, inputs_of(ours))
+    assert ours.model.training
+
+
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("Gemma2", {"final_logit_softcapping": 1.5, "head_dim": 8}),
+        ("Cohere", {"logit_scale": 0.25}),
+        ("Granite", {"logits_scaling": 4.0}),
+        ("Phi", {}),
+    ],
+)
+def test_other_heads(name, options, tmp_path):
+    """A soft cap, scales, a bias, tied weights."""
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**SIZES, **options)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    pair = make(Stock, copy.deepcopy(model), tmp_path), make(GRPOTrainer, model, tmp_path)
+    assert_same(pair, {"beta": 0.1, "entropy_coef": 0.1})

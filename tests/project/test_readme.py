@@ -1,0 +1,52 @@
+"""What the documents say of the repository is so."""
+
+import re
+from pathlib import Path
+
+import tomllib
+
+ROOT = Path(__file__).resolve().parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def documents():
+    for path in [*ROOT.glob("*.md"), *ROOT.glob("*/*.md")]:
+        if ".venv" not in path.parts and "site-packages" not in path.parts:
+            yield path, path.read_text()
+
+
+def test_links_lead_somewhere():
+    for path, text in documents():
+        for target in re.findall(r"\]\(([^)#:]+)\)", text):
+            assert (path.parent / target).exists(), f"{path.name} links to {target}"
+
+
+def test_links_to_a_section_lead_to_a_heading():
+    for path, text in documents():
+        for target, section in re.findall(r"\]\(([^)#:]*)#([^)]+)\)", text):
+            there = (path.parent / target).read_text() if target else text
+            headings = re.findall(r"^#+ (.*)$", there, re.MULTILINE)
+            anchors = {re.sub(r"[^\w\- ]", "", h).lower().replace(" ", "-") for h in headings}
+            assert section in anchors, f"{path.name} links to {target}#{section}"
+
+
+def test_the_extras_that_documents_name_exist():
+    for path, text in documents():
+        for names in re.findall(r"(?:grpo-fast|grpo_fast\S*whl|'\.)\[(\w[\w,]*)\]", text):
+            unknown = set(names.split(",")) - PROJECT["optional-dependencies"].keys()
+            assert not unknown, f"{path.name}: no extra {unknown}"
+
+
+def test_the_readme_names_the_wheel_that_is_built():
+    name = f"{PROJECT['name'].replace('-', '_')}-{PROJECT['version']}-py3-none-any.whl"
+    assert name in (ROOT / "README.md").read_text()
+
+
+def test_prose_wraps_at_100_columns():
+    for path in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]:
+        code = False
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            code ^= line.lstrip().startswith("```")
+            table, formula = line.startswith("|"), line.startswith("    ")
+            short = len(line) <= 100 or code or table or formula
+            assert short, f"{path.name}:{number} has {len(line)} columns"

@@ -1,0 +1,93 @@
+"""Run a function of a test module in several processes that form a gloo group."""
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+
+needs_gloo = pytest.mark.skipif(
+    not (torch.distributed.is_available() and torch.distributed.is_gloo_available()),
+    reason="torch without gloo",
+)
+
+
+def _interpreter_runs():
+    if not importlib.util.find_spec("triton"):
+        return False
+    versions = map(importlib.metadata.version, ("triton", "numpy"))
+    triton, numpy = (tuple(map(int, x.split(".")[:2])) for x in versions)
+    return triton >= (3, 7) or numpy < (2, 4)
+
+
+needs_interpreter = pytest.mark.skipif(
+    not _interpreter_runs(), reason="Triton's interpreter before 3.7 fails with NumPy from 2.4 on"
+)
+
+
+def run(function: str, number: int, *arguments, seconds: int = 120, **environment: str) -> None:
+    """`tests.module:function(*arguments)` in `number` processes with torchrun's environment: all succeed.
+
+    The arguments cross as JSON; `environment` is set besides. The group is left behind the function.
+    """
+    module, name = function.split(":")
+    # A wrapped model that is freed after its process group waits for threads that wait for the interpreter:
+    # the group is left here, when the function's objects are gone. A library's thread that still runs while
+    # the interpreter is torn down can abort a process that has succeeded: it leaves without that. One that
+    # hangs says where.
+    code = (
+        "import faulthandler, gc, json, os, sys, warnings; warnings.simplefilter('ignore')\n"
+        f"faulthandler.dump_traceback_later({seconds - 10}, exit=True)\n"
+        "import torch.distributed as dist\n"
+        f"from {module} import {name} as function\n"
+        "function(*json.loads(sys.argv[1]))\n"
+        "gc.collect()\n"
+        "if dist.is_initialized(): dist.destroy_process_group()\n"
+        "sys.stdout.flush(); sys.stderr.flush(); os._exit(0)"
+    )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = []
+    for rank in range(number):
+        variables = os.environ | {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(number),
+            "LOCAL_WORLD_SIZE": str(number),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+            "GRPO_FAST_BACKEND": "torch",
+            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+            **environment,
+        }
+        command = [sys.executable, "-c", code, json.dumps(arguments)]
+        processes.append(
+            subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=variables,
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+            )
+        )
+    try:
+        outputs = [process.communicate(timeout=seconds)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+    failed = [i for i, process in enumerate(processes) if process.returncode]
+    failed.sort(key=lambda i: "closed by peer" in outputs[i])  # the cause before who lost it
+    assert not failed, "\n".join(f"rank {i}:\n{outputs[i][-4000:]}" for i in failed)

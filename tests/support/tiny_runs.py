@@ -1,0 +1,73 @@
+"""The smallest runs of the reference trainer, for the tests of it."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from grpo_fast.trainer import model as models
+from grpo_fast.trainer import tasks
+from grpo_fast.trainer.config import TrainConfig
+
+TINY = {
+    "max_operand": 9,
+    "heldout": 10,
+    "hidden_size": 16,
+    "num_layers": 1,
+    "num_heads": 2,
+    "warmup_steps": 20,
+    "warmup_batch_size": 16,
+    "prompts_per_step": 4,
+    "group_size": 4,
+    "num_iterations": 1,
+    "steps": 3,
+    "samples": 2,
+    "device": "cpu",  # also where there is a GPU: in float32, and the same bits from run to run
+}
+
+
+def tiny(tmp_path: Path, **overrides) -> TrainConfig:
+    return TrainConfig(**{**TINY, "output_dir": str(tmp_path), **overrides})
+
+
+def arguments(tmp_path: Path, **overrides) -> list[str]:
+    options = {**TINY, "output_dir": tmp_path, **overrides}
+    return [f"--{name}={value}" for name, value in options.items()]
+
+
+def metrics(run_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def setup(config: TrainConfig) -> tuple[tasks.Task, models.Policy]:
+    torch.manual_seed(config.seed)
+    task = tasks.build(config)
+    return task, models.build(config, task.alphabet)
+
+
+def write_rows(path: Path, rows: list[dict]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def start(folder: Path, **options) -> subprocess.Popen:
+    """The run `run` in a process of its own, after two steps."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "grpo_fast.trainer", "train", *arguments(folder, **options)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+    )
+    log = folder / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (log.exists() and log.read_text().count("\n") >= 2):
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return process

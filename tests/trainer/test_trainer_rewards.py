@@ -1,0 +1,341 @@
+"""Reward functions of the reference trainer: what they may return, and what happens where they fail."""
+
+import math
+import multiprocessing
+import os
+import pkgutil
+import signal
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("transformers", reason="the trainer needs grpo-fast[train]")
+
+from grpo_fast.trainer import evaluate, interruption, rewards
+from grpo_fast.trainer import model as models
+from grpo_fast.trainer.cli import main
+from grpo_fast.trainer.config import TrainConfig
+from tests.support.tiny_runs import arguments, metrics, start
+
+
+def score(returned):
+    """The total and the means of two completions, for a function that returns this."""
+
+    def mine(prompts, completions, **kwargs):
+        return returned
+
+    return rewards.score([mine], [1.0], ["", ""], ["", ""], {})
+
+
+@pytest.mark.parametrize(
+    "returned",
+    [
+        None, 1.0, "ab", b"ab", {0: 1.0, 1: 2.0}, [1.0], [1.0, 2.0, 3.0], [math.nan, 1.0],
+        [1.0, math.inf], ["1", "2"], [[1.0], [2.0]], torch.zeros(2, 1), torch.tensor(1.0),
+        np.zeros(3), np.array([1.0, np.nan]), [1j, 1.0], [object(), 1.0],
+    ],
+    ids=lambda returned: type(returned).__name__,
+)  # fmt: skip
+def test_what_is_no_list_of_rewards_names_the_function_and_what_it_returned(returned):
+    with pytest.raises(rewards.RewardError) as raised:
+        score(returned)
+    message = str(raised.value)
+    assert message.startswith(
+        "reward tests.trainer.test_trainer_rewards:score.<locals>.mine: want a"
+    )
+    assert f"got {type(returned).__name__}" in message
+    assert repr(returned)[:100] in message
+
+
+@pytest.mark.parametrize(
+    "returned",
+    [
+        [1, True], (1.0, 1), torch.ones(2), torch.ones(2, dtype=torch.bfloat16, requires_grad=True),
+        np.ones(2), np.ones(2, dtype=bool), [np.float32(1), torch.tensor(1.0)],
+        (x for x in (1.0, 1.0)),
+    ],
+    ids=lambda returned: type(returned).__name__,
+)  # fmt: skip
+def test_lists_of_numbers_of_any_kind(returned):
+    total, means = score(returned)
+    torch.testing.assert_close(total, torch.ones(2))
+    assert means == {"mine": 1.0}
+
+
+def test_none_is_a_reward_that_does_not_apply():
+    def right(prompts, completions, **kwargs):
+        return [1.0, None, None]
+
+    def short(prompts, completions, **kwargs):
+        return [None, 3.0, None]
+
+    total, means = rewards.score([right, short], [1.0, 2.0], [""] * 3, [""] * 3, {})
+    torch.testing.assert_close(total, torch.tensor([1.0, 6.0, math.nan]), equal_nan=True)
+    assert means == {"right": 1.0, "short": 3.0}
+
+
+def test_functions_of_one_name_are_told_apart():
+    def first():
+        def mine(**kwargs):
+            return [1.0]
+
+        return mine
+
+    def second():
+        def mine(**kwargs):
+            return [2.0]
+
+        return mine
+
+    _, means = rewards.score([first(), second()], [1.0, 1.0], [""], [""], {})
+    assert sorted(means.values()) == [1.0, 2.0]
+    assert all("mine" in name for name in means)
+
+
+MODULE = """
+import time
+def missing(prompts, completions, **kwargs):
+    import no_such_package
+def value(prompts, completions, **kwargs):
+    return [int("x") for c in completions]  # my own line
+def leaves(prompts, completions, **kwargs):
+    raise SystemExit(0)
+def partly(prompts, completions, **kwargs):
+    return [None if i % 4 == 0 else float(len(c)) for i, c in enumerate(completions)]
+def none(prompts, completions, **kwargs):
+    return [None] * len(completions)
+calls = 0
+def hangs(prompts, completions, **kwargs):
+    global calls
+    calls += 1
+    while calls > 5:
+        open("hangs", "w")
+        time.sleep(0.01)
+    return [0.0] * len(completions)
+"""
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    """The folder of my_rewards.py, which is the working directory."""
+    sys.modules.pop("my_rewards", None)  # of another test
+    (tmp_path / "my_rewards.py").write_text(MODULE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    yield tmp_path
+    sys.modules.pop("my_rewards", None)
+
+
+@pytest.mark.parametrize(
+    "function, error",
+    [
+        ("missing", "ModuleNotFoundError: No module named 'no_such_package'"),
+        ("value", "ValueError: invalid literal"),
+        ("leaves", "SystemExit: 0"),
+    ],
+)
+def test_a_reward_that_raises_shows_its_line_and_the_weights_are_saved(
+    module, capsys, function, error
+):
+    options = arguments(module, name="run", reward=f"my_rewards:{function}", warmup_steps=0)
+    assert main(["train", *options]) == 1
+    shown = capsys.readouterr().err
+    assert f"reward my_rewards:{function} raised {error}" in shown
+    assert "my_rewards.py" in shown
+    assert "grpo_fast/trainer" not in shown  # from the user's own line on
+    assert "pip install" not in shown
+    if function == "value":
+        assert "# my own line" in shown
+    assert str(models.latest(module / "run")) in shown
+
+
+def test_rewards_that_do_not_apply_end_no_run(module, capsys):
+    options = arguments(module, warmup_steps=0, steps=2)
+    assert main(["train", *options, "--name=run", "--reward=my_rewards:partly"]) == 0
+    rows = metrics(module / "run")
+    assert all(row["without_reward"] == 0.25 for row in rows)
+    assert all(math.isfinite(row["loss"] + row["reward"]) for row in rows)
+    assert "gave None for 4 completions" in capsys.readouterr().err
+
+    assert main(["train", *options, "--name=none", "--reward=my_rewards:none"]) == 0
+    assert metrics(module / "none")[-1]["reward"] is None
+    assert "reward nan -> nan" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "text, status, message",
+    [
+        ("import no_such_package", 1, "importing broken raised ModuleNotFoundError"),
+        ("1 +", 1, "importing broken raised SyntaxError"),
+        ("raise KeyError('x')  # mine", 1, "importing broken raised KeyError"),
+        ("", 2, "broken.py) has no 'f'"),
+    ],
+)
+def test_a_module_that_cannot_be_imported(module, capsys, text, status, message):
+    (module / "broken.py").write_text(text)
+    assert main(["train", *arguments(module / "runs", reward="broken:f")]) == status
+    shown = capsys.readouterr().err
+    assert message in shown
+    assert "pip install" not in shown
+    if status == 1:
+        assert text in shown
+    assert not (module / "runs").exists()
+    sys.modules.pop("broken", None)
+
+
+def test_the_users_module_comes_before_an_installed_one(tmp_path, monkeypatch):
+    for folder in ("installed", "mine"):
+        (tmp_path / folder).mkdir()
+        text = f"def where(**_): return {folder!r}"
+        (tmp_path / folder / "scores_of_two.py").write_text(text)
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "installed"), *sys.path])
+    before = [*sys.path]
+    assert rewards.load("scores_of_two:where", tmp_path / "mine")() == "mine"
+    assert sys.path == [*before, str(tmp_path / "mine")], "others find what they found"
+    sys.modules.pop("scores_of_two")
+
+
+def test_what_a_function_does_to_its_arguments_stays_with_it():
+    row = {"n": 1}
+
+    def changes(prompts, completions, facts, **_):
+        for prompt, fact in zip(prompts, facts, strict=True):
+            prompt.append("more")
+            fact["n"] += 1
+        completions.clear()
+        return [1.0, 2.0]
+
+    def reads(prompts, completions, facts, **_):
+        assert (prompts, facts) == ([["a"], ["a"]], [{"n": 1}] * 2)
+        return [float(len(completions))] * 2
+
+    prompt = ["a"]
+    total, _ = rewards.score(
+        [changes, reads], [1.0, 1.0], [prompt, prompt], ["x", "y"], {"facts": [row, row]}
+    )
+    assert total.tolist() == [3.0, 4.0]
+    assert (prompt, row) == (["a"], {"n": 1})
+
+
+def test_functions_that_share_a_name_keep_their_own_means():
+    functions = [lambda completions, x=x, **_: [x] * len(completions) for x in (0.25, 0.75)]
+    names = rewards.names(functions)
+    assert names[1] == f"{names[0]}-2"
+    _, means = rewards.score(functions, [1.0, 1.0], ["p"], ["c"], {})
+    assert list(means.values()) == [0.25, 0.75]
+
+
+def test_the_first_function_is_the_accuracy_whatever_others_are_called(monkeypatch):
+    means = {"right": 0.25, "reward": 0.5, "accuracy": 0.75}
+    monkeypatch.setattr(evaluate.rollout, "sample", lambda *_: None)
+    monkeypatch.setattr(evaluate.rollout, "reward", lambda *_: (torch.tensor([1.5]), means))
+    config = TrainConfig()
+    found = evaluate.mean_rewards(None, None, [{"prompt": "p"}], config, 1.0)
+    assert found == {"reward": 1.5, "accuracy": 0.25}
+
+
+@pytest.mark.parametrize("text", ["[7]", "7", " [7] "])
+@pytest.mark.parametrize("answer", ["[7]", "7", 7])
+def test_brackets_do_not_matter(text, answer):
+    assert rewards.correct(["p"], [text], [answer]) == [1.0]
+
+
+def test_a_generator_that_raises_is_named():
+    def lazily(completions, **_):
+        yield 1.0
+        raise FileNotFoundError("tests.json")
+
+    with pytest.raises(rewards.RewardError, match=r"lazily raised FileNotFoundError: tests\.json"):
+        rewards.score([lazily], [1.0], ["p"] * 2, ["c"] * 2, {})
+
+
+def test_rewards_beyond_float32_are_named():
+    with pytest.raises(rewards.RewardError, match="within float32's range"):
+        rewards.score([lambda **_: [1e39]], [1.0], ["p"], ["c"], {})
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_process_that_a_reward_starts_can_be_terminated():
+    context = multiprocessing.get_context("fork")
+    with interruption.interruptible() as state:
+        ready = context.Event()
+        child = context.Process(target=lambda: (ready.set(), time.sleep(60)))
+        child.start()
+        assert ready.wait(10)
+        child.terminate()
+        child.join(10)
+        assert child.exitcode == -signal.SIGTERM
+        assert state.signal is None
+
+
+def test_a_reward_that_hangs_ends_with_the_second_signal_and_the_weights(module):
+    options = {"reward": "my_rewards:hangs", "warmup_steps": 0, "name": "run", "samples": 0}
+    process = start(module, **options, steps=1000)
+    try:
+        while not (module / "hangs").exists():
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.3)
+        assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "again to save and stop at once" in err
+    newest = models.latest(module / "run")
+    assert str(newest) in err
+    assert newest.name == f"step-{len(metrics(module / 'run')):06d}"
+
+
+def test_a_second_signal_waits_while_weights_change_or_are_written(capfd):
+    with interruption.interruptible() as state:
+        ended = []
+
+        def work():
+            with interruption.undivided():
+                signal.raise_signal(signal.SIGTERM)
+                with interruption.undivided():
+                    signal.raise_signal(signal.SIGINT)
+                ended.append(True)
+
+        with pytest.raises(interruption.Stopped) as stopped:
+            work()
+        assert ended
+        assert stopped.value.args == (signal.SIGINT,)
+        assert state.signal == signal.SIGTERM
+        signal.raise_signal(signal.SIGTERM)  # a third one does not end the save that follows
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no SIGHUP here")
+def test_nohup_is_respected():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with interruption.interruptible() as state:
+            signal.raise_signal(signal.SIGHUP)
+        assert state.signal is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("where", ["torch.optim.AdamW.step", "grpo_fast.trainer.files.publish"])
+def test_no_update_and_no_save_is_cut_in_two(tmp_path, monkeypatch, capfd, where):
+    module, _, name = where.rpartition(".")
+    target = pkgutil.resolve_name(module)
+    real, ended = getattr(target, name), []
+
+    def interrupted(*args, **kwargs):
+        if not ended:
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
+        ended.append(real(*args, **kwargs))
+
+    monkeypatch.setattr(target, name, interrupted)
+    options = arguments(tmp_path, name="run", warmup_steps=0, samples=0)
+    assert main(["train", *options]) == 128 + signal.SIGTERM
+    assert ended
+    models.latest(tmp_path / "run")
