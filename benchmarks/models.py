@@ -147,8 +147,8 @@ def one(name: str) -> tuple[str, str]:
 HEADER = """\
 # Which models `with_head` is exact on
 
-This page lists the causal language models of transformers for which `with_head` gives the same
-results as the model's own logits.
+This page lists the causal language models of transformers on which `with_head` is exact, those that
+it refuses, and those that were not tried.
 
 `python -m benchmarks.models --save` wrote it on commit {commit}, with transformers {transformers}
 and torch {torch}, on a CPU in float32. Each of the {total} classes that `AutoModelForCausalLM` of
