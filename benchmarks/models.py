@@ -147,21 +147,24 @@ def one(name: str) -> tuple[str, str]:
 HEADER = """\
 # Which models `with_head` is exact on
 
-Written by `python -m benchmarks.models --save` on commit {commit}, with transformers {transformers} and
-torch {torch} on a CPU, in float32. Each of the {total} classes that `AutoModelForCausalLM` of this
-version knows was built in a tiny size with random weights. Log-probs and gradients of all parameters
-through `with_head` and `linear_logprob` were compared with those of the model's own logits, on two
-sequences of which one is padded on the left. The largest error that counts as exact is {tolerance} of
-the largest entry.
+This page lists the causal language models of transformers on which `with_head` is exact, those that
+it refuses, and those that were not tried.
+
+`python -m benchmarks.models --save` wrote it on commit {commit}, with transformers {transformers}
+and torch {torch}, on a CPU in float32. Each of the {total} classes that `AutoModelForCausalLM` of
+this version knows was built in a tiny size with random weights. It was run on two sequences, one of
+them padded on the left. The log-probs and the gradients of all parameters through `with_head` and
+`linear_logprob` were compared with those of the model's own logits. "Exact" means that the largest
+error is at most {tolerance} of the largest entry.
 
 """
 SECTIONS = {
     "wrong": "## Wrong\n\nThe results differ, and no error says so.\n",
     "exact": "## Exact\n",
-    "refused": "## Refused\n\nAn error says why, before training starts in TRL, or in `check_head`: most of "
-    "these have layers\nbetween the last hidden states and the head.\n",
-    "not built": "## Not tried\n\nThe sizes in `benchmarks/models.py` do not make a tiny model of these, or "
-    "they need other inputs\nor packages.\n",
+    "refused": "## Refused\n\nAn error names the reason, in TRL before training starts, else in "
+    "`check_head`. Most of these\nmodels have layers between the last hidden states and the head.\n",
+    "not built": "## Not tried\n\nA tiny model of these could not be built with the sizes that the "
+    "program knows, or they need other\ninputs or packages.\n",
 }
 
 

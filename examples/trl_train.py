@@ -1,12 +1,15 @@
-"""TRL's GRPO with the fused trainer: `python examples/trl_train.py`, or with `accelerate launch`.
+"""Train with GRPO in TRL, with the loss of grpo_fast.
 
-The import of `GRPOTrainer` is the only line that differs from a script for TRL. A tiny random model learns to
-write the letter a. Nothing is downloaded.
+Run it with `python examples/trl_train.py`, or with `accelerate launch`. It downloads nothing: a tiny random
+model learns to write the letter a. Only the import of `GRPOTrainer` differs from a script for TRL.
 
-To train a real model, pass its name or folder in place of the model, `model="Qwen/Qwen2.5-0.5B"`, and leave
-out `processing_class`: TRL loads the tokenizer that belongs to the model. Then lower `learning_rate` to about
-1e-6 (1e-5 with LoRA), remove `bf16=False` if there is a GPU, and give prompts and a reward of your own.
-docs/trl.md has a whole script of this kind, with LoRA.
+To train a real model:
+    - pass its name or folder instead of the model, for example `model="Qwen/Qwen2.5-0.5B"`, and leave out
+      `processing_class`: TRL loads the tokenizer of the model;
+    - lower `learning_rate` to about 1e-6 (1e-5 with LoRA);
+    - remove `bf16=False` if there is a GPU;
+    - use your own prompts and your own reward.
+docs/trl.md has a complete script of this kind, with LoRA.
 """
 
 import tempfile
@@ -20,7 +23,7 @@ from grpo_fast.integrations.trl import GRPOTrainer
 
 
 def letters() -> PreTrainedTokenizerFast:
-    """A tokenizer with one token per letter."""
+    """Build a tokenizer with one token per letter."""
     vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", *"abcdefgh"])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<eos>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
@@ -31,11 +34,12 @@ def letters() -> PreTrainedTokenizerFast:
 
 
 def reward(completions: list[str], **_: object) -> list[float]:
-    """The share of a in each completion."""
+    """Return the share of the letter a in each completion."""
     return [text.count("a") / max(len(text), 1) for text in completions]
 
 
 def main(output_dir: str | None = None, **options: object) -> list[float]:
+    """Run the training with further options of `GRPOConfig`, and return the reward of each step."""
     tokenizer = letters()
     model = LlamaForCausalLM(
         LlamaConfig(

@@ -54,11 +54,6 @@ def test_the_example_with_lora(tmp_path, monkeypatch, capsys):
     assert line.replace("Qwen2", "Llama") in capsys.readouterr().out
 
 
-def test_the_readme_has_the_same_example():
-    (example,) = (block for block in BLOCKS if "LoraConfig" in block)
-    assert example in (PAGE.parents[2] / "README.md").read_text()
-
-
 def test_the_other_blocks(monkeypatch):
     monkeypatch.setattr(utils, "_ChunkedLogProbFunction", utils._ChunkedLogProbFunction)
     scope = {"args": GRPOConfig("out", loss_type="cispo", bf16=False)}

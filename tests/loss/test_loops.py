@@ -21,13 +21,14 @@ pytest.importorskip("transformers", reason="the loops are for its models")
 
 # Where the loop is among the blocks of its page, and the objective it states.
 LOOPS = {
-    "README.md": (3, Objective.preset("grpo", beta=0.04)),
+    "docs/loop.md": (1, Objective.preset("grpo", beta=0.04)),
     "docs/linear.md": (0, Objective()),
     "docs/transformers.md": (0, Objective()),
 }
 # Pages whose blocks other tests run, and how many each has.
 ELSEWHERE = {
-    "README.md": 4,  # below; that with LoRA in test_trl_docs
+    "README.md": 3,  # below
+    "docs/loop.md": 1,  # below, the one that samples
     "docs/weights.md": 6,  # test_docs
     "docs/integrations.md": 2,  # test_diagnostics, test_hub
     "docs/metrics.md": 1,  # test_metrics
@@ -69,7 +70,7 @@ def test_a_loop_equals_sequences_without_padding(page, name, capsys):
         rewards["ref_logps"] = ref_logps
     _, want = loops.expected(model, *passed, old_logps=old_logps, objective=objective, **rewards)
     loops.assert_same_gradients(got, want)
-    if page == "README.md":
+    if page == "docs/loop.md":
         assert "'clip_fraction_low'" in capsys.readouterr().out
 
 
@@ -136,7 +137,7 @@ def test_trls_trainer_equals_sequences_without_padding(tmp_path):
         torch.testing.assert_close(got[live], want[live], rtol=0, atol=1e-5)
 
 
-def test_what_the_readme_samples_is_what_it_scores(capsys):
+def test_what_the_page_samples_is_what_it_scores(capsys):
     tokenizer = character_tokenizer("abcdefghijklmnopqrstuvwxyz12345678")
     model = loops.llama()
     kept = []
@@ -156,17 +157,25 @@ def test_what_the_readme_samples_is_what_it_scores(capsys):
     model.generate = watched
     scope = {"model": model, "tokenizer": tokenizer, "prompts": ["ab", "cdefg"], "G": 2}
     scope["reward_of"] = lambda text: float(len(text))
-    exec(loops.blocks("README.md")[2], scope)
+    exec(loops.blocks("docs/loop.md")[0], scope)
     assert kept == [[]], "nothing may change what is sampled"
     assert scope["prompt_mask"].sum(1).tolist() == [2, 2, 5, 5]
     given = {"ref_model": model, "optimizer": loops.Recorder(model), "num_iterations": 1}
-    exec(loops.blocks("README.md")[3], scope | given)
+    exec(loops.blocks("docs/loop.md")[1], scope | given)
     assert "'clip_fraction_low'" in capsys.readouterr().out
 
 
-def test_the_first_block_of_the_readme_runs():
+def test_the_first_example_of_the_readme_prints_what_it_says(capsys):
+    block = loops.blocks("README.md")[0]
+    exec(block, {})
+    loss, tokens = re.search(r"# (loss \S+), ", block)[1], re.search(r"# (\d+), without", block)[1]
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"{loss}, gradient (8, 6, 1000)\ntokens {tokens}\n"), printed
+
+
+def test_the_import_for_trl_in_the_readme_works():
     pytest.importorskip("trl", "1.15", reason="it imports TRL's trainer")
-    exec(loops.blocks("README.md")[0], {})
+    exec(loops.blocks("README.md")[1], {})
 
 
 def test_data_reward_and_commands_of_the_readme(tmp_path, monkeypatch, capsys):
@@ -174,7 +183,7 @@ def test_data_reward_and_commands_of_the_readme(tmp_path, monkeypatch, capsys):
     text = (loops.ROOT / "README.md").read_text()
     rows = re.search(r"```json\n(.*?)```", text, re.DOTALL)[1]
     (tmp_path / "problems.jsonl").write_text(rows * 2)
-    (tmp_path / "my_rewards.py").write_text(loops.blocks("README.md")[4])
+    (tmp_path / "my_rewards.py").write_text(loops.blocks("README.md")[2])
     model, tokenizer = loops.llama(), character_tokenizer("What is 12+34?=870")
     model.resize_token_embeddings(len(tokenizer))
     for part in (model, tokenizer):

@@ -42,6 +42,14 @@ def test_the_readme_names_the_wheel_that_is_built():
     assert name in (ROOT / "README.md").read_text()
 
 
+def test_times_and_memory_in_the_summary_are_those_of_the_report():
+    written, measured = (ROOT / "README.md").read_text().split("<!-- measured", 1)
+    for number in re.findall(r"[\d,.]+ (?:ms|MiB)\b", written):
+        assert number in measured, f"README.md: {number} is not in the part that the report writes"
+    commit = re.search(r"at commit (\w+)", written)[1]
+    assert f"commit {commit}, " in measured
+
+
 def test_prose_wraps_at_100_columns():
     for path in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]:
         code = False
