@@ -18,7 +18,10 @@ from trl import GRPOConfig  # noqa: E402
 from trl import GRPOTrainer as Stock  # noqa: E402
 
 from grpo_fast.integrations import trl as adapter  # noqa: E402
-from grpo_fast.integrations.trl import GRPOTrainer  # noqa: E402
+from grpo_fast.integrations.trl import (
+    GRPOTrainer,
+    head,
+)
 from grpo_fast.trainer.model import character_tokenizer  # noqa: E402
 from tests.support import ranks  # noqa: E402
 
@@ -313,8 +316,8 @@ def test_trls_other_trainers(kind, passes, model_path, tokenizer, tmp_path, monk
 
     want, their_logs = run()
     calls = []
-    fused = adapter.log_probs
-    monkeypatch.setattr(adapter, "log_probs", lambda *a, **k: calls.append(1) or fused(*a, **k))
+    fused = head.log_probs
+    monkeypatch.setattr(head, "log_probs", lambda *a, **k: calls.append(1) or fused(*a, **k))
     monkeypatch.setattr(utils, "_ChunkedLogProbFunction", utils._ChunkedLogProbFunction)
     adapter.patch()
     got, logs = run()
