@@ -13,8 +13,8 @@ import torch
 
 from grpo_fast import Objective, reference
 from grpo_fast.integrations import trl as adapter
-from grpo_fast.integrations.trl import head, objective
-from grpo_fast.integrations.trl.options import BY_ITEMS, DEFAULTS, LOSS_TYPES
+from grpo_fast.integrations.trl import head, objective, options
+from grpo_fast.integrations.trl.options import BY_ITEMS, LOSS_TYPES
 from grpo_fast.loss import grpo_loss
 from grpo_fast.testing import assert_as_accurate
 from tests.support.cases import batch, in_double, loss_and_grad
@@ -206,7 +206,7 @@ class TestObjective:
         from trl import GRPOConfig
 
         fields = GRPOConfig.__dataclass_fields__
-        assert {name: fields[name].default for name in DEFAULTS} == DEFAULTS
+        assert {name: fields[name].default for name in options.DEFAULTS} == options.DEFAULTS
         dapo = Objective(reduction="token_mean", kl="k3_unbiased")
         assert objective(SimpleNamespace()) == dapo
 

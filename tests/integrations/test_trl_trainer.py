@@ -18,10 +18,7 @@ from trl import GRPOConfig  # noqa: E402
 from trl import GRPOTrainer as Stock  # noqa: E402
 
 from grpo_fast.integrations import trl as adapter  # noqa: E402
-from grpo_fast.integrations.trl import (
-    GRPOTrainer,
-    head,
-)
+from grpo_fast.integrations.trl import GRPOTrainer, head  # noqa: E402
 from grpo_fast.trainer.model import character_tokenizer  # noqa: E402
 from tests.support import ranks  # noqa: E402
 
