@@ -240,7 +240,8 @@ class TestWithoutMixedProducts:
 
         monkeypatch.setattr(torch, "mm", mm)
         monkeypatch.setattr(torch, "addmm", addmm)
-        monkeypatch.setattr(products, "on_gpu", lambda x: True)
+        for module in (chunked, products):
+            monkeypatch.setattr(module, "on_gpu", lambda x: True)
         monkeypatch.setattr(products, "MIXED_MM", False)
         monkeypatch.setattr(chunked, "processors", lambda x: 4)
         monkeypatch.setenv("GRPO_FAST_BACKEND", "torch")
