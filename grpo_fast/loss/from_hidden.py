@@ -292,7 +292,7 @@ def _with_others(call: _Call, mask: Tensor | None, out: Outputs) -> Outputs:
     others = ~keep if alive is None else alive & ~keep
     with torch.no_grad():
         logp, entropy = call.log_probs(None, others)
-        logp, entropy = out.logp + logp, out.entropy + entropy  # where one is computed the other is 0
+        logp, entropy = out.logp + logp, out.entropy + entropy  # one of the two is 0
         found = values(logp, entropy, call.batch, call.terms)
     return Outputs(found.loss, logp, entropy, found.kl, found.clip)
 
