@@ -76,7 +76,7 @@ class TokenDiagnostics(NamedTuple):
 
     @property
     def clipped(self) -> Tensor:
-        """The tokens at which the surrogate "clip" has no gradient: `clipped_low | clipped_high`."""
+        """The tokens outside the bounds on the side where the surrogate "clip" has no gradient."""
         return self.clipped_low | self.clipped_high
 
 

@@ -32,8 +32,8 @@ def m2po(
     the rest is below `threshold`. One token always stays.
 
         >>> old = torch.tensor([[0.1, -0.2, 0.9]])
-        >>> m2po(old, torch.zeros(1, 3), 0.1)
-        tensor([[1., 1., 0.]]...)
+        >>> m2po(old, torch.zeros(1, 3), 0.1).tolist()
+        [[1.0, 1.0, 0.0]]
 
     Args:
         old_logps, sampling_logps, mask: as in `importance_weights`. The mean is over the tokens of

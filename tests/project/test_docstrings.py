@@ -23,6 +23,7 @@ def public() -> dict[str, object]:
         for module in (grpo_fast, diagnostics, loss, ops, weights)
         for name in module.__all__
     }
+    found["grpo_fast.Objective.preset"] = grpo_fast.Objective.preset
     found["grpo_fast.testing.assert_as_accurate"] = testing.assert_as_accurate
     for name, x in vars(reference).items():
         if inspect.isfunction(x) and x.__module__ == reference.__name__ and name[0] != "_":
@@ -32,8 +33,11 @@ def public() -> dict[str, object]:
 
 
 PUBLIC = public()
-# What is no function has other sections, or its fields say it all.
+# Docstrings with other sections than Args and Returns. Classes have attributes.
 SECTIONS = {
+    # Their arguments are those of the losses of the same name.
+    "grpo_fast.reference.grpo_loss": ["Returns"],
+    "grpo_fast.reference.policy_loss": ["Returns"],
     "grpo_fast.LossOutput": ["Attributes"],
     "grpo_fast.Objective": ["Attributes", "Raises"],
     "grpo_fast.diagnostics.TokenDiagnostics": ["Attributes"],
@@ -75,8 +79,9 @@ def test_sections(name):
     text = inspect.getdoc(PUBLIC[name])
     for section in SECTIONS.get(name, ["Args", "Returns"]):
         assert re.search(rf"^{section}:$", text, re.MULTILINE), f"{name}: no section {section}"
-    for parameter in inspect.signature(PUBLIC[name]).parameters:
-        assert re.search(rf"\b{parameter}\b", text), f"{name}: {parameter} is not explained"
+    if "Args:" in text or "Attributes:" in text:
+        for parameter in inspect.signature(PUBLIC[name]).parameters:
+            assert re.search(rf"\b{parameter}\b", text), f"{name}: {parameter} is not explained"
 
 
 def first_lines(path: Path) -> dict[str, str]:
