@@ -78,7 +78,8 @@ def check_no_tangent(op: str, name: str, x: Tensor) -> None:
         raise NotImplementedError(
             f"{op}: {name} carries a tangent, but there is no forward-mode derivative (torch.func.jvp)"
         )
-    if torch._C._functorch.is_gradtrackingtensor(x):  # after jvp, which is one, too
+    # A tensor of jvp would pass this test, too, so the check above comes first.
+    if torch._C._functorch.is_gradtrackingtensor(x):
         raise NotImplementedError(
             f"{op}: {name} is differentiated by torch.func (grad, vjp, jacrev), which custom operators do "
             "not support; use backward() or torch.autograd.grad"

@@ -45,7 +45,7 @@ class Rewards(NamedTuple):
 
     values: Tensor | None  # (num_sequences,) fp32 or fp64; None: the tokens have advantages
     group_size: int
-    sequence: Tensor | None  # (N,) int64: the sequence of each token; None: token (b, t) is in sequence b
+    sequence: Tensor | None  # (N,) int64: sequence of each token; None: b for token (b, t)
 
 
 class Sequences(NamedTuple):
@@ -91,7 +91,7 @@ class Weights(NamedTuple):
     """The weights of each token; (N,)."""
 
     weight: Tensor  # fp32, weight in the loss
-    share: Tensor | None  # fp32, weight in sums over a sequence and in metrics, the floating mask; None: 1
+    share: Tensor | None  # fp32, weight in sums over a sequence and in metrics; None: 1
     entropy_weight: Tensor | None  # fp32, weight in a mean over all tokens; None: not wanted
     sequence: Tensor | None  # int64, the sequence of each packed token; None: not packed
 

@@ -164,7 +164,7 @@ grpo.register_autograd(_backward, setup_context=_setup_context)
 
 
 class _Overwrite(torch.autograd.Function):
-    """Call `grpo_` with a gradient.
+    """Call `grpo_` as a differentiable function.
 
     A custom operator that mutates its input cannot have a gradient of its own.
     """
