@@ -1,4 +1,4 @@
-"""Argument checks shared by the ops and the losses: an error names the argument and the offending value."""
+"""Argument checks of the ops and losses: errors name the argument and the offending value."""
 
 import math
 import os
@@ -143,7 +143,7 @@ def check_ids(op: str, name: str, ids: Tensor, mask: Tensor | None, V: int) -> T
 def per_token(
     op: str, name: str, x: Tensor | None, like: Tensor, dtype: torch.dtype = torch.float32
 ) -> Tensor | None:
-    """Check `x`, which must have the shape of `like` (the ids); return it as (N,) in `dtype`, contiguous."""
+    """Check `x`, one value per token; return it as (N,) in `dtype`, contiguous."""
     if x is None:
         return None
     check_tensor(op, name, x)
@@ -384,7 +384,9 @@ def check_positive(op: str, name: str, x: object) -> None:
 
 
 def check_values(x: Tensor) -> bool:
-    """Whether the values of an argument are checked: always on the CPU, elsewhere with GRPO_FAST_VALIDATE=1.
+    """Whether the values of an argument are checked.
+
+    They always are on the CPU, elsewhere with GRPO_FAST_VALIDATE=1.
 
     On a GPU the check is a host sync. In a compiled graph it would be a graph break, so there it is
     left out.

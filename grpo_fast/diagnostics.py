@@ -1,5 +1,4 @@
-"""The values of an objective at each token, for a trainer's own metrics: ratios, bounds, losses,
-divergences.
+"""The values of an objective at each token: ratios, bounds, losses, divergences.
 
 The losses report means (`LossOutput.metrics`). A trainer that reduces in its own way, or wants to
 know which tokens were clipped, finds the values per token here. They are computed by the code that
@@ -181,8 +180,7 @@ def token_diagnostics(
 def kl_estimate(
     logps: Tensor, ref_logps: Tensor, objective: Objective = Objective(kl="k3")
 ) -> Tensor:
-    """Return the estimate of KL(policy || reference) from each token alone, with the objective's
-    clamps.
+    """Return the estimate of KL(policy || reference) from each token alone.
 
         >>> logps, ref = -torch.rand(2, 3), -torch.rand(2, 3)
         >>> q = ref - logps

@@ -49,8 +49,9 @@ def modules() -> dict[Path, str]:
 
 
 def relocated(text: str, depth: int, namespace: str) -> str:
-    """Return a module's text for a package of any name: with relative imports, and operators under
-    `namespace`.
+    """Return a module's text for a package of any name.
+
+    Imports become relative, and operators get the `namespace`.
 
     Args:
         depth: how many folders of the package the module is in.
@@ -62,8 +63,9 @@ def relocated(text: str, depth: int, namespace: str) -> str:
 
 
 def build(folder: Path) -> Path:
-    """Write the kernel package into `folder`; return the folder of its one variant, which is made
-    anew.
+    """Write the kernel package into `folder`, and return the folder of its one variant.
+
+    If the folder exists, it is deleted first.
     """
     found = modules()
     digest = hashlib.sha256("".join(f"{k}{v}" for k, v in found.items()).encode()).hexdigest()[:8]

@@ -237,9 +237,7 @@ class Objective:
         return _rebuild, (type(self), {name: getattr(self, name) for name in OPTIONS})
 
     def _check_effect(self) -> None:
-        """Refuse an option that the surrogate or the KL estimator does not use, unless it has its
-        default.
-        """
+        """Refuse an option that has no effect with the others, unless it has its default."""
         for option, users in USED_BY.items():
             if self.surrogate not in users and getattr(self, option) != DEFAULTS[option]:
                 raise ValueError(
@@ -305,9 +303,7 @@ class Objective:
 
     @property
     def by_token(self) -> bool:
-        """Whether a token's coefficient depends on that token alone: then one launch computes
-        everything.
-        """
+        """Whether a token's coefficient depends on that token alone: one launch is enough."""
         return self.terms.modes.by_token
 
     @property
@@ -362,8 +358,9 @@ class Objective:
 
     @staticmethod
     def from_terms(modes: Modes, numbers: Tensor) -> "Objective":
-        """Return the objective of these terms, with the default reduction: tokens have weights
-        already.
+        """Return the objective of these terms, with the default reduction.
+
+        Operators get the weight of each token in place of a reduction.
         """
         # None replaces NaN: NaN is not equal to itself, so the cache would never find it.
         return _from_numbers(modes, tuple([None if x != x else x for x in numbers.tolist()]))

@@ -105,7 +105,7 @@ class Modes(NamedTuple):
 
     @property
     def by_token(self) -> bool:
-        """Whether a token's coefficient depends on that token alone: then one launch computes everything."""
+        """Whether a token's coefficient depends on that token alone: one launch is enough."""
         return not self.needs_sequences and not self.by_entropy
 
     @property

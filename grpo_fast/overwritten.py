@@ -1,6 +1,4 @@
-"""Logits that `inplace=True` overwrote with their gradient: a note of them, and checks that nobody
-reads them.
-"""
+"""Logits that `inplace=True` overwrote with their gradient: notes and checks of them."""
 
 from typing import NamedTuple
 

@@ -212,7 +212,7 @@ def unflatten(arguments: Sequence[Any], *kinds: Any) -> list[Any]:
 
 
 def select(record: Any, rows: Tensor | slice | None) -> Any:
-    """Return a record with the values of some tokens; its vectors are per token. `rows` None: all tokens."""
+    """Return a record with the values of some tokens; `rows` None: of all tokens."""
     if rows is None:
         return record
     return type(record)(*(_of_rows(x, rows) for x in record))

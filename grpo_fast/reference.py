@@ -1,5 +1,4 @@
-"""The definition of everything in plain PyTorch: the specification, and the truth that the tests
-compare with.
+"""The definition of everything in plain PyTorch, with which the tests compare.
 
 It is correct in float64, and autograd computes the gradients. It makes no effort to be fast or to
 save memory. Dimensions: B sequences, T completion tokens, N packed tokens (sequences end to end,
@@ -179,8 +178,7 @@ def sequence_sum(x: Tensor, mask: Tensor, cu_seqlens: Tensor | None = None) -> T
 
 
 def sequence_mean(x: Tensor, mask: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-    """Return, at each token, the mean of x over the tokens of its sequence that count; 0 where none
-    counts.
+    """Return, at each token, the mean of x over the tokens of its sequence that count, or 0.
 
         >>> x, mask = torch.tensor([[1.0, 2.0, 4.0]]), torch.tensor([[1, 1, 0]])
         >>> reference.sequence_mean(x, mask).tolist()
@@ -220,7 +218,7 @@ def reduction_weights(
     cu_seqlens: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Return the weight w_t of each token, such that the loss is `sum_t w_t * loss_t`; 0 where masked.
+    """Return the weight w_t of each token: the loss is `sum_t w_t * loss_t`.
 
         >>> mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
         >>> w = reference.reduction_weights(mask, Objective(reduction="sequence_mean"))
@@ -549,8 +547,7 @@ def _weighted_sum(weights: Tensor, x: Tensor) -> Tensor:
 
 
 def top_entropy(entropy: Tensor, mask: Tensor, quantile: float) -> Tensor:
-    """Return the tokens whose entropy is at least the (1 - quantile) quantile over the tokens that
-    count.
+    """Return the tokens whose entropy is at least the (1 - quantile) quantile.
 
         >>> entropy, mask = torch.tensor([1.0, 2.0, 3.0, 9.0]), torch.tensor([True, True, True, False])
         >>> reference.top_entropy(entropy, mask, 0.5).tolist()
@@ -768,8 +765,7 @@ def group_advantage(
     nan: str = "error",
     singleton: str = "zero",
 ) -> Tensor:
-    """Return `(rewards - mean of the group) / (std + eps)`; 0 where the rewards of a group do not
-    differ.
+    """Return `(rewards - mean) / (std + eps)` within groups; 0 where the rewards do not differ.
 
         >>> rewards = torch.tensor([0.0, 1.0, 5.0])
         >>> got = reference.group_advantage(rewards, group_size=3)

@@ -45,15 +45,16 @@ def sequence_sums(boundaries: Tensor | None, T_len: int, N: int) -> Callable[[Te
 
 
 def sum_over_sequence(x: Tensor, live: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """Return, at each token, the sum of x over the live tokens of its sequence; the shape of x, (B, T)
-    or (N,).
+    """Return, at each token, the sum of x over the tokens of its sequence that count.
+
+    x is (B, T) or (N,), and so is the result.
     """
     total = sequence_sums(cu_seqlens, x.shape[-1], x.numel())
     return total(torch.where(live, x, 0).reshape(-1)).view(x.shape)
 
 
 def per_sequence(x: Tensor, like: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """Return float64 sums of x (N,) over the sequences of `like`: (B, 1), or (num_sequences,) if packed."""
+    """Return the sums of x (N,) over sequences in float64: (B, 1), or (num_sequences,) if packed."""
     x = x.double()
     if cu_seqlens is None:
         return x.view(like.shape).sum(-1, keepdim=True)

@@ -18,9 +18,7 @@ from grpo_fast.sequences import first_of_sequence, one_per_sequence, spread_argu
 
 
 class LossArguments(NamedTuple):
-    """The arguments of all losses besides logits, hidden states or log-probs; `grpo_loss` explains
-    them.
-    """
+    """The arguments that all losses share; `grpo_loss` explains them."""
 
     objective: Objective
     advantages: Tensor | None = None

@@ -27,8 +27,9 @@ def keep_of(
 
 
 def carries_gradient(like: Tensor, mask: Tensor | None, given: LossArguments) -> Tensor | None:
-    """Find the tokens that may have a gradient, (N,) bool, on the device of the arguments; None if all
-    may.
+    """Find the tokens that may have a gradient, (N,) bool; return None if all may.
+
+    The result is on the device of the arguments.
 
     Args:
         like: (B, T) or (N,), for its shape. mask: (N,) bool. given: checked arguments.

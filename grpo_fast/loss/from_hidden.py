@@ -304,8 +304,9 @@ def _in_float64(
     objective: Objective,
     with_entropy: bool,
 ) -> LossOutput:
-    """Make the output from float64 log-probs and entropies; the metrics are float32 and count every
-    token.
+    """Make the output from float64 log-probs and entropies.
+
+    The metrics are float32 and count every token that is not masked.
     """
     logp, entropy = scored
     found = values(logp, entropy, batch, objective.terms)

@@ -1,6 +1,4 @@
-"""Parts that the backwards of all operators share: their gradients have no derivative, and an error
-says so.
-"""
+"""Steps that all backwards share: a second derivative must raise."""
 
 import functools
 from collections.abc import Callable
@@ -59,8 +57,9 @@ class _Anchored(torch.autograd.Function):
 
 
 def anchors_of(*inputs: Tensor | None) -> list[Tensor]:
-    """Return anchors of an operator's inputs for `once_differentiable`; call this before it overwrites
-    any.
+    """Return anchors of an operator's inputs for `once_differentiable`.
+
+    Call this before the operator overwrites an input.
     """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return []

@@ -80,8 +80,7 @@ def use_triton(x: Tensor) -> bool:
 
 
 def wants_rows_on_chip() -> bool:
-    """Whether GRPO_FAST_ON_CHIP=1 asks for `grpo_fast.kernels.on_chip` in place of
-    `grpo_fast.kernels.grpo`.
+    """Whether GRPO_FAST_ON_CHIP=1 asks for the kernel `on_chip` in place of `grpo`.
 
     Raises:
         ValueError: a value other than 0 and 1.

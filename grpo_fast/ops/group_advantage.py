@@ -49,8 +49,9 @@ def group_advantage_fwd(rewards: Tensor, grouping: Grouping, how: Standardizatio
 
 
 def z_scores(rewards: Tensor, group_size: int) -> Tensor:
-    """Return the advantages that the losses use: `(r - mean) / (std + 1e-4)` within consecutive
-    groups.
+    """Return the advantages that the losses use, within consecutive groups.
+
+    They are `(r - mean) / (std + 1e-4)`.
     """
     return group_advantage_fwd(rewards, Grouping(group_size, None), Z_SCORE)
 
@@ -89,8 +90,9 @@ def check_rewards(
     skip_nan: bool = False,
     alone: bool = False,
 ) -> Tensor:
-    """Check rewards; return them as (B,), or (B, K) with `columns`, in float32, or float64 if float32
-    would round.
+    """Check rewards; return them as (B,), or (B, K) with `columns`.
+
+    They are float32, or float64 where float32 would round.
 
     Args:
         group_size: must divide B, and be at least 2, or 1 with `alone`; None: not checked.
@@ -171,8 +173,7 @@ def group_advantage(
     nan: str = "error",
     singleton: str = "zero",
 ) -> Tensor:
-    """Return the advantage of each reward: its z-score within its group, as in GRPO (arXiv
-    2402.03300).
+    """Return GRPO's advantages (arXiv 2402.03300): the z-score of each reward in its group.
 
         >>> rewards = torch.tensor([0.0, 1.0, 1.0, 3.0, 2.0, 2.0, 2.0, 2.0])
         >>> r = rewards.view(2, 4)
@@ -255,9 +256,7 @@ def _combined(
     grouping: Grouping,
     how: Standardization,
 ) -> tuple[Tensor, bool]:
-    """Combine rewards (B, K) into (B,); also return whether these are to be scored over the whole
-    batch.
-    """
+    """Combine rewards (B, K) into (B,); return them and whether the batch is their group."""
     normalize = aggregation == "normalize_then_sum"
     if normalize and how.scale == "batch":
         raise ValueError(

@@ -1,6 +1,4 @@
-"""Log-probs and entropies of tokens from logits, as differentiable operators and as the public
-function.
-"""
+"""Log-probs and entropies of tokens from logits, as operators and as the public function."""
 
 from typing import Any, Literal, overload
 
@@ -26,8 +24,9 @@ def read_rows(
     out: RowStatistics | None = None,
     arrived: Tensor | None = None,
 ) -> RowStatistics:
-    """Compute the log-probs of rows, and the statistics that the gradient needs; `entropy` is (0,)
-    unless wanted.
+    """Compute the log-probs of rows, and the statistics that the gradient needs.
+
+    The entropy is (0,) unless wanted.
 
     Args:
         logits: (B, T, V), B T = N.

@@ -12,8 +12,9 @@ def top_entropy_mask(
     fraction: float | Tensor,
     group: "torch.distributed.ProcessGroup | None" = None,
 ) -> Tensor:
-    """Return the live tokens whose entropy is NaN or at least the (1 - fraction) quantile of all live
-    ones, (N,) bool.
+    """Return the tokens that count and have the highest entropies, or NaN, (N,) bool.
+
+    Their entropy is at least the (1 - fraction) quantile over the tokens that count.
 
     The quantile is that of `torch.quantile`, without its limit of 2^24 values. With a `group` it is
     over the tokens of all its processes. There is no host sync.
@@ -37,8 +38,7 @@ def top_entropy_mask(
 def order_statistics(
     ascending: Tensor, ranks: Tensor, group: "torch.distributed.ProcessGroup | None"
 ) -> Tensor:
-    """Return the values that have these ranks (from 0) among the sorted values of all processes of
-    `group`.
+    """Return the values of these ranks (from 0) among those of all processes of `group`.
 
     Over several processes, the bits of the values are found 8 at a time by counting. So no tokens
     are sent, and the processes may have different numbers of tokens.

@@ -20,9 +20,7 @@ from grpo_fast.torch_kernels.terms import (
 def policy_loss_fwd(
     logp: Tensor, mask: Tensor | None, tokens: Tokens, objective: Objective
 ) -> PolicyLoss:
-    """Compute each token's weighted loss, its derivative, the KL (None without a reference), and clip
-    flags.
-    """
+    """Compute the weighted loss of each token, its derivative, KL (or None), and clip flags."""
     tokens = masked(tokens, mask)
     logp = logp if mask is None else torch.where(mask, logp, 0)
     found = token_policy_terms(logp, tokens, objective)

@@ -1,5 +1,4 @@
-"""Rows of logits by PyTorch's operators: in blocks that fit in the cache, in place, without an (N, V)
-intermediate.
+"""Rows of logits by PyTorch's operators: in blocks, in place, without an (N, V) intermediate.
 
 This is the twin of `kernels/rows.py` and of the softmax part of `kernels/tiles.py`, in natural
 logarithms. With u = (z - max z) / temperature and e = exp(u), a block becomes e once, and its
@@ -72,8 +71,9 @@ def _sequence_blocks(
 
 
 def new_gradient(logits: Tensor) -> Tensor:
-    """Return an empty tensor for the gradient of `logits`, (B, T, V): contiguous, except for at most 7
-    entries.
+    """Return an empty tensor for the gradient of `logits`, (B, T, V).
+
+    It is contiguous, except for at most 7 entries before a row.
 
     If a row of `logits` starts some entries after a multiple of UNIT, the row of the result does,
     too. The kernels move 16 bytes at once where both rows start alike, and single entries of the

@@ -1,6 +1,4 @@
-"""The objective on log-probs for objectives that look at whole sequences: the twin of
-`kernels/sequence_loss.py`.
-"""
+"""Objectives on whole sequences: the twin of `kernels/sequence_loss.py`."""
 
 from typing import NamedTuple
 

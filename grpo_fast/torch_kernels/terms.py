@@ -32,8 +32,7 @@ class TokenTerms(NamedTuple):
 
 
 def token_policy_terms(logp: Tensor, tokens: Tokens, objective: Objective) -> PolicyLoss:
-    """Return loss, dloss/dlogp, KL (or None) and clip flags of tokens that have their own ratio, not
-    yet weighted.
+    """Return the loss terms, not yet weighted, of tokens that have their own ratio.
 
     The derivatives are in closed form, because autograd does not record inside an operator.
     """
@@ -193,10 +192,10 @@ def _flags(below: Tensor | None, above: Tensor | None, advantage: Tensor) -> Ten
 def clip_surrogate(
     ratio: Tensor, advantage: Tensor, objective: Objective
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the "clip" surrogate, its derivative in the log-ratio, and whether a second bound is
-    exceeded.
+    """Return the "clip" surrogate, its derivative in the log-ratio, and a clip flag.
 
-    The second bound is `delta` or `dual_clip`. `kernels/terms.py` has the twin.
+    The flag is 1 where A < 0 and the ratio is above `delta` or `dual_clip`. `kernels/terms.py` has
+    the twin.
     """
     low, high = 1 - objective.epsilon_low, 1 + objective.epsilon_high
     bounded = ratio if objective.delta is None else ratio.clamp(max=objective.delta)
@@ -282,9 +281,7 @@ def kl_terms(
 
 
 def either(condition: Tensor, a: float, b: float, like: Tensor) -> Tensor:
-    """Return `torch.where(condition, a, b)` in the dtype of `like`; two numbers would give the default
-    dtype.
-    """
+    """Return `torch.where(condition, a, b)` in the dtype of `like`, not in the default dtype."""
     return torch.where(condition, like.new_full((), a), like.new_full((), b))
 
 

@@ -53,8 +53,9 @@ def binary_divergence(
     mask: Tensor | None = None,
     floor: float = 0.0,
 ) -> Tensor:
-    """Return the divergence of two policies at each token, over the outcomes "this token" and "any
-    other token".
+    """Return the divergence of two policies at each token.
+
+    The outcomes are "this token" and "any other token":
 
         >>> logps, other = -torch.rand(2, 3), -torch.rand(2, 3)
         >>> p, q = logps.exp(), other.exp()

@@ -133,8 +133,7 @@ def icepop(
     *,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """Return IcePop's importance weights: the ratio of the two policies where it is within bounds,
-    else 0.
+    """Return IcePop's importance weights: the ratio where it is within bounds, else 0.
 
         >>> old, sampling = -torch.rand(2, 3), -torch.rand(2, 3)
         >>> rho = (old - sampling).exp()
@@ -193,8 +192,9 @@ def geometric_mean(
 
 
 def _mean(x: Tensor, live: Tensor, like: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """Return the means of x (N,), 0 where masked, over the sequences of `like`, (B, 1) or
-    (num_sequences,).
+    """Return the means of x (N,), 0 where masked, over the sequences of `like`.
+
+    They have the shape that `per_sequence` returns.
     """
     count = per_sequence(live, like, cu_seqlens)
     return per_sequence(x, like, cu_seqlens) / count.where(count != 0, 1)

@@ -206,8 +206,9 @@ def varied_groups(
     group_ids: Tensor | None = None,
     nan: str = "error",
 ) -> Tensor:
-    """Return 1 for the sequences of groups whose rewards differ, else 0, as DAPO's dynamic sampling
-    keeps them.
+    """Return 1 for the sequences of groups whose rewards differ, else 0.
+
+    DAPO's dynamic sampling keeps these.
 
         >>> rewards = torch.tensor([0.0, 1.0, 2.0, 2.0])
         >>> r = rewards.view(-1, 2)

@@ -22,9 +22,7 @@ from grpo_fast.spelling import check_choice
 
 
 class Options(NamedTuple):
-    """The arguments of the operators about the head besides its tensors; the first three are 0-dim, on
-    the CPU.
-    """
+    """The options of a head for the operators; the first three are 0-dim, on the CPU."""
 
     lora_scaling: Tensor
     softcap: Tensor | None

@@ -37,8 +37,9 @@ def row_limit(hidden: Tensor, options: Options) -> int:
 
 
 def chunk_rows(N: int, D: int, most: int, processors: int | None) -> int:
-    """Return how many rows to process at a time, at most `most`: equal chunks, on a GPU whole waves of
-    tiles.
+    """Return how many rows to process at a time, at most `most`.
+
+    Chunks are equal, and on a GPU they fill whole waves of tiles.
 
     Args:
         processors: the number of multiprocessors of the GPU; None for a CPU.
@@ -61,7 +62,7 @@ def processors(x: Tensor) -> int | None:
 
 
 def equal_chunk(N: int, C: int) -> int:
-    """Return the rows per chunk if N rows are split equally into as many chunks as chunks of C rows give."""
+    """Return the rows per chunk for as many equal chunks as chunks of C rows would be."""
     count = -(-N // C)
     return round_up(-(-N // count), TILE_ROWS)
 

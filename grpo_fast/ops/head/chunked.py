@@ -1,5 +1,4 @@
-"""The language-model head in chunks of tokens: it writes logits into a workspace and reads their
-gradient there.
+"""The language-model head in chunks of tokens, with a workspace for logits and gradient.
 
     z = h W^T + bias + scaling (h A^T) B^T        one chunk of C rows at a time
     dh = dz W,  dW += dz^T h                      the caller writes dz over z
@@ -31,8 +30,9 @@ from grpo_fast.records import Incoming, Outgoing, SoftCap
 
 
 class Head:
-    """One pass over the rows of `hidden`: `logits` of a part, then the caller writes their gradient,
-    then `backward`.
+    """One pass of the head over the rows of `hidden`, part by part.
+
+    For each part call `logits`, write the gradient of these, and call `backward`.
 
     Args:
         hidden: (N, D).
@@ -121,15 +121,14 @@ class Head:
         self._fresh = True
 
     def parts(self) -> Iterator[slice]:
-        """Return consecutive parts of the rows that take part; each has C rows, the last one perhaps
-        fewer.
-        """
+        """Yield consecutive parts of the rows that take part, C rows each; the last may be shorter."""
         for start in range(0, self.N, self.C):
             yield slice(start, min(start + self.C, self.N))
 
     def counters(self, part: slice) -> Tensor | None:
-        """Return zeros, (n,) int32, in which the programs of a row count themselves, for one launch on
-        these rows.
+        """Return zeros, (n,) int32, in which the programs of a row count themselves.
+
+        They serve one launch on these rows.
 
         Return None where a row has one program.
         """
@@ -140,8 +139,9 @@ class Head:
         return self._counters[part]
 
     def _take(self, part: slice) -> Tensor:
-        """Return the hidden states of a part, (C, D), with zeros after its end and in rows that do not
-        count.
+        """Return the hidden states of a part, (C, D).
+
+        They are 0 after the end of the part and in rows that do not count.
         """
         n = part.stop - part.start
         plain = self.rows is None and self.live is None and n == self.C
@@ -234,8 +234,9 @@ class Head:
         return self.dhidden
 
     def gradients(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Return all gradients in the order of `Needs`, (0,) where not wanted; those of parameters are
-        float32.
+        """Return all gradients in the order of `Needs`, (0,) where not wanted.
+
+        The gradients of parameters are float32.
         """
         self.hidden_gradient()
         if self.shard:

@@ -76,8 +76,9 @@ def _score(
 
 
 def z_scores(rewards: Tensor, group_size: int) -> Tensor:
-    """Return the advantages of rewards (B,) in float64, as `grpo_fast.ops.group_advantage.z_scores`
-    does in float32.
+    """Return the advantages of rewards (B,) in float64.
+
+    `grpo_fast.ops.group_advantage.z_scores` does this in float32.
     """
     groups = rewards.double().view(-1, group_size)
     differ = groups.amax(1, keepdim=True) > groups.amin(1, keepdim=True)

@@ -1,5 +1,4 @@
-"""The gradients of the head: the moment at which dloss/dlogp is known decides how often logits are
-computed.
+"""The gradients of the head, and the order of passes: it depends on when dloss/dlogp is known.
 
 Logits, dH and dW take N D V multiplications each, 2 operations per multiplication:
 
@@ -131,9 +130,7 @@ def rows_that_take_part(
 
 
 def _at_first(x: Tensor, given: Tensor, boundaries: Tensor, n: int) -> Tensor:
-    """Return the sum of x over each sequence, at the first of its tokens that take part; 0 at others,
-    (n,).
-    """
+    """Return the sum of x over each sequence, at its first token that takes part; else 0; (n,)."""
     total = torch.segment_reduce(x.double(), "sum", offsets=given.to(x.device)).to(x.dtype)
     first = torch.where(boundaries.diff() > 0, boundaries[:-1], n)  # n: a place that is cut off
     return x.new_zeros(n + 1).scatter_(0, first, total)[:n]

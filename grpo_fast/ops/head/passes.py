@@ -109,9 +109,7 @@ def write_all(
     dentropy: Tensor | None,
     statistics: RowStatistics,
 ) -> None:
-    """Compute the logits again, write their gradient, and let `head` collect its gradients, chunk by
-    chunk.
-    """
+    """Compute the logits again, chunk by chunk, their gradient, and the gradients of `head`."""
     for part in head.parts():
         logits, dlogits = head.logits(part)
         upstream = dlogp[part], None if dentropy is None else dentropy[part]
@@ -123,8 +121,7 @@ def write_all(
 def read_with_unit_gradient(
     head: Head, targets: Targets, with_entropy: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Compute log-probs and entropies, and in the same pass the gradient of each log-prob in its
-    hidden state.
+    """Compute log-probs, entropies, and the gradient of each log-prob in its hidden state.
 
     The gradient is `head.hidden_gradient()`.
     """
@@ -151,8 +148,7 @@ def select_rows(a: Arguments, rows: Tensor | slice) -> Arguments:
 
 
 def lifted(tokens: Tokens) -> tuple[Tokens, Tensor]:
-    """Scale weights up, so that gradients of float16 logits do not underflow; return the tokens and
-    the factor.
+    """Scale weights up, so that float16 gradients do not underflow; return tokens and factor.
 
     The gradients are computed before the loss scale arrives that would keep them out of underflow.
     So they get a factor here, a power of two chosen from the weights, and float32 gradients are

@@ -30,9 +30,7 @@ class Shard(NamedTuple):
 
     @staticmethod
     def of(name: str, first: int) -> "Shard":
-        """Return the shard for a group's name, which an operator's schema can carry:
-        `ProcessGroup.group_name`.
-        """
+        """Return the shard for `ProcessGroup.group_name`, which an operator's schema can carry."""
         return Shard(dist.distributed_c10d._resolve_process_group(name), first)  # type: ignore[arg-type]
 
     def total(self, x: Tensor) -> Tensor:
