@@ -43,10 +43,13 @@ Reduction = Literal["sequence_mean", "token_mean", "sequence_sum", "fixed_length
 class Objective:
     """An objective of the GRPO family: a surrogate, a KL estimator, a reduction, and their numbers.
 
-    d = logp - old_logp, r = exp(d), A is the advantage, q = ref_logp - logp. Token t adds `w_t *
-    (importance_t * surrogate(r, A) + beta * kl(q) - entropy_coef * H_t)` to the loss, where the
-    reduction gives w_t. [x] is 1 where x holds, else 0; sg() stops the gradient; pi and mu are the
-    probabilities exp(logp) and exp(old_logp).
+    The loss is the sum over all tokens t of
+
+        w_t * (importance_t * surrogate(r, A) + beta * kl(q) - entropy_coef * H_t)
+
+    where the reduction gives w_t, d = logp - old_logp, r = exp(d), A is the advantage, H the
+    entropy, q = ref_logp - logp. [x] is 1 where x holds, else 0; sg() stops the gradient; pi and mu
+    are the probabilities exp(logp) and exp(old_logp).
 
         >>> logps, old, A = -torch.rand(2, 3), -torch.rand(2, 3), torch.tensor([1.0, -1.0])
         >>> objective = Objective(surrogate="clip", reduction="token_mean", epsilon_high=0.28)

@@ -58,8 +58,11 @@ def linear_grpo_loss(
 ) -> LossOutput:
     """Return the GRPO loss from the last hidden states and the head, without all logits in memory.
 
-    With `cap(x) = softcap * tanh(x / softcap)` it equals `grpo_loss(cap(logit_scale * (hidden @
-    weight.T + bias)), completion_ids, ...)`, loss and gradients:
+    With `cap(x) = softcap * tanh(x / softcap)` its loss and gradients are those of
+
+        grpo_loss(cap(logit_scale * (hidden @ weight.T + bias)), completion_ids, ...)
+
+    For example:
 
         >>> hidden, weight = torch.randn(2, 3, 4), torch.randn(7, 4, requires_grad=True)
         >>> ids, A = torch.randint(7, (2, 3)), torch.tensor([1.0, -1.0])

@@ -26,8 +26,8 @@ class LossOutput(NamedTuple):
         entropy: the entropies in nats, of the shape of the ids, detached; finite but unspecified
             where masked. None where they were not computed.
         metrics: 0-dim tensors on the device of the loss; `metrics_from` lists them.
-        statistics: (16,) float32, the sums from which the metrics are computed, and the sum of the
-            losses. Gather them across ranks (one collective); then
+        statistics: (16,) float32, the sums and extremes from which the metrics are computed, and the
+            sum of the losses. Gather them across ranks (one collective); then
             `metrics_from(fold_statistics(gathered))` gives the metrics of the global batch.
     """
 

@@ -227,8 +227,12 @@ def linear_logprob(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Return the log-prob of each id under the head's distribution, without all logits in memory.
 
-    With `cap(x) = softcap * tanh(x / softcap)` it equals `logprob(cap(logit_scale * (hidden @
-    weight.T + bias)), ids, ...)`, values and gradients:
+        With `cap(x) = softcap * tanh(x / softcap)` its values and gradients are those of
+
+        logprob(cap(logit_scale * (hidden @ weight.T + bias)), ids, ...)
+
+    For example:
+
 
         >>> hidden, weight = torch.randn(2, 3, 4), torch.randn(7, 4, requires_grad=True)
         >>> ids, bias = torch.randint(7, (2, 3)), torch.randn(7)
