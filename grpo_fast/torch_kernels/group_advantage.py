@@ -1,4 +1,4 @@
-"""Group-relative advantages: the twin of `kernels/group_advantage.py`."""
+"""Advantages of rewards relative to their group: the twin of `kernels/group_advantage.py`."""
 
 import math
 
@@ -9,7 +9,7 @@ from grpo_fast.records import Grouping, Standardization
 
 
 def group_advantage_fwd(rewards: Tensor, grouping: Grouping, how: Standardization) -> Tensor:
-    """Advantages (B,) fp32 of rewards (B,) fp32 or fp64."""
+    """Return the advantages (B,) fp32 of rewards (B,) fp32 or fp64."""
     return group_scores(rewards, grouping, how).float()
 
 
@@ -20,7 +20,10 @@ def combine_rewards_fwd(
     normalize: bool,
     how: Standardization,
 ) -> Tensor:
-    """Weighted sums (B,) of rewards (B, K) fp32 or fp64, or of their scores (`normalize`), in `wide`."""
+    """Return one reward per sequence, (B,) in the dtype `wide`, from rewards (B, K) fp32 or fp64.
+
+    It is the weighted sum of the K rewards, or with `normalize` of their scores.
+    """
     values = group_scores(rewards, grouping, how) if normalize else rewards.to(wide(rewards))
     if weights is not None:
         values = values * weights
@@ -31,12 +34,12 @@ def combine_rewards_fwd(
 
 
 def wide(x: Tensor) -> torch.dtype:
-    """The dtype to add rewards up in: float64, which some devices do not have."""
+    """Return the dtype in which rewards are added up: float64, or float32 on a device without it."""
     return torch.float32 if x.device.type == "mps" else torch.float64
 
 
 def group_scores(rewards: Tensor, grouping: Grouping, how: Standardization) -> Tensor:
-    """Scores of (B,) rewards, or of each column of (B, K), in the dtype `wide`."""
+    """Return the scores of rewards (B,), or of each column of (B, K), in the dtype `wide`."""
     rewards = rewards.to(wide(rewards))
     if rewards.numel() == 0:
         return torch.empty_like(rewards)
@@ -61,7 +64,7 @@ def group_scores(rewards: Tensor, grouping: Grouping, how: Standardization) -> T
     centred = u - total(u)[group] / count
     squares = total(centred.square())[group]
     differ = highest != lowest
-    if how.leave_one_out:  # r - mean of the others
+    if how.leave_one_out:  # equals r - mean of the others
         centred = centred * (count / (count - 1).clamp(min=1))
     if how.raw_singletons:  # mean 0, std 1
         alone = count == 1
@@ -84,10 +87,10 @@ def group_scores(rewards: Tensor, grouping: Grouping, how: Standardization) -> T
 
 
 def from_lowest(rewards: Tensor, highest: Tensor, lowest: Tensor) -> tuple[Tensor, Tensor]:
-    """(how far rewards are above the lowest, the power of two that this is in units of): in [0, 2).
+    """Return the distance of rewards from the lowest, in [0, 2) times a power of two, and that power.
 
-    So neither a large common offset nor a size that cannot be squared costs anything. By halves, which do
-    not overflow.
+    So a large common offset costs no digits, and the squares do not overflow. Halves are
+    subtracted, because the difference of two rewards may overflow.
     """
     half = (highest / 2 - lowest / 2).clamp(min=torch.finfo(rewards.dtype).tiny)
     unit = torch.ldexp(torch.ones_like(half), torch.frexp(half).exponent - 1)

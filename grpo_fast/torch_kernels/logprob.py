@@ -37,7 +37,7 @@ def logprob_fwd(
         out = RowStatistics(*new)
     for x, default in zip(out, (0, 0, 0, 1), strict=True):
         if x is not None:
-            x.fill_(default)  # of rows that do not count
+            x.fill_(default)  # masked rows keep this value
     for rows, (block,) in row_blocks(logits):
         live = live_rows(mask, rows)
         z = block if live is None else block[live]
@@ -62,7 +62,7 @@ def logprob_bwd(
     dlogits: Tensor,
     softcap: SoftCap | None = None,
 ) -> None:
-    """Write the gradient into `dlogits`, (B, T, V), which may be `logits`.
+    """Write the gradient of logits (B, T, V) into `dlogits`, which may be `logits`.
 
     Args:
         targets: an id of -1 says that no column of this row is scored.
@@ -100,9 +100,10 @@ def logprob_bwd(
 
 
 def unit_of_tops(inv_temperature: Tensor, total: Tensor) -> Tensor:
-    """The unit, in nats, of the maxima `top` that `logprob_fwd` returns.
+    """Return the unit, in nats, of the maxima `top` that `logprob_fwd` returns.
 
     Args:
-        inv_temperature: (N,). total: (..., N), what `logprob_fwd` returned.
+        inv_temperature: (N,).
+        total: (..., N), what `logprob_fwd` returned.
     """
     return inv_temperature
