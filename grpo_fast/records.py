@@ -67,6 +67,15 @@ class Outputs(NamedTuple):
     clip: Tensor  # int8, bits of the clip flags
 
 
+class PolicyLoss(NamedTuple):
+    """What a loss kernel makes of log-probs; (N,)."""
+
+    loss: Tensor  # fp32, times the token's weight
+    dlogp: Tensor  # fp32, the derivative of the summed loss in the log-prob
+    kl: Tensor | None  # fp32; None: no KL term
+    clip: Tensor  # int8, bits of the clip flags
+
+
 class RowStatistics(NamedTuple):
     """What the gradient of log-probs needs of the forward; (N,) fp32."""
 
@@ -99,6 +108,40 @@ class Standardization(NamedTuple):
     leave_one_out: bool = False
     skip_nan: bool = False
     raw_singletons: bool = False
+
+
+SCORE_EPS = 1e-4  # of the z-score that losses take of rewards: TRL's and the paper code's
+Z_SCORE = Standardization("group", SCORE_EPS)
+
+
+class Weighing(NamedTuple):
+    """What decides how much a token weighs in the loss, besides the reduction."""
+
+    mask: Tensor | None  # (N,) bool: tokens that count; None: all
+    floating: Tensor | None  # (N,): the mask as it was given, where it is floating
+    token_weights: Tensor | None  # (N,) fp32; None: 1
+    boundaries: Tensor | None  # (num_sequences + 1,) int; None: all sequences are equally long
+    num_items: Any  # None, a number, or a tensor of one element on the device
+    loss_scale: Any  # likewise
+
+
+class Outgoing(NamedTuple):
+    """Rows that leave the workspace of the head: gradients of hidden states."""
+
+    stage: Tensor  # (C, D) contiguous
+    dhidden: Tensor  # (num_rows, D) contiguous, written
+    rows: Tensor | None  # (n,) int64: where they go; None: to the first rows
+    n: int
+
+
+class Incoming(NamedTuple):
+    """Rows that enter the workspace of the head: hidden states."""
+
+    hidden: Tensor  # (num_rows, D), any strides
+    rows: Tensor | None  # (n,) int64: where they come from; None: from the first rows
+    live: Tensor | None  # (n,) bool: zeros are written for the others; None: all are live
+    n: int
+    h: Tensor  # (C, D) contiguous, written
 
 
 KINDS = {Tensor: "Tensor", Any: "Tensor", int: "int", SymInt: "SymInt", bool: "bool", str: "str"}
