@@ -106,7 +106,7 @@ def inspect(case: str, target: str) -> Report:
         barriers=count_barriers(listing),
         loops=[] if big is None else read_loops(listing),
         offsets={name: sorted(kinds) for name, kinds in sorted(offsets.items())},
-        lanes=lane_orders(kernel.asm["ttgir"], launch.arguments.get("T", 0)),
+        lanes=lane_orders(kernel.asm["ttgir"], getattr(launch.arguments.get("TILES"), "T", 0)),
         hide_nan=len(re.findall(r"arith\.(?:min|max)numf", kernel.asm["ttir"])),
     )
 

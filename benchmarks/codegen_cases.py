@@ -14,28 +14,49 @@ from grpo_fast.kernels import (
     chunks,
     group_advantage,
     grpo,
-    linear_grpo,
     logprob,
     policy_loss,
     reduction_weights,
-    scale_rows,
+    scaling,
     sequence_loss,
 )
 from grpo_fast.objective import KL, Objective, Surrogate
-from grpo_fast.ops import scaling
+from grpo_fast.records import (
+    Grouping,
+    Incoming,
+    Outgoing,
+    Outputs,
+    Rewards,
+    RowStatistics,
+    Sequences,
+    SoftCap,
+    Standardization,
+    Targets,
+    Tokens,
+    Weighing,
+)
 
 B, T_LEN = 4, 16
 N = B * T_LEN
 V_SMALL, V_ROW, V_SPLIT = 1024, 32_768, 152_064  # one per schedule
-CAP = (30.0, 0.5)  # softcap, logit_scale
+CAP = SoftCap(30.0, 0.5)
 
 
 def tensor(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def tokens(given: bool = True, dtype: torch.dtype = torch.float32) -> torch.Tensor | None:
+def vector(given: bool = True, dtype: torch.dtype = torch.float32) -> torch.Tensor | None:
     return tensor(N, dtype=dtype) if given else None
+
+
+def targets(mask: bool, temperature: bool) -> Targets:
+    return Targets(vector(dtype=torch.int64), vector(mask, torch.bool), vector(temperature), 1.0)
+
+
+def tokens(**given: bool) -> Tokens:
+    """With a weight; of the others those that are given."""
+    return Tokens(**{name: vector(given.get(name, name == "weight")) for name in Tokens._fields})
 
 
 def logits(V: int, dtype: torch.dtype, stride: int = 0) -> torch.Tensor:
@@ -53,18 +74,10 @@ def launch_logprob_fwd(
     dtype: torch.dtype = torch.bfloat16,
     entropy: bool = False,
     extras: bool = False,
-    cap: tuple[float, ...] = (),
+    cap: SoftCap | None = None,
     stride: int = 0,
 ) -> None:
-    logprob.logprob_fwd(
-        logits(V, dtype, stride),
-        tokens(dtype=torch.int64),
-        tokens(extras, torch.bool),
-        tokens(extras),
-        1.0,
-        entropy,
-        *cap,
-    )
+    logprob.logprob_fwd(logits(V, dtype, stride), targets(extras, extras), entropy, cap)
 
 
 def launch_logprob_bwd(
@@ -72,74 +85,59 @@ def launch_logprob_bwd(
     dtype: torch.dtype = torch.bfloat16,
     entropy: bool = False,
     extras: bool = False,
-    cap: tuple[float, ...] = (),
+    cap: SoftCap | None = None,
     stride: int = 0,
     over: torch.dtype | None = None,
 ) -> None:
     x = logits(V, dtype, stride)
     logprob.logprob_bwd(
-        tokens(),
-        tokens(entropy),
+        vector(),
+        vector(entropy),
         x,
-        tokens(dtype=torch.int64),
-        tokens(extras, torch.bool),
-        tokens(extras),
-        1.0,
-        tokens(),
-        tokens(entropy),
-        tokens(),
-        tokens(),
+        targets(extras, extras),
+        RowStatistics(vector(), vector(entropy), vector(), vector()),
         x if over is None else overlapping(x, over),
-        *cap,
+        cap,
     )
 
 
 def launch_grpo(
     V: int = V_ROW,
     dtype: torch.dtype = torch.bfloat16,
-    entropy: bool = False,
-    rewards: bool = False,
-    packed: bool = False,
-    extras: bool = False,
-    objective: Objective | None = None,
-    out: torch.dtype | None = None,
-    cap: tuple[float, ...] = (),
+    *,
     stride: int = 0,
+    out: torch.dtype | None = None,
     over: torch.dtype | None = None,
+    cap: SoftCap | None = None,
+    objective: Objective | None = None,
+    **given: bool,
 ) -> None:
+    """`given`: entropy, rewards, packed, extras."""
+    entropy, rewards, packed, extras = map(
+        given.get, ("entropy", "rewards", "packed", "extras"), [False] * 4
+    )
     x = logits(V, dtype, stride)
     written = x if out is None else logits(V, out)
+    rest = ("importance", "score", "entropy_weight", "coefficient")
     grpo.grpo_fwd_bwd(
         x,
-        tokens(dtype=torch.int64),
-        tokens(dtype=torch.bool),
-        tokens(),
-        tokens(not rewards),
-        tensor(B) if rewards else None,
-        2,
-        tokens(packed, torch.int64),
-        tokens(),
-        tokens(),
-        tokens(extras),
-        tokens(extras),
-        tokens(extras),
-        tokens(extras),
-        tokens(extras),
-        1.0,
-        False,
-        objective or Objective(beta=0.04, entropy_coef=0.01 if entropy else 0.0),
-        written if over is None else overlapping(x, over),
-        *cap,
+        targets(True, extras),
+        tokens(advantages=not rewards, old_logp=True, ref_logp=True, **dict.fromkeys(rest, extras)),
+        Rewards(tensor(B) if rewards else None, 2, vector(packed, torch.int64)),
+        return_entropy=False,
+        objective=objective or Objective(beta=0.04, entropy_coef=0.01 if entropy else 0.0),
+        dlogits=written if over is None else overlapping(x, over),
+        softcap=cap,
     )
 
 
 def launch_scale_rows(V: int = V_ROW, dtype: torch.dtype = torch.bfloat16, stride: int = 0) -> None:
-    scale_rows.scale_rows(tensor().expand(N), logits(V, dtype, stride))
+    scaling.scale_rows(tensor().expand(N), logits(V, dtype, stride))
 
 
 def launch_scale(dtype: torch.dtype | None = None) -> None:
     x = tensor(152_064, 3584)
-    linear_grpo.scale(x, tensor(), x if dtype is None else tensor(*x.shape, dtype=dtype))
+    scaling.scale(x, tensor(), x if dtype is None else tensor(*x.shape, dtype=dtype))
 
 
 def launch_weigh_rows() -> None:
@@ -150,74 +148,78 @@ def launch_weigh_rows() -> None:
 def launch_move_rows() -> None:
     stage, h = tensor(N, 3584), tensor(N, 3584, dtype=torch.bfloat16)
     rows = tensor(N, dtype=torch.int64)
-    chunks.move_rows(stage, tensor(*h.shape, dtype=h.dtype), rows, N, h, rows, None, N, h)
+    chunks.move_rows(
+        Outgoing(stage, tensor(*h.shape, dtype=h.dtype), rows, N), Incoming(h, rows, None, N, h)
+    )
 
 
 def launch_policy_loss(extras: bool = True, objective: Objective | None = None) -> None:
+    rest = dict.fromkeys(("old_logp", "ref_logp", "importance", "score"), extras)
     policy_loss.policy_loss_fwd(
-        tokens(),
-        tokens(extras, torch.bool),
-        tokens(),
-        tokens(),
-        tokens(extras),
-        tokens(extras),
-        tokens(extras),
-        tokens(extras),
+        vector(),
+        vector(extras, torch.bool),
+        tokens(advantages=True, **rest),
         objective or Objective(beta=0.04),
     )
 
 
 def launch_sequence_loss(objective: Objective, packed: bool) -> None:
+    given = ("advantages", "old_logp", "ref_logp", "importance", "score")
+    boundaries = tensor(B + 1, dtype=torch.int64) if packed else None
     sequence_loss.sequence_loss_fwd(
-        tokens(),
-        tokens(dtype=torch.bool),
-        *(tokens() for _ in range(7)),
-        None,
-        tensor(B + 1, dtype=torch.int64) if packed else None,
-        T_LEN,
+        vector(),
+        vector(dtype=torch.bool),
+        tokens(**dict.fromkeys(given, True)),
+        Sequences(boundaries, T_LEN, share=None, log_importance=vector()),
         objective,
     )
 
 
 def launch_token_statistics(extras: bool = True) -> None:
+    outputs = Outputs(vector(), vector(), vector(extras), vector(extras), vector(dtype=torch.int8))
     policy_loss.token_statistics_fwd(
-        tokens(extras, torch.bool),
-        None,
-        tokens(),
-        tokens(),
-        tokens(extras),
-        tokens(extras),
-        tokens(extras),
-        tokens(extras),
-        tokens(dtype=torch.int8),
+        outputs,
+        vector(extras, torch.bool),
+        share=None,
+        old_logp=vector(extras),
+        importance=vector(extras),
     )
 
 
 def launch_reduction_weights(reduction: str = "sequence_mean", packed: bool = False) -> None:
     like = tensor(N) if packed else tensor(B, T_LEN)
     boundaries = tensor(B + 1, dtype=torch.int32) if packed else None
-    flags, mask = tokens(dtype=torch.bool), tokens(not packed, torch.bfloat16)
-    rest = (tensor(dtype=torch.int64) if packed else None, tensor(), reduction, 0, not packed)
-    reduction_weights.reduction_weights_fwd(like, flags, mask, tokens(), boundaries, *rest)
+    weighing = Weighing(
+        mask=vector(dtype=torch.bool),
+        floating=vector(not packed, torch.bfloat16),
+        token_weights=vector(),
+        boundaries=boundaries,
+        num_items=tensor(dtype=torch.int64) if packed else None,
+        loss_scale=tensor(),
+    )
+    reduction_weights.reduction_weights_fwd(like, weighing, reduction, 0, not packed)
+
+
+def grouping(labels: bool) -> Grouping:
+    return Grouping(16, tensor(256, dtype=torch.int64) if labels else None)
 
 
 def launch_group_advantage(scale: str = "group", labels: bool = False) -> None:
-    group_advantage.group_advantage_fwd(
-        tensor(256), 16, tensor(256, dtype=torch.int64) if labels else None, scale, 1e-4, True
-    )
+    group_advantage.group_advantage_fwd(tensor(256), grouping(labels), Standardization(scale, 1e-4))
 
 
 def launch_group_advantage_variants(labels: bool = False) -> None:
     group_advantage.group_advantage_fwd(
-        *(tensor(256), 16, tensor(256, dtype=torch.int64) if labels else None),
-        *("group", 1e-4, True, True, True, True),
+        tensor(256),
+        grouping(labels),
+        Standardization("group", 1e-4, leave_one_out=True, skip_nan=True, raw_singletons=True),
     )
 
 
 def launch_combine_rewards(normalize: bool, labels: bool = False) -> None:
-    ids = tensor(256, dtype=torch.int64) if labels else None
+    scored = Standardization("group", 1e-4, skip_nan=True, raw_singletons=labels)
     group_advantage.combine_rewards_fwd(
-        *(tensor(256, 3), tensor(3), 16, ids, normalize, "group", 1e-4, True, True, labels)
+        tensor(256, 3), tensor(3), grouping(labels), normalize, scored
     )
 
 

@@ -108,7 +108,8 @@ class Kernel:
         """Of the arguments those that the kernel takes; the others are constants in it."""
         values = []
         for name, kind in self.entry["parameters"]:
-            value = 0 if name in HIDDEN else arguments[name]
+            first, *fields = name.split(".")  # `targets.ids`: a member of a named tuple
+            value = 0 if name in HIDDEN else functools.reduce(getattr, fields, arguments[first])
             if isinstance(value, Tensor):
                 value = value.data_ptr()
             values.append(C_TYPES[kind](value))

@@ -37,28 +37,38 @@ def record(case: Callable[[], None]) -> Launch:
 class Specialisation(NamedTuple):
     """What Triton makes of the arguments: their types, the values that are constants, known divisors."""
 
-    signature: dict[str, str]
+    signature: dict[str, Any]  # of a tuple the types of its members
     constants: dict[tuple[int, ...], Any]
     attributes: dict[tuple[int, ...], list[list[Any]]]
 
 
 def specialise(launch: Launch) -> Specialisation:
     """Specialise a launch as `fn[grid](**arguments)` would: None and 1 are constants, 16 a known divisor."""
-    signature: dict[str, str] = {}
-    constants: dict[tuple[int, ...], Any] = {}
-    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+    found = Specialisation({}, {}, {})
     for i, parameter in enumerate(launch.fn.params):
         value = launch.arguments[parameter.name]
-        special = not parameter.do_not_specialize
-        number = type(value) is int
-        if parameter.is_constexpr or value is None or (special and number and value == 1):
-            signature[parameter.name] = "constexpr"
-            constants[(i,)] = value
-            continue
-        signature[parameter.name] = mangle_type(value)
-        if special and (isinstance(value, torch.Tensor) or (number and value % 16 == 0)):
-            attributes[(i,)] = [["tt.divisibility", 16]]
-    return Specialisation(signature, constants, attributes)
+        if parameter.is_constexpr:
+            found.signature[parameter.name] = "constexpr"
+            found.constants[(i,)] = value
+        else:
+            special = not parameter.do_not_specialize
+            found.signature[parameter.name] = _specialise_one(value, (i,), special, found)
+    return found
+
+
+def _specialise_one(value: Any, path: tuple[int, ...], special: bool, found: Specialisation) -> Any:
+    """The type of an argument, or of each member of a tuple; constants and divisors go into `found`."""
+    if isinstance(value, tuple):
+        # As Triton 3.4 does it, all members are specialised.
+        types = [_specialise_one(x, (*path, i), True, found) for i, x in enumerate(value)]
+        return type(value)(*types) if hasattr(value, "_fields") else tuple(types)
+    number = type(value) is int
+    if value is None or (special and number and value == 1):
+        found.constants[path] = value
+        return "constexpr"
+    if special and (isinstance(value, torch.Tensor) or (number and value % 16 == 0)):
+        found.attributes[path] = [["tt.divisibility", 16]]
+    return mangle_type(value)
 
 
 def compile_launch(launch: Launch, target: GPUTarget) -> Any:

@@ -20,6 +20,7 @@ from benchmarks.driver import HIDDEN
 from benchmarks.launches import Launch, compile_launch, record, specialise
 from grpo_fast import Objective
 from grpo_fast.kernels.on_chip import Plan, grpo_fwd_bwd
+from grpo_fast.records import Rewards, Targets, Tokens
 
 SHAPE = "qwen2.5-7b-16k"
 PTX_TYPES = {"*": "u64", "i32": "u32", "fp32": "f32"}
@@ -59,14 +60,31 @@ VARIANTS = (
 
 
 def launch_of(shape: shapes.Shape, plan: Plan) -> Launch:
-    """What `on_chip_check.Rows` launches on a batch of this shape."""
+    """The launch that `on_chip_check.Rows` makes on a batch of this shape."""
     new = partial(torch.empty, device="meta")
     logits = new(shape.B, shape.T, shape.V, dtype=torch.bfloat16)
     ids, mask = new(shape.N, dtype=torch.int64), new(shape.N, dtype=torch.bool)
     weight, advantages, old, ref = (new(shape.N) for _ in range(4))
-    given = (logits, ids, mask, weight, advantages, None, shape.G, None, old, ref, *[None] * 5)
+    targets = Targets(ids, mask, None, 1.0)
+    tokens = Tokens(weight, advantages, old, ref, *[None] * 4)
+    rewards = Rewards(None, shape.G, None)
     objective = Objective.preset("grpo")  # as `inputs.make_batch` has it
-    return record(lambda: grpo_fwd_bwd(*given, 1.0, False, objective, logits, plan))
+    return record(
+        lambda: grpo_fwd_bwd(
+            logits, targets, tokens, rewards, False, objective, dlogits=logits, spread=plan
+        )
+    )
+
+
+def parameters_of(signature: dict[str, Any]) -> dict[str, str]:
+    """The parameters of a compiled kernel and their types; a tuple's members are `name.field`."""
+    found: dict[str, str] = {}
+    for name, kind in signature.items():
+        if isinstance(kind, tuple):
+            found |= parameters_of({f"{name}.{x}": k for x, k in kind._asdict().items()})
+        elif kind != "constexpr":
+            found[name] = kind
+    return found
 
 
 def build(folder: Path, ptxas: str | None) -> None:
@@ -109,7 +127,7 @@ def compile_variant(
     ptx = compiled.asm["ptx"]
     if variant.relaxed_exit:
         ptx = relax_exit(ptx)
-    signature = {k: x for k, x in specialise(launch).signature.items() if x != "constexpr"}
+    signature = parameters_of(specialise(launch).signature)
     parameters = [*signature, *HIDDEN]
     types = [PTX_TYPES[x[0] if x[0] == "*" else x] for x in signature.values()]
     types += ["u64"] * len(HIDDEN)
@@ -133,7 +151,7 @@ def compile_variant(
         "num_ctas": metadata.num_ctas,
         "num_warps": metadata.num_warps,
         "shared": metadata.shared,
-        "strips": launch.arguments["STRIPS"],
+        "strips": launch.arguments["SPREAD"].STRIPS,
         "keep": variant.plan.keep,
         "relaxed_exit": variant.relaxed_exit,
         "parameters": list(zip(parameters, types, strict=True)),

@@ -13,6 +13,7 @@ from benchmarks.driver import Kernel
 from benchmarks.on_chip_build import SHAPE
 from grpo_fast import reference
 from grpo_fast.kernels import grpo, on_chip
+from grpo_fast.records import Rewards, Targets, Tokens
 from grpo_fast.reference import kl_estimate
 
 CHECKED = shapes.Shape(B=8, T=128, V=shapes.CUDA[SHAPE].V, G=4)
@@ -67,28 +68,17 @@ class Rows:
         self, launcher: Callable[..., Any], logits: Tensor, dlogits: Tensor
     ) -> dict[str, Tensor]:
         shape = self.batch.shape
-        loss, logp, _, kl, _ = launcher(
+        given = (self.weight, self.advantages, self.old_logp, self.ref_logp)
+        out = launcher(
             logits.view(shape.B, shape.T, shape.V),
-            self.ids,
-            self.mask,
-            self.weight,
-            self.advantages,
-            None,
-            shape.G,
-            None,
-            self.old_logp,
-            self.ref_logp,
-            None,
-            None,
-            None,
-            None,
-            None,
-            1.0,
-            False,
-            self.batch.objective,
-            dlogits.view(shape.B, shape.T, shape.V),
+            Targets(self.ids, self.mask, None, 1.0),
+            Tokens(*given, importance=None, score=None, entropy_weight=None, coefficient=None),
+            Rewards(None, shape.G, None),
+            return_entropy=False,
+            objective=self.batch.objective,
+            dlogits=dlogits.view(shape.B, shape.T, shape.V),
         )
-        return {"loss": loss, "logp": logp, "kl": kl}
+        return {"loss": out.loss, "logp": out.logp, "kl": out.kl}
 
     def expected(self, rows: slice, dtype: torch.dtype) -> dict[str, Tensor]:
         """The reference's results for some rows in `dtype`; the gradient in the logits' dtype or float64."""

@@ -1,4 +1,4 @@
-"""What `kernels/on_chip.py` compiles to, on GPUs that need not be there; needs Triton 3.8.
+"""Compile `kernels/on_chip.py` for GPUs that need not be there, and report the code; needs Triton 3.8.
 
     python -m benchmarks.on_chip_codegen [--json] [sm_90 sm_100]
 
@@ -24,6 +24,7 @@ from benchmarks.assembly import LOAD, STORE, Instruction, read_nvidia, width
 from benchmarks.launches import Launch, compile_launch, record
 from grpo_fast import Objective
 from grpo_fast.kernels import on_chip
+from grpo_fast.records import Rewards, Targets, Tokens
 
 ROOT = Path(__file__).resolve().parents[1]
 TARGETS = {"sm_90": GPUTarget("cuda", 90, 32), "sm_100": GPUTarget("cuda", 100, 32)}
@@ -45,17 +46,22 @@ class Case:
     plan: on_chip.Plan | None = None
 
     def launch(self) -> Launch:
-        def tokens(given: bool = True, dtype: torch.dtype = torch.float32) -> torch.Tensor | None:
+        def vector(given: bool = True, dtype: torch.dtype = torch.float32) -> torch.Tensor | None:
             return torch.empty(N, dtype=dtype, device="meta") if given else None
 
         logits = torch.empty(B, T, self.V, dtype=self.dtype, device="meta")
+        extra = vector(self.extras)
         objective = Objective(beta=0.04, entropy_coef=0.01 if self.bonus else 0.0)
         return record(
             lambda: on_chip.grpo_fwd_bwd(
-                *(logits, tokens(dtype=torch.int64), tokens(dtype=torch.bool), tokens(), tokens()),
-                *(None, 2, tokens(self.packed, torch.int64), tokens(), tokens()),
-                *(tokens(self.extras) for _ in range(5)),
-                *(1.0, self.entropy, objective, logits, self.plan),
+                logits,
+                Targets(vector(dtype=torch.int64), vector(dtype=torch.bool), extra, 1.0),
+                Tokens(vector(), vector(), vector(), vector(), *[extra] * 4),
+                Rewards(None, 2, vector(self.packed, torch.int64)),
+                self.entropy,
+                objective,
+                dlogits=logits,
+                spread=self.plan,
             )
         )
 
@@ -93,6 +99,7 @@ class Report:
 
 def inspect(case: str, target: str) -> Report:
     launch = CASES[case].launch()
+    spread = launch.arguments["SPREAD"]
     kernel = compile_launch(launch, TARGETS[target])
     registers, stack, listing = read_nvidia(kernel)
     ops = [x.op for x in listing if isinstance(x, Instruction)]
@@ -104,10 +111,10 @@ def inspect(case: str, target: str) -> Report:
     return Report(
         case=case,
         target=target,
-        ctas=launch.arguments["CTAS"],
-        threads=launch.arguments["THREADS"],
-        strips=launch.arguments["STRIPS"],
-        keep=launch.arguments["KEEP"],
+        ctas=spread.CTAS,
+        threads=spread.THREADS,
+        strips=spread.STRIPS,
+        keep=spread.KEEP,
         registers=registers,
         stack=stack,
         shared=kernel.metadata.shared,

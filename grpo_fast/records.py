@@ -149,7 +149,8 @@ class Standardization(NamedTuple):
     raw_singletons: bool = False
 
 
-Z_SCORE = Standardization("group", 1e-4)  # for `rewards` in the losses, with TRL's eps
+SCORE_EPS = 1e-4  # of the z-scores that the losses take of rewards: TRL's and the paper code's
+Z_SCORE = Standardization("group", SCORE_EPS)
 
 
 KINDS = {Tensor: "Tensor", Any: "Tensor", int: "int", SymInt: "SymInt", bool: "bool", str: "str"}
