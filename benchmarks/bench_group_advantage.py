@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from benchmarks import measure, shapes, traffic
+from benchmarks.inputs import shapes
+from benchmarks.measuring import measure, traffic
 
 CASES = [(shape, "full") for shape in shapes.TOKENS]
 

@@ -5,8 +5,9 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from benchmarks import measure, shapes, traffic
-from benchmarks.inputs import Batch
+from benchmarks.inputs import shapes
+from benchmarks.inputs.batches import Batch
+from benchmarks.measuring import measure, traffic
 
 
 @pytest.mark.parametrize("shape, variant, provider", measure.parameters(shapes.cases(), "grpo"))

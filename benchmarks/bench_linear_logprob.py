@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks import measure, shapes
+from benchmarks.inputs import shapes
+from benchmarks.measuring import measure
 
 STEM = "linear_logprob"
 CASES = [(shape, "full") for shape in list(shapes.hidden_shapes())[:1]]

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import measure, shapes, traffic
-from benchmarks.inputs import Batch
+from benchmarks.inputs import shapes
+from benchmarks.inputs.batches import Batch
+from benchmarks.measuring import measure, traffic
 
 CASES = [(shape, "full") for shape in shapes.logits_shapes()]
 by_case = pytest.mark.parametrize("shape, variant, provider", measure.parameters(CASES, "logprob"))

@@ -4,8 +4,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks import measure, shapes, traffic
 from benchmarks.bench_policy_loss import of_log_probs
+from benchmarks.inputs import shapes
+from benchmarks.measuring import measure, traffic
 
 CASES = [(shape, shapes.SEQUENCE_VARIANT) for shape in shapes.TOKENS]
 

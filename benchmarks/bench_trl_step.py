@@ -17,7 +17,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import gate, measure, memory, shapes
+from benchmarks.inputs import shapes
+from benchmarks.measuring import gate, measure, memory
 from grpo_fast.testing import assert_as_accurate
 
 PROVIDERS = ("eager", "trl", "grpo_fast")

@@ -11,7 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import inputs, machine, measure, providers, results, timing
+from benchmarks import providers
+from benchmarks.inputs import batches as inputs
+from benchmarks.measuring import machine, measure, timing
+from benchmarks.measuring import recorder as results
 
 PLUGIN = "benchmark"  # pytest-benchmark's name among pytest's plugins
 # In the names of files, in this order; those of tokens alone come last.

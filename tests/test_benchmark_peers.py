@@ -9,8 +9,10 @@ import sys
 import pytest
 import torch
 
-from benchmarks import gate, gate_hidden, hidden, measure, providers, shapes
-from benchmarks.inputs import make_batch
+from benchmarks import providers
+from benchmarks.inputs import hidden, shapes
+from benchmarks.inputs.batches import make_batch
+from benchmarks.measuring import gate, gate_hidden, measure
 
 CPU = torch.device("cpu")
 SHAPE = shapes.Shape(B=4, T=12, V=1003, G=2, D=48)

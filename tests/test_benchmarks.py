@@ -12,8 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import eager, gate, machine, measure, memory, providers, runner, shapes, tables
-from benchmarks.inputs import make_batch
+from benchmarks import providers
+from benchmarks.inputs import shapes
+from benchmarks.inputs.batches import make_batch
+from benchmarks.measuring import gate, machine, measure, memory
+from benchmarks.providers import eager
+from benchmarks.report import tables
+from benchmarks.run import runner
 
 SHAPE = shapes.Shape(B=4, T=6, V=101, G=2)
 CPU = torch.device("cpu")
@@ -212,8 +217,8 @@ def test_run_all_takes_the_interpreter_of_make(tmp_path):
             command, env=environment, text=True, capture_output=True, check=True
         ).stdout
 
-    assert run() == ".venv/bin/python -m benchmarks.runner --list\n"
-    assert run(PYTHON=str(tmp_path / "other")) == "other -m benchmarks.runner --list\n"
+    assert run() == ".venv/bin/python -m benchmarks.run --list\n"
+    assert run(PYTHON=str(tmp_path / "other")) == "other -m benchmarks.run --list\n"
 
 
 @pytest.mark.parametrize("arguments, want", [(("--version",), "passed"), (("/no/file",), "failed")])

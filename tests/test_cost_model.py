@@ -2,7 +2,10 @@
 
 import pytest
 
-from benchmarks import committed, cost_model, shapes, traffic
+from benchmarks.inputs import shapes
+from benchmarks.measuring import traffic
+from benchmarks.predictions import cost_model
+from benchmarks.report import committed
 
 H100 = "NVIDIA H100 80GB HBM3"
 S0 = shapes.get("qwen2.5-7b-16k")

@@ -9,7 +9,7 @@ from typing import get_args
 import pytest
 import torch
 
-from benchmarks import accuracy
+from benchmarks.experiments import accuracy
 from grpo_fast import weights
 from grpo_fast.integrations import skyrl, verl
 from grpo_fast.objective import (

@@ -14,7 +14,9 @@ NEEDED = 4 << 30  # eager: 2 GB with its input
 # In a process of its own: nothing else allocates meanwhile, and no freed memory is waiting to be reused.
 MEASURE = """
 import json, sys, torch
-from benchmarks import eager, inputs, measure, memory, shapes
+from benchmarks.providers import eager
+from benchmarks.inputs import batches as inputs, shapes
+from benchmarks.measuring import measure, memory
 from grpo_fast.loss import grpo_loss
 
 def run(fn, provider, **options):
@@ -36,7 +38,8 @@ print(json.dumps(found))
 
 LINEAR = """
 import json, torch
-from benchmarks import eager, memory
+from benchmarks.providers import eager
+from benchmarks.measuring import memory
 from grpo_fast import Objective
 from grpo_fast.loss import linear_grpo_loss
 

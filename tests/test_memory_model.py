@@ -5,7 +5,10 @@ import itertools
 import pytest
 import torch
 
-from benchmarks import decoder, eager, memory_model, step_7b
+from benchmarks.predictions import memory_model
+from benchmarks.providers import eager
+from benchmarks.step_7b import decoder
+from benchmarks.step_7b import step as step_7b
 from grpo_fast import Objective
 from grpo_fast.loss import linear_grpo_loss
 

@@ -10,15 +10,20 @@ import textwrap
 import pytest
 import torch
 
-from benchmarks import machine, providers, results, runner, shapes, timing
+from benchmarks import providers
 from benchmarks.conftest import limited
+from benchmarks.inputs import shapes
+from benchmarks.measuring import machine, timing
+from benchmarks.measuring import recorder as results
+from benchmarks.run import runner
 
 CRASHING = """
 import os
 
 import pytest
 
-from benchmarks import measure, providers, traffic
+from benchmarks.measuring import measure, traffic
+from benchmarks import providers
 
 TABLE = providers.PROVIDERS["group_advantage"]
 TABLE["crashing"] = lambda: lambda *args: os.abort()

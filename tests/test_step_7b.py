@@ -6,7 +6,11 @@ import time
 import pytest
 import torch
 
-from benchmarks import decoder, longest, providers, runner, step_7b, tables
+from benchmarks import providers
+from benchmarks.report import tables
+from benchmarks.run import runner
+from benchmarks.step_7b import decoder, longest
+from benchmarks.step_7b import step as step_7b
 from grpo_fast import reference
 
 CPU = torch.device("cpu")

@@ -14,7 +14,8 @@ pytestmark = [
 ]
 
 from benchmarks import bench_trl_step as bench  # noqa: E402
-from benchmarks import measure, results, timing  # noqa: E402
+from benchmarks.measuring import measure, timing  # noqa: E402
+from benchmarks.measuring import recorder as results  # noqa: E402
 
 SHAPE = bench.Model(V=50, D=16, layers=1, heads=2, kv_heads=1, ffn=32, B=2, T=6, checked=6)
 CPU = torch.device("cpu")

@@ -1,0 +1,1 @@
+"""What the kernels compile to, on GPUs that need not be there."""

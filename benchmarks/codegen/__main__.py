@@ -1,0 +1,5 @@
+"""Prints or saves what every kernel compiles to."""
+
+from benchmarks.codegen.reports import main
+
+main()

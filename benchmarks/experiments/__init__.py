@@ -1,0 +1,1 @@
+"""Programs to run by hand: variants of a kernel, two commits, error tables, models."""

@@ -1,0 +1,1 @@
+"""One measurement: the gate before it, time, memory, bytes, and the machine."""

@@ -1,0 +1,254 @@
+"""Predicts how long a kernel takes, from bytes, instructions and the ceilings of a GPU.
+
+    time = max(bytes / bandwidth, instructions / issue rate, exponentials / their rate) + launch
+
+Bytes are `traffic`'s; the range is from "every second read is found in the cache" to "none is". Instructions
+per element are those of the compiled kernels (`codegen.json`). The path from hidden states adds its matrix
+multiplications, in chunks of the rows that this project would take there. Ceilings are measured ones of that
+GPU where a result holds them, else the data sheet's times an assumed share; each line says which. A
+prediction stays next to the measurement that comes later.
+"""
+
+import argparse
+import dataclasses
+import re
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+
+from benchmarks.codegen import saved as compiled
+from benchmarks.inputs import shapes
+from benchmarks.measuring import traffic
+from benchmarks.report.committed import Run
+from grpo_fast.ops import _head
+
+# Of the data sheet, reached by a plain copy and by a large bfloat16 multiplication: assumed, not measured.
+SHARE_OF_BANDWIDTH, SHARE_OF_GEMM = 0.90, 0.80
+LAUNCH = 5e-6
+EXPONENTIALS = {"read": 1.25, "write": 1.0}  # per element: the fold rescales once in K = 4
+MAX_V_PER_PROGRAM = 32_768  # kernels/schedules.py: longer rows are split
+HALF, FULL = 2, 4  # bytes of an entry
+OWN, BF16, ALL_ROWS = "grpo_fast", "grpo_fast-bf16", "grpo_fast-all-rows"  # from hidden states
+
+
+@dataclasses.dataclass(frozen=True)
+class Gpu:
+    """Of the data sheets (dense, boost clock)."""
+
+    target: str  # of the compiled code
+    processors: int  # multiprocessors, compute units
+    lanes: int  # instructions of a lane per cycle and processor
+    special: int  # exponentials per cycle and processor
+    clock: float  # Hz
+    bandwidth: float  # bytes / s
+    bfloat16: float  # FLOP / s
+    driver: str  # a pattern of what its driver calls it: this one, not its siblings
+
+
+GPUS = {
+    "H200": Gpu("sm_90", 132, 128, 16, 1.98e9, 4.80e12, 989e12, "NVIDIA H200"),
+    "H100": Gpu("sm_90", 132, 128, 16, 1.98e9, 3.35e12, 989e12, "NVIDIA H100 80GB HBM3"),
+    "A100": Gpu("sm_80", 108, 128, 16, 1.41e9, 2.04e12, 312e12, "NVIDIA A100-SXM4-80GB"),
+    "MI300X": Gpu("gfx942", 304, 64, 16, 2.10e9, 5.30e12, 1307e12, r"AMD Instinct MI300X( .*)?"),
+}
+
+
+class Ceilings(NamedTuple):
+    bandwidth: float
+    gemm: float
+    origin: str
+
+
+class Prediction(NamedTuple):
+    """Seconds, from the best case of the cache to the worst, and what sets the lower one."""
+
+    low: float
+    high: float
+    bound: str
+
+
+def gpu_of(device: str) -> str | None:
+    """The entry of `GPUS` that a device is; None for others, be it a part of one (MIG) or a smaller one."""
+    return next((name for name, gpu in GPUS.items() if re.fullmatch(gpu.driver, device)), None)
+
+
+def ceilings(name: str, roofs: dict[str, Any] | None = None) -> Ceilings:
+    """Those measured in a run on this GPU, or the assumed share of the data sheet."""
+    gpu = GPUS[name]
+    if roofs:
+        rate = roofs["gemm"].get("bfloat16", gpu.bfloat16 * SHARE_OF_GEMM)
+        return Ceilings(roofs["copy"], rate, "measured")
+    return Ceilings(
+        gpu.bandwidth * SHARE_OF_BANDWIDTH,
+        gpu.bfloat16 * SHARE_OF_GEMM,
+        f"data sheet x {SHARE_OF_BANDWIDTH:.2f} (copy), x {SHARE_OF_GEMM:.2f} (GEMM): assumed",
+    )
+
+
+def _work(gpu: Gpu, case: str, loops: dict[str, int]) -> tuple[float, float]:
+    """Seconds to issue the instructions, and the exponentials, of loops over so many elements."""
+    rows = compiled.load()["rows"]
+    row = next(x for x in rows if (x["target"], x["case"]) == (gpu.target, case))
+    cycles = gpu.processors * gpu.clock
+    issue = sum(row["per_element"][kind] * n for kind, n in loops.items()) / gpu.lanes / cycles
+    special = sum(EXPONENTIALS[kind] * n for kind, n in loops.items()) / gpu.special / cycles
+    return issue, special
+
+
+def _bounded(moved: traffic.Traffic, top: Ceilings, work: tuple[float, float]) -> Prediction:
+    low, high = moved.least / top.bandwidth, moved.most / top.bandwidth
+    limits = {"bytes": low, "instructions": work[0], "exponentials": work[1]}
+    bound = max(limits, key=lambda name: limits[name])
+    return Prediction(max(limits.values()) + LAUNCH, max(high, *work) + LAUNCH, bound)
+
+
+def predict(
+    stem: str,
+    case: str,
+    sizes: dict[str, int],
+    live: int,
+    moving: int,
+    name: str,
+    top: Ceilings,
+    provider: str = OWN,
+) -> Prediction | None:
+    """Of a benchmark of this project's own kernels in bfloat16; None where the model has nothing to say."""
+    gpu, V = GPUS[name], sizes["V"]
+    N, w = sizes["B"] * sizes["T"], HALF
+    split = " split" if V > MAX_V_PER_PROGRAM else ""
+    if stem == "logprob":
+        work = _work(gpu, f"logprob_fwd{split}", {"read": live * V})
+        if case == "forward":
+            return _bounded(traffic.logprob_forward(live, V, w), top, work)
+        back = _work(gpu, "logprob_bwd", {"write": live * V})
+        both = (work[0] + back[0], work[1] + back[1])
+        return _bounded(traffic.logprob(N, live, V, w), top, both)
+    if stem == "grpo":
+        work = _work(gpu, f"grpo{split}", {"read": live * V, "write": moving * V})
+        return _bounded(traffic.grpo(N, live, moving, V, w), top, work)
+    if stem == "linear_grpo":
+        rows = N if provider == ALL_ROWS else moving
+        return _linear_grpo(gpu, sizes["D"], V, rows, provider != BF16, top)
+    return None
+
+
+def chunk(gpu: Gpu, rows: int, D: int, V: int, fp32: bool) -> int:
+    """How many rows of logits this project's head makes at a time for bfloat16 hidden states."""
+    hidden: Any = SimpleNamespace(dtype=torch.bfloat16, is_cuda=True, shape=(rows, D))
+    options: Any = SimpleNamespace(fp32_logits=fp32, chunk_size=0, widest=V)
+    return _head.chunk_rows(rows, D, _head.row_limit(hidden, options), gpu.processors)
+
+
+def _linear_grpo(gpu: Gpu, D: int, V: int, rows: int, fp32: bool, top: Ceilings) -> Prediction:
+    """Three multiplications, the kernel on each chunk of logits, dweight read and written per chunk.
+
+    Logits and their gradient share a workspace of 2 or 4 bytes an entry, which sets the length of a chunk.
+    """
+    C = chunk(gpu, rows, D, V, fp32)
+    chunks = max(-(-rows // C), 1)
+    gemms = 6 * chunks * C * D * V / top.gemm  # the last chunk is filled up
+    split = " split" if V > MAX_V_PER_PROGRAM else ""
+    launch = "grpo overlap" if fp32 else f"grpo{split}"
+    work = _work(gpu, launch, {"read": rows * V, "write": rows * V})
+    moved = traffic.grpo(rows, rows, rows, V, FULL if fp32 else HALF)
+    kernel = _bounded(dataclasses.replace(moved, written=rows * V * HALF), top, work)
+    # What the products move beyond those of halves: dweight in float32, which the first chunk does not read,
+    # a cast of it at the end, and float32 logits; dhidden in float32, which a launch of its own rounds.
+    extra = ((2 * chunks - 1) * FULL + FULL + HALF) * V * D + fp32 * (FULL - HALF) * rows * V
+    extra += (FULL - HALF + FULL + HALF) * rows * D
+    # They hide between none and all of these bytes behind their arithmetic.
+    return Prediction(
+        gemms + kernel.low, gemms + kernel.high + extra / top.bandwidth, "matrix multiplications"
+    )
+
+
+EXAMPLES = (
+    ("logprob", "forward", OWN, "qwen2.5-7b-16k"),
+    ("logprob", "forward_backward", OWN, "qwen2.5-7b-16k"),
+    ("grpo", "forward_backward", OWN, "qwen2.5-7b-16k"),
+    ("grpo", "forward_backward", OWN, "llama3-8b-16k"),
+    ("grpo", "forward_backward", OWN, "gpt2-16k"),
+    ("linear_grpo", "forward_backward", OWN, "qwen2.5-7b-16k"),
+    ("linear_grpo", "forward_backward", BF16, "qwen2.5-7b-16k"),
+)
+
+
+def _sizes(shape: shapes.Shape) -> dict[str, int]:
+    return dataclasses.asdict(shape)
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.2f}"
+
+
+def table() -> Iterator[str]:
+    """Predictions for GPUs that nothing was measured on."""
+    yield f"| launch | provider | shape | {' | '.join(f'{name}, ms' for name in GPUS)} | set by |"
+    yield f"|---|---|---|{'--:|' * len(GPUS)}---|"
+    for stem, case, provider, shape_name in EXAMPLES:
+        shape = shapes.get(shape_name)
+        made = [
+            predict(stem, case, _sizes(shape), shape.N, shape.N, name, ceilings(name), provider)
+            for name in GPUS
+        ]
+        cells = [f"{_ms(p.low)} to {_ms(p.high)}" for p in made if p]
+        bounds = ", ".join(dict.fromkeys(p.bound for p in made if p))
+        launch = f"{stem}, {case.replace('_', ' + ')} | {provider}"
+        yield f"| {launch} | `{shape_name}` | {' | '.join(cells)} | {bounds} |"
+
+
+def of_products(name: str) -> Iterator[str]:
+    """How many times their three products alone the launches from hidden states take, by provider."""
+    for stem, case, provider, shape_name in EXAMPLES:
+        if stem == "linear_grpo":
+            shape = shapes.get(shape_name)
+            top = ceilings(name)
+            made = predict(stem, case, _sizes(shape), shape.N, shape.N, name, top, provider)
+            assert made
+            bare = 6 * shape.N * shape.D * shape.V / top.gemm
+            yield f"{provider} {made.low / bare:.2f} to {made.high / bare:.2f}"
+
+
+def comparison(run: Run) -> Iterator[str]:
+    """Predictions next to measurements, for a run on a GPU that the model knows."""
+    name = gpu_of(run.device)
+    if name is None:
+        return
+    for entry in run.entries:
+        if not entry["provider"].startswith(OWN) or entry["dtype"] != "bfloat16":
+            continue
+        if "moving_tokens" not in entry:  # a step of a trainer
+            continue
+        case = entry["stem"], entry["case"], entry["sizes"]
+        tokens = entry["live_tokens"], entry["moving_tokens"]
+        made = [
+            predict(*case, *tokens, name, top, entry["provider"])
+            for top in (ceilings(name), ceilings(name, entry["roofs"]))
+        ]
+        ranges = [f"{_ms(p.low)} to {_ms(p.high)}" for p in made if p]
+        if made[-1]:
+            seconds = entry["median"]
+            yield (
+                f"| {entry['stem']}, {entry['case'].replace('_', ' + ')} | {entry['provider']} "
+                f"| `{entry['shape']}`, {entry['variant']} | {' | '.join(ranges)} "
+                f"| {_ms(seconds)} | {seconds / made[-1].low:.2f} |"
+            )
+
+
+COMPARISON_HEADER = (
+    "| launch | provider | case | predicted by the data sheet, ms | by the measured roofs, ms "
+    "| measured, ms | measured / lower |\n|---|---|---|--:|--:|--:|--:|"
+)
+
+
+def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()
+    print("\n".join(table()))
+    print(f"\nTimes the bare products: H100, {', '.join(of_products('H100'))}.")
+    print(f"Ceilings: {ceilings('H200').origin}.")
+
+
+if __name__ == "__main__":
+    main()

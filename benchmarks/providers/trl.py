@@ -1,0 +1,153 @@
+"""TRL 1.16: its kernels, and the loss its trainer computes from log-probs.
+
+The loss is `GRPOTrainer._compute_loss` itself, on an object that has what it reads of a trainer, metrics and
+their transfers to the host included: that is what a step of TRL runs.
+"""
+
+from collections import defaultdict
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.providers.common import Function, UnavailableError, need_gpu
+from grpo_fast import Objective
+
+VERSION = "1.16"
+VOCABULARY_CHUNK = 32_768  # what its trainers pass
+LOSS_TYPES = {"sequence_mean": "grpo", "token_mean": "bnpo"}
+
+
+def _require_version() -> None:
+    import trl
+
+    if not trl.__version__.startswith(VERSION):
+        raise UnavailableError(f"trl {trl.__version__} is installed, {VERSION} wanted")
+
+
+def logprob() -> Function:
+    """The Triton kernel; it computes the entropy as well, always."""
+    need_gpu("TRL's kernel")
+    _require_version()
+    from trl.kernels.logprob_entropy import selective_log_softmax_and_entropy
+
+    return lambda logits, ids: selective_log_softmax_and_entropy(logits, ids)[0]
+
+
+def _trainer(logps: Tensor, entropy: Tensor, objective: Objective) -> Any:
+    from trl.trainer.grpo_trainer import GRPOTrainer
+
+    return SimpleNamespace(
+        _get_per_token_logps_and_entropies=lambda *_, **__: (logps, entropy, None),
+        get_off_policy_mask=GRPOTrainer.get_off_policy_mask,
+        get_gamma_weights=GRPOTrainer.get_gamma_weights,
+        aux_loss_enabled=False,
+        top_entropy_quantile=1.0,
+        off_policy_mask_threshold=None,
+        importance_sampling_level=objective.ratio,
+        beta=objective.beta,
+        args=SimpleNamespace(use_bias_correction_kl=False, delta=None, steps_per_generation=1),
+        loss_type=LOSS_TYPES[objective.reduction],
+        epsilon_low=objective.epsilon_low,
+        epsilon_high=objective.epsilon_high,
+        use_vllm=False,
+        vllm_importance_sampling_correction=False,
+        model=SimpleNamespace(training=True),
+        current_gradient_accumulation_steps=1,
+        max_completion_length=logps.shape[1],
+        accelerator=SimpleNamespace(
+            num_processes=1,
+            sync_gradients=True,
+            gather=lambda x: x,
+            reduce=lambda x, reduction: x,
+        ),
+        _entropy_bonus_enabled=False,
+        use_adaptive_entropy=False,
+        entropy_coef=0.0,
+        _metrics={"train": defaultdict(list)},
+    )
+
+
+def _loss(
+    logps: Tensor,
+    entropy: Tensor,
+    *,
+    mask: Tensor | None,
+    advantages: Tensor,
+    old_logps: Tensor,
+    ref_logps: Tensor,
+    objective: Objective,
+) -> Tensor:
+    from trl.trainer.grpo_trainer import GRPOTrainer
+
+    weights = torch.ones_like(logps) if mask is None else mask.to(logps.dtype)
+    ids = weights.long()  # of the right shape; the log-probs are there already
+    inputs = {
+        "prompt_ids": ids[:, :1],
+        "prompt_mask": ids[:, :1],
+        "completion_ids": ids,
+        "completion_mask": weights,
+        "advantages": advantages,
+        "old_per_token_logps": old_logps,
+        "ref_per_token_logps": ref_logps,
+    }
+    return GRPOTrainer._compute_loss(_trainer(logps, entropy, objective), None, inputs)
+
+
+def policy_loss() -> Function:
+    _require_version()
+    from trl.trainer.grpo_trainer import GRPOTrainer  # noqa: F401 (fails here, not when it is timed)
+
+    return lambda logps, **arguments: _loss(logps, torch.zeros_like(logps), **arguments)
+
+
+def grpo() -> Function:
+    """The kernel on logits, then the trainer's loss."""
+    need_gpu("TRL's kernel")
+    _require_version()
+    from trl.kernels.logprob_entropy import selective_log_softmax_and_entropy
+    from trl.trainer.grpo_trainer import GRPOTrainer  # noqa: F401
+
+    def call(logits: Tensor, ids: Tensor, **arguments: Any) -> Tensor:
+        return _loss(*selective_log_softmax_and_entropy(logits, ids), **arguments)
+
+    return call
+
+
+def _head(hidden: Tensor, weight: Tensor, ids: Tensor, outputs: tuple[str, ...]) -> Any:
+    from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+
+    return ChunkedLogProbFunction.apply(
+        hidden, weight, None, ids, 1.0, VOCABULARY_CHUNK, None, 1.0, outputs
+    )
+
+
+def linear_logprob() -> Function:
+    """The chunked head; on a CPU in its own PyTorch form."""
+    _require_version()
+    from trl.kernels import chunked_logprob  # noqa: F401
+
+    def call(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
+        return _head(hidden.flatten(0, 1), weight, ids.flatten(), ())[0].view_as(ids)
+
+    return call
+
+
+def linear_grpo() -> Function:
+    """The chunked head on the tokens that count, as its trainer calls it, then the trainer's loss."""
+    _require_version()
+    from trl.trainer.grpo_trainer import GRPOTrainer  # noqa: F401
+
+    def call(hidden: Tensor, weight: Tensor, ids: Tensor, **arguments: Any) -> Tensor:
+        mask = arguments["mask"]
+        if mask is None or not hidden.is_cuda:  # its trainer selects tokens on GPUs only
+            logps, entropy, *_ = _head(hidden.flatten(0, 1), weight, ids.flatten(), ("entropy",))
+            return _loss(logps.view_as(ids), entropy.view_as(ids), **arguments)
+        some, more, *_ = _head(hidden[mask], weight, ids[mask], ("entropy",))
+        logps, entropy = (some.new_zeros(ids.shape) for _ in range(2))
+        return _loss(
+            logps.masked_scatter(mask, some), entropy.masked_scatter(mask, more), **arguments
+        )
+
+    return call

@@ -1,0 +1,1 @@
+"""From results/*/*.json to RESULTS.md and the README."""

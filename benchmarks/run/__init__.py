@@ -1,0 +1,1 @@
+"""`benchmarks/run_all`: tests, checks and benchmarks within a given time."""

@@ -1,0 +1,1 @@
+"""One GRPO update of a 7B model."""

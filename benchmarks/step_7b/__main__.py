@@ -1,0 +1,7 @@
+"""Measures one GRPO update of a 7B model."""
+
+import sys
+
+from benchmarks.step_7b.step import main
+
+sys.exit(main())
