@@ -1,9 +1,9 @@
-"""A step of TRL's GRPO trainer, generation apart: forward, loss, backward of one micro-batch.
+"""Time a step of TRL's GRPO trainer, generation apart: forward, loss, backward of one micro-batch.
 
-`eager` is TRL's trainer on plain logits (its log-probs come from `model(...).logits`), `trl` is TRL's trainer
-as it is, `grpo_fast` the one of `grpo_fast.integrations.trl`: what differs is the head and the loss. A Qwen2
-with random weights, in bfloat16 and checkpointed on a GPU; on a CPU it is small and its vocabulary is not. No
-bytes are counted: much of a step is the model's.
+`eager` is TRL's trainer on plain logits (its log-probs come from `model(...).logits`). `trl` is TRL's
+trainer as it is. `grpo_fast` is the one of `grpo_fast.integrations.trl`. They differ in the head and the
+loss. The model is a Qwen2 with random weights: in bfloat16 and checkpointed on a GPU; on a CPU it is
+small, and its vocabulary is not. No bytes are counted: much of a step is the model's.
 """
 
 import copy
@@ -58,42 +58,40 @@ MODELS = {
 DTYPES = {"cpu": (torch.float32, torch.float64), "cuda": (torch.bfloat16, torch.float32)}
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("name", MODELS[shapes.device().type])
-@pytest.mark.parametrize("provider", PROVIDERS)
-def bench_step(benchmark: Any, provider: str, name: str, variant: str) -> None:
+CASES = [
+    measure.Case("trl_step", name, variant, provider)
+    for name in MODELS[shapes.device().type]
+    for variant in VARIANTS
+    for provider in PROVIDERS
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def bench_step(benchmark: Any, case: measure.Case) -> None:
     memory.release()  # a trainer is in cycles with its callbacks
     device = shapes.device()
-    model, (dtype, exact) = MODELS[device.type][name], DTYPES[device.type]
+    model, (dtype, exact) = MODELS[device.type][case.shape], DTYPES[device.type]
     try:
-        trainer = _trainer(provider, variant, model, device, dtype)
-        errors = _check(trainer, _inputs(model, device, variant, model.checked), provider, exact)
-        inputs = _inputs(model, device, variant)
-        extra = memory.peak_extra_bytes(functools.partial(_discard, trainer, inputs))
-        benchmark.group = f"trl_step step {name} {variant}"
+        trainer = _trainer(case.provider, case.variant, model, dtype)
+        checked = _inputs(model, case.variant, model.checked)
+        errors = _check(trainer, checked, case.provider, exact)
+        inputs = _inputs(model, case.variant)
+        discard = functools.partial(_discard, trainer)
+        extra = memory.peak_extra_bytes(functools.partial(discard, inputs))
         benchmark.extra_info |= {
-            "stem": "trl_step",
-            "case": "step",
-            "provider": provider,
-            "shape": name,
-            "variant": variant,
+            **dataclasses.asdict(case),
             "sizes": {key: getattr(model, key) for key in ("B", "T", "V", "D", "layers")},
             "dtype": str(dtype).removeprefix("torch."),
             "live_tokens": int(inputs["completion_mask"].sum()),
-            "bytes": 0,
-            "flops": 0,
-            "roof": None,
-            "peak_extra_bytes": extra,
+            **{"bytes": 0, "flops": 0, "roof": None},
             "errors": errors,
         }
-        benchmark.pedantic(
-            _discard, setup=lambda: ((trainer, inputs), {}), rounds=ROUNDS, warmup_rounds=1
-        )
+        measure.take(benchmark, discard, lambda: inputs, extra, (ROUNDS, 1))
         measure.record(benchmark)
     except ImportError as reason:
-        measure.absent("trl_step", provider, str(reason))
+        measure.absent("trl_step", case.provider, str(reason))
     except torch.OutOfMemoryError:
-        measure.absent("trl_step", f"{provider} {name} {variant}", "out of memory")
+        measure.absent("trl_step", f"{case.provider} {case.shape} {case.variant}", "out of memory")
 
 
 def _step(trainer: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -193,9 +191,7 @@ def _plain_log_probs(temperature: float) -> Any:
     return function
 
 
-def _trainer(
-    provider: str, variant: str, shape: Model, device: torch.device, dtype: torch.dtype
-) -> Any:
+def _trainer(provider: str, variant: str, shape: Model, dtype: torch.dtype) -> Any:
     from datasets import Dataset
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
@@ -219,6 +215,7 @@ def _trainer(
         pad_token_id=0,
         dtype=dtype,
     )
+    device = shapes.device()
     with device:
         model: Any = Qwen2ForCausalLM(config)
     model = model.to(dtype)
@@ -242,9 +239,7 @@ def _trainer(
         processing_class=tokenizer,
     )
     trainer.current_gradient_accumulation_steps = 1
-    if (
-        variant == "off-policy-kl"
-    ):  # TRL would load a reference model from the hub; here the log-probs are given
+    if variant == "off-policy-kl":  # the log-probs are given: TRL would load a reference model
         trainer.args.beta = trainer.beta = 0.04
     if provider == "eager":
         trainer._get_per_token_logps_and_entropies = _plain_log_probs(trainer.temperature)
@@ -254,9 +249,7 @@ def _trainer(
     return trainer
 
 
-def _inputs(
-    shape: Model, device: torch.device, variant: str, T: int | None = None
-) -> dict[str, Tensor]:
+def _inputs(shape: Model, variant: str, T: int | None = None) -> dict[str, Tensor]:
     """Completions that end at random, the first at the end."""
     generator = torch.Generator().manual_seed(0)
     B, T = shape.B, T or shape.T
@@ -276,4 +269,4 @@ def _inputs(
         near = -torch.tensor(float(shape.V)).log()  # a random model is nearly uniform
         for name in ("old_per_token_logps", "ref_per_token_logps"):
             inputs[name] = near + 0.1 * torch.randn(B, T, generator=generator)
-    return {name: x.to(device) for name, x in inputs.items()}
+    return {name: x.to(shapes.device()) for name, x in inputs.items()}

@@ -16,13 +16,12 @@ MEASURE = """
 import json, sys, torch
 from benchmarks.providers import eager
 from benchmarks.inputs import batches as inputs, shapes
-from benchmarks.measuring import measure, memory
+from benchmarks.measuring import calls, memory
 from grpo_fast.loss import grpo_loss
 
 def run(fn, provider, **options):
-    leaf, logits = measure.logits_setup(batch, provider)
-    call = lambda: measure.value_and_grad(
-        fn, leaf, logits, batch.ids, objective=batch.objective, **batch.arguments, **options)
+    given = calls.prepare("grpo", provider, batch)
+    call = lambda: calls.forward_backward(lambda *a, **k: fn(*a, **k, **options), given)
     return memory.peak_extra_bytes(call)
 
 loss = lambda *args, **kwargs: grpo_loss(*args, **kwargs).loss

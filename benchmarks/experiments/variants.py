@@ -1,13 +1,13 @@
-"""Variants of a kernel side by side on the same inputs: what an experiment of NOTES.md is run with.
+"""Time variants of a kernel side by side on the same inputs: the experiments of NOTES.md.
 
     python -m benchmarks.experiments.variants grpo --out FILE  # times, in place, at S0
-    python -m benchmarks.experiments.variants grpo --compile   # nothing is timed: fills Triton's cache
+    python -m benchmarks.experiments.variants grpo --compile   # no times: fills Triton's cache
     python -m benchmarks.experiments.variants grpo --once      # one launch of each, for a profiler
     python -m benchmarks.experiments.variants vocabularies | logprob | head
 
 A variant is this project's `kernels/` with some text replaced (`VARIANTS`), or another folder of kernels
-(`--folder NAME=PATH`), imported under a name of its own. Every variant is held against float64 on some rows
-before it is timed, by events on the device; the inputs are new in every round.
+(`--folder NAME=PATH`), imported under a name of its own. Every variant is held against float64 on some
+rows before it is timed, by events on the device; the inputs are new in every round.
 """
 
 import argparse
@@ -17,7 +17,6 @@ import importlib
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,90 +26,43 @@ from torch import Tensor
 
 from benchmarks import ROOT
 from benchmarks.inputs import shapes
-from benchmarks.measuring import machine
-from benchmarks.measuring import recorder as results
+from benchmarks.measuring import machine, recorder
 from grpo_fast import Objective, reference
+from grpo_fast.loss import linear_grpo_loss
 from grpo_fast.testing import assert_as_accurate
 
 KERNELS = ROOT / "kernels"
 ROUNDS, WARMUP = 20, 3
 CHECKED = 16  # rows
 OBJECTIVE = Objective.preset("grpo", beta=0.04)
+S0 = shapes.get("qwen2.5-7b-16k")
 
 Edit = tuple[str, str, str]  # file, text, what stands there instead
 
 
-def _parts(n: int) -> Edit:
-    """At most so many programs share a row."""
-    return ("schedules.py", "\nPARTS = 16 ", f"\nPARTS = {n} ")
-
-
 def _side(n: int) -> Edit:
-    """How many segments of a float32 row are read at a time."""
+    """Change how many segments of a float32 row are read at a time."""
     return ("grpo.py", "side = 4 if entropy", f"side = {n} if entropy")
 
 
-def _stages(n: int) -> Edit:
-    """Pipeline the loop that writes the gradient in so many stages."""
-    loop = "    for i in range(0, full):\n        base = start + (full - 1 - i if BACKWARDS"
-    return ("rows.py", loop, loop.replace("range(0, full)", f"tl.range(0, full, num_stages={n})"))
-
-
-def _tile(threads: int, k: int) -> list[Edit]:
-    """Threads of a program, and the elements of each of its lanes."""
-    tile = "K, T, warps = 4, 8 * threads, threads // WARP_SIZE"
-    return [
-        ("schedules.py", "threads = 128 if capped else 256", f"threads = {threads}"),
-        ("schedules.py", tile, tile.replace("= 4", f"= {k}")),
-    ]
-
-
-def _hint(of_pass: str, hint: str) -> Edit:
-    """What the loads (and stores) of a pass tell the cache."""
-    now = {"FIRST_OF_TWO": "evict_last", "ONLY_ONE": "evict_first", "REWRITE": "evict_first"}
-    line = f'\n{of_pass} = tl.constexpr("{{}}")'
-    return ("rows.py", line.format(now[of_pass]), line.format(hint))
-
-
-NO_LAST = _hint("FIRST_OF_TWO", "")
-NO_FIRST = _hint("REWRITE", "")
 # Segments of one tile for halves too: two at a time in `grpo`, two one after the other in `logprob`.
+T_STEPS = "T, steps = 16 // itemsize * threads, "
 SIDE_BY_SIDE: list[Edit] = [
     ("schedules.py", "if capped or itemsize < 4 or", "if capped or"),
-    (
-        "schedules.py",
-        "T, steps = 16 // itemsize * threads, 2",
-        "T, steps = 16 // itemsize * threads, 1",
-    ),
+    ("schedules.py", f"{T_STEPS}2", f"{T_STEPS}1"),
     ("schedules.py", "\nSEGMENTS = 4 ", "\nSEGMENTS = 2 "),
 ]
+# What waits for a GPU. Parts, stages, tiles, threads and cache hints were measured: NOTES.md.
 VARIANTS: dict[str, list[Edit]] = {
     "as it is": [],
-    "no hints": [NO_LAST, NO_FIRST],
-    "evict_first alone": [NO_LAST],
-    "evict_last alone": [NO_FIRST],
     "two segments side by side": [*SIDE_BY_SIDE, _side(2)],
     "float32: 2 segments at a time": [_side(2)],
     "float32: 1 segment at a time": [_side(1)],
-    "5 parts": [_parts(5)],
-    "8 parts": [_parts(8)],
-    "19 parts": [_parts(32)],
-    "stages 2": [_stages(2)],
-    "stages 3": [_stages(3)],
-    "K 8": _tile(256, 8),
-    "K 2": _tile(256, 2),
-    "128 threads": _tile(128, 4),
-    "512 threads": _tile(512, 2),
-    "backwards": [("grpo.py", "= not OVERLAP and ((not SPLIT", "= not OVERLAP and ((True")],
 }
 ON_CHIP = "on chip"  # what GRPO_FAST_ON_CHIP=1 runs, where it can
 LOGPROB: dict[str, list[Edit]] = {
     "as it is": [],
-    "evict_last": [_hint("ONLY_ONE", "evict_last")],
-    "no hints": [_hint("ONLY_ONE", "")],
     "two segments one after the other": SIDE_BY_SIDE,
-    "5 parts": [_parts(5)],
-    "K 8": _tile(256, 8),
 }
 
 
@@ -230,7 +182,7 @@ class Sheet:
         self.document["rows"].append(row)
         print(row, flush=True)
         if self.out:
-            results.write(self.out, self.document)
+            recorder.write(self.out, self.document)
 
 
 def attempt(sheet: Sheet, about: dict[str, Any], run: Callable[[], dict[str, Any]]) -> None:
@@ -244,14 +196,11 @@ def attempt(sheet: Sheet, about: dict[str, Any], run: Callable[[], dict[str, Any
             raise SystemExit(1) from error
 
 
-def folders(options: Any) -> dict[str, Path]:
-    return {name: Path(path) for name, path in (x.split("=", 1) for x in options.folder)}
-
-
 def grpo_modules(options: Any) -> dict[str, Any]:
     found = {}
     chosen: dict[str, tuple[list[Edit], Path | None]] = {k: (v, None) for k, v in VARIANTS.items()}
-    chosen |= {ON_CHIP: ([], None)} | {x: ([], path) for x, path in folders(options).items()}
+    chosen[ON_CHIP] = ([], None)
+    chosen |= {name: ([], Path(path)) for name, path in (x.split("=", 1) for x in options.folder)}
     for name, (edits, folder) in chosen.items():
         if options.only and not any(word in name for word in options.only):
             continue
@@ -267,34 +216,37 @@ def grpo_modules(options: Any) -> dict[str, Any]:
     return found
 
 
+def compared(module: Any, x: Inputs, out: Tensor, rounds: int = ROUNDS) -> dict[str, Any]:
+    """Check a variant, then time it: the numbers of a row."""
+    worst = check(module, x, out)
+    found = timed(lambda: launch(module, x, out), lambda: x.work.copy_(x.source), rounds)
+    moved = x.source.numel() * (x.source.element_size() + out.element_size())
+    return {"error": worst, **found, "bytes_per_second": moved / found["median"]}
+
+
 def suite_grpo(options: Any) -> None:
     """In place at S0; `--compile` on a few rows, `--once` one launch each."""
-    shape = shapes.get("qwen2.5-7b-16k")
-    dtype = torch.float32 if options.float32 else torch.bfloat16
+    shape, dtype = S0, torch.bfloat16
     if options.float32:
-        shape = shapes.get("qwen2.5-7b-4k")
+        shape, dtype = shapes.get("qwen2.5-7b-4k"), torch.float32
     if options.compile:
         shape = dataclasses.replace(shape, B=1, T=64)
     x = make(shape, dtype)
-    out = x.work
-    if options.float32:  # as in the head: float32 logits, a bfloat16 gradient beside them
-        out = torch.empty_like(x.work, dtype=torch.bfloat16)
+    # As in the head: float32 logits have a bfloat16 gradient beside them.
+    out = torch.empty_like(x.work, dtype=torch.bfloat16) if options.float32 else x.work
     sheet = Sheet(options.out, f"grpo {dtype}")
+
+    def row(module: Any) -> dict[str, Any]:
+        if not (options.compile or options.once):
+            return compared(module, x, out)
+        x.work.copy_(x.source)
+        launch(module, x, out)
+        torch.cuda.synchronize()
+        return {}
+
     for name, module in grpo_modules(options).items():
         about = {"variant": name, "shape": [shape.B, shape.T, shape.V], "dtype": str(dtype)}
-
-        def row(module: Any = module) -> dict[str, Any]:
-            if options.compile or options.once:
-                x.work.copy_(x.source)
-                launch(module, x, out)
-                torch.cuda.synchronize()
-                return {}
-            worst = check(module, x, out)
-            found = timed(lambda: launch(module, x, out), lambda: x.work.copy_(x.source))
-            moved = x.work.nbytes + out.nbytes
-            return {"error": worst, **found, "bytes_per_second": moved / found["median"]}
-
-        attempt(sheet, about, row)
+        attempt(sheet, about, functools.partial(row, module))
 
 
 def suite_vocabularies(options: Any) -> None:
@@ -307,110 +259,57 @@ def suite_vocabularies(options: Any) -> None:
     ):
         shape = shapes.Shape(B=8, T=1024, V=V, G=4)
         x = make(shape, torch.bfloat16, padded)
-
-        def row(x: Inputs = x) -> dict[str, Any]:
-            worst = check(base, x, x.work)
-            found = timed(lambda: launch(base, x, x.work), lambda: x.work.copy_(x.source), 10)
-            moved = 2 * x.source.numel() * x.source.element_size()
-            return {"error": worst, **found, "bytes_per_second": moved / found["median"]}
-
-        attempt(sheet, {"V": V, "stride": padded or V, "rows": shape.N}, row)
+        about = {"V": V, "stride": padded or V, "rows": shape.N}
+        attempt(sheet, about, functools.partial(compared, base, x, x.work, 10))
         del x
 
 
 def suite_logprob(options: Any) -> None:
-    """The forward pass at S0, and a multiplication right after it."""
-    shape = shapes.get("qwen2.5-7b-16k")
-    if options.compile:
-        shape = dataclasses.replace(shape, B=1, T=64)
-    x = make(shape, torch.bfloat16)
+    """The forward pass at S0."""
+    x = make(dataclasses.replace(S0, B=1, T=64) if options.compile else S0, torch.bfloat16)
     sheet = Sheet(options.out, "logprob forward")
-    a, b = (torch.randn(4096, 4096, device="cuda").bfloat16() for _ in range(2))
-    c = torch.empty_like(a)
-
-    def gemm() -> None:
-        torch.mm(a, b, out=c)
-
     truth = reference.logprob(x.source[0, :64].double(), x.tokens["ids"][:64])
-    for name, edits in LOGPROB.items():
-        module = load(f"logprob {name}", edits)("logprob")
 
-        def run(module: Any = module) -> Tensor:
+    def row(module: Any) -> dict[str, Any]:
+        def run() -> Tensor:
             return module.logprob_fwd(x.source, x.tokens["ids"], None, None, 1.0, False)[0]
 
-        def row(run: Callable[[], Tensor] = run) -> dict[str, Any]:
-            logp = run()[:64].double()
-            assert (logp - truth).abs().max() < 1e-4
-            if options.compile:
-                return {}
-            found = timed(run, lambda: None)
-            after = timed(gemm, run, 10)["median"]
-            rate = x.source.nbytes / found["median"]
-            return {**found, "bytes_per_second": rate, "gemm_after": after}
+        assert (run()[:64].double() - truth).abs().max() < 1e-4
+        if options.compile:
+            return {}
+        found = timed(run, lambda: None)
+        return {**found, "bytes_per_second": x.source.nbytes / found["median"]}
 
-        attempt(sheet, {"variant": name}, row)
-    if not options.compile:
-        flush = torch.empty_like(x.work)
-        after = timed(gemm, lambda: flush.copy_(x.source), 10)
-        sheet.add(variant="a copy of the logits, then the multiplication", **after)
+    for name, edits in LOGPROB.items():
+        module = load(f"logprob {name}", edits)("logprob")
+        attempt(sheet, {"variant": name}, functools.partial(row, module))
 
 
 def suite_head(options: Any) -> None:
-    """`linear_grpo_loss` at S0 by chunk length, and its multiplications alone."""
-    from grpo_fast.loss import linear_grpo_loss
-
-    shape = shapes.get("qwen2.5-7b-16k")
-    B, T, V, D = shape.B, shape.T, shape.V, shape.D
+    """`linear_grpo_loss` at S0 by chunk length."""
+    B, T, V, D = S0.B, S0.T, S0.V, S0.D
     torch.manual_seed(0)
     hidden = torch.randn(B, T, D, device="cuda").bfloat16().requires_grad_()
     weight = (torch.randn(V, D, device="cuda") * D**-0.5).bfloat16().requires_grad_()
     ids = torch.randint(V, (B, T), device="cuda")
     given: dict[str, Any] = {"advantages": torch.randn(B, device="cuda"), "compact": False}
-    given["old_logps"] = torch.full((B, T), -12.0, device="cuda")
-    given["objective"] = Objective()
+    given |= {"old_logps": torch.full((B, T), -12.0, device="cuda"), "objective": Objective()}
     sheet = Sheet(options.out, "head by chunk length")
 
-    def gemms(C: int, wide: bool) -> Callable[[], None]:
-        h, w = hidden.detach().view(-1, D), weight.detach()
-        z = torch.empty(C, V, device="cuda", dtype=torch.float32 if wide else torch.bfloat16)
-        dz = z.view(torch.bfloat16)[:, :V]  # over the logits, as the head has it
-        dh = torch.empty(C, D, device="cuda", dtype=torch.float32)
-        dw = torch.empty(V, D, device="cuda", dtype=torch.float32)
+    def row(rows: int, dtype: Any) -> dict[str, Any]:
+        def step() -> None:
+            out = linear_grpo_loss(
+                hidden, weight, ids, chunk_size=rows, logits_dtype=dtype, **given
+            )
+            torch.autograd.grad(out.loss, (hidden, weight))
 
-        def run() -> None:
-            for start in range(0, len(h), C):
-                part = h[start : start + C]
-                n = len(part)
-                if wide:
-                    torch.mm(part, w.T, out_dtype=torch.float32, out=z[:n])
-                else:
-                    torch.mm(part, w.T, out=z[:n])
-                torch.mm(dz[:n], w, out_dtype=torch.float32, out=dh[:n])
-                beta = int(start > 0)
-                torch.addmm(dw, dz[:n].T, part, beta=beta, out_dtype=torch.float32, out=dw)
+        return timed(step, lambda: None, 3)
 
-        return run
-
-    for wide in (False, True):
-        for C in (2048, 2944, 3328, 3584, 4096, 5504):
-            if wide and C > 4096:
-                continue
-            about = {"logits": "fp32" if wide else "bf16", "chunk": C}
-
-            def whole(C: int = C, wide: bool = wide) -> dict[str, Any]:
-                def step() -> None:
-                    out = linear_grpo_loss(
-                        *(hidden, weight, ids),
-                        chunk_size=C,
-                        logits_dtype="fp32" if wide else "bf16",
-                        **given,
-                    )
-                    torch.autograd.grad(out.loss, (hidden, weight))
-
-                found = timed(step, lambda: None, 3)
-                return {**found, "gemms": timed(gemms(C, wide), lambda: None, 2)["median"]}
-
-            attempt(sheet, about, whole)
+    for dtype, most in (("bf16", 5504), ("fp32", 4096)):
+        for rows in (2048, 2944, 3328, 3584, 4096, 5504):
+            if rows <= most:
+                about = {"logits": dtype, "chunk": rows}
+                attempt(sheet, about, functools.partial(row, rows, dtype))
 
 
 SUITES = {
@@ -422,20 +321,19 @@ SUITES = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("suite", choices=SUITES)
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--compile", action="store_true", help="on a few rows, without a time")
-    parser.add_argument("--once", action="store_true", help="one launch each, without a time")
-    parser.add_argument("--float32", action="store_true", help="float32 logits, 4,096 tokens")
-    parser.add_argument("--only", action="append", help="variants whose name holds this")
-    parser.add_argument(
-        "--folder", action="append", default=[], metavar="NAME=PATH", help="other kernels"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    add = parser.add_argument
+    add("suite", choices=SUITES)
+    add("--out", type=Path, help="JSON file, written anew after each row")
+    add("--compile", action="store_true", help="on a few rows, without a time")
+    add("--once", action="store_true", help="one launch each, without a time")
+    add("--float32", action="store_true", help="float32 logits, 4,096 tokens")
+    add("--only", action="append", help="variants whose name holds this")
+    add("--folder", action="append", default=[], metavar="NAME=PATH", help="other kernels")
     options = parser.parse_args()
-    start = time.monotonic()
     SUITES[options.suite](options)
-    print(f"{options.suite}: {time.monotonic() - start:.1f} s")
 
 
 if __name__ == "__main__":

@@ -48,12 +48,13 @@ CUDA = {
     "gpt2-16k": of("gpt2", 16, 1024),
 }
 CPU = {
+    "llama2-7b-1k": of("llama2-7b", 16, 64),
     "llama2-7b-4k": of("llama2-7b", 16, 256),
     "qwen2.5-0.5b-256": of("qwen2.5-0.5b", 4, 64),
     "gemma3-1b-128": of("gemma3-1b", 4, 32),
     "gpt2-512": of("gpt2", 8, 64),
 }
-# From hidden states: the first three take part in the plots over N.
+# From hidden states.
 CUDA_HIDDEN = {
     "qwen2.5-7b-16k": of("qwen2.5-7b", 16, 1024),
     "qwen2.5-7b-4k": of("qwen2.5-7b", 4, 1024),
@@ -64,6 +65,7 @@ CUDA_HIDDEN = {
 }
 CPU_7B = "qwen2.5-7b-1k"
 CPU_HIDDEN = {
+    "small-head-256": of("small-head", 8, 32),
     "small-head-4k": of("small-head", 16, 256),
     "small-head-1k": of("small-head", 16, 64),
     "small-head-2k": of("small-head", 16, 128),
@@ -78,7 +80,6 @@ TOKENS = {
 
 # What is in a batch: every token counts; about 30 % padding; half of the groups with equal rewards.
 VARIANTS = ("full", "padded", "zero-variance")
-SEQUENCE_VARIANT = "gspo"  # every token counts, the ratio is the sequence's
 REALISTIC = "realistic"  # half of it padding, 40 % of the groups with equal rewards, no KL term
 DEAD = "dead"  # 60 % padding, evenly; every other token has a gradient
 

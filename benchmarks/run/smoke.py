@@ -1,13 +1,15 @@
-"""Does every kernel compile, launch and agree with float64 on this device? `benchmarks/run_all --smoke`.
+"""Say whether every kernel compiles, launches and agrees with float64 on this device.
 
+    benchmarks/run_all --smoke
     python -m benchmarks.run.smoke bfloat16 --out smoke.json     # one group of checks, in this process
 
-Each group of `smoke_checks` is a process with a time limit of its own, all at the same time: nothing is
-timed. A check that raises, or is wrong, costs its own line; one that hangs, or takes the process down, is
-named by the file that the process leaves behind.
+Each group of `smoke_checks` is a process of its own. All run at the same time: nothing is timed. A check
+that raises, or is wrong, costs its own line. A check that hangs, or takes the process down, is named by
+the file that the process leaves behind.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import signal
@@ -21,8 +23,7 @@ from typing import Any
 import torch
 
 from benchmarks import ROOT
-from benchmarks.measuring import machine
-from benchmarks.measuring import recorder as results
+from benchmarks.measuring import machine, recorder
 from benchmarks.run import failures
 from benchmarks.run.smoke_checks import GROUPS
 
@@ -30,22 +31,21 @@ COMMAND = "benchmarks/run_all --smoke"
 TESTS = (
     *("test_logprob", "test_ids", "test_linear_edges", "test_linear_logprob", "test_weights"),
     *("test_grpo", "test_linear_model", "test_linear_upstream", "test_policy_loss"),
-    "test_reduction_weights",
-    *("test_sequence_loss", "test_selection", "test_diagnostics", "test_linear_grpo"),
-    *("test_loss", "test_group_advantage", "test_index_arithmetic"),
+    *("test_reduction_weights", "test_sequence_loss", "test_selection", "test_diagnostics"),
+    *("test_linear_grpo", "test_loss", "test_group_advantage", "test_index_arithmetic"),
 )
-FAILURES = "failures.txt"
+SECONDS = 170.0  # for everything, at most
 GRACE = 6.0  # seconds to stop in after an interrupt
 
 
 def run_group(name: str, out: Path | None) -> int:
-    """All checks of a group, the file written before and after each; how many are not right."""
+    """Run all checks of a group, the file written before and after each; how many are not right."""
     document: dict[str, Any] = {"group": name, "checks": [], "running": None}
     failed = 0
     for case, check in GROUPS[name]():
         document["running"] = case
         if out:
-            results.write(out, document)
+            recorder.write(out, document)
         start = time.monotonic()
         row: dict[str, Any] = {"case": case}
         try:
@@ -65,36 +65,47 @@ def run_group(name: str, out: Path | None) -> int:
     else:
         document["running"] = None
     if out:
-        results.write(out, document)
+        recorder.write(out, document)
     return failed
 
 
 def run(out: Path, commit: str, seconds: float) -> int:
-    """All groups and this project's tests of kernels at the same time; 1 if anything is not right."""
+    """Run all groups and the tests of kernels at the same time; 1 if anything is not right."""
     folder = out / f"smoke-{commit}"
     folder.mkdir(parents=True, exist_ok=True)
-    environment = machine.environment() | {"PYTHONUNBUFFERED": "1"}
-    environment[failures.VARIABLE] = str(folder / FAILURES)
-    commands = {name: _group(name, folder / f"{name}.json") for name in GROUPS}
-    commands["tests"] = _tests(folder)
-    start = time.monotonic()
+    failed = folder / "failures.txt"
+    more = {"PYTHONUNBUFFERED": "1", failures.VARIABLE: str(failed)}
     running = {}
-    for name, command in commands.items():
+    for name in (*GROUPS, "tests"):
+        command = _tests() if name == "tests" else _group(name, folder / f"{name}.json")
         with open(folder / f"{name}.log", "w") as log:
             running[name] = subprocess.Popen(
                 command,
                 cwd=ROOT,
-                env=environment,
+                env=machine.environment() | more,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-    ended: dict[str, str] = {}
+    ended = _wait(running, seconds)
+    info = machine.describe_without_roofs() | {"command": COMMAND, "absent": {}}
+    groups = {name: _ended(name, folder / f"{name}.json", ended[name]) for name in GROUPS}
+    names = failed.read_text().splitlines() if failed.exists() else []
+    groups["tests"] = {"ended": ended["tests"], "failed": names}
+    print(f"tests: {ended['tests']}\n{(folder / 'tests.log').read_text()[-6000:]}")
+    document = {"machine_info": info, "benchmarks": [], "smoke": groups}
+    recorder.write(out / f"smoke-{commit}.json", document)
+    return int(any(outcome != "right" for outcome in ended.values()))
+
+
+def _wait(running: dict[str, subprocess.Popen], seconds: float) -> dict[str, str]:
+    """How each process ended; those that are late are interrupted, then killed."""
+    start, ended = time.monotonic(), {}
     while running and time.monotonic() - start < seconds:
         for name, process in list(running.items()):
-            code = process.poll()
-            if code is not None:
-                ended[name] = _meaning(code)
+            if (code := process.poll()) is not None:
+                crash = code < 0 and f"crashed: {signal.Signals(-code).name}"
+                ended[name] = crash or ("not right" if code else "right")
                 print(f"smoke: {name}: {ended[name]} after {time.monotonic() - start:.0f} s")
                 del running[name]
         time.sleep(0.2)
@@ -108,55 +119,33 @@ def run(out: Path, commit: str, seconds: float) -> int:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         ended[name] = "out of time"
-    return _summary(out / f"smoke-{commit}.json", folder, ended)
+    return ended
 
 
 def _group(name: str, path: Path) -> list[str]:
     return [sys.executable, "-m", "benchmarks.run.smoke", name, "--out", str(path)]
 
 
-def _tests(folder: Path) -> list[str]:
+def _tests() -> list[str]:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short"]
     command += ["-p", "no:benchmark"]  # it warns of xdist, and a warning is an error
-    try:
-        import xdist  # type: ignore[import-untyped]  # noqa: F401
-    except ImportError:
-        workers = 1
-    else:
+    if importlib.util.find_spec("xdist"):
         workers = max(1, (os.cpu_count() or 1) * 3 // 4)
         command += ["-n", str(workers), "--dist", "worksteal"]
     command += ["-k", "triton or not torch"]  # PyTorch's operators are not what is new on a device
-    command += [f"--junitxml={folder / 'tests.xml'}", "-p", "benchmarks.run.failures"]
-    return [*command, *(f"tests/{stem}.py" for stem in TESTS)]
+    files = [str(path) for path in (ROOT / "tests").rglob("test_*.py") if path.stem in TESTS]
+    return [*command, "-p", failures.__name__, *files]
 
 
-def _meaning(code: int) -> str:
-    if code < 0:
-        return f"crashed: {signal.Signals(-code).name}"
-    return "right" if code == 0 else "not right"
-
-
-def _summary(path: Path, folder: Path, ended: dict[str, str]) -> int:
-    document: dict[str, Any] = {"machine_info": _info(), "benchmarks": [], "smoke": {}}
-    for name in GROUPS:
-        part = folder / f"{name}.json"
-        found = json.loads(part.read_text()) if part.exists() else {"checks": [], "running": None}
-        document["smoke"][name] = {"ended": ended[name], **found}
-        bad = [f"{x['case']}: {x['message']}" for x in found["checks"] if x["outcome"] != "right"]
-        if found["running"]:
-            bad.append(f"{found['running']}: {ended[name]}")
-        print(f"{name}: {len(found['checks'])} checks, {len(bad)} not right: {ended[name]}")
-        print("".join(f"  {line[:400]}\n" for line in bad), end="")
-    log, failed = folder / "tests.log", folder / FAILURES
-    found = failed.read_text().splitlines() if failed.exists() else []
-    document["smoke"]["tests"] = {"ended": ended["tests"], "failed": found}
-    print(f"tests: {ended['tests']}\n{log.read_text()[-6000:]}")
-    results.write(path, document)
-    return int(any(outcome != "right" for outcome in ended.values()))
-
-
-def _info() -> dict[str, Any]:
-    return machine.describe_without_roofs() | {"command": COMMAND, "absent": {}}
+def _ended(name: str, path: Path, ended: str) -> dict[str, Any]:
+    """What is known of a group; what is not right is printed."""
+    found = json.loads(path.read_text()) if path.exists() else {"checks": [], "running": None}
+    bad = [f"{x['case']}: {x['message']}" for x in found["checks"] if x["outcome"] != "right"]
+    if found["running"]:
+        bad.append(f"{found['running']}: {ended}")
+    print(f"{name}: {len(found['checks'])} checks, {len(bad)} not right: {ended}")
+    print("".join(f"  {line[:400]}\n" for line in bad), end="")
+    return {"ended": ended, **found}
 
 
 def main() -> int:

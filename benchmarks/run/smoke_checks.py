@@ -3,8 +3,9 @@
 A result may be twice as far from float64 as plain PyTorch's in the same dtype.
 """
 
+import copy
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, get_args
 from unittest import mock
@@ -12,99 +13,116 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from benchmarks.inputs.shapes import device
+from benchmarks.measuring.gate import relative_error
 from grpo_fast import Objective, reference
+from grpo_fast.kernels import on_chip
 from grpo_fast.loss import grpo_loss, linear_grpo_loss, metrics_from, policy_loss
 from grpo_fast.objective import KL, Surrogate
 from grpo_fast.ops import group_advantage, linear_logprob, logprob
 from grpo_fast.testing import assert_as_accurate
 
+CUDA = torch.cuda.is_available()
 # Every schedule, with rows that start aligned and rows that do not: one tile, one program, many programs.
-VOCABULARIES = (100, 1000, 1024, 9001, 32_768, 40_000, 50_257, 128_264, 151_665, 152_064)
-INTERPRETED = (100, 9001, 40_000)  # where no GPU is
+ALL = (100, 1000, 1024, 9001, 32_768, 40_000, 50_257, 128_264, 151_665, 152_064)
+VOCABULARIES = ALL if CUDA else (100, 9001, 40_000)
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-OUTSIDE = (-100, -1, 2**32)
 BY_SEQUENCE = ("gmpo", "vespo")
 LARGE = (16_384, 152_064)  # more than 2**31 elements
-Check = Callable[[], dict[str, float]]
-
-
-def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def vocabularies() -> tuple[int, ...]:
-    return VOCABULARIES if torch.cuda.is_available() else INTERPRETED
+Errors = dict[str, float]
+Results = tuple[Tensor, ...]
 
 
 class Batch:
     """Three sequences of four tokens, some masked with NaN in their logits; old and reference policies."""
 
-    def __init__(self, V: int, dtype: torch.dtype, B: int = 3, T: int = 4) -> None:
+    def __init__(self, V: int, dtype: torch.dtype, D: int = 64) -> None:
+        B, T = 3, 4
         torch.manual_seed(V)
         new = partial(torch.randn, device=device())
-        self.logits = (3 * new(B, T, V)).to(dtype)
+        logits = (3 * new(B, T, V)).to(dtype)
         self.ids = torch.randint(V, (B, T), device=device())
-        self.mask = torch.arange(T, device=device()) < torch.tensor(
-            [T, 1, T - 1], device=device()
-        ).unsqueeze(1)
-        self.logits = torch.where(self.mask[..., None], self.logits, torch.nan)
-        logp = reference.logprob(self.logits.nan_to_num().float(), self.ids)
+        lengths = torch.tensor([T, 1, T - 1], device=device())
+        self.mask = torch.arange(T, device=device()) < lengths[:, None]
+        self.logits = torch.where(self.mask[..., None], logits, torch.nan)
+        self.logps = reference.logprob(self.logits.nan_to_num().float(), self.ids)
         self.arguments: dict[str, Any] = {
             "mask": self.mask,
             "advantages": new(B),
-            "old_logps": logp + 0.3 * new(B, T),
-            "ref_logps": logp + 0.3 * new(B, T),
+            "old_logps": self.logps + 0.3 * new(B, T),
+            "ref_logps": self.logps + 0.3 * new(B, T),
         }
+        self.hidden = new(B, T, D).to(dtype)
+        self.weight = (new(V, D) * 3 * D**-0.5).to(dtype)
 
-    def in_double(self) -> dict[str, Any]:
-        return {
+    def double(self) -> "Batch":
+        """Make a copy with arguments in float64; leaves are cast where they are used."""
+        other = copy.copy(self)
+        other.arguments = {
             k: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
             for k, x in self.arguments.items()
         }
+        return other
 
 
-def error(actual: Tensor, truth: Tensor) -> float:
-    a, t = actual.detach().double(), truth.detach().double()
-    return ((a - t).abs().max() / t.abs().max().clamp(min=1e-300)).item()
+def graded(
+    fn: Callable[..., Any], leaves: Sequence[Tensor], upstream: Any = 3.0, live: Any = ...
+) -> Results:
+    """(value, gradients); of values per token `live` ones, with a gradient that differs from each other."""
+    leaves = [x.detach().clone().requires_grad_() for x in leaves]
+    out = fn(*leaves)
+    value = getattr(out, "loss", out)
+    if value.ndim:
+        value = value[live]
+        upstream = torch.linspace(-1, 2, value.numel(), device=value.device).view_as(value)
+    grads = torch.autograd.grad(value, leaves, torch.as_tensor(upstream).to(value))
+    return value.detach(), *grads
+
+
+def held(
+    ours: Callable[..., Any],
+    spec: Callable[[Batch], Callable[..., Any]],
+    b: Batch,
+    leaves: Sequence[Tensor],
+    names: str,
+    live: Any = ...,
+) -> Errors:
+    """The errors of values and gradients; raises where one is above twice plain PyTorch's."""
+    plain = graded(spec(b), leaves, live=live)
+    truth = graded(spec(b.double()), [x.double() for x in leaves], live=live)
+    return accurate(graded(ours, leaves, live=live), plain, truth, names, live)
 
 
 def accurate(
-    actual: tuple[Tensor, ...], plain: tuple[Tensor, ...], truth: tuple[Tensor, ...], names: str
-) -> dict[str, float]:
-    """The errors against float64; an error where one is above twice plain PyTorch's."""
+    actual: Results, plain: Results, truth: Results, names: str, live: Any = ...
+) -> Errors:
     errors = {}
     for name, a, p, t in zip(names.split(), actual, plain, truth, strict=True):
+        if name == "dlogits" and live is not ...:
+            assert a[~live].eq(0).all(), "a masked token has a gradient"
+            a, p, t = a[live], p[live], t[live]
         assert_as_accurate(a, p, t, scale=0.02 * (name == "entropy"), name=name)
-        errors[name] = error(a, t)
+        errors[name] = relative_error(a, t)
     return errors
 
 
-def graded(fn: Callable[..., Any], x: Tensor, upstream: float = 1.0) -> tuple[Tensor, Tensor]:
-    x = x.detach().clone().requires_grad_()
-    out = fn(x)
-    loss = getattr(out, "loss", out)
-    return loss.detach(), torch.autograd.grad(upstream * loss, x)[0]
-
-
-def check_logprob(V: int, dtype: torch.dtype) -> dict[str, float]:
+def check_logprob(V: int, dtype: torch.dtype) -> Errors:
+    """Log-probs, then the entropy, each with its gradient."""
     b = Batch(V, dtype)
-    live = b.mask
 
-    def values(fn: Callable[..., tuple[Tensor, Tensor]], logits: Tensor) -> tuple[Tensor, ...]:
-        x = logits.detach().clone().requires_grad_()
-        logp, entropy = (o[live] for o in fn(x))
-        ramp = torch.linspace(-1, 2, len(logp), device=x.device).to(logp)
-        (grad,) = torch.autograd.grad((logp, entropy), x, (ramp, 0.5 - ramp))
-        return logp.detach(), entropy.detach(), grad[live]
+    def ours(x: Tensor, which: int) -> Tensor:
+        return logprob(x, b.ids, temperature=0.7, mask=b.mask, return_entropy=True)[which]
 
-    def plain(x: Tensor) -> tuple[Tensor, Tensor]:
-        return reference.logprob(x, b.ids, 0.7), reference.entropy(x, 0.7)
-
-    ours = values(
-        lambda x: logprob(x, b.ids, temperature=0.7, mask=live, return_entropy=True), b.logits
+    specs = (
+        lambda _: lambda x: reference.logprob(x, b.ids, 0.7),
+        lambda _: lambda x: reference.entropy(x, 0.7),
     )
-    baseline, truth = values(plain, b.logits), values(plain, b.logits.double())
-    return accurate(ours, baseline, truth, "logp entropy dlogits")
+    errors: Errors = {}
+    for which, name in enumerate(("logp", "entropy")):
+        first = partial(ours, which=which)
+        found = held(first, specs[which], b, [b.logits], f"{name} dlogits", b.mask)
+        errors |= {name: found[name], f"dlogits of {name}": found["dlogits"]}
+    return errors
 
 
 def check_grpo(
@@ -112,41 +130,33 @@ def check_grpo(
     dtype: torch.dtype,
     objective: Objective = Objective(beta=0.1, entropy_coef=0.02),
     **changes: Any,
-) -> dict[str, float]:
+) -> Errors:
     """Loss and gradient under an upstream gradient of 3; in place, and run again, the same bits."""
     b = Batch(V, dtype)
     b.arguments |= {"objective": objective, **changes}
 
-    def ours(x: Tensor, **options: Any) -> Any:
-        return grpo_loss(x, b.ids, **b.arguments, **options)
+    def ours(x: Tensor) -> Any:
+        return grpo_loss(x, b.ids, **b.arguments)
 
-    def spec(x: Tensor, arguments: dict[str, Any]) -> Tensor:
-        return reference.grpo_loss(x, b.ids, **arguments)
+    def inplace(x: Tensor) -> Any:
+        return grpo_loss(x.clone(), b.ids, inplace=True, **b.arguments)
 
-    actual = graded(ours, b.logits, 3.0)
-    plain = graded(lambda x: spec(x, b.arguments), b.logits, 3.0)
-    truth = graded(lambda x: spec(x, b.in_double()), b.logits.double(), 3.0)
-    live = b.mask
-    inplace = graded(lambda x: ours(x.clone(), inplace=True), b.logits, 3.0)
-    for loss, grad in (inplace, actual):
-        assert grad[~live].eq(0).all(), "a masked token has a gradient"
-        errors = accurate(
-            (loss, grad[live]),
-            (plain[0], plain[1][live]),
-            (truth[0], truth[1][live]),
-            "loss dlogits",
-        )
-    others = [graded(ours, b.logits, 3.0)]
+    def spec(b: Batch) -> Callable[[Tensor], Tensor]:
+        return lambda x: reference.grpo_loss(x, b.ids, **b.arguments)
+
+    held(inplace, spec, b, [b.logits], "loss dlogits", b.mask)
+    errors = held(ours, spec, b, [b.logits], "loss dlogits", b.mask)
+    others = {"again": ours}
     if objective.ratio == "token" and objective.surrogate not in BY_SEQUENCE:
-        others.append(inplace)  # the others take their factor at another place
-    for other in others:
-        for one, two in zip(actual, other, strict=True):
-            same = (one.nan_to_num() == two.nan_to_num()).all()
-            assert same, "other bits in place" if other is inplace else "other bits again"
+        others["in place"] = inplace  # the others take their factor at another place
+    actual = graded(ours, [b.logits])
+    for how, other in others.items():
+        for one, two in zip(actual, graded(other, [b.logits]), strict=True):
+            assert (one.nan_to_num() == two.nan_to_num()).all(), f"other bits {how}"
     return errors
 
 
-def check_same_bits(V: int, dtype: torch.dtype) -> dict[str, float]:
+def check_same_bits(V: int, dtype: torch.dtype) -> Errors:
     """`logprob` and `grpo_loss` give the same log-probs to the bit, and one row alone if 8 divides V."""
     b = Batch(V, dtype)
     one = logprob(b.logits, b.ids, mask=b.mask)[b.mask]
@@ -159,13 +169,11 @@ def check_same_bits(V: int, dtype: torch.dtype) -> dict[str, float]:
     return {}
 
 
-def check_outside(V: int, dtype: torch.dtype) -> dict[str, float]:
+def check_outside(V: int, dtype: torch.dtype) -> Errors:
     """A live id outside the vocabulary: NaN there, the other tokens as they were."""
-    if not torch.cuda.is_available():
-        return {}  # an error instead: values are looked at there
     b = Batch(V, dtype)
     want = logprob(b.logits, b.ids, mask=b.mask)
-    for bad in (*OUTSIDE, V):
+    for bad in (-100, -1, 2**32, V):
         ids = b.ids.clone()
         ids[2, 2] = bad
         logp = logprob(b.logits, ids, mask=b.mask)
@@ -175,98 +183,77 @@ def check_outside(V: int, dtype: torch.dtype) -> dict[str, float]:
     return {}
 
 
-def check_strided(V: int, dtype: torch.dtype) -> dict[str, float]:
+def check_strided(V: int, dtype: torch.dtype) -> Errors:
     """The view that a model's logits are sliced to is read where it is, wherever its rows start."""
     b = Batch(V, dtype)
     wide = torch.nn.functional.pad(b.logits, (0, 16, 1, 1), value=torch.nan)
-    view = wide[:, 1:-1, :V]
-    one = graded(lambda x: grpo_loss(x, b.ids, **b.arguments), b.logits)
-    two = graded(lambda x: grpo_loss(x[:, 1:-1, :V], b.ids, **b.arguments), wide)
-    assert (view.nan_to_num() == b.logits.nan_to_num()).all()
+    one = graded(lambda x: grpo_loss(x, b.ids, **b.arguments), [b.logits])
+    two = graded(lambda x: grpo_loss(x[:, 1:-1, :V], b.ids, **b.arguments), [wide])
+    rounding = 1e-5 if dtype == torch.float32 else torch.finfo(dtype).eps
     for x, y in zip(one, (two[0], two[1][:, 1:-1, :V]), strict=True):
-        if V % 8:  # the sums run in another order
-            rounding = 1e-5 if dtype == torch.float32 else torch.finfo(dtype).eps
-            assert ((x - y).abs() <= rounding * x.abs() + 1e-6 * x.abs().max()).all()
-        else:
-            assert (x == y).all()
+        # Where 8 does not divide V the sums run in another order.
+        allowed = rounding * x.abs() + 1e-6 * x.abs().max() if V % 8 else torch.zeros_like(x)
+        assert ((x - y).abs() <= allowed).all()
     return {}
 
 
-def check_metrics(V: int) -> dict[str, float]:
+def check_metrics(V: int) -> Errors:
     """What the kernel of the statistics makes of them."""
     b = Batch(V, torch.float32)
     out = grpo_loss(b.logits, b.ids, return_entropy=True, **b.arguments)
     want = metrics_from(out.statistics)
     for name, x in out.metrics.items():
         assert torch.isclose(x, want[name], rtol=1e-6), f"{name}: {x.item()}, {want[name].item()}"
-    return {"kl": error(out.metrics["kl"], want["kl"])}
+    return {"kl": relative_error(out.metrics["kl"], want["kl"])}
 
 
-def check_on_chip(V: int, dtype: torch.dtype) -> dict[str, float]:
+def check_on_chip(V: int, dtype: torch.dtype) -> Errors:
     """The other kernel, where there is one for this GPU and this Triton."""
-    from grpo_fast.kernels import on_chip
-
     if on_chip.unavailable(device()):
         return {}
     with mock.patch.dict(os.environ, {"GRPO_FAST_ON_CHIP": "1"}):
         return check_grpo(V, dtype)
 
 
-def head_batch(V: int, dtype: torch.dtype) -> tuple[Batch, Tensor, Tensor]:
-    b = Batch(V, dtype)
-    D = 64
-    hidden = torch.randn(*b.ids.shape, D, device=device()).to(dtype)
-    weight = (torch.randn(V, D, device=device()) * 3 * D**-0.5).to(dtype)
-    return b, hidden, weight
-
-
-def check_head(V: int, dtype: torch.dtype, **options: Any) -> dict[str, float]:
+def check_head(V: int, dtype: torch.dtype, **options: Any) -> Errors:
     """From hidden states: loss, dhidden and dweight."""
-    b, hidden, weight = head_batch(V, dtype)
+    b = Batch(V, dtype)
     b.arguments["objective"] = Objective(beta=0.1)
-
-    def run(fn: Callable[..., Any], cast: torch.dtype, arguments: dict[str, Any]) -> Any:
-        h, w = (x.detach().to(cast).requires_grad_() for x in (hidden, weight))
-        out = fn(h, w, b.ids, **arguments)
-        loss = getattr(out, "loss", out)
-        return (loss.detach(), *torch.autograd.grad(3 * loss, (h, w)))
-
-    ours = run(partial(linear_grpo_loss, **options), dtype, b.arguments)
     known = {k: x for k, x in options.items() if k in ("softcap", "logit_scale")}
-    spec = partial(reference.linear_grpo, **known)
-    plain = run(spec, dtype, b.arguments)
-    truth = run(spec, torch.float64, b.in_double())
-    return accurate(ours, plain, truth, "loss dhidden dweight")
+
+    def spec(b: Batch) -> Callable[..., Tensor]:
+        return lambda h, w: reference.linear_grpo(h, w, b.ids, **b.arguments, **known)
+
+    def ours(h: Tensor, w: Tensor) -> Any:
+        return linear_grpo_loss(h, w, b.ids, **b.arguments, **options)
+
+    return held(ours, spec, b, [b.hidden, b.weight], "loss dhidden dweight")
 
 
-def check_linear_logprob(V: int, dtype: torch.dtype, **options: Any) -> dict[str, float]:
-    b, hidden, weight = head_batch(V, dtype)
-
-    def run(fn: Callable[..., Any], cast: torch.dtype) -> tuple[Tensor, ...]:
-        h, w = (x.detach().to(cast).requires_grad_() for x in (hidden, weight))
-        logp = fn(h, w, b.ids)
-        ramp = torch.linspace(-1, 2, logp.numel(), device=h.device).view_as(logp)
-        return (logp.detach(), *torch.autograd.grad(logp, (h, w), ramp.to(logp)))
-
-    return accurate(
-        run(partial(linear_logprob, **options), dtype),
-        run(reference.linear_logprob, dtype),
-        run(reference.linear_logprob, torch.float64),
+def check_linear_logprob(V: int, dtype: torch.dtype) -> Errors:
+    b = Batch(V, dtype)
+    return held(
+        lambda h, w: linear_logprob(h, w, b.ids),
+        lambda b: lambda h, w: reference.linear_logprob(h, w, b.ids),
+        b,
+        [b.hidden, b.weight],
         "logp dhidden dweight",
     )
 
 
-def check_policy(objective: Objective, **changes: Any) -> dict[str, float]:
+def check_policy(objective: Objective) -> Errors:
     b = Batch(100, torch.float32)
-    logps = reference.logprob(b.logits.nan_to_num(), b.ids)
-    b.arguments |= {"objective": objective, **changes}
-    ours = graded(lambda x: policy_loss(x, **b.arguments), logps, 3.0)
-    plain = graded(lambda x: reference.policy_loss(x, **b.arguments), logps, 3.0)
-    truth = graded(lambda x: reference.policy_loss(x, **b.in_double()), logps.double(), 3.0)
-    return accurate(ours, plain, truth, "loss dlogps")
+    b.arguments |= {"objective": objective}
+    return held(
+        lambda x: policy_loss(x, **b.arguments),
+        lambda b: lambda x: reference.policy_loss(x, **b.arguments),
+        b,
+        [b.logps],
+        "loss dlogps",
+    )
 
 
-def check_group_advantage(scale: Any) -> dict[str, float]:
+def check_group_advantage(scale: Any) -> Errors:
     rewards = torch.randn(64, device=device())
     rewards[8:16] = 1.0
     given = {"group_size": 8, "scale": scale}
@@ -276,10 +263,8 @@ def check_group_advantage(scale: Any) -> dict[str, float]:
     return accurate((actual,), (want,), (truth,), "advantages")
 
 
-def check_large(inplace: bool) -> dict[str, float]:
+def check_large(inplace: bool) -> Errors:
     """Offsets beyond 2**31: the first and the last rows of logits of the size of a 7B model's."""
-    if not torch.cuda.is_available():
-        return {}
     N, V = LARGE
     generator = torch.Generator("cuda").manual_seed(0)
     logits = torch.empty(N, V, device="cuda", dtype=torch.bfloat16)
@@ -291,86 +276,77 @@ def check_large(inplace: bool) -> dict[str, float]:
     given: dict[str, Any] = {"advantages": torch.ones(N, device="cuda"), "old_logps": old}
     given["objective"] = Objective(reduction="sequence_sum", epsilon_high=1e9)
     given["cu_seqlens"] = torch.arange(0, N + 1, 1024, device="cuda")
-    out, grad = None, None
     leaf = logits.requires_grad_()
-    out = grpo_loss(leaf if not inplace else leaf * 1.0, ids, inplace=inplace, **given)
+    out = grpo_loss(leaf * 1.0 if inplace else leaf, ids, inplace=inplace, **given)
     (grad,) = torch.autograd.grad(out.loss, leaf)
-    truth = reference.logprob(sample.double(), ids[rows])
-    plain = reference.logprob(sample.float(), ids[rows])
-    scale = -(truth - old[rows]).exp() / (N // 1024)
-    x = sample.double().requires_grad_()
-    (want,) = torch.autograd.grad(reference.logprob(x, ids[rows]), x, scale)
-    x32 = sample.float().requires_grad_()
-    (near,) = torch.autograd.grad(reference.logprob(x32, ids[rows]), x32, scale.float())
-    return accurate(
-        (out.logps[rows], grad[rows]), (plain, near.to(grad.dtype)), (truth, want), "logp dlogits"
-    )
+
+    def spec(x: Tensor) -> Results:
+        logp = reference.logprob(x.requires_grad_(), ids[rows])
+        scale = -(logp.detach() - old[rows]).exp() / (N // 1024)
+        return logp.detach(), torch.autograd.grad(logp, x, scale)[0]
+
+    (logp, near), truth = spec(sample.float()), spec(sample.double())
+    plain = logp, near.to(grad.dtype)
+    return accurate((out.logps[rows], grad[rows]), plain, truth, "logp dlogits")
 
 
-def by_dtype(dtype: torch.dtype) -> Iterator[tuple[str, Check]]:
-    for V in reversed(vocabularies()):
+Group = Iterator[tuple[str, Callable[[], Errors]]]
+
+
+def by_dtype(dtype: torch.dtype) -> Group:
+    for V in reversed(VOCABULARIES):
         yield f"grpo {V}", partial(check_grpo, V, dtype)
         yield f"same bits {V}", partial(check_same_bits, V, dtype)
         yield f"logprob {V}", partial(check_logprob, V, dtype)
-    for V in (vocabularies()[0], 40_000):
-        yield f"ids outside {V}", partial(check_outside, V, dtype)
-    for V in (vocabularies()[0], 40_000, *((50_257,) if torch.cuda.is_available() else ())):
+    for V in (VOCABULARIES[0], 40_000):
+        if CUDA:  # an error instead on a CPU: values are looked at there
+            yield f"ids outside {V}", partial(check_outside, V, dtype)
+    for V in (VOCABULARIES[0], 40_000, *[50_257] * CUDA):
         yield f"strided {V}", partial(check_strided, V, dtype)
-    if dtype != torch.float32:
-        for V in (1000, 152_064) if torch.cuda.is_available() else (1000,):
-            yield f"on chip {V}", partial(check_on_chip, V, dtype)
+    for V in (1000, 152_064) if CUDA and dtype != torch.float32 else ():
+        yield f"on chip {V}", partial(check_on_chip, V, dtype)
 
 
-def heads() -> Iterator[tuple[str, Check]]:
-    for V in (40_000, 50_257) if torch.cuda.is_available() else (1003,):
-        for name, dtype in DTYPES.items():
-            if dtype != torch.float32 and not torch.cuda.is_available():
-                continue
+def heads() -> Group:
+    for V in (40_000, 50_257) if CUDA else (1003,):
+        for name, dtype in DTYPES.items() if CUDA else [("float32", torch.float32)]:
             yield f"linear_grpo {V} {name}", partial(check_head, V, dtype)
             yield f"linear_logprob {V} {name}", partial(check_linear_logprob, V, dtype)
-        yield (
-            f"linear_grpo {V} bf16 logits",
-            partial(check_head, V, torch.bfloat16, logits_dtype="bf16"),
-        )
-        yield (
-            f"linear_grpo {V} soft cap",
-            partial(check_head, V, torch.float32, softcap=30.0, logit_scale=0.5, chunk_size=5),
-        )
-        yield f"linear_grpo {V} all rows", partial(check_head, V, torch.float32, compact=False)
+        for name, dtype, options in (
+            ("bf16 logits", torch.bfloat16, {"logits_dtype": "bf16"}),
+            ("soft cap", torch.float32, {"softcap": 30.0, "logit_scale": 0.5, "chunk_size": 5}),
+            ("all rows", torch.float32, {"compact": False}),
+        ):
+            yield f"linear_grpo {V} {name}", partial(check_head, V, dtype, **options)
 
 
-def objectives() -> Iterator[tuple[str, Check]]:
-    quadratic = {"ipo", "dro"}
+def objectives() -> Group:
+    from_logits = partial(check_grpo, 1024, torch.float32)
     for surrogate in get_args(Surrogate):
-        if surrogate in (*BY_SEQUENCE, "topr"):
-            continue
-        options: dict[str, Any] = {"quadratic_coef": 0.3} if surrogate in quadratic else {}
-        objective = Objective(surrogate=surrogate, beta=0.1, **options)
-        yield f"surrogate {surrogate}", partial(check_grpo, 1024, torch.float32, objective)
+        if surrogate not in (*BY_SEQUENCE, "topr"):
+            options: dict[str, Any] = {"quadratic_coef": 0.3} if surrogate in ("ipo", "dro") else {}
+            objective = Objective(surrogate=surrogate, beta=0.1, **options)
+            yield f"surrogate {surrogate}", partial(from_logits, objective)
     for kl in get_args(KL):
-        objective = Objective(beta=0.3, kl=kl)
-        yield f"kl {kl}", partial(check_grpo, 1024, torch.float32, objective)
+        yield f"kl {kl}", partial(from_logits, Objective(beta=0.3, kl=kl))
     for name in ("gspo", "gmpo", "vespo"):
-        objective = Objective.preset(name)
-        yield f"sequence {name}", partial(check_policy, objective)
-        yield f"from logits {name}", partial(check_grpo, 1024, torch.float32, objective)
+        yield f"sequence {name}", partial(check_policy, Objective.preset(name))
+        yield f"from logits {name}", partial(from_logits, Objective.preset(name))
     yield "policy_loss", partial(check_policy, Objective(beta=0.1, delta=1.5))
     yield "metrics", partial(check_metrics, 1024)
-    scaled = {"loss_scale": torch.tensor(0.3, device=device())}
-    yield "loss scale", partial(check_grpo, 1024, torch.float32, Objective(beta=0.1), **scaled)
-    yield "on policy", partial(check_grpo, 1024, torch.float32, Objective(), old_logps=None)
-    for scale in ("group", "batch", "none"):
-        yield f"group_advantage {scale}", partial(check_group_advantage, scale)
+    scale = torch.tensor(0.3, device=device())
+    yield "loss scale", partial(from_logits, Objective(beta=0.1), loss_scale=scale)
+    yield "on policy", partial(from_logits, Objective(), old_logps=None)
+    for kind in ("group", "batch", "none"):
+        yield f"group_advantage {kind}", partial(check_group_advantage, kind)
 
 
-def large() -> Iterator[tuple[str, Check]]:
-    yield "large, not in place", partial(check_large, False)
-    yield "large, in place", partial(check_large, True)
+def large() -> Group:
+    for inplace in (False, True) if CUDA else ():
+        yield f"large, {'' if inplace else 'not '}in place", partial(check_large, inplace)
 
 
-GROUPS: dict[str, Callable[[], Iterator[tuple[str, Check]]]] = {
+GROUPS: dict[str, Callable[[], Group]] = {
     **{name: partial(by_dtype, dtype) for name, dtype in DTYPES.items()},
-    "heads": heads,
-    "objectives": objectives,
-    "large": large,
+    **{"heads": heads, "objectives": objectives, "large": large},
 }

@@ -2,6 +2,6 @@
 
 import sys
 
-from benchmarks.step_7b.step import main
+from benchmarks.step_7b.rows import main
 
 sys.exit(main())
