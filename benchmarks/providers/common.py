@@ -6,6 +6,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from grpo_fast import Objective
+
 Function = Callable[..., Tensor]
 IGNORED = -100  # the id that cross-entropies leave out
 
@@ -14,20 +16,20 @@ class UnavailableError(Exception):
     """This provider cannot run here; the message says why."""
 
 
-def need_gpu(name: str) -> None:
-    """Triton kernels run on a GPU, or, for tests of correctness alone, in Triton's interpreter.
+def need_gpu(name: str, interpreted: bool = False) -> None:
+    """Refuse to load without a GPU; `interpreted`: Triton's interpreter will do, for tests.
 
     Raises:
         UnavailableError: neither is there.
     """
-    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+    can = torch.cuda.is_available()
+    if not can and not (interpreted and os.environ.get("TRITON_INTERPRET") == "1"):
         raise UnavailableError(f"{name} needs a GPU")
 
 
-def version(package: str) -> str | None:
-    from importlib import metadata
-
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
+def loss_type(objective: Objective) -> str:
+    """What TRL and Liger call a reduction."""
+    known = {"sequence_mean": "grpo", "token_mean": "bnpo"}
+    if objective.surrogate != "clip" or objective.reduction not in known:
+        raise UnavailableError(f"no loss type for {objective}")
+    return known[objective.reduction]

@@ -1,9 +1,9 @@
 """What a trainer writes without a fused kernel: the baseline, and what torch.compile is given.
 
-The leanest form that is still accurate: no division by a temperature of 1, no metrics, the conversion to
-float32 left to `log_softmax`. Float16 logits on a GPU it converts as it reads; for bfloat16 PyTorch has no
-such kernel and makes a copy, which is gone before the backward pass. Checked against `grpo_fast.reference`
-like everything else.
+It is the leanest form that is still accurate: no division by a temperature of 1, no metrics, and the
+conversion to float32 is left to `log_softmax`. On a GPU that converts float16 logits as it reads them.
+For bfloat16 PyTorch has no such kernel and makes a copy, which is gone before the backward pass. The
+results are checked against `grpo_fast.reference`, as all others are.
 """
 
 from typing import Any
@@ -44,24 +44,8 @@ def policy_loss(
     return ((loss * mask).sum(1) / mask.sum(1).clamp(min=1)).mean()
 
 
-def grpo(
-    logits: Tensor,
-    ids: Tensor,
-    *,
-    mask: Tensor | None,
-    advantages: Tensor,
-    old_logps: Tensor,
-    ref_logps: Tensor,
-    objective: Objective,
-) -> Tensor:
-    return policy_loss(
-        logprob(logits, ids),
-        mask=mask,
-        advantages=advantages,
-        old_logps=old_logps,
-        ref_logps=ref_logps,
-        objective=objective,
-    )
+def grpo(logits: Tensor, ids: Tensor, **arguments: Any) -> Tensor:
+    return policy_loss(logprob(logits, ids), **arguments)
 
 
 def group_advantage(rewards: Tensor, group_size: int) -> Tensor:

@@ -15,7 +15,7 @@ from benchmarks.providers import eager
 from benchmarks.providers.common import IGNORED, Function, UnavailableError, need_gpu
 
 
-def with_eager_loss(head: Callable[[], Function], ignores: bool) -> Callable[[], Function]:
+def with_eager_loss(head: Callable[[], Function], ignores: bool = True) -> Callable[[], Function]:
     """A GRPO loss of a head that knows none: its log-probs, then the objective in PyTorch.
 
     Args:
@@ -36,12 +36,15 @@ def with_eager_loss(head: Callable[[], Function], ignores: bool) -> Callable[[],
     return load
 
 
+def _negated(head: Function) -> Function:
+    """Log-probs from a cross-entropy per token."""
+    return lambda hidden, weight, ids: -head(hidden, weight, ids).view_as(ids)
+
+
 def _torch_head(reduction: str) -> Function:
     if not hasattr(F, "linear_cross_entropy"):
         raise UnavailableError(f"torch {torch.__version__} has no linear_cross_entropy")
-    from torch.nn import LinearCrossEntropyOptions
-
-    options = LinearCrossEntropyOptions()
+    options = torch.nn.LinearCrossEntropyOptions()
 
     def call(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
         return F.linear_cross_entropy(
@@ -53,8 +56,7 @@ def _torch_head(reduction: str) -> Function:
 
 def torch_logprob() -> Function:
     """`torch.nn.functional.linear_cross_entropy` in chunks, per token."""
-    head = _torch_head("none")
-    return lambda hidden, weight, ids: -head(hidden, weight, ids).view_as(ids)
+    return _negated(_torch_head("none"))
 
 
 def torch_cross_entropy() -> Function:
@@ -62,9 +64,7 @@ def torch_cross_entropy() -> Function:
 
 
 def _cce(exact: bool, reduction: str) -> Function:
-    need_gpu("cut-cross-entropy")
-    if not torch.cuda.is_available():
-        raise UnavailableError("cut-cross-entropy's locks need a GPU")
+    need_gpu("cut-cross-entropy")  # its locks: the interpreter won't do
     from cut_cross_entropy import linear_cross_entropy
 
     # Its default leaves out blocks of the gradient whose entries are all small.
@@ -75,11 +75,7 @@ def _cce(exact: bool, reduction: str) -> Function:
 
 
 def cce_logprob(exact: bool) -> Callable[[], Function]:
-    def load() -> Function:
-        head = _cce(exact, "none")
-        return lambda hidden, weight, ids: -head(hidden, weight, ids).view_as(ids)
-
-    return load
+    return lambda: _negated(_cce(exact, "none"))
 
 
 def cce_cross_entropy(exact: bool) -> Callable[[], Function]:
@@ -88,19 +84,14 @@ def cce_cross_entropy(exact: bool) -> Callable[[], Function]:
 
 def quack_cross_entropy() -> Function:
     """In chunks of 4096 tokens, its default."""
-    if not torch.cuda.is_available():
-        raise UnavailableError("QuACK needs a GPU")
+    need_gpu("QuACK")
     if torch.cuda.get_device_capability() < (9, 0):
         raise UnavailableError("QuACK needs Hopper or newer")
     try:
-        from quack.linear_cross_entropy import chunked_linear_cross_entropy
+        from quack.linear_cross_entropy import chunked_linear_cross_entropy as head
     except TypeError as error:  # QuACK 0.6.5, in a folder not named site-packages
-        raise UnavailableError(f"QuACK: {str(error).partition(chr(10))[0]}") from error
-
-    def call(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
-        return chunked_linear_cross_entropy(hidden.flatten(0, 1), weight, ids.flatten())
-
-    return call
+        raise UnavailableError(f"QuACK: {str(error).splitlines()[0]}") from error
+    return lambda hidden, weight, ids: head(hidden.flatten(0, 1), weight, ids.flatten())
 
 
 def _without_package_imports(name: str) -> None:
@@ -119,16 +110,13 @@ def _without_package_imports(name: str) -> None:
 
 def verl_logprob() -> Function:
     """verl's Triton head; it computes the entropy as well, always."""
-    if not torch.cuda.is_available():
-        raise UnavailableError("verl's head needs a GPU")
+    need_gpu("verl's head")
     _without_package_imports("verl")
     from verl.utils.kernel import kernels  # noqa: F401 (else imported when first called)
     from verl.utils.kernel.linear_cross_entropy import linear_cross_entropy
 
     def call(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
-        logps, _ = linear_cross_entropy(
-            hidden.flatten(0, 1), weight, ids.flatten(), 1.0, "none", None
-        )
-        return logps.view_as(ids)
+        arguments = hidden.flatten(0, 1), weight, ids.flatten(), 1.0, "none", None
+        return linear_cross_entropy(*arguments)[0].view_as(ids)
 
     return call

@@ -6,45 +6,28 @@ import torch
 from torch import Tensor
 
 from benchmarks.inputs import shapes
-from benchmarks.providers.common import IGNORED, Function, UnavailableError, need_gpu
+from benchmarks.providers.common import IGNORED, Function, loss_type, need_gpu
 from grpo_fast import Objective
-
-LOSS_TYPES = {"sequence_mean": "grpo", "token_mean": "bnpo"}
 
 
 def _options(objective: Objective) -> dict[str, Any]:
-    if objective.surrogate != "clip" or objective.reduction not in LOSS_TYPES:
-        raise UnavailableError(f"no loss type for {objective}")
     return {
         "temperature": 1.0,
         "beta": objective.beta,
-        "loss_type": LOSS_TYPES[objective.reduction],
+        "loss_type": loss_type(objective),
         "importance_sampling_level": objective.ratio,
     }
 
 
 def grpo() -> Function:
     """In place, its default. Takes the logits of T + 1 positions, as the model returns them."""
-    need_gpu("Liger's GRPO kernel")
+    need_gpu("Liger's GRPO kernel", interpreted=True)
     from liger_kernel.transformers.grpo_loss import triton_grpo_loss
 
-    def call(
-        logits: Tensor,
-        ids: Tensor,
-        *,
-        mask: Tensor | None,
-        advantages: Tensor,
-        old_logps: Tensor,
-        ref_logps: Tensor,
-        objective: Objective,
-    ) -> Tensor:
+    def call(logits: Tensor, ids: Tensor, *, objective: Objective, **given: Any) -> Tensor:
+        reference = given["ref_logps"] if objective.beta else None
         loss, _ = triton_grpo_loss(
-            logits,
-            old_logps,
-            ref_logps if objective.beta else None,
-            ids,
-            advantages,
-            mask,
+            *(logits, given["old_logps"], reference, ids, given["advantages"], given["mask"]),
             eps_low=objective.epsilon_low,
             eps_high=objective.epsilon_high,
             reduce=True,
@@ -60,15 +43,7 @@ def linear_grpo() -> Function:
     from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 
     def call(
-        hidden: Tensor,
-        weight: Tensor,
-        ids: Tensor,
-        *,
-        mask: Tensor | None,
-        advantages: Tensor,
-        old_logps: Tensor,
-        ref_logps: Tensor,
-        objective: Objective,
+        hidden: Tensor, weight: Tensor, ids: Tensor, *, objective: Objective, **given: Any
     ) -> Tensor:
         head = LigerFusedLinearGRPOLoss(
             compiled=torch.cuda.is_available(),
@@ -77,15 +52,12 @@ def linear_grpo() -> Function:
             epsilon_high=objective.epsilon_high,
             **_options(objective),
         )
-        weights = torch.ones_like(old_logps) if mask is None else mask.to(old_logps.dtype)
+        mask, old = given["mask"], given["old_logps"]
+        weights = torch.ones_like(old) if mask is None else mask.to(old.dtype)
         loss, _ = head(
-            hidden,
-            weight,
-            ids,
-            weights,
-            advantages,
-            ref_per_token_logps=ref_logps if objective.beta else None,
-            old_per_token_logps=old_logps,
+            *(hidden, weight, ids, weights, given["advantages"]),
+            ref_per_token_logps=given["ref_logps"] if objective.beta else None,
+            old_per_token_logps=old,
         )
         return loss
 
@@ -94,26 +66,21 @@ def linear_grpo() -> Function:
 
 def linear_logprob() -> Function:
     """The scaled cross-entropy per token: CuTe kernels on Hopper, chunks of PyTorch elsewhere."""
-    from liger_kernel.ops.fused_linear_scaled_cross_entropy import (
-        LigerFusedLinearScaledCrossEntropyFunction,
-        _resolve_implementation,
-    )
+    from liger_kernel.ops import fused_linear_scaled_cross_entropy as module
 
     # It imports the kernels of this device when it is called; what they lack is to be known now.
-    _resolve_implementation(shapes.device())
+    module._resolve_implementation(shapes.device())
+    head = module.LigerFusedLinearScaledCrossEntropyFunction
 
     def call(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
-        loss = LigerFusedLinearScaledCrossEntropyFunction.apply(
-            hidden.flatten(0, 1), weight, ids.flatten(), 1.0, IGNORED
-        )
-        return -loss.view_as(ids)
+        return -head.apply(hidden.flatten(0, 1), weight, ids.flatten(), 1.0, IGNORED).view_as(ids)
 
     return call
 
 
 def cross_entropy() -> Function:
     """The fused linear cross-entropy, its defaults."""
-    need_gpu("Liger's fused linear cross-entropy")
+    need_gpu("Liger's fused linear cross-entropy", interpreted=True)
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
     def call(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:

@@ -11,33 +11,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.providers.common import Function, UnavailableError, need_gpu
+from benchmarks.providers.common import Function, UnavailableError, loss_type, need_gpu
 from grpo_fast import Objective
 
 VERSION = "1.16"
 VOCABULARY_CHUNK = 32_768  # what its trainers pass
-LOSS_TYPES = {"sequence_mean": "grpo", "token_mean": "bnpo"}
 
 
-def _require_version() -> None:
+def _require(kernel: bool = False) -> Any:
+    """TRL's trainer; it fails to be imported here, not when it is timed."""
+    if kernel:
+        need_gpu("TRL's kernel", interpreted=True)
     import trl
+    from trl.trainer.grpo_trainer import GRPOTrainer
 
     if not trl.__version__.startswith(VERSION):
         raise UnavailableError(f"trl {trl.__version__} is installed, {VERSION} wanted")
+    return GRPOTrainer
 
 
 def logprob() -> Function:
     """The Triton kernel; it computes the entropy as well, always."""
-    need_gpu("TRL's kernel")
-    _require_version()
+    _require(kernel=True)
     from trl.kernels.logprob_entropy import selective_log_softmax_and_entropy
 
     return lambda logits, ids: selective_log_softmax_and_entropy(logits, ids)[0]
 
 
 def _trainer(logps: Tensor, entropy: Tensor, objective: Objective) -> Any:
-    from trl.trainer.grpo_trainer import GRPOTrainer
-
+    GRPOTrainer = _require()
     return SimpleNamespace(
         _get_per_token_logps_and_entropies=lambda *_, **__: (logps, entropy, None),
         get_off_policy_mask=GRPOTrainer.get_off_policy_mask,
@@ -48,7 +50,7 @@ def _trainer(logps: Tensor, entropy: Tensor, objective: Objective) -> Any:
         importance_sampling_level=objective.ratio,
         beta=objective.beta,
         args=SimpleNamespace(use_bias_correction_kl=False, delta=None, steps_per_generation=1),
-        loss_type=LOSS_TYPES[objective.reduction],
+        loss_type=loss_type(objective),
         epsilon_low=objective.epsilon_low,
         epsilon_high=objective.epsilon_high,
         use_vllm=False,
@@ -69,18 +71,8 @@ def _trainer(logps: Tensor, entropy: Tensor, objective: Objective) -> Any:
     )
 
 
-def _loss(
-    logps: Tensor,
-    entropy: Tensor,
-    *,
-    mask: Tensor | None,
-    advantages: Tensor,
-    old_logps: Tensor,
-    ref_logps: Tensor,
-    objective: Objective,
-) -> Tensor:
-    from trl.trainer.grpo_trainer import GRPOTrainer
-
+def _loss(logps: Tensor, entropy: Tensor, *, objective: Objective, **given: Any) -> Tensor:
+    mask = given["mask"]
     weights = torch.ones_like(logps) if mask is None else mask.to(logps.dtype)
     ids = weights.long()  # of the right shape; the log-probs are there already
     inputs = {
@@ -88,31 +80,24 @@ def _loss(
         "prompt_mask": ids[:, :1],
         "completion_ids": ids,
         "completion_mask": weights,
-        "advantages": advantages,
-        "old_per_token_logps": old_logps,
-        "ref_per_token_logps": ref_logps,
+        "advantages": given["advantages"],
+        "old_per_token_logps": given["old_logps"],
+        "ref_per_token_logps": given["ref_logps"],
     }
-    return GRPOTrainer._compute_loss(_trainer(logps, entropy, objective), None, inputs)
+    return _require()._compute_loss(_trainer(logps, entropy, objective), None, inputs)
 
 
 def policy_loss() -> Function:
-    _require_version()
-    from trl.trainer.grpo_trainer import GRPOTrainer  # noqa: F401 (fails here, not when it is timed)
-
+    _require()
     return lambda logps, **arguments: _loss(logps, torch.zeros_like(logps), **arguments)
 
 
 def grpo() -> Function:
     """The kernel on logits, then the trainer's loss."""
-    need_gpu("TRL's kernel")
-    _require_version()
-    from trl.kernels.logprob_entropy import selective_log_softmax_and_entropy
-    from trl.trainer.grpo_trainer import GRPOTrainer  # noqa: F401
+    _require(kernel=True)
+    from trl.kernels.logprob_entropy import selective_log_softmax_and_entropy as kernel
 
-    def call(logits: Tensor, ids: Tensor, **arguments: Any) -> Tensor:
-        return _loss(*selective_log_softmax_and_entropy(logits, ids), **arguments)
-
-    return call
+    return lambda logits, ids, **arguments: _loss(*kernel(logits, ids), **arguments)
 
 
 def _head(hidden: Tensor, weight: Tensor, ids: Tensor, outputs: tuple[str, ...]) -> Any:
@@ -125,7 +110,7 @@ def _head(hidden: Tensor, weight: Tensor, ids: Tensor, outputs: tuple[str, ...])
 
 def linear_logprob() -> Function:
     """The chunked head; on a CPU in its own PyTorch form."""
-    _require_version()
+    _require()
     from trl.kernels import chunked_logprob  # noqa: F401
 
     def call(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
@@ -136,18 +121,17 @@ def linear_logprob() -> Function:
 
 def linear_grpo() -> Function:
     """The chunked head on the tokens that count, as its trainer calls it, then the trainer's loss."""
-    _require_version()
-    from trl.trainer.grpo_trainer import GRPOTrainer  # noqa: F401
+    _require()
 
     def call(hidden: Tensor, weight: Tensor, ids: Tensor, **arguments: Any) -> Tensor:
         mask = arguments["mask"]
         if mask is None or not hidden.is_cuda:  # its trainer selects tokens on GPUs only
-            logps, entropy, *_ = _head(hidden.flatten(0, 1), weight, ids.flatten(), ("entropy",))
-            return _loss(logps.view_as(ids), entropy.view_as(ids), **arguments)
-        some, more, *_ = _head(hidden[mask], weight, ids[mask], ("entropy",))
-        logps, entropy = (some.new_zeros(ids.shape) for _ in range(2))
-        return _loss(
-            logps.masked_scatter(mask, some), entropy.masked_scatter(mask, more), **arguments
-        )
+            mask = torch.ones_like(ids, dtype=torch.bool)
+            hidden, chosen = hidden.flatten(0, 1), ids.flatten()
+        else:
+            hidden, chosen = hidden[mask], ids[mask]
+        found = _head(hidden, weight, chosen, ("entropy",))[:2]
+        logps, entropy = (x.new_zeros(ids.shape).masked_scatter(mask, x) for x in found)
+        return _loss(logps, entropy, **arguments)
 
     return call

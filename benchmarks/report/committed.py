@@ -27,9 +27,7 @@ class Run:
     stem: str
     info: dict[str, Any]
     date: str
-    entries: list[
-        dict[str, Any]
-    ]  # `extra_info` and `stats` in one, and the "roofs" they were measured under
+    entries: list[dict[str, Any]]  # `extra_info` and `stats` in one, and "roofs": of their run
     absent: dict[str, str]
 
     @property

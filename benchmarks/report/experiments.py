@@ -86,25 +86,25 @@ def _line(message: str) -> str:
 def experiment_table(document: dict[str, Any]) -> str:
     """The rows of one suite of `variants`; what is the same in all of them stands above."""
     name, rows = document["experiment"], document["rows"]
-    about = {key for row in rows for key in row if _is_about(key, row[key])}
-    keys = [key for key in dict.fromkeys(k for row in rows for k in row) if key in about]
-    texts = {key: [_text(row.get(key)) for row in rows] for key in keys}
-    same = [key for key in keys if len(rows) > 1 and len(set(texts[key])) == 1]
-    keys = [key for key in keys if key not in same]
-    times = [k for k in dict.fromkeys(k for row in rows for k in row) if _is_time(k, rows)]
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    times = [key for key in keys if _is_time(key, rows)]
+    about = [key for key in keys if any(_is_about(key, row[key]) for row in rows if key in row)]
+    texts = {key: [_text(row.get(key)) for row in rows] for key in about}
+    same = [key for key in about if len(rows) > 1 and len(set(texts[key])) == 1]
+    about = [key for key in about if key not in same]
     rated = any("bytes_per_second" in row for row in rows)
     roof = "read" if name in READS else "copy"
-    head = [*keys, "time", "±", *(["GB/s", f"of a {roof}"] if rated else [])]
+    top = document["machine_info"]["bandwidth"].get(roof)
+    head = [*about, "time", "±", *(["GB/s", f"of a {roof}"] if rated else [])]
     head += [COLUMNS.get(key, key.replace("_", " ")) for key in times]
     fixed = "".join(f", {key} {texts[key][0]}" for key in same)
-    lines = [f"**{name}**{fixed} ({when(document)})\n"]
-    lines += [
+    lines = [
+        f"**{name}**{fixed} ({when(document)})\n",
         f"| {' | '.join(head)} |",
-        "|---" * len(keys) + "|" + "--:|" * (len(head) - len(keys)),
+        "|---" * len(about) + "|" + "--:|" * (len(head) - len(about)),
     ]
-    top = document["machine_info"]["bandwidth"].get(roof)
     for i, row in enumerate(rows):
-        cells = [texts[key][i] for key in keys]
+        cells = [texts[key][i] for key in about]
         if "median" in row:
             cells += [time_text(row["median"]), f"{50 * row['iqr'] / row['median']:.1f} %"]
         else:

@@ -51,31 +51,10 @@ TABLES = (
 
 
 def headline(results: Path) -> str:
-    runs = [run for run in load(results) if run.stem in STEMS]
+    runs = load(results)
     gpus = [d for d in documents(results) if d["machine_info"]["device_type"] == "cuda"]
-    parts = []
-    if gpus:
-        measured = [run for run in runs if run.cuda]
-        last = max(measured, key=lambda run: run.date).device if measured else None
-        device = last or gpus[-1]["machine_info"]["device"]
-        chosen = {run.stem: run for run in measured if run.device == device}
-        smoke = [d for d in newest(results, "smoke") if d["machine_info"]["device"] == device]
-        parts.append(_wrapped(" ".join(_sentences(device, chosen, smoke))))
-        parts += [_table(chosen[stem], variant, more) for stem, variant, more in _tables(chosen)]
-        here = [run for run in load(results) if run.cuda and run.device == device]
-        shown = {stem for stem, *_ in TABLES}
-        rest = _rows([run for run in here if run.stem not in shown])
-        if rest:
-            parts += [_wrapped(OTHERS), _comparison(rest)]
-        parts += [_step(d) for d in steps(results) if d["machine_info"]["device"] == device]
-        others = sorted({run.device for run in measured} - {device})
-        if others:
-            parts.append(
-                f"Also measured, in [RESULTS.md](benchmarks/RESULTS.md#gpu): {', '.join(others)}."
-            )
-    else:
-        parts.append(_wrapped(WITHOUT))
-    cpus = [run for run in load(results) if not run.cuda]
+    parts = [*_gpu(results, runs, gpus)] if gpus else [_wrapped(WITHOUT)]
+    cpus = [run for run in runs if not run.cuda]
     rows = _rows(cpus)
     if rows:
         both = [pair for run in cpus for pair in map(_pair, run.cases()) if all(pair)]
@@ -85,13 +64,30 @@ def headline(results: Path) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def _gpu(results: Path, runs: list[Run], documents: list[dict[str, Any]]) -> Iterator[str]:
+    """Sentences and tables of the GPU that was measured last."""
+    measured = [run for run in runs if run.cuda and run.stem in STEMS]
+    last = max(measured, key=lambda run: run.date).device if measured else None
+    device = last or documents[-1]["machine_info"]["device"]
+    chosen = {run.stem: run for run in measured if run.device == device}
+    smoke = [d for d in newest(results, "smoke") if d["machine_info"]["device"] == device]
+    yield _wrapped(" ".join(_sentences(device, chosen, smoke)))
+    for stem, variant, more in TABLES:
+        if _entries(chosen.get(stem), variant):
+            yield _table(chosen[stem], variant, more)
+    shown = {stem for stem, *_ in TABLES}
+    rest = _rows([x for x in runs if x.cuda and x.device == device and x.stem not in shown])
+    if rest:
+        yield from (_wrapped(OTHERS), _comparison(rest))
+    yield from (_step(d) for d in steps(results) if d["machine_info"]["device"] == device)
+    others = sorted({run.device for run in measured} - {device})
+    if others:
+        yield f"Also measured, in [RESULTS.md](benchmarks/RESULTS.md#gpu): {', '.join(others)}."
+
+
 def _wrapped(text: str) -> str:
-    return textwrap.fill(
-        " ".join(text.split()),
-        WIDTH,
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
+    text = " ".join(text.split())
+    return textwrap.fill(text, WIDTH, break_long_words=False, break_on_hyphens=False)
 
 
 def _entries(run: Run | None, variant: str) -> list[dict[str, Any]]:
@@ -104,18 +100,11 @@ def _entries(run: Run | None, variant: str) -> list[dict[str, Any]]:
     return sorted(found, key=lambda entry: entry["median"])
 
 
-def _tables(runs: dict[str, Run]) -> list[tuple[str, str, str]]:
-    return [table for table in TABLES if _entries(runs.get(table[0]), table[1])]
-
-
 def _sentences(device: str, runs: dict[str, Run], smoke: list[dict[str, Any]]) -> Iterator[str]:
     """Sentences about the loss, the head, a step of TRL and the checks, as far as there are results."""
     first = ""
-    for stem, sentence in (
-        ("grpo", _of_logits),
-        ("linear_grpo", _of_hidden),
-        ("trl_step", _of_trl),
-    ):
+    sentences = {"grpo": _of_logits, "linear_grpo": _of_hidden, "trl_step": _of_trl}
+    for stem, sentence in sentences.items():
         text = sentence(runs[stem]) if stem in runs else ""
         if not text:
             continue
@@ -162,11 +151,11 @@ def _of_logits(run: Run) -> str:
     own = _own(entries)
     if own is None:
         return ""
-    sizes, time = own["sizes"], tables.time_text(own["median"])
     place = " in place" if own["provider"] == INPLACE else ""
     return (
-        f"loss and gradients from {sizes['B'] * sizes['T']:,} x {sizes['V']:,} {own['dtype']} logits take "
-        f"{time}{place}, {tables.roof_share(own)} of the rate of a plain {own['roof']}{_others(entries)}"
+        f"loss and gradients from {_size(own)} {own['dtype']} logits take "
+        f"{tables.time_text(own['median'])}{place}, {tables.roof_share(own)} of the rate of a plain "
+        f"{own['roof']}{_others(entries)}"
     )
 
 
@@ -201,17 +190,18 @@ def _of_trl(run: Run) -> str:
     return ""
 
 
-def _what(entry: dict[str, Any]) -> str:
-    sizes = entry["sizes"]
-    return f"{sizes['B'] * sizes['T']:,} tokens x {sizes['V']:,} entries, {entry['dtype']}"
-
-
 def _table(run: Run, variant: str, more: str) -> str:
     entries = _entries(run, variant)
     eager = tables.eager_of(entries)
-    about = f"{STEMS[run.stem]}, {_what(entries[0])}{more}: {run.device}, "
+    N, V = (
+        f"{x:,}"
+        for x in (entries[0]["sizes"]["B"] * entries[0]["sizes"]["T"], entries[0]["sizes"]["V"])
+    )
+    what = f"{N} tokens x {V} entries, {entries[0]['dtype']}{more}"
     lines = [
-        _wrapped(f"{about}commit {run.info['commit']}, {run.date[:10]}"),
+        _wrapped(
+            f"{STEMS[run.stem]}, {what}: {run.device}, commit {run.info['commit']}, {run.date[:10]}"
+        ),
         "",
         "| | time | faster than eager | extra memory |",
         "|---|--:|--:|--:|",
@@ -266,10 +256,8 @@ def _against(own: dict[str, Any], other: dict[str, Any] | None, named: bool = Fa
 def _operation(run: Run, entry: dict[str, Any]) -> str:
     if run.stem in STEMS:
         return STEMS[run.stem]
-    if run.stem == "group_advantage":
-        return CASES[run.stem]
-    both = entry["case"] == "forward_backward"
-    return f"{CASES[run.stem]}, {'and gradients' if both else 'forward'}"
+    kinds = {"forward": ", forward", "forward_backward": ", and gradients"}
+    return CASES[run.stem] + kinds[entry["case"]] * (run.stem != "group_advantage")
 
 
 def _size(entry: dict[str, Any]) -> str:

@@ -7,7 +7,6 @@ from benchmarks.report.committed import Run
 
 # Less than this is below what the measurement can tell apart (pages, allocator blocks).
 SMALLEST_MEMORY = 1 << 20
-ROOFS = {"copy": "copied bytes", "read": "read bytes", "gemm": "matrix multiplication"}
 
 
 def run_section(run: Run) -> Iterator[str]:
@@ -25,9 +24,7 @@ def run_section(run: Run) -> Iterator[str]:
     )
     for entries in run.cases():
         yield case_table(entries)
-    absent = [f"- {who}: {why}" for who, why in sorted(run.absent.items())]
-    if absent:
-        yield "\n".join(["Not measured:\n", *absent, ""])
+    yield from absent(run.absent)
 
 
 def eager_of(entries: list[dict[str, Any]]) -> dict[str, Any] | None:
@@ -67,10 +64,8 @@ def title(entry: dict[str, Any]) -> str:
 def _about(entry: dict[str, Any]) -> str:
     if "inputs" not in entry:
         return ""
-    share = entry["inputs"]["blocks_kept"]
-    return (
-        f"; in {100 * share:.0f} % of the 128 x 128 blocks an entry of the softmax is above 2^-12"
-    )
+    share = f"{100 * entry['inputs']['blocks_kept']:.0f} %"
+    return f"; in {share} of the 128 x 128 blocks an entry of the softmax is above 2^-12"
 
 
 def _speed(entry: dict[str, Any]) -> tuple[str, str]:
@@ -81,11 +76,10 @@ def _speed(entry: dict[str, Any]) -> tuple[str, str]:
 
 def roof_share(entry: dict[str, Any]) -> str:
     """Its rate as a share of the roof it is held against."""
-    roof = entry["roof"]
-    if roof == "gemm":
-        top = entry["roofs"]["gemm"].get(entry["dtype"])
-        return share_text(entry["flops"] / entry["median"], top)
-    return share_text(entry["bytes"] / entry["median"], entry["roofs"].get(roof))
+    top, work = entry["roofs"].get(entry["roof"]), "bytes"
+    if entry["roof"] == "gemm":
+        top, work = top.get(entry["dtype"]), "flops"
+    return share_text(entry[work] / entry["median"], top)
 
 
 def share_text(rate: float | None, top: float | None) -> str:
@@ -119,82 +113,66 @@ def memory_ratio(entry: dict[str, Any], eager: dict[str, Any] | None) -> str:
     return f"{own / base:.3f}"
 
 
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """A table with a column for each key."""
+    lines = [f"| {' | '.join(rows[0])} |", f"|{'--:|' * len(rows[0])}"]
+    lines += [f"| {' | '.join(map(str, row.values()))} |" for row in rows]
+    return "\n".join([*lines, ""])
+
+
+def listed(title: str, lines: list[str]) -> Iterator[str]:
+    if lines:
+        yield "\n".join([f"{title}:\n", *(f"- {line}" for line in lines), ""])
+
+
+def absent(info: dict[str, Any]) -> Iterator[str]:
+    return listed("Not measured", [f"{who}: {why}" for who, why in sorted(info.items())])
+
+
 def step_section(document: dict[str, Any], predicted: list[dict[str, Any]]) -> Iterator[str]:
-    """predicted: rows of `memory_model`, for their column."""
+    """The 7B step; `predicted` are rows of `memory_model`, for their column."""
     info, rows = document["machine_info"], document["step"]
     yield f"#### A GRPO update of a whole model ({rows[0]['model']}, {rows[0]['dtype']})\n"
     yield (
-        f"Commit {info['commit']}, {document['datetime'][:10]}, `{info['command']}`. What is part of it: "
-        "[step_7b](step_7b/step.py). The peak holds weights, gradients and activations; predicted is what "
-        "`python -m benchmarks.predictions.memory_model` had said.\n"
+        f"Commit {info['commit']}, {document['datetime'][:10]}, `{info['command']}`. What is part "
+        "of it: [step_7b](step_7b/step.py). The peak holds weights, gradients and activations; "
+        "predicted is what `python -m benchmarks.predictions.memory_model` had said.\n"
     )
     yield from step_tables(rows, predicted)
-    absent = [f"- {who}: {why}" for who, why in sorted(info["absent"].items())]
-    if absent:
-        yield "\n".join(["Not measured:\n", *absent, ""])
-    late = [f"- {who}" for who in document.get("not_reached", ())]
-    if late:
-        yield "\n".join(["Not reached in time:\n", *late, ""])
+    yield from absent(info["absent"])
+    yield from listed("Not reached in time", document.get("not_reached", []))
 
 
 def step_tables(rows: list[dict[str, Any]], predicted: list[dict[str, Any]]) -> Iterator[str]:
     """Updates that fit or not, of a batch, and longest completions; predictions have no times."""
-    kinds = {"headline": _headline_columns, "batch": _batch_columns, "longest": _longest_columns}
-    for kind, columns in kinds.items():
-        chosen = [row for row in rows if row["kind"] == kind]
+    for kind in ("headline", "batch", "longest"):
+        chosen = [_columns(row, predicted) for row in rows if row["kind"] == kind]
         if chosen:
-            table = [columns(row, predicted) for row in chosen]
-            head = list(table[0])
-            yield "\n".join(
-                [
-                    f"| {' | '.join(head)} |",
-                    f"|{'--:|' * len(head)}",
-                    *(f"| {' | '.join(str(cell) for cell in row.values())} |" for row in table),
-                    "",
-                ]
-            )
+            yield markdown(chosen)
 
 
-def _headline_columns(r: dict[str, Any], predicted: list[dict[str, Any]]) -> dict[str, Any]:
-    peak = r["peak_bytes"]
-    return {
-        "trained": r["mode"],
-        "memory": f"{r['cap_bytes'] / 1e9:.0f} GB",
-        "head": r["provider"],
-        "sequences x (prompt + completion)": f"{r['B']} x ({r['P']} + {r['T']})",
-        "peak memory": "does not fit" if peak is None else memory_text(peak),
-    }
-
-
-def _batch_columns(r: dict[str, Any], predicted: list[dict[str, Any]]) -> dict[str, Any]:
-    cells = {
-        "trained": r["mode"],
-        "head": r["provider"],
-        "sequences x (prompt + completion)": f"{r['B']} x ({r['P']} + {r['T']})",
-    }
+def _columns(r: dict[str, Any], predicted: list[dict[str, Any]]) -> dict[str, Any]:
+    cells: dict[str, Any] = {"trained": r["mode"]}
+    if r["kind"] != "batch":
+        cells["memory"] = f"{r['cap_bytes'] / 1e9:.0f} GB"
+    cells["head"] = r["provider"]
+    if r["kind"] == "longest":
+        cells["longest completion that fits"] = r["fits"] or "none"
+        cells["shortest that does not"] = r["fails"] or "not reached in time"
+        if predicted:
+            twin = _twin(r, predicted, ("mode", "provider", "B", "P", "cap_bytes"))
+            cells["predicted longest"] = (twin["fits"] or "none") if twin else ""
+        return cells
+    cells["sequences x (prompt + completion)"] = f"{r['B']} x ({r['P']} + {r['T']})"
     if "seconds" in r:
-        cells |= {
-            "time": time_text(r["seconds"]),
-            "tokens / s": f"{r['tokens_per_second']:,.0f}",
-        }
-    cells["peak memory"] = memory_text(r["peak_bytes"])
+        cells["time"] = time_text(r["seconds"])
+        cells["tokens / s"] = f"{r['tokens_per_second']:,.0f}"
+    peak = r["peak_bytes"]
+    fits = peak is not None or r["kind"] == "batch"
+    cells["peak memory"] = memory_text(peak) if fits else "does not fit"
     if "seconds" in r:
         twin = _twin(r, predicted, ("mode", "provider", "B", "P", "T"))
         cells["predicted"] = memory_text(twin["peak_bytes"]) if twin else ""
-    return cells
-
-
-def _longest_columns(r: dict[str, Any], predicted: list[dict[str, Any]]) -> dict[str, Any]:
-    cells = {
-        "trained": r["mode"],
-        "memory": f"{r['cap_bytes'] / 1e9:.0f} GB",
-        "head": r["provider"],
-        "longest completion that fits": r["fits"] or "none",
-        "shortest that does not": r["fails"] or "not reached in time",
-    }
-    if predicted:
-        twin = _twin(r, predicted, ("mode", "provider", "B", "P", "cap_bytes"))
-        cells["predicted longest"] = (twin["fits"] or "none") if twin else ""
     return cells
 
 
@@ -202,5 +180,4 @@ def _twin(
     row: dict[str, Any], rows: list[dict[str, Any]], keys: tuple[str, ...]
 ) -> dict[str, Any] | None:
     """The row of the same kind and case."""
-    keys = ("kind", *keys)
-    return next((x for x in rows if all(x.get(k) == row[k] for k in keys)), None)
+    return next((x for x in rows if all(x.get(k) == row[k] for k in ("kind", *keys))), None)
