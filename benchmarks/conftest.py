@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from benchmarks import providers
-from benchmarks.inputs import batches
 from benchmarks.measuring import machine, measure
 from benchmarks.measuring.recorder import Recorder
 
@@ -123,24 +122,3 @@ def _library(item: pytest.Item) -> str | None:
 
 def _key(item: pytest.Item) -> str:
     return f"{item.path.stem.removeprefix('bench_')} {item.name}"
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:
-    batches.rotation.cache_clear()
-    machine_info.clear()  # hostname, kernel build, every CPU flag
-    machine_info |= machine.describe() | {"absent": dict(measure.ABSENT)}
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_benchmark_update_commit_info(config: pytest.Config, commit_info: dict) -> None:
-    commit_info.clear()
-    commit_info["id"] = machine.commit()
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_benchmark_update_json(
-    config: pytest.Config, benchmarks: list[Any], output_json: dict
-) -> None:
-    for entry in output_json["benchmarks"]:
-        entry["stats"].pop("data", None)

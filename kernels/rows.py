@@ -14,7 +14,7 @@ import triton.language as tl
 from grpo_fast.kernels.edges import capped_dlogits
 from grpo_fast.kernels.tiles import LOWEST, fold_softmax, reduce_softmax, soft_cap
 
-# What each pass over rows tells the cache. benchmarks/experiments/variants.py times others.
+# What each pass over rows tells the cache. Others were measured: benchmarks/NOTES.md.
 FIRST_OF_TWO = tl.constexpr("evict_last")  # the second comes back for it
 ONLY_ONE = tl.constexpr("evict_first")  # nothing is read again
 REWRITE = tl.constexpr("evict_first")  # loads and stores of the second

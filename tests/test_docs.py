@@ -9,7 +9,6 @@ from typing import get_args
 import pytest
 import torch
 
-from benchmarks.experiments import accuracy
 from grpo_fast import weights
 from grpo_fast.integrations import skyrl, verl
 from grpo_fast.objective import (
@@ -22,6 +21,7 @@ from grpo_fast.objective import (
     Surrogate,
 )
 from grpo_fast.presets import CALLER, PAPERS, PRESETS, TRAINERS
+from tests import accuracy
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 TEXT = (DOCS / "objectives.md").read_text()

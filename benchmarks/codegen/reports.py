@@ -88,10 +88,9 @@ def inspect(case: str, target: str) -> Report:
         launch = record(CASES[case])
     kernel = compile_launch(launch, gpu)
     registers, stack, listing = (read_nvidia if gpu.backend == "cuda" else read_amd)(kernel)
+    ttir = kernel.asm["ttir"]
     offsets = collections.defaultdict(set)
-    for name, kind in re.findall(
-        r"tt\.addptr %(\w+_ptr), %\w+ : !tt\.ptr<\w+>, (i\d+)", kernel.asm["ttir"]
-    ):
+    for name, kind in re.findall(r"tt\.addptr %(\w+_ptr), %\w+ : !tt\.ptr<\w+>, (i\d+)", ttir):
         offsets[name].add(kind)
     big = launch.arguments.get("logits_ptr", launch.arguments.get("x_ptr"))
     return Report(
@@ -107,7 +106,7 @@ def inspect(case: str, target: str) -> Report:
         loops=[] if big is None else read_loops(listing),
         offsets={name: sorted(kinds) for name, kinds in sorted(offsets.items())},
         lanes=lane_orders(kernel.asm["ttgir"], launch.arguments.get("T", 0)),
-        hide_nan=len(re.findall(r"arith\.(?:min|max)numf", kernel.asm["ttir"])),
+        hide_nan=len(re.findall(r"arith\.(?:min|max)numf", ttir)),
     )
 
 
@@ -120,10 +119,8 @@ def collect(targets: Iterable[str] = TARGETS, jobs: int = 2) -> list[Report]:
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
-        return [
-            Report(**{**x, "loops": [Loop(**loop) for loop in x["loops"]]})
-            for x in json.loads(done.stdout)
-        ]
+        found = json.loads(done.stdout)
+        return [Report(**x | {"loops": [Loop(**loop) for loop in x["loops"]]}) for x in found]
 
     with ThreadPoolExecutor(jobs) as pool:
         return [report for reports in pool.map(run, targets) for report in reports]

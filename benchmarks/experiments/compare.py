@@ -49,26 +49,19 @@ def tree(commit: str, root: Path, place: Path) -> Iterator[Path]:
 
 def measure(folder: Path, arguments: Sequence[str], out: Path) -> Times:
     """Run the benchmarks of a tree once."""
-    own = (folder / "benchmarks" / "results.py").exists()  # else an older commit
-    option = "--results" if own else "--benchmark-json"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"{option}={out}"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    command += [f"--benchmark-json={out}", *(arguments or ["benchmarks"])]
     environment = machine.environment() | {"PYTHONPATH": str(folder)}
-    done = subprocess.run(
-        [*command, *(arguments or ["benchmarks"])],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     if not out.exists():
         raise SystemExit(f"{folder}: no results\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
     entries = json.loads(out.read_text())["benchmarks"]
-    return {_name(entry): entry["stats"]["median"] for entry in entries}
-
-
-def _name(entry: dict) -> str:
-    stem = entry.get("extra_info", {}).get("stem", "")
-    return f"{stem} {entry['name'].removeprefix('bench_')}".strip()
+    return {
+        f"{x['extra_info'].get('stem', '')} {x['name'].removeprefix('bench_')}".strip(): (
+            x["stats"]["median"]
+        )
+        for x in entries
+    }
 
 
 def alternate(
@@ -111,13 +104,12 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
     options, rest = parser.parse_known_args(arguments)
     if options.rounds < 2:
         parser.error(f"--rounds {options.rounds}: one round tells nothing about the spread, want 2")
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        with (
-            tree(options.base, root, folder / "base") as base,
-            tree(options.head, root, folder / "head") as head,
-        ):
-            results = alternate(base, head, rest, options.rounds, folder)
+    with (
+        tempfile.TemporaryDirectory() as temporary,
+        tree(options.base, root, Path(temporary, "base")) as base,
+        tree(options.head, root, Path(temporary, "head")) as head,
+    ):
+        results = alternate(base, head, rest, options.rounds, Path(temporary))
     print("\n".join(table(*results)))
     return 0
 

@@ -26,15 +26,13 @@ from torch import Tensor
 
 from benchmarks import ROOT
 from benchmarks.inputs import shapes
-from benchmarks.measuring import machine, recorder
+from benchmarks.inputs.batches import Batch, make_batch
+from benchmarks.measuring import gate, machine, recorder
 from grpo_fast import Objective, reference
 from grpo_fast.loss import linear_grpo_loss
-from grpo_fast.testing import assert_as_accurate
 
 KERNELS = ROOT / "kernels"
 ROUNDS, WARMUP = 20, 3
-CHECKED = 16  # rows
-OBJECTIVE = Objective.preset("grpo", beta=0.04)
 S0 = shapes.get("qwen2.5-7b-16k")
 
 Edit = tuple[str, str, str]  # file, text, what stands there instead
@@ -60,10 +58,7 @@ VARIANTS: dict[str, list[Edit]] = {
     "float32: 1 segment at a time": [_side(1)],
 }
 ON_CHIP = "on chip"  # what GRPO_FAST_ON_CHIP=1 runs, where it can
-LOGPROB: dict[str, list[Edit]] = {
-    "as it is": [],
-    "two segments one after the other": SIDE_BY_SIDE,
-}
+LOGPROB: dict[str, list[Edit]] = {"as it is": [], "two segments one after the other": SIDE_BY_SIDE}
 
 
 def load(name: str, edits: list[Edit], folder: Path | None = None) -> Callable[[str], Any]:
@@ -85,75 +80,28 @@ def load(name: str, edits: list[Edit], folder: Path | None = None) -> Callable[[
     return lambda stem: importlib.import_module(f"{package}.{stem}")
 
 
-@dataclasses.dataclass
-class Inputs:
-    """What `grpo_fwd_bwd` takes, and the logits again, to start every round with."""
-
-    source: Tensor  # (B, T, V)
-    work: Tensor
-    tokens: dict[str, Tensor]
-
-
-def make(shape: shapes.Shape, dtype: torch.dtype, padded: int = 0) -> Inputs:
-    """Logits of a shape on the GPU, their rows `padded` apart, and what belongs to their tokens."""
-    B, T, V = shape.B, shape.T, shape.V
-    torch.manual_seed(0)
-    new = functools.partial(torch.empty, device="cuda", dtype=dtype)
-    source = new(B, T, padded or V)[..., :V]
-    source.normal_(0, 2)
-    work = new(B, T, padded or V)[..., :V]
-    ids = torch.randint(V, (B * T,), device="cuda")
-    pieces = zip(source.flatten(0, 1).split(512), ids.split(512), strict=True)
-    logp = torch.cat([reference.logprob(x.float(), i) for x, i in pieces])
-    noise = functools.partial(torch.randn, B * T, device="cuda")
-    tokens = {
-        "ids": ids,
-        "weight": torch.full((B * T,), 1 / (B * T), device="cuda"),
-        "advantages": noise(),
-        "old_logp": logp + 0.05 * noise(),
-        "ref_logp": logp + 0.1 * noise(),
-    }
-    return Inputs(source, work, tokens)
+def make(shape: shapes.Shape, dtype: torch.dtype, padded: int = 0) -> Batch:
+    """A batch on the GPU, the rows of its logits `padded` apart."""
+    batch = make_batch(shape, "full", torch.device("cuda"), dtype)
+    if padded:
+        assert batch.logits is not None
+        wide = torch.nn.functional.pad(batch.logits, (0, padded - shape.V))
+        batch.logits = wide[..., : shape.V]
+    return batch
 
 
-def launch(module: Any, x: Inputs, out: Tensor) -> tuple[Tensor, ...]:
-    """Call `grpo_fwd_bwd` of a variant's kernels on `x.work`."""
+def launch(module: Any, batch: Batch, work: Tensor, out: Tensor) -> Tensor:
+    """Call `grpo_fwd_bwd` of a variant's kernels on `work`; the loss of the tokens."""
+    shape, tokens = batch.shape, batch.arguments
     given: dict[str, Any] = dict.fromkeys(
         ("mask", "rewards", "sequence", "importance", "score", "coefficient", "entropy_weight")
     )
     given |= {"temperature": None, "inv_temperature": 1.0, "return_entropy": False}
-    given |= {"group_size": 1, "objective": OBJECTIVE} | x.tokens
-    return module.grpo_fwd_bwd(x.work, dlogits=out, **given)
-
-
-def check(module: Any, x: Inputs, out: Tensor) -> float:
-    """The worst error of some rows of the gradient, relative to the largest entry."""
-    x.work.copy_(x.source)
-    loss, logp, *_ = launch(module, x, out)
-    N = loss.numel()
-    rows = torch.linspace(0, N - 1, CHECKED, device="cuda").long()
-    flat, grads = x.source.flatten(0, 1), out.flatten(0, 1)  # views, padded or not
-
-    def spec(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        z = flat[rows].to(dtype).requires_grad_()
-        logps = reference.logprob(z, x.tokens["ids"][rows])
-        some = {k: v[rows].to(dtype)[:, None] for k, v in x.tokens.items() if k != "ids"}
-        value = reference.policy_loss(
-            logps[:, None],
-            advantages=some["advantages"],
-            old_logps=some["old_logp"],
-            ref_logps=some["ref_logp"],
-            objective=OBJECTIVE,
-        )
-        (grad,) = torch.autograd.grad(value * CHECKED / N, z)
-        return logps.detach(), grad
-
-    (t_logp, t_grad), (p_logp, p_grad) = spec(torch.float64), spec(torch.float32)
-    assert_as_accurate(logp[rows], p_logp, t_logp, name="logp")
-    assert_as_accurate(grads[rows], p_grad.to(out.dtype), t_grad, name="dlogits")
-    assert grads.isfinite().all(), "a gradient is not finite"
-    worst = (grads[rows].double() - t_grad).abs().max() / t_grad.abs().max()
-    return worst.item()
+    given |= {"group_size": shape.G, "objective": batch.objective, "ids": batch.ids.flatten()}
+    given["weight"] = torch.full((shape.N,), 1 / shape.N, device=work.device)
+    given["advantages"] = tokens["advantages"].repeat_interleave(shape.T)
+    given |= {"old_logp": tokens["old_logps"].flatten(), "ref_logp": tokens["ref_logps"].flatten()}
+    return module.grpo_fwd_bwd(work, dlogits=out, **given)[0]
 
 
 def timed(run: Callable[[], object], before: Callable[[], object], rounds: int = ROUNDS) -> dict:
@@ -175,25 +123,22 @@ class Sheet:
         self.out = out
         self.document: dict[str, Any] = {"experiment": suite, "rows": []}
         if out:
-            self.document["machine_info"] = machine.describe() | {"absent": {}}
-            self.document["benchmarks"] = []
+            info = machine.describe() | {"absent": {}}
+            self.document |= {"machine_info": info, "benchmarks": []}
 
-    def add(self, **row: Any) -> None:
+    def attempt(self, about: dict[str, Any], run: Callable[[], dict[str, Any]]) -> None:
+        """Add a row, or why there is none; an error that takes the GPU from this process ends it."""
+        try:
+            row = about | run()
+        except Exception as error:
+            message = next(iter(str(error).splitlines()), "")
+            row = about | {"failed": f"{type(error).__name__}: {message}"}
         self.document["rows"].append(row)
         print(row, flush=True)
         if self.out:
             recorder.write(self.out, self.document)
-
-
-def attempt(sheet: Sheet, about: dict[str, Any], run: Callable[[], dict[str, Any]]) -> None:
-    """A row, or why there is none; an error that takes the GPU from this process ends it."""
-    try:
-        sheet.add(**about, **run())
-    except Exception as error:
-        message = next(iter(str(error).splitlines()), "")
-        sheet.add(**about, failed=f"{type(error).__name__}: {message}")
         if machine.lost():
-            raise SystemExit(1) from error
+            raise SystemExit(1)
 
 
 def grpo_modules(options: Any) -> dict[str, Any]:
@@ -216,37 +161,48 @@ def grpo_modules(options: Any) -> dict[str, Any]:
     return found
 
 
-def compared(module: Any, x: Inputs, out: Tensor, rounds: int = ROUNDS) -> dict[str, Any]:
-    """Check a variant, then time it: the numbers of a row."""
-    worst = check(module, x, out)
-    found = timed(lambda: launch(module, x, out), lambda: x.work.copy_(x.source), rounds)
-    moved = x.source.numel() * (x.source.element_size() + out.element_size())
-    return {"error": worst, **found, "bytes_per_second": moved / found["median"]}
+def compared(module: Any, x: Batch, dtype: torch.dtype, rounds: int = ROUNDS) -> dict[str, Any]:
+    """Check a variant, its gradient in `dtype`, then time it: the numbers of a row."""
+    assert x.logits is not None
+    work, out = buffers(x, dtype)
+    loss = launch(module, x, work, out)
+    error = gate.check("grpo", x, loss.sum(), (out,))["gradient"]
+    found = timed(
+        lambda: launch(module, x, work, out), functools.partial(work.copy_, x.logits), rounds
+    )
+    moved = x.shape.N * x.shape.V * (work.element_size() + out.element_size())
+    return {"error": error, **found, "bytes_per_second": moved / found["median"]}
+
+
+def buffers(x: Batch, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(a copy of the logits, the buffer of their gradient): the same where they have one dtype."""
+    assert x.logits is not None
+    work = torch.empty_strided(
+        x.logits.shape, x.logits.stride(), dtype=x.logits.dtype, device=x.logits.device
+    ).copy_(x.logits)
+    return work, work if dtype == work.dtype else torch.empty_like(work, dtype=dtype)
 
 
 def suite_grpo(options: Any) -> None:
     """In place at S0; `--compile` on a few rows, `--once` one launch each."""
-    shape, dtype = S0, torch.bfloat16
+    shape, dtype = S0, torch.bfloat16  # float32 logits have a bfloat16 gradient, as in the head
     if options.float32:
         shape, dtype = shapes.get("qwen2.5-7b-4k"), torch.float32
     if options.compile:
         shape = dataclasses.replace(shape, B=1, T=64)
     x = make(shape, dtype)
-    # As in the head: float32 logits have a bfloat16 gradient beside them.
-    out = torch.empty_like(x.work, dtype=torch.bfloat16) if options.float32 else x.work
     sheet = Sheet(options.out, f"grpo {dtype}")
 
     def row(module: Any) -> dict[str, Any]:
         if not (options.compile or options.once):
-            return compared(module, x, out)
-        x.work.copy_(x.source)
-        launch(module, x, out)
+            return compared(module, x, torch.bfloat16)
+        launch(module, x, *buffers(x, torch.bfloat16))
         torch.cuda.synchronize()
         return {}
 
     for name, module in grpo_modules(options).items():
         about = {"variant": name, "shape": [shape.B, shape.T, shape.V], "dtype": str(dtype)}
-        attempt(sheet, about, functools.partial(row, module))
+        sheet.attempt(about, functools.partial(row, module))
 
 
 def suite_vocabularies(options: Any) -> None:
@@ -260,7 +216,7 @@ def suite_vocabularies(options: Any) -> None:
         shape = shapes.Shape(B=8, T=1024, V=V, G=4)
         x = make(shape, torch.bfloat16, padded)
         about = {"V": V, "stride": padded or V, "rows": shape.N}
-        attempt(sheet, about, functools.partial(compared, base, x, x.work, 10))
+        sheet.attempt(about, functools.partial(compared, base, x, torch.bfloat16, 10))
         del x
 
 
@@ -268,21 +224,23 @@ def suite_logprob(options: Any) -> None:
     """The forward pass at S0."""
     x = make(dataclasses.replace(S0, B=1, T=64) if options.compile else S0, torch.bfloat16)
     sheet = Sheet(options.out, "logprob forward")
-    truth = reference.logprob(x.source[0, :64].double(), x.tokens["ids"][:64])
+    ids = x.ids.flatten()
+    assert x.logits is not None
+    truth, nbytes = reference.logprob(x.logits[0, :64].double(), ids[:64]), x.logits.nbytes
 
     def row(module: Any) -> dict[str, Any]:
         def run() -> Tensor:
-            return module.logprob_fwd(x.source, x.tokens["ids"], None, None, 1.0, False)[0]
+            return module.logprob_fwd(x.logits, ids, None, None, 1.0, False)[0]
 
         assert (run()[:64].double() - truth).abs().max() < 1e-4
         if options.compile:
             return {}
         found = timed(run, lambda: None)
-        return {**found, "bytes_per_second": x.source.nbytes / found["median"]}
+        return {**found, "bytes_per_second": nbytes / found["median"]}
 
     for name, edits in LOGPROB.items():
         module = load(f"logprob {name}", edits)("logprob")
-        attempt(sheet, {"variant": name}, functools.partial(row, module))
+        sheet.attempt({"variant": name}, functools.partial(row, module))
 
 
 def suite_head(options: Any) -> None:
@@ -309,7 +267,7 @@ def suite_head(options: Any) -> None:
         for rows in (2048, 2944, 3328, 3584, 4096, 5504):
             if rows <= most:
                 about = {"logits": dtype, "chunk": rows}
-                attempt(sheet, about, functools.partial(row, rows, dtype))
+                sheet.attempt(about, functools.partial(row, rows, dtype))
 
 
 SUITES = {

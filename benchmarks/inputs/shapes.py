@@ -73,10 +73,7 @@ CPU_HIDDEN = {
     CPU_7B: of("qwen2.5-7b", 16, 64),  # 3.3 TFLOP a step; four groups: not all have equal rewards
 }
 # Per-token and per-sequence work, where the vocabulary plays no part: the same on every machine.
-TOKENS = {
-    "micro-batch": Shape(B=16, T=1024, V=0, G=4),
-    "step": Shape(B=512, T=2048, V=0, G=8),
-}
+TOKENS = {"micro-batch": Shape(B=16, T=1024, V=0, G=4), "step": Shape(B=512, T=2048, V=0, G=8)}
 
 # What is in a batch: every token counts; about 30 % padding; half of the groups with equal rewards.
 VARIANTS = ("full", "padded", "zero-variance")

@@ -1,6 +1,7 @@
-"""The machine that measures: what it is, and how fast it moves memory."""
+"""The machine that measures: what it is, and how fast it moves memory and multiplies."""
 
 import functools
+import importlib.util
 import itertools
 import json
 import os
@@ -59,9 +60,8 @@ def bandwidth() -> dict[str, float]:
     source = torch.zeros(CALIBRATION_BYTES[kind] // 4, device=kind)
     target = torch.ones_like(source)
     copy = 2 * source.nbytes / fastest(lambda: target.copy_(source))
-    words = source.view(torch.int32)
     # Two reductions: which of them streams at full speed depends on the device.
-    read = min(fastest(source.sum), fastest(words.amax))
+    read = min(fastest(source.sum), fastest(source.view(torch.int32).amax))
     return {"copy": copy, "read": source.nbytes / read}
 
 
@@ -72,10 +72,8 @@ def gemm_rates() -> dict[str, float]:
     size = GEMM_SIZE[kind]
     rates = {}
     for dtype in GEMM_DTYPES[kind]:
-        a = torch.randn(size, size, device=kind).to(dtype)
-        b = torch.randn(size, size, device=kind).to(dtype)
-        out = torch.empty_like(a)
-        seconds = fastest(lambda a=a, b=b, out=out: torch.mm(a, b, out=out))  # type: ignore[misc]
+        a, b, out = (torch.randn(size, size, device=kind).to(dtype) for _ in range(3))
+        seconds = fastest(functools.partial(torch.mm, a, b, out=out))
         rates[str(dtype).removeprefix("torch.")] = 2 * size**3 / seconds
     return rates
 
@@ -138,7 +136,7 @@ def describe() -> dict[str, Any]:
 
 
 def describe_without_roofs() -> dict[str, Any]:
-    """Which machine, software and code this is; nothing is measured."""
+    """Say which machine, software and code this is; nothing is measured."""
     cuda = torch.cuda.is_available()
     code = commit()
     command = os.environ.get(COMMAND_VARIABLE, "pytest benchmarks")
@@ -150,7 +148,7 @@ def describe_without_roofs() -> dict[str, Any]:
         **(_from_the_driver() if cuda else dict.fromkeys(DRIVER_FIELDS)),
         "cuda": torch.version.cuda,
         "torch": torch.__version__,
-        "triton": _triton_version(),
+        "triton": _version("triton"),
         "python": platform.python_version(),
         "threads": torch.get_num_threads(),
         "commit": code,
@@ -167,12 +165,9 @@ def _cpu_model() -> str:
         return platform.machine()
 
 
-def _triton_version() -> str | None:
-    try:
-        import triton
-    except ImportError:
-        return None
-    return triton.__version__
+def _version(package: str) -> str | None:
+    found = importlib.util.find_spec(package)
+    return importlib.import_module(package).__version__ if found else None
 
 
 def _from_the_driver() -> dict[str, str | None]:

@@ -16,7 +16,7 @@ class Recorder:
 
     {"machine_info": ..., "datetime": ..., "benchmarks": [{"name", "extra_info", "stats"}, ...]}, the same as
     pytest-benchmark's own. `machine_info["absent"]` says who has no number, and why. "running" and "finished"
-    name benchmarks (`key`): a process that takes over from one that died leaves those out.
+    name benchmarks: a process that takes over from one that died leaves those out.
     """
 
     def __init__(self, path: Path, resume: bool = False) -> None:
@@ -55,10 +55,6 @@ class Recorder:
             self.document["machine_info"] = machine.describe()
         self.document["machine_info"]["absent"] = self.absent
         write(self.path, self.document)
-
-
-def key(stem: str, name: str) -> str:
-    return f"{stem} {name}"
 
 
 def write(path: Path, document: dict[str, Any]) -> None:

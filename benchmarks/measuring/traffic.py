@@ -67,7 +67,7 @@ def group_advantage(B: int) -> Traffic:
     return Traffic(read=B * FLOAT, reread=0, written=B * FLOAT)
 
 
-# What a row of RESULTS.md says, per element of the logits or per token.
+# A row of RESULTS.md: per element of the logits or per token.
 FORMULAS = {
     "logprob, forward": ("live V w", "live w", "-"),
     "logprob, backward": ("live V w", "-", "N V w, live w twice"),
@@ -80,5 +80,4 @@ FORMULAS = {
 
 def table() -> str:
     lines = ["| launch | read | read again, from the cache | written |", "|---|---|---|---|"]
-    lines += [f"| {name} | {' | '.join(cells)} |" for name, cells in FORMULAS.items()]
-    return "\n".join(lines)
+    return "\n".join([*lines, *(f"| {x} | {' | '.join(row)} |" for x, row in FORMULAS.items())])

@@ -11,22 +11,14 @@ from torch import Tensor
 
 # What Triton 3.9 appends (`backends/nvidia/driver.c`): two pointers, null where nothing is asked for.
 HIDDEN = ("global_scratch", "profile_scratch")
-C_TYPES: dict[str, Any] = {
-    "u64": ctypes.c_uint64,
-    "u32": ctypes.c_int32,
-    "f32": ctypes.c_float,
-}
+C_TYPES: dict[str, Any] = {"u64": ctypes.c_uint64, "u32": ctypes.c_int32, "f32": ctypes.c_float}
 
 
 # The driver's structures and constants, from cuda.h.
 class LaunchAttribute(ctypes.Structure):
     """CUlaunchAttribute: an id and a union of 64 bytes, of which three words are used here."""
 
-    _fields_ = [
-        ("id", ctypes.c_int),
-        ("pad", ctypes.c_char * 4),
-        ("value", ctypes.c_uint * 16),
-    ]
+    _fields_ = [("id", ctypes.c_int), ("pad", ctypes.c_char * 4), ("value", ctypes.c_uint * 16)]
 
 
 class LaunchConfig(ctypes.Structure):

@@ -59,10 +59,7 @@ def _trainer(logps: Tensor, entropy: Tensor, objective: Objective) -> Any:
         current_gradient_accumulation_steps=1,
         max_completion_length=logps.shape[1],
         accelerator=SimpleNamespace(
-            num_processes=1,
-            sync_gradients=True,
-            gather=lambda x: x,
-            reduce=lambda x, reduction: x,
+            num_processes=1, sync_gradients=True, gather=lambda x: x, reduce=lambda x, reduction: x
         ),
         _entropy_bonus_enabled=False,
         use_adaptive_entropy=False,

@@ -144,10 +144,7 @@ def make(config: Config, device: torch.device, dtype: torch.dtype, seed: int = 0
     generator = torch.Generator(device).manual_seed(seed)
     with torch.no_grad():
         for name, x in model.named_parameters():
-            if "norm" in name:
-                x.fill_(1.0)
-            else:
-                x.normal_(0, 0.02, generator=generator)
+            x.fill_(1.0) if "norm" in name else x.normal_(0, 0.02, generator=generator)
     return model
 
 

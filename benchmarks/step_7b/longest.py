@@ -52,12 +52,7 @@ def longest(
 
 
 def _next_length(
-    low: int,
-    high: int | None,
-    misses: int,
-    seen: list[tuple[int, int]],
-    limit: float,
-    step: int,
+    low: int, high: int | None, misses: int, seen: list[tuple[int, int]], limit: float, step: int
 ) -> int:
     guess = 2 * low
     if len(seen) >= 2 and seen[-1][1] != seen[-2][1]:

@@ -23,10 +23,7 @@ from benchmarks.step_7b import decoder, step
 from benchmarks.step_7b.longest import capped, longest
 
 # (mode, cap, sequences): by `memory_model` each fits with this project's head and not with eager's.
-HEADLINES = (
-    ("lora", 24e9, step.Size(1, 256, 8192)),
-    ("full", 80e9, step.Size(1, 256, 32_768)),
-)
+HEADLINES = (("lora", 24e9, step.Size(1, 256, 8192)), ("full", 80e9, step.Size(1, 256, 32_768)))
 HEADLINE_PROVIDERS = ("grpo_fast", "eager")
 
 

@@ -1,7 +1,7 @@
 """The worst relative error of every objective against float64, as the table in docs/objectives.md has it.
 
-    python -m benchmarks.experiments.accuracy                                              # prints the rows
-    TRITON_INTERPRET=1 GRPO_FAST_BACKEND=triton python -m benchmarks.experiments.accuracy  # of the kernels
+    python -m tests.accuracy                                              # prints the rows
+    TRITON_INTERPRET=1 GRPO_FAST_BACKEND=triton python -m tests.accuracy  # of the kernels
 
 Of the loss: abs(error) / abs(truth). Of the gradient: the largest error of an element over the largest
 element of the truth. float32 logits, ragged rows, one of them empty; per-token advantages, all of one sign in
@@ -40,16 +40,13 @@ def batch(seed: int, B: int = 4, T: int = 6, V: int = 500) -> tuple[Tensor, Tens
     lengths = torch.randint(1, T + 1, (B,), generator=rng)
     lengths[1] = 0
     logp = reference.logprob(logits, ids)
-    return (
-        logits,
-        ids,
-        {
-            "mask": torch.arange(T) < lengths[:, None],
-            "advantages": normal(B, T).abs() * (-1) ** seed,
-            "old_logps": logp + 0.2 * normal(B, T),
-            "ref_logps": logp + 0.2 * normal(B, T),
-        },
-    )
+    arguments = {
+        "mask": torch.arange(T) < lengths[:, None],
+        "advantages": normal(B, T).abs() * (-1) ** seed,
+        "old_logps": logp + 0.2 * normal(B, T),
+        "ref_logps": logp + 0.2 * normal(B, T),
+    }
+    return logits, ids, arguments
 
 
 def errors(objective: Objective, device: str | torch.device = "cpu") -> tuple[float, float]:
@@ -66,11 +63,8 @@ def errors(objective: Objective, device: str | torch.device = "cpu") -> tuple[fl
         arguments = {k: x.double() if x.is_floating_point() else x for k, x in arguments.items()}
         truth = reference.grpo_loss(exact, ids, **arguments, objective=objective)
         (want,) = torch.autograd.grad(truth, exact)
-        found = (
-            ((loss - truth) / truth).abs().detach(),
-            (grad - want).abs().max() / want.abs().max(),
-        )
-        worst = [max(a, float(b)) for a, b in zip(worst, found, strict=True)]
+        worst[0] = max(worst[0], ((loss - truth) / truth).abs().item())
+        worst[1] = max(worst[1], ((grad - want).abs().max() / want.abs().max()).item())
     return worst[0], worst[1]
 
 

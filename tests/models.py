@@ -2,7 +2,7 @@
 
 Every class that `AutoModelForCausalLM` knows is built in a tiny size. Log-probs and gradients through
 `with_head` and `linear_logprob` are compared with those of the model's own logits, in float32, on two
-sequences of which one is padded on the left. `python -m benchmarks.experiments.models` prints a line
+sequences of which one is padded on the left. `python -m tests.models` prints a line
 for each class; `--save` writes the page.
 """
 
@@ -12,47 +12,36 @@ import sys
 import textwrap
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks import ROOT
 from benchmarks.measuring import machine
 
-PAGE = ROOT / "docs" / "models.md"
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "models.md"
 TOLERANCE = 1e-5  # of the largest entry
 LARGEST = 20_000_000  # weights; what is larger has a size that SIZES does not name
-SECONDS = 120
 # Every name for a size that configurations use; each takes those that it has.
 SIZES = {
-    64: (
-        *("vocab_size", "max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length"),
-        *("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "moe_intermediate_size"),
-        *("shared_expert_intermediate_size", "decoder_ffn_dim", "encoder_ffn_dim", "mlp_dim"),
-        *("expert_intermediate_size", "intermediate_size_mlp", "dense_ffn_hidden_size"),
-        *("moe_shared_expert_intermediate_size", "vocab_size_per_layer_input", "d_ff"),
-    ),
-    32: ("hidden_size", "d_model", "n_embd", "embed_dim", "dim", "word_embed_proj_dim"),
-    4: (
-        *("num_attention_heads", "n_head", "num_heads", "n_heads", "decoder_attention_heads"),
-        *("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
-        *("encoder_attention_heads", "linear_num_value_heads", "num_global_layers"),
-    ),
-    2: (
-        *("num_hidden_layers", "n_layer", "num_layers", "n_layers", "decoder_layers"),
-        *("encoder_layers", "num_key_value_heads", "num_kv_heads", "num_experts_per_tok"),
-        *("linear_num_key_heads", "moe_k", "num_experts_per_token", "moe_topk"),
-    ),
-    1: ("n_group", "topk_group", "first_k_dense_replace", "num_nextn_predict_layers"),
-    8: (
-        *("head_dim", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "q_lora_rank"),
-        *("hidden_size_per_layer_input", "mamba_n_heads"),
-        *("kv_lora_rank", "mamba_d_head", "mamba_d_state", "rotary_dim", "linear_key_head_dim"),
-        *("linear_value_head_dim", "attention_head_size", "mamba_head_dim", "state_size"),
-    ),
+    64: "vocab_size max_position_embeddings n_positions n_ctx max_sequence_length intermediate_size "
+    "ffn_dim n_inner ffn_hidden_size moe_intermediate_size shared_expert_intermediate_size "
+    "decoder_ffn_dim encoder_ffn_dim mlp_dim expert_intermediate_size intermediate_size_mlp "
+    "dense_ffn_hidden_size moe_shared_expert_intermediate_size vocab_size_per_layer_input d_ff",
+    32: "hidden_size d_model n_embd embed_dim dim word_embed_proj_dim",
+    4: "num_attention_heads n_head num_heads n_heads decoder_attention_heads num_experts "
+    "num_local_experts n_routed_experts moe_num_experts encoder_attention_heads "
+    "linear_num_value_heads num_global_layers",
+    2: "num_hidden_layers n_layer num_layers n_layers decoder_layers encoder_layers "
+    "num_key_value_heads num_kv_heads num_experts_per_tok linear_num_key_heads moe_k "
+    "num_experts_per_token moe_topk",
+    1: "n_group topk_group first_k_dense_replace num_nextn_predict_layers",
+    8: "head_dim qk_nope_head_dim qk_rope_head_dim v_head_dim q_lora_rank hidden_size_per_layer_input "
+    "mamba_n_heads kv_lora_rank mamba_d_head mamba_d_state rotary_dim linear_key_head_dim "
+    "linear_value_head_dim attention_head_size mamba_head_dim state_size",
 }
-BY_NAME = {name: size for size, names in SIZES.items() for name in names}
+BY_NAME = {name: size for size, names in SIZES.items() for name in names.split()}
 
 
 def tiny(configuration: Any) -> Any:
@@ -117,10 +106,8 @@ def compare(model: Any) -> float:
     got = with_head(model, score, ids, attention, last=4)
     (got * weights).sum().backward()
     found = {name: x.grad for name, x in model.named_parameters() if x.grad is not None}
-    if found.keys() != exact.keys():
-        raise AssertionError(
-            f"gradients of other parameters: {sorted(found.keys() ^ exact.keys())}"
-        )
+    other = sorted(found.keys() ^ exact.keys())
+    assert not other, f"gradients of other parameters: {other}"
     top = max(x.abs().max().item() for x in exact.values())
     errors = [(found[name] - exact[name]).abs().max().item() / top for name in exact]
     error = (got - want).detach().abs().max() / want.detach().abs().max()
@@ -147,7 +134,7 @@ def one(name: str) -> tuple[str, str]:
 HEADER = """\
 # Which models `with_head` is exact on
 
-Written by `python -m benchmarks.experiments.models --save` on commit {commit}, with transformers
+Written by `python -m tests.models --save` on commit {commit}, with transformers
 {transformers} and torch {torch} on a CPU, in float32. Each of the {total} classes that
 `AutoModelForCausalLM` of this version knows was built in a tiny size with random weights. Log-probs
 and gradients of all parameters through `with_head` and `linear_logprob` were compared with those of
@@ -156,12 +143,12 @@ counts as exact is {tolerance} of the largest entry.
 
 """
 SECTIONS = {
-    "wrong": "## Wrong\n\nThe results differ, and no error says so.\n",
-    "exact": "## Exact\n",
-    "refused": "## Refused\n\nAn error says why, before training starts in TRL, or in `check_head`: most of "
+    "wrong": "Wrong\n\nThe results differ, and no error says so.\n",
+    "exact": "Exact\n",
+    "refused": "Refused\n\nAn error says why, before training starts in TRL, or in `check_head`: most of "
     "these have layers\nbetween the last hidden states and the head.\n",
-    "not built": "## Not tried\n\nThe sizes in `benchmarks/experiments/models.py` "
-    "do not make a tiny model of these,\nor they need other inputs or packages.\n",
+    "not built": "Not tried\n\nThe sizes in `tests/models.py` do not make a tiny "
+    "model of these,\nor they need other inputs or packages.\n",
 }
 
 
@@ -180,7 +167,7 @@ def page(found: dict[str, tuple[str, str]]) -> str:
         names = [name for name, (came, _) in found.items() if came == outcome]
         if names:
             listed = f"{len(names)} model types: {', '.join(f'`{name}`' for name in names)}."
-            parts.append(f"{text}\n{textwrap.fill(listed, 100, break_on_hyphens=False)}\n\n")
+            parts.append(f"## {text}\n{textwrap.fill(listed, 100, break_on_hyphens=False)}\n\n")
     return "".join(parts).rstrip() + "\n"
 
 
@@ -207,9 +194,7 @@ def quiet() -> None:
 
 
 def _short(error: Exception) -> str:
-    return (
-        f"{type(error).__name__}: {str(error).strip().splitlines()[0][:150] if str(error) else ''}"
-    )
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:150]}"
 
 
 def names() -> list[str]:
