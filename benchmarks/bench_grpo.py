@@ -1,4 +1,6 @@
-"""Time the loss and its gradient from logits: live logits are read once, the gradient is written once."""
+"""Time the loss and its gradient from logits: live logits are read once, the gradient is written
+once.
+"""
 
 from typing import Any
 

@@ -1,4 +1,6 @@
-"""Time the objective on log-probs, with its gradient: a dozen numbers per token, so launches cost most."""
+"""Time the objective on log-probs, with its gradient: a dozen numbers per token, so launches cost
+most.
+"""
 
 from typing import Any
 

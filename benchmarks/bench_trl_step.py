@@ -1,9 +1,10 @@
 """Time a step of TRL's GRPO trainer, generation apart: forward, loss, backward of one micro-batch.
 
-`eager` is TRL's trainer on plain logits (its log-probs come from `model(...).logits`). `trl` is TRL's
-trainer as it is. `grpo_fast` is the one of `grpo_fast.integrations.trl`. They differ in the head and the
-loss. The model is a Qwen2 with random weights: in bfloat16 and checkpointed on a GPU; on a CPU it is
-small, and its vocabulary is not. No bytes are counted: much of a step is the model's.
+`eager` is TRL's trainer on plain logits (its log-probs come from `model(...).logits`). `trl` is
+TRL's trainer as it is. `grpo_fast` is the one of `grpo_fast.integrations.trl`. They differ in the
+head and the loss. The model is a Qwen2 with random weights: in bfloat16 and checkpointed on a GPU;
+on a CPU it is small, and its vocabulary is not. No bytes are counted: much of a step is the
+model's.
 """
 
 import copy
@@ -53,8 +54,8 @@ MODELS = {
         "qwen2.5-7b": Model(152_064, 3584, 28, 28, 4, 18_944, B=4, T=1024, checked=128),
     },
 }
-# What a trainer has on the device, and what its results are held against: float64 logits of a 7B model, or
-# its weights, fit no GPU.
+# What a trainer has on the device, and what its results are held against: float64 logits of a 7B
+# model, or its weights, fit no GPU.
 DTYPES = {"cpu": (torch.float32, torch.float64), "cuda": (torch.bfloat16, torch.float32)}
 
 
@@ -113,10 +114,12 @@ def _discard(trainer: Any, inputs: dict[str, Tensor]) -> None:
 def _check(
     trainer: Any, inputs: dict[str, Tensor], provider: str, exact: torch.dtype
 ) -> dict[str, float]:
-    """Loss and head gradient as near to plain logits in `exact` as plain logits in the model's dtype are.
+    """Loss and head gradient as near to plain logits in `exact` as plain logits in the model's
+    dtype are.
 
     Returns:
-        The errors, in units of the largest true entry; of the loss, of the mean size of an advantage.
+        The errors, in units of the largest true entry; of the loss, of the mean size of an
+        advantage.
     """
     rows = _some_rows(inputs, trainer.model.config.vocab_size)
     loss, gradient = _step(trainer, inputs)
@@ -127,7 +130,8 @@ def _check(
         _plain_step(trainer, inputs, dtype, rows) for dtype in (trainer.model.dtype, exact)
     )
     size = inputs["advantages"].abs().mean().item()
-    # A single number may be right by luck: plain PyTorch's error in the loss is no yardstick in bfloat16.
+    # A single number may be right by luck: plain PyTorch's error in the loss is no yardstick in
+    # bfloat16.
     floor = max(1e-5, torch.finfo(trainer.model.dtype).eps)
     errors = {}
     try:
@@ -143,7 +147,9 @@ def _check(
 
 
 def _some_rows(inputs: dict[str, Tensor], V: int) -> Tensor:
-    """Of the head: those of the tokens that are scored, where the gradient is largest, and some of all."""
+    """Of the head: those of the tokens that are scored, where the gradient is largest, and some of
+    all.
+    """
     ids = inputs["completion_ids"].flatten()
     spread = torch.linspace(0, V - 1, min(V, CHECKED_ROWS), device=ids.device).long()
     return torch.cat([spread, ids]).unique()
@@ -152,7 +158,9 @@ def _some_rows(inputs: dict[str, Tensor], V: int) -> Tensor:
 def _plain_step(
     trainer: Any, inputs: dict[str, Tensor], dtype: torch.dtype, rows: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """(loss, gradient of some rows of the head) of TRL on plain logits in `dtype`; no other is taken."""
+    """(loss, gradient of some rows of the head) of TRL on plain logits in `dtype`; no other is
+    taken.
+    """
     from trl.trainer.grpo_trainer import GRPOTrainer
 
     memory.release()

@@ -1,9 +1,9 @@
 """Options of the benchmarks, their order, and what is written besides the times."""
 
 import contextlib
+import faulthandler
 import os
 import signal
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,24 +19,20 @@ from benchmarks.measuring.recorder import Recorder
 KINDS = ("bench_grpo", "bench_logprob", "bench_linear_grpo", "bench_linear")
 # What runs on a CPU without --full: the first case of each kernel, of these libraries.
 QUICK = ("eager", "grpo_fast")
-# Seconds that one benchmark may take on a GPU, where the environment names them. `run_all` does, and
-# goes on in a new process.
+# Seconds that one benchmark may take on a GPU, where the environment names them. `run_all` does,
+# and goes on in a new process.
 LIMIT_VARIABLE = "GRPO_FAST_LIMIT"
 
 
 @contextlib.contextmanager
 def limited(seconds: float | None) -> Iterator[None]:
-    """Kill this process if what is inside takes longer."""
-    if seconds is None:
-        yield
-        return
-    timer = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL))
-    timer.daemon = True
-    timer.start()
+    """End this process if what is inside takes longer, and say where it was."""
+    if seconds is not None:
+        faulthandler.dump_traceback_later(seconds, exit=True, file=2)
     try:
         yield
     finally:
-        timer.cancel()
+        faulthandler.cancel_dump_traceback_later()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -75,8 +71,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         kind = next((i for i, word in enumerate(KINDS) if word in item.path.stem), len(KINDS))
         return _library(item) == "compile", turns[item], kind
 
-    # The first case of every file, then the second: what there is no time for matters least. Cases from
-    # hidden states are next to each other, as they share their inputs. What is compiled comes last.
+    # The first case of every file, then the second: what there is no time for matters least. Cases
+    # from hidden states are next to each other, as they share their inputs. What is compiled comes
+    # last.
     items.sort(key=place)
     for item in items:
         # Providers warn as they compile; this project's own warnings are errors in tests/.

@@ -121,7 +121,7 @@ def test_the_saved_predictions_are_of_this_code():
     saved = memory_model.load()
     if saved["torch"] != torch.__version__.split("+")[0]:
         pytest.skip(f"saved with the operators of torch {saved['torch']}")
-    trained = memory_model.build(decoder.QWEN_7B, "lora", torch.bfloat16)
+    trained = step_7b.build(decoder.QWEN_7B, "lora", memory_model.META, torch.bfloat16)
     size = step_7b.BATCH["cuda"]
     for provider in ("eager", "grpo_fast"):
         row = next(

@@ -1,7 +1,6 @@
 """run_all: its plan, its clock, and what it does about a provider that takes the process down."""
 
 import json
-import signal
 import subprocess
 import sys
 import tarfile
@@ -279,7 +278,7 @@ def test_crashes_of_other_libraries_are_told_apart(tmp_path, monkeypatch, name, 
 def test_a_benchmark_that_hangs_takes_its_process_down():
     code = "from benchmarks.conftest import limited\nimport time\nwith limited(0.2): time.sleep(60)"
     done = subprocess.run([sys.executable, "-c", code], cwd=runner.ROOT, timeout=50)
-    assert done.returncode == -signal.SIGKILL
+    assert done.returncode == 1
     with limited(None), limited(60):
         pass
 

@@ -121,7 +121,9 @@ UNCONDITIONAL = r"s_branch|s_endpgm|s_setpc|EXIT$"
 
 
 def comes_back(code: list[Instruction], place: dict[str, int], first: int, last: int) -> bool:
-    """Whether control gets from one instruction to another: a block moved out of line jumps back, too."""
+    """Whether control gets from one instruction to another: a block moved out of line jumps back,
+    too.
+    """
     seen, todo = set(), [first]
     while todo:
         i = todo.pop()
@@ -191,9 +193,11 @@ def read_amd(kernel: Any) -> tuple[int, int, Listing]:
 
 
 def lane_orders(ttgir: str, T: int) -> list[str]:
-    """How reductions over T lanes spread them over registers, lanes and warps: bits of the lane's number.
+    """How reductions over T lanes spread them over registers, lanes and warps: bits of the lane's
+    number.
 
-    The order of the additions follows from it. What else the tensor holds beside the lanes plays no part.
+    The order of the additions follows from it. What else the tensor holds beside the lanes plays no
+    part.
     """
     layouts = dict(re.findall(r"^(#\w+) = (#ttg\..*)$", ttgir, re.MULTILINE))
     found = set()

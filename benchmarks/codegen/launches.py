@@ -35,7 +35,9 @@ def record(case: Callable[[], None]) -> Launch:
 
 
 class Specialisation(NamedTuple):
-    """What Triton makes of the arguments: their types, the values that are constants, known divisors."""
+    """What Triton makes of the arguments: their types, the values that are constants, known
+    divisors.
+    """
 
     signature: dict[str, str]
     constants: dict[tuple[int, ...], Any]
@@ -43,7 +45,9 @@ class Specialisation(NamedTuple):
 
 
 def specialise(launch: Launch) -> Specialisation:
-    """Specialise a launch as `fn[grid](**arguments)` would: None and 1 are constants, 16 a known divisor."""
+    """Specialise a launch as `fn[grid](**arguments)` would: None and 1 are constants, 16 a known
+    divisor.
+    """
     signature: dict[str, str] = {}
     constants: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}

@@ -1,4 +1,6 @@
-"""What `benchmarks.codegen --save` wrote: the numbers of the compiled kernels, readable without Triton."""
+"""What `benchmarks.codegen --save` wrote: the numbers of the compiled kernels, readable without
+Triton.
+"""
 
 import json
 from collections.abc import Iterable

@@ -1,12 +1,13 @@
 """Compares two commits, measured in turns on this machine.
 
-    python -m benchmarks.experiments.compare main HEAD benchmarks/bench_grpo.py --rounds 7
-    python -m benchmarks.experiments.compare HEAD . -k qwen        # "." is the working tree as it stands
+    python -m benchmarks.experiments.compare main HEAD benchmarks/bench_grpo.py --rounds 7 python -m
+    benchmarks.experiments.compare HEAD . -k qwen        # "." is the working tree as it stands
 
-Each commit gets a git worktree in a temporary folder; the order changes from round to round (A B, B A, ...),
-so that a machine that warms up favours neither. A ratio is base over head: above 1 is faster. A difference
-counts only where no round of one is within the rounds of the other: of two that are equal that happens to one
-benchmark in 126 by chance with 5 rounds of each, to one in 10 with 3.
+Each commit gets a git worktree in a temporary folder; the order changes from round to round (A B, B
+A, ...), so that a machine that warms up favours neither. A ratio is base over head: above 1 is
+faster. A difference counts only where no round of one is within the rounds of the other: of two
+that are equal that happens to one benchmark in 126 by chance with 5 rounds of each, to one in 10
+with 3.
 """
 
 import argparse

@@ -5,9 +5,9 @@
     python -m benchmarks.experiments.variants grpo --once      # one launch of each, for a profiler
     python -m benchmarks.experiments.variants vocabularies | logprob | head
 
-A variant is this project's `kernels/` with some text replaced (`VARIANTS`), or another folder of kernels
-(`--folder NAME=PATH`), imported under a name of its own. Every variant is held against float64 on some
-rows before it is timed, by events on the device; the inputs are new in every round.
+A variant is this project's `kernels/` with some text replaced (`VARIANTS`), or another folder of
+kernels (`--folder NAME=PATH`), imported under a name of its own. Every variant is held against
+float64 on some rows before it is timed, by events on the device; the inputs are new in every round.
 """
 
 import argparse
@@ -43,7 +43,8 @@ def _side(n: int) -> Edit:
     return ("grpo.py", "side = 4 if entropy", f"side = {n} if entropy")
 
 
-# Segments of one tile for halves too: two at a time in `grpo`, two one after the other in `logprob`.
+# Segments of one tile for halves too: two at a time in `grpo`, two one after the other in
+# `logprob`.
 T_STEPS = "T, steps = 16 // itemsize * threads, "
 SIDE_BY_SIDE: list[Edit] = [
     ("schedules.py", "if capped or itemsize < 4 or", "if capped or"),

@@ -14,15 +14,13 @@ from grpo_fast import Objective
 
 SPREAD = 2.0  # standard deviation of the logits but the scored one
 MEAN_LOGP = -0.5  # of sampled tokens; most are near 0, some far below
-# Together the inputs that take turns must not fit into a GPU's L2 cache, or reading them costs nothing.
+# Together the inputs that take turns must not fit into a GPU's L2 cache, or reading them costs
+# nothing.
 ROTATION_BYTES = 256 << 20
 MAX_ROTATION = 64
 # A realistic batch: lengths log-normal, cut off at T (a few per cent are), their mean about T / 2.
 MEDIAN_LENGTH, LENGTH_SPREAD = 0.45, 0.5
-EQUAL_GROUPS = {
-    "zero-variance": 0.5,
-    REALISTIC: 0.4,
-}  # share of the groups whose rewards do not differ
+EQUAL_GROUPS = {"zero-variance": 0.5, REALISTIC: 0.4}  # share of groups whose rewards do not differ
 PRESETS = {"zero-variance": "dapo", REALISTIC: "dapo", "gspo": "gspo"}
 
 
@@ -87,28 +85,29 @@ def make_batch(
     if V and not hidden:
         logits = torch.empty(B, T, V, device=device, dtype=dtype)
         logits.normal_(0, SPREAD, generator=generator)
-        # The logsumexp of the others is log V + SPREAD^2 / 2: place the scored one to reach its log-prob.
+        # The logsumexp of the others is log V + SPREAD^2 / 2: place the scored one to reach its
+        # log-prob.
         scored = math.log(V) + SPREAD**2 / 2 + logps - torch.log(-torch.expm1(logps))
         logits.scatter_(2, ids[..., None], scored[..., None].to(dtype))
     # Without a KL term a token without advantage has no gradient: the case worth telling apart.
-    preset = PRESETS.get(variant, "grpo")
     options = {"beta": 0.04} if variant == "gspo" else {}
+    rewards = _rewards(shape, variant, device)
     return Batch(
-        shape,
-        logits,
-        logps,
-        ids,
-        rewards := _rewards(shape, variant, device),
-        normal(B, T),
-        Objective.preset(preset, **options),
-        {
+        shape=shape,
+        logits=logits,
+        logps=logps,
+        ids=ids,
+        rewards=rewards,
+        upstream=normal(B, T),
+        objective=Objective.preset(PRESETS.get(variant, "grpo"), **options),
+        arguments={
             "mask": _mask(shape, variant, device, generator),
             "advantages": _scores(rewards, shape.G),
             "old_logps": logps + 0.05 * normal(B, T),
             "ref_logps": logps + 0.1 * normal(B, T),
         },
-        states,
-        weight,
+        hidden=states,
+        weight=weight,
     )
 
 

@@ -1,17 +1,20 @@
 """Hidden states and a head whose next-token distributions look like a language model's.
 
-Where speed depends on the data (a head that skips what is nearly 0), random numbers flatter: after a head of
-random numbers no entry of the softmax is large. What is imposed here, per token:
+Where speed depends on the data (a head that skips what is nearly 0), random numbers flatter: after
+a head of random numbers no entry of the softmax is large. What is imposed here, per token:
 
-- Its entropy, drawn from `ENTROPY`. The two middle points are what was published of a reasoning model's
-  chains of thought (arXiv 2506.01939): about half of the tokens below 0.01 nats, a fifth above 0.672. The
-  ends are assumptions; between the points log H is linear in the share.
-- Its `CANDIDATES` likeliest entries fall like a power law p_k = k^-a / Z, with a chosen to give the entropy.
-- Which entries these are: ids are ordered by frequency, as byte-pair vocabularies nearly are, and drawn with
+- Its entropy, drawn from `ENTROPY`. The two middle points are what was published of a reasoning
+model's
+  chains of thought (arXiv 2506.01939): about half of the tokens below 0.01 nats, a fifth above
+  0.672. The ends are assumptions; between the points log H is linear in the share.
+- Its `CANDIDATES` likeliest entries fall like a power law p_k = k^-a / Z, with a chosen to give the
+entropy. - Which entries these are: ids are ordered by frequency, as byte-pair vocabularies nearly
+are, and drawn with
   density 1/id (Zipf), a part of them evenly (`EVEN_SHARE`), so that rare ids are used as well.
 
-The hidden state is the least one that gives the candidates their logits; all other entries get what falls out
-of the random head, a bell of logits whose logsumexp is accounted for. `describe` tells what came out.
+The hidden state is the least one that gives the candidates their logits; all other entries get what
+falls out of the random head, a bell of logits whose logsumexp is accounted for. `describe` tells
+what came out.
 """
 
 import itertools
@@ -21,12 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-ENTROPY = (
-    (0.0, 1e-6),
-    (0.5064, 1e-2),
-    (0.8, 0.672),
-    (1.0, 4.0),
-)  # (share of the tokens below, nats)
+ENTROPY = ((0.0, 1e-6), (0.5064, 1e-2), (0.8, 0.672), (1.0, 4.0))  # (share of tokens below, nats)
 CANDIDATES = 16
 EVEN_SHARE = 0.5
 LEAST_TAIL = 1e-9  # probability of all other entries together, at least
@@ -55,7 +53,8 @@ def entropies(N: int, generator: torch.Generator) -> Tensor:
 
 def power_laws(V: int, entropy: Tensor) -> tuple[Tensor, Tensor]:
     """(log p of the candidates (N, K), log p of all others together (N,)) with the given entropies."""
-    # Far out p hardly changes from one entry to the next: the first exactly, the rest as an integral.
+    # Far out p hardly changes from one entry to the next: the first exactly, the rest as an
+    # integral.
     k = torch.arange(1, 1025, dtype=torch.float64)
     log_k, a = k.log(), EXPONENTS[:, None]
     heads = torch.exp(-a * log_k)
@@ -102,7 +101,8 @@ def make(N: int, D: int, V: int, device: torch.device, dtype: torch.dtype, seed:
         rows = slice(start, start + 1024)
         w = weight[chosen[rows]].float()  # (n, K, D)
         gram = w @ w.mT + 1e-6 * torch.eye(CANDIDATES, device=device)
-        # Logits of the candidates above the logsumexp of the bell, which grows with the hidden state itself.
+        # Logits of the candidates above the logsumexp of the bell, which grows with the hidden
+        # state itself.
         above = (log_p[rows] - log_tail[rows, None]).float()
         bell = torch.full((len(above), 1), math.log(V), device=device)
         for _ in range(FIXED_POINT_STEPS):
@@ -125,7 +125,9 @@ def draw(hidden: Tensor, weight: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def describe(hidden: Tensor, weight: Tensor, tokens: int = 1024) -> dict[str, float]:
-    """Of the first tokens: shares of the entropies, and how much a head that skips small blocks must do."""
+    """Of the first tokens: shares of the entropies, and how much a head that skips small blocks
+    must do.
+    """
     D = hidden.shape[-1]
     rows = hidden.detach().reshape(-1, D)[:tokens]
     rows = rows[: len(rows) // BLOCK * BLOCK] if len(rows) >= BLOCK else rows

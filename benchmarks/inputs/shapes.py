@@ -1,4 +1,6 @@
-"""The shapes that are measured, by name: a model's head, and how many tokens. A benchmark takes no other."""
+"""The shapes that are measured, by name: a model's head, and how many tokens. A benchmark takes no
+other.
+"""
 
 import dataclasses
 
@@ -7,7 +9,9 @@ import torch
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """B sequences of T completion tokens over V entries, G of them for each prompt; D wide hidden states."""
+    """B sequences of T completion tokens over V entries, G of them for each prompt; D wide hidden
+    states.
+    """
 
     B: int
     T: int
@@ -20,8 +24,8 @@ class Shape:
         return self.B * self.T
 
 
-# (D, V) of the models' heads, padded rows included. Gemma's vocabularies are so wide that they get half the
-# tokens; GPT-2's is odd, so that its rows are not aligned to 16 bytes.
+# (D, V) of the models' heads, padded rows included. Gemma's vocabularies are so wide that they get
+# half the tokens; GPT-2's is odd, so that its rows are not aligned to 16 bytes.
 HEADS = {
     "qwen2.5-7b": (3584, 152_064),
     "qwen2.5-0.5b": (896, 151_936),

@@ -1,9 +1,9 @@
 """The check before every timing: results are held against float64 on the benchmark's own inputs.
 
-Values are compared on all tokens, gradients on some rows, as float64 gradients of all rows would not
-fit. The yardstick is `grpo_fast.reference` in plain PyTorch. On logits it runs in float32, and its
-gradient is rounded to the dtype of the result. From hidden states it runs in the dtype of the inputs,
-whose products round the logits to it.
+Values are compared on all tokens, gradients on some rows, as float64 gradients of all rows would
+not fit. The yardstick is `grpo_fast.reference` in plain PyTorch. On logits it runs in float32, and
+its gradient is rounded to the dtype of the result. From hidden states it runs in the dtype of the
+inputs, whose products round the logits to it.
 """
 
 from collections.abc import Sequence
@@ -20,8 +20,8 @@ from grpo_fast.testing import assert_as_accurate
 CHUNK_ELEMENTS = 1 << 24  # of float64 at a time
 MAX_ROWS = 64  # tokens whose gradient is looked at
 MAX_ENTRIES = 256  # entries of the vocabulary whose row of dweight is looked at
-# Errors may be this many times plain PyTorch's. Other libraries round a logsumexp near 30, or sum in
-# another order. That is not wrong, and the table shows their errors next to their times.
+# Errors may be this many times plain PyTorch's. Other libraries round a logsumexp near 30, or sum
+# in another order. That is not wrong, and the table shows their errors next to their times.
 FACTOR, FACTOR_OF_PEERS = 2.0, 10.0
 Results = dict[str, Tensor]  # "value", then "gradient", or "dhidden" and "dweight"
 
@@ -74,7 +74,9 @@ def expected(stem: str, batch: Batch, dtype: torch.dtype) -> Results:
 
 
 def _from_hidden(stem: str, batch: Batch, dtype: torch.dtype) -> Results:
-    """In float64, or as plain PyTorch does it in `dtype`: products round to it, the rest is float32."""
+    """In float64, or as plain PyTorch does it in `dtype`: products round to it, the rest is
+    float32.
+    """
     assert batch.hidden is not None
     assert batch.weight is not None
     hidden, ids = batch.hidden.detach().flatten(0, 1), batch.ids.flatten()
@@ -152,7 +154,9 @@ def _chunks(N: int, V: int) -> list[slice]:
 
 
 def with_scale(value: Tensor, batch: Batch) -> Tensor:
-    """A loss next to the size of its terms: they cancel, so its own size is no measure of its error."""
+    """A loss next to the size of its terms: they cancel, so its own size is no measure of its
+    error.
+    """
     if value.ndim:
         return value
     scale = batch.arguments["advantages"].abs().mean()

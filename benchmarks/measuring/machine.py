@@ -67,7 +67,9 @@ def bandwidth() -> dict[str, float]:
 
 @functools.cache
 def gemm_rates() -> dict[str, float]:
-    """Measured FLOP per second of a large square matrix multiplication, by dtype; float32 without TF32."""
+    """Measured FLOP per second of a large square matrix multiplication, by dtype; float32 without
+    TF32.
+    """
     kind = shapes.device().type
     size = GEMM_SIZE[kind]
     rates = {}
@@ -171,7 +173,9 @@ def _version(package: str) -> str | None:
 
 
 def _from_the_driver() -> dict[str, str | None]:
-    """Its version, and which of several equal GPUs this is; of all that are visible, where there are more."""
+    """Its version, and which of several equal GPUs this is; of all that are visible, where there
+    are more.
+    """
     query = f"--query-gpu={','.join(DRIVER_FIELDS.values())}"
     lines = _output_of("nvidia-smi", query, "--format=csv,noheader").splitlines()
     rows = [x.split(", ") for x in lines]

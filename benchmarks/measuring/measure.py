@@ -19,7 +19,8 @@ from benchmarks.measuring.recorder import Recorder
 TIME_BUDGET = {"cuda": 0.6, "cpu": 1.0}  # seconds of timed rounds of one case
 ROUNDS = (5, 200)
 WARMUP_ROUNDS = 2
-# A call of this many seconds gets fewer rounds and no more warming up: it has run three times by then.
+# A call of this many seconds gets fewer rounds and no more warming up: it has run three times by
+# then.
 SLOW, SLOW_ROUNDS = 1.0, 3
 # Of shorter calls the time on the device alone is recorded as well: launches are a part of them.
 LAUNCHES_COUNT = 20e-3
@@ -51,7 +52,8 @@ class Case:
 def cases(stem: str, inputs: list[tuple[str, str]]) -> pytest.MarkDecorator:
     """Parametrize a benchmark by `case`, from (shape, variant); the provider varies fastest.
 
-    torch.compile takes part in the first case only: elsewhere compiling it would take most of the time.
+    torch.compile takes part in the first case only: elsewhere compiling it would take most of the
+    time.
     """
     made = [
         Case(stem, *where, provider)
@@ -154,7 +156,9 @@ def _check(case: Case, batch: Batch, value: Any, grads: Any) -> dict[str, float]
 
 @functools.lru_cache(maxsize=4)
 def _bare_gemms(N: int, D: int, V: int, device: torch.device, dtype: torch.dtype) -> float:
-    """Seconds of the three matrix multiplications of a head with gradients, in chunks, nothing else."""
+    """Seconds of the three matrix multiplications of a head with gradients, in chunks, nothing
+    else.
+    """
     states = torch.randn(min(N, 4096), D, device=device).to(dtype)
     weight = torch.randn(V, D, device=device).to(dtype)
     logits = torch.empty(len(states), V, device=device, dtype=dtype)

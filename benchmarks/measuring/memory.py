@@ -9,7 +9,9 @@ import torch
 
 
 def release() -> None:
-    """Give back what nobody can reach: a failure's traceback, in a cycle with itself, holds its tensors."""
+    """Give back what nobody can reach: a failure's traceback, in a cycle with itself, holds its
+    tensors.
+    """
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

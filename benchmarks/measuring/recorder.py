@@ -14,9 +14,10 @@ STATISTICS = ("min", "max", "mean", "stddev", "median", "iqr", "rounds")
 class Recorder:
     """One file of results; nothing is lost if the process dies later.
 
-    {"machine_info": ..., "datetime": ..., "benchmarks": [{"name", "extra_info", "stats"}, ...]}, the same as
-    pytest-benchmark's own. `machine_info["absent"]` says who has no number, and why. "running" and "finished"
-    name benchmarks: a process that takes over from one that died leaves those out.
+    {"machine_info": ..., "datetime": ..., "benchmarks": [{"name", "extra_info", "stats"}, ...]},
+    the same as pytest-benchmark's own. `machine_info["absent"]` says who has no number, and why.
+    "running" and "finished" name benchmarks: a process that takes over from one that died leaves
+    those out.
     """
 
     def __init__(self, path: Path, resume: bool = False) -> None:

@@ -1,7 +1,8 @@
-"""Bytes that the kernels move, the formulas of their docstrings; tests/test_traffic.py holds them true.
+"""Bytes that the kernels move, the formulas of their docstrings; tests/test_traffic.py holds them
+true.
 
-N tokens, `live` of which count, `moving` of which have a gradient; V entries of w bytes. What is per token is
-left out next to rows of logits.
+N tokens, `live` of which count, `moving` of which have a gradient; V entries of w bytes. What is
+per token is left out next to rows of logits.
 """
 
 import dataclasses
@@ -57,7 +58,9 @@ def policy_loss_backward(N: int) -> Traffic:
 
 
 def sequence_loss(N: int) -> Traffic:
-    """GSPO: mask, logp and old again after the sums; mask and dlogp again for the gradient of the mean."""
+    """GSPO: mask, logp and old again after the sums; mask and dlogp again for the gradient of the
+    mean.
+    """
     one = policy_loss(N)
     return Traffic(one.read, N * (3 * FLOAT + 2 * FLAG), one.written + N * FLOAT)
 

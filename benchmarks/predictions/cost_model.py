@@ -1,12 +1,12 @@
-"""Predicts how long a kernel takes, from bytes, instructions and the ceilings of a GPU.
+"""Predict how long a kernel takes, from bytes, instructions and the ceilings of a GPU.
 
     time = max(bytes / bandwidth, instructions / issue rate, exponentials / their rate) + launch
 
-Bytes are `traffic`'s; the range is from "every second read is found in the cache" to "none is". Instructions
-per element are those of the compiled kernels (`codegen.json`). The path from hidden states adds its matrix
-multiplications, in chunks of the rows that this project would take there. Ceilings are measured ones of that
-GPU where a result holds them, else the data sheet's times an assumed share; each line says which. A
-prediction stays next to the measurement that comes later.
+Bytes are those of `traffic`; the range is from "every second read is found in the cache" to "none
+is". Instructions per element are those of the compiled kernels (`codegen.json`). The path from
+hidden states adds its matrix multiplications, in chunks of the rows that this project would take
+there. Ceilings are measured ones of that GPU where a result holds them, else the data sheet's times
+an assumed share. Each line says which. A prediction stays next to the measurement that comes later.
 """
 
 import argparse
@@ -24,7 +24,8 @@ from benchmarks.measuring import traffic
 from benchmarks.report.committed import Run
 from grpo_fast.ops import _head
 
-# Of the data sheet, reached by a plain copy and by a large bfloat16 multiplication: assumed, not measured.
+# Of the data sheet, reached by a plain copy and by a large bfloat16 multiplication: assumed, not
+# measured.
 SHARE_OF_BANDWIDTH, SHARE_OF_GEMM = 0.90, 0.80
 LAUNCH = 5e-6
 EXPONENTIALS = {"read": 1.25, "write": 1.0}  # per element: the fold rescales once in K = 4
@@ -68,23 +69,39 @@ class Prediction(NamedTuple):
     high: float
     bound: str
 
+    def __str__(self) -> str:
+        return f"{self.low * 1e3:.2f} to {self.high * 1e3:.2f}"
+
+
+class Launch(NamedTuple):
+    """What is predicted: a benchmark of this project's own kernels in bfloat16."""
+
+    stem: str
+    case: str
+    sizes: dict[str, int]
+    live: int
+    moving: int
+    provider: str = OWN
+
+    def __str__(self) -> str:
+        return f"{self.stem}, {self.case.replace('_', ' + ')} | {self.provider}"
+
 
 def gpu_of(device: str) -> str | None:
-    """The entry of `GPUS` that a device is; None for others, be it a part of one (MIG) or a smaller one."""
+    """The entry of `GPUS` that a device is; None for others, be it a part of one (MIG) or a smaller
+    one.
+    """
     return next((name for name, gpu in GPUS.items() if re.fullmatch(gpu.driver, device)), None)
 
 
 def ceilings(name: str, roofs: dict[str, Any] | None = None) -> Ceilings:
     """Those measured in a run on this GPU, or the assumed share of the data sheet."""
     gpu = GPUS[name]
+    assumed = gpu.bfloat16 * SHARE_OF_GEMM
     if roofs:
-        rate = roofs["gemm"].get("bfloat16", gpu.bfloat16 * SHARE_OF_GEMM)
-        return Ceilings(roofs["copy"], rate, "measured")
-    return Ceilings(
-        gpu.bandwidth * SHARE_OF_BANDWIDTH,
-        gpu.bfloat16 * SHARE_OF_GEMM,
-        f"data sheet x {SHARE_OF_BANDWIDTH:.2f} (copy), x {SHARE_OF_GEMM:.2f} (GEMM): assumed",
-    )
+        return Ceilings(roofs["copy"], roofs["gemm"].get("bfloat16", assumed), "measured")
+    share = f"x {SHARE_OF_BANDWIDTH:.2f} (copy), x {SHARE_OF_GEMM:.2f} (GEMM)"
+    return Ceilings(gpu.bandwidth * SHARE_OF_BANDWIDTH, assumed, f"data sheet {share}: assumed")
 
 
 def _work(gpu: Gpu, case: str, loops: dict[str, int]) -> tuple[float, float]:
@@ -104,33 +121,24 @@ def _bounded(moved: traffic.Traffic, top: Ceilings, work: tuple[float, float]) -
     return Prediction(max(limits.values()) + LAUNCH, max(high, *work) + LAUNCH, bound)
 
 
-def predict(
-    stem: str,
-    case: str,
-    sizes: dict[str, int],
-    live: int,
-    moving: int,
-    name: str,
-    top: Ceilings,
-    provider: str = OWN,
-) -> Prediction | None:
-    """Of a benchmark of this project's own kernels in bfloat16; None where the model has nothing to say."""
-    gpu, V = GPUS[name], sizes["V"]
-    N, w = sizes["B"] * sizes["T"], HALF
+def predict(launch: Launch, name: str, top: Ceilings) -> Prediction | None:
+    """Predict a launch on a GPU; None where the model has nothing to say."""
+    gpu, sizes, live, moving = GPUS[name], launch.sizes, launch.live, launch.moving
+    V, N, w = sizes["V"], sizes["B"] * sizes["T"], HALF
     split = " split" if V > MAX_V_PER_PROGRAM else ""
-    if stem == "logprob":
+    if launch.stem == "logprob":
         work = _work(gpu, f"logprob_fwd{split}", {"read": live * V})
-        if case == "forward":
+        if launch.case == "forward":
             return _bounded(traffic.logprob_forward(live, V, w), top, work)
         back = _work(gpu, "logprob_bwd", {"write": live * V})
         both = (work[0] + back[0], work[1] + back[1])
         return _bounded(traffic.logprob(N, live, V, w), top, both)
-    if stem == "grpo":
+    if launch.stem == "grpo":
         work = _work(gpu, f"grpo{split}", {"read": live * V, "write": moving * V})
         return _bounded(traffic.grpo(N, live, moving, V, w), top, work)
-    if stem == "linear_grpo":
-        rows = N if provider == ALL_ROWS else moving
-        return _linear_grpo(gpu, sizes["D"], V, rows, provider != BF16, top)
+    if launch.stem == "linear_grpo":
+        rows = N if launch.provider == ALL_ROWS else moving
+        return _linear_grpo(gpu, sizes, rows, launch.provider != BF16, top)
     return None
 
 
@@ -141,11 +149,16 @@ def chunk(gpu: Gpu, rows: int, D: int, V: int, fp32: bool) -> int:
     return _head.chunk_rows(rows, D, _head.row_limit(hidden, options), gpu.processors)
 
 
-def _linear_grpo(gpu: Gpu, D: int, V: int, rows: int, fp32: bool, top: Ceilings) -> Prediction:
-    """Three multiplications, the kernel on each chunk of logits, dweight read and written per chunk.
+def _linear_grpo(
+    gpu: Gpu, sizes: dict[str, int], rows: int, fp32: bool, top: Ceilings
+) -> Prediction:
+    """Three multiplications, the kernel on each chunk of logits, dweight read and written per
+    chunk.
 
-    Logits and their gradient share a workspace of 2 or 4 bytes an entry, which sets the length of a chunk.
+    Logits and their gradient share a workspace of 2 or 4 bytes an entry, which sets the length of a
+    chunk.
     """
+    D, V = sizes["D"], sizes["V"]
     C = chunk(gpu, rows, D, V, fp32)
     chunks = max(-(-rows // C), 1)
     gemms = 6 * chunks * C * D * V / top.gemm  # the last chunk is filled up
@@ -154,8 +167,9 @@ def _linear_grpo(gpu: Gpu, D: int, V: int, rows: int, fp32: bool, top: Ceilings)
     work = _work(gpu, launch, {"read": rows * V, "write": rows * V})
     moved = traffic.grpo(rows, rows, rows, V, FULL if fp32 else HALF)
     kernel = _bounded(dataclasses.replace(moved, written=rows * V * HALF), top, work)
-    # What the products move beyond those of halves: dweight in float32, which the first chunk does not read,
-    # a cast of it at the end, and float32 logits; dhidden in float32, which a launch of its own rounds.
+    # What the products move beyond those of halves: dweight in float32, which the first chunk does
+    # not read, a cast of it at the end, and float32 logits; dhidden in float32, which a launch of
+    # its own rounds.
     extra = ((2 * chunks - 1) * FULL + FULL + HALF) * V * D + fp32 * (FULL - HALF) * rows * V
     extra += (FULL - HALF + FULL + HALF) * rows * D
     # They hide between none and all of these bytes behind their arithmetic.
@@ -175,65 +189,49 @@ EXAMPLES = (
 )
 
 
-def _sizes(shape: shapes.Shape) -> dict[str, int]:
-    return dataclasses.asdict(shape)
-
-
-def _ms(seconds: float) -> str:
-    return f"{seconds * 1e3:.2f}"
+def _example(stem: str, case: str, provider: str, shape_name: str) -> Launch:
+    shape = shapes.get(shape_name)
+    return Launch(stem, case, dataclasses.asdict(shape), shape.N, shape.N, provider)
 
 
 def table() -> Iterator[str]:
     """Predictions for GPUs that nothing was measured on."""
     yield f"| launch | provider | shape | {' | '.join(f'{name}, ms' for name in GPUS)} | set by |"
     yield f"|---|---|---|{'--:|' * len(GPUS)}---|"
-    for stem, case, provider, shape_name in EXAMPLES:
-        shape = shapes.get(shape_name)
-        made = [
-            predict(stem, case, _sizes(shape), shape.N, shape.N, name, ceilings(name), provider)
-            for name in GPUS
-        ]
-        cells = [f"{_ms(p.low)} to {_ms(p.high)}" for p in made if p]
+    for example in EXAMPLES:
+        launch = _example(*example)
+        made = [predict(launch, name, ceilings(name)) for name in GPUS]
         bounds = ", ".join(dict.fromkeys(p.bound for p in made if p))
-        launch = f"{stem}, {case.replace('_', ' + ')} | {provider}"
-        yield f"| {launch} | `{shape_name}` | {' | '.join(cells)} | {bounds} |"
+        yield f"| {launch} | `{example[-1]}` | {' | '.join(map(str, made))} | {bounds} |"
 
 
 def of_products(name: str) -> Iterator[str]:
     """How many times their three products alone the launches from hidden states take, by provider."""
-    for stem, case, provider, shape_name in EXAMPLES:
-        if stem == "linear_grpo":
-            shape = shapes.get(shape_name)
-            top = ceilings(name)
-            made = predict(stem, case, _sizes(shape), shape.N, shape.N, name, top, provider)
-            assert made
-            bare = 6 * shape.N * shape.D * shape.V / top.gemm
-            yield f"{provider} {made.low / bare:.2f} to {made.high / bare:.2f}"
+    top = ceilings(name)
+    for launch in (_example(*example) for example in EXAMPLES if example[0] == "linear_grpo"):
+        made = predict(launch, name, top)
+        assert made
+        bare = 6 * launch.moving * launch.sizes["D"] * launch.sizes["V"] / top.gemm
+        yield f"{launch.provider} {made.low / bare:.2f} to {made.high / bare:.2f}"
 
 
 def comparison(run: Run) -> Iterator[str]:
     """Predictions next to measurements, for a run on a GPU that the model knows."""
     name = gpu_of(run.device)
-    if name is None:
-        return
-    for entry in run.entries:
-        if not entry["provider"].startswith(OWN) or entry["dtype"] != "bfloat16":
+    for e in run.entries if name else ():
+        if not e["provider"].startswith(OWN) or e["dtype"] != "bfloat16":
             continue
-        if "moving_tokens" not in entry:  # a step of a trainer
+        if "moving_tokens" not in e:  # a step of a trainer
             continue
-        case = entry["stem"], entry["case"], entry["sizes"]
-        tokens = entry["live_tokens"], entry["moving_tokens"]
-        made = [
-            predict(*case, *tokens, name, top, entry["provider"])
-            for top in (ceilings(name), ceilings(name, entry["roofs"]))
-        ]
-        ranges = [f"{_ms(p.low)} to {_ms(p.high)}" for p in made if p]
-        if made[-1]:
-            seconds = entry["median"]
+        tokens = e["live_tokens"], e["moving_tokens"]
+        launch = Launch(e["stem"], e["case"], e["sizes"], *tokens, e["provider"])
+        sheet, roofs = (
+            predict(launch, str(name), ceilings(str(name), x)) for x in (None, e["roofs"])
+        )
+        if sheet and roofs:
             yield (
-                f"| {entry['stem']}, {entry['case'].replace('_', ' + ')} | {entry['provider']} "
-                f"| `{entry['shape']}`, {entry['variant']} | {' | '.join(ranges)} "
-                f"| {_ms(seconds)} | {seconds / made[-1].low:.2f} |"
+                f"| {launch} | `{e['shape']}`, {e['variant']} | {sheet} | {roofs} "
+                f"| {e['median'] * 1e3:.2f} | {e['median'] / roofs.low:.2f} |"
             )
 
 

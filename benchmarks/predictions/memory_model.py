@@ -1,25 +1,25 @@
-"""Peak memory of the 7B step on a GPU, without one. `python -m benchmarks.predictions.memory_model --save`.
+"""Peak memory of the 7B step on a GPU, without one.
+`python -m benchmarks.predictions.memory_model --save`.
 
-The update of `step_7b` runs on tensors of device "meta", which have sizes and no contents: the same modules,
-the same autograd, the same providers. Every storage is counted from the operator that makes it to its last
-reference, in blocks of 512 bytes as PyTorch's allocator does. Where a GPU takes a fused operator and "meta"
-does not, the fused one is put in its place; this project's operators run their own code, for the chunk
-lengths of a GPU, without launching kernels.
+The update of `step_7b` runs on tensors of device "meta", which have sizes and no contents: the same
+modules, the same autograd, the same providers. Every storage is counted from the operator that
+makes it to its last reference, in blocks of 512 bytes as PyTorch's allocator does. Where a GPU
+takes a fused operator and "meta" does not, the fused one is put in its place; this project's
+operators run their own code, for the chunk lengths of a GPU, without launching kernels.
 
-Not counted: what libraries allocate for themselves (cuBLAS some 10 MB), the CUDA context (outside PyTorch's
-limit too), and holes between blocks. Predictions are put next to the measurements of a GPU in RESULTS.md.
+Not counted: what libraries allocate for themselves (cuBLAS some 10 MB), the CUDA context (outside
+PyTorch's limit too), and holes between blocks. Predictions are put next to the measurements of a
+GPU in RESULTS.md.
 """
 
 import argparse
 import bisect
 import contextlib
-import copy
 import functools
 import importlib
 import json
-import sys
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,7 +31,6 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks import providers
 from benchmarks.step_7b import decoder
 from benchmarks.step_7b import step as step_7b
 from grpo_fast.ops import _chunks
@@ -51,7 +50,8 @@ class Allocations(TorchDispatchMode):
     """Counts the bytes of the storages that operators make, and of those it is told to `hold`.
 
     Args:
-        device: count what lies there; None: everything. Operators take numbers in tensors on the CPU.
+        device: count what lies there; None: everything. Operators take numbers in tensors on the
+        CPU.
     """
 
     def __init__(self, device: torch.device | None = None) -> None:
@@ -100,13 +100,6 @@ def _into_out(*args: Any, out: Tensor, **_: Any) -> Tensor:
     return out
 
 
-def _flash_backward(dout: Tensor, q: Tensor, *args: Any, **kwargs: Any) -> Any:
-    sums = torch.empty(q.shape, dtype=torch.float32, device=q.device)  # of dq, inside the operator
-    out = torch.ops.aten._scaled_dot_product_flash_attention_backward(dout, q, *args, **kwargs)
-    del sums
-    return out
-
-
 OPERATORS: dict[str, Callable[..., Any]] = {
     "aten._local_scalar_dense.default": lambda x: 1.0,  # a metric on its way to the host
     "aten.mm.dtype_out": _into_out,
@@ -130,60 +123,36 @@ def _nothing(*_: Any, **__: Any) -> None:
     pass
 
 
-def _never(*_: Any) -> bool:
-    return False
-
-
-def _properties(device: Any) -> Any:
-    return SimpleNamespace(multi_processor_count=PROCESSORS)
-
-
 @contextlib.contextmanager
 def gpu_on_paper() -> Iterator[None]:
     """Tensors of device "meta" are treated as a GPU's, and kernels write nothing."""
+    properties = SimpleNamespace(multi_processor_count=PROCESSORS)
     with contextlib.ExitStack() as stack:
-        enter = stack.enter_context
-        enter(mock.patch.object(torch.Tensor, "is_cuda", True))
-        enter(mock.patch.object(torch.cuda, "get_device_properties", _properties))
-        for name in ("fill", "read_rows", "write_rows"):
-            enter(mock.patch.object(_chunks, name, _nothing))
+
+        def patch(owner: Any, **names: Any) -> None:
+            for name, x in names.items():
+                stack.enter_context(mock.patch.object(owner, name, x))
+
+        patch(torch.Tensor, is_cuda=True)
+        patch(torch.cuda, get_device_properties=lambda _: properties)
+        patch(_chunks, fill=_nothing, read_rows=_nothing, write_rows=_nothing)
         with contextlib.suppress(ImportError):  # then there is nothing to predict of it
             from trl.kernels import chunked_logprob
 
-            for name in ("_forward_tile", "_backward_tile", "_addmm_fp32"):
-                enter(mock.patch.object(chunked_logprob, name, _nothing))
-        # It knows no device "meta".
-        enter(mock.patch.object(torch, "is_autocast_enabled", _never))
+            patch(chunked_logprob, _forward_tile=_nothing, _backward_tile=_nothing)
+            patch(chunked_logprob, _addmm_fp32=_nothing)
+        patch(torch, is_autocast_enabled=lambda *_: False)  # it knows no device "meta"
         # What these are on a GPU, in bfloat16.
-        enter(mock.patch.object(functional, "scaled_dot_product_attention", _attention))
-        enter(mock.patch.object(functional, "rms_norm", _rms_norm))
+        patch(functional, scaled_dot_product_attention=_attention, rms_norm=_rms_norm)
         yield
-
-
-def build(config: decoder.Config, mode: str, dtype: torch.dtype) -> step_7b.Trained:
-    """As `step_7b.build`, without values."""
-    with META:
-        model = decoder.Decoder(config).to(dtype)
-        if mode == "full":
-            return step_7b.Trained(model, copy.deepcopy(model).requires_grad_(False))
-        decoder.add_lora(model, step_7b.RANK)
-    return step_7b.Trained(model, None)
-
-
-def batch(size: step_7b.Size) -> dict[str, Tensor]:
-    """As `step_7b.batch`, without values."""
-    ids = torch.empty(size.B, size.P + size.T, dtype=torch.long, device=META)
-    advantages = torch.empty(size.B, device=META)
-    return {"ids": ids, "completion": ids[:, size.P :].contiguous(), "advantages": advantages}
 
 
 def peak(trained: step_7b.Trained, size: step_7b.Size, provider: str) -> int:
     """Predicted peak of one update, bytes; weights, gradients and inputs included."""
-    heads = providers.load("linear_logprob", provider), providers.load("linear_grpo", provider)
-    inputs = batch(size)
-    models = [model for model in trained if model is not None]
+    heads, inputs = step_7b.heads_of(provider), step_7b.batch(size, trained.model.c.V, META)
+    parameters = [p for model in trained if model for p in model.parameters()]
     allocations = Allocations(META)
-    for x in (*inputs.values(), *(p for model in models for p in model.parameters())):
+    for x in (*inputs.values(), *parameters):
         allocations.hold(x)
     with gpu_on_paper(), allocations:
         step_7b.update(trained, inputs, *heads)
@@ -193,30 +162,26 @@ def peak(trained: step_7b.Trained, size: step_7b.Size, provider: str) -> int:
 
 def predict(config: decoder.Config = decoder.QWEN_7B) -> Iterator[dict[str, Any]]:
     """Rows like those of `step_7b`, without times."""
-    for mode in step_7b.MODES:
-        trained = build(config, mode, torch.bfloat16)
-        for provider in step_7b.PROVIDERS:
-            for row in _of_provider(trained, provider):
-                yield {"mode": mode, "provider": provider, **row}
-
-
-def _of_provider(trained: step_7b.Trained, provider: str) -> Iterator[dict[str, Any]]:
     size, searched = step_7b.BATCH["cuda"], step_7b.SEARCHED["cuda"]
-    found = peak(trained, size, provider)
-    yield {"kind": "batch", **size._asdict(), "peak_bytes": found}
-
-    @functools.cache
-    def peak_at(T: int) -> int:
-        return peak(trained, searched._replace(T=T), provider)
-
-    for cap in step_7b.CAPS:
-        fits = longest(peak_at, cap)
-        about = {"cap_bytes": cap, "B": searched.B, "P": searched.P}
-        yield {"kind": "longest", **about, "fits": fits, "fails": fits + STEP}
+    for mode in step_7b.MODES:
+        trained = step_7b.build(config, mode, META, torch.bfloat16)
+        for provider in step_7b.PROVIDERS:
+            who = {"mode": mode, "provider": provider}
+            found = peak(trained, size, provider)
+            yield {**who, "kind": "batch", **size._asdict(), "peak_bytes": found}
+            peak_at = functools.cache(
+                lambda T, of=trained, who=provider: peak(of, searched._replace(T=T), who)
+            )
+            for cap in step_7b.CAPS:
+                fits = longest(peak_at, cap)
+                about = {"kind": "longest", "cap_bytes": cap, "B": searched.B, "P": searched.P}
+                yield {**who, **about, "fits": fits, "fails": fits + STEP}
 
 
 def longest(peak_at: Callable[[int], int], cap: float) -> int:
-    """The longest completion, a multiple of `STEP`, whose peak is at most `cap` bytes; 0 if there is none."""
+    """The longest completion, a multiple of `STEP`, whose peak is at most `cap` bytes; 0 if there
+    is none.
+    """
     lengths = range(STEP, MOST, STEP)
     return STEP * bisect.bisect_right(lengths, cap, key=peak_at)
 
@@ -226,12 +191,10 @@ def load(path: Path = SAVED) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--save", action="store_true", help=f"write {SAVED.name} anew")
-    options = parser.parse_args(arguments)
+    options = parser.parse_args()
     rows = []
     for row in predict():
         print(row, flush=True)
@@ -239,8 +202,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.save:
         document = {"torch": torch.__version__.split("+")[0], "step": rows}
         SAVED.write_text(json.dumps(document, indent=1) + "\n")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,4 +1,5 @@
-"""Who is measured. A provider of a stem is one function of its contract, or a reason why it is missing.
+"""Who is measured. A provider of a stem is one function of its contract, or a reason why it is
+missing.
 
     logprob                     (logits, ids) -> log-probs
     policy_loss, sequence_loss  (logps, **given) -> loss
@@ -8,8 +9,8 @@
     linear_grpo                 (hidden, weight, ids, **given) -> loss
     linear_cross_entropy        (hidden, weight, ids) -> mean of -log-prob
 
-`given` is mask, advantages, old_logps, ref_logps and objective. To add a provider, write a loader that
-imports its library and returns such a function, and enter it below. A loader that raises
+`given` is mask, advantages, old_logps, ref_logps and objective. To add a provider, write a loader
+that imports its library and returns such a function, and enter it below. A loader that raises
 `UnavailableError` or `ImportError` becomes a skip that names the reason.
 """
 
@@ -157,7 +158,9 @@ def load(stem: str, name: str) -> Function:
 
 
 def _failed_import(error: BaseException | None) -> ImportError | None:
-    """The ImportError behind an error; TRL makes a RuntimeError of one in a module that it loads lazily."""
+    """The ImportError behind an error; TRL makes a RuntimeError of one in a module that it loads
+    lazily.
+    """
     while isinstance(error, RuntimeError) and str(error).startswith("Failed to import trl."):
         error = error.__cause__
     return error if isinstance(error, ImportError) else None

@@ -1,9 +1,9 @@
 """What a trainer writes without a fused kernel: the baseline, and what torch.compile is given.
 
-It is the leanest form that is still accurate: no division by a temperature of 1, no metrics, and the
-conversion to float32 is left to `log_softmax`. On a GPU that converts float16 logits as it reads them.
-For bfloat16 PyTorch has no such kernel and makes a copy, which is gone before the backward pass. The
-results are checked against `grpo_fast.reference`, as all others are.
+It is the leanest form that is still accurate: no division by a temperature of 1, no metrics, and
+the conversion to float32 is left to `log_softmax`. On a GPU that converts float16 logits as it
+reads them. For bfloat16 PyTorch has no such kernel and makes a copy, which is gone before the
+backward pass. The results are checked against `grpo_fast.reference`, as all others are.
 """
 
 from typing import Any

@@ -95,7 +95,9 @@ def quack_cross_entropy() -> Function:
 
 
 def _without_package_imports(name: str) -> None:
-    """Make a package importable module by module: verl's own `__init__` wants Ray and a cluster's worth."""
+    """Make a package importable module by module: verl's own `__init__` wants Ray and a cluster's
+    worth.
+    """
     if name in sys.modules:
         return
     spec = importlib.util.find_spec(name)

@@ -1,7 +1,7 @@
 """TRL 1.16: its kernels, and the loss its trainer computes from log-probs.
 
-The loss is `GRPOTrainer._compute_loss` itself, on an object that has what it reads of a trainer, metrics and
-their transfers to the host included: that is what a step of TRL runs.
+The loss is `GRPOTrainer._compute_loss` itself, on an object that has what it reads of a trainer,
+metrics and their transfers to the host included: that is what a step of TRL runs.
 """
 
 from collections import defaultdict
@@ -100,9 +100,8 @@ def grpo() -> Function:
 def _head(hidden: Tensor, weight: Tensor, ids: Tensor, outputs: tuple[str, ...]) -> Any:
     from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
-    return ChunkedLogProbFunction.apply(
-        hidden, weight, None, ids, 1.0, VOCABULARY_CHUNK, None, 1.0, outputs
-    )
+    arguments = hidden, weight, None, ids, 1.0, VOCABULARY_CHUNK, None, 1.0, outputs
+    return ChunkedLogProbFunction.apply(*arguments)
 
 
 def linear_logprob() -> Function:

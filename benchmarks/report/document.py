@@ -97,7 +97,9 @@ def render(results: Path) -> str:
 def _device(
     results: Path, device: str, runs: list[Run], whole: list[dict[str, Any]]
 ) -> Iterator[str]:
-    """Whether it is right; the main tables, a whole model's, the others; what was tried; predictions."""
+    """Whether it is right; the main tables, a whole model's, the others; what was tried;
+    predictions.
+    """
 
     def here(documents: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return [d for d in documents if d["machine_info"]["device"] == device]

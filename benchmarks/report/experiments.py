@@ -7,7 +7,8 @@ from benchmarks.report.tables import share_text, time_text
 
 NAMED = 5  # failed tests whose names are shown
 WIDEST = 120  # characters of an error's message
-# Of a row of `variants`: how a time was measured. Other floats are times, and what is left names the row.
+# Of a row of `variants`: how a time was measured. Other floats are times, and what is left names
+# the row.
 STATISTICS = ("median", "iqr", "min", "rounds", "error", "bytes_per_second", "failed")
 COLUMNS = {"gemms": "multiplications alone", "gemm_after": "a multiplication after it"}
 # Experiments whose bytes are read, and nothing of that size is written.
@@ -38,7 +39,9 @@ def _groups(document: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def right_line(document: dict[str, Any]) -> str:
-    """The outcome of the smoke checks in one paragraph: what is right, wrong, and not run to the end."""
+    """The outcome of the smoke checks in one paragraph: what is right, wrong, and not run to the
+    end.
+    """
     right, total, groups = counts(document)
     text = [
         f"Right on this device: {right} of {total} checks in {groups} groups "

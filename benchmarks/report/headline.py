@@ -1,6 +1,7 @@
 """The README's part about measurements: sentences and tables for a GPU, one table for all CPUs.
 
-Nothing is selected by its outcome: a table has every library, or every operation, that was measured.
+Nothing is selected by its outcome: a table has every library, or every operation, that was
+measured.
 """
 
 import textwrap
@@ -101,7 +102,9 @@ def _entries(run: Run | None, variant: str) -> list[dict[str, Any]]:
 
 
 def _sentences(device: str, runs: dict[str, Run], smoke: list[dict[str, Any]]) -> Iterator[str]:
-    """Sentences about the loss, the head, a step of TRL and the checks, as far as there are results."""
+    """Sentences about the loss, the head, a step of TRL and the checks, as far as there are
+    results.
+    """
     first = ""
     sentences = {"grpo": _of_logits, "linear_grpo": _of_hidden, "trl_step": _of_trl}
     for stem, sentence in sentences.items():
@@ -214,7 +217,9 @@ def _table(run: Run, variant: str, more: str) -> str:
 
 
 def _pair(entries: list[dict[str, Any]]) -> tuple[Any, Any]:
-    """The entries of this project with its default options, and of eager PyTorch; None where absent."""
+    """The entries of this project with its default options, and of eager PyTorch; None where
+    absent.
+    """
     return next((e for e in entries if e["provider"] == OWN), None), tables.eager_of(entries)
 
 

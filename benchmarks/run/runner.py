@@ -1,10 +1,10 @@
 """Run the tests, then every benchmark, within a given time, whatever crashes on the way.
 
-The order: the roofs of this machine; the tests that say most about a device; the benchmarks, the first
-case of each first; the 7B step; a step of TRL's trainer; the other cases; the other tests. What overruns
-its part of the time is interrupted, and killed if it does not stop. Results are written after every
-measurement: an end at any time loses one. After a crash a new process goes on behind the benchmark that
-crashed, which the results name.
+The order: the roofs of this machine; the tests that say most about a device; the benchmarks, the
+first case of each first; the 7B step; a step of TRL's trainer; the other cases; the other tests.
+What overruns its part of the time is interrupted, and killed if it does not stop. Results are
+written after every measurement: an end at any time loses one. After a crash a new process goes on
+behind the benchmark that crashed, which the results name.
 """
 
 import argparse

@@ -23,7 +23,8 @@ from grpo_fast.ops import group_advantage, linear_logprob, logprob
 from grpo_fast.testing import assert_as_accurate
 
 CUDA = torch.cuda.is_available()
-# Every schedule, with rows that start aligned and rows that do not: one tile, one program, many programs.
+# Every schedule, with rows that start aligned and rows that do not: one tile, one program, many
+# programs.
 ALL = (100, 1000, 1024, 9001, 32_768, 40_000, 50_257, 128_264, 151_665, 152_064)
 VOCABULARIES = ALL if CUDA else (100, 9001, 40_000)
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -34,7 +35,9 @@ Results = tuple[Tensor, ...]
 
 
 class Batch:
-    """Three sequences of four tokens, some masked with NaN in their logits; old and reference policies."""
+    """Three sequences of four tokens, some masked with NaN in their logits; old and reference
+    policies.
+    """
 
     def __init__(self, V: int, dtype: torch.dtype, D: int = 64) -> None:
         B, T = 3, 4
@@ -68,7 +71,9 @@ class Batch:
 def graded(
     fn: Callable[..., Any], leaves: Sequence[Tensor], upstream: Any = 3.0, live: Any = ...
 ) -> Results:
-    """(value, gradients); of values per token `live` ones, with a gradient that differs from each other."""
+    """(value, gradients); of values per token `live` ones, with a gradient that differs from each
+    other.
+    """
     leaves = [x.detach().clone().requires_grad_() for x in leaves]
     out = fn(*leaves)
     value = getattr(out, "loss", out)
@@ -157,7 +162,9 @@ def check_grpo(
 
 
 def check_same_bits(V: int, dtype: torch.dtype) -> Errors:
-    """`logprob` and `grpo_loss` give the same log-probs to the bit, and one row alone if 8 divides V."""
+    """`logprob` and `grpo_loss` give the same log-probs to the bit, and one row alone if 8 divides
+    V.
+    """
     b = Batch(V, dtype)
     one = logprob(b.logits, b.ids, mask=b.mask)[b.mask]
     two = grpo_loss(b.logits.clone(), b.ids, **b.arguments).logps[b.mask]

@@ -1,7 +1,8 @@
-"""A Qwen2 decoder in plain PyTorch: what stands before the head in `step_7b`, the same for every provider.
+"""A Qwen2 decoder in plain PyTorch: what stands before the head in `step_7b`, the same for every
+provider.
 
-Module names are those of transformers' `Qwen2ForCausalLM`; a test loads its weights and compares the outputs.
-Not transformers itself, so that a machine with PyTorch alone can run the step.
+Module names are those of transformers' `Qwen2ForCausalLM`; a test loads its weights and compares
+the outputs. Not transformers itself, so that a machine with PyTorch alone can run the step.
 """
 
 import dataclasses
@@ -114,7 +115,9 @@ class Decoder(nn.Module):
         self.lm_head = nn.Linear(c.D, c.V, bias=False)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Hidden states (B, L, D) before the head, each layer checkpointed where gradients are wanted."""
+        """Hidden states (B, L, D) before the head, each layer checkpointed where gradients are
+        wanted.
+        """
         x = self.model.embed_tokens(ids)
         rotation = self.rotation(ids.shape[1], x)
         for layer in self.model.layers:
@@ -137,14 +140,14 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def make(config: Config, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Decoder:
-    """A decoder with random weights, made on the device."""
+    """Make a decoder with random weights on the device, "meta" included."""
     with torch.device("meta"):
         model = Decoder(config)
     model = model.to(dtype).to_empty(device=device)
-    generator = torch.Generator(device).manual_seed(seed)
+    torch.manual_seed(seed)
     with torch.no_grad():
         for name, x in model.named_parameters():
-            x.fill_(1.0) if "norm" in name else x.normal_(0, 0.02, generator=generator)
+            x.fill_(1.0) if "norm" in name else x.normal_(0, 0.02)
     return model
 
 

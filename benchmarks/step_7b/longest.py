@@ -23,15 +23,17 @@ def capped(limit: float) -> Iterator[None]:
 def longest(
     peak: Callable[[int], int | None], limit: float, start: int, deadline: float, step: int
 ) -> tuple[int, int | None]:
-    """(the longest length that ran, the shortest that did not), multiples of `step`; 0: not even `start`.
+    """(the longest length that ran, the shortest that did not), multiples of `step`; 0: not even
+    `start`.
 
     The two are `step` or a fiftieth apart, or further where time was up.
 
     Args:
-        peak: of a length, the bytes that were in use at once; None where it does not fit.
-        limit: bytes. Peaks are linear in the length, so two of them tell where to look. What fits is a
+        peak: of a length, the bytes that were in use at once; None where it does not fit. limit:
+        bytes. Peaks are linear in the length, so two of them tell where to look. What fits is a
             little less than they say, since free memory may be in pieces.
-        deadline: of `time.monotonic()`; what is known by then is returned. A try that would take longer, by
+        deadline: of `time.monotonic()`; what is known by then is returned. A try that would take
+        longer, by
             the time of the last, is not begun.
     """
     low, high = 0, None

@@ -1,12 +1,15 @@
-"""Measure one GRPO update of a 7B model (`step`), and the longest completion that fits, as time allows.
+"""Measure one GRPO update of a 7B model (`step`), and the longest completion that fits, as time
+allows.
 
-    python -m benchmarks.step_7b --seconds 540 --out results/step_7b.json     # a tiny model on a CPU
+    python -m benchmarks.step_7b --seconds 540 --out results/step_7b.json     # a tiny model on a
+    CPU
 
-The rows come in the order of what they tell. "headline": does one update fit into a memory with this
-project's head, and with eager's? "batch": the same batch with every provider's head. "longest": the
-longest completion of one sequence, under caps on the memory that PyTorch may use. A provider whose loss
-or gradient norm is not eager's gets no number, nor does one that fails; the exit code is 1 if it is one
-of this project's. What was not done, because time was up or the process was killed, is "not_reached".
+The rows come in the order of what they tell. "headline": does one update fit into a memory with
+this project's head, and with eager's? "batch": the same batch with every provider's head.
+"longest": the longest completion of one sequence, under caps on the memory that PyTorch may use. A
+provider whose loss or gradient norm is not eager's gets no number, nor does one that fails; the
+exit code is 1 if it is one of this project's. What was not done, because time was up or the process
+was killed, is "not_reached".
 """
 
 import argparse
@@ -105,7 +108,9 @@ class Run:
         self.eager: dict[str, dict[str, Any]] = {}  # eager's batch by mode
 
     def all(self, rows: Sequence[Row], end: float) -> None:
-        """Measure rows until `end`, of `time.monotonic()`; searches share what is left of it equally."""
+        """Measure rows until `end`, of `time.monotonic()`; searches share what is left of it
+        equally.
+        """
         built = ""
         trained: Any = None
         left = list(rows)

@@ -1,11 +1,12 @@
 """One GRPO update of a 7B model: its parts, its time and its peak memory.
 
 An update is all of: log-probs of the old policy (the model itself) and of the reference without
-gradients; hidden states with gradients, each layer checkpointed; the loss of the head; the backward pass
-into every trainable parameter. It runs in bfloat16 on a GPU, with random weights. Sampling, the optimiser
-and its state are not part of it. There are two ways to train:
+gradients; hidden states with gradients, each layer checkpointed; the loss of the head; the backward
+pass into every trainable parameter. It runs in bfloat16 on a GPU, with random weights. Sampling,
+the optimiser and its state are not part of it. There are two ways to train:
 
-    lora   the model is frozen, with adapters of rank 16 on every projection; the reference is the model
+    lora   the model is frozen, with adapters of rank 16 on every projection; the reference is the
+    model
            without them
     full   every parameter is trained, its bfloat16 gradient kept; the reference is a second copy
 
@@ -59,8 +60,8 @@ def build(config: decoder.Config, mode: str, device: torch.device, dtype: torch.
 
 
 def batch(size: Size, V: int, device: torch.device) -> dict[str, Tensor]:
-    generator = torch.Generator(device).manual_seed(0)
-    ids = torch.randint(V, (size.B, size.P + size.T), device=device, generator=generator)
+    torch.manual_seed(0)
+    ids = torch.randint(V, (size.B, size.P + size.T), device=device)
     sign = torch.ones(size.B, device=device)
     sign[1::2] = -1
     return {"ids": ids, "completion": ids[:, size.P :].contiguous(), "advantages": sign}
