@@ -34,7 +34,7 @@ ENTROPY_ROWS = (
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """The shape of a Qwen2, and of the micro-batch it is stepped with."""
+    """A Qwen2's shape, and that of the micro-batch it takes a step with."""
 
     V: int
     D: int
@@ -96,7 +96,7 @@ def bench_step(benchmark: Any, case: measure.Case) -> None:
 
 
 def _step(trainer: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """(loss, gradient of the head)."""
+    """Take one step; return the loss and the gradient of the head."""
     model = trainer.model
     model.zero_grad(set_to_none=True)
     trainer._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
@@ -106,7 +106,7 @@ def _step(trainer: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def _discard(trainer: Any, inputs: dict[str, Tensor]) -> None:
-    """A step whose gradients are gone afterwards, as after an optimiser's."""
+    """Take a step and drop its gradients, as an optimiser would."""
     _step(trainer, inputs)
     trainer.model.zero_grad(set_to_none=True)
 
@@ -114,8 +114,7 @@ def _discard(trainer: Any, inputs: dict[str, Tensor]) -> None:
 def _check(
     trainer: Any, inputs: dict[str, Tensor], provider: str, exact: torch.dtype
 ) -> dict[str, float]:
-    """Loss and head gradient as near to plain logits in `exact` as plain logits in the model's
-    dtype are.
+    """Hold loss and head gradient against plain logits in `exact`, as near as the model's dtype is.
 
     Returns:
         The errors, in units of the largest true entry; of the loss, of the mean size of an
@@ -147,7 +146,7 @@ def _check(
 
 
 def _some_rows(inputs: dict[str, Tensor], V: int) -> Tensor:
-    """Of the head: those of the tokens that are scored, where the gradient is largest, and some of
+    """Choose rows of the head: those that are scored, where the gradient is largest, and some of
     all.
     """
     ids = inputs["completion_ids"].flatten()
@@ -158,9 +157,7 @@ def _some_rows(inputs: dict[str, Tensor], V: int) -> Tensor:
 def _plain_step(
     trainer: Any, inputs: dict[str, Tensor], dtype: torch.dtype, rows: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """(loss, gradient of some rows of the head) of TRL on plain logits in `dtype`; no other is
-    taken.
-    """
+    """Compute loss and some rows of the head's gradient with TRL on plain logits in `dtype`."""
     from trl.trainer.grpo_trainer import GRPOTrainer
 
     memory.release()
@@ -179,7 +176,7 @@ def _plain_step(
 
 
 def _plain_log_probs(temperature: float) -> Any:
-    """TRL's hook for log-probs, from logits, as lean as `eager` is elsewhere."""
+    """Make TRL's hook for log-probs from logits, as lean as `eager` is elsewhere."""
 
     def function(
         model: Any, ids: Tensor, mask: Tensor, T: int, **_: Any
@@ -258,7 +255,7 @@ def _trainer(provider: str, variant: str, shape: Model, dtype: torch.dtype) -> A
 
 
 def _inputs(shape: Model, variant: str, T: int | None = None) -> dict[str, Tensor]:
-    """Completions that end at random, the first at the end."""
+    """Make completions that end at random places, the first at its last token."""
     generator = torch.Generator().manual_seed(0)
     B, T = shape.B, T or shape.T
     ids = torch.randint(2, shape.V, (B, PROMPT + T), generator=generator)

@@ -1,4 +1,4 @@
-"""Options of the benchmarks, their order, and what is written besides the times."""
+"""Add the benchmarks' options, choose and order the cases, and record what was measured."""
 
 import contextlib
 import faulthandler
@@ -96,7 +96,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
 
 
 def _turns(items: list[pytest.Item]) -> dict[pytest.Item, int]:
-    """Whether an item belongs to the first case of its file, the second, and so on."""
+    """Number each item by its case: 0 for the first case of its file, 1 for the second, and so on."""
     seen: dict[Path, dict[Any, int]] = {}
     turns = {}
     for item in items:

@@ -1,1 +1,1 @@
-"""What the kernels compile to, on GPUs that need not be there."""
+"""Compile the kernels for GPUs that need not be there, and count what they compile to."""

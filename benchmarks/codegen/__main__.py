@@ -1,4 +1,4 @@
-"""Prints or saves what every kernel compiles to."""
+"""Print or save what every kernel compiles to."""
 
 from benchmarks.codegen.reports import main
 

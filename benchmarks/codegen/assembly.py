@@ -1,4 +1,4 @@
-"""What a compiled kernel's assembly tells: registers, stack, and what its loops consist of.
+"""Read a compiled kernel's assembly: registers, stack, and the instructions of its loops.
 
 Read from NVIDIA's SASS (Triton ships the disassembler) and from AMD's assembly.
 """
@@ -16,7 +16,7 @@ import triton
 
 @dataclasses.dataclass(frozen=True)
 class Loop:
-    """An innermost loop of the assembly, without what a forward branch in it skips. Per thread."""
+    """An innermost loop, counted for one thread; what a forward branch skips is left out."""
 
     kind: str  # read, write, zeros or scale: what it does to a row; else other
     instructions: int
@@ -44,7 +44,7 @@ def nvidia_tool(name: str, *args: str) -> str:
 
 
 def read_sass(sass: str) -> Iterator[str | Instruction]:
-    """Labels and instructions, in order."""
+    """Yield labels and instructions, in order."""
     for line in sass.splitlines():
         if label := re.match(r"\s*(\.L_x_\d+):", line):
             yield label[1]
@@ -68,7 +68,9 @@ def read_amdgcn(text: str) -> Iterator[str | Instruction]:
 
 
 def own_code(text: str, kernel: str) -> str:
-    """The lines of the kernel itself: what it calls is for rows that hardly ever occur."""
+    """Keep the lines of the kernel itself: functions that it calls are for rows that hardly ever
+    occur.
+    """
     found, inside = [], True
     for line in text.splitlines():
         if function := re.match(r"\s*\.type\s+(\S+?)\s*,\s*@function", line):
@@ -86,7 +88,7 @@ AMD_WIDTHS = {"ubyte": 8, "byte": 8, "ushort": 16, "short": 16, "dword": 32, "dw
 
 
 def width(op: str) -> int:
-    """Bits that a load or store of global memory moves for one thread."""
+    """Return how many bits a load or store of global memory moves for one thread."""
     if op[0].isupper():
         return next((WIDTHS[part] for part in op.split(".") if part in WIDTHS), 32)
     return next(AMD_WIDTHS[part] for part in op.split("_") if part in AMD_WIDTHS)
@@ -121,8 +123,8 @@ UNCONDITIONAL = r"s_branch|s_endpgm|s_setpc|EXIT$"
 
 
 def comes_back(code: list[Instruction], place: dict[str, int], first: int, last: int) -> bool:
-    """Whether control gets from one instruction to another: a block moved out of line jumps back,
-    too.
+    """Say whether control gets from `first` to `last`: a block that was moved out of line jumps
+    back, too.
     """
     seen, todo = set(), [first]
     while todo:
@@ -141,7 +143,7 @@ def comes_back(code: list[Instruction], place: dict[str, int], first: int, last:
 
 
 def read_loops(listing: Listing) -> list[Loop]:
-    """The innermost loops: what lies between a label and a jump back to it."""
+    """Find the innermost loops: what lies between a label and a jump back to it."""
     place: dict[str, int] = {}
     code: list[Instruction] = []
     for x in listing:
@@ -193,8 +195,7 @@ def read_amd(kernel: Any) -> tuple[int, int, Listing]:
 
 
 def lane_orders(ttgir: str, T: int) -> list[str]:
-    """How reductions over T lanes spread them over registers, lanes and warps: bits of the lane's
-    number.
+    """Find how reductions over T lanes spread them over registers, lanes and warps.
 
     The order of the additions follows from it. What else the tensor holds beside the lanes plays no
     part.
@@ -210,7 +211,7 @@ def lane_orders(ttgir: str, T: int) -> list[str]:
 
 
 def _bits(layout: str) -> list[list[int]]:
-    """Steps of the last axis by register, lane and warp, of a blocked or a linear layout."""
+    """List the steps of the last axis by register, lane and warp, for a blocked or a linear layout."""
     if "linear" in layout:
         kinds = re.findall(r"(?:register|lane|warp) = (\[(?:\[[\d, ]+\](?:, )?)*\])", layout)
         bases = [[basis[-1] for basis in json.loads(kind)] for kind in kinds]

@@ -1,4 +1,4 @@
-"""What a launcher would launch, compiled as Triton would do it for a GPU that need not be there."""
+"""Record a launch instead of making it, and compile it for a GPU that need not be there."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ class Launch(NamedTuple):
 
 
 def record(case: Callable[[], None]) -> Launch:
-    """The one launch that `case` makes, instead of making it."""
+    """Return the one launch that `case` makes, instead of making it."""
     launches = []
 
     def run(fn: Any, *, grid: Any, warmup: bool, **arguments: Any) -> None:
@@ -35,9 +35,7 @@ def record(case: Callable[[], None]) -> Launch:
 
 
 class Specialisation(NamedTuple):
-    """What Triton makes of the arguments: their types, the values that are constants, known
-    divisors.
-    """
+    """Triton's view of the arguments: their types, the values that are constants, known divisors."""
 
     signature: dict[str, str]
     constants: dict[tuple[int, ...], Any]
@@ -66,7 +64,7 @@ def specialise(launch: Launch) -> Specialisation:
 
 
 def compile_launch(launch: Launch, target: GPUTarget) -> Any:
-    """Compile as `fn[grid](**arguments)` would on `target`."""
+    """Compile a launch as `fn[grid](**arguments)` would on `target`."""
     names = {parameter.name for parameter in launch.fn.params}
     options = {name: x for name, x in launch.arguments.items() if name not in names}
     source = ASTSource(launch.fn, *specialise(launch))

@@ -1,4 +1,4 @@
-"""What the kernels compile to, on GPUs that need not be there.
+"""Compile every kernel for GPUs that need not be there, and report registers, stack and loops.
 
 The launchers run on tensors without storage (device "meta"), and each launch is compiled with the
 specialisation that Triton would choose at run time; then the assembly is read.
@@ -49,7 +49,7 @@ TARGETS = {
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What one launch compiles to."""
+    """The result of compiling one launch."""
 
     case: str
     kernel: str
@@ -69,14 +69,14 @@ class Report:
         return [loop for loop in self.loops if loop.kind != "other"]
 
     def main_loops(self) -> dict[str, Loop]:
-        """By kind, the loop that moves most at once: the others see to what is left over."""
+        """Choose by kind the loop that moves most at once: the others see to what is left over."""
         return {
             loop.kind: loop
             for loop in sorted(self.row_loops(), key=lambda loop: sum(loop.loads + loop.stores))
         }
 
     def resident_programs(self) -> int:
-        """How many programs the register file of a multiprocessor (a compute unit) holds."""
+        """Count the programs that the registers of a multiprocessor (a compute unit) hold."""
         if self.target.startswith("gfx"):
             return 512 // (-(-self.registers // 8) * 8) * 256 // self.threads
         return 65_536 // (-(-self.registers // 8) * 8 * self.threads)
@@ -111,7 +111,7 @@ def inspect(case: str, target: str) -> Report:
 
 
 def collect(targets: Iterable[str] = TARGETS, jobs: int = 2) -> list[Report]:
-    """Reports of all cases on all targets, compiled in processes that do not interpret Triton."""
+    """Report all cases on all targets, compiled in processes that do not interpret Triton."""
     environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
 
     def run(target: str) -> list[Report]:
@@ -127,7 +127,7 @@ def collect(targets: Iterable[str] = TARGETS, jobs: int = 2) -> list[Report]:
 
 
 def summary(report: Report) -> dict[str, Any]:
-    """A report in the numbers that are published."""
+    """Reduce a report to the numbers that are published."""
     loops = report.main_loops()
     return {
         "target": report.target,

@@ -1,6 +1,4 @@
-"""What `benchmarks.codegen --save` wrote: the numbers of the compiled kernels, readable without
-Triton.
-"""
+"""Read the numbers that `benchmarks.codegen --save` wrote, without Triton."""
 
 import json
 from collections.abc import Iterable
@@ -11,12 +9,12 @@ SAVED = Path(__file__).resolve().parent / "codegen.json"
 
 
 def load(path: Path = SAVED) -> dict[str, Any]:
-    """{"triton": its version, "rows": [one per target and launch]}."""
+    """Return {"triton": its version, "rows": [one per target and launch]}."""
     return json.loads(path.read_text())
 
 
 def table(rows: Iterable[dict[str, Any]]) -> str:
-    """As a Markdown table."""
+    """Write the rows as a Markdown table."""
     lines = [
         "| target | launch | registers | resident programs | stack | shared memory | barriers "
         "| instructions / element | bits per access |",

@@ -1,1 +1,1 @@
-"""Programs to run by hand: variants of a kernel, two commits, error tables, models."""
+"""Run by hand: variants of a kernel side by side, two commits side by side."""

@@ -1,4 +1,4 @@
-"""Compares two commits, measured in turns on this machine.
+"""Compare two commits, measured in turns on this machine.
 
     python -m benchmarks.experiments.compare main HEAD benchmarks/bench_grpo.py --rounds 7 python -m
     benchmarks.experiments.compare HEAD . -k qwen        # "." is the working tree as it stands
@@ -37,7 +37,7 @@ def git(*arguments: str, folder: Path) -> str:
 
 @contextlib.contextmanager
 def tree(commit: str, root: Path, place: Path) -> Iterator[Path]:
-    """The files of a commit, or the working tree."""
+    """Check out a commit for a while; the working tree stays where it is."""
     if commit == WORKING_TREE:
         yield root
         return
@@ -68,7 +68,7 @@ def measure(folder: Path, arguments: Sequence[str], out: Path) -> Times:
 def alternate(
     base: Path, head: Path, arguments: Sequence[str], rounds: int, out: Path
 ) -> tuple[list[Times], list[Times]]:
-    """The rounds of both, in turns."""
+    """Measure both in turns."""
     times: dict[str, list[Times]] = {"base": [], "head": []}
     for i in range(rounds):
         order = [("base", base), ("head", head)][:: 1 if i % 2 == 0 else -1]

@@ -63,7 +63,9 @@ LOGPROB: dict[str, list[Edit]] = {"as it is": [], "two segments one after the ot
 
 
 def load(name: str, edits: list[Edit], folder: Path | None = None) -> Callable[[str], Any]:
-    """The kernels under a package of their own: from the name of a file to its module."""
+    """Import kernels under a package of their own; return a function from a file's name to its
+    module.
+    """
     package = "variant_" + "".join(c if c.isalnum() else "_" for c in name)
     root = Path(tempfile.gettempdir()) / "grpo_fast_variants"  # the same path: Triton's cache holds
     target = root / package
@@ -82,7 +84,7 @@ def load(name: str, edits: list[Edit], folder: Path | None = None) -> Callable[[
 
 
 def make(shape: shapes.Shape, dtype: torch.dtype, padded: int = 0) -> Batch:
-    """A batch on the GPU, the rows of its logits `padded` apart."""
+    """Make a batch on the GPU, the rows of its logits `padded` apart."""
     batch = make_batch(shape, "full", torch.device("cuda"), dtype)
     if padded:
         assert batch.logits is not None
@@ -92,7 +94,7 @@ def make(shape: shapes.Shape, dtype: torch.dtype, padded: int = 0) -> Batch:
 
 
 def launch(module: Any, batch: Batch, work: Tensor, out: Tensor) -> Tensor:
-    """Call `grpo_fwd_bwd` of a variant's kernels on `work`; the loss of the tokens."""
+    """Call `grpo_fwd_bwd` of a variant's kernels on `work`; return the loss of each token."""
     shape, tokens = batch.shape, batch.arguments
     given: dict[str, Any] = dict.fromkeys(
         ("mask", "rewards", "sequence", "importance", "score", "coefficient", "entropy_weight")
@@ -106,7 +108,7 @@ def launch(module: Any, batch: Batch, work: Tensor, out: Tensor) -> Tensor:
 
 
 def timed(run: Callable[[], object], before: Callable[[], object], rounds: int = ROUNDS) -> dict:
-    """Median and quartiles of the seconds between events; `before` each is not timed."""
+    """Take median and quartiles of the seconds between events; `before` is not timed."""
     spans = []
     for _ in range(WARMUP + rounds):
         before()
@@ -128,7 +130,7 @@ class Sheet:
             self.document |= {"machine_info": info, "benchmarks": []}
 
     def attempt(self, about: dict[str, Any], run: Callable[[], dict[str, Any]]) -> None:
-        """Add a row, or why there is none; an error that takes the GPU from this process ends it."""
+        """Add a row, or why there is none; end where an error took the GPU from this process."""
         try:
             row = about | run()
         except Exception as error:
@@ -163,7 +165,7 @@ def grpo_modules(options: Any) -> dict[str, Any]:
 
 
 def compared(module: Any, x: Batch, dtype: torch.dtype, rounds: int = ROUNDS) -> dict[str, Any]:
-    """Check a variant, its gradient in `dtype`, then time it: the numbers of a row."""
+    """Check a variant with a gradient in `dtype`, then time it."""
     assert x.logits is not None
     work, out = buffers(x, dtype)
     loss = launch(module, x, work, out)
@@ -176,7 +178,7 @@ def compared(module: Any, x: Batch, dtype: torch.dtype, rounds: int = ROUNDS) ->
 
 
 def buffers(x: Batch, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(a copy of the logits, the buffer of their gradient): the same where they have one dtype."""
+    """Copy the logits, and make the buffer of their gradient: the same where they have one dtype."""
     assert x.logits is not None
     work = torch.empty_strided(
         x.logits.shape, x.logits.stride(), dtype=x.logits.dtype, device=x.logits.device
@@ -185,7 +187,7 @@ def buffers(x: Batch, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def suite_grpo(options: Any) -> None:
-    """In place at S0; `--compile` on a few rows, `--once` one launch each."""
+    """Time `grpo` in place at S0; `--compile` on a few rows, `--once` one launch each."""
     shape, dtype = S0, torch.bfloat16  # float32 logits have a bfloat16 gradient, as in the head
     if options.float32:
         shape, dtype = shapes.get("qwen2.5-7b-4k"), torch.float32
@@ -207,7 +209,7 @@ def suite_grpo(options: Any) -> None:
 
 
 def suite_vocabularies(options: Any) -> None:
-    """`grpo` in place, per entry, where rows start aligned and where they do not."""
+    """Time `grpo` in place where rows start aligned, and where they do not."""
     sheet = Sheet(options.out, "vocabularies")
     base = load("as it is", [])("grpo")
     for V, padded in (
@@ -222,7 +224,7 @@ def suite_vocabularies(options: Any) -> None:
 
 
 def suite_logprob(options: Any) -> None:
-    """The forward pass at S0."""
+    """Time the forward pass of `logprob` at S0."""
     x = make(dataclasses.replace(S0, B=1, T=64) if options.compile else S0, torch.bfloat16)
     sheet = Sheet(options.out, "logprob forward")
     ids = x.ids.flatten()
@@ -245,7 +247,7 @@ def suite_logprob(options: Any) -> None:
 
 
 def suite_head(options: Any) -> None:
-    """`linear_grpo_loss` at S0 by chunk length."""
+    """Time `linear_grpo_loss` at S0 by chunk length."""
     B, T, V, D = S0.B, S0.T, S0.V, S0.D
     torch.manual_seed(0)
     hidden = torch.randn(B, T, D, device="cuda").bfloat16().requires_grad_()

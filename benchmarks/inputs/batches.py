@@ -1,4 +1,4 @@
-"""Batches as training makes them: confident tokens, ragged lengths, rewards of 0 and 1."""
+"""Make batches as training does: confident tokens, ragged lengths, rewards of 0 and 1."""
 
 import dataclasses
 import functools
@@ -43,13 +43,13 @@ class Batch:
 
     @property
     def live(self) -> int:
-        """How many tokens count."""
+        """The number of tokens that count."""
         mask = self.arguments["mask"]
         return self.shape.N if mask is None else int(mask.sum())
 
     @property
     def moving(self) -> int:
-        """How many tokens have a gradient: they count, and have an advantage or a KL term."""
+        """The number of tokens with a gradient: they count, and have an advantage or a KL term."""
         if self.objective.beta:
             return self.live
         moves = (self.arguments["advantages"] != 0)[:, None].expand(self.ids.shape)
@@ -65,7 +65,9 @@ def make_batch(
     seed: int = 0,
     hidden: bool = False,
 ) -> Batch:
-    """A batch of one of `shapes.VARIANTS`; from hidden states (module `hidden`) or from logits."""
+    """Make a batch of one of `shapes.VARIANTS`, from hidden states (module `hidden`) or from
+    logits.
+    """
     B, T, V = shape.B, shape.T, shape.V
     generator = torch.Generator(device).manual_seed(seed)
 
@@ -137,7 +139,7 @@ def _mask(
 
 
 def _rewards(shape: Shape, variant: str, device: torch.device) -> Tensor:
-    """Half of each group has a reward of 1, or all of it."""
+    """Give half of each group a reward of 1, or all of it."""
     B, G = shape.B, shape.G
     sequence = torch.arange(B, device=device)
     rewards = (sequence % G < G // 2).float()
@@ -158,7 +160,7 @@ def _scores(rewards: Tensor, G: int) -> Tensor:
 def rotation(
     shape: Shape, variant: str, device: torch.device, dtype: torch.dtype, hidden: bool = False
 ) -> tuple[Batch, ...]:
-    """Batches to take turns with, so that none is found in the cache; on the CPU one."""
+    """Make batches that take turns, so that none is found in the cache; on the CPU one."""
     if device.type == "cpu":
         count = 1
     else:

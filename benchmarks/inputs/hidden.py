@@ -1,4 +1,4 @@
-"""Hidden states and a head whose next-token distributions look like a language model's.
+"""Make hidden states and a head whose next-token distributions look like a language model's.
 
 Where speed depends on the data (a head that skips what is nearly 0), random numbers flatter: after
 a head of random numbers no entry of the softmax is large. What is imposed here, per token:
@@ -41,7 +41,9 @@ class Hidden(NamedTuple):
 
 
 def entropies(N: int, generator: torch.Generator) -> Tensor:
-    """(N,) float64 on the CPU, each of `ENTROPY`'s quantiles equally often, in random order."""
+    """Draw N entropies, float64 on the CPU: each quantile of `ENTROPY` equally often, in random
+    order.
+    """
     share = (torch.arange(N, dtype=torch.float64) + 0.5) / N
     log_h = torch.empty_like(share)
     for (low, h_low), (high, h_high) in itertools.pairwise(ENTROPY):
@@ -52,7 +54,9 @@ def entropies(N: int, generator: torch.Generator) -> Tensor:
 
 
 def power_laws(V: int, entropy: Tensor) -> tuple[Tensor, Tensor]:
-    """(log p of the candidates (N, K), log p of all others together (N,)) with the given entropies."""
+    """Return log p of the candidates (N, K), and of all others together (N,), with the given
+    entropies.
+    """
     # Far out p hardly changes from one entry to the next: the first exactly, the rest as an
     # integral.
     k = torch.arange(1, 1025, dtype=torch.float64)
@@ -73,7 +77,7 @@ def power_laws(V: int, entropy: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def candidates(N: int, V: int, generator: torch.Generator, device: torch.device) -> Tensor:
-    """(N, K) ids, no two of a token alike."""
+    """Draw (N, K) ids, no two of a token alike."""
     uniform = torch.rand(N, CANDIDATES, device=device, generator=generator, dtype=torch.float64)
     even = torch.rand(N, CANDIDATES, device=device, generator=generator) < EVEN_SHARE
     ids = (
@@ -115,7 +119,7 @@ def make(N: int, D: int, V: int, device: torch.device, dtype: torch.dtype, seed:
 
 
 def draw(hidden: Tensor, weight: Tensor, generator: torch.Generator) -> Tensor:
-    """One id per token, from its softmax."""
+    """Draw one id for each token from its softmax."""
     parts = []
     for rows in hidden.split(max(1, (1 << 26) // len(weight))):
         z = (rows @ weight.mT).float()
@@ -125,8 +129,8 @@ def draw(hidden: Tensor, weight: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def describe(hidden: Tensor, weight: Tensor, tokens: int = 1024) -> dict[str, float]:
-    """Of the first tokens: shares of the entropies, and how much a head that skips small blocks
-    must do.
+    """Measure the entropies of the first tokens, and how much a head that skips small blocks must
+    do.
     """
     D = hidden.shape[-1]
     rows = hidden.detach().reshape(-1, D)[:tokens]

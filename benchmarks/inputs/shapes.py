@@ -1,6 +1,4 @@
-"""The shapes that are measured, by name: a model's head, and how many tokens. A benchmark takes no
-other.
-"""
+"""The shapes that are measured, by name: a model's head, and how many tokens."""
 
 import dataclasses
 
@@ -9,8 +7,8 @@ import torch
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """B sequences of T completion tokens over V entries, G of them for each prompt; D wide hidden
-    states.
+    """B sequences of T completion tokens over V entries, G for each prompt; hidden states are D
+    wide.
     """
 
     B: int
@@ -90,7 +88,7 @@ def device() -> torch.device:
 
 
 def dtype() -> torch.dtype:
-    """Of the logits and hidden states: what a trainer has on that device."""
+    """Return the dtype of logits and hidden states that a trainer has on this device."""
     return torch.bfloat16 if torch.cuda.is_available() else torch.float32
 
 
@@ -107,13 +105,15 @@ def get(name: str) -> Shape:
 
 
 def cases() -> list[tuple[str, str]]:
-    """(shape, variant) of the losses on logits: all variants at the first shape, one at the others."""
+    """List (shape, variant) for losses on logits: all variants at the first shape, one at the
+    others.
+    """
     first, *others = logits_shapes()
     return [(first, variant) for variant in VARIANTS] + [(name, "full") for name in others]
 
 
 def hidden_cases() -> list[tuple[str, str]]:
-    """(shape, variant) of the losses from hidden states; a 7B model's with a realistic mask, too."""
+    """List (shape, variant) for losses from hidden states; a 7B model's with a realistic mask, too."""
     first, *others = hidden_shapes()
     chosen = [(first, variant) for variant in ("full", REALISTIC, DEAD)]
     chosen += [(name, "full") for name in others]

@@ -1,1 +1,1 @@
-"""One measurement: the gate before it, time, memory, bytes, and the machine."""
+"""Take one measurement: the check before it, time, memory, bytes, and the machine."""

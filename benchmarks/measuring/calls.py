@@ -1,4 +1,4 @@
-"""How the providers of a stem are called, and the work that a call has to do at least."""
+"""Call the providers of a stem, and count the work that a call has to do at least."""
 
 from typing import Any, NamedTuple
 
@@ -40,7 +40,7 @@ def prepare(stem: str, provider: str, batch: Batch) -> Call:
 
 
 def _logits(batch: Batch, provider: str) -> tuple[Tensor, Tensor]:
-    """(leaf, logits that depend on it): a copy where they may be overwritten."""
+    """Return (leaf, logits that depend on it): a copy where they may be overwritten."""
     assert batch.logits is not None
     leaf = batch.logits.detach()
     if provider in providers.EXTRA_ROW:

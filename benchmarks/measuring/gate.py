@@ -1,4 +1,4 @@
-"""The check before every timing: results are held against float64 on the benchmark's own inputs.
+"""Hold results against float64 on the benchmark's own inputs, before every timing.
 
 Values are compared on all tokens, gradients on some rows, as float64 gradients of all rows would
 not fit. The yardstick is `grpo_fast.reference` in plain PyTorch. On logits it runs in float32, and
@@ -74,7 +74,7 @@ def expected(stem: str, batch: Batch, dtype: torch.dtype) -> Results:
 
 
 def _from_hidden(stem: str, batch: Batch, dtype: torch.dtype) -> Results:
-    """In float64, or as plain PyTorch does it in `dtype`: products round to it, the rest is
+    """Compute in float64, or in `dtype` as plain PyTorch does: products round to it, the rest is
     float32.
     """
     assert batch.hidden is not None
@@ -105,7 +105,7 @@ def _from_hidden(stem: str, batch: Batch, dtype: torch.dtype) -> Results:
 
 
 def _loss(stem: str, batch: Batch, logps: Tensor) -> tuple[Tensor, Tensor]:
-    """(value, its gradient in the log-probs, or the upstream gradient)."""
+    """Return the value, and its gradient in the log-probs or the upstream gradient."""
     if stem in ("logprob", "linear_logprob"):
         return logps, batch.upstream.to(logps.dtype)
     if stem == "linear_cross_entropy":
@@ -125,7 +125,7 @@ def loss_and_grad(batch: Batch, logps: Tensor, dtype: torch.dtype) -> tuple[Tens
 
 
 def _selected(batch: Batch, grads: Sequence[Tensor]) -> Results:
-    """The rows of gradients that are compared; a position more than the tokens is left out."""
+    """Choose the rows of gradients that are compared; positions behind the tokens are left out."""
     if len(grads) == 2:
         dhidden, dweight = grads
         rows, entries = some_rows(batch), some_entries(batch)
@@ -136,13 +136,15 @@ def _selected(batch: Batch, grads: Sequence[Tensor]) -> Results:
 
 
 def some_rows(batch: Batch) -> Tensor:
-    """First, last, and evenly between: sequence ends, padding and every group are among them."""
+    """Choose tokens: first, last, and evenly between, so that padding and every group are among
+    them.
+    """
     N = batch.shape.N
     return torch.linspace(0, N - 1, min(N, MAX_ROWS), device=batch.ids.device).long()
 
 
 def some_entries(batch: Batch) -> Tensor:
-    """Entries of the vocabulary: some of all, and some that were scored."""
+    """Choose entries of the vocabulary: some of all, and some that were scored."""
     spread = torch.linspace(0, batch.shape.V - 1, MAX_ENTRIES // 2, device=batch.ids.device).long()
     scored = batch.ids.flatten()[:: max(1, batch.shape.N // (MAX_ENTRIES // 2))]
     return torch.cat([spread, scored]).unique()
@@ -154,7 +156,7 @@ def _chunks(N: int, V: int) -> list[slice]:
 
 
 def with_scale(value: Tensor, batch: Batch) -> Tensor:
-    """A loss next to the size of its terms: they cancel, so its own size is no measure of its
+    """Put a loss next to the size of its terms: they cancel, so its own size does not measure its
     error.
     """
     if value.ndim:
@@ -164,6 +166,6 @@ def with_scale(value: Tensor, batch: Batch) -> Tensor:
 
 
 def relative_error(actual: Tensor, truth: Tensor) -> float:
-    """The largest error in units of the largest true entry."""
+    """Return the largest error in units of the largest true entry."""
     actual, truth = actual.detach().double().cpu(), truth.detach().double().cpu()
     return ((actual - truth).abs().max() / truth.abs().max().clamp(min=1e-300)).item()

@@ -1,4 +1,4 @@
-"""The machine that measures: what it is, and how fast it moves memory and multiplies."""
+"""Describe the machine that measures, and how fast it moves memory and multiplies."""
 
 import functools
 import importlib.util
@@ -31,19 +31,19 @@ SWITCH = "GRPO_FAST_ON_CHIP"
 
 
 def environment() -> dict[str, str]:
-    """For a process of its own: not that of a worker of pytest-xdist, under which nothing is timed."""
+    """Return the environment of a new process, without pytest-xdist's: nothing is timed under that."""
     return {name: x for name, x in os.environ.items() if not name.startswith("PYTEST_")}
 
 
 def synced_time() -> float:
-    """A clock that waits for the device first."""
+    """Read a clock after the device has finished."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def lost() -> bool:
-    """Whether an error has left this process without its GPU: from then on every call fails."""
+    """Say whether an error took the GPU from this process: from then on every call fails."""
     if not torch.cuda.is_initialized():
         return False
     try:
@@ -55,7 +55,7 @@ def lost() -> bool:
 
 @functools.cache
 def bandwidth() -> dict[str, float]:
-    """Measured bytes per second of a plain copy (read plus written bytes) and of a plain read."""
+    """Measure bytes per second of a plain copy (read plus written bytes) and of a plain read."""
     kind = shapes.device().type
     source = torch.zeros(CALIBRATION_BYTES[kind] // 4, device=kind)
     target = torch.ones_like(source)
@@ -67,7 +67,7 @@ def bandwidth() -> dict[str, float]:
 
 @functools.cache
 def gemm_rates() -> dict[str, float]:
-    """Measured FLOP per second of a large square matrix multiplication, by dtype; float32 without
+    """Measure FLOP per second of a large square matrix multiplication, by dtype; float32 without
     TF32.
     """
     kind = shapes.device().type
@@ -82,7 +82,7 @@ def gemm_rates() -> dict[str, float]:
 
 @functools.cache
 def calibration() -> dict[str, dict[str, float]]:
-    """The roofs of this run: measured here, or by the process that started it."""
+    """Return the roofs of this run: measured here, or by the process that started it."""
     given = os.environ.get(CALIBRATION_VARIABLE)
     if given:
         return json.loads(given)
@@ -90,7 +90,7 @@ def calibration() -> dict[str, dict[str, float]]:
 
 
 def fastest(fn: Callable[[], object], rounds: int = CALIBRATION_ROUNDS) -> float:
-    """Seconds of the fastest of some calls, after one to warm up."""
+    """Return the seconds of the fastest of some calls, after one to warm up."""
     fn()
     times = []
     for _ in range(rounds):
@@ -101,7 +101,7 @@ def fastest(fn: Callable[[], object], rounds: int = CALIBRATION_ROUNDS) -> float
 
 
 def between_events(run: Callable[[], object]) -> tuple[torch.cuda.Event, torch.cuda.Event]:
-    """The events before and after a call on the device; their distance is known once it has ended."""
+    """Run between two events on the device; their distance is known once it has ended."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     run()
@@ -110,14 +110,16 @@ def between_events(run: Callable[[], object]) -> tuple[torch.cuda.Event, torch.c
 
 
 def commit() -> str:
-    """`git describe --always --dirty`, or what the environment says; "unknown" without either."""
+    """Return `git describe --always --dirty`, or what the environment says; "unknown" without
+    either.
+    """
     if os.environ.get(COMMIT_VARIABLE):
         return os.environ[COMMIT_VARIABLE]
     return _output_of("git", "describe", "--always", "--dirty") or UNKNOWN
 
 
 def is_clean(name: str) -> bool:
-    """Whether a commit's name says exactly which code ran."""
+    """Say whether a commit's name tells exactly which code ran."""
     return re.fullmatch(r"(.*-g)?[0-9a-f]{7,40}", name) is not None
 
 
@@ -128,12 +130,12 @@ def name() -> str:
 
 
 def slug() -> str:
-    """`name()` as the name of a folder."""
+    """Turn `name()` into the name of a folder."""
     return re.sub(r"[^a-z0-9]+", "-", name().lower()).strip("-")
 
 
 def describe() -> dict[str, Any]:
-    """What a result is worthless without."""
+    """Describe machine, software, code and roofs: a result is worthless without them."""
     return describe_without_roofs() | calibration()
 
 
@@ -173,9 +175,7 @@ def _version(package: str) -> str | None:
 
 
 def _from_the_driver() -> dict[str, str | None]:
-    """Its version, and which of several equal GPUs this is; of all that are visible, where there
-    are more.
-    """
+    """Ask for the driver's version, and which of several equal GPUs this is."""
     query = f"--query-gpu={','.join(DRIVER_FIELDS.values())}"
     lines = _output_of("nvidia-smi", query, "--format=csv,noheader").splitlines()
     rows = [x.split(", ") for x in lines]

@@ -1,4 +1,4 @@
-"""One measurement: load a provider, check its result, then take its memory and time."""
+"""Take one measurement: load a provider, check its result, then take its memory and time."""
 
 import dataclasses
 import functools
@@ -38,7 +38,7 @@ RECORDER: list[Recorder] = []  # the one that `--results` asked for
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """Who computes what, on which inputs."""
+    """One provider of one stem, on one batch."""
 
     stem: str
     shape: str
@@ -125,7 +125,7 @@ def take(
 
 
 def record(benchmark: Any) -> None:
-    """Write down what was timed, and what `extra_info` says of it, where `--results` asks for it."""
+    """Write down what was timed, and its `extra_info`, where `--results` asks for it."""
     if RECORDER and benchmark.stats is not None:
         RECORDER[0].add(benchmark.name, benchmark.extra_info, benchmark.stats.stats)
 
@@ -156,9 +156,7 @@ def _check(case: Case, batch: Batch, value: Any, grads: Any) -> dict[str, float]
 
 @functools.lru_cache(maxsize=4)
 def _bare_gemms(N: int, D: int, V: int, device: torch.device, dtype: torch.dtype) -> float:
-    """Seconds of the three matrix multiplications of a head with gradients, in chunks, nothing
-    else.
-    """
+    """Time the three matrix multiplications of a head with gradients, in chunks, nothing else."""
     states = torch.randn(min(N, 4096), D, device=device).to(dtype)
     weight = torch.randn(V, D, device=device).to(dtype)
     logits = torch.empty(len(states), V, device=device, dtype=dtype)
@@ -182,7 +180,7 @@ def _about_the_head(batch: Batch) -> dict[str, Any]:
 
 
 def _rounds(run: Callable[[], object]) -> tuple[int, int]:
-    """(rounds that are timed, rounds before them)."""
+    """Choose how many rounds are timed, and how many run before them."""
     start = machine.synced_time()
     run()
     seconds = machine.synced_time() - start

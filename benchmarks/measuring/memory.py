@@ -1,4 +1,4 @@
-"""Peak memory of a call beyond what was in use before it."""
+"""Measure the peak memory of a call beyond what was in use before it."""
 
 import ctypes
 import gc
@@ -18,7 +18,7 @@ def release() -> None:
 
 
 def peak_extra_bytes(run: Callable[[], object]) -> int | None:
-    """Bytes; None where they cannot be measured (CPU memory outside Linux)."""
+    """Return the bytes; None where they cannot be measured (CPU memory outside Linux)."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.synchronize()

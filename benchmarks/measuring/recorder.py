@@ -1,4 +1,4 @@
-"""Where measurements go as they are made: a JSON file that is complete after every one of them."""
+"""Write measurements as they are made, to a JSON file that is complete after each of them."""
 
 import datetime
 import json

@@ -1,5 +1,4 @@
-"""Bytes that the kernels move, the formulas of their docstrings; tests/test_traffic.py holds them
-true.
+"""Count the bytes that the kernels move, by the formulas of their docstrings.
 
 N tokens, `live` of which count, `moving` of which have a gradient; V entries of w bytes. What is
 per token is left out next to rows of logits.
@@ -19,12 +18,12 @@ class Traffic:
 
     @property
     def least(self) -> int:
-        """Bytes that memory has to move."""
+        """The bytes that memory has to move."""
         return self.read + self.written
 
     @property
     def most(self) -> int:
-        """The same if nothing is found in the cache."""
+        """The bytes that memory moves if nothing is found in the cache."""
         return self.least + self.reread
 
 
@@ -37,7 +36,7 @@ def logprob_backward(N: int, live: int, V: int, w: int) -> Traffic:
 
 
 def logprob(N: int, live: int, V: int, w: int) -> Traffic:
-    """Forward and backward."""
+    """Count forward and backward."""
     there, back = logprob_forward(live, V, w), logprob_backward(N, live, V, w)
     return Traffic(there.read + back.read, there.reread, back.written, back.rewritten)
 
@@ -48,25 +47,27 @@ def grpo(N: int, live: int, moving: int, V: int, w: int) -> Traffic:
 
 
 def policy_loss(N: int) -> Traffic:
-    """All live. Read: mask, logp, weight, advantage, old, ref; written: loss, dlogp, KL, clip flag."""
+    """All tokens count. Read: mask, logp, weight, advantage, old, ref; written: loss, dlogp, KL,
+    clip flag.
+    """
     return Traffic(read=N * (FLAG + 5 * FLOAT), reread=0, written=N * (3 * FLOAT + FLAG))
 
 
 def policy_loss_backward(N: int) -> Traffic:
-    """The upstream gradient and dlogp read, their product written."""
+    """The upstream gradient and dlogp are read, their product is written."""
     return Traffic(read=N * 2 * FLOAT, reread=0, written=N * FLOAT)
 
 
 def sequence_loss(N: int) -> Traffic:
-    """GSPO: mask, logp and old again after the sums; mask and dlogp again for the gradient of the
-    mean.
+    """GSPO reads mask, logp and old again after the sums, and mask and dlogp for the mean's
+    gradient.
     """
     one = policy_loss(N)
     return Traffic(one.read, N * (3 * FLOAT + 2 * FLAG), one.written + N * FLOAT)
 
 
 def group_advantage(B: int) -> Traffic:
-    """A reward read, an advantage written; the rest of the group is in the cache."""
+    """A reward is read, an advantage is written; the rest of the group is in the cache."""
     return Traffic(read=B * FLOAT, reread=0, written=B * FLOAT)
 
 

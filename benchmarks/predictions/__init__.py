@@ -1,1 +1,1 @@
-"""Times and memory that are computed, not measured."""
+"""Compute times and memory that nobody measured."""

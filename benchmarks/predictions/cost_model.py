@@ -36,7 +36,7 @@ OWN, BF16, ALL_ROWS = "grpo_fast", "grpo_fast-bf16", "grpo_fast-all-rows"  # fro
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:
-    """Of the data sheets (dense, boost clock)."""
+    """A GPU's data sheet (dense rates, boost clock)."""
 
     target: str  # of the compiled code
     processors: int  # multiprocessors, compute units
@@ -74,7 +74,7 @@ class Prediction(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """What is predicted: a benchmark of this project's own kernels in bfloat16."""
+    """A benchmark of this project's own kernels in bfloat16."""
 
     stem: str
     case: str
@@ -88,14 +88,12 @@ class Launch(NamedTuple):
 
 
 def gpu_of(device: str) -> str | None:
-    """The entry of `GPUS` that a device is; None for others, be it a part of one (MIG) or a smaller
-    one.
-    """
+    """Find the entry of `GPUS` that a device is; None for others, such as a part of one (MIG)."""
     return next((name for name, gpu in GPUS.items() if re.fullmatch(gpu.driver, device)), None)
 
 
 def ceilings(name: str, roofs: dict[str, Any] | None = None) -> Ceilings:
-    """Those measured in a run on this GPU, or the assumed share of the data sheet."""
+    """Return what a run measured on this GPU, or the assumed share of the data sheet."""
     gpu = GPUS[name]
     assumed = gpu.bfloat16 * SHARE_OF_GEMM
     if roofs:
@@ -105,7 +103,7 @@ def ceilings(name: str, roofs: dict[str, Any] | None = None) -> Ceilings:
 
 
 def _work(gpu: Gpu, case: str, loops: dict[str, int]) -> tuple[float, float]:
-    """Seconds to issue the instructions, and the exponentials, of loops over so many elements."""
+    """Return the seconds to issue the instructions, and the exponentials, of loops over elements."""
     rows = compiled.load()["rows"]
     row = next(x for x in rows if (x["target"], x["case"]) == (gpu.target, case))
     cycles = gpu.processors * gpu.clock
@@ -143,7 +141,9 @@ def predict(launch: Launch, name: str, top: Ceilings) -> Prediction | None:
 
 
 def chunk(gpu: Gpu, rows: int, D: int, V: int, fp32: bool) -> int:
-    """How many rows of logits this project's head makes at a time for bfloat16 hidden states."""
+    """Return how many rows of logits this project's head makes at a time for bfloat16 hidden
+    states.
+    """
     hidden: Any = SimpleNamespace(dtype=torch.bfloat16, is_cuda=True, shape=(rows, D))
     options: Any = SimpleNamespace(fp32_logits=fp32, chunk_size=0, widest=V)
     return _head.chunk_rows(rows, D, _head.row_limit(hidden, options), gpu.processors)
@@ -152,7 +152,7 @@ def chunk(gpu: Gpu, rows: int, D: int, V: int, fp32: bool) -> int:
 def _linear_grpo(
     gpu: Gpu, sizes: dict[str, int], rows: int, fp32: bool, top: Ceilings
 ) -> Prediction:
-    """Three multiplications, the kernel on each chunk of logits, dweight read and written per
+    """Add up three multiplications, the kernel on each chunk, and dweight read and written per
     chunk.
 
     Logits and their gradient share a workspace of 2 or 4 bytes an entry, which sets the length of a
@@ -195,7 +195,7 @@ def _example(stem: str, case: str, provider: str, shape_name: str) -> Launch:
 
 
 def table() -> Iterator[str]:
-    """Predictions for GPUs that nothing was measured on."""
+    """Predict for GPUs that nothing was measured on."""
     yield f"| launch | provider | shape | {' | '.join(f'{name}, ms' for name in GPUS)} | set by |"
     yield f"|---|---|---|{'--:|' * len(GPUS)}---|"
     for example in EXAMPLES:
@@ -206,7 +206,7 @@ def table() -> Iterator[str]:
 
 
 def of_products(name: str) -> Iterator[str]:
-    """How many times their three products alone the launches from hidden states take, by provider."""
+    """Divide the predictions from hidden states by the time of their three products alone."""
     top = ceilings(name)
     for launch in (_example(*example) for example in EXAMPLES if example[0] == "linear_grpo"):
         made = predict(launch, name, top)
@@ -216,7 +216,7 @@ def of_products(name: str) -> Iterator[str]:
 
 
 def comparison(run: Run) -> Iterator[str]:
-    """Predictions next to measurements, for a run on a GPU that the model knows."""
+    """Put predictions next to measurements, for a run on a GPU that the model knows."""
     name = gpu_of(run.device)
     for e in run.entries if name else ():
         if not e["provider"].startswith(OWN) or e["dtype"] != "bfloat16":

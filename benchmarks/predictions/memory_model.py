@@ -1,5 +1,4 @@
-"""Peak memory of the 7B step on a GPU, without one.
-`python -m benchmarks.predictions.memory_model --save`.
+"""Predict the peak memory of the 7B step on a GPU, without one.
 
 The update of `step_7b` runs on tensors of device "meta", which have sizes and no contents: the same
 modules, the same autograd, the same providers. Every storage is counted from the operator that
@@ -47,7 +46,7 @@ PROCESSORS = 132  # multiprocessors of an H100 or H200: they decide the chunk le
 
 
 class Allocations(TorchDispatchMode):
-    """Counts the bytes of the storages that operators make, and of those it is told to `hold`.
+    """Count the bytes of the storages that operators make, and of those it is told to `hold`.
 
     Args:
         device: count what lies there; None: everything. Operators take numbers in tensors on the
@@ -96,7 +95,7 @@ def _on_paper(args: tuple) -> bool:
 
 
 def _into_out(*args: Any, out: Tensor, **_: Any) -> Tensor:
-    """A product of halves with a float32 result: exists for GPUs alone, and writes into `out`."""
+    """Write a float32 product of halves into `out`: this operator exists for GPUs alone."""
     return out
 
 
@@ -125,7 +124,7 @@ def _nothing(*_: Any, **__: Any) -> None:
 
 @contextlib.contextmanager
 def gpu_on_paper() -> Iterator[None]:
-    """Tensors of device "meta" are treated as a GPU's, and kernels write nothing."""
+    """Treat tensors of device "meta" as a GPU's; kernels write nothing."""
     properties = SimpleNamespace(multi_processor_count=PROCESSORS)
     with contextlib.ExitStack() as stack:
 
@@ -148,7 +147,7 @@ def gpu_on_paper() -> Iterator[None]:
 
 
 def peak(trained: step_7b.Trained, size: step_7b.Size, provider: str) -> int:
-    """Predicted peak of one update, bytes; weights, gradients and inputs included."""
+    """Predict the peak of one update in bytes; weights, gradients and inputs included."""
     heads, inputs = step_7b.heads_of(provider), step_7b.batch(size, trained.model.c.V, META)
     parameters = [p for model in trained if model for p in model.parameters()]
     allocations = Allocations(META)
@@ -161,7 +160,7 @@ def peak(trained: step_7b.Trained, size: step_7b.Size, provider: str) -> int:
 
 
 def predict(config: decoder.Config = decoder.QWEN_7B) -> Iterator[dict[str, Any]]:
-    """Rows like those of `step_7b`, without times."""
+    """Yield rows like those of `step_7b`, without times."""
     size, searched = step_7b.BATCH["cuda"], step_7b.SEARCHED["cuda"]
     for mode in step_7b.MODES:
         trained = step_7b.build(config, mode, META, torch.bfloat16)
@@ -179,15 +178,13 @@ def predict(config: decoder.Config = decoder.QWEN_7B) -> Iterator[dict[str, Any]
 
 
 def longest(peak_at: Callable[[int], int], cap: float) -> int:
-    """The longest completion, a multiple of `STEP`, whose peak is at most `cap` bytes; 0 if there
-    is none.
-    """
+    """Find the longest completion, a multiple of `STEP`, whose peak is at most `cap` bytes; else 0."""
     lengths = range(STEP, MOST, STEP)
     return STEP * bisect.bisect_right(lengths, cap, key=peak_at)
 
 
 def load(path: Path = SAVED) -> dict[str, Any]:
-    """{"torch": the version whose operators were counted, "step": rows of `predict`}."""
+    """Return {"torch": the version whose operators were counted, "step": rows of `predict`}."""
     return json.loads(path.read_text())
 
 

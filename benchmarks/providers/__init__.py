@@ -1,5 +1,4 @@
-"""Who is measured. A provider of a stem is one function of its contract, or a reason why it is
-missing.
+"""The providers: who is measured. Each is a function of its stem's contract, or a reason why not.
 
     logprob                     (logits, ids) -> log-probs
     policy_loss, sequence_loss  (logps, **given) -> loss
@@ -54,7 +53,7 @@ def _pytorch(fn: Function) -> dict[str, Loader]:
 
 
 def _own(fn: Callable[..., Any], **options: Any) -> Loader:
-    """This project's function: its result, or the loss in it."""
+    """Wrap a function of this project: return its result, or the loss in it."""
 
     def call(*tensors: Tensor, **arguments: Any) -> Tensor:
         out = fn(*tensors, **arguments, **options)
@@ -139,12 +138,12 @@ OWN = ("eager", "compile", "torch", "grpo_fast")
 
 
 def library(name: str) -> str:
-    """Whose code a provider runs: "cce-exact" is "cce"."""
+    """Name the library whose code a provider runs: "cce-exact" is "cce"."""
     return name.split("-")[0]
 
 
 def load(stem: str, name: str) -> Function:
-    """The function of a provider.
+    """Load the function of a provider.
 
     Raises:
         UnavailableError: it cannot run here.
@@ -158,9 +157,7 @@ def load(stem: str, name: str) -> Function:
 
 
 def _failed_import(error: BaseException | None) -> ImportError | None:
-    """The ImportError behind an error; TRL makes a RuntimeError of one in a module that it loads
-    lazily.
-    """
+    """Find the ImportError behind an error; TRL hides it in a RuntimeError where it loads lazily."""
     while isinstance(error, RuntimeError) and str(error).startswith("Failed to import trl."):
         error = error.__cause__
     return error if isinstance(error, ImportError) else None

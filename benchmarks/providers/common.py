@@ -1,4 +1,4 @@
-"""What the other libraries' providers have in common."""
+"""Helpers of the other libraries' providers."""
 
 import os
 from collections.abc import Callable
@@ -28,7 +28,7 @@ def need_gpu(name: str, interpreted: bool = False) -> None:
 
 
 def loss_type(objective: Objective) -> str:
-    """What TRL and Liger call a reduction."""
+    """Translate a reduction into TRL's and Liger's name for it."""
     known = {"sequence_mean": "grpo", "token_mean": "bnpo"}
     if objective.surrogate != "clip" or objective.reduction not in known:
         raise UnavailableError(f"no loss type for {objective}")

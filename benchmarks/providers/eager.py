@@ -1,4 +1,4 @@
-"""What a trainer writes without a fused kernel: the baseline, and what torch.compile is given.
+"""Compute what a trainer computes without a fused kernel: the baseline, and torch.compile's input.
 
 It is the leanest form that is still accurate: no division by a temperature of 1, no metrics, and
 the conversion to float32 is left to `log_softmax`. On a GPU that converts float16 logits as it

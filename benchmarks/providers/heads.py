@@ -16,7 +16,7 @@ from benchmarks.providers.common import IGNORED, Function, UnavailableError, nee
 
 
 def with_eager_loss(head: Callable[[], Function], ignores: bool = True) -> Callable[[], Function]:
-    """A GRPO loss of a head that knows none: its log-probs, then the objective in PyTorch.
+    """Give a GRPO loss to a head that knows none: its log-probs, then the objective in PyTorch.
 
     Args:
         ignores: the head skips ids of -100; else it works on every token.
@@ -37,7 +37,7 @@ def with_eager_loss(head: Callable[[], Function], ignores: bool = True) -> Calla
 
 
 def _negated(head: Function) -> Function:
-    """Log-probs from a cross-entropy per token."""
+    """Turn a cross-entropy per token into log-probs."""
     return lambda hidden, weight, ids: -head(hidden, weight, ids).view_as(ids)
 
 
@@ -55,7 +55,7 @@ def _torch_head(reduction: str) -> Function:
 
 
 def torch_logprob() -> Function:
-    """`torch.nn.functional.linear_cross_entropy` in chunks, per token."""
+    """Load `torch.nn.functional.linear_cross_entropy` in chunks, per token."""
     return _negated(_torch_head("none"))
 
 
@@ -83,7 +83,7 @@ def cce_cross_entropy(exact: bool) -> Callable[[], Function]:
 
 
 def quack_cross_entropy() -> Function:
-    """In chunks of 4096 tokens, its default."""
+    """Load QuACK's head, in chunks of 4096 tokens, its default."""
     need_gpu("QuACK")
     if torch.cuda.get_device_capability() < (9, 0):
         raise UnavailableError("QuACK needs Hopper or newer")
@@ -95,9 +95,7 @@ def quack_cross_entropy() -> Function:
 
 
 def _without_package_imports(name: str) -> None:
-    """Make a package importable module by module: verl's own `__init__` wants Ray and a cluster's
-    worth.
-    """
+    """Make a package importable module by module: verl's own `__init__` wants Ray and more."""
     if name in sys.modules:
         return
     spec = importlib.util.find_spec(name)
@@ -111,7 +109,7 @@ def _without_package_imports(name: str) -> None:
 
 
 def verl_logprob() -> Function:
-    """verl's Triton head; it computes the entropy as well, always."""
+    """Load verl's Triton head; it always computes the entropy as well."""
     need_gpu("verl's head")
     _without_package_imports("verl")
     from verl.utils.kernel import kernels  # noqa: F401 (else imported when first called)

@@ -20,7 +20,7 @@ def _options(objective: Objective) -> dict[str, Any]:
 
 
 def grpo() -> Function:
-    """In place, its default. Takes the logits of T + 1 positions, as the model returns them."""
+    """Load the kernel, which works in place by default and takes the logits of T + 1 positions."""
     need_gpu("Liger's GRPO kernel", interpreted=True)
     from liger_kernel.transformers.grpo_loss import triton_grpo_loss
 
@@ -39,7 +39,7 @@ def grpo() -> Function:
 
 
 def linear_grpo() -> Function:
-    """`LigerFusedLinearGRPOLoss`, one sequence a chunk, its default."""
+    """Load `LigerFusedLinearGRPOLoss`, one sequence a chunk, its default."""
     from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 
     def call(
@@ -65,7 +65,7 @@ def linear_grpo() -> Function:
 
 
 def linear_logprob() -> Function:
-    """The scaled cross-entropy per token: CuTe kernels on Hopper, chunks of PyTorch elsewhere."""
+    """Load the scaled cross-entropy per token: CuTe kernels on Hopper, chunks of PyTorch elsewhere."""
     from liger_kernel.ops import fused_linear_scaled_cross_entropy as module
 
     # It imports the kernels of this device when it is called; what they lack is to be known now.
@@ -79,7 +79,7 @@ def linear_logprob() -> Function:
 
 
 def cross_entropy() -> Function:
-    """The fused linear cross-entropy, its defaults."""
+    """Load the fused linear cross-entropy with its defaults."""
     need_gpu("Liger's fused linear cross-entropy", interpreted=True)
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 

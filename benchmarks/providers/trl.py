@@ -19,7 +19,7 @@ VOCABULARY_CHUNK = 32_768  # what its trainers pass
 
 
 def _require(kernel: bool = False) -> Any:
-    """TRL's trainer; it fails to be imported here, not when it is timed."""
+    """Import TRL's trainer, so that a failure comes here and not when it is timed."""
     if kernel:
         need_gpu("TRL's kernel", interpreted=True)
     import trl
@@ -31,7 +31,7 @@ def _require(kernel: bool = False) -> Any:
 
 
 def logprob() -> Function:
-    """The Triton kernel; it computes the entropy as well, always."""
+    """Load the Triton kernel; it always computes the entropy as well."""
     _require(kernel=True)
     from trl.kernels.logprob_entropy import selective_log_softmax_and_entropy
 
@@ -90,7 +90,7 @@ def policy_loss() -> Function:
 
 
 def grpo() -> Function:
-    """The kernel on logits, then the trainer's loss."""
+    """Load the kernel on logits, followed by the trainer's loss."""
     _require(kernel=True)
     from trl.kernels.logprob_entropy import selective_log_softmax_and_entropy as kernel
 
@@ -105,7 +105,7 @@ def _head(hidden: Tensor, weight: Tensor, ids: Tensor, outputs: tuple[str, ...])
 
 
 def linear_logprob() -> Function:
-    """The chunked head; on a CPU in its own PyTorch form."""
+    """Load the chunked head; on a CPU in its own PyTorch form."""
     _require()
     from trl.kernels import chunked_logprob  # noqa: F401
 
@@ -116,7 +116,9 @@ def linear_logprob() -> Function:
 
 
 def linear_grpo() -> Function:
-    """The chunked head on the tokens that count, as its trainer calls it, then the trainer's loss."""
+    """Load the chunked head, called on the tokens that count as its trainer does, and the trainer's
+    loss.
+    """
     _require()
 
     def call(hidden: Tensor, weight: Tensor, ids: Tensor, **arguments: Any) -> Tensor:

@@ -1,1 +1,1 @@
-"""From results/*/*.json to RESULTS.md and the README."""
+"""Turn results/*/*.json into RESULTS.md and the README's part."""

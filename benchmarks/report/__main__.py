@@ -1,4 +1,4 @@
-"""Writes RESULTS.md and the README's numbers."""
+"""Write RESULTS.md and the README's numbers."""
 
 import sys
 

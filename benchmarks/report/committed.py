@@ -1,4 +1,4 @@
-"""The committed results, results/*/*.json: the newest of everything, nothing of unknown origin."""
+"""Read the committed results: the newest of everything, nothing of unknown origin."""
 
 import dataclasses
 import json
@@ -22,7 +22,7 @@ class ResultError(Exception):
 
 @dataclasses.dataclass
 class Run:
-    """What one commit measured of one stem on one machine, from however many processes and files."""
+    """All that one commit measured of one stem on one machine, from any number of processes."""
 
     stem: str
     info: dict[str, Any]
@@ -39,7 +39,7 @@ class Run:
         return self.info["device_type"] == "cuda"
 
     def cases(self) -> Iterator[list[dict[str, Any]]]:
-        """The entries of each case, in the order of measurement."""
+        """Yield the entries of each case, in the order of measurement."""
         keys = list(dict.fromkeys(map(case_of, self.entries)))
         for key in keys:
             yield [entry for entry in self.entries if case_of(entry) == key]
@@ -50,7 +50,7 @@ def case_of(entry: dict[str, Any]) -> tuple[str, str, str]:
 
 
 def documents(results: Path) -> list[dict[str, Any]]:
-    """All files, the oldest first, each with "machine_info", "datetime" and "benchmarks".
+    """Read all files, the oldest first, each with "machine_info", "datetime" and "benchmarks".
 
     Raises:
         ResultError: one was measured on code that no commit describes, or nobody knows where.
@@ -69,7 +69,7 @@ def documents(results: Path) -> list[dict[str, Any]]:
 
 
 def _described(document: dict[str, Any]) -> dict[str, Any]:
-    """With the keys that every reader expects: not all kinds of files have them."""
+    """Add the keys that every reader expects: not all kinds of files have them."""
     document = {"datetime": "", "benchmarks": []} | document
     if "variants" in document:  # on_chip's: only its processes see the GPU
         devices = [x["device"] for x in document["variants"] if "device" in x]
@@ -82,7 +82,7 @@ def _described(document: dict[str, Any]) -> dict[str, Any]:
 
 
 def load(results: Path) -> list[Run]:
-    """The newest commit's run of each stem on each machine, GPUs first.
+    """Return the newest commit's run of each stem on each machine, GPUs first.
 
     A commit that measured other libraries alone hides none that measured this project.
     """
@@ -126,7 +126,7 @@ def _stems(document: dict[str, Any]) -> list[str]:
 
 
 def newest(results: Path, kind: str) -> list[dict[str, Any]]:
-    """The newest document on each machine that holds `kind`: "smoke", "variants" or "experiment".
+    """Return the newest document on each machine that holds `kind`.
 
     Of experiments, the newest of each name, in the order of names.
     """
@@ -139,7 +139,9 @@ def newest(results: Path, kind: str) -> list[dict[str, Any]]:
 
 
 def steps(results: Path) -> list[dict[str, Any]]:
-    """The newest document of `step_7b` on each machine, GPUs first; a tiny model's says nothing."""
+    """Return the newest document of `step_7b` on each machine, GPUs first; a tiny model's says
+    nothing.
+    """
     found = [d for d in documents(results) if d.get("step") and d["step"][0]["model"] != "tiny"]
     by_device = {d["machine_info"]["device"]: d for d in found}
     return sorted(by_device.values(), key=lambda d: d["machine_info"]["device_type"] != "cuda")

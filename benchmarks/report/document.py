@@ -1,4 +1,4 @@
-"""Writes RESULTS.md and the README's numbers from results/*/*.json: `python -m benchmarks.report`."""
+"""Write RESULTS.md and the README's numbers from results/*/*.json."""
 
 import argparse
 import re
@@ -97,8 +97,8 @@ def render(results: Path) -> str:
 def _device(
     results: Path, device: str, runs: list[Run], whole: list[dict[str, Any]]
 ) -> Iterator[str]:
-    """Whether it is right; the main tables, a whole model's, the others; what was tried;
-    predictions.
+    """Say whether a device is right; then the main tables, a whole model's, the others, what was
+    tried.
     """
 
     def here(documents: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -146,7 +146,7 @@ def _without_gpu() -> Iterator[str]:
 
 
 def with_headline(readme: str, text: str) -> str:
-    """The README with what stands between its markers replaced.
+    """Replace what stands between the README's markers.
 
     Raises:
         ResultError: it has no markers.

@@ -1,4 +1,4 @@
-"""What is no benchmark, as Markdown: whether a device is right (`smoke`), and what was tried on it."""
+"""Write the smoke checks and the experiments as Markdown."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -16,20 +16,20 @@ READS = ("logprob forward", "logprob forward, all long rows read by segments")
 
 
 def when(document: dict[str, Any]) -> str:
-    """Commit and date, as far as the file has them."""
+    """Name commit and date, as far as the file has them."""
     commit, date = document["machine_info"]["commit"], document["datetime"][:10]
     return ", ".join(x for x in (f"commit {commit}", date) if x)
 
 
 def counts(document: dict[str, Any]) -> tuple[int, int, int]:
-    """How many checks are right, how many there were, in how many groups."""
+    """Count the checks that are right, all checks, and their groups."""
     groups = list(_groups(document).values())
     checks = [check for group in groups for check in group["checks"]]
     return sum(x["outcome"] == "right" for x in checks), len(checks), len(groups)
 
 
 def all_right(document: dict[str, Any]) -> bool:
-    """Whether every group ran to its end and every check is right; the tests are another matter."""
+    """Say whether every group ran to its end and every check is right; tests do not count here."""
     right, total, _ = counts(document)
     return right == total > 0 and all(x["ended"] == "right" for x in _groups(document).values())
 
@@ -39,9 +39,7 @@ def _groups(document: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def right_line(document: dict[str, Any]) -> str:
-    """The outcome of the smoke checks in one paragraph: what is right, wrong, and not run to the
-    end.
-    """
+    """Write the outcome of the smoke checks as one paragraph."""
     right, total, groups = counts(document)
     text = [
         f"Right on this device: {right} of {total} checks in {groups} groups "
@@ -77,14 +75,14 @@ def _tests_text(tests: dict[str, Any]) -> str:
 
 
 def _line(message: str) -> str:
-    """The first line of an error, cut to what fits into a cell."""
+    """Cut an error's first line to what fits into a cell."""
     first = next(iter(message.strip().splitlines()), "")
     short = first if len(first) <= WIDEST else f"{first[:WIDEST]}..."
     return short.replace("|", "\\|")
 
 
 def experiment_table(document: dict[str, Any]) -> str:
-    """The rows of one suite of `variants`; what is the same in all of them stands above."""
+    """Write the rows of one suite of `variants`; what all of them share stands above."""
     name, rows = document["experiment"], document["rows"]
     keys = list(dict.fromkeys(key for row in rows for key in row))
     times = [key for key in keys if _is_time(key, rows)]
@@ -134,7 +132,7 @@ def _text(value: Any) -> str:
 
 
 def on_chip_table(document: dict[str, Any]) -> str:
-    """Rows kept on the chip (`on_chip`), next to the kernel measured in turns with each."""
+    """Write the rows of `on_chip`, each next to the kernel that was measured in turns with it."""
     lines = [
         f"**Rows that stay on the chip**, [on_chip](on_chip/__main__.py), Triton {document['triton']}, "
         f"ptxas {document['ptxas']}, V {document['V']:,} ({when(document)})\n",

@@ -1,4 +1,4 @@
-"""The README's part about measurements: sentences and tables for a GPU, one table for all CPUs.
+"""Write the README's part about measurements: a GPU's sentences and tables, one table for all CPUs.
 
 Nothing is selected by its outcome: a table has every library, or every operation, that was
 measured.
@@ -66,7 +66,7 @@ def headline(results: Path) -> str:
 
 
 def _gpu(results: Path, runs: list[Run], documents: list[dict[str, Any]]) -> Iterator[str]:
-    """Sentences and tables of the GPU that was measured last."""
+    """Write sentences and tables of the GPU that was measured last."""
     measured = [run for run in runs if run.cuda and run.stem in STEMS]
     last = max(measured, key=lambda run: run.date).device if measured else None
     device = last or documents[-1]["machine_info"]["device"]
@@ -92,7 +92,7 @@ def _wrapped(text: str) -> str:
 
 
 def _entries(run: Run | None, variant: str) -> list[dict[str, Any]]:
-    """The loss and its gradient at S0, the fastest first."""
+    """Choose the loss and its gradient at S0, the fastest first."""
     found = [
         entry
         for entry in (run.entries if run else ())
@@ -102,7 +102,7 @@ def _entries(run: Run | None, variant: str) -> list[dict[str, Any]]:
 
 
 def _sentences(device: str, runs: dict[str, Run], smoke: list[dict[str, Any]]) -> Iterator[str]:
-    """Sentences about the loss, the head, a step of TRL and the checks, as far as there are
+    """Write sentences about the loss, the head, a step of TRL and the checks, where there are
     results.
     """
     first = ""
@@ -131,13 +131,13 @@ def _capital(text: str) -> str:
 
 
 def _own(entries: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """This project's entry with its default options, else the fastest of its others."""
+    """Choose this project's entry with its default options, else the fastest of its others."""
     own = [e for e in entries if e["provider"].startswith(OWN)]
     return min(own, key=lambda e: e["provider"] != OWN, default=None)
 
 
 def _others(entries: list[dict[str, Any]]) -> str:
-    """The times of eager PyTorch and of the fastest other library."""
+    """Name the times of eager PyTorch and of the fastest other library."""
     eager = tables.eager_of(entries)
     other = next((e for e in entries if not e["provider"].startswith((OWN, *PYTORCH))), None)
     said = []
@@ -182,7 +182,7 @@ def _of_hidden(run: Run) -> str:
 
 
 def _of_trl(run: Run) -> str:
-    """A sentence about the largest model that was stepped with both trainers."""
+    """Write a sentence about the largest model that was stepped with both trainers."""
     for entries in reversed(list(run.cases())):
         own, trl = _own(entries), next((e for e in entries if e["provider"] == "trl"), None)
         if own and trl:
@@ -217,14 +217,12 @@ def _table(run: Run, variant: str, more: str) -> str:
 
 
 def _pair(entries: list[dict[str, Any]]) -> tuple[Any, Any]:
-    """The entries of this project with its default options, and of eager PyTorch; None where
-    absent.
-    """
+    """Choose the entries of this project's defaults and of eager PyTorch; None where absent."""
     return next((e for e in entries if e["provider"] == OWN), None), tables.eager_of(entries)
 
 
 def _rows(runs: list[Run]) -> list[tuple[Run, list[dict[str, Any]]]]:
-    """The first case that this project took part in, of each operation and direction."""
+    """Choose the first case that this project took part in, of each operation and direction."""
     found: dict[tuple[str, str, str], tuple[Run, list[dict[str, Any]]]] = {}
     for run in runs:
         for entries in run.cases():
@@ -234,7 +232,7 @@ def _rows(runs: list[Run]) -> list[tuple[Run, list[dict[str, Any]]]]:
 
 
 def _comparison(rows: list[tuple[Run, list[dict[str, Any]]]], machine: bool = False) -> str:
-    """A table of operations: this project's time beside eager PyTorch's and the fastest other's."""
+    """Write a table of operations: this project beside eager PyTorch and the fastest other."""
     lines = [
         f"| | on | grpo_fast | eager | | fastest other | |{' machine, commit |' if machine else ''}",
         f"|---|---|--:|--:|--:|--:|--:|{'---|' if machine else ''}",
@@ -251,7 +249,7 @@ def _comparison(rows: list[tuple[Run, list[dict[str, Any]]]], machine: bool = Fa
 
 
 def _against(own: dict[str, Any], other: dict[str, Any] | None, named: bool = False) -> list[str]:
-    """Another's time, and how many times faster this project is."""
+    """Write another's time, and how many times faster this project is."""
     if other is None:
         return ["", ""]
     time = tables.time_text(other["median"]) + (f" ({other['provider']})" if named else "")
@@ -272,7 +270,7 @@ def _size(entry: dict[str, Any]) -> str:
 
 
 def _step(document: dict[str, Any]) -> str:
-    """The updates of one batch by a whole model, with each library's head."""
+    """Write the updates of one batch by a whole model, with each library's head."""
     rows = [row for row in document["step"] if row["kind"] == "batch"]
     rows = [row for row in rows if row["mode"] == rows[0]["mode"] and row.get("seconds")]
     if not rows:

@@ -1,4 +1,4 @@
-"""Results as Markdown."""
+"""Write results as Markdown tables."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -75,7 +75,7 @@ def _speed(entry: dict[str, Any]) -> tuple[str, str]:
 
 
 def roof_share(entry: dict[str, Any]) -> str:
-    """Its rate as a share of the roof it is held against."""
+    """Return an entry's rate as a share of the roof it is held against."""
     top, work = entry["roofs"].get(entry["roof"]), "bytes"
     if entry["roof"] == "gemm":
         top, work = top.get(entry["dtype"]), "flops"
@@ -114,7 +114,7 @@ def memory_ratio(entry: dict[str, Any], eager: dict[str, Any] | None) -> str:
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    """A table with a column for each key."""
+    """Write a table with a column for each key."""
     lines = [f"| {' | '.join(rows[0])} |", f"|{'--:|' * len(rows[0])}"]
     lines += [f"| {' | '.join(map(str, row.values()))} |" for row in rows]
     return "\n".join([*lines, ""])
@@ -130,7 +130,7 @@ def absent(info: dict[str, Any]) -> Iterator[str]:
 
 
 def step_section(document: dict[str, Any], predicted: list[dict[str, Any]]) -> Iterator[str]:
-    """The 7B step; `predicted` are rows of `memory_model`, for their column."""
+    """Write the 7B step; `predicted` are rows of `memory_model`, for their column."""
     info, rows = document["machine_info"], document["step"]
     yield f"#### A GRPO update of a whole model ({rows[0]['model']}, {rows[0]['dtype']})\n"
     yield (
@@ -144,7 +144,7 @@ def step_section(document: dict[str, Any], predicted: list[dict[str, Any]]) -> I
 
 
 def step_tables(rows: list[dict[str, Any]], predicted: list[dict[str, Any]]) -> Iterator[str]:
-    """Updates that fit or not, of a batch, and longest completions; predictions have no times."""
+    """Write updates that fit or not, updates of a batch, and longest completions."""
     for kind in ("headline", "batch", "longest"):
         chosen = [_columns(row, predicted) for row in rows if row["kind"] == kind]
         if chosen:
@@ -179,5 +179,5 @@ def _columns(r: dict[str, Any], predicted: list[dict[str, Any]]) -> dict[str, An
 def _twin(
     row: dict[str, Any], rows: list[dict[str, Any]], keys: tuple[str, ...]
 ) -> dict[str, Any] | None:
-    """The row of the same kind and case."""
+    """Find the row of the same kind and case."""
     return next((x for x in rows if all(x.get(k) == row[k] for k in ("kind", *keys))), None)

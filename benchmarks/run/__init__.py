@@ -1,1 +1,1 @@
-"""`benchmarks/run_all`: tests, checks and benchmarks within a given time."""
+"""Run tests, checks and benchmarks within a given time: `benchmarks/run_all`."""

@@ -1,4 +1,4 @@
-"""Runs tests and benchmarks: `benchmarks/run_all`."""
+"""Run tests and benchmarks: `benchmarks/run_all`."""
 
 import sys
 

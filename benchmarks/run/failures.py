@@ -1,4 +1,4 @@
-"""A plugin of pytest: writes down each failure as it happens, where the environment names a file.
+"""Write down each failure as pytest reports it, where the environment names a file.
 
 After an interrupt or a kill neither the exit code nor a report says what had failed until then.
 """

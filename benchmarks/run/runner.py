@@ -79,7 +79,7 @@ class Outcome:
 
 
 def plan(out: Path, commit: str, tests: bool = True) -> list[Piece]:
-    """Every piece, in order; the weights of all add up to about 100."""
+    """List every piece, in order; the weights of all add up to about 100."""
     kernels = tuple(f"benchmarks/bench_{stem}.py" for stem in STEMS)
     trainer = ("benchmarks/bench_trl_step.py",)
     everything = Piece("benchmarks", kernels, 46, results=out / f"kernels-{commit}.json")
@@ -150,21 +150,21 @@ def _run_once(piece: Piece, seconds: float, environment: dict[str, str], resume:
 
 
 def _of_another_library(benchmark: str) -> bool:
-    """Whether a benchmark's name, `bench_x[shape-variant-provider]`, says that it is a peer's."""
+    """Say whether a benchmark, `bench_x[shape-variant-provider]`, is another library's."""
     names = {name for table in providers.PROVIDERS.values() for name in table}
     peers = [name for name in names if providers.library(name) not in providers.OWN]
     return any(f"-{name}]" in benchmark for name in peers)
 
 
 def _step_failed(piece: Piece) -> bool:
-    """Whether the 7B step has written down a failure of this project's."""
+    """Say whether the 7B step has written down a failure of this project's."""
     if piece.module != STEP or piece.results is None or not piece.results.exists():
         return False
     return bool(rows.own_failures(json.loads(piece.results.read_text())))
 
 
 def _wait(process: subprocess.Popen, seconds: float) -> int | None:
-    """The exit code; None if the process had to be interrupted."""
+    """Return the exit code; None if the process had to be interrupted."""
     try:
         return process.wait(seconds)
     except subprocess.TimeoutExpired:
@@ -229,7 +229,7 @@ def keep(out: Path, commit: str, outcomes: dict[str, str]) -> None:
 
 
 def exit_code(outcomes: dict[str, Outcome]) -> int:
-    """1 if a test or one of this project's benchmarks failed, 2 if something did not get its time."""
+    """Return 1 if a test or an own benchmark failed, 2 if something did not get its time, else 0."""
     if any(x.failed for x in outcomes.values()):
         return FAILED
     return UNFINISHED if any(x.late for x in outcomes.values()) else 0

@@ -99,7 +99,7 @@ def run(out: Path, commit: str, seconds: float) -> int:
 
 
 def _wait(running: dict[str, subprocess.Popen], seconds: float) -> dict[str, str]:
-    """How each process ended; those that are late are interrupted, then killed."""
+    """Say how each process ended; those that are late are interrupted, then killed."""
     start, ended = time.monotonic(), {}
     while running and time.monotonic() - start < seconds:
         for name, process in list(running.items()):
@@ -138,7 +138,7 @@ def _tests() -> list[str]:
 
 
 def _ended(name: str, path: Path, ended: str) -> dict[str, Any]:
-    """What is known of a group; what is not right is printed."""
+    """Return what is known of a group; what is not right is printed."""
     found = json.loads(path.read_text()) if path.exists() else {"checks": [], "running": None}
     bad = [f"{x['case']}: {x['message']}" for x in found["checks"] if x["outcome"] != "right"]
     if found["running"]:

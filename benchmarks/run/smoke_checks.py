@@ -1,4 +1,4 @@
-"""The checks of `run_all --smoke`, in groups: each returns its errors against float64, or raises.
+"""Check every kernel, in groups: each check returns its errors against float64, or raises.
 
 A result may be twice as far from float64 as plain PyTorch's in the same dtype.
 """
@@ -35,9 +35,7 @@ Results = tuple[Tensor, ...]
 
 
 class Batch:
-    """Three sequences of four tokens, some masked with NaN in their logits; old and reference
-    policies.
-    """
+    """Three sequences of four tokens with old and reference policies; masked logits are NaN."""
 
     def __init__(self, V: int, dtype: torch.dtype, D: int = 64) -> None:
         B, T = 3, 4
@@ -71,8 +69,8 @@ class Batch:
 def graded(
     fn: Callable[..., Any], leaves: Sequence[Tensor], upstream: Any = 3.0, live: Any = ...
 ) -> Results:
-    """(value, gradients); of values per token `live` ones, with a gradient that differs from each
-    other.
+    """Return value and gradients; values per token, of `live` ones, get different upstream
+    gradients.
     """
     leaves = [x.detach().clone().requires_grad_() for x in leaves]
     out = fn(*leaves)
@@ -92,7 +90,7 @@ def held(
     names: str,
     live: Any = ...,
 ) -> Errors:
-    """The errors of values and gradients; raises where one is above twice plain PyTorch's."""
+    """Return the errors of values and gradients; raise where one is above twice plain PyTorch's."""
     plain = graded(spec(b), leaves, live=live)
     truth = graded(spec(b.double()), [x.double() for x in leaves], live=live)
     return accurate(graded(ours, leaves, live=live), plain, truth, names, live)
@@ -112,7 +110,7 @@ def accurate(
 
 
 def check_logprob(V: int, dtype: torch.dtype) -> Errors:
-    """Log-probs, then the entropy, each with its gradient."""
+    """Check log-probs, then the entropy, each with its gradient."""
     b = Batch(V, dtype)
 
     def ours(x: Tensor, which: int) -> Tensor:
@@ -136,7 +134,9 @@ def check_grpo(
     objective: Objective = Objective(beta=0.1, entropy_coef=0.02),
     **changes: Any,
 ) -> Errors:
-    """Loss and gradient under an upstream gradient of 3; in place, and run again, the same bits."""
+    """Check loss and gradient under an upstream gradient of 3; in place and run again, the same
+    bits.
+    """
     b = Batch(V, dtype)
     b.arguments |= {"objective": objective, **changes}
 
@@ -162,9 +162,7 @@ def check_grpo(
 
 
 def check_same_bits(V: int, dtype: torch.dtype) -> Errors:
-    """`logprob` and `grpo_loss` give the same log-probs to the bit, and one row alone if 8 divides
-    V.
-    """
+    """Check that `logprob` and `grpo_loss` give the same bits, and one row alone if 8 divides V."""
     b = Batch(V, dtype)
     one = logprob(b.logits, b.ids, mask=b.mask)[b.mask]
     two = grpo_loss(b.logits.clone(), b.ids, **b.arguments).logps[b.mask]
@@ -177,7 +175,9 @@ def check_same_bits(V: int, dtype: torch.dtype) -> Errors:
 
 
 def check_outside(V: int, dtype: torch.dtype) -> Errors:
-    """A live id outside the vocabulary: NaN there, the other tokens as they were."""
+    """Check that a live id outside the vocabulary gives NaN, and leaves the other tokens as they
+    were.
+    """
     b = Batch(V, dtype)
     want = logprob(b.logits, b.ids, mask=b.mask)
     for bad in (-100, -1, 2**32, V):
@@ -191,7 +191,7 @@ def check_outside(V: int, dtype: torch.dtype) -> Errors:
 
 
 def check_strided(V: int, dtype: torch.dtype) -> Errors:
-    """The view that a model's logits are sliced to is read where it is, wherever its rows start."""
+    """Check that a slice of a model's logits is read where it is, wherever its rows start."""
     b = Batch(V, dtype)
     wide = torch.nn.functional.pad(b.logits, (0, 16, 1, 1), value=torch.nan)
     one = graded(lambda x: grpo_loss(x, b.ids, **b.arguments), [b.logits])
@@ -205,7 +205,7 @@ def check_strided(V: int, dtype: torch.dtype) -> Errors:
 
 
 def check_metrics(V: int) -> Errors:
-    """What the kernel of the statistics makes of them."""
+    """Check what the kernel of the statistics makes of them."""
     b = Batch(V, torch.float32)
     out = grpo_loss(b.logits, b.ids, return_entropy=True, **b.arguments)
     want = metrics_from(out.statistics)
@@ -215,7 +215,7 @@ def check_metrics(V: int) -> Errors:
 
 
 def check_on_chip(V: int, dtype: torch.dtype) -> Errors:
-    """The other kernel, where there is one for this GPU and this Triton."""
+    """Check the other kernel, where there is one for this GPU and this Triton."""
     if on_chip.unavailable(device()):
         return {}
     with mock.patch.dict(os.environ, {"GRPO_FAST_ON_CHIP": "1"}):
@@ -223,7 +223,7 @@ def check_on_chip(V: int, dtype: torch.dtype) -> Errors:
 
 
 def check_head(V: int, dtype: torch.dtype, **options: Any) -> Errors:
-    """From hidden states: loss, dhidden and dweight."""
+    """Check loss, dhidden and dweight from hidden states."""
     b = Batch(V, dtype)
     b.arguments["objective"] = Objective(beta=0.1)
     known = {k: x for k, x in options.items() if k in ("softcap", "logit_scale")}
@@ -271,7 +271,7 @@ def check_group_advantage(scale: Any) -> Errors:
 
 
 def check_large(inplace: bool) -> Errors:
-    """Offsets beyond 2**31: the first and the last rows of logits of the size of a 7B model's."""
+    """Check offsets beyond 2**31: the first and the last rows of logits of a 7B model's size."""
     N, V = LARGE
     generator = torch.Generator("cuda").manual_seed(0)
     logits = torch.empty(N, V, device="cuda", dtype=torch.bfloat16)

@@ -1,1 +1,1 @@
-"""One GRPO update of a 7B model."""
+"""Measure one GRPO update of a 7B model."""

@@ -1,4 +1,4 @@
-"""Measures one GRPO update of a 7B model."""
+"""Measure one GRPO update of a 7B model."""
 
 import sys
 

@@ -1,5 +1,4 @@
-"""A Qwen2 decoder in plain PyTorch: what stands before the head in `step_7b`, the same for every
-provider.
+"""A Qwen2 decoder in plain PyTorch: it stands before the head, the same for every provider.
 
 Module names are those of transformers' `Qwen2ForCausalLM`; a test loads its weights and compares
 the outputs. Not transformers itself, so that a machine with PyTorch alone can run the step.
@@ -15,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Qwen2.5-7B by default."""
+    """The sizes of a Qwen2; Qwen2.5-7B's by default."""
 
     layers: int = 28
     D: int = 3584
@@ -36,7 +35,7 @@ TINY = Config(layers=2, D=64, heads=4, kv_heads=2, ffn=128, V=1003, theta=1e4)
 
 
 class Linear(nn.Linear):
-    """With an optional low-rank adapter, which may be switched off."""
+    """A linear layer with an optional low-rank adapter, which may be switched off."""
 
     adapted: bool = False
 
@@ -115,8 +114,8 @@ class Decoder(nn.Module):
         self.lm_head = nn.Linear(c.D, c.V, bias=False)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Hidden states (B, L, D) before the head, each layer checkpointed where gradients are
-        wanted.
+        """Compute hidden states (B, L, D) before the head; with gradients each layer is
+        checkpointed.
         """
         x = self.model.embed_tokens(ids)
         rotation = self.rotation(ids.shape[1], x)

@@ -1,4 +1,4 @@
-"""The longest length that fits into a cap on the memory that PyTorch may use."""
+"""Find the longest length that fits into a cap on the memory that PyTorch may use."""
 
 import contextlib
 import time
@@ -11,7 +11,7 @@ RESOLUTION = 50  # lengths a fiftieth apart are told apart, no closer: a try may
 
 @contextlib.contextmanager
 def capped(limit: float) -> Iterator[None]:
-    """PyTorch may reserve `limit` bytes of the device, no more."""
+    """Let PyTorch reserve `limit` bytes of the device, no more."""
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total))
     try:
@@ -23,8 +23,7 @@ def capped(limit: float) -> Iterator[None]:
 def longest(
     peak: Callable[[int], int | None], limit: float, start: int, deadline: float, step: int
 ) -> tuple[int, int | None]:
-    """(the longest length that ran, the shortest that did not), multiples of `step`; 0: not even
-    `start`.
+    """Find the longest length that ran, and the shortest that did not, multiples of `step`.
 
     The two are `step` or a fiftieth apart, or further where time was up.
 

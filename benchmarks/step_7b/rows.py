@@ -1,5 +1,4 @@
-"""Measure one GRPO update of a 7B model (`step`), and the longest completion that fits, as time
-allows.
+"""Measure GRPO updates of a 7B model, and the longest completion that fits, as time allows.
 
     python -m benchmarks.step_7b --seconds 540 --out results/step_7b.json     # a tiny model on a
     CPU
@@ -31,7 +30,7 @@ HEADLINE_PROVIDERS = ("grpo_fast", "eager")
 
 
 class Row(NamedTuple):
-    """What is measured; a cap of 0 is none."""
+    """One measurement of a plan; a cap of 0 is none."""
 
     kind: str
     mode: str
@@ -48,7 +47,7 @@ class Row(NamedTuple):
 def planned(
     modes: Sequence[str], chosen: Sequence[str], caps: Sequence[float], device: str = "cuda"
 ) -> list[Row]:
-    """Every row that a run is to have, in order; the smallest cap first."""
+    """List every row that a run is to have, in order; the smallest cap first."""
     headlines = [
         Row("headline", mode, who, cap, size)
         for mode, cap, size in HEADLINES
@@ -89,7 +88,7 @@ class Sheet:
         self.drop(row)
 
     def drop(self, row: Row) -> None:
-        """It is no longer to be done."""
+        """Take a row off the list of what is still to be done."""
         self.document["not_reached"].remove(str(row))
         self.write()
 
@@ -174,7 +173,7 @@ class WrongError(Exception):
 
 
 def own_failures(document: dict[str, Any]) -> list[str]:
-    """Who of this project's providers is wrong, or raised."""
+    """List whom of this project's providers is wrong, or raised."""
     return [
         who
         for who, why in document["machine_info"]["absent"].items()

@@ -68,7 +68,7 @@ def batch(size: Size, V: int, device: torch.device) -> dict[str, Tensor]:
 
 
 def update(trained: Trained, inputs: dict[str, Tensor], log_probs: Any, loss_of: Any) -> Tensor:
-    """The loss; gradients are left in the parameters."""
+    """Compute the loss, and leave gradients in the parameters."""
     model, reference = trained
     ids, completion = inputs["ids"], inputs["completion"]
     T = completion.shape[1]
@@ -112,12 +112,12 @@ def gradient_norm(model: decoder.Decoder) -> float:
 
 
 def heads_of(provider: str) -> tuple[providers.Function, providers.Function]:
-    """A provider's log-probs and loss from hidden states."""
+    """Load a provider's log-probs and loss from hidden states."""
     return providers.load("linear_logprob", provider), providers.load("linear_grpo", provider)
 
 
 def measure(trained: Trained, size: Size, provider: str) -> dict[str, Any]:
-    """Time, peak and outcome of an update. The peak counts the weights."""
+    """Measure time, peak and outcome of an update; the peak counts the weights."""
     memory.release()  # what another provider may have left when it ran out of memory
     model = trained.model
     device = model.lm_head.weight.device
@@ -152,7 +152,7 @@ def measure(trained: Trained, size: Size, provider: str) -> dict[str, Any]:
 
 
 def disagreement(row: dict[str, Any], eager: dict[str, Any], dtype: torch.dtype) -> str | None:
-    """Why a provider's update is not eager's; None if it is."""
+    """Say why a provider's update is not eager's; None if it is."""
     scale = {"loss": 1.0, "gradient_norm": abs(eager["gradient_norm"])}  # advantages are of size 1
     for name, unit in scale.items():
         error = abs(row[name] - eager[name]) / unit
@@ -162,7 +162,9 @@ def disagreement(row: dict[str, Any], eager: dict[str, Any], dtype: torch.dtype)
 
 
 def peak_at(trained: Trained, size: Size, provider: str) -> int | None:
-    """Bytes in use at once in one update, weights included; None if it ran out of memory."""
+    """Return the bytes in use at once in one update, weights included; None if it ran out of
+    memory.
+    """
     memory.release()
     torch.cuda.reset_peak_memory_stats()
     heads = heads_of(provider)
