@@ -1,6 +1,4 @@
-"""Time the loss and its gradient from logits: live logits are read once, the gradient is written
-once.
-"""
+"""Time the loss and its gradient from logits: one read of live logits, one write of the gradient."""
 
 from typing import Any
 

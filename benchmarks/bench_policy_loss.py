@@ -1,6 +1,4 @@
-"""Time the objective on log-probs, with its gradient: a dozen numbers per token, so launches cost
-most.
-"""
+"""Time the objective on log-probs, with its gradient: launches cost most."""
 
 from typing import Any
 

@@ -118,7 +118,7 @@ def _check(
 
     Returns:
         The errors, in units of the largest true entry; of the loss, of the mean size of an
-        advantage.
+            advantage.
     """
     rows = _some_rows(inputs, trainer.model.config.vocab_size)
     loss, gradient = _step(trainer, inputs)
@@ -146,9 +146,7 @@ def _check(
 
 
 def _some_rows(inputs: dict[str, Tensor], V: int) -> Tensor:
-    """Choose rows of the head: those that are scored, where the gradient is largest, and some of
-    all.
-    """
+    """Choose rows of the head: the scored ones, where the gradient is largest, and some of all."""
     ids = inputs["completion_ids"].flatten()
     spread = torch.linspace(0, V - 1, min(V, CHECKED_ROWS), device=ids.device).long()
     return torch.cat([spread, ids]).unique()

@@ -68,9 +68,7 @@ def read_amdgcn(text: str) -> Iterator[str | Instruction]:
 
 
 def own_code(text: str, kernel: str) -> str:
-    """Keep the lines of the kernel itself: functions that it calls are for rows that hardly ever
-    occur.
-    """
+    """Keep the lines of the kernel itself: its functions are for rows that hardly ever occur."""
     found, inside = [], True
     for line in text.splitlines():
         if function := re.match(r"\s*\.type\s+(\S+?)\s*,\s*@function", line):
@@ -123,9 +121,7 @@ UNCONDITIONAL = r"s_branch|s_endpgm|s_setpc|EXIT$"
 
 
 def comes_back(code: list[Instruction], place: dict[str, int], first: int, last: int) -> bool:
-    """Say whether control gets from `first` to `last`: a block that was moved out of line jumps
-    back, too.
-    """
+    """Say whether control gets from `first` to `last`: a block moved out of line jumps back."""
     seen, todo = set(), [first]
     while todo:
         i = todo.pop()

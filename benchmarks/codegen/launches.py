@@ -43,9 +43,7 @@ class Specialisation(NamedTuple):
 
 
 def specialise(launch: Launch) -> Specialisation:
-    """Specialise a launch as `fn[grid](**arguments)` would: None and 1 are constants, 16 a known
-    divisor.
-    """
+    """Specialise a launch as Triton would: None and 1 are constants, 16 is a known divisor."""
     signature: dict[str, str] = {}
     constants: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}

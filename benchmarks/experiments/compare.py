@@ -1,7 +1,7 @@
 """Compare two commits, measured in turns on this machine.
 
-    python -m benchmarks.experiments.compare main HEAD benchmarks/bench_grpo.py --rounds 7 python -m
-    benchmarks.experiments.compare HEAD . -k qwen        # "." is the working tree as it stands
+    python -m benchmarks.experiments.compare main HEAD benchmarks/bench_grpo.py --rounds 7
+    python -m benchmarks.experiments.compare HEAD . -k qwen    # "." is the working tree as it stands
 
 Each commit gets a git worktree in a temporary folder; the order changes from round to round (A B, B
 A, ...), so that a machine that warms up favours neither. A ratio is base over head: above 1 is

@@ -63,9 +63,7 @@ LOGPROB: dict[str, list[Edit]] = {"as it is": [], "two segments one after the ot
 
 
 def load(name: str, edits: list[Edit], folder: Path | None = None) -> Callable[[str], Any]:
-    """Import kernels under a package of their own; return a function from a file's name to its
-    module.
-    """
+    """Import kernels as a package of their own; return a function from a file's name to its module."""
     package = "variant_" + "".join(c if c.isalnum() else "_" for c in name)
     root = Path(tempfile.gettempdir()) / "grpo_fast_variants"  # the same path: Triton's cache holds
     target = root / package

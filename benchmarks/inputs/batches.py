@@ -65,9 +65,7 @@ def make_batch(
     seed: int = 0,
     hidden: bool = False,
 ) -> Batch:
-    """Make a batch of one of `shapes.VARIANTS`, from hidden states (module `hidden`) or from
-    logits.
-    """
+    """Make a batch of one of `shapes.VARIANTS`, from hidden states or from logits."""
     B, T, V = shape.B, shape.T, shape.V
     generator = torch.Generator(device).manual_seed(seed)
 

@@ -4,13 +4,13 @@ Where speed depends on the data (a head that skips what is nearly 0), random num
 a head of random numbers no entry of the softmax is large. What is imposed here, per token:
 
 - Its entropy, drawn from `ENTROPY`. The two middle points are what was published of a reasoning
-model's
-  chains of thought (arXiv 2506.01939): about half of the tokens below 0.01 nats, a fifth above
-  0.672. The ends are assumptions; between the points log H is linear in the share.
+  model's chains of thought (arXiv 2506.01939): about half of the tokens below 0.01 nats, a fifth
+  above 0.672. The ends are assumptions; between the points log H is linear in the share.
 - Its `CANDIDATES` likeliest entries fall like a power law p_k = k^-a / Z, with a chosen to give the
-entropy. - Which entries these are: ids are ordered by frequency, as byte-pair vocabularies nearly
-are, and drawn with
-  density 1/id (Zipf), a part of them evenly (`EVEN_SHARE`), so that rare ids are used as well.
+  entropy.
+- Which entries these are: ids are ordered by frequency, as byte-pair vocabularies nearly are, and
+  drawn with density 1/id (Zipf). A part of them is drawn evenly (`EVEN_SHARE`), so that rare ids
+  are used as well.
 
 The hidden state is the least one that gives the candidates their logits; all other entries get what
 falls out of the random head, a bell of logits whose logsumexp is accounted for. `describe` tells
@@ -41,9 +41,7 @@ class Hidden(NamedTuple):
 
 
 def entropies(N: int, generator: torch.Generator) -> Tensor:
-    """Draw N entropies, float64 on the CPU: each quantile of `ENTROPY` equally often, in random
-    order.
-    """
+    """Draw N entropies in float64: each quantile of `ENTROPY` equally often, in random order."""
     share = (torch.arange(N, dtype=torch.float64) + 0.5) / N
     log_h = torch.empty_like(share)
     for (low, h_low), (high, h_high) in itertools.pairwise(ENTROPY):
@@ -54,9 +52,7 @@ def entropies(N: int, generator: torch.Generator) -> Tensor:
 
 
 def power_laws(V: int, entropy: Tensor) -> tuple[Tensor, Tensor]:
-    """Return log p of the candidates (N, K), and of all others together (N,), with the given
-    entropies.
-    """
+    """Return log p of the candidates (N, K) and of all others together (N,), for given entropies."""
     # Far out p hardly changes from one entry to the next: the first exactly, the rest as an
     # integral.
     k = torch.arange(1, 1025, dtype=torch.float64)
@@ -129,9 +125,7 @@ def draw(hidden: Tensor, weight: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def describe(hidden: Tensor, weight: Tensor, tokens: int = 1024) -> dict[str, float]:
-    """Measure the entropies of the first tokens, and how much a head that skips small blocks must
-    do.
-    """
+    """Measure some entropies, and how much a head that skips small blocks must do."""
     D = hidden.shape[-1]
     rows = hidden.detach().reshape(-1, D)[:tokens]
     rows = rows[: len(rows) // BLOCK * BLOCK] if len(rows) >= BLOCK else rows

@@ -7,9 +7,7 @@ import torch
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """B sequences of T completion tokens over V entries, G for each prompt; hidden states are D
-    wide.
-    """
+    """B sequences of T completion tokens over V entries, G for each prompt, from D wide hidden states."""
 
     B: int
     T: int
@@ -105,9 +103,7 @@ def get(name: str) -> Shape:
 
 
 def cases() -> list[tuple[str, str]]:
-    """List (shape, variant) for losses on logits: all variants at the first shape, one at the
-    others.
-    """
+    """List (shape, variant) for losses on logits: all variants at the first shape."""
     first, *others = logits_shapes()
     return [(first, variant) for variant in VARIANTS] + [(name, "full") for name in others]
 

@@ -74,9 +74,7 @@ def expected(stem: str, batch: Batch, dtype: torch.dtype) -> Results:
 
 
 def _from_hidden(stem: str, batch: Batch, dtype: torch.dtype) -> Results:
-    """Compute in float64, or in `dtype` as plain PyTorch does: products round to it, the rest is
-    float32.
-    """
+    """Compute in float64, or as plain PyTorch: products round to `dtype`, the rest is float32."""
     assert batch.hidden is not None
     assert batch.weight is not None
     hidden, ids = batch.hidden.detach().flatten(0, 1), batch.ids.flatten()
@@ -136,9 +134,7 @@ def _selected(batch: Batch, grads: Sequence[Tensor]) -> Results:
 
 
 def some_rows(batch: Batch) -> Tensor:
-    """Choose tokens: first, last, and evenly between, so that padding and every group are among
-    them.
-    """
+    """Choose tokens: first, last, and evenly between, so that every group is among them."""
     N = batch.shape.N
     return torch.linspace(0, N - 1, min(N, MAX_ROWS), device=batch.ids.device).long()
 
@@ -156,9 +152,7 @@ def _chunks(N: int, V: int) -> list[slice]:
 
 
 def with_scale(value: Tensor, batch: Batch) -> Tensor:
-    """Put a loss next to the size of its terms: they cancel, so its own size does not measure its
-    error.
-    """
+    """Put a loss next to the size of its terms, which cancel: its own size is no measure."""
     if value.ndim:
         return value
     scale = batch.arguments["advantages"].abs().mean()

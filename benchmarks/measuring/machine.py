@@ -67,9 +67,7 @@ def bandwidth() -> dict[str, float]:
 
 @functools.cache
 def gemm_rates() -> dict[str, float]:
-    """Measure FLOP per second of a large square matrix multiplication, by dtype; float32 without
-    TF32.
-    """
+    """Measure FLOP per second of a large square product, by dtype; float32 without TF32."""
     kind = shapes.device().type
     size = GEMM_SIZE[kind]
     rates = {}
@@ -110,9 +108,7 @@ def between_events(run: Callable[[], object]) -> tuple[torch.cuda.Event, torch.c
 
 
 def commit() -> str:
-    """Return `git describe --always --dirty`, or what the environment says; "unknown" without
-    either.
-    """
+    """Return `git describe --always --dirty`, or what the environment says, or "unknown"."""
     if os.environ.get(COMMIT_VARIABLE):
         return os.environ[COMMIT_VARIABLE]
     return _output_of("git", "describe", "--always", "--dirty") or UNKNOWN

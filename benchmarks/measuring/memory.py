@@ -9,9 +9,7 @@ import torch
 
 
 def release() -> None:
-    """Give back what nobody can reach: a failure's traceback, in a cycle with itself, holds its
-    tensors.
-    """
+    """Free what nobody can reach: a failure's traceback holds its tensors, in a cycle with itself."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -47,9 +47,7 @@ def grpo(N: int, live: int, moving: int, V: int, w: int) -> Traffic:
 
 
 def policy_loss(N: int) -> Traffic:
-    """All tokens count. Read: mask, logp, weight, advantage, old, ref; written: loss, dlogp, KL,
-    clip flag.
-    """
+    """Read are mask, logp, weight, advantage, old, ref; written loss, dlogp, KL, clip flag."""
     return Traffic(read=N * (FLAG + 5 * FLOAT), reread=0, written=N * (3 * FLOAT + FLAG))
 
 
@@ -59,9 +57,7 @@ def policy_loss_backward(N: int) -> Traffic:
 
 
 def sequence_loss(N: int) -> Traffic:
-    """GSPO reads mask, logp and old again after the sums, and mask and dlogp for the mean's
-    gradient.
-    """
+    """GSPO reads mask, logp and old again after the sums, then mask and dlogp for the mean."""
     one = policy_loss(N)
     return Traffic(one.read, N * (3 * FLOAT + 2 * FLAG), one.written + N * FLOAT)
 

@@ -141,9 +141,7 @@ def predict(launch: Launch, name: str, top: Ceilings) -> Prediction | None:
 
 
 def chunk(gpu: Gpu, rows: int, D: int, V: int, fp32: bool) -> int:
-    """Return how many rows of logits this project's head makes at a time for bfloat16 hidden
-    states.
-    """
+    """Return how many rows of logits the head makes at a time for bfloat16 hidden states."""
     hidden: Any = SimpleNamespace(dtype=torch.bfloat16, is_cuda=True, shape=(rows, D))
     options: Any = SimpleNamespace(fp32_logits=fp32, chunk_size=0, widest=V)
     return _head.chunk_rows(rows, D, _head.row_limit(hidden, options), gpu.processors)
@@ -152,8 +150,7 @@ def chunk(gpu: Gpu, rows: int, D: int, V: int, fp32: bool) -> int:
 def _linear_grpo(
     gpu: Gpu, sizes: dict[str, int], rows: int, fp32: bool, top: Ceilings
 ) -> Prediction:
-    """Add up three multiplications, the kernel on each chunk, and dweight read and written per
-    chunk.
+    """Add up three multiplications, the kernel on each chunk, and the traffic of dweight.
 
     Logits and their gradient share a workspace of 2 or 4 bytes an entry, which sets the length of a
     chunk.

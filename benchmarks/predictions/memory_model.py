@@ -50,7 +50,7 @@ class Allocations(TorchDispatchMode):
 
     Args:
         device: count what lies there; None: everything. Operators take numbers in tensors on the
-        CPU.
+            CPU.
     """
 
     def __init__(self, device: torch.device | None = None) -> None:

@@ -116,9 +116,7 @@ def linear_logprob() -> Function:
 
 
 def linear_grpo() -> Function:
-    """Load the chunked head, called on the tokens that count as its trainer does, and the trainer's
-    loss.
-    """
+    """Load the chunked head, called as TRL's trainer calls it, and the trainer's loss."""
     _require()
 
     def call(hidden: Tensor, weight: Tensor, ids: Tensor, **arguments: Any) -> Tensor:

@@ -97,9 +97,7 @@ def render(results: Path) -> str:
 def _device(
     results: Path, device: str, runs: list[Run], whole: list[dict[str, Any]]
 ) -> Iterator[str]:
-    """Say whether a device is right; then the main tables, a whole model's, the others, what was
-    tried.
-    """
+    """Say whether a device is right; then the main tables, the others, and what was tried."""
 
     def here(documents: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return [d for d in documents if d["machine_info"]["device"] == device]

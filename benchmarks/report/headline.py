@@ -102,9 +102,7 @@ def _entries(run: Run | None, variant: str) -> list[dict[str, Any]]:
 
 
 def _sentences(device: str, runs: dict[str, Run], smoke: list[dict[str, Any]]) -> Iterator[str]:
-    """Write sentences about the loss, the head, a step of TRL and the checks, where there are
-    results.
-    """
+    """Write sentences about the loss, the head, a step of TRL and the checks, where measured."""
     first = ""
     sentences = {"grpo": _of_logits, "linear_grpo": _of_hidden, "trl_step": _of_trl}
     for stem, sentence in sentences.items():

@@ -1,7 +1,7 @@
 """Say whether every kernel compiles, launches and agrees with float64 on this device.
 
-    benchmarks/run_all --smoke python -m benchmarks.run.smoke bfloat16 --out smoke.json     # one
-    group of checks, in this process
+    benchmarks/run_all --smoke
+    python -m benchmarks.run.smoke bfloat16 --out smoke.json     # one group, in this process
 
 Each group of `smoke_checks` is a process of its own. All run at the same time: nothing is timed. A
 check that raises, or is wrong, costs its own line. A check that hangs, or takes the process down,

@@ -69,9 +69,7 @@ class Batch:
 def graded(
     fn: Callable[..., Any], leaves: Sequence[Tensor], upstream: Any = 3.0, live: Any = ...
 ) -> Results:
-    """Return value and gradients; values per token, of `live` ones, get different upstream
-    gradients.
-    """
+    """Return value and gradients; values of `live` tokens get different upstream gradients."""
     leaves = [x.detach().clone().requires_grad_() for x in leaves]
     out = fn(*leaves)
     value = getattr(out, "loss", out)
@@ -134,9 +132,7 @@ def check_grpo(
     objective: Objective = Objective(beta=0.1, entropy_coef=0.02),
     **changes: Any,
 ) -> Errors:
-    """Check loss and gradient under an upstream gradient of 3; in place and run again, the same
-    bits.
-    """
+    """Check loss and gradient under an upstream gradient of 3; in place the bits are the same."""
     b = Batch(V, dtype)
     b.arguments |= {"objective": objective, **changes}
 
@@ -175,9 +171,7 @@ def check_same_bits(V: int, dtype: torch.dtype) -> Errors:
 
 
 def check_outside(V: int, dtype: torch.dtype) -> Errors:
-    """Check that a live id outside the vocabulary gives NaN, and leaves the other tokens as they
-    were.
-    """
+    """Check that a live id outside the vocabulary gives NaN, and changes no other token."""
     b = Batch(V, dtype)
     want = logprob(b.logits, b.ids, mask=b.mask)
     for bad in (-100, -1, 2**32, V):

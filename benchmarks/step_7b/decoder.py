@@ -114,9 +114,7 @@ class Decoder(nn.Module):
         self.lm_head = nn.Linear(c.D, c.V, bias=False)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Compute hidden states (B, L, D) before the head; with gradients each layer is
-        checkpointed.
-        """
+        """Compute hidden states (B, L, D) before the head; gradients are checkpointed by layer."""
         x = self.model.embed_tokens(ids)
         rotation = self.rotation(ids.shape[1], x)
         for layer in self.model.layers:

@@ -25,15 +25,15 @@ def longest(
 ) -> tuple[int, int | None]:
     """Find the longest length that ran, and the shortest that did not, multiples of `step`.
 
-    The two are `step` or a fiftieth apart, or further where time was up.
+    The first is 0 where not even `start` ran. The two are `step` or a fiftieth apart, or further
+    where time was up.
 
     Args:
-        peak: of a length, the bytes that were in use at once; None where it does not fit. limit:
-        bytes. Peaks are linear in the length, so two of them tell where to look. What fits is a
-            little less than they say, since free memory may be in pieces.
+        peak: of a length, the bytes that were in use at once; None where it does not fit.
+        limit: bytes. Peaks are linear in the length, so two of them tell where to look. What fits
+            is a little less than they say, since free memory may be in pieces.
         deadline: of `time.monotonic()`; what is known by then is returned. A try that would take
-        longer, by
-            the time of the last, is not begun.
+            longer, by the time of the last, is not begun.
     """
     low, high = 0, None
     seen: list[tuple[int, int]] = []

@@ -1,7 +1,6 @@
 """Measure GRPO updates of a 7B model, and the longest completion that fits, as time allows.
 
-    python -m benchmarks.step_7b --seconds 540 --out results/step_7b.json     # a tiny model on a
-    CPU
+    python -m benchmarks.step_7b --seconds 540 --out results/step_7b.json    # on a CPU a tiny model
 
 The rows come in the order of what they tell. "headline": does one update fit into a memory with
 this project's head, and with eager's? "batch": the same batch with every provider's head.
@@ -107,9 +106,7 @@ class Run:
         self.eager: dict[str, dict[str, Any]] = {}  # eager's batch by mode
 
     def all(self, rows: Sequence[Row], end: float) -> None:
-        """Measure rows until `end`, of `time.monotonic()`; searches share what is left of it
-        equally.
-        """
+        """Measure rows until `end`, of `time.monotonic()`; searches share what is left equally."""
         built = ""
         trained: Any = None
         left = list(rows)

@@ -6,8 +6,7 @@ pass into every trainable parameter. It runs in bfloat16 on a GPU, with random w
 the optimiser and its state are not part of it. There are two ways to train:
 
     lora   the model is frozen, with adapters of rank 16 on every projection; the reference is the
-    model
-           without them
+           model without them
     full   every parameter is trained, its bfloat16 gradient kept; the reference is a second copy
 
 Providers differ in the head alone (`linear_logprob` and `linear_grpo` of `providers`).
@@ -162,9 +161,7 @@ def disagreement(row: dict[str, Any], eager: dict[str, Any], dtype: torch.dtype)
 
 
 def peak_at(trained: Trained, size: Size, provider: str) -> int | None:
-    """Return the bytes in use at once in one update, weights included; None if it ran out of
-    memory.
-    """
+    """Return the bytes in use at once in one update, with the weights; None if out of memory."""
     memory.release()
     torch.cuda.reset_peak_memory_stats()
     heads = heads_of(provider)
