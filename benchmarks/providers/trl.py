@@ -122,12 +122,9 @@ def linear_grpo() -> Function:
     def call(hidden: Tensor, weight: Tensor, ids: Tensor, **arguments: Any) -> Tensor:
         mask = arguments["mask"]
         if mask is None or not hidden.is_cuda:  # its trainer selects tokens on GPUs only
-            mask = torch.ones_like(ids, dtype=torch.bool)
-            hidden, chosen = hidden.flatten(0, 1), ids.flatten()
-        else:
-            hidden, chosen = hidden[mask], ids[mask]
-        found = _head(hidden, weight, chosen, ("entropy",))[:2]
-        logps, entropy = (x.new_zeros(ids.shape).masked_scatter(mask, x) for x in found)
-        return _loss(logps, entropy, **arguments)
+            found = _head(hidden.flatten(0, 1), weight, ids.flatten(), ("entropy",))[:2]
+            return _loss(*(x.view_as(ids) for x in found), **arguments)
+        found = _head(hidden[mask], weight, ids[mask], ("entropy",))[:2]
+        return _loss(*(x.new_zeros(ids.shape).masked_scatter(mask, x) for x in found), **arguments)
 
     return call
