@@ -45,6 +45,7 @@ from grpo_fast.kernels.rows import (
 from grpo_fast.kernels.schedules import overlaps, reading, schedule
 from grpo_fast.kernels.scoring import load_statistics, saved_statistics, score_row
 from grpo_fast.kernels.tiles import (
+    LN2,
     LOG2E,
     RowGradient,
     cap_of,

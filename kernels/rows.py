@@ -16,7 +16,7 @@ import triton.language as tl
 from grpo_fast.kernels.edges import capped_dlogits, read_edges
 from grpo_fast.kernels.tiles import LOWEST, Softmax, fold_softmax, reduce_softmax, soft_cap
 
-# What each pass over rows tells the cache. benchmarks/variants.py times others.
+# What each pass over rows tells the cache. Others were measured: benchmarks/NOTES.md.
 FIRST_OF_TWO = tl.constexpr("evict_last")  # the second pass comes back for the row
 ONLY_ONE = tl.constexpr("evict_first")  # nothing is read again
 REWRITE = tl.constexpr("evict_first")  # loads and stores of the second pass

@@ -9,7 +9,7 @@ pytest.importorskip("triton", reason="the kernels need Triton")
 if torch.cuda.is_available():
     pytest.skip("counts what the interpreter does", allow_module_level=True)
 
-from benchmarks import traffic as formulas
+from benchmarks.measuring import traffic as formulas
 from grpo_fast.kernels import (
     chunks,
     edges,
