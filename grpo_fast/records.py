@@ -58,21 +58,24 @@ class Sequences(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """The results of a loss kernel for each token; (N,), or (0,) where it is not computed."""
+    """The results of a loss kernel for each token, (N,).
+
+    What is not computed is None in kernels, and (0,) where an operator returns it.
+    """
 
     loss: Tensor  # fp32, times the token's weight
     logp: Tensor  # fp32
-    entropy: Tensor  # fp32, in nats
-    kl: Tensor  # fp32
+    entropy: Any  # fp32, in nats
+    kl: Any  # fp32
     clip: Tensor  # int8, bits of the clip flags
 
 
 class PolicyLoss(NamedTuple):
-    """The results of an objective on log-probs; (N,), or (0,) where it is not computed."""
+    """The results of an objective on log-probs, (N,); the KL as in `Outputs`."""
 
     loss: Tensor  # fp32, times the token's weight
     dlogp: Tensor  # fp32, dloss/dlogp
-    kl: Tensor  # fp32
+    kl: Any  # fp32
     clip: Tensor  # int8, bits of the clip flags
 
 
@@ -119,7 +122,7 @@ class RowStatistics(NamedTuple):
     """The statistics of rows of logits that the gradient of log-probs needs; (N,) fp32."""
 
     logp: Tensor
-    entropy: Tensor  # (0,) where it is not computed
+    entropy: Any  # as in `Outputs`
     top: Tensor  # the largest logit of the row; in the kernels in log2 units
     total: Tensor  # the sum of exponentials relative to it
 

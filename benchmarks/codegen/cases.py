@@ -46,7 +46,7 @@ def tensor(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def vector(given: bool = True, dtype: torch.dtype = torch.float32) -> torch.Tensor | None:
+def vector(given: bool = True, dtype: torch.dtype = torch.float32) -> Any:
     return tensor(N, dtype=dtype) if given else None
 
 

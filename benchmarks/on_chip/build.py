@@ -81,7 +81,9 @@ def parameters_of(signature: dict[str, Any]) -> dict[str, str]:
     found: dict[str, str] = {}
     for name, kind in signature.items():
         if isinstance(kind, tuple):
-            found |= parameters_of({f"{name}.{x}": k for x, k in kind._asdict().items()})
+            fields = kind._fields  # type: ignore[attr-defined]
+            members = {f"{name}.{x}": k for x, k in zip(fields, kind, strict=True)}
+            found |= parameters_of(members)
         elif kind != "constexpr":
             found[name] = kind
     return found

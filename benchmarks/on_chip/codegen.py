@@ -45,7 +45,7 @@ class Case:
     plan: on_chip.Plan | None = None
 
     def launch(self) -> Launch:
-        def vector(given: bool = True, dtype: torch.dtype = torch.float32) -> torch.Tensor | None:
+        def vector(given: bool = True, dtype: torch.dtype = torch.float32) -> Any:
             return torch.empty(N, dtype=dtype, device="meta") if given else None
 
         logits = torch.empty(B, T, self.V, dtype=self.dtype, device="meta")

@@ -245,7 +245,7 @@ def _loss(
     if return_entropy and keep is not None:
         out, covered = _with_others(call, mask, out), live
     if not with_entropy:
-        out = out._replace(entropy=None)  # type: ignore[arg-type]
+        out = out._replace(entropy=None)
     result = loss_output(ids, out, batch._replace(mask=covered))
     skipped = torch.zeros((), dtype=torch.float32, device=device)
     if keep is not None and keep.numel():
@@ -323,7 +323,7 @@ def _in_float64(
         found.loss.detach().float(), logp.float(), entropy.float(), found.kl.float(), found.clip
     )
     if not with_entropy:
-        out = out._replace(entropy=None)  # type: ignore[arg-type]
+        out = out._replace(entropy=None)
     result = loss_output(like, out, rounded)
     skipped = torch.zeros((), dtype=torch.float32, device=like.device)
     return result._replace(

@@ -84,7 +84,7 @@ def policy_loss(
     flat_entropy = None if entropy is None else entropy.reshape(-1).float().contiguous()
     found = values(flat, flat_entropy, batch, objective.terms)
     loss = once_differentiable(op, found.loss, anchors_of(logps, entropy))
-    out = Outputs(loss, flat.detach(), flat_entropy, found.kl, found.clip)  # type: ignore[arg-type]
+    out = Outputs(loss, flat.detach(), flat_entropy, found.kl, found.clip)
     return loss_output(logps, out, batch)
 
 

@@ -169,7 +169,7 @@ def grpo_loss(
     if inplace:
         overwritten.mark(logits)
     if not return_entropy:
-        out = out._replace(entropy=None)  # type: ignore[arg-type]
+        out = out._replace(entropy=None)
     return loss_output(completion_ids, out, batch)
 
 

@@ -89,8 +89,8 @@ def fill(
     targets = a.targets._replace(inv_temperature=a.targets.inv_temperature.item())
     out = new_outputs(a, empty=True) if out is None else out
     written = out._replace(
-        entropy=out.entropy if a.with_entropy else None,  # type: ignore[arg-type]
-        kl=None if a.tokens.ref_logp is None else out.kl,  # type: ignore[arg-type]
+        entropy=out.entropy if a.with_entropy else None,
+        kl=None if a.tokens.ref_logp is None else out.kl,
     )
     run(
         _kernel(logits, dlogits, softcap),

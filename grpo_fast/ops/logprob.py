@@ -36,7 +36,7 @@ def read_rows(
     """
     targets = targets._replace(inv_temperature=targets.inv_temperature.item())
     if out is not None and not with_entropy:
-        out = out._replace(entropy=None)  # type: ignore[arg-type]
+        out = out._replace(entropy=None)
     given = (logits, targets, with_entropy, softcap, out, arrived)
     found = run("logprob.logprob_fwd", logits, *given)
     if not with_entropy:
@@ -61,7 +61,7 @@ def write_rows(
     """
     targets = targets._replace(inv_temperature=targets.inv_temperature.item())
     if dentropy is None:
-        statistics = statistics._replace(entropy=None)  # type: ignore[arg-type]
+        statistics = statistics._replace(entropy=None)
     given = (dlogp, dentropy, logits, targets, statistics, dlogits, softcap)
     run("logprob.logprob_bwd", logits, *given)
 

@@ -59,7 +59,7 @@ def grpo_fwd_bwd(
         new = functools.partial(tokens.weight.new_empty, N)
         entropy = new() if return_entropy else None
         kl = None if tokens.ref_logp is None else new()
-        out = Outputs(new(), new(), entropy, kl, new(dtype=torch.int8))  # type: ignore[arg-type]
+        out = Outputs(new(), new(), entropy, kl, new(dtype=torch.int8))
     for x in out:
         if x is not None:
             x.zero_()  # masked tokens keep these values

@@ -50,7 +50,7 @@ def logprob_fwd(
         out.logp[where], out.top[where], out.total[where] = found.logp, found.top, found.total
         if with_entropy:
             out.entropy[where] = found.entropy
-    return out if with_entropy else out._replace(entropy=None)  # type: ignore[arg-type]
+    return out if with_entropy else out._replace(entropy=None)
 
 
 def logprob_bwd(
@@ -82,7 +82,7 @@ def logprob_bwd(
         with_entropy = dentropy is not None
         of_rows = RowStatistics(
             statistics.logp[where],
-            statistics.entropy[where] if with_entropy else None,  # type: ignore[arg-type]
+            statistics.entropy[where] if with_entropy else None,
             statistics.top[where],
             statistics.total[where],
         )

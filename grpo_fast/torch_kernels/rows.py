@@ -132,7 +132,7 @@ def exponentials(
         products = row_sum(products)
         products += torch.where(u_y == -torch.inf, 0, u_y) * p_y
         entropy = (log_total - products / total).squeeze(1)
-    statistics = RowStatistics(logp.squeeze(1), entropy, top.squeeze(1), total.squeeze(1))  # type: ignore[arg-type]
+    statistics = RowStatistics(logp.squeeze(1), entropy, top.squeeze(1), total.squeeze(1))
     return e, statistics, kept_u
 
 

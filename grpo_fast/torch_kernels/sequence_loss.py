@@ -42,7 +42,7 @@ def sequence_loss_fwd(
         through = torch.where(found.opened, through * found.part, 0)
     dlogp = weigh(weight, terms.by_logp) + through
     clip = torch.where(live, terms.clip, 0)
-    return PolicyLoss(weigh(weight, terms.loss), dlogp, terms.kl, clip)  # type: ignore[arg-type]
+    return PolicyLoss(weigh(weight, terms.loss), dlogp, terms.kl, clip)
 
 
 class Ratios(NamedTuple):

@@ -40,7 +40,7 @@ def token_policy_terms(logp: Tensor, tokens: Tokens, objective: Objective) -> Po
     log_ratio, free = bounded_log_ratio(logp - old, objective)
     terms = policy_terms(logp, tokens, Ratio(log_ratio, free.to(logp.dtype)), objective)
     dlogp = terms.by_logp + torch.where(free, terms.by_ratio, 0)
-    return PolicyLoss(terms.loss, dlogp, terms.kl, terms.clip)  # type: ignore[arg-type]
+    return PolicyLoss(terms.loss, dlogp, terms.kl, terms.clip)
 
 
 def bounded_log_ratio(d: Tensor, objective: Objective) -> tuple[Tensor, Tensor]:
