@@ -263,7 +263,7 @@ def _with_advantages(batch: Batch, ids: Tensor) -> Batch:
     score = (float64.z_scores if double else z_scores)(rewards.values, rewards.group_size)
     rows = ids[None] if ids.ndim == 1 else ids
     tokens = batch.tokens._replace(advantages=spread(score, rows.shape, rewards.sequence))
-    return batch._replace(tokens=tokens, rewards=Rewards(None, 1, None))
+    return batch._replace(tokens=tokens, rewards=Rewards())
 
 
 def _with_gradients(

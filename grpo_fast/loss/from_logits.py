@@ -193,7 +193,7 @@ def _by_launch(call: _Call) -> Outputs:
 def _by_launch_with(call: _Call, coefficient: Tensor) -> Outputs:
     """Compute loss and gradient in one launch, given the surrogate's part of dloss/dlogp, (N,)."""
     tokens, terms = with_coefficients(call.batch.tokens, coefficient, call.terms)
-    batch = call.batch._replace(tokens=tokens, rewards=Rewards(None, 1, None))
+    batch = call.batch._replace(tokens=tokens, rewards=Rewards())
     return _by_launch(call._replace(batch=batch, terms=terms))
 
 

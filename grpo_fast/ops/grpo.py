@@ -92,15 +92,17 @@ def fill(
         entropy=out.entropy if a.with_entropy else None,
         kl=None if a.tokens.ref_logp is None else out.kl,
     )
+    kernel = _kernel(logits, dlogits, softcap)
+    cap = {} if kernel.startswith("on_chip") else {"softcap": softcap}  # no cap there
     run(
-        _kernel(logits, dlogits, softcap),
+        kernel,
         logits,
         *(logits, targets, a.tokens, a.rewards, a.with_entropy),
         objective=Objective.from_terms(*a.terms),
         dlogits=dlogits,
-        softcap=softcap,
         out=written,
         arrived=arrived,
+        **cap,
     )
     return out
 

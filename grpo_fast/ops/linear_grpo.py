@@ -20,7 +20,6 @@ from grpo_fast.ops.head.chunk_length import row_limit
 from grpo_fast.ops.head.chunked import Head
 from grpo_fast.ops.head.gradients import by_phases, plan, rows_that_take_part, sequences_together
 from grpo_fast.ops.head.passes import (
-    NO_REWARDS,
     empty_gradients,
     fill_parts,
     lifted,
@@ -29,7 +28,7 @@ from grpo_fast.ops.head.passes import (
 )
 from grpo_fast.ops.head.products import early_dtype, working_dtypes
 from grpo_fast.ops.scaling import scale_, scaled_to
-from grpo_fast.records import Sequences, Targets, Tokens, schema, unflatten
+from grpo_fast.records import Rewards, Sequences, Targets, Tokens, schema, unflatten
 
 USED_TWICE = (
     "linear_grpo_loss: backward ran a second time. The gradients are computed once, in the forward, and "
@@ -54,7 +53,7 @@ class Call(NamedTuple):
     @property
     def arguments(self) -> Arguments:
         """The arguments of the operator on logits."""
-        return Arguments(self.targets, self.tokens, NO_REWARDS, self.with_entropy, self.terms)
+        return Arguments(self.targets, self.tokens, Rewards(), self.with_entropy, self.terms)
 
 
 KINDS = get_type_hints(Call)

@@ -28,7 +28,6 @@ from grpo_fast.ops.grpo import Arguments
 from grpo_fast.ops.head.arguments import Needs
 from grpo_fast.ops.head.chunked import Head
 from grpo_fast.ops.head.passes import (
-    NO_REWARDS,
     fill_parts,
     kept_rows,
     new_statistics,
@@ -41,9 +40,7 @@ from grpo_fast.ops.head.passes import (
     write_part,
 )
 from grpo_fast.ops.scaling import weigh_rows
-from grpo_fast.records import Outputs, RowStatistics, Sequences, Targets, select
-
-NO_SEQUENCES = Sequences(None, 0, None, None)
+from grpo_fast.records import Outputs, Rewards, RowStatistics, Sequences, Targets, select
 
 
 class Rows(NamedTuple):
@@ -176,7 +173,7 @@ def by_shared_token(head: Head, a: Arguments, c: Tensor | None) -> RowStatistics
     def coefficients(part: slice, logp: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor | None]:
         these = select(tokens, part)
         mask = None if a.targets.mask is None else a.targets.mask[part]
-        found = values(logp, entropy, Batch(mask, these, NO_REWARDS, NO_SEQUENCES), terms)
+        found = values(logp, entropy, Batch(mask, these, Rewards(), Sequences()), terms)
         dlogp = found.dlogp if c is None else found.dlogp + c[part]
         return dlogp, entropy_gradient(these, terms, found)
 
@@ -194,7 +191,7 @@ def by_sequence(head: Head, a: Arguments, sequences: Sequences, ends: list[int])
             boundaries = boundaries[first : last + 1] - ends[first]
         mine = select(sequences._replace(boundaries=None), part)._replace(boundaries=boundaries)
         these = select_rows(a, part)
-        batch = Batch(these.targets.mask, these.tokens, NO_REWARDS, mine)
+        batch = Batch(these.targets.mask, these.tokens, Rewards(), mine)
         found = values(logp, entropy, batch, a.terms)
         return found.dlogp, entropy_gradient(these.tokens, a.terms, found)
 
