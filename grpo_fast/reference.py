@@ -518,13 +518,13 @@ def policy_loss(
         logps,
         advantages,
         objective,
-        per_token(old_logps),
-        per_token(ref_logps),
-        per_token(importance_weights),
-        weighs,
-        cu_seqlens,
-        log_importance,
-        per_token(scores),
+        old_logps=per_token(old_logps),
+        ref_logps=per_token(ref_logps),
+        importance_weights=per_token(importance_weights),
+        mask=weighs,
+        cu_seqlens=cu_seqlens,
+        log_importance=log_importance,
+        scores=per_token(scores),
     )
     weights = reduction_weights(weighs, objective, num_items, cu_seqlens, logps.dtype)
     extra = per_token(token_weights)

@@ -1,4 +1,4 @@
-"""Gradients of logits times an upstream gradient, in place."""
+"""Gradients times an upstream gradient: rows of logits in place, and hidden states."""
 
 import math
 
