@@ -103,13 +103,13 @@ def check(kernel: Kernel, device: torch.device) -> dict[str, Any]:
     rows = Rows.make(CHECKED, "padded", device)
     sure = torch.arange(0, CHECKED.N, 16, device=device)  # tokens with p next to 1
     rows.logits[sure, rows.ids[sure]] += 12.0
-    poisoned = torch.where(rows.mask[:, None], rows.logits, torch.nan)
-    apart, within = torch.full_like(poisoned, torch.nan), poisoned.clone()
+    nan_where_undecided = torch.where(rows.mask[:, None], rows.logits, torch.nan)
+    apart, within = torch.full_like(nan_where_undecided, torch.nan), nan_where_undecided.clone()
     results = {
-        "apart": {**rows.run(kernel, poisoned, apart), "gradient": apart},
+        "apart": {**rows.run(kernel, nan_where_undecided, apart), "gradient": apart},
         "within": {**rows.run(kernel, within, within), "gradient": within},
     }
-    own = poisoned.clone()
+    own = nan_where_undecided.clone()
     results["grpo_fast"] = {**rows.run_own(own, own), "gradient": own}
     torch.cuda.synchronize()
     report: dict[str, Any] = {

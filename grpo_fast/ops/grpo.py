@@ -36,7 +36,7 @@ SCHEMA = schema(**KINDS)
 NUM_ARGUMENTS = SCHEMA.count(",") + 1
 
 
-def sort(arguments: Sequence[Any]) -> Arguments:
+def as_records(arguments: Sequence[Any]) -> Arguments:
     """Return the operators' flat arguments as records."""
     return Arguments(*unflatten(arguments, *KINDS.values()))
 
@@ -110,12 +110,12 @@ def fill(
 def _grpo(logits: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     """Return `Outputs`, then dlogits: the gradient of the sum of the losses."""
     dlogits = new_gradient(logits)
-    return (*fill(logits, sort(arguments), dlogits), dlogits)
+    return (*fill(logits, as_records(arguments), dlogits), dlogits)
 
 
 def _grpo_(logits: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     """Return `Outputs`; write the gradient over the logits."""
-    return tuple(fill(logits, sort(arguments), logits))
+    return tuple(fill(logits, as_records(arguments), logits))
 
 
 five, six = (f"({', '.join(['Tensor'] * n)})" for n in (5, 6))
@@ -132,12 +132,12 @@ grpo_ = torch.library.custom_op(
 
 @grpo_.register_fake
 def _(logits: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    return tuple(new_outputs(sort(arguments)))
+    return tuple(new_outputs(as_records(arguments)))
 
 
 @grpo.register_fake
 def _(logits: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    return (*new_outputs(sort(arguments)), new_gradient(logits))
+    return (*new_outputs(as_records(arguments)), new_gradient(logits))
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:

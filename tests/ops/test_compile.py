@@ -10,7 +10,7 @@ from grpo_fast.ops import group_advantage, linear_logprob, logprob
 from grpo_fast.ops.group_advantage import combine_rewards_op, group_advantage_op
 from grpo_fast.ops.grpo import grpo, grpo_
 from grpo_fast.ops.head.arguments import Needs, Options, Parameters
-from grpo_fast.ops.linear_grpo import Call, linear_grpo
+from grpo_fast.ops.linear_grpo import LinearArguments, linear_grpo
 from grpo_fast.ops.linear_logprob import linear_logprob_bwd, linear_logprob_fwd
 from grpo_fast.ops.logprob import logprob_bwd, logprob_fwd
 from grpo_fast.ops.policy_loss import policy_loss_op, token_statistics_op
@@ -273,7 +273,9 @@ def test_opcheck_of_the_linear_head(backend, device):
     given = (frozen, targets, mask, RowStatistics(-x, x, x, x + 1), needs, options)
     check(linear_logprob_bwd, x, x, hidden, *given)
     terms, sequences = Objective(beta=0.1, entropy_coef=0.1).terms, Sequences(None, 3, x, None)
-    given = Call(head, targets, tokens, True, terms, mask, sequences, options, needs, None)
+    given = LinearArguments(
+        head, targets, tokens, True, terms, mask, sequences, options, needs, None
+    )
     check(linear_grpo, graded, *given, tests=autograd)
     check(weigh_rows, hidden, x)
     check(scale_, hidden.clone(), x[0])

@@ -35,7 +35,7 @@ from grpo_fast.ops.head.passes import (
     read_part,
     read_with_unit_gradient,
     select_rows,
-    spread_rows,
+    scatter_rows,
     write_all,
     write_part,
 )
@@ -231,7 +231,7 @@ def by_phases(way: str, head: Head, given: Rows) -> Outputs:
         logp, entropy = statistics.logp, statistics.entropy
     found = values(logp, entropy, batch, terms)
     if way == "late":
-        c = spread_rows(found.dlogp, head.rows, len(head.hidden))
+        c = scatter_rows(found.dlogp, head.rows, len(head.hidden))
         head.dhidden = weigh_rows(head.hidden_gradient(), c)
     elif way == "two_phase":
         dentropy = entropy_gradient(a.tokens, terms, found)

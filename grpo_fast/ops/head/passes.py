@@ -41,7 +41,7 @@ def kept_rows(keep: Tensor | None, like: Tensor) -> Tensor | None:
     return None if len(rows) == len(keep) else rows.to(like.device, non_blocking=True)
 
 
-def spread_rows(
+def scatter_rows(
     x: Tensor, rows: Tensor | None, N: int, default: float = 0.0, computed: bool = True
 ) -> Tensor:
     """Return values of the rows that took part as (N,), `default` elsewhere; unchanged if not computed."""
