@@ -68,7 +68,13 @@ def _combine_rewards(rewards: Tensor, weights: Tensor | None, *arguments: Any) -
     grouping, normalize, standardization = unflatten(arguments, Grouping, bool, Standardization)
     standardization = standardization._replace(eps=standardization.eps.item())
     return run(
-        "group_advantage.combine_rewards_fwd", rewards, rewards, weights, grouping, normalize, how
+        "group_advantage.combine_rewards_fwd",
+        rewards,
+        rewards,
+        weights,
+        grouping,
+        normalize,
+        standardization,
     )
 
 

@@ -12,11 +12,11 @@ from grpo_fast.ops.top_entropy import top_entropy_mask
 from grpo_fast.sequences import per_token_advantages
 from grpo_fast.spelling import check_choice
 from grpo_fast.weights.live_tokens import (
+    count_of,
     gap_of,
     live_tokens,
     mask_weights,
     rank_of,
-    count_of,
 )
 
 MISSING = ("error", "skip")

@@ -34,8 +34,8 @@ from grpo_fast.ops.head.passes import (
     read_all,
     read_part,
     read_with_unit_gradient,
-    select_rows,
     scatter_rows,
+    select_rows,
     write_all,
     write_part,
 )
