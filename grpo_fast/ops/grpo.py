@@ -93,7 +93,9 @@ def fill(
         kl=None if a.tokens.ref_logp is None else out.kl,
     )
     kernel = _kernel(logits, dlogits, softcap)
-    cap = {} if kernel.startswith("on_chip") else {"softcap": softcap}  # no cap there
+    cap: dict[str, Any] = (
+        {} if kernel.startswith("on_chip") else {"softcap": softcap}
+    )  # no cap there
     run(
         kernel,
         logits,
