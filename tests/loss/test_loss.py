@@ -16,8 +16,8 @@ from grpo_fast.loss import (
     policy_loss,
 )
 from grpo_fast.ops import linear_logprob, logprob
-from tests.ops.test_grpo import OBJECTIVES, by_objective
 from tests.support.cases import batch, loss_and_grad
+from tests.support.objectives import OBJECTIVES, by_objective
 
 
 def pack(logits, ids, arguments, lengths):
@@ -238,7 +238,7 @@ def test_legal_empties(objective, shape, backend, device):
     assert all(value.isfinite() for value in out.metrics.values())
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
+@by_objective
 @pytest.mark.parametrize("layout", ["padded", "packed"])
 def test_no_value_leaves_the_device(objective, layout):
     """On meta tensors there is nothing to read: `.item()` or a branch on a value would raise."""

@@ -11,8 +11,8 @@ from grpo_fast.loss import grpo_loss, policy_loss
 from grpo_fast.metrics import STATISTICS
 from grpo_fast.ops.policy_loss import token_statistics
 from grpo_fast.records import Outputs
-from tests.ops.test_grpo import by_objective
 from tests.support.cases import batch, loss_and_grad
+from tests.support.objectives import by_objective
 
 # Surrogates whose factors are of other things than the old log-probs.
 WITHOUT_OLD = ("reinforce",)

@@ -9,9 +9,8 @@ from grpo_fast import Objective, reference
 from grpo_fast.loss import grpo_loss, linear_grpo_loss, policy_loss
 from grpo_fast.ops import group_advantage, logprob
 from grpo_fast.testing import assert_as_accurate
-from tests.ops import test_linear_grpo as from_hidden
-from tests.ops.test_grpo import check
-from tests.support.cases import batch, in_double, loss_and_grad
+from tests.support import hidden_cases as from_hidden
+from tests.support.cases import batch, check, in_double, loss_and_grad
 
 KLS = {
     "k1, gradient of k2": {"kl": "k1", "kl_gradient": "k2"},

@@ -10,7 +10,6 @@ from grpo_fast import Objective, reference
 from grpo_fast.loss import linear_grpo_loss
 from grpo_fast.ops import linear_logprob
 from grpo_fast.ops.head import chunked, products
-from grpo_fast.ops.head.arguments import Options
 from grpo_fast.testing import assert_as_accurate
 from tests.support.ranks import run
 
@@ -223,8 +222,6 @@ def test_float64_with_a_shared_vocabulary_is_refused():
 class TestWithoutMixedProducts:
     """ROCm before PyTorch 2.10: `mm` of halves with a float32 result raises."""
 
-    OPTIONS = Options(1.0, 0.0, 1.0, True, V, 4, "", 0, V)
-
     @pytest.fixture
     def rocm(self, monkeypatch):
         """CPU tensors that pass for a GPU's, and operators that refuse what theirs would."""
@@ -240,7 +237,8 @@ class TestWithoutMixedProducts:
 
         monkeypatch.setattr(torch, "mm", mm)
         monkeypatch.setattr(torch, "addmm", addmm)
-        monkeypatch.setattr(products, "on_gpu", lambda x: True)
+        for module in (chunked, products):
+            monkeypatch.setattr(module, "on_gpu", lambda x: True)
         monkeypatch.setattr(products, "MIXED_MM", False)
         monkeypatch.setattr(chunked, "processors", lambda x: 4)
         monkeypatch.setenv("GRPO_FAST_BACKEND", "torch")

@@ -7,7 +7,7 @@ from grpo_fast import Objective
 from grpo_fast.loss import linear_grpo_loss
 from grpo_fast.ops import linear_logprob
 from grpo_fast.ops.head.chunk_length import TILE_ROWS, chunk_rows
-from tests.ops.test_linear_grpo import batch, check, ways_taken
+from tests.support.hidden_cases import batch, check, ways_taken
 
 B, T, D, V = 3, 4, 8, 20
 GSPO = Objective(ratio="sequence")

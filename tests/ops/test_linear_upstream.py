@@ -8,10 +8,10 @@ import torch
 from grpo_fast import reference
 from grpo_fast.loss import grpo_loss, linear_grpo_loss
 from grpo_fast.testing import assert_as_accurate
-from tests.ops.test_grpo import OBJECTIVES
-from tests.ops.test_linear_grpo import batch, loss_and_grads
-from tests.ops.test_linear_logprob import call, graded
 from tests.support.cases import in_double
+from tests.support.heads import call, graded
+from tests.support.hidden_cases import batch, loss_and_grads
+from tests.support.objectives import OBJECTIVES
 
 UNDERFLOWING = {
     "token": ("default", ()),

@@ -12,8 +12,8 @@ from grpo_fast.ops import grpo as grpo_ops
 from grpo_fast.ops import reduction_weights
 from grpo_fast.ops.reduction_weights import weights_of
 from grpo_fast.testing import assert_as_accurate
-from tests.ops.test_grpo import OBJECTIVES
 from tests.support.cases import batch, in_double, loss_and_grad, packed
+from tests.support.objectives import OBJECTIVES
 
 REDUCTIONS = {"sequence_mean": None, "token_mean": None, "sequence_sum": None, "fixed_length": 7}
 by_reduction = pytest.mark.parametrize("reduction", REDUCTIONS)

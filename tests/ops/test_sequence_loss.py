@@ -5,8 +5,8 @@ import torch
 
 from grpo_fast import Objective, reference
 from grpo_fast.loss import grpo_loss, policy_loss
-from tests.ops.test_grpo import OBJECTIVES, check
-from tests.support.cases import batch, in_double, loss_and_grad
+from tests.support.cases import batch, check, in_double, loss_and_grad
+from tests.support.objectives import OBJECTIVES
 
 SEQUENCES = [x for x in OBJECTIVES.values() if x.needs_sequences]
 
@@ -62,7 +62,7 @@ def test_on_policy_takes_one_launch(objective, backend, device, monkeypatch):
     def read(*_):
         raise AssertionError("the logits were read for their log-probs alone")
 
-    monkeypatch.setattr("grpo_fast.loss.logprob_fwd", read)
+    monkeypatch.setattr("grpo_fast.loss.from_logits.logprob_fwd", read)
     logits, ids, arguments = batch(3, 5, 20, device)
     arguments["objective"] = objective
     if objective.off_policy_threshold is not None:

@@ -10,9 +10,10 @@ from grpo_fast.loss import linear_grpo_loss
 from grpo_fast.ops import linear_logprob
 from grpo_fast.ops.head.vocab_parallel import Shard, combine, read_shared_rows
 from grpo_fast.testing import assert_as_accurate
-from tests.ops.test_grpo import OBJECTIVES
-from tests.ops.test_linear_grpo import HEADS, batch, call, graded
 from tests.support.cases import in_double
+from tests.support.heads import HEADS, call, graded
+from tests.support.hidden_cases import batch
+from tests.support.objectives import OBJECTIVES
 from tests.support.ranks import needs_gloo, needs_interpreter, run
 
 V = 101

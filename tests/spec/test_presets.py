@@ -383,3 +383,26 @@ def test_importance_weights_leave_the_kl_alone(name, batch, backend):
         return token_mean(loss + 0.3 * kl, mask)
 
     agrees(objective, formula, logps, arguments | {"importance_weights": weights})
+
+
+@pytest.mark.parametrize("name", ["trl/dapo", "trl/cispo", "trl/vespo", "verl/vanilla", "dapo"])
+@pytest.mark.parametrize("zero", [0, 0.0, torch.tensor(0.0), torch.tensor(0)], ids=repr)
+def test_no_items_are_counted_as_one(name, zero, batch, backend):
+    """TRL's max(num_items, 1): a sum, neither an infinity nor, without a live token, a NaN."""
+    logps, arguments = batch
+    del arguments["ref_logps"]
+    objective = preset(name, beta=0.0)
+    one, grad_of_one = loss_and_grad(
+        policy_loss, logps, objective=objective, num_items=1, **arguments
+    )
+    if isinstance(zero, torch.Tensor):
+        zero = zero.to(logps.device)
+    for fn in (policy_loss, reference.policy_loss):
+        loss, grad = loss_and_grad(fn, logps, objective=objective, num_items=zero, **arguments)
+        torch.testing.assert_close(loss, one)
+        mask = arguments["mask"]
+        torch.testing.assert_close(grad[mask], grad_of_one[mask])
+    nothing = arguments | {"mask": torch.zeros_like(arguments["mask"])}
+    loss, grad = loss_and_grad(policy_loss, logps, objective=objective, num_items=zero, **nothing)
+    assert loss == 0
+    assert (grad == 0).all()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
-from grpo_fast.ops.head import chunked
+from grpo_fast.ops.head import chunked, products
 
 
 @contextlib.contextmanager
@@ -42,7 +42,8 @@ def mixed_products(seen=None):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "mm", mm)
         patch.setattr(torch, "addmm", addmm)
-        patch.setattr(chunked, "on_gpu", lambda x: True)
-        patch.setattr(chunked, "MIXED_MM", True)
-        patch.setattr(chunked, "MIXED_ADDMM", True)
+        for module in (chunked, products):
+            patch.setattr(module, "on_gpu", lambda x: True)
+        patch.setattr(products, "MIXED_MM", True)
+        patch.setattr(products, "MIXED_ADDMM", True)
         yield

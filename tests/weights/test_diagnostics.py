@@ -10,8 +10,8 @@ import torch
 from grpo_fast import Objective, reference
 from grpo_fast.diagnostics import kl_estimate, token_diagnostics
 from grpo_fast.loss import policy_loss
-from tests.ops.test_grpo import OBJECTIVES
 from tests.support.hosts import clipped, host_batch
+from tests.support.objectives import OBJECTIVES
 
 
 def logs(*x):

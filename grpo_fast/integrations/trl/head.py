@@ -35,10 +35,9 @@ class FusedLogProb:
         def theirs(wanted: tuple[str, ...]) -> tuple[Tensor | None, ...]:
             from trl.kernels import ChunkedLogProbFunction  # TRL 1.15's needs Triton
 
-            return ChunkedLogProbFunction.apply(
-                *(hidden, weight, bias, targets, temperature, chunk_size),
-                *(final_logit_softcapping, logit_scale, wanted),
-            )
+            operands = (hidden, weight, bias, targets)
+            options = (temperature, chunk_size, final_logit_softcapping, logit_scale)
+            return ChunkedLogProbFunction.apply(*operands, *options, wanted)
 
         reason = None
         if hasattr(weight, "ds_id"):
