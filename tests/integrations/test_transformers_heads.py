@@ -9,16 +9,14 @@ from torch import nn
 
 from grpo_fast.integrations import transformers as adapter
 from grpo_fast.integrations.transformers import check_head, head_of, hidden_states, with_head
-from grpo_fast.loss import linear_grpo_loss
 from grpo_fast.ops import linear_logprob
 from grpo_fast.testing import assert_as_accurate
-from tests.integrations.test_transformers import batch, build, spread_out
+from tests.support.models import T, batch, build, fused_loss, gradients, spread_out
 
 transformers = pytest.importorskip("transformers", reason="the models are Hugging Face's")
 needs_peft = pytest.mark.skipif(
     importlib.util.find_spec("peft") is None, reason="the adapters are PEFT's"
 )
-T = 4
 
 
 @pytest.fixture(autouse=True)
@@ -27,22 +25,6 @@ def fresh_dynamo():
     adapter._warn_of_eager.cache_clear()
     yield
     torch._dynamo.reset()
-
-
-def fused_loss(model, ids, mask, **options):
-    """The loss of the last tokens through the hidden states and the head."""
-
-    def function(hidden, head):
-        given = {"advantages": torch.tensor([1.0, -0.5, 2.0]), "mask": mask[:, -T:]}
-        return linear_grpo_loss(hidden, head.weight, ids[:, -T:], **given, **head.options).loss
-
-    return with_head(model, function, ids, mask, last=T, **options)
-
-
-def gradients(model, loss):
-    model.zero_grad()
-    loss.backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
 def assert_trains_alike(wrapped, plain):

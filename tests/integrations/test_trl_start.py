@@ -1,4 +1,3 @@
-# ruff: noqa: F811 (fixtures of another file)
 """What a run with TRL says at its start, and what type checkers, pickle and `import *` see of the adapter."""
 
 import contextlib
@@ -13,7 +12,10 @@ import pytest
 import torch
 
 pytest.importorskip("trl", "1.15", reason="it is a subclass of TRL's trainer")
-pytestmark = pytest.mark.filterwarnings("ignore")  # of TRL and its libraries
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),  # of TRL and its libraries
+    pytest.mark.usefixtures("torch_backend"),
+]
 
 from transformers import MixtralConfig, MixtralForCausalLM  # noqa: E402
 from transformers import trainer as their_trainer  # noqa: E402
@@ -21,14 +23,9 @@ from trl import GRPOTrainer as Stock  # noqa: E402
 
 from grpo_fast.integrations.trl import GRPOTrainer  # noqa: E402
 from grpo_fast.trainer.model import character_tokenizer  # noqa: E402
-from tests.integrations.test_trl_loss import SIZES  # noqa: E402
-from tests.integrations.test_trl_trainer import (  # noqa: E402, F401 (three are fixtures)
-    model_path,
-    tokenizer,
-    torch_backend,
-    train,
-)
 from tests.support import ranks  # noqa: E402
+from tests.support.trl_losses import SIZES  # noqa: E402
+from tests.support.trl_training import train  # noqa: E402
 
 NOT = "grpo_fast: not fused, TRL's own loss runs: "
 

@@ -12,11 +12,9 @@ import torch
 
 from grpo_fast.integrations import verl
 from grpo_fast.integrations.verl import losses
-from tests.integrations.test_verl import GLOBAL, B, T, batch, configuration, installed, run
 from tests.support.hosts import mean
 from tests.support.oracles import verl_core_algos
-
-assert installed  # the fixture: pytest takes it by its name
+from tests.support.verl import GLOBAL, B, T, batch, configuration, run
 
 CLIP = ("clip_ratio_low", "clip_ratio_high", "clip_ratio")
 READS = {
@@ -256,13 +254,13 @@ def test_a_global_batch_of_less_than_one_token(kind):
 def test_losses_that_average_in_their_own_way(mode):
     """sapo over the sequences with a token, geo_mean over all of them, whatever is asked for."""
     old, logp, advantages, _, mask = batch("cpu")
-    losses = {
+    found = {
         aggregation: losses.POLICY_LOSSES[mode](
             old, logp, advantages, mask, aggregation, configuration()
         )
         for aggregation in ("token-mean", "token-sum", "seq-mean-token-sum-norm")
     }
-    assert len({loss.item() for loss, _ in losses.values()}) == 1
+    assert len({loss.item() for loss, _ in found.values()}) == 1
     in_parts = configuration(global_batch_info={"dp_size": 1})
     assert_same(both(mode, in_parts))
     several = configuration(global_batch_info=GLOBAL)
@@ -388,14 +386,14 @@ def test_clip_covs_weights_multiply_the_selection():
     assert results[1][2][PG[0]] > 0
 
 
-def test_every_loss_is_registered(installed, monkeypatch):
+def test_every_loss_is_registered(verl_installed, monkeypatch):
     """And nothing else, by the names that verl's configuration has."""
     registered = {}
 
     def register_policy_loss(name):
         return lambda fn: registered.setdefault(name, fn)
 
-    monkeypatch.setattr(installed.core, "register_policy_loss", register_policy_loss)
+    monkeypatch.setattr(verl_installed.core, "register_policy_loss", register_policy_loss)
     verl.register()
     assert registered == losses.POLICY_LOSSES
 
@@ -411,7 +409,7 @@ def test_importing_without_verl_registers_nothing(monkeypatch, caplog):
 
 
 def test_importing_in_a_process_of_its_own(tmp_path):
-    """An installed verl of another version is named; a folder of that name is nothing."""
+    """An verl_installed verl of another version is named; a folder of that name is nothing."""
     (tmp_path / "verl").mkdir()
     code = "import grpo_fast.integrations.verl as v; print(len(v.POLICY_LOSSES))"
     root = str(importlib.import_module("grpo_fast").__path__[0]).rsplit("/", 1)[0]

@@ -14,8 +14,8 @@ import torch
 from grpo_fast import Objective
 from grpo_fast.trainer.cli import main
 from grpo_fast.trainer.model import character_tokenizer
-from tests.project.test_examples import load
 from tests.support import loops
+from tests.support.examples import load
 
 pytest.importorskip("transformers", reason="the loops are for its models")
 

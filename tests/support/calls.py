@@ -28,8 +28,6 @@ from grpo_fast.weights import (
 )
 
 B, T, V, D = 4, 3, 20, 8
-
-
 DIFFERENTIABLE = ("logits", "logps", "entropy", "hidden", "weight", "bias", "lora_a", "lora_b")
 
 
@@ -84,26 +82,18 @@ def losses(names, **options):
 
 
 EVERYTHING = ("mask", "advantages", "old_logps", "ref_logps", "importance_weights", "token_weights")
-
-
 token = losses((*EVERYTHING, "temperature"), objective=Objective(beta=0.1, entropy_coef=0.1))
-
-
 gspo = losses(EVERYTHING, objective=Objective(ratio="sequence", beta=0.1))
-
 
 topr = losses(
     ("mask", "rewards", "scores", "old_logps"), group_size=2, objective=Objective(surrogate="topr")
 )
 
-
 rewarded = losses(
     ("rewards", "mask", "old_logps"), group_size=2, objective=Objective(ratio="sequence")
 )
 
-
 top = losses(("mask", "advantages", "old_logps"), objective=Objective(top_entropy_quantile=0.5))
-
 
 vespo = losses(
     ("mask", "advantages", "old_logps", "importance_weights"),

@@ -23,7 +23,6 @@ HEADS = {
     },
 }
 
-
 by_head = pytest.mark.parametrize("options", HEADS.values(), ids=HEADS)
 
 

@@ -78,5 +78,4 @@ OBJECTIVES = {
     "everything": Objective(beta=0.2, entropy_coef=-0.1, dual_clip=1.5, reduction="token_mean"),
 }
 
-
 by_objective = pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)

@@ -7,11 +7,8 @@ from grpo_fast.integrations.shared.options import read
 from grpo_fast.objective import Objective
 
 LOSS_TYPES = tuple(name for name in presets.TRL if "/" not in name)
-
-
 # Normalised by num_items_in_batch, the others over the micro-batch.
 BY_ITEMS = ("dapo", "cispo", "vespo")
-
 
 # TRL's defaults of the options that `objective` reads.
 DEFAULTS: dict[str, Any] = {
@@ -33,7 +30,6 @@ DEFAULTS: dict[str, Any] = {
     "top_entropy_quantile": 1.0,
     "entropy_coef": 0.0,
 }
-
 
 SMALLEST_LAMBDA = 1e-4  # TRL's
 

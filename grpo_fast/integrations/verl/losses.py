@@ -27,9 +27,7 @@ _CLIP: dict[str, At] = {
     "epsilon_high": at("clip_ratio_high", "clip_ratio"),
 }
 
-
 _DPPO = _CLIP | {"ratio_cap": at("clip_ratio_c", missing=20.0)}
-
 
 # The options of each preset, and where verl's actor configuration has them.
 OPTIONS: dict[str, dict[str, At]] = {
@@ -46,14 +44,12 @@ OPTIONS: dict[str, dict[str, At]] = {
     "kl_cov": {"beta": at("policy_loss.ppo_kl_coef", none=1.0)},
 }
 
-
 # Of the two selections.
 _CLIP_COV = {
     "fraction": at("policy_loss.clip_cov_ratio", none=0.0002),
     "low": at("policy_loss.clip_cov_lb", none=1.0),
     "high": at("policy_loss.clip_cov_ub", none=5.0),
 }
-
 
 _KL_COV = {"fraction": at("policy_loss.kl_cov_ratio", none=0.0002)}
 
@@ -73,7 +69,6 @@ def _moved(call: Call) -> Tensor:
 
 
 _DPPO_METRICS = _kl(20) | _clip(changed_fraction, lambda call: call.mean(call.token.capped))
-
 
 METRICS: dict[str, dict[str, Metric]] = {
     "vanilla": _kl(20) | _clip(clip_fraction, dual_fraction),
@@ -163,7 +158,6 @@ _PREPARE: dict[str, Callable[[Call], Call]] = {
     "clip_cov": _clip_cov,
     "kl_cov": _kl_cov,
 }
-
 
 # The losses that average in their own way, whatever `loss_agg_mode` is.
 _AVERAGES: dict[str, Callable[[Tensor, Any], Average]] = {
