@@ -16,10 +16,11 @@ FAST := spec/test_advantage_oracles.py spec/test_derivatives.py spec/test_names.
 	loss/test_errors.py loss/test_loss.py loss/test_metrics.py loss/test_rare_options.py \
 	loss/test_scaling.py loss/test_shapes.py loss/test_tensor_kinds.py \
 	weights/test_diagnostics.py weights/test_selection.py weights/test_weights.py \
-	integrations/test_host.py integrations/test_masks.py integrations/test_miles.py \
-	integrations/test_nemo_rl.py integrations/test_openrlhf.py integrations/test_packed.py \
-	integrations/test_padded.py integrations/test_slime.py integrations/test_trl_docs.py \
+	integrations/test_areal.py integrations/test_miles.py integrations/test_nemo_rl.py \
+	integrations/test_openrlhf.py integrations/test_prime_rl.py integrations/test_shared.py \
+	integrations/test_skyrl.py integrations/test_slime.py integrations/test_trl_docs.py \
 	integrations/test_trl_loss.py integrations/test_verl.py integrations/test_verl_options.py \
+	integrations/test_xtuner.py \
 	trainer/test_trainer_data.py trainer/test_trainer_models.py \
 	project/test_docs.py project/test_layout.py project/test_packaging.py project/test_public_api.py \
 	project/test_readme.py

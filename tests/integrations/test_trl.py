@@ -13,7 +13,8 @@ import torch
 
 from grpo_fast import Objective, reference
 from grpo_fast.integrations import trl as adapter
-from grpo_fast.integrations.trl import objective
+from grpo_fast.integrations.trl import head, objective
+from grpo_fast.integrations.trl import options as table
 from grpo_fast.integrations.trl.options import BY_ITEMS, LOSS_TYPES
 from grpo_fast.loss import grpo_loss
 from grpo_fast.testing import assert_as_accurate
@@ -206,7 +207,7 @@ class TestObjective:
         from trl import GRPOConfig
 
         fields = GRPOConfig.__dataclass_fields__
-        assert {name: fields[name].default for name in adapter.DEFAULTS} == adapter.DEFAULTS
+        assert {name: fields[name].default for name in table.DEFAULTS} == table.DEFAULTS
         dapo = Objective(reduction="token_mean", kl="k3_unbiased")
         assert objective(SimpleNamespace()) == dapo
 
@@ -282,7 +283,7 @@ class TestPatch:
         from trl.trainer import utils
 
         monkeypatch.setattr(utils, "_ChunkedLogProbFunction", utils._ChunkedLogProbFunction)
-        monkeypatch.setattr(adapter, "_WARNED", set())
+        monkeypatch.setattr(head, "_WARNED", set())
         adapter.patch()
         return utils
 

@@ -17,6 +17,7 @@ from transformers import MambaConfig, MambaForCausalLM  # noqa: E402
 from trl.trainer import utils  # noqa: E402
 
 from grpo_fast.integrations import trl as adapter  # noqa: E402
+from grpo_fast.integrations.trl import head  # noqa: E402
 from tests.support.trl_training import COMMON, PROMPTS, reward  # noqa: E402
 
 DATA = {
@@ -81,8 +82,8 @@ def both(kind, monkeypatch, *arguments, **options):
     stock = getattr(trl, f"{kind}Trainer")
     theirs = train(kind, stock, *arguments, **options)
     calls = []
-    fused = adapter.log_probs
-    monkeypatch.setattr(adapter, "log_probs", lambda *a, **k: calls.append(1) or fused(*a, **k))
+    fused = head.log_probs
+    monkeypatch.setattr(head, "log_probs", lambda *a, **k: calls.append(1) or fused(*a, **k))
     monkeypatch.setattr(utils, "_ChunkedLogProbFunction", utils._ChunkedLogProbFunction)
     adapter.patch()
     cls = adapter.GRPOTrainer if kind == "GRPO" else stock

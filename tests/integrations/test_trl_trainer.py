@@ -20,7 +20,7 @@ from transformers import LlamaForCausalLM  # noqa: E402
 from trl import GRPOTrainer as Stock  # noqa: E402
 
 from grpo_fast.integrations import trl as adapter  # noqa: E402
-from grpo_fast.integrations.trl import GRPOTrainer  # noqa: E402
+from grpo_fast.integrations.trl import GRPOTrainer, head  # noqa: E402
 from grpo_fast.trainer.model import character_tokenizer  # noqa: E402
 from tests.support import ranks  # noqa: E402
 from tests.support.trl_training import COMMON, PROMPTS, TIMES, assert_same_logs, train  # noqa: E402
@@ -210,14 +210,13 @@ def test_trls_other_trainers(kind, passes, model_path, tokenizer, tmp_path, monk
 
     want, their_logs = run()
     calls = []
-    fused = adapter.log_probs
-    monkeypatch.setattr(adapter, "log_probs", lambda *a, **k: calls.append(1) or fused(*a, **k))
+    fused = head.log_probs
+    monkeypatch.setattr(head, "log_probs", lambda *a, **k: calls.append(1) or fused(*a, **k))
     monkeypatch.setattr(utils, "_ChunkedLogProbFunction", utils._ChunkedLogProbFunction)
     adapter.patch()
     got, logs = run()
-    assert (
-        len(calls) == 2 * passes
-    )  # two steps; policy and reference, of other pairs, too, for KTO's KL
+    # Two steps; policy and reference, and for KTO's KL those of other pairs, too.
+    assert len(calls) == 2 * passes
     for name in want:
         torch.testing.assert_close(got[name], want[name], rtol=0, atol=1e-6)
     for ours, theirs in zip(logs, their_logs, strict=True):

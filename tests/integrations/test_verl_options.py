@@ -409,7 +409,7 @@ def test_importing_without_verl_registers_nothing(monkeypatch, caplog):
 
 
 def test_importing_in_a_process_of_its_own(tmp_path):
-    """An verl_installed verl of another version is named; a folder of that name is nothing."""
+    """An installed verl of another version is named; a folder of that name is nothing."""
     (tmp_path / "verl").mkdir()
     code = "import grpo_fast.integrations.verl as v; print(len(v.POLICY_LOSSES))"
     root = str(importlib.import_module("grpo_fast").__path__[0]).rsplit("/", 1)[0]
