@@ -18,7 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo_fast.integrations.shared.call import Call, changed_by_clamp, sequence_mean, token_average
+from grpo_fast.integrations.shared.call import (
+    LossCall,
+    changed_by_clamp,
+    sequence_mean,
+    token_average,
+)
 
 ACTOR = "areal.trainer.ppo.actor"
 Result = tuple[Tensor, dict[str, Any]]
@@ -67,7 +72,7 @@ def sapo_loss_fn(
     loss, stat = _result(tokens, call)
     # A gate is what an advantage of 1 gains, or one of -1 loses.
     one = torch.ones_like(logprobs)
-    up, down = -call.but(advantages=one).token.loss, call.but(advantages=-one).token.loss
+    up, down = -call.replace(advantages=one).token.loss, call.replace(advantages=-one).token.loss
     gate = torch.where(call.advantages > 0, up, down)
     names = ("sapo_soft_gate", "sapo_scaled_gate_pos", "sapo_scaled_gate_neg")
     return loss, stat | dict(zip(names, (gate, up, down), strict=True))
@@ -129,7 +134,7 @@ class _Tokens:
         )
         return dataclasses.replace(self, behaviour=behaviour, rejected=result)
 
-    def call(self, preset: str, options: dict[str, Any], level: str) -> Call:
+    def call(self, preset: str, options: dict[str, Any], level: str) -> LossCall:
         """In this library's terms, at AReaL's `importance_sampling_level`."""
         if level not in ("token", "sequence"):
             raise ValueError(
@@ -146,7 +151,7 @@ class _Tokens:
                 )
             # One advantage per sequence, the mean of its tokens'.
             advantages = sequence_mean(advantages, self.mask, boundaries).where(self.live, 0)
-        return Call(
+        return LossCall(
             preset=f"areal/{preset}",
             options=options | {"ratio": level},
             average=token_average(self.loss_mask.sum()),
@@ -170,13 +175,13 @@ def _counts(loss_mask: Tensor) -> dict[str, float]:
     }
 
 
-def _result(tokens: _Tokens, call: Call) -> Result:
+def _result(tokens: _Tokens, call: LossCall) -> Result:
     """The loss, and the statistics that AReaL's losses share."""
     live, rejected = tokens.live, tokens.rejected
     counted = tokens.loss_mask != 0
     if call.objective.ratio == "token":
         # Rejected tokens have a ratio in AReaL's statistics, but no part in that of their sequence.
-        token = call.but(mask=tokens.loss_mask).token
+        token = call.replace(mask=tokens.loss_mask).token
     else:
         token = call.token
     if call.objective.surrogate == "cispo":

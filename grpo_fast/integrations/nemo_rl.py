@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from grpo_fast.diagnostics import kl_estimate
-from grpo_fast.integrations.shared.call import SUM, Average, Call, as_floats, sequence_mean
+from grpo_fast.integrations.shared.call import SUM, Average, LossCall, as_floats, sequence_mean
 from grpo_fast.integrations.shared.options import (
-    At,
-    at,
-    options,
+    Entry,
+    entry,
     read,
+    read_options,
 )
 from grpo_fast.integrations.shared.packages import found_version, is_between, replace
 from grpo_fast.objective import Objective
@@ -31,15 +31,15 @@ SUPPORTED = ("0.7", "0.8")  # from, and below
 TRUNCATIONS = ("tis", "icepop", "seq-mask-tis")
 
 # The options of the presets, and which entries of NeMo-RL's `loss_fn` configuration they are.
-CLIP: dict[str, At] = {
-    "epsilon_low": at("ratio_clip_min"),
-    "epsilon_high": at("ratio_clip_max"),
+CLIP: dict[str, Entry] = {
+    "epsilon_low": entry("ratio_clip_min"),
+    "epsilon_high": entry("ratio_clip_max"),
 }
-DUAL: dict[str, At] = {"dual_clip": at("ratio_clip_c")}
-KL: dict[str, At] = {
-    "beta": at("reference_policy_kl_penalty"),
-    "kl_gap_clip": at("kl_input_clamp_value"),
-    "kl_value_clip": at("kl_output_clamp_value"),
+DUAL: dict[str, Entry] = {"dual_clip": entry("ratio_clip_c")}
+KL: dict[str, Entry] = {
+    "beta": entry("reference_policy_kl_penalty"),
+    "kl_gap_clip": entry("kl_input_clamp_value"),
+    "kl_value_clip": entry("kl_output_clamp_value"),
 }
 
 
@@ -125,7 +125,7 @@ def clipped_pg_loss(
     if not by_token:
         how = Average({"reduction": "sequence_mean"}, None, len(mask) / (global_valid_seqs + 1e-8))
     preset, chosen = to_preset(config)
-    call = Call(
+    call = LossCall(
         preset=preset,
         options=chosen,
         names=CLIP | KL | DUAL,
@@ -178,14 +178,14 @@ class _Totals(NamedTuple):
         return self.sequences(x) if by_sequence else self.tokens(x)
 
 
-def _nll_of_right_answers(config: Any, call: Call, data: Any) -> Tensor:
+def _nll_of_right_answers(config: Any, call: LossCall, data: Any) -> Tensor:
     """The mean of -logp over the answers with a reward, 0 if the configuration does not ask for it."""
     if config.positive_example_nll_weight <= 0 or "rewards" not in data:
         return torch.zeros_like(call.out.loss)
     assert call.token_weights is not None
     right = call.mask.where((data["rewards"] > 0)[:, None], 0)
     total = (right * call.token_weights).sum()
-    return Call(
+    return LossCall(
         preset="gpg",
         average=SUM._replace(scale=1 / (total + 1e-8)),
         logps=call.logps,
@@ -196,14 +196,14 @@ def _nll_of_right_answers(config: Any, call: Call, data: Any) -> Tensor:
     ).out.loss
 
 
-def _kl(call: Call, totals: _Totals, by_token: bool) -> Tensor:
+def _kl(call: LossCall, totals: _Totals, by_token: bool) -> Tensor:
     if by_token:
         return totals.tokens(call.token.kl)
     count = call.mask.sum(1, keepdim=True) + 1e-8
     return totals.sequences((call.token.kl * call.mask).sum(1, keepdim=True) / count)
 
 
-def _ratios(call: Call, totals: _Totals) -> dict[str, Any]:
+def _ratios(call: LossCall, totals: _Totals) -> dict[str, Any]:
     ratio, bounded = call.token.ratio, call.token.bounded_ratio
     if call.objective.surrogate == "reinforce":  # no ratio: NeMo-RL reports the log-probs
         ratio = bounded = call.logps.detach()
@@ -215,7 +215,7 @@ def _ratios(call: Call, totals: _Totals) -> dict[str, Any]:
 
 
 def _drift(
-    kind: str, call: Call, old: Tensor, generated: Tensor, totals: _Totals
+    kind: str, call: LossCall, old: Tensor, generated: Tensor, totals: _Totals
 ) -> dict[str, Any]:
     """Metrics of the distance between the trainer's policies and the one that generated.
 
@@ -312,7 +312,7 @@ def to_preset(config: Any) -> tuple[str, dict[str, Any]]:
         kind = "gspo"
     if config.ratio_clip_c is not None:
         table = table | DUAL
-    chosen = options(config, table | KL)
+    chosen = read_options(config, table | KL)
     chosen["beta"] = _penalty(config)
     clamped = chosen["kl_gap_clip"] is not None or chosen["kl_value_clip"] is not None
     # The gradient of k3 through the sampling probability, too, is that of k2.

@@ -14,23 +14,23 @@ import torch
 from torch import Tensor, nn
 
 from grpo_fast.integrations.shared.call import (
-    Call,
+    LossCall,
     clip_fraction,
     masked_mean,
     sequence_average,
     sequence_mean,
     token_average,
 )
-from grpo_fast.integrations.shared.options import At, at, objective_of
+from grpo_fast.integrations.shared.options import Entry, entry, objective_of
 from grpo_fast.integrations.shared.packages import require
 from grpo_fast.weights import binary_divergence
 
 SUPPORTED = ("0.11.2", "0.12")  # from, and below
 ACTOR = "openrlhf.trainer.ray.ppo_actor"
-NAMES: dict[str, At] = {
-    "epsilon_low": at("clip_eps_low"),
-    "epsilon_high": at("clip_eps_high"),
-    "dual_clip": at("dual_clip"),
+NAMES: dict[str, Entry] = {
+    "epsilon_low": entry("clip_eps_low"),
+    "epsilon_high": entry("clip_eps_high"),
+    "dual_clip": entry("dual_clip"),
 }
 
 
@@ -137,7 +137,7 @@ class PolicyLoss(nn.Module):
         else:
             ranks = 1 if global_batch_size is None else dp_size
             how = sequence_average("sequence_mean", mask, global_batch_size, ranks)
-        call = Call(
+        call = LossCall(
             preset=f"openrlhf/{self.policy_loss_type}",
             options=self.options,
             names=NAMES,

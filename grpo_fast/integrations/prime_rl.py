@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from grpo_fast.diagnostics import kl_estimate
-from grpo_fast.integrations.shared.call import SUM, Call, masked_mean, outside
+from grpo_fast.integrations.shared.call import SUM, LossCall, masked_mean, outside
 
 
 def default_loss(
@@ -28,7 +28,7 @@ def default_loss(
     """prime-rl's `type = "default"`, DPPO with a quadratic term: its options and metrics."""
     bounds = {"epsilon_low": dppo_mask_low, "epsilon_high": dppo_mask_high}
     call = _call(inputs, "prime_rl/default", adv_tau, {**bounds, "quadratic_coef": kl_tau})
-    seen = call.but(advantages=inputs.advantages)  # metrics know nothing of adv_tau
+    seen = call.replace(advantages=inputs.advantages)  # metrics know nothing of adv_tau
     dropped = seen.mask * seen.token.outside
     metrics = {
         "is_masked_low": seen.mean(seen.token.clipped_low),
@@ -57,8 +57,8 @@ def loss(inputs: Any, preset: str = "dapo", adv_tau: float = 1.0, **options: Any
     return _outputs(inputs, call, call.out.metrics)
 
 
-def _call(inputs: Any, preset: str, adv_tau: float, options: dict[str, Any]) -> Call:
-    call = Call(
+def _call(inputs: Any, preset: str, adv_tau: float, options: dict[str, Any]) -> LossCall:
+    call = LossCall(
         preset=preset,
         options=options,
         average=SUM,
@@ -68,10 +68,10 @@ def _call(inputs: Any, preset: str, adv_tau: float, options: dict[str, Any]) -> 
         mask=inputs.loss_mask,
         token_weights=inputs.loss_weights,
     )
-    return call.but(ref_logps=inputs.ref_logprobs) if call.objective.beta else call
+    return call.replace(ref_logps=inputs.ref_logprobs) if call.objective.beta else call
 
 
-def _mismatch(call: Call) -> dict[str, Tensor]:
+def _mismatch(call: LossCall) -> dict[str, Tensor]:
     """The metrics that prime-rl's losses share."""
     # Of the sampler's tokens: KL(sampler || trainer).
     mismatch = kl_estimate(call.old, call.logps)
@@ -82,7 +82,7 @@ def _mismatch(call: Call) -> dict[str, Tensor]:
     }
 
 
-def _outputs(inputs: Any, call: Call, metrics: dict[str, Tensor]) -> Any:
+def _outputs(inputs: Any, call: LossCall, metrics: dict[str, Tensor]) -> Any:
     # Where the inputs come from, without importing a trainer that is already running.
     home = importlib.import_module(type(inputs).__module__)
     return home.LossOutputs(loss=call.out.loss, metrics=metrics)

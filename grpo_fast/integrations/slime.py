@@ -16,7 +16,7 @@ from torch import Tensor
 
 from grpo_fast.diagnostics import TokenDiagnostics, token_diagnostics
 from grpo_fast.integrations.shared.call import changed_by_clamp, sequence_mean
-from grpo_fast.integrations.shared.options import At, at, objective_of, options
+from grpo_fast.integrations.shared.options import Entry, entry, objective_of, read_options
 from grpo_fast.integrations.shared.responses import (
     boundaries,
     from_log_probs,
@@ -31,16 +31,16 @@ LOSS = "slime.backends.megatron_utils.loss"
 Metrics = dict[str, Tensor]
 
 # Options of `Objective`, and which of slime's arguments they are.
-OPTIONS: dict[str, At] = {
-    "epsilon_low": at("eps_clip"),
-    "epsilon_high": at("eps_clip_high", "eps_clip"),
-    "entropy_coef": at("entropy_coef"),
+OPTIONS: dict[str, Entry] = {
+    "epsilon_low": entry("eps_clip"),
+    "epsilon_high": entry("eps_clip_high", "eps_clip"),
+    "entropy_coef": entry("entropy_coef"),
 }
-MORE: dict[str, At] = {
-    "dual_clip": at("eps_clip_c"),
-    "off_policy_threshold": at("opsm_delta"),
-    "beta": at("kl_loss_coef"),
-    "kl": at("kl_loss_type"),
+MORE: dict[str, Entry] = {
+    "dual_clip": entry("eps_clip_c"),
+    "off_policy_threshold": entry("opsm_delta"),
+    "beta": entry("kl_loss_coef"),
+    "kl": entry("kl_loss_type"),
 }
 
 
@@ -65,7 +65,7 @@ def to_objective(args: Any, **more: Any) -> Objective:
     if getattr(args, "custom_pg_loss_reducer_function_path", None) is not None:
         raise ValueError("custom_pg_loss_reducer_function_path is not supported")
     kind = args.advantage_estimator if args.advantage_estimator in ("gspo", "cispo") else "grpo"
-    chosen = {"reduction": "token_mean"} | options(args, OPTIONS)
+    chosen = {"reduction": "token_mean"} | read_options(args, OPTIONS)
     if kind != "cispo":
         chosen["dual_clip"] = args.eps_clip_c
     if args.use_opsm:

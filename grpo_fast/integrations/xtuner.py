@@ -8,13 +8,13 @@ from typing import Any
 
 from torch import Tensor
 
-from grpo_fast.integrations.shared.call import SUM, Call
-from grpo_fast.integrations.shared.options import At, at, options
+from grpo_fast.integrations.shared.call import SUM, LossCall
+from grpo_fast.integrations.shared.options import Entry, entry, read_options
 
-OPTIONS: dict[str, At] = {
-    "epsilon_low": at("cliprange_low"),
-    "epsilon_high": at("cliprange_high"),
-    "dual_clip": at("clip_ratio_c", missing=3.0),
+OPTIONS: dict[str, Entry] = {
+    "epsilon_low": entry("cliprange_low"),
+    "epsilon_high": entry("cliprange_high"),
+    "dual_clip": entry("clip_ratio_c", missing=3.0),
 }
 _INF = float("inf")
 
@@ -40,9 +40,9 @@ def policy_loss(
     for name in ("cliprange_low", "cliprange_high"):
         if name not in policy_loss_cfg:
             raise ValueError(f"policy_loss_cfg: {name!r} is missing, got {sorted(policy_loss_cfg)}")
-    call = Call(
+    call = LossCall(
         preset="xtuner/vanilla",
-        options=options(policy_loss_cfg, OPTIONS) | _clamp(policy_loss_cfg),
+        options=read_options(policy_loss_cfg, OPTIONS) | _clamp(policy_loss_cfg),
         names=OPTIONS,
         average=SUM,
         logps=log_prob,
