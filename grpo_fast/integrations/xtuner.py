@@ -1,7 +1,7 @@
-"""xtuner (August 2026): its "vanilla" policy loss, by this library.
+"""The adapter of xtuner (August 2026): its "vanilla" policy loss.
 
-`GRPOLossConfig(policy_loss_cfg={"loss_type": "grpo_fast.integrations.xtuner.policy_loss", ...})`: xtuner
-imports a loss type with a dot in it. The other entries of `policy_loss_cfg` are those of "vanilla".
+Set `GRPOLossConfig(policy_loss_cfg={"loss_type": "grpo_fast.integrations.xtuner.policy_loss", ...})`: xtuner
+imports a loss type that has a dot in its name. The other entries of `policy_loss_cfg` are those of "vanilla".
 """
 
 from typing import Any
@@ -26,7 +26,7 @@ def policy_loss(
     loss_weights: Tensor,
     policy_loss_cfg: dict[str, Any],
 ) -> Tensor:
-    """xtuner's `pg_loss_fn`: the clipped objective with dual clip, summed with weights; all tensors (1, T).
+    """Compute xtuner's `pg_loss_fn`: the clipped objective with dual clip, a weighted sum of (1, T) tensors.
 
     Args:
         loss_weights: 0 where a token does not count, else its share of the global batch.
@@ -35,7 +35,7 @@ def policy_loss(
             (-inf and inf).
 
     Raises:
-        ValueError: another clamp, or a missing entry.
+        ValueError: the clamp is another one, or an entry is missing.
     """
     for name in ("cliprange_low", "cliprange_high"):
         if name not in policy_loss_cfg:
@@ -55,7 +55,7 @@ def policy_loss(
 
 
 def _clamp(policy_loss_cfg: dict[str, Any]) -> dict[str, float | None]:
-    """The clamp of the log-ratio, as options of `Objective`."""
+    """Translate the clamp of the log-ratio into options of `Objective`."""
     low = policy_loss_cfg.get("log_prob_diff_min", -20.0)
     high = policy_loss_cfg.get("log_prob_diff_max", 20.0)
     low, high = -_INF if low is None else low, _INF if high is None else high

@@ -1,8 +1,7 @@
 """The adapter of TRL 1.15 and 1.16: `from grpo_fast.integrations.trl import GRPOTrainer`.
 
-`GRPOTrainer` is TRL's trainer with the head and the loss fused. `objective` translates the loss options of a
-`GRPOConfig` and works without TRL. `patch` replaces the head in TRL's other trainers (RLOO, asynchronous GRPO,
-...).
+`GRPOTrainer` is TRL's trainer with the head and the loss fused. `objective` translates the loss options of
+a `GRPOConfig` and works without TRL. `patch` replaces the head in TRL's other trainers (RLOO, DPO, ...).
 """
 
 from typing import TYPE_CHECKING, Any
@@ -24,8 +23,8 @@ def patch() -> None:
     """Give TRL's other trainers (RLOO, asynchronous GRPO, DPO, ...) the fused head, for the whole process.
 
     The metrics of DPO, SFT and KTO need more than log-probs and entropy. TRL's own head computes the rest
-    without a gradient, which costs one more product with the head. Policy and reference are scored by the same
-    operator. Under ZeRO-3, and with 8-bit weights, TRL's head runs, and a warning says so once.
+    without a gradient, which costs one more product with the head. One operator scores policy and
+    reference. Under ZeRO-3, and with 8-bit weights, TRL's head runs, and a warning says so once.
 
     Raises:
         ImportError: TRL is not installed, or has another version than 1.15 and 1.16.

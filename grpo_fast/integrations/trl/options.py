@@ -37,10 +37,10 @@ SMALLEST_LAMBDA = 1e-4  # TRL's
 def objective(args: Any) -> Objective:
     """Return what TRL optimises, given a `GRPOConfig` or any object with its attributes.
 
-    A missing attribute has TRL's default. The denominator is not part of the objective. Where `args.loss_type`
-    is in `BY_ITEMS`, pass it to the loss as `num_items`; the other losses TRL divides by the gradient
-    accumulation steps. An adaptive entropy coefficient changes during training; the objective has the one at
-    the start.
+    A missing attribute has TRL's default. The denominator is not part of the objective. Where
+    `args.loss_type` is in `BY_ITEMS`, pass it to the loss as `num_items`. TRL divides the other losses by the
+    gradient accumulation steps. An adaptive entropy coefficient changes during training; the objective has
+    the one at the start.
 
     Raises:
         ValueError: the loss type or the level is unknown, `beta` is negative, or the loss type does not use

@@ -227,8 +227,8 @@ class GRPOTrainer(trl.GRPOTrainer):
         if "tool_mask" in inputs:
             mask = mask & inputs["tool_mask"].bool()
         steps = self.current_gradient_accumulation_steps if mode == "train" else 1
-        # TRL divides by the tokens of all devices and of all micro-batches of a generation. Our loss times `unit`
-        # is divided by one device's share of the tokens of one optimiser step.
+        # TRL divides by the tokens of all devices and of all micro-batches of a generation. Our loss times
+        # `unit` is divided by one device's share of the tokens of one optimiser step.
         unit, num_items = 1.0, None
         if self.loss_type in BY_ITEMS:
             num_items = inputs["num_items_in_batch"].clamp(min=1)
@@ -274,9 +274,9 @@ class GRPOTrainer(trl.GRPOTrainer):
     ) -> tuple[Objective, Tensor]:
         """Return the objective without entropy bonus, and its advantages.
 
-        The objective has an off-policy mask by the distance to the old policy. TRL may use the distance to the
-        sampler, or none, on policy. Then the advantages are 0 where TRL's mask drops a token: it has no policy
-        term, and keeps its KL.
+        The objective has an off-policy mask by the distance to the old policy. TRL may use the distance to
+        the sampler, or none, on policy. Then the advantages are 0 where TRL's mask drops a token: it has no
+        policy term, and keeps its KL.
         """
         chosen = dataclasses.replace(
             self.current_objective(),
