@@ -1,6 +1,6 @@
 """The adapter of SkyRL (0.3.0, and main of August 2026): its policy losses.
 
-LossCall `register()` in the entrypoint, before Ray starts, and set
+Call `register()` in the entrypoint, before Ray starts, and set
 `trainer.algorithm.policy_loss_type=grpo_fast/<name>` with a name from `POLICY_LOSSES`. The losses read
 SkyRL's algorithm configuration and return the values of SkyRL's own losses. They are sums: SkyRL multiplies
 the reduction into the advantages. Off-policy correction is SkyRL's own code.
