@@ -1,4 +1,4 @@
-# make train: set up and run the reference trainer.  make test: set up, lint, check types, run the tests.
+# make train: set up and run the included trainer.  make test: set up, lint, check types, run the tests.
 # make check: lint, types, the fast tests in PyTorch.  make mutants: do the tests notice changed code?
 # VENV=system uses the python on PATH and keeps the torch it has.
 VENV ?= .venv

@@ -1,4 +1,4 @@
-"""Data sets of the reference trainer: JSON Lines as they are, and errors that name the line."""
+"""Data sets of the included trainer: JSON Lines as they are, and errors that name the line."""
 
 import json
 import re

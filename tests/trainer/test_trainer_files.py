@@ -1,4 +1,4 @@
-"""What the reference trainer writes: whole at every moment, by one process, also where writing fails."""
+"""What the included trainer writes: whole at every moment, by one process, also where writing fails."""
 
 import contextlib
 import errno

@@ -1,4 +1,4 @@
-"""The reference trainer's options, rewards and tasks: what is accepted, and what errors say."""
+"""The included trainer's options, rewards and tasks: what is accepted, and what errors say."""
 
 import dataclasses
 import importlib.metadata
