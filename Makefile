@@ -23,7 +23,7 @@ FAST := spec/test_advantage_oracles.py spec/test_derivatives.py spec/test_names.
 	integrations/test_xtuner.py \
 	trainer/test_trainer_data.py trainer/test_trainer_models.py \
 	project/test_docs.py project/test_layout.py project/test_packaging.py project/test_public_api.py \
-	project/test_readme.py
+	project/test_readme.py project/test_suite.py
 
 ifeq ($(VENV),system)
 PY := $(PYTHON)
