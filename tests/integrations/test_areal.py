@@ -1,7 +1,4 @@
-"""The adapters of prime-rl, AReaL, xtuner: calling conventions, and the hosts' formulas in float64.
-
-The formulas are written out from the sources of the release that docs/integrations.md names.
-"""
+"""AReaL's adapter: its calling convention, and its formulas in float64, from its sources."""
 
 import os
 import subprocess

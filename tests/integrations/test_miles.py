@@ -1,4 +1,4 @@
-"""miles' adapter, with a stand-in for its package: what it has elsewhere or computes otherwise than slime."""
+"""miles' adapter, on a stand-in for its package: the parts that differ from slime's adapter."""
 
 import sys
 from types import ModuleType, SimpleNamespace

@@ -1,4 +1,4 @@
-"""What the adapters share: where a configuration has an option, and what they may do to a loss."""
+"""Code that the adapters share: how options are read, and what adapters may do to a loss."""
 
 from types import SimpleNamespace
 

@@ -1,4 +1,4 @@
-"""docs/models.md, on some of the models that it lists."""
+"""Some of the models that docs/models.md lists: the head is exact, or refused."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""Heads that are wrapped, compiled, sharded, quantised, or of another dtype than the states they read."""
+"""Heads that are wrapped, compiled or quantised, and heads of another dtype than the hidden states."""
 
 import importlib.util
 import warnings

@@ -1,4 +1,4 @@
-"""Models that TRL trains in any dtype: ours trains them, `patch()` breaks none, and both end up alike."""
+"""Training in any dtype with our trainer, and with TRL's after `patch()`: the results are TRL's."""
 
 import copy
 

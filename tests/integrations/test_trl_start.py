@@ -1,4 +1,4 @@
-"""What a run with TRL says at its start, and what type checkers, pickle and `import *` see of the adapter."""
+"""The line that a run with TRL prints, and the adapter as seen by type checkers, pickle and `import *`."""
 
 import contextlib
 import io

@@ -1,4 +1,4 @@
-"""The benchmark of a TRL step: what is wrong gets no number."""
+"""The benchmark of a TRL step: a wrong provider gets no number."""
 
 import gc
 import json

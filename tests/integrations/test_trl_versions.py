@@ -1,4 +1,4 @@
-"""The older minor version of TRL: some of the other files' tests against it, in a process of its own."""
+"""The older minor version of TRL: some of the other files' tests run with it, in a process of their own."""
 
 import os
 import subprocess

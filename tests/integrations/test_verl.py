@@ -1,4 +1,4 @@
-"""verl's own policy losses, KL penalties and averages, in float64, as oracles of adapter and presets."""
+"""verl's own policy losses, KL penalties and averages, in float64, against the adapter and the presets."""
 
 import importlib
 import importlib.metadata

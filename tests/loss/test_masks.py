@@ -1,4 +1,4 @@
-"""Masks that weigh: sum m l / sum m, in every reduction, mean over a sequence, and metric."""
+"""Masks as weights: sum m l / sum m, in every reduction, mean over a sequence, and metric."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""A NaN that decides comes out: no comparison hides that a number is missing."""
+"""A NaN that decides a comparison reaches the result: a missing number is never hidden."""
 
 import sys
 

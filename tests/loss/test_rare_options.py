@@ -1,4 +1,4 @@
-"""Options that meet rarely: clamps of the KL on policy, weights of packed sequences, banned tokens."""
+"""Rare combinations of options: clamps of the KL on policy, weights of packed sequences, banned tokens."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""docs/scaling.md: the blocks, run as they stand there, give the loss and gradient of the whole batch."""
+"""The code blocks of docs/scaling.md give the loss and the gradient of the whole batch."""
 
 import re
 from pathlib import Path

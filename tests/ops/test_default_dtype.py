@@ -1,4 +1,4 @@
-"""`torch.set_default_dtype` is of no account: the same bits, in the same dtypes."""
+"""`torch.set_default_dtype` has no effect: the results are the same bits, in the same dtypes."""
 
 import pytest
 import torch

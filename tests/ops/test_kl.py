@@ -1,4 +1,4 @@
-"""The KL terms where their parts cancel or overflow, against 120 digits."""
+"""The KL terms where their parts cancel or overflow, against arithmetic with 120 digits."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Any mixture of dtypes of hidden states and head: what it means, and how accurate it is."""
+"""Hidden states and a head of any dtypes: the meaning of each mixture, and its accuracy."""
 
 import itertools
 import warnings

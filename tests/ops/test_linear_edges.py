@@ -1,4 +1,4 @@
-"""The fused head where it is used unusually: no tokens at all, under autocast, packed without padding."""
+"""Unusual uses of the fused head: no tokens at all, autocast, packed sequences without padding."""
 
 import pytest
 import torch

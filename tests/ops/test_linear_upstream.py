@@ -1,4 +1,4 @@
-"""What `linear_grpo_loss` makes of the upstream gradient, which comes when its own are long computed."""
+"""The upstream gradient of `linear_grpo_loss`, which comes after its own gradients are computed."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""What tokens weigh in a loss, against the specification in float64, and the factor on all of it."""
+"""The weight of each token in a loss, against the specification in float64."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Every tensor argument of every public function, in any layout: the values of contiguous ones."""
+"""Every tensor argument of every public function, in any memory layout: the values do not change."""
 
 import inspect
 

@@ -1,4 +1,4 @@
-"""A head whose vocabulary is spread over processes, against one process that has all of it."""
+"""A head whose vocabulary is spread over processes, against one process with the whole vocabulary."""
 
 from types import SimpleNamespace
 

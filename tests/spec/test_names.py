@@ -1,4 +1,4 @@
-"""Names that are wrong, or another library's: the error says what is meant."""
+"""Errors for wrong names, and for names of other libraries: the message suggests ours."""
 
 import inspect
 from typing import get_args

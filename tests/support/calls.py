@@ -1,4 +1,4 @@
-"""Every public function on tensors that it takes, by name."""
+"""A call of every public function, by name, on tensors for each of its arguments."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Batches for the tests: ragged, one row empty, NaN in the padding, old and reference policies.
+"""Batches of logits: ragged, one row empty, NaN in the padding, with old and reference policies.
 
 Drawn on the CPU: the same batch on every device, and what a test needs of its numbers holds on all of them.
 """

@@ -1,4 +1,4 @@
-"""What the adapters' tests share: a batch, and the comparison with a host's formula."""
+"""A batch for the tests of the adapters, and the comparison of an adapter with its host's formula."""
 
 import inspect
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""A ragged, left-padded batch for a small language model, and what it gives without padding."""
+"""A ragged, left-padded batch for a small language model, and its results without padding."""
 
 import re
 from pathlib import Path

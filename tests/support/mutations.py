@@ -1,4 +1,4 @@
-"""The changes that `mutants.py` makes, the tests that see them, and those that no test can see."""
+"""The changes that `mutants.py` makes, the tests that cover each file, and changes that no test can see."""
 
 import ast
 import re

@@ -1,4 +1,4 @@
-"""Other trainers' own code, as oracles: parts of TRL's methods, verl's `core_algos`."""
+"""Code of other trainers that tests compare with: statements of TRL's methods, verl's `core_algos`."""
 
 import ast
 import functools

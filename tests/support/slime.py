@@ -1,4 +1,4 @@
-"""What the tests of slime's and miles' adapters share: arguments, a batch, the host's sums."""
+"""A batch, arguments and sums of slime, for the tests of slime's and miles' adapters."""
 
 import torch
 

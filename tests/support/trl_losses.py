@@ -1,4 +1,4 @@
-"""Single losses of TRL's trainer and of ours: trainers, inputs, and what a loss computes."""
+"""Single losses of TRL's trainer and of ours: the trainers, their inputs, and the values of a loss."""
 
 import copy
 from collections import defaultdict

@@ -1,4 +1,4 @@
-"""Short runs of TRL's trainers, and their logs compared."""
+"""Short runs of TRL's trainers, and the comparison of their logs."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""What the tests of verl's adapter share: its configuration, a batch, a call of a policy loss."""
+"""A configuration, a batch and the call of a policy loss, for the tests of verl's adapter."""
 
 from types import SimpleNamespace
 

@@ -1,4 +1,4 @@
-"""Data sets of the included trainer: JSON Lines as they are, and errors that name the line."""
+"""Datasets of the included trainer: JSON Lines are read unchanged, and errors name the line."""
 
 import json
 import re
