@@ -206,7 +206,7 @@ def test_areal_conventions(batch, monkeypatch):
 
 
 def test_areal_workers_start_with_our_losses(tmp_path):
-    """On a stand-in for AReaL: the server has its arguments, and the actor our functions."""
+    """The server of a stand-in for AReaL has its arguments, and the actor has our functions."""
     server = (
         "import sys\nfrom areal.trainer.ppo import actor\n"
         "print(__name__, sys.argv[1:], actor.ppo_actor_loss_fn.__module__, actor.sapo_loss_fn.__module__)"
@@ -230,7 +230,7 @@ def test_areal_workers_start_with_our_losses(tmp_path):
 
 
 def test_presets_are_what_the_adapters_compute(batch):
-    """The same names in `Objective.preset`: no adapter has options of its own."""
+    """`Objective.preset` has the same names: no adapter has options of its own."""
     loss = reference.policy_loss(
         batch.logp,
         advantages=batch.A,
@@ -246,7 +246,7 @@ def test_presets_are_what_the_adapters_compute(batch):
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
 def test_a_mask_of_fractions_weighs(level, device):
-    """Its own functions take bools; a floating mask is one of weights all the same."""
+    """AReaL's own functions take bools. Here a floating mask is one of weights."""
     batch = fractional_batch(device)
 
     def formula(x, b):

@@ -204,7 +204,7 @@ def test_what_is_not_finite_counts_as_0(case, lost, batch, host):
 
 
 def test_a_scored_token_that_is_banned(batch, host):
-    """Its log-prob is -inf: a log-ratio of 0, too."""
+    """The log-prob of such a token is -inf, and its log-ratio counts as 0."""
     args = SimpleNamespace(**ARGS | MORE)
     row = sum(TOTALS[:2]) + PROMPTS[2] - 1
     batch["logits"][0, row, batch["unconcat_tokens"][2][PROMPTS[2]]] = -torch.inf
@@ -264,7 +264,7 @@ def test_importance_sampling_is_miles_own(batch, host):
 
 
 def test_without_old_log_probs(batch, host):
-    """On policy where miles skips the pass for them; else an error."""
+    """The loss is on policy if miles skips the pass for them; else their absence is an error."""
     args = SimpleNamespace(**ARGS | MORE | {"skip_actor_forward_only": True})
     given = batch | {"log_probs": None}
     loss, metrics = miles.policy_loss(args, given, batch["logits"], reducer(MASKS))

@@ -45,7 +45,7 @@ CORRECTIONS = [
 
 
 def openrlhf_statistic(options, b):
-    """What is held against the thresholds, per token or (B, 1)."""
+    """Return the values that are compared with the thresholds, per token or (B, 1)."""
     by_ratio = options.get("is_correction_gating", "ratio") == "ratio"
     statistic = b.old - b.rollout
     if not by_ratio:
@@ -136,7 +136,7 @@ def test_openrlhf_rejects_what_it_cannot_measure(correction, field, value, batch
 
 
 def openrlhf_share(options, b):
-    """What OpenRLHF reports as filtered; a sequence without a live token counts as kept here."""
+    """Return the share that OpenRLHF reports as filtered; a sequence without a live token counts as kept."""
     low, high = options.get("is_correction_threshold", (0.5, 5.0))
     statistic = openrlhf_statistic(options, b)
     outside = ~((statistic >= low) & (statistic <= high))

@@ -13,7 +13,7 @@ from tests.support.hosts import agrees, clipped, fractional_batch, mean, paramet
 
 @dataclass
 class LossInputs:
-    """As prime-rl's: tensors (n,) of one sequence."""
+    """The inputs of prime-rl's losses: tensors (n,) of one sequence."""
 
     trainer_logprobs: torch.Tensor
     inference_logprobs: torch.Tensor
@@ -113,7 +113,7 @@ def test_prime_rl_any_objective(batch):
 
 
 def test_a_mask_of_fractions_weighs(device):
-    """Its masks are bools, too, and its weights an argument of their own: both weigh."""
+    """prime-rl's masks are bools, and its weights are another argument: both are weights here."""
     batch = fractional_batch(device)
     b = row(batch)
     weights = 2 * torch.rand(6, device=b.A.device)

@@ -139,7 +139,7 @@ def test_the_text_part_of_a_vision_language_model(softcap):
 
 
 class Wrapper(nn.Module):
-    """As DDP: calls the module inside, and does something on the way."""
+    """A wrapper like DDP: it calls the module inside, and does something besides."""
 
     def __init__(self, module):
         super().__init__()

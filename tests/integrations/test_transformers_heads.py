@@ -44,7 +44,7 @@ def assert_trains_alike(wrapped, plain):
 
 
 class TestCompiled:
-    """By `torch.compile`, as a module of its own or in place: the head, the whole, or each region."""
+    """`torch.compile` on the head, the whole model or each region, as a new module or in place."""
 
     def pair(self):
         plain = build("Qwen2")
@@ -98,7 +98,7 @@ class TestCompiled:
     @pytest.mark.parametrize("fullgraph", [False, True])
     @pytest.mark.parametrize("wrapped", [False, True], ids=["bare", "in a wrapper"])
     def test_the_whole_model_runs_its_backbone_compiled(self, wrapped, fullgraph):
-        """By the backend and options of the model, once for all calls."""
+        """The backend and the options are the model's, and it is compiled once for all calls."""
         model, plain = self.pair()
         backend, graphs = self.counted()
         compiled = torch.compile(model, backend=backend, fullgraph=fullgraph)
@@ -180,7 +180,7 @@ def test_a_checkpointed_head():
 
 
 class TestRefused:
-    """By name, and with something to do about it."""
+    """Errors name the reason, and say what to do."""
 
     def refused(self, head, match, error=TypeError):
         model = build("Qwen2")
@@ -191,7 +191,7 @@ class TestRefused:
             with_head(model, lambda hidden, head: hidden, *batch())
 
     def test_integer_weights(self):
-        """As bitsandbytes and GPTQ have them."""
+        """bitsandbytes and GPTQ have such weights."""
         head = nn.Linear(32, 61, bias=False)
         head.weight = nn.Parameter(torch.zeros(61, 32, dtype=torch.int8), requires_grad=False)
         self.refused(
@@ -205,7 +205,7 @@ class TestRefused:
         self.refused(head, r"torch.bfloat16 \(488, 1\): it is quantised.*llm_int8_skip_modules")
 
     def test_a_forward_of_its_own(self):
-        """As bitsandbytes' Linear8bitLt and torchao's Float8Linear."""
+        """bitsandbytes' Linear8bitLt and torchao's Float8Linear have one."""
 
         class Float8Linear(nn.Linear):
             def forward(self, x):
@@ -223,7 +223,7 @@ class TestRefused:
         self.refused(head, r"qat.*Linear, whose forward is its own")
 
     def test_weights_that_are_tensors_of_another_kind(self):
-        """As torchao's: a subclass that says it is float32 and holds something else."""
+        """torchao has such tensors: a subclass that says it is float32 and holds something else."""
 
         class Quantised(torch.Tensor):
             @staticmethod

@@ -28,7 +28,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 
 
 def test_the_example_with_lora(tmp_path, monkeypatch, capsys):
-    """As it stands, but for the model, the number of steps and what the page says of CPUs."""
+    """The example runs unchanged, except the model, the number of steps and the option for CPUs."""
     pytest.importorskip("peft", reason="the adapters are PEFT's")
     (example,) = (block for block in BLOCKS if "LoraConfig" in block)
     tokenizer = character_tokenizer("0123456789+= ")
@@ -72,7 +72,7 @@ def test_reasons():
 
 
 def test_metrics(trainers):
-    """Those in the table, and no others, come from the loss."""
+    """The metrics of the loss are those in the table, and no others."""
     logged = set()
     for loss_type in LOSS_TYPES:
         options = {"beta": 0.1, "use_adaptive_entropy": True, "entropy_coef": 0.1}

@@ -104,7 +104,7 @@ def test_every_loss_type(loss_type, level, trainers):
     ],
 )
 def test_options_changed_during_training(of_trainer, of_args, trainers, monkeypatch):
-    """What a callback sets counts where, and only where, TRL's loss looks for it."""
+    """A change by a callback counts if TRL's loss reads the option there, and not otherwise."""
 
     def change(trainer):
         for where, options in ((trainer, of_trainer), (trainer.args, of_args)):
@@ -129,7 +129,7 @@ def test_the_metrics_are_not_trivial(trainers):
 
 
 def test_one_collective_and_one_sync(trainers, monkeypatch):
-    """What TRL spends a dozen of each on."""
+    """The metrics take one collective and one sync; TRL's take a dozen of each."""
     ours = trainers[1]
     inputs = inputs_of(ours)
     calls = defaultdict(int)
@@ -173,7 +173,7 @@ class TestNotFused:
         assert got[2] == want[2]
 
     def test_auxiliary_loss_of_a_mixture_of_experts(self, tmp_path, capsys):
-        """Until the option that the line names is set."""
+        """It is not fused until the option that the line names is set."""
         torch.manual_seed(0)
         config = MixtralConfig(**SIZES, num_local_experts=4, output_router_logits=True)
         model = MixtralForCausalLM(config)
@@ -213,7 +213,7 @@ class TestNotFused:
     )
     @pytest.mark.parametrize("on", ["class", "instance"])
     def test_a_step_overridden(self, on, name, options, trainers, monkeypatch, capsys):
-        """On policy, too, where TRL's trainer would ask for it."""
+        """A step of a subclass runs, on policy as well."""
         calls = []
 
         def replaced(theirs):

@@ -97,7 +97,7 @@ def test_resume(model_path, tokenizer, tmp_path):
 
 
 def test_no_factor_is_left_on_the_loss(model_path, tokenizer, tmp_path, monkeypatch):
-    """Of accumulation or of processes: it would cost a pass over the gradients of hidden states and head."""
+    """No factor of accumulation or of processes costs a pass over the gradients of hidden states and head."""
     from grpo_fast.ops import linear_grpo
 
     factors, scale_ = [], scaling.scale_

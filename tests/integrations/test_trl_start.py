@@ -158,7 +158,7 @@ def test_torch_compile(capsys, model_path, tokenizer, tmp_path, monkeypatch):
 
 
 def test_liger(monkeypatch, capsys, model_path, tokenizer, tmp_path):
-    """Its layers alone: TRL takes its fused loss out, and refuses it where it is asked for."""
+    """Liger's layers run without its fused loss, which TRL removes, and refuses if it is asked for."""
     given = []
     monkeypatch.setattr(their_trainer, "apply_liger_kernel", lambda _, kwargs: given.append(kwargs))
     line = start(GRPOTrainer, capsys, model_path, tokenizer, tmp_path, use_liger_kernel=True)

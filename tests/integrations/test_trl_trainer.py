@@ -102,7 +102,7 @@ def test_options(options, model_path, tokenizer, tmp_path):
 
 
 def test_resuming_as_trls_trainer_does(model_path, tokenizer, tmp_path):
-    """From a checkpoint, with the state of the entropy controller."""
+    """A run that is resumed from a checkpoint has the state of the entropy controller."""
     options = {
         "save_strategy": "steps",
         "save_steps": 2,
@@ -140,7 +140,7 @@ def test_lora(options, model_path, tokenizer, tmp_path):
     ids=["copy-of-the-head", "prompt"],
 )
 def test_the_reference_of_other_adapters(kind, options, model_path, tokenizer, tmp_path):
-    """With the adapter off the model is the one it came from, head and prompt included."""
+    """The reference is the model without its adapter, head and prompt included."""
     peft = pytest.importorskip("peft", reason="the adapters are PEFT's")
     adapter = getattr(peft, kind)(task_type="CAUSAL_LM", **options)
     logs = assert_same_training(

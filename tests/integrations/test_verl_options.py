@@ -75,7 +75,7 @@ def test_each_has_verls_metrics(mode):
 
 @pytest.mark.parametrize("mode", READS)
 def test_an_option_is_read_where_verl_reads_it(mode):
-    """Another value of each changes verl's loss, gradient or metrics, and ours in the same way."""
+    """A change of each option changes verl's loss, gradient or metrics, and ours in the same way."""
     old, logp, advantages, weights, mask = batch("cpu")
     old[3], logp[3], advantages[3] = -0.1, -0.6, -1.0  # less probable, within some bounds
     old[2, 0], logp[2, 0], advantages[2, 0] = -0.7, -0.1, 1.0  # and more
@@ -130,7 +130,7 @@ def test_clip_ratio_c_where_there_is_none(mode, default):
     ],
 )
 def test_selections_where_an_option_is_none(mode, names):
-    """Of 15 tokens 0.0002 is one; covariances from 1 to 5."""
+    """A fraction of 0.0002 is one of 15 tokens, and the covariances are from 1 to 5."""
     old, logp, advantages, weights, mask = batch("cpu")
     logp[0, :3], old[0, :3] = torch.tensor([-0.1, -9.0, -5.0]), torch.tensor([-0.15, -9.05, -5.05])
     advantages[0, :3] = torch.tensor([2.0, -1.0, -0.8])  # covariances of 5 and more, and less
@@ -166,7 +166,7 @@ def test_selections_where_an_option_is_none(mode, names):
 
 
 def test_how_many_of_many_tokens():
-    """Where the fraction is None, 0.0002 of 10,000 tokens are two, in verl and here."""
+    """A fraction of None is 0.0002: two of 10,000 tokens, in verl and here."""
     torch.manual_seed(0)
     logp, advantages = -torch.rand(1, 10_000) - 1, torch.randn(1, 10_000)
     old, mask = logp - 0.1, torch.ones(1, 10_000, dtype=torch.bool)
@@ -241,7 +241,7 @@ def test_averages(aggregation, where, kind):
 
 @pytest.mark.parametrize("kind", [float, torch.tensor])
 def test_a_global_batch_of_less_than_one_token(kind):
-    """As masks of fractions can sum to: verl's denominator as it is."""
+    """Masks of fractions can sum to less than 1: verl's denominator is not changed."""
     for aggregation, name in (
         ("token-mean", "batch_num_tokens"),
         ("seq-mean-token-sum", "global_batch_size"),

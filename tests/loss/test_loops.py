@@ -179,7 +179,7 @@ def test_the_import_for_trl_in_the_readme_works():
 
 
 def test_data_reward_and_commands_of_the_readme(tmp_path, monkeypatch, capsys):
-    """As they stand, but for the model, which has to be downloaded, and the number of steps."""
+    """They run unchanged, except the model, which has to be downloaded, and the number of steps."""
     text = (loops.ROOT / "README.md").read_text()
     rows = re.search(r"```json\n(.*?)```", text, re.DOTALL)[1]
     (tmp_path / "problems.jsonl").write_text(rows * 2)

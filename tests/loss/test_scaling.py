@@ -113,7 +113,7 @@ def test_grad_scaler():
 
 
 def test_the_mean_of_means_is_another():
-    """What the page warns of."""
+    """The page warns of this mistake."""
     wrong = TOKENS.replace(", num_items=num_items", "")
     found = step(wrong, RAGGED, whole_batch())[0] / len(RAGGED)
     assert (found - in_one_go(objective_of("token_mean"), whole_batch())[0]).abs() > 0.01

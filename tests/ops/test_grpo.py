@@ -129,7 +129,7 @@ def test_inplace_gives_the_same_bits_in_the_same_memory(backend, device):
 @by_objective
 @pytest.mark.parametrize("policy", ["on", "off"])
 def test_inplace_of_every_objective(objective, policy, backend, device):
-    """Those that depend on other tokens take another way in place: log-probs first, then one launch."""
+    """Objectives that depend on other tokens compute the log-probs first, and then make one launch."""
     logits, ids, arguments = batch(4, 6, 60, device)
     arguments["objective"] = objective
     if policy == "on":

@@ -76,7 +76,7 @@ PLAIN = (reference.linear_grpo, reference.linear_logprob)
     ("hidden_dtype", "head_dtype"), itertools.product(SINGLE, SINGLE), ids=name
 )
 def test_products_are_of_the_dtype_of_hidden(hidden_dtype, head_dtype, backend, device):
-    """As accurate as plain PyTorch on operands of one dtype; every gradient of its own dtype."""
+    """They are as accurate as plain PyTorch with operands of one dtype. Every gradient has its own dtype."""
     if backend == "triton" and device == "cpu" and torch.bfloat16 in (hidden_dtype, head_dtype):
         pytest.skip("Triton's interpreter truncates to bfloat16 where hardware rounds")
     leaves, ids, given = inputs(hidden_dtype, head_dtype, device)

@@ -130,7 +130,7 @@ COMPACTABLE = {
 @pytest.mark.parametrize("objective", COMPACTABLE.values(), ids=COMPACTABLE)
 @pytest.mark.parametrize("per_token", [False, True])
 def test_compaction_changes_nothing(objective, per_token, backend, device):
-    """With and without it: loss and gradients to 1e-6, and only what cannot have a gradient is left out."""
+    """Loss and gradients agree to 1e-6, and only rows that cannot have a gradient are left out."""
     tensors, options, ids, arguments = batch(8, 6, 80, device)
     arguments["advantages"][3:5] = 0
     if per_token:
@@ -243,7 +243,7 @@ def test_on_policy_one_phase_is_enough(name, backend, device, monkeypatch):
 
 
 def test_the_same_log_probs_as_linear_logprob(backend, device):
-    """To the bit, at the same rows and chunk length; so the ratio is 1 on policy, old given or not."""
+    """The bits are the same at equal rows and chunk length, so on policy the ratio is exactly 1."""
     tensors, options, ids, arguments = batch(5, 6, 400, device, HEADS["everything"])
     arguments["objective"] = Objective(entropy_coef=0.1)
     for size in (None, 7):
@@ -321,7 +321,7 @@ def test_half_operands_accumulate_dweight_in_float32(backend, device):
 
 
 def test_the_same_weight_twice_in_one_step_accumulates(backend, device):
-    """As with tied embeddings, or two micro-batches."""
+    """Tied embeddings and several micro-batches need this."""
     tensors, options, ids, arguments = batch(4, 5, 60, device)
     want = loss_and_grads(linear_grpo_loss, tensors, options, ids, arguments)
     leaves = graded(tensors)

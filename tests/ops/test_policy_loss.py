@@ -118,7 +118,7 @@ def test_rewards_are_the_scores_of_topr(backend, device):
 
 
 def test_a_weight_of_zero_leaves_out_an_infinite_ratio(backend, device):
-    """What a mask on the mismatch is for: the token whose ratio overflows."""
+    """A mask on the mismatch is for such a token, whose ratio overflows."""
     logps = torch.tensor([[-1.0, -1.0]], device=device)
     arguments = {
         "old_logps": torch.tensor([[-200.0, -1.0]], device=device),
@@ -195,7 +195,7 @@ def test_top_entropy_is_the_quantile_of_the_live_tokens(N, quantile, device):
 
 
 def test_a_top_entropy_quantile_of_0_is_the_highest(backend, device):
-    """Its surrogate alone counts, in the mean over all tokens; so does its entropy, as a mean of its own."""
+    """Only the surrogate of this token counts, in the mean over all tokens, and only its entropy."""
     entropy = torch.tensor([[1.0, 3.0, 2.0], [0.5, 9.0, 0.1]], device=device)
     chosen = Objective(
         top_entropy_quantile=0.0,

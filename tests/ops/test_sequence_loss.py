@@ -43,7 +43,7 @@ def test_an_unbiased_kl_beyond_the_bound_of_its_ratio(backend, device):
 @pytest.mark.parametrize("far", [20.5, 21.0, 30.0])
 @pytest.mark.parametrize("sign", [1, -1])
 def test_vespo_bounds_the_log_ratio_of_a_token(sign, far, backend, device):
-    """By 20 either way, before they are added up."""
+    """The bounds are -20 and 20, before the log-ratios are added up."""
     logps = torch.full((1, 3), -30.0, device=device)
     old = logps - sign * torch.tensor([[far, -12.0, -8.0]], device=device)
     arguments = {"old_logps": old, "advantages": torch.ones(1, device=device)}

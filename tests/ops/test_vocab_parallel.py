@@ -89,7 +89,7 @@ def close(a, b, name, tolerance=1e-6):
 
 
 def check_ranks(uneven, step=1):
-    """What each process of the tests below runs: every `step`-th case."""
+    """Run every `step`-th case in one of the processes."""
     import torch.distributed as dist
 
     dist.init_process_group("gloo")
@@ -183,7 +183,7 @@ def test_processes_agree_with_one_in_the_kernels():
 
 
 def check_processes_without_rows(sizes):
-    """What each process of the tests below runs."""
+    """Run the test below in one of its processes."""
     import torch.distributed as dist
 
     dist.init_process_group("gloo")

@@ -35,7 +35,7 @@ def test_gmpos_flags_know_which_bound_is_which(low, high, backend, device):
 
 @pytest.mark.parametrize("name", ["vespo", "trl/vespo"])
 def test_vespo_clamps_each_importance_weight(name, backend, device):
-    """To [1e-8, e^20] before their logs are added: one far above does not make up for one far below."""
+    """The clamp to [1e-8, e^20] comes before the sum of logs: a large one does not balance a small one."""
     weights = torch.tensor([[1e-12, 1e12, 1.0], [1e-30, 2.0, 1.0], [3.0, 0.5, 0.0]], device=device)
     logps = torch.full((3, 3), -1.0, device=device)
     old, advantages = logps - 0.1, torch.tensor([1.0, 1.0, -1.0], device=device)

@@ -278,7 +278,7 @@ def test_dppo_takes_a_detached_capped_ratio(name, batch, backend):
 
 @pytest.mark.parametrize("name", ["skyrl/dppo_tv", "skyrl/dppo_kl", "prime_rl/default"])
 def test_dppo_takes_the_plain_ratio(name, batch, backend):
-    """Another loss value than verl's, and no cap; clamped in SkyRL, with a quadratic term in prime-rl."""
+    """Its loss value is not verl's, and has no cap. SkyRL clamps it; prime-rl adds a quadratic term."""
     logps, arguments = batch
     arguments["old_logps"][0, :3] -= 2.0
     arguments["old_logps"][0, 0] -= 20.0
@@ -302,7 +302,7 @@ def test_dppo_takes_the_plain_ratio(name, batch, backend):
 
 
 def test_nemo_rls_kl_goes_through_the_sampling_probability(batch, backend):
-    """Its k3 is weighed by exp(x - sg(x)), of value 1, inside both clamps."""
+    """NeMo-RL multiplies k3 by exp(x - sg(x)), which is 1, inside both clamps."""
     logps, arguments = batch
     arguments["advantages"] *= 0
     arguments["ref_logps"][0, :3] = logps[0, :3] + torch.tensor([3.0, 21.0, -21.0]).to(logps)

@@ -205,7 +205,7 @@ CALLS = {
 
 
 def outputs(call, t):
-    """What a call returns, as a flat list of tensors, and the gradients of its differentiable arguments."""
+    """Return the results of a call as a flat list of tensors, and the gradients of its arguments."""
     found = call(t)
     loss = None
     if isinstance(found, LossOutput):

@@ -43,7 +43,7 @@ def batch(B, T, V, device, dtype=torch.float32, spread=3.0, drift=0.3, garbage=T
 
 
 def in_double(arguments):
-    """The same arguments with floating tensors in float64."""
+    """Return the arguments with floating tensors in float64."""
     return {
         name: x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
         for name, x in arguments.items()

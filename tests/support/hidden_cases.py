@@ -61,7 +61,7 @@ def check(tensors, options, ids, arguments, upstream=1.0, frozen=(), **kwargs):
 
 
 def packed(tensors, ids, arguments):
-    """The same batch without its padding: tokens end to end, one advantage for each."""
+    """Remove the padding of a batch: tokens end to end, with their boundaries."""
     mask = arguments["mask"]
     lengths = mask.sum(1)
     flat = {k: x[mask] for k, x in arguments.items() if k in ("old_logps", "ref_logps")}

@@ -57,7 +57,7 @@ def reducer(masks, counted=MASKS):
 
 
 def make_batch(device, masks=MASKS):
-    """What slime hands a loss: lists of tensors per sample; one response is masked out entirely."""
+    """Return slime's arguments of a loss: lists of tensors per sample; one response is masked out."""
     torch.manual_seed(5)
     logits = 2 * torch.randn(1, sum(TOTALS) + PADDING, V)
     b = {

@@ -23,7 +23,7 @@ GLOBAL = {"dp_size": 2, "batch_num_tokens": 53, "global_batch_size": 9, "loss_sc
 
 
 def configuration(**options):
-    """What the losses read of verl's ActorConfig, of verl's own type, with verl's defaults."""
+    """Return what the losses read of an ActorConfig, in verl's own type, with verl's defaults."""
     base = verl_core_algos().ActorConfig
 
     class Config(base):
