@@ -1,1 +1,6 @@
-"""Time and memory of every kernel against eager PyTorch and torch.compile (README.md)."""
+"""Measure time and memory of every kernel beside eager PyTorch and torch.compile (README.md)."""
+
+from pathlib import Path
+
+FOLDER = Path(__file__).resolve().parent
+ROOT = FOLDER.parent

@@ -1,23 +1,11 @@
-"""The mean cross-entropy from hidden states, with gradients: what most fused heads were made for."""
+"""Time the mean cross-entropy from hidden states: what most fused heads were made for."""
 
 from typing import Any
 
-import pytest
-
-from benchmarks import measure, shapes
-
-STEM = "linear_cross_entropy"
-CASES = [(shape, "full") for shape in list(shapes.hidden_shapes())[:1]]
-by_case = pytest.mark.parametrize("shape, variant, provider", measure.parameters(CASES, STEM))
+from benchmarks.inputs import shapes
+from benchmarks.measuring.measure import Case, cases, measure
 
 
-@by_case
-def bench_forward_backward(benchmark: Any, shape: str, variant: str, provider: str) -> None:
-    measure.hidden_measure(
-        benchmark,
-        stem=STEM,
-        provider=provider,
-        shape_name=shape,
-        variant=variant,
-        backward=True,
-    )
+@cases("linear_cross_entropy", [(next(iter(shapes.hidden_shapes())), "full")])
+def bench_forward_backward(benchmark: Any, case: Case) -> None:
+    measure(benchmark, case)

@@ -1,23 +1,11 @@
-"""From hidden states to the loss and its gradients: three matrix multiplications on the tokens that move."""
+"""Time the loss and its gradients from hidden states: three products over the tokens that move."""
 
 from typing import Any
 
-import pytest
-
-from benchmarks import measure, shapes
-
-STEM = "linear_grpo"
-CASES = shapes.hidden_cases()
-by_case = pytest.mark.parametrize("shape, variant, provider", measure.parameters(CASES, STEM))
+from benchmarks.inputs import shapes
+from benchmarks.measuring.measure import Case, cases, measure
 
 
-@by_case
-def bench_forward_backward(benchmark: Any, shape: str, variant: str, provider: str) -> None:
-    measure.hidden_measure(
-        benchmark,
-        stem=STEM,
-        provider=provider,
-        shape_name=shape,
-        variant=variant,
-        backward=True,
-    )
+@cases("linear_grpo", shapes.hidden_cases())
+def bench_forward_backward(benchmark: Any, case: Case) -> None:
+    measure(benchmark, case)

@@ -1,35 +1,18 @@
-"""Log-probs from hidden states. Forward: one matrix multiplication, 2 N D V; with backward three."""
+"""Time log-probs from hidden states: one product, 2 N D V; with the backward pass three."""
 
 from typing import Any
 
-import pytest
+from benchmarks.inputs import shapes
+from benchmarks.measuring.measure import Case, cases, measure
 
-from benchmarks import measure, shapes
-
-STEM = "linear_logprob"
-CASES = [(shape, "full") for shape in list(shapes.hidden_shapes())[:1]]
-by_case = pytest.mark.parametrize("shape, variant, provider", measure.parameters(CASES, STEM))
+CASES = [(next(iter(shapes.hidden_shapes())), "full")]
 
 
-@by_case
-def bench_forward(benchmark: Any, shape: str, variant: str, provider: str) -> None:
-    measure.hidden_measure(
-        benchmark,
-        stem=STEM,
-        provider=provider,
-        shape_name=shape,
-        variant=variant,
-        backward=False,
-    )
+@cases("linear_logprob", CASES)
+def bench_forward(benchmark: Any, case: Case) -> None:
+    measure(benchmark, case, backward=False)
 
 
-@by_case
-def bench_forward_backward(benchmark: Any, shape: str, variant: str, provider: str) -> None:
-    measure.hidden_measure(
-        benchmark,
-        stem=STEM,
-        provider=provider,
-        shape_name=shape,
-        variant=variant,
-        backward=True,
-    )
+@cases("linear_logprob", CASES)
+def bench_forward_backward(benchmark: Any, case: Case) -> None:
+    measure(benchmark, case)

@@ -1,18 +1,11 @@
-"""The objective on log-probs where the ratio is a sequence's (GSPO), with its gradient."""
+"""Time the objective on log-probs where the ratio is a sequence's (GSPO), with its gradient."""
 
 from typing import Any
 
-import pytest
-
-from benchmarks import measure, shapes, traffic
-from benchmarks.bench_policy_loss import of_log_probs
-
-CASES = [(shape, shapes.SEQUENCE_VARIANT) for shape in shapes.TOKENS]
+from benchmarks.inputs import shapes
+from benchmarks.measuring.measure import Case, cases, measure
 
 
-@pytest.mark.parametrize("shape, variant, provider", measure.parameters(CASES, "sequence_loss"))
-def bench_forward_backward(benchmark: Any, shape: str, variant: str, provider: str) -> None:
-    def nbytes(N: int) -> int:
-        return traffic.sequence_loss(N).most + traffic.policy_loss_backward(N).least
-
-    of_log_probs(benchmark, "sequence_loss", shape, variant, provider, nbytes)
+@cases("sequence_loss", [(shape, "gspo") for shape in shapes.TOKENS])
+def bench_forward_backward(benchmark: Any, case: Case) -> None:
+    measure(benchmark, case)

@@ -1,9 +1,10 @@
-"""A step of TRL's GRPO trainer, generation apart: forward, loss, backward of one micro-batch.
+"""Time a step of TRL's GRPO trainer, generation apart: forward, loss, backward of one micro-batch.
 
-`eager` is TRL's trainer on plain logits (its log-probs come from `model(...).logits`), `trl` is TRL's trainer
-as it is, `grpo_fast` the one of `grpo_fast.integrations.trl`: what differs is the head and the loss. A Qwen2
-with random weights, in bfloat16 and checkpointed on a GPU; on a CPU it is small and its vocabulary is not. No
-bytes are counted: much of a step is the model's.
+`eager` is TRL's trainer on plain logits (its log-probs come from `model(...).logits`). `trl` is
+TRL's trainer as it is. `grpo_fast` is the one of `grpo_fast.integrations.trl`. They differ in the
+head and the loss. The model is a Qwen2 with random weights: in bfloat16 and checkpointed on a GPU;
+on a CPU it is small, and its vocabulary is not. No bytes are counted: much of a step is the
+model's.
 """
 
 import copy
@@ -17,13 +18,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import gate, measure, memory, shapes
+from benchmarks.inputs import shapes
+from benchmarks.measuring import gate, measure, memory
 from grpo_fast.testing import assert_as_accurate
 
 PROVIDERS = ("eager", "trl", "grpo_fast")
 VARIANTS = ("on-policy", "off-policy-kl")
 PROMPT = 16
-ROUNDS = 15
+ROUNDS = 7
 CHECKED_ROWS = 4096
 ENTROPY_ROWS = (
     256  # tokens at a time: a metric without a gradient needs no second copy of the logits
@@ -32,7 +34,7 @@ ENTROPY_ROWS = (
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """The shape of a Qwen2, and of the micro-batch it is stepped with."""
+    """A Qwen2's shape, and that of the micro-batch it takes a step with."""
 
     V: int
     D: int
@@ -52,51 +54,49 @@ MODELS = {
         "qwen2.5-7b": Model(152_064, 3584, 28, 28, 4, 18_944, B=4, T=1024, checked=128),
     },
 }
-# What a trainer has on the device, and what its results are held against: float64 logits of a 7B model, or
-# its weights, fit no GPU.
+# What a trainer has on the device, and what its results are held against: float64 logits of a 7B
+# model, or its weights, fit no GPU.
 DTYPES = {"cpu": (torch.float32, torch.float64), "cuda": (torch.bfloat16, torch.float32)}
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("name", MODELS[shapes.device().type])
-@pytest.mark.parametrize("provider", PROVIDERS)
-def bench_step(benchmark: Any, provider: str, name: str, variant: str) -> None:
+CASES = [
+    measure.Case("trl_step", name, variant, provider)
+    for name in MODELS[shapes.device().type]
+    for variant in VARIANTS
+    for provider in PROVIDERS
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def bench_step(benchmark: Any, case: measure.Case) -> None:
     memory.release()  # a trainer is in cycles with its callbacks
     device = shapes.device()
-    model, (dtype, exact) = MODELS[device.type][name], DTYPES[device.type]
+    model, (dtype, exact) = MODELS[device.type][case.shape], DTYPES[device.type]
     try:
-        trainer = _trainer(provider, variant, model, device, dtype)
-        errors = _check(trainer, _inputs(model, device, variant, model.checked), provider, exact)
-        inputs = _inputs(model, device, variant)
-        extra = memory.peak_extra_bytes(functools.partial(_discard, trainer, inputs))
-        benchmark.group = f"trl_step step {name} {variant}"
+        trainer = _trainer(case.provider, case.variant, model, dtype)
+        checked = _inputs(model, case.variant, model.checked)
+        errors = _check(trainer, checked, case.provider, exact)
+        inputs = _inputs(model, case.variant)
+        discard = functools.partial(_discard, trainer)
+        extra = memory.peak_extra_bytes(functools.partial(discard, inputs))
         benchmark.extra_info |= {
-            "stem": "trl_step",
-            "case": "step",
-            "provider": provider,
-            "shape": name,
-            "variant": variant,
+            **dataclasses.asdict(case),
             "sizes": {key: getattr(model, key) for key in ("B", "T", "V", "D", "layers")},
             "dtype": str(dtype).removeprefix("torch."),
             "live_tokens": int(inputs["completion_mask"].sum()),
-            "bytes": 0,
-            "flops": 0,
-            "roof": None,
-            "peak_extra_bytes": extra,
+            **{"bytes": 0, "flops": 0, "roof": None},
             "errors": errors,
         }
-        benchmark.pedantic(
-            _discard, setup=lambda: ((trainer, inputs), {}), rounds=ROUNDS, warmup_rounds=1
-        )
+        measure.take(benchmark, discard, lambda: inputs, extra, (ROUNDS, 1))
         measure.record(benchmark)
     except ImportError as reason:
-        measure.absent("trl_step", provider, str(reason))
+        measure.absent("trl_step", case.provider, str(reason))
     except torch.OutOfMemoryError:
-        measure.absent("trl_step", f"{provider} {name} {variant}", "out of memory")
+        measure.absent("trl_step", f"{case.provider} {case.shape} {case.variant}", "out of memory")
 
 
 def _step(trainer: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """(loss, gradient of the head)."""
+    """Take one step; return the loss and the gradient of the head."""
     model = trainer.model
     model.zero_grad(set_to_none=True)
     trainer._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
@@ -106,7 +106,7 @@ def _step(trainer: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def _discard(trainer: Any, inputs: dict[str, Tensor]) -> None:
-    """A step whose gradients are gone afterwards, as after an optimiser's."""
+    """Take a step and drop its gradients, as an optimiser would."""
     _step(trainer, inputs)
     trainer.model.zero_grad(set_to_none=True)
 
@@ -114,10 +114,11 @@ def _discard(trainer: Any, inputs: dict[str, Tensor]) -> None:
 def _check(
     trainer: Any, inputs: dict[str, Tensor], provider: str, exact: torch.dtype
 ) -> dict[str, float]:
-    """Loss and head gradient as near to plain logits in `exact` as plain logits in the model's dtype are.
+    """Hold loss and head gradient against plain logits in `exact`, as near as the model's dtype is.
 
     Returns:
-        The errors, in units of the largest true entry; of the loss, of the mean size of an advantage.
+        The errors, in units of the largest true entry; of the loss, of the mean size of an
+            advantage.
     """
     rows = _some_rows(inputs, trainer.model.config.vocab_size)
     loss, gradient = _step(trainer, inputs)
@@ -128,7 +129,8 @@ def _check(
         _plain_step(trainer, inputs, dtype, rows) for dtype in (trainer.model.dtype, exact)
     )
     size = inputs["advantages"].abs().mean().item()
-    # A single number may be right by luck: plain PyTorch's error in the loss is no yardstick in bfloat16.
+    # A single number may be right by luck: plain PyTorch's error in the loss is no yardstick in
+    # bfloat16.
     floor = max(1e-5, torch.finfo(trainer.model.dtype).eps)
     errors = {}
     try:
@@ -144,7 +146,7 @@ def _check(
 
 
 def _some_rows(inputs: dict[str, Tensor], V: int) -> Tensor:
-    """Of the head: those of the tokens that are scored, where the gradient is largest, and some of all."""
+    """Choose rows of the head: the scored ones, where the gradient is largest, and some of all."""
     ids = inputs["completion_ids"].flatten()
     spread = torch.linspace(0, V - 1, min(V, CHECKED_ROWS), device=ids.device).long()
     return torch.cat([spread, ids]).unique()
@@ -153,7 +155,7 @@ def _some_rows(inputs: dict[str, Tensor], V: int) -> Tensor:
 def _plain_step(
     trainer: Any, inputs: dict[str, Tensor], dtype: torch.dtype, rows: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """(loss, gradient of some rows of the head) of TRL on plain logits in `dtype`; no other is taken."""
+    """Compute loss and some rows of the head's gradient with TRL on plain logits in `dtype`."""
     from trl.trainer.grpo_trainer import GRPOTrainer
 
     memory.release()
@@ -172,7 +174,7 @@ def _plain_step(
 
 
 def _plain_log_probs(temperature: float) -> Any:
-    """TRL's hook for log-probs, from logits, as lean as `eager` is elsewhere."""
+    """Make TRL's hook for log-probs from logits, as lean as `eager` is elsewhere."""
 
     def function(
         model: Any, ids: Tensor, mask: Tensor, T: int, **_: Any
@@ -192,9 +194,7 @@ def _plain_log_probs(temperature: float) -> Any:
     return function
 
 
-def _trainer(
-    provider: str, variant: str, shape: Model, device: torch.device, dtype: torch.dtype
-) -> Any:
+def _trainer(provider: str, variant: str, shape: Model, dtype: torch.dtype) -> Any:
     from datasets import Dataset
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
@@ -218,6 +218,7 @@ def _trainer(
         pad_token_id=0,
         dtype=dtype,
     )
+    device = shapes.device()
     with device:
         model: Any = Qwen2ForCausalLM(config)
     model = model.to(dtype)
@@ -241,9 +242,7 @@ def _trainer(
         processing_class=tokenizer,
     )
     trainer.current_gradient_accumulation_steps = 1
-    if (
-        variant == "off-policy-kl"
-    ):  # TRL would load a reference model from the hub; here the log-probs are given
+    if variant == "off-policy-kl":  # the log-probs are given: TRL would load a reference model
         trainer.args.beta = trainer.beta = 0.04
     if provider == "eager":
         trainer._get_per_token_logps_and_entropies = _plain_log_probs(trainer.temperature)
@@ -253,10 +252,8 @@ def _trainer(
     return trainer
 
 
-def _inputs(
-    shape: Model, device: torch.device, variant: str, T: int | None = None
-) -> dict[str, Tensor]:
-    """Completions that end at random, the first at the end."""
+def _inputs(shape: Model, variant: str, T: int | None = None) -> dict[str, Tensor]:
+    """Make completions that end at random places, the first at its last token."""
     generator = torch.Generator().manual_seed(0)
     B, T = shape.B, T or shape.T
     ids = torch.randint(2, shape.V, (B, PROMPT + T), generator=generator)
@@ -275,4 +272,4 @@ def _inputs(
         near = -torch.tensor(float(shape.V)).log()  # a random model is nearly uniform
         for name in ("old_per_token_logps", "ref_per_token_logps"):
             inputs[name] = near + 0.1 * torch.randn(B, T, generator=generator)
-    return {name: x.to(device) for name, x in inputs.items()}
+    return {name: x.to(shapes.device()) for name, x in inputs.items()}

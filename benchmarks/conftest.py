@@ -1,9 +1,9 @@
-"""Options of the benchmarks, and what is written besides the times: machine, commit, who is missing."""
+"""Add the benchmarks' options, choose and order the cases, and record what was measured."""
 
 import contextlib
+import faulthandler
 import os
 import signal
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,32 +11,33 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import inputs, machine, measure, providers, results, timing
+from benchmarks import providers
+from benchmarks.measuring import machine, measure
+from benchmarks.measuring.recorder import Recorder
 
-PLUGIN = "benchmark"  # pytest-benchmark's name among pytest's plugins
-# In the names of files, in this order; those of tokens alone come last.
+# Order of the files, by their names; those of tokens alone come last.
 KINDS = ("bench_grpo", "bench_logprob", "bench_linear_grpo", "bench_linear")
-# Seconds of one benchmark on a GPU. After them it hangs, and `run_all` goes on in a new process.
-LIMIT = 60.0
+# What runs on a CPU without --full: the first case of each kernel, of these libraries.
+QUICK = ("eager", "grpo_fast")
+# Seconds that one benchmark may take on a GPU, where the environment names them. `run_all` does,
+# and goes on in a new process.
+LIMIT_VARIABLE = "GRPO_FAST_LIMIT"
 
 
 @contextlib.contextmanager
 def limited(seconds: float | None) -> Iterator[None]:
-    """Kill this process if what is inside takes longer."""
-    if seconds is None:
-        yield
-        return
-    timer = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL))
-    timer.daemon = True
-    timer.start()
+    """End this process if what is inside takes longer, and say where it was."""
+    if seconds is not None:
+        faulthandler.dump_traceback_later(seconds, exit=True, file=2)
     try:
         yield
     finally:
-        timer.cancel()
+        faulthandler.cancel_dump_traceback_later()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("grpo_fast")
+    group.addoption("--full", action="store_true", help="every case and library, on a CPU too")
     group.addoption("--results", type=Path, help="JSON file, written anew after each measurement")
     group.addoption("--resume", action="store_true", help="leave out what --results has already")
     group.addoption("--library", action="append", help="only this library's providers; repeatable")
@@ -45,27 +46,39 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise pytest.UsageError("TRITON_INTERPRET=1: the time of an interpreter means nothing")
-    if not config.pluginmanager.hasplugin(PLUGIN):
-        config.pluginmanager.register(timing, "grpo_fast-timing")
+    if not config.pluginmanager.hasplugin("benchmark"):
+        raise pytest.UsageError("the benchmarks need pytest-benchmark: pip install -e '.[bench]'")
     config.option.showcapture = "no"  # the log of torch.compile, thousands of lines on a failure
     path = config.getoption("results", default=None)
     resume = config.getoption("resume", default=False)
-    measure.RECORDER[:] = [results.Recorder(path, resume)] if path else []
+    measure.RECORDER[:] = [Recorder(path, resume)] if path else []
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    turns = _turns(items)
+    if not torch.cuda.is_available() and not config.getoption("full", default=True):
+        left = [x for x in items if turns[x] == 0 and _library(x) in (*QUICK, None)]
+        config.hook.pytest_deselected(items=[x for x in items if x not in left])
+        items[:] = left
     wanted = config.getoption("library", default=None)
     if wanted:
         items[:] = [item for item in items if _library(item) in wanted]
     if measure.RECORDER:
         done = measure.RECORDER[0].finished()
         items[:] = [item for item in items if _key(item) not in done]
-    _first_cases_first(items)
+
+    def place(item: pytest.Item) -> tuple[bool, int, int]:
+        kind = next((i for i, word in enumerate(KINDS) if word in item.path.stem), len(KINDS))
+        return _library(item) == "compile", turns[item], kind
+
+    # The first case of every file, then the second: what there is no time for matters least. Cases
+    # from hidden states are next to each other, as they share their inputs. What is compiled comes
+    # last.
+    items.sort(key=place)
     for item in items:
         # Providers warn as they compile; this project's own warnings are errors in tests/.
         item.add_marker(pytest.mark.filterwarnings("ignore"))
-        if config.pluginmanager.hasplugin(PLUGIN):
-            item.add_marker(pytest.mark.benchmark(timer=machine.synced_time, disable_gc=True))
+        item.add_marker(pytest.mark.benchmark(timer=machine.synced_time, disable_gc=True))
 
 
 @pytest.hookimpl(wrapper=True)
@@ -73,7 +86,8 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     if not measure.RECORDER:
         return (yield)
     measure.RECORDER[0].start(_key(item))
-    with limited(LIMIT if torch.cuda.is_available() else None):
+    limit = os.environ.get(LIMIT_VARIABLE) if torch.cuda.is_available() else None
+    with limited(float(limit) if limit else None):
         result = yield
     if machine.lost():  # `run_all` goes on in a new process
         os.kill(os.getpid(), signal.SIGKILL)
@@ -81,50 +95,27 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     return result
 
 
-def _first_cases_first(items: list[pytest.Item]) -> None:
-    """The first case of every file, then the second of every file: what there is no time for matters least.
+def _turns(items: list[pytest.Item]) -> dict[pytest.Item, int]:
+    """Number each item by its case: 0 for the first case of its file, 1 for the second, and so on."""
+    seen: dict[Path, dict[Any, int]] = {}
+    turns = {}
+    for item in items:
+        case = _case(item)
+        where = (case.shape, case.variant) if case else None
+        known = seen.setdefault(item.path, {})
+        turns[item] = known.setdefault(where, len(known))
+    return turns
 
-    Within a case those that start from hidden states come after those on logits, next to each other, since
-    they share their inputs; then those of tokens alone. What torch.compile compiles, for minutes, comes last.
-    """
-    cases: dict[Path, dict[Any, int]] = {}
 
-    def place(item: pytest.Item) -> tuple[bool, int, int]:
-        call = getattr(item, "callspec", None)
-        case = [x for name, x in call.params.items() if name != "provider"] if call else []
-        seen = cases.setdefault(item.path, {})
-        turn = seen.setdefault(tuple(case), len(seen))
-        kind = next((i for i, word in enumerate(KINDS) if word in item.path.stem), len(KINDS))
-        return _library(item) == "compile", turn, kind
-
-    items.sort(key=place)
+def _case(item: pytest.Item) -> Any:
+    call = getattr(item, "callspec", None)
+    return call.params.get("case") if call else None
 
 
 def _library(item: pytest.Item) -> str | None:
-    call = getattr(item, "callspec", None)
-    return providers.library(call.params["provider"]) if call else None
+    case = _case(item)
+    return providers.library(case.provider) if case else None
 
 
 def _key(item: pytest.Item) -> str:
-    return results.key(item.path.stem.removeprefix("bench_"), item.name)
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:
-    inputs.rotation.cache_clear()
-    machine_info.clear()  # hostname, kernel build, every CPU flag
-    machine_info |= machine.describe() | {"absent": dict(measure.ABSENT)}
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_benchmark_update_commit_info(config: pytest.Config, commit_info: dict) -> None:
-    commit_info.clear()
-    commit_info["id"] = machine.commit()
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_benchmark_update_json(
-    config: pytest.Config, benchmarks: list[Any], output_json: dict
-) -> None:
-    for entry in output_json["benchmarks"]:
-        entry["stats"].pop("data", None)
+    return f"{item.path.stem.removeprefix('bench_')} {item.name}"

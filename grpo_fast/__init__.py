@@ -1,8 +1,8 @@
-"""grpo_fast: the loss stage of GRPO-style post-training, fused.
+"""The fused loss stage of GRPO-style post-training.
 
-`grpo_fast.loss` holds the losses, `grpo_fast.ops` the differentiable operations they are made of,
-`grpo_fast.reference` the definitions in plain PyTorch. The functions that most programs need can be
-imported from `grpo_fast` itself.
+`grpo_fast.loss` holds the losses. `grpo_fast.ops` holds the differentiable operations that they
+consist of. `grpo_fast.reference` has the definitions in plain PyTorch. The functions that most
+programs need can be imported from `grpo_fast` itself.
 """
 
 import importlib
@@ -46,7 +46,8 @@ __all__ = [
 ]
 __version__ = "0.1.0"
 
-# Loaded at first use (PEP 562): a configuration that only needs `Objective` need not pay for the operators.
+# These are loaded at first use (PEP 562), so that a program that only needs `Objective` does not
+# load the operators.
 _MODULES = ("diagnostics", "loss", "ops", "presets", "reference", "weights")
 _HOME = {
     "LossOutput": "loss",
@@ -68,7 +69,7 @@ def __getattr__(name: str) -> Any:
     found = importlib.import_module(f"{__name__}.{_HOME.get(name, name)}")
     if name in _HOME:
         found = getattr(found, name)
-    globals()[name] = found  # from now on without this function
+    globals()[name] = found  # the next access does not call this function
     return found
 
 

@@ -1,4 +1,4 @@
-"""Argument checks shared by the ops and losses: what is wrong, by name, with the offending value."""
+"""Argument checks of the ops and losses: errors name the argument and the offending value."""
 
 import math
 import os
@@ -16,14 +16,16 @@ LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def shape_of(x: Tensor) -> str:
-    """As it is written in Python: (2, 3)."""
+    """Return the shape as Python writes it: (2, 3)."""
     return str(tuple(x.shape))
 
 
 def check_tensor(op: str, name: str, x: object) -> Tensor:
-    """x, if it is a tensor whose elements lie in the memory of this process, one stride per dimension.
+    """Return x if it is a tensor that the operators take; refuse anything else.
 
-    The operators have no rule for other kinds; PyTorch's own errors advise conversions that do not help.
+    Its elements must lie in the memory of this process, with one stride per dimension. The
+    operators have no rule for other kinds of tensors, and PyTorch's own errors advise conversions
+    that do not help.
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: {name}: want a tensor, got {type(x).__name__}")
@@ -43,12 +45,12 @@ def check_tensor(op: str, name: str, x: object) -> Tensor:
 
 
 def is_dtensor(x: object) -> bool:
-    """Whether x is a tensor that processes share (`torch.distributed.tensor`)."""
+    """Whether x is a DTensor, a tensor that processes share (`torch.distributed.tensor`)."""
     return isinstance(x, Tensor) and hasattr(x, "placements") and hasattr(x, "to_local")
 
 
 def _instead_of_dtensor(name: str) -> str:
-    """What to give in its place."""
+    """Return the end of an error message: what to pass in place of a DTensor."""
     if name in ("weight", "bias", "lora A", "lora B", "dw_out"):
         return (
             "under FSDP call this inside the forward of the module that owns it, where it has been gathered "
@@ -66,14 +68,18 @@ def _instead_of_dtensor(name: str) -> str:
 
 
 def check_no_tangent(op: str, name: str, x: Tensor) -> None:
-    """Refuse forward-mode derivatives, which a custom operator would silently make 0, and torch.func.grad."""
+    """Refuse forward-mode derivatives and torch.func.grad.
+
+    A custom operator would silently return a forward-mode derivative of 0.
+    """
     if torch.compiler.is_compiling():
         return
     if torch.autograd.forward_ad.unpack_dual(x).tangent is not None:
         raise NotImplementedError(
             f"{op}: {name} carries a tangent, but there is no forward-mode derivative (torch.func.jvp)"
         )
-    if torch._C._functorch.is_gradtrackingtensor(x):  # those of jvp are, too: hence the order
+    # A tensor of jvp would pass this test, too, so the check above comes first.
+    if torch._C._functorch.is_gradtrackingtensor(x):
         raise NotImplementedError(
             f"{op}: {name} is differentiated by torch.func (grad, vjp, jacrev), which custom operators do "
             "not support; use backward() or torch.autograd.grad"
@@ -81,7 +87,7 @@ def check_no_tangent(op: str, name: str, x: Tensor) -> None:
 
 
 def check_logits(op: str, logits: Tensor, ids: Tensor, ids_name: str) -> Tensor:
-    """`logits` as (B, T, V) without a copy; (N, V) becomes (1, N, V)."""
+    """Check logits and ids; return the logits as (B, T, V) without a copy; (N, V) becomes (1, N, V)."""
     check_tensor(op, "logits", logits)
     check_tensor(op, ids_name, ids)
     check_no_tangent(op, "logits", logits)
@@ -116,7 +122,10 @@ def check_logits(op: str, logits: Tensor, ids: Tensor, ids_name: str) -> Tensor:
 
 
 def check_ids(op: str, name: str, ids: Tensor, mask: Tensor | None, V: int) -> Tensor:
-    """(N,) int64 ids; where the mask is 0 they are never read and may be anything."""
+    """Check ids; return them as (N,) int64 or int32, contiguous.
+
+    Where the mask is 0 they are never read and may hold any value.
+    """
     if ids.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{op}: {name}: want int32 or int64, got {ids.dtype}")
     if check_values(ids):
@@ -134,7 +143,7 @@ def check_ids(op: str, name: str, ids: Tensor, mask: Tensor | None, V: int) -> T
 def per_token(
     op: str, name: str, x: Tensor | None, like: Tensor, dtype: torch.dtype = torch.float32
 ) -> Tensor | None:
-    """`x`, of the shape of `like` (the ids), flattened to (N,) `dtype`."""
+    """Check `x`, one value per token; return it as (N,) in `dtype`, contiguous."""
     if x is None:
         return None
     check_tensor(op, name, x)
@@ -143,11 +152,11 @@ def per_token(
         raise ValueError(f"{op}: {name}: want {tuple(like.shape)}, got {shape_of(x)}{hint}")
     check_device(op, name, x, like)
     check_real(op, name, x)
-    return x.detach().reshape(-1).to(dtype).contiguous()  # reshape may leave a stride of 0
+    return x.detach().reshape(-1).to(dtype).contiguous()  # after reshape the stride may be 0
 
 
 def _expanded(name: str, x: Tensor, like: Tensor) -> str:
-    """What to pass in the place of one value per sequence, where each token needs its own."""
+    """Return the end of an error message: how to turn one value per sequence into one per token."""
     if like.ndim != 2 or tuple(x.shape) not in ((len(like),), (len(like), 1)):
         return ""
     column = f"{name}[:, None]" if x.ndim == 1 else name
@@ -155,7 +164,7 @@ def _expanded(name: str, x: Tensor, like: Tensor) -> str:
 
 
 def check_shape(op: str, name: str, x: Tensor, shapes: tuple[tuple[int, ...], ...]) -> None:
-    """Refuse a shape that is none of these."""
+    """Refuse a tensor whose shape is none of these."""
     if tuple(x.shape) not in shapes:
         *others, last = (str(shape) for shape in dict.fromkeys(shapes))
         wanted = f"{', '.join(others)} or {last}" if others else last
@@ -163,16 +172,16 @@ def check_shape(op: str, name: str, x: Tensor, shapes: tuple[tuple[int, ...], ..
 
 
 def check_real(op: str, name: str, x: Tensor) -> None:
-    """Any dtype of real numbers will do: it is converted to float32."""
+    """Refuse complex numbers. Every real dtype is taken and converted to float32."""
     if x.dtype.is_complex:
         raise TypeError(f"{op}: {name}: want real numbers, got {x.dtype}")
 
 
 def check_constant(op: str, name: str, x: object) -> None:
-    """A tensor in which a loss is not differentiated may not ask for its gradient: it would get none.
+    """Refuse a constant argument that requires grad: no gradient would reach it.
 
-    Log-probs of other policies are taken as they come: every trainer holds them constant, and a reference
-    that was scored with a graph, or `old_logps=logps`, is common.
+    This check is not for log-probs of other policies: every trainer holds them constant, and a
+    reference that was scored with a graph, or `old_logps=logps`, is common.
     """
     if isinstance(x, Tensor):
         check_tensor(op, name, x)
@@ -185,7 +194,7 @@ def check_constant(op: str, name: str, x: object) -> None:
 
 
 def check_held(op: str, name: str, x: object, like: Tensor) -> None:
-    """A number may lie on any device but meta, where there are no values."""
+    """Refuse a tensor on the meta device, which holds no values; a number may lie on any other device."""
     if isinstance(x, Tensor) and x.is_meta and not like.is_meta:
         raise ValueError(
             f"{op}: {name} is on meta, which holds no values: want a number or a tensor on {like.device}"
@@ -193,15 +202,18 @@ def check_held(op: str, name: str, x: object, like: Tensor) -> None:
 
 
 def check_device(op: str, name: str, x: Tensor, like: Tensor) -> None:
-    """x must be where the others are: nothing is moved silently."""
+    """Refuse an x that is not on the device of the others: nothing is moved silently."""
     if x.device != like.device:
         raise ValueError(f"{op}: {name} is on {x.device}, the other arguments on {like.device}")
 
 
 def check_mask(op: str, mask: Tensor | None, like: Tensor, anywhere: bool = False) -> Tensor | None:
-    """(N,) bool: whether a token counts. Any nonzero number does. `anywhere`: it may be on the CPU.
+    """Check a mask; return which tokens count, (N,) bool: those whose value is not 0.
 
-    What a floating mask weighs is `mask_share`.
+    `mask_share` returns the weights of a floating mask.
+
+    Args:
+        anywhere: whether the mask may be on the CPU while the other arguments are not.
     """
     if mask is None:
         return None
@@ -230,7 +242,7 @@ def check_mask(op: str, mask: Tensor | None, like: Tensor, anywhere: bool = Fals
 
 
 def _other_mask(mask: Tensor, like: Tensor) -> str:
-    """What to pass in the place of a mask that is made for something else."""
+    """Return the end of an error message: what to pass in place of a mask made for another purpose."""
     if mask.ndim == 4:
         return (
             "; it is a mask of the attention, from token to token: want one entry per scored token, "
@@ -248,22 +260,23 @@ def _other_mask(mask: Tensor, like: Tensor) -> str:
 
 
 def floating_mask(mask: Tensor | None, like: Tensor) -> Tensor | None:
-    """(N,) on the device of `like`: a mask that weighs, in its own dtype. None: it is not floating."""
+    """Return a floating mask as (N,) on the device of `like`, in its own dtype; None for other masks."""
     if mask is None or not mask.is_floating_point():
         return None
     return mask.detach().to(like.device, non_blocking=True).reshape(-1).contiguous()
 
 
 def share_of(floating: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The weight that a floating mask gives each token, in `dtype`.
+    """Return the weight that a floating mask gives each token, in `dtype`.
 
-    A negative weight, which nobody looks for on a GPU, is NaN: an additive mask must not look right.
+    A negative weight becomes NaN. On a GPU nobody looks for one, and an additive mask must not give
+    a result that looks right.
     """
     return torch.nn.functional.threshold(floating.to(dtype), -SMALLEST, math.nan)
 
 
 def mask_share(mask: Tensor | None, like: Tensor) -> Tensor | None:
-    """(N,) fp32 on the device of `like`: what a floating mask weighs each token with. None: 1 or 0."""
+    """Return the weights of a floating mask, (N,) fp32 on the device of `like`; None for other masks."""
     floating = floating_mask(mask, like)
     return None if floating is None else share_of(floating)
 
@@ -271,7 +284,7 @@ def mask_share(mask: Tensor | None, like: Tensor) -> Tensor | None:
 def check_temperature(
     op: str, temperature: float | Tensor, like: Tensor, mask: Tensor | None
 ) -> tuple[Tensor | None, Tensor]:
-    """(per-token temperatures (N,) or None, 1 / the common temperature as an operand)."""
+    """Check temperatures; return those per token (N,), or None, and 1 / the common one as an operand."""
     check_constant(op, "temperature", temperature)
     check_held(op, "temperature", temperature, like)
     if isinstance(temperature, Tensor) and temperature.ndim > 0:
@@ -285,7 +298,7 @@ def check_temperature(
                 value = values[bad][0].item()
                 raise ValueError(f"{op}: temperature: want {POSITIVE}, got {value}")
         return values, operand(1.0)
-    if isinstance(temperature, Tensor):  # 0-dim: stays on its device
+    if isinstance(temperature, Tensor):  # 0-dim: it stays on its device
         if not check_values(temperature):
             return temperature.detach().float().expand(like.numel()).contiguous(), operand(1.0)
         temperature = float(temperature)
@@ -307,7 +320,7 @@ def check_targets(
     mask: Tensor | None,
     temperature: float | Tensor,
 ) -> Targets:
-    """Check which entries of rows of logits are scored, and how; return it flat."""
+    """Check which entries of rows of logits are scored, and at which temperature; return them flat."""
     check_device(op, name, ids, logits)
     live = check_mask(op, mask, ids)
     flat = check_ids(op, name, ids, live, logits.shape[-1])
@@ -315,7 +328,7 @@ def check_targets(
 
 
 def check_cu_seqlens(op: str, cu_seqlens: Tensor, ids: Tensor) -> Tensor:
-    """(num_seqs + 1,) int boundaries: 0, ..., N, never decreasing."""
+    """Check the boundaries of packed sequences, (num_seqs + 1,) int: 0, ..., N, never decreasing."""
     check_tensor(op, "cu_seqlens", cu_seqlens)
     if ids.ndim != 1:
         raise ValueError(
@@ -345,7 +358,7 @@ def check_cu_seqlens(op: str, cu_seqlens: Tensor, ids: Tensor) -> Tensor:
 def check_number(
     op: str, name: str, value: float, minimum: float = 0.0, high: float = math.inf
 ) -> None:
-    """Refuse what is not a finite number within the bounds, both included."""
+    """Refuse anything but a finite number within the bounds, both included."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{op}: {name}: want a number, got {value!r}{hint(name, value)}")
     if not (minimum <= value <= high and value < math.inf):
@@ -354,7 +367,7 @@ def check_number(
 
 
 def check_count(op: str, name: str, x: object) -> int:
-    """An int above 0."""
+    """Return x if it is an int above 0; refuse anything else."""
     if isinstance(x, bool) or not isinstance(x, int):
         raise TypeError(f"{op}: {name}: want an int, got {x!r}")
     if x <= 0:
@@ -363,7 +376,7 @@ def check_count(op: str, name: str, x: object) -> int:
 
 
 def check_positive(op: str, name: str, x: object) -> None:
-    """A number above 0, finite."""
+    """Refuse anything but a finite number above 0."""
     if isinstance(x, bool) or not isinstance(x, (int, float)):
         raise TypeError(f"{op}: {name}: want a number, got {x!r}{hint(name, x)}")
     if not SMALLEST <= x <= LARGEST:
@@ -371,9 +384,12 @@ def check_positive(op: str, name: str, x: object) -> None:
 
 
 def check_values(x: Tensor) -> bool:
-    """Whether argument values are looked at: always on the CPU, elsewhere on GRPO_FAST_VALIDATE=1.
+    """Whether the values of an argument are checked.
 
-    On a GPU the look would be a host sync; in a compiled graph, a graph break.
+    They always are on the CPU, elsewhere with GRPO_FAST_VALIDATE=1.
+
+    On a GPU the check is a host sync. In a compiled graph it would be a graph break, so there it is
+    left out.
     """
     if torch.compiler.is_compiling():
         return False

@@ -1,8 +1,9 @@
-"""What an objective does to each token, for a trainer's own metrics: ratios, bounds, losses, divergences.
+"""The values of an objective at each token: ratios, bounds, losses, divergences.
 
-The losses report means (`LossOutput.metrics`); a trainer that reduces in a way of its own, or wants to know
-which tokens were clipped, finds the same per token here. Computed by the code that the losses are computed by
-where there is no GPU (`grpo_fast.ops`); nothing is differentiated, nothing waits for the GPU.
+The losses report means (`LossOutput.metrics`). A trainer that reduces in its own way, or wants to
+know which tokens were clipped, finds the values per token here. They are computed by the code that
+computes the losses where there is no GPU (`grpo_fast.torch_kernels`). Nothing is differentiated,
+and nothing waits for the GPU.
 """
 
 from typing import NamedTuple
@@ -30,22 +31,34 @@ __all__ = ["TokenDiagnostics", "kl_estimate", "token_diagnostics"]
 
 
 class TokenDiagnostics(NamedTuple):
-    """Per token, of the shape of `logps`, detached, float32 or bool; 0, False or a ratio of 1 where masked.
+    """Values per token, of the shape of `logps`, detached; 0, False or a ratio of 1 where masked.
+
+        >>> A, old = torch.tensor([1.0, -1.0]), torch.zeros(2, 1)
+        >>> found = token_diagnostics(torch.tensor([[0.5], [0.5]]), old, A)
+        >>> found.outside.tolist(), found.clipped.tolist()
+        ([[True], [True]], [[True], [False]])
+
+    d = logp - old_logp, A is the advantage. Ratios, losses and KL are float32, the others bool.
 
     Attributes:
-        log_ratio: d, of its sequence where `objective.ratio` is not "token", before any clamp.
-        ratio: exp of d within the objective's bounds of the log-ratio.
-        bounded_ratio: `ratio` within [1 - epsilon_low, 1 + epsilon_high].
-        outside: beyond what the surrogate bounds, whatever the advantage: the ratio ("clip", "cispo",
-            "rollout_is"), the token's own d ("gmpo"), the change of its probability ("ipo"), the divergence
-            ("dppo_tv", "dppo_kl": what their mask drops). Nowhere for the others.
-        clipped_low: below where A < 0 (DPPO: outside there); the mean is the metric "clip_fraction_low".
-        clipped_high: above where A > 0 (DPPO: outside there); the mean is "clip_fraction_high".
-        clipped_dual: above `delta` or `dual_clip`, and A < 0; the mean is "clip_fraction_dual".
-        capped: not outside, and the ratio above `ratio_cap` (DPPO).
-        dropped: left out by `off_policy_threshold`.
+        log_ratio: d before any clamp; its mean over the sequence where `objective.ratio` is not
+            "token" (for "gmpo" the mean of the bounded d).
+        ratio: exp of `log_ratio` after the clamps of the objective (`log_ratio_clip`,
+            `log_ratio_max`).
+        bounded_ratio: `ratio` clamped to [1 - epsilon_low, 1 + epsilon_high].
+        outside: the token is outside the bounds of the surrogate, whatever the sign of A. Bounded
+            are the ratio ("clip", "cispo", "rollout_is"), the token's own d ("gmpo"), the change of
+            its probability ("ipo"), the divergence ("dppo_tv", "dppo_kl": what their mask drops).
+            False for the others.
+        clipped_low: below the bounds, and A < 0 (DPPO: outside, and A < 0). Its mean is the metric
+            "clip_fraction_low".
+        clipped_high: above the bounds, and A > 0 (DPPO: outside, and A > 0). Its mean is
+            "clip_fraction_high".
+        clipped_dual: above `delta` or `dual_clip`, and A < 0. Its mean is "clip_fraction_dual".
+        capped: not outside, and the ratio is above `ratio_cap` (DPPO).
+        dropped: `off_policy_threshold` leaves out its surrogate.
         loss: surrogate + beta * KL, before any weight.
-        kl: to the reference, by the objective's estimator; 0 without `ref_logps`.
+        kl: the divergence from the reference, by the objective's estimator; 0 without `ref_logps`.
     """
 
     log_ratio: Tensor
@@ -62,7 +75,7 @@ class TokenDiagnostics(NamedTuple):
 
     @property
     def clipped(self) -> Tensor:
-        """Below where A < 0 or above where A > 0: where "clip" has no gradient."""
+        """The tokens outside the bounds on the side where the surrogate "clip" has no gradient."""
         return self.clipped_low | self.clipped_high
 
 
@@ -77,18 +90,35 @@ def token_diagnostics(
     cu_seqlens: Tensor | None = None,
     objective: Objective = Objective(),
 ) -> TokenDiagnostics:
-    """What `policy_loss` with the same arguments makes of each token; see `TokenDiagnostics`.
+    """Return the values that `policy_loss` computes for each token from the same arguments.
+
+        >>> logps, old, A = -torch.rand(2, 3), -torch.rand(2, 3), torch.tensor([1.0, -1.0])
+        >>> found = token_diagnostics(logps, old, A)
+        >>> torch.testing.assert_close(found.ratio, (logps - old).exp())
+        >>> out = policy_loss(logps, advantages=A, old_logps=old)
+        >>> torch.testing.assert_close(found.loss.mean(), out.loss)
+        >>> share = found.clipped_low.float().mean()
+        >>> torch.testing.assert_close(share, out.metrics["clip_fraction_low"])
 
     Args:
         logps: (B, T) padded or (N,) packed.
         old_logps: the same shape; None: on policy, the ratio is 1.
-        advantages: (B,), (B, 1) or the same shape; packed (num_seqs,), (num_seqs, 1) or the same shape.
-        mask: the same shape; where it is 0 nothing is read. A floating one weighs means over a sequence.
-        ref_logps: the same shape.
-        cu_seqlens: (num_seqs + 1,) boundaries of packed tokens; without it they are one sequence.
+        advantages: (B,), (B, 1) or the same shape; packed (num_seqs,), (num_seqs, 1) or the same
+            shape.
+        mask: the same shape. Where it is 0 nothing is read. A floating mask weighs means over a
+            sequence.
+        ref_logps: the same shape; needed where `objective.beta` is not 0.
+        cu_seqlens: (num_seqs + 1,) boundaries of packed tokens. Without it they are one sequence.
+        objective: as in `policy_loss`; `Objective` has the formulas and their papers.
+
+    Returns:
+        `TokenDiagnostics`.
 
     Raises:
-        ValueError: another shape, by name; an objective with a KL term and no `ref_logps`.
+        ValueError: a shape that does not fit, with the name of the argument; an objective with a KL
+            term and no `ref_logps`.
+
+    Sources: the clipped ratio is PPO's, arXiv 1707.06347; for the other objectives see `Objective`.
     """
     op = "token_diagnostics"
     shape = checks.check_tensor(op, "logps", logps).shape
@@ -114,7 +144,7 @@ def token_diagnostics(
     sequences = Sequences(cu_seqlens, shape[-1], share, None)
     found = ratio_terms(logp - old, A, live, sequences, objective)
     ratio = found.bounded.exp()
-    own = torch.ones_like(ratio)  # of derivatives, which nobody wants here
+    own = torch.ones_like(ratio)  # it enters derivatives alone, which are not wanted here
     tokens = Tokens(torch.ones_like(logp), A, old, ref, poisoned(None, found), None, None, None)
     terms = policy_terms(
         logp, tokens, Ratio(found.bounded, own, found.log_w, found.dropped), objective
@@ -150,13 +180,23 @@ def token_diagnostics(
 def kl_estimate(
     logps: Tensor, ref_logps: Tensor, objective: Objective = Objective(kl="k3")
 ) -> Tensor:
-    """The estimate of KL(policy || reference) from each token alone, by `objective.kl` and its clamps.
+    """Return the estimate of KL(policy || reference) from each token alone.
 
-    Equivalent, for k3, to `(ref_logps - logps).exp() - (ref_logps - logps) - 1`. Elementwise, float32,
-    detached: NaN where an argument is.
+        >>> logps, ref = -torch.rand(2, 3), -torch.rand(2, 3)
+        >>> q = ref - logps
+        >>> torch.testing.assert_close(diagnostics.kl_estimate(logps, ref), q.exp() - q - 1)
+
+    Args:
+        logps, ref_logps: of equal shapes, any shape. Where one is NaN the result is NaN.
+        objective: gives the estimator `kl` and its clamps `kl_gap_clip` and `kl_value_clip`.
+
+    Returns:
+        Float32, of the same shape, detached.
 
     Raises:
         ValueError: "k3_unbiased", which needs the ratio to the policy that sampled.
+
+    Source: J. Schulman, "Approximating KL divergence" (2020).
     """
     if objective.kl == "k3_unbiased":
         raise ValueError(

@@ -1,9 +1,10 @@
-"""A writer of the library in the layout of Hugging Face's kernel hub: `python -m grpo_fast.hub FOLDER`.
+"""Write the library in the layout of Hugging Face's kernel hub: `python -m grpo_fast.hub FOLDER`.
 
-It writes FOLDER/build/torch-universal, pure Python for every backend, with its `metadata.json`, and a README.
-`kernels.get_local_kernel(FOLDER)` loads it (kernels 0.17.2). Once FOLDER is a hub repository, `get_kernel`
-loads it. The hub gives the package a name of its own, and grpo_fast may be installed beside it. So imports
-become relative, and the namespace of the operators depends on the sources.
+It writes FOLDER/build/torch-universal, pure Python for every backend, with its `metadata.json`, and
+a README. `kernels.get_local_kernel(FOLDER)` loads it (kernels 0.17.2). Once FOLDER is a repository
+on the hub, `get_kernel` loads it. The hub loads a package under another name, perhaps next to an
+installed grpo_fast. So imports are made relative, and the operators get a namespace that depends on
+the sources.
 """
 
 import argparse
@@ -17,7 +18,7 @@ import grpo_fast
 
 SOURCE = Path(grpo_fast.__file__).parent
 LEFT_OUT = {"integrations", "trainer", "hub.py", "__pycache__"}
-VERSION = 1  # the kernel's version, an int: raise it with every publication that breaks callers
+VERSION = 1  # of the kernel package, an int: raise it with every publication that breaks callers
 README = """---
 library_name: kernels
 license: apache-2.0
@@ -37,7 +38,7 @@ loss = grpo_fast.grpo_loss(logits, completion_ids, advantages=advantages, mask=m
 
 
 def modules() -> dict[Path, str]:
-    """Return the text of every module of the kernel package, by its path there."""
+    """Return the text of every module of the kernel package, by its path in the package."""
     found = {}
     # In a checkout `kernels` is a link, which rglob does not follow.
     for path in sorted({*SOURCE.rglob("*.py"), *(SOURCE / "kernels").glob("*.py")}):
@@ -48,10 +49,12 @@ def modules() -> dict[Path, str]:
 
 
 def relocated(text: str, depth: int, namespace: str) -> str:
-    """Return a module's text with relative imports, and its operators in `namespace`.
+    """Return a module's text for a package of any name.
+
+    Imports become relative, and operators get the `namespace`.
 
     Args:
-        depth: how many folders below the package the module is.
+        depth: how many folders of the package the module is in.
     """
     here = "." * (depth + 1)
     text = re.sub(r"^(\s*from )grpo_fast( import )", rf"\1{here}\2", text, flags=re.MULTILINE)
@@ -60,7 +63,10 @@ def relocated(text: str, depth: int, namespace: str) -> str:
 
 
 def build(folder: Path) -> Path:
-    """Write the kernel package into `folder`; return the new folder of its only variant."""
+    """Write the kernel package into `folder`, and return the folder of its one variant.
+
+    If the folder exists, it is deleted first.
+    """
     found = modules()
     digest = hashlib.sha256("".join(f"{k}{v}" for k, v in found.items()).encode()).hexdigest()[:8]
     name = f"grpo_fast_{digest}"

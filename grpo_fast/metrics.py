@@ -1,11 +1,11 @@
-"""A step's statistics, folded across micro-batches and ranks, as metrics."""
+"""Statistics of a step: how they are folded across micro-batches and ranks, and the metrics they give."""
 
 import torch
 from torch import Tensor
 
 from grpo_fast.checks import check_tensor, shape_of
 
-# The statistics, in this order: sums over live tokens, then an extreme each.
+# The statistics, in this order: sums over the tokens that count, then the least and the largest ratio.
 STATISTICS = (
     "tokens",
     "loss",
@@ -25,7 +25,7 @@ STATISTICS = (
     "ratio_max",
 )
 LOSS = STATISTICS.index("loss")
-# What `metrics_from` returns, in this order.
+# The keys of `metrics_from`, in this order.
 METRICS = (
     "tokens",
     "ratio_mean",
@@ -45,9 +45,23 @@ METRICS = (
 
 
 def fold_statistics(gathered: Tensor) -> Tensor:
-    """The statistics of the union of several micro-batches or ranks: (n, 16) -> (16,).
+    """Return the statistics of several micro-batches or ranks together.
 
-    The "loss" entry is summed, like the gradients of losses normalised by a common `num_items`.
+        >>> halves = [policy_loss(torch.zeros(1, 3), advantages=torch.ones(1)) for _ in range(2)]
+        >>> folded = fold_statistics(torch.stack([half.statistics for half in halves]))
+        >>> both = policy_loss(torch.zeros(2, 3), advantages=torch.ones(2))
+        >>> torch.testing.assert_close(metrics_from(folded), metrics_from(both.statistics))
+
+    The "loss" entry is summed, like the gradients of losses with a common `num_items`.
+
+    Args:
+        gathered: (n, 16), the `LossOutput.statistics` of n calls.
+
+    Returns:
+        (16,), of the dtype of `gathered`.
+
+    Raises:
+        ValueError, TypeError: another shape, or no tensor.
     """
     check_tensor("fold_statistics", "gathered", gathered)
     if gathered.ndim != 2 or gathered.shape[1] != len(STATISTICS):
@@ -60,25 +74,42 @@ def fold_statistics(gathered: Tensor) -> Tensor:
 
 
 def metrics_from(statistics: Tensor) -> dict[str, Tensor]:
-    """The metrics of a step from its statistics: means over live tokens, all finite, also without any.
+    """Return the metrics of a step, by name, from its statistics.
 
-    A floating mask weighs the means, and `tokens` is its sum.
+        >>> logps, old = -torch.rand(2, 3), -torch.rand(2, 3)
+        >>> out = policy_loss(logps, advantages=torch.ones(2), old_logps=old)
+        >>> metrics = metrics_from(out.statistics)
+        >>> torch.testing.assert_close(metrics["ratio_mean"], (logps - old).exp().mean())
+        >>> torch.testing.assert_close(metrics["approx_kl_k1"], (old - logps).mean())
 
-    tokens; ratio_mean, ratio_min, ratio_max (1 without a live token); clip_fraction_low (ratio below the
-    range where A < 0), clip_fraction_high (above it where A > 0), clip_fraction_dual (above `delta` or
-    `dual_clip` where A < 0); approx_kl_k1 = E[old - new], approx_kl_k3 = E[r - 1 - log r]; kl (to the
-    reference, by the objective's estimator; only with `ref_logps`); entropy (where computed);
-    importance_weight_mean; importance_weight_out_of_range: share of weights outside [1/2, 2];
-    effective_sample_size: (sum rho)^2 / (n sum rho^2) in (0, 1], rho = ratio * importance weight.
+    The means are over the tokens that count; a floating mask weighs them, and `tokens` is its sum.
+    Where no token counts every metric is finite. d = logp - old_logp, r = exp(d), w the importance
+    weight:
+
+        tokens: how many tokens count
+        ratio_mean, ratio_min, ratio_max: of r; 1 where no token counts
+        clip_fraction_low: share of tokens below the bounds of the surrogate, with A < 0
+        clip_fraction_high: share of tokens above the bounds of the surrogate, with A > 0
+        clip_fraction_dual: share of tokens whose r is above `delta` or `dual_clip`, with A < 0
+        approx_kl_k1, approx_kl_k3: mean of -d, mean of r - 1 - d
+        kl: to the reference, by the objective's estimator; `LossOutput.metrics` has it only with
+        `ref_logps`
+        entropy: in nats; `LossOutput.metrics` has it only where it was computed
+        importance_weight_mean: mean of w
+        importance_weight_out_of_range: share of tokens whose w is outside [1/2, 2]
+        effective_sample_size: (sum r w)^2 / (n sum (r w)^2), in (0, 1]; 0 where all r w are 0
 
     Args:
         statistics: (16,), from `LossOutput.statistics` or `fold_statistics`.
+
+    Returns:
+        0-dim tensors, of the dtype of `statistics` and on its device.
     """
     check_tensor("metrics_from", "statistics", statistics)
     s = dict(zip(STATISTICS, statistics.unbind(), strict=True))
     tokens = s["tokens"]
     empty = tokens == 0
-    count = torch.where(empty, 1, tokens)  # below 1 where a mask weighs so
+    count = torch.where(empty, 1, tokens)  # a floating mask may sum to less than 1
     return {
         "tokens": tokens,
         "ratio_mean": torch.where(empty, 1, s["ratio"] / count),

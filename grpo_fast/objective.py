@@ -1,4 +1,4 @@
-"""`Objective`: what is optimised, as one frozen, validated value."""
+"""`Objective`: the terms and options of a loss in one frozen, checked value."""
 
 import dataclasses
 import functools
@@ -41,12 +41,23 @@ Reduction = Literal["sequence_mean", "token_mean", "sequence_sum", "fixed_length
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Objective:
-    """A member of the GRPO family: surrogate, KL estimator, reduction, and their scalars.
+    """An objective of the GRPO family: a surrogate, a KL estimator, a reduction, and their numbers.
 
-    With d = logp - old_logp, r = exp(d), A the advantage and q = ref_logp - logp, token t contributes
-    `w_t * (importance_t * surrogate(r, A) + beta * kl(q) - entropy_coef * H_t)`, where the reduction
-    fixes w_t. [x] is 1 where x holds, else 0; sg() stops the gradient; pi, mu are the probabilities
-    exp(logp), exp(old_logp).
+    The loss is the sum over all tokens t of
+
+        w_t * (importance_t * surrogate(r, A) + beta * kl(q) - entropy_coef * H_t)
+
+    where the reduction gives w_t, d = logp - old_logp, r = exp(d), A is the advantage, H the
+    entropy, q = ref_logp - logp. [x] is 1 where x holds, else 0; sg() stops the gradient; pi and mu
+    are the probabilities exp(logp) and exp(old_logp).
+
+        >>> logps, old, A = -torch.rand(2, 3), -torch.rand(2, 3), torch.tensor([1.0, -1.0])
+        >>> objective = Objective(surrogate="clip", reduction="token_mean", epsilon_high=0.28)
+        >>> loss = policy_loss(logps, advantages=A, old_logps=old, objective=objective).loss
+        >>> r, A = (logps - old).exp(), A[:, None]
+        >>> want = -torch.minimum(r * A, r.clamp(0.8, 1.28) * A).mean()
+        >>> torch.testing.assert_close(loss, want)
+        >>> assert objective == Objective.preset("dapo")
 
     Attributes:
         surrogate: the loss of a token, with lo = epsilon_low, hi = epsilon_high:
@@ -56,67 +67,73 @@ class Objective:
             "reinforce" (GPG): -A logp
             "dppo_tv": -A sg(min(r, ratio_cap) M) logp, M = [pi - mu <= hi] where A > 0, else
                 [pi - mu >= -lo]
-            "dppo_kl": the same with M = [KL(mu, pi) <= hi or pi <= mu] where A > 0, else
-                [KL(mu, pi) <= lo or pi >= mu], of the two-outcome distributions (y, not y)
+            "dppo_kl": as "dppo_tv", but M = [KL(mu, pi) <= hi or pi <= mu] where A > 0, else
+                [KL(mu, pi) <= lo or pi >= mu]; KL of the two outcomes "this token" and "any other"
             "dppo_tv", "dppo_kl" with dppo_value="ratio": -A min(r, ratio_cap) M + quadratic_coef d^2,
                 differentiated through the ratio
             "ipo": -A r [-lo <= pi - mu <= hi] + quadratic_coef d^2
             "dro": -A logp + quadratic_coef d^2 / 2
             "rollout_is": -A sg(r [1 - lo < r < 1 + hi]) logp
-            "vespo": -A sg(phi) logp, phi = W^k e^(lambda (1 - W)), log W the sum over the sequence of d (each
-                within 20) and of the log importance weights, within [log 1e-8, 20]; (k, lambda) =
-                (vespo_k_pos, vespo_lambda_pos) where A >= 0, else the _neg ones
+            "vespo": -A sg(phi) logp, phi = W^k e^(lambda (1 - W)). log W is the sum over the sequence
+                of d (each within [-20, 20]) and of the log importance weights, within [log 1e-8, 20].
+                (k, lambda) is (vespo_k_pos, vespo_lambda_pos) where A >= 0, else (vespo_k_neg,
+                vespo_lambda_neg)
             "topr": -A sg(a) logp, a = topr_weight_pos where the score is positive, else
-                topr_weight_neg min(r, 1); `scores`, the rewards, or A where neither is given
-            "gmpo": -A exp(mean over the sequence of d'), d' = min(d, hi) where A > 0, max(d, -lo) where
-                A < 0
-        ratio: "token": r = exp(d). "sequence" (GSPO): exp(mean of d over the sequence), differentiated
-            through the mean. "sequence_token" (GSPO-token): the same value, but the gradient of
-            sg(r) exp(logp - sg(logp)). Where all advantages of a sequence are equal and its tokens weigh
-            the same, the last two have the same gradient.
-        reduction: the weights w_t of live tokens, with n_b the live tokens of sequence b out of B:
-            "sequence_mean" 1 / (n_b B) (GRPO); "token_mean" 1 / sum_b n_b, or 1 / `num_items`
-            (DAPO); "sequence_sum" 1 / B; "fixed_length" 1 / (B max_length) (Dr. GRPO).
-        max_length: tokens; needed by, and only legal with, "fixed_length".
+                topr_weight_neg min(r, 1). The score is `scores`, else the reward, else A
+            "gmpo": -A exp(mean over the sequence of d'), d' = min(d, hi) where A > 0, max(d, -lo)
+                where A < 0
+        ratio: "token": r = exp(d). "sequence" (GSPO): r = exp(mean of d over the sequence),
+            differentiated through the mean. "sequence_token" (GSPO-token): the value of "sequence"
+            with the gradient of sg(r) exp(logp - sg(logp)). Where all advantages of a sequence are
+            equal and its tokens weigh the same, the last two have the same gradient.
+        reduction: the weight w_t of a token that counts. n_b is the number of tokens that count in
+            sequence b, B the number of sequences. "sequence_mean": 1 / (n_b B) (GRPO).
+            "token_mean": 1 / sum_b n_b, or 1 / `num_items` (DAPO). "sequence_sum": 1 / B.
+            "fixed_length": 1 / (B max_length) (Dr. GRPO).
+        max_length: tokens; "fixed_length" needs it, and no other reduction takes it.
         epsilon_low, epsilon_high: the bounds lo and hi above.
-        delta: "clip" only, TRL's two-sided clamp: r A becomes `min(r, delta) A` in the unclipped branch.
-        dual_clip: "clip" only, verl's c > 1: for A < 0 the token loss is at most -c A.
+        delta: only for "clip", TRL's two-sided clamp: `min(r, delta) A` replaces r A in the
+            unclipped branch.
+        dual_clip: only for "clip", verl's c > 1: where A < 0 the loss of a token is at most -c A.
         tau_pos, tau_neg: temperatures of "sapo".
         ratio_cap: upper bound of the ratio in "dppo_tv" and "dppo_kl"; None for no bound.
-        dppo_value: whether the loss of "dppo_tv" and "dppo_kl" is a "logp" with a detached factor, or the
-            "ratio": another value, and below the cap the same gradient.
-        quadratic_coef: of "ipo", "dro", and DPPO on the ratio.
-        vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg: of "vespo".
-        topr_weight_pos, topr_weight_neg: of "topr".
-        top_entropy_quantile: rho in [0, 1]; keep the surrogate and the entropy bonus of the tokens whose
-            entropy is at least the (1 - rho) quantile over the live tokens of the batch (0: the highest); the
-            KL of all.
-        off_policy_threshold: drop the surrogate of tokens with A < 0 in sequences whose mean of -d is
-            above this (DeepSeek-V3.2).
-        log_ratio_clip: clamp d (for a sequence ratio, its mean) to [-log_ratio_clip,
-            log_ratio_clip] before the ratio is taken; no gradient passes through a clamped ratio.
-        log_ratio_max: the same from above alone.
+        dppo_value: the loss of "dppo_tv" and "dppo_kl" is a "logp" times a detached factor, or the
+            "ratio". The value differs; below the cap the gradient is the same.
+        quadratic_coef: factor of d^2 in "ipo", "dro", and DPPO with dppo_value="ratio".
+        vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg: k and lambda of "vespo".
+        topr_weight_pos, topr_weight_neg: factors of "topr".
+        top_entropy_quantile: rho in [0, 1]. Only tokens whose entropy is at least the (1 - rho)
+            quantile over the tokens of the batch that count keep their surrogate and entropy bonus
+            (0: only the highest). All tokens keep their KL term.
+        off_policy_threshold: tokens with A < 0 lose their surrogate in sequences whose mean of -d
+            is above this (DeepSeek-V3.2).
+        log_ratio_clip: clamp d, or with a sequence ratio its mean, to [-log_ratio_clip,
+            log_ratio_clip] before the ratio is taken. No gradient passes through a clamped ratio.
+        log_ratio_max: clamp d in the same way, but only from above.
         beta: weight of the KL penalty to the reference policy. 0 needs no `ref_logps`.
         kl: estimator of KL(policy || reference): "k1" -q, "abs" |q|, "k2" q^2/2, "k3" e^q - q - 1,
             "k3_unbiased" r (e^q - q - 1), differentiated through r.
-        kl_gap_clip: "k3", "k3_unbiased": clamp q to [-kl_gap_clip, kl_gap_clip] first.
-        kl_value_clip: the same two: clamp e^q - q - 1 to at most this. No gradient passes through either
-            clamp: at 10, a token more than 2.611 nats below the reference is not pulled back.
-        kl_gradient: of the KL term: its "own"; "k2": -q, that of k2, whatever the estimator and its clamps
-            (verl's "+" estimators); "k2_clipped": -q where no clamp holds, else 0.
-        entropy_coef: weight of the entropy bonus; positive values reward entropy.
-        entropy_reduction: the bonus is reduced the "same" way as the rest, or by "token_mean": its mean
-            over the tokens at hand, whatever the reduction and `num_items` (TRL).
+        kl_gap_clip: only for "k3" and "k3_unbiased": clamp q to [-kl_gap_clip, kl_gap_clip] first.
+        kl_value_clip: only for "k3" and "k3_unbiased": clamp e^q - q - 1 to at most this. No
+            gradient passes through either clamp. With 10, a token more than 2.611 nats below the
+            reference is not pulled back.
+        kl_gradient: the gradient of the KL term: "own", that of the estimator; "k2", which is -q,
+            whatever the estimator and its clamps (verl's "+" estimators); "k2_clipped", which is -q
+            where no clamp holds, else 0.
+        entropy_coef: weight of the entropy bonus; a positive weight rewards entropy.
+        entropy_reduction: "same": the bonus is reduced as the rest. "token_mean": the bonus is a
+            mean over the tokens of this call that count, whatever the reduction and `num_items`
+            (TRL).
 
     Raises:
         ValueError, TypeError: an unknown choice, a value out of range, or an option that the other
             options leave without effect.
 
-    Sources: GRPO arXiv 2402.03300, DAPO 2503.14476, Dr. GRPO 2503.20783, dual clip 1912.09729, CISPO
-        2506.13585, SAPO 2511.20347, GSPO 2507.18071, GMPO 2507.20673, VESPO 2602.10693, DPPO 2602.04879,
-        DRO 2501.12599, rollout_is 2602.15763, TOPR 2503.14286, top entropy
-        2506.01939; estimators: J. Schulman, "Approximating KL divergence"
-        (2020); k3_unbiased and the off-policy mask: DeepSeek-V3.2.
+    Sources: GRPO arXiv 2402.03300, DAPO 2503.14476, Dr. GRPO 2503.20783, dual clip 1912.09729,
+    CISPO 2506.13585, SAPO 2511.20347, GSPO 2507.18071, GMPO 2507.20673, VESPO 2602.10693, DPPO
+    2602.04879, DRO 2501.12599, rollout_is 2602.15763, TOPR 2503.14286, top entropy 2506.01939. KL
+    estimators: J. Schulman, "Approximating KL divergence" (2020). k3_unbiased and the off-policy
+    mask: DeepSeek-V3.2.
     """
 
     surrogate: Surrogate = "clip"
@@ -149,7 +166,8 @@ class Objective:
     kl_gradient: KLGradient = "own"
     entropy_coef: float = 0.0
     entropy_reduction: EntropyReduction = "same"
-    # What the operators take. No field, so that `dataclasses.asdict` has numbers and words alone.
+    # The operators take these. This is no field: `dataclasses.asdict` then gives only numbers and
+    # words.
     terms = Terms(Modes.of(" ".join(["none"] * len(Modes._fields))), operands(()))
 
     def __post_init__(self) -> None:
@@ -193,7 +211,7 @@ class Objective:
                 f"max_length={self.max_length} has no effect with reduction={self.reduction!r}; "
                 "it belongs to 'fixed_length'"
             )
-        for name in OPTIONS:  # an int would compile a kernel of its own
+        for name in OPTIONS:  # Triton would compile another kernel for an int
             if name not in NOT_FLOATS and getattr(self, name) is not None:
                 object.__setattr__(self, name, float(getattr(self, name)))
         object.__setattr__(self, "terms", Terms(self._modes(), self._numbers()))
@@ -218,11 +236,11 @@ class Objective:
         return operands([math.nan if x is None else x for x in given])
 
     def __reduce__(self) -> tuple:
-        # Without `terms`: a tensor that is sent to another process takes shared memory with it.
+        # `terms` is left out: a tensor that is sent to another process takes shared memory with it.
         return _rebuild, (type(self), {name: getattr(self, name) for name in OPTIONS})
 
     def _check_effect(self) -> None:
-        """An option that the surrogate or the KL estimator does not use must be left alone."""
+        """Refuse an option that has no effect with the others, unless it has its default."""
         for option, users in USED_BY.items():
             if self.surrogate not in users and getattr(self, option) != DEFAULTS[option]:
                 raise ValueError(
@@ -273,12 +291,12 @@ class Objective:
 
     @property
     def variant(self) -> str:
-        """The surrogate as the kernels tell them apart."""
+        """The name that the kernels have for the surrogate."""
         return self.terms.modes.variant
 
     @property
     def has_quadratic(self) -> bool:
-        """Whether the surrogate holds a term in d^2, which acts without an advantage, too."""
+        """Whether the surrogate has a term in d^2, which acts even where the advantage is 0."""
         return self.terms.modes.has_quadratic
 
     @property
@@ -288,7 +306,7 @@ class Objective:
 
     @property
     def by_token(self) -> bool:
-        """Whether a token's coefficient depends on that token alone: then one launch does it all."""
+        """Whether a token's coefficient depends on that token alone: one launch is enough."""
         return self.terms.modes.by_token
 
     @property
@@ -298,22 +316,32 @@ class Objective:
 
     @property
     def log_ratio_bounds(self) -> tuple[float | None, float | None]:
-        """The range that d is clamped to, None where it is open."""
+        """The lower and the upper bound of d; None where there is none."""
         if self.log_ratio_clip is not None:
             return -self.log_ratio_clip, self.log_ratio_clip
         return None, self.log_ratio_max
 
     @staticmethod
     def preset(name: str, **overrides: Any) -> "Objective":
-        """The objective that a paper or a trainer means by a name, with `overrides` on top.
+        """Return the objective that a paper or a trainer means by a name, with `overrides` on top.
 
-        A paper's: "grpo" (2402.03300: per-sequence means, beta 0.04), "dapo" (2503.14476: token mean,
-        clip-higher 0.28, no KL), "dr_grpo" (2503.20783: fixed length, no KL; needs `max_length`), "bnpo"
-        (token mean over the batch at hand, no KL); "cispo" (2506.13585: ratio capped at 5, no lower bound),
-        "sapo" (2511.20347), "gspo" (2507.18071), "gmpo" (2507.20673), "vespo" (2602.10693), "gpg"
-        (2504.02546), "dppo_tv", "dppo_kl" (2602.04879), "dro" (2501.12599), "topr" (2503.14286).
-        A trainer's: "trl/dapo", "trl/dapo/sequence", "verl/vanilla" and so on, with that trainer's
-        defaults; `grpo_fast.presets` is the table.
+            >>> Objective.preset("dapo", beta=0.01).epsilon_high
+            0.28
+
+        Papers: "grpo" (2402.03300: mean per sequence, beta 0.04), "dapo" (2503.14476: token mean,
+        epsilon_high 0.28, no KL), "dr_grpo" (2503.20783: fixed length, no KL; needs `max_length`),
+        "bnpo" (token mean over the batch of this call, no KL), "cispo" (2506.13585: ratio capped at
+        5, no lower bound), "sapo" (2511.20347), "gspo" (2507.18071), "gmpo" (2507.20673), "vespo"
+        (2602.10693), "gpg" (2504.02546), "dppo_tv", "dppo_kl" (2602.04879), "dro" (2501.12599),
+        "topr" (2503.14286). Trainers: "trl/dapo", "trl/dapo/sequence", "verl/vanilla" and so on,
+        with the defaults of that trainer. `grpo_fast.presets` is the table.
+
+        Args:
+            name: a key of `grpo_fast.presets.PRESETS`.
+            overrides: options of `Objective`.
+
+        Returns:
+            `Objective`.
 
         Raises:
             ValueError: an unknown name, or a `surrogate` that is not the preset's.
@@ -333,8 +361,11 @@ class Objective:
 
     @staticmethod
     def from_terms(modes: Modes, numbers: Tensor) -> "Objective":
-        """The objective of these terms, reduction apart: a weight per token has taken its place."""
-        # NaN is not equal to itself: nothing would be found under it.
+        """Return the objective of these terms, with the default reduction.
+
+        Operators get the weight of each token in place of a reduction.
+        """
+        # None replaces NaN: NaN is not equal to itself, so the cache would never find it.
         return _from_numbers(modes, tuple([None if x != x else x for x in numbers.tolist()]))
 
 
@@ -387,10 +418,10 @@ NOT_FLOATS = (
 )
 POSITIVE = ("tau_pos", "tau_neg", "vespo_lambda_pos", "vespo_lambda_neg")
 BOUNDED = ("clip", "cispo", "dppo_tv", "dppo_kl", "ipo", "rollout_is", "gmpo")
-# With a sequence ratio: those that are functions of the ratio alone.
+# Surrogates that take a sequence ratio: they are functions of the ratio alone.
 TAKES_RATIO = ("clip", "cispo", "sapo", "rollout_is")
 WITHOUT_LOG_RATIO_BOUNDS = ("reinforce", "dro", "vespo", "gmpo")
-# Which surrogates an option belongs to.
+# The surrogates that use an option.
 USED_BY: dict[str, tuple[str, ...]] = {
     "epsilon_low": BOUNDED,
     "epsilon_high": BOUNDED,
@@ -420,7 +451,7 @@ def _check_number(name: str, value: object, low: float | None = None, strict: bo
         raise TypeError(
             f"{name}: want a number, got {value!r} ({type(value).__name__}){hint(name, value)}"
         )
-    if not -math.inf < value < math.inf:  # not `math.isfinite`, which no compiled graph can hold
+    if not -math.inf < value < math.inf:  # `torch.compile` cannot trace `math.isfinite`
         raise ValueError(f"{name}: want a finite number, got {value}")
     if not -LARGEST <= value <= LARGEST:
         raise ValueError(f"{name}: want a number that float32 can hold, got {value}")

@@ -1,8 +1,9 @@
-"""Numbers as custom operators take them: in tensors, while modes are strings.
+"""Numbers and modes of an objective in the form that custom operators take: tensors and strings.
 
-`torch.compile` compiles a function again for each new value of a Python float that an operator takes, and
-with inductor it may run code that was made for another value. A tensor is an input of the graph: its values
-may change from step to step. These tensors live on the CPU, where an operator reads them without waiting.
+`torch.compile` compiles a function again for each new value of a Python float that an operator
+takes, and with inductor it may run code that was made for another value. A tensor is an input of
+the graph: its values may change from step to step. These tensors live on the CPU, where an operator
+reads them without waiting.
 """
 
 import numbers
@@ -12,30 +13,32 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-# Kernels compute in float32: a number outside of this range, or its reciprocal, would become inf or 0 there.
+# Kernels compute in float32. A number outside of this range, or its reciprocal, would become inf or
+# 0 there.
 SMALLEST, LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 
 
 def hint(name: str, x: object) -> str:
-    """The end of an error message about x, which is no Python number: what to do with one of numpy's."""
+    """Return the end of an error message about x, which is no Python number: how to convert it."""
     return (
         f"; pass float({name})" if isinstance(x, numbers.Real) and not isinstance(x, bool) else ""
     )
 
 
 def operand(x: float) -> Tensor:
-    """A number as a 0-dim float64 tensor on the CPU, of the same value in a compiled graph."""
+    """Return a number as a 0-dim float64 tensor on the CPU; it works in a compiled graph as well."""
     if torch.compiler.is_compiling():
-        # A product, because the compiler turns that into operations on tensors. `torch.full` and
-        # `torch.tensor` keep the value of the first call (torch 2.13).
+        # It is a product, because the compiler turns that into operations on tensors. `torch.full`
+        # and `torch.tensor` keep the value of the first call (torch 2.13).
         return torch.ones((), dtype=torch.float64, device="cpu") * x
     return torch.tensor(x, dtype=torch.float64, device="cpu")
 
 
 def bound(x: float | None, like: Tensor) -> Any:
-    """A number that PyTorch is to clamp `like` to; in a compiled graph a tensor, as in `operand`.
+    """Return a number that PyTorch is to clamp `like` to; in a compiled graph a tensor, as in `operand`.
 
-    Arithmetic comes after it: of `1 - x` inductor keeps the first value (torch 2.13).
+    Do arithmetic with the result, not with the number: of `1 - x` inductor keeps the first value
+    (torch 2.13).
     """
     if x is None or not torch.compiler.is_compiling():
         return x
@@ -43,14 +46,14 @@ def bound(x: float | None, like: Tensor) -> Any:
 
 
 def operands(numbers: Sequence[float]) -> Tensor:
-    """Several numbers as a (n,) tensor, as `operand` makes them."""
+    """Return several numbers as a (n,) tensor, made as in `operand`."""
     if torch.compiler.is_compiling():
         return torch.stack([operand(x) for x in numbers])
     return torch.tensor(numbers, dtype=torch.float64, device="cpu")
 
 
 class Modes(NamedTuple):
-    """The part of an objective that selects code, in words and flags; see `Objective`."""
+    """The part of an objective that selects code, in words and flags; `Objective` explains the words."""
 
     surrogate: str
     ratio: str
@@ -66,31 +69,32 @@ class Modes(NamedTuple):
 
     @property
     def key(self) -> str:
-        """The same as a string, so that it can cross into a custom operator's schema."""
-        # Asked for one by one: a flag of a number that a compiled graph takes has no string.
+        """The modes as one string, which a custom operator's schema can carry."""
+        # Each flag is tested, not printed: in a compiled graph a flag may be symbolic and have no
+        # string.
         flags = ["yes" if flag else "no" for flag in self[NUM_WORDS:]]
         return " ".join([*self[:NUM_WORDS], *flags])  # type: ignore[list-item]
 
     @staticmethod
     def of(key: str) -> "Modes":
-        """The modes whose `key` this is."""
+        """Return the modes that have this `key`."""
         words = key.split()
         flags = [word == "yes" for word in words[NUM_WORDS:]]
         return Modes(*words[:NUM_WORDS], *flags)  # type: ignore[arg-type]
 
     @property
     def variant(self) -> str:
-        """The surrogate as the kernels tell them apart."""
+        """The name that the kernels have for the surrogate."""
         return f"{self.surrogate}_ratio" if self.dppo_value == "ratio" else self.surrogate
 
     @property
     def has_quadratic(self) -> bool:
-        """Whether the surrogate holds a term in d^2, which acts without an advantage, too."""
+        """Whether the surrogate has a term in d^2, which acts even where the advantage is 0."""
         return self.surrogate in ("ipo", "dro") or self.dppo_value == "ratio"
 
     @property
     def through_mean(self) -> bool:
-        """Whether a gradient comes back through the mean of a sequence."""
+        """Whether a gradient flows back through the mean of a sequence."""
         return self.ratio == "sequence" or self.surrogate == "gmpo"
 
     @property
@@ -101,7 +105,7 @@ class Modes(NamedTuple):
 
     @property
     def by_token(self) -> bool:
-        """Whether a token's coefficient depends on that token alone: then one launch does it all."""
+        """Whether a token's coefficient depends on that token alone: one launch is enough."""
         return not self.needs_sequences and not self.by_entropy
 
     @property
@@ -110,15 +114,15 @@ class Modes(NamedTuple):
         return self.has_bonus or self.by_entropy
 
     def without_kl(self) -> "Modes":
-        """The same objective without its KL term."""
+        """Return the modes without the KL term."""
         return self._replace(has_kl=False)
 
     def surrogate_alone(self) -> "Modes":
-        """The same objective without KL and entropy bonus."""
+        """Return the modes without KL term and entropy bonus."""
         return self._replace(has_kl=False, has_bonus=False, entropy_reduction="same")
 
     def without_surrogate(self) -> "Modes":
-        """KL and entropy bonus alone, for tokens whose advantage is 0."""
+        """Return the modes of KL term and entropy bonus alone, for tokens whose advantage is 0."""
         return self._replace(
             surrogate="reinforce",
             ratio="token",
@@ -130,21 +134,21 @@ class Modes(NamedTuple):
         )
 
 
-NUM_WORDS = 6  # of the fields of `Modes`; the others are flags
+NUM_WORDS = 6  # the first fields of `Modes` are words; the others are flags
 
 
 class Terms(NamedTuple):
-    """An objective as operators take it: its modes, and all of its numbers, some of them perhaps unused."""
+    """An objective in the form that operators take: its modes, and all its numbers, used or not."""
 
     modes: Modes
     numbers: Tensor  # (len(NUMBERS),) float64 on the CPU, NaN for None
 
     def number(self, name: str) -> Tensor:
-        """One of the numbers, 0-dim."""
+        """Return one of the numbers, 0-dim."""
         return self.numbers[NUMBERS.index(name)]
 
 
-# The numbers of an objective in the order of `Terms.numbers`.
+# The names of the numbers of an objective, in the order of `Terms.numbers`.
 NUMBERS = (
     "epsilon_low",
     "epsilon_high",

@@ -1,4 +1,4 @@
-"""Logits that were overwritten with their gradient: which they are, and that nobody reads them again."""
+"""Logits that `inplace=True` overwrote with their gradient: notes and checks of them."""
 
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ DESTROYED = (
 
 
 def check_overwritable(op: str, logits: Tensor) -> None:
-    """Refuse logits whose rows cannot be replaced one by one."""
+    """Refuse logits whose rows cannot be overwritten one by one: leaves, and rows that overlap."""
     if logits.is_leaf:
         raise ValueError(
             f"{op}: inplace=True would overwrite a leaf tensor that requires grad; "
@@ -37,39 +37,40 @@ def _rows_may_overlap(x: Tensor) -> bool:
 
 
 def mark(logits: Tensor) -> None:
-    """Remember which bytes of the storage now hold a gradient.
+    """Note which bytes of the storage now hold a gradient.
 
-    The note is kept by the storage, which base, views, `detach()` and `.data` share. It holds as long as the
-    version counter stands still: whoever writes new logits into the buffer may use them.
+    The storage keeps the note; base, views, `detach()` and `.data` share it. The note holds as long
+    as the version counter stands still: whoever writes new logits into the buffer may use them.
     """
-    counter = logits.detach()  # shares the counter, and from now on nothing else
+    counter = logits.detach()  # it shares the version counter, and after the next line nothing else
     counter.data = torch.empty(0, dtype=logits.dtype, device=logits.device)
     note = Note(counter, counter._version, Layout.of(logits))
     logits.untyped_storage()._grpo_fast_overwritten = note  # type: ignore[attr-defined]
 
 
 def mark_again(logits: Tensor) -> None:
-    """After a change of the gradient in the place of the logits."""
+    """Note the bytes again after the gradient in the place of the logits has changed."""
     if getattr(logits.untyped_storage(), "_grpo_fast_overwritten", None) is not None:
         mark(logits)
 
 
 def check_not_overwritten(op: str, x: Tensor) -> None:
-    """Refuse what shares a byte with overwritten logits.
+    """Refuse a tensor that shares a byte with overwritten logits.
 
-    Autograd notices a use that asks for a gradient. This one also notices the others, as far as they
-    come to an operator of ours.
+    Autograd notices a use that asks for a gradient. This check also notices other uses, as far as
+    they reach an operator of this library.
     """
     if torch.compiler.is_compiling() or x.is_inference() or not torch._C._has_storage(x):
         return
     noted = getattr(x.untyped_storage(), "_grpo_fast_overwritten", None)
     if noted is None or noted.counter._version != noted.version or not x.numel():
         return
-    # `.data` has a counter of its own, which starts at 0: above that something was written by it.
+    # `.data` has its own counter, which starts at 0. Above 0, something was written through it.
     if x._version not in (0, noted.version):
         return
     mine, theirs = row_starts(Layout.of(x)), row_starts(noted.layout).sort().values
-    # The first row of theirs that ends behind the start of mine: does it start before the end of mine?
+    # For each of my rows, find the first of their rows that ends after mine starts: does it start
+    # before mine ends?
     at = torch.searchsorted(theirs + noted.layout.width, mine, right=True)
     starts = theirs[at.clamp(max=len(theirs) - 1)]
     if bool(((at < len(theirs)) & (starts < mine + Layout.of(x).width)).any()):
@@ -77,7 +78,7 @@ def check_not_overwritten(op: str, x: Tensor) -> None:
 
 
 class Note(NamedTuple):
-    """Which bytes hold a gradient, and until when."""
+    """A note of the bytes that hold a gradient, and how long it holds."""
 
     counter: Tensor  # empty; its version is that of the logits, their base and views
     version: int
@@ -85,9 +86,9 @@ class Note(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """Where the rows of (..., V) lie in their storage."""
+    """The places of the rows of a tensor (..., V) in its storage."""
 
-    offset: int  # elements, as the strides
+    offset: int  # in elements, like the strides
     shape: torch.Size  # without V
     strides: tuple[int, ...]
     width: int  # bytes of a row
@@ -101,7 +102,7 @@ class Layout(NamedTuple):
 
 
 def row_starts(layout: Layout) -> Tensor:
-    """(rows,) the first byte of each row in its storage, on the CPU."""
+    """Return the first byte of each row in its storage, (rows,), on the CPU."""
     starts = torch.full((), layout.offset, dtype=torch.int64, device="cpu")
     for n, stride in zip(layout.shape, layout.strides, strict=True):
         starts = starts[..., None] + torch.arange(n, dtype=torch.int64, device="cpu") * stride

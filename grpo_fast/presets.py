@@ -1,10 +1,11 @@
-"""What papers and trainers mean by the names of their losses, as options of `grpo_fast.Objective`.
+"""The losses of papers and trainers by their names, as options of `grpo_fast.Objective`.
 
-A plain name is the paper's; "<trainer>/<name>" is what that trainer computes under that name with its own
-defaults, as read in the release that `TRAINERS` names. The same name need not mean the same: verl clamps
-every log-ratio to [-20, 20] and has dual clip always on, CISPO's bound is a distance from 1 in most trainers
-and the bound itself in TRL, and so on. What is not an option of `Objective` stays with the caller:
-denominators (`num_items`), importance weights, token weights; `CALLER` says so.
+A plain name means the paper's loss. "<trainer>/<name>" means the loss that this trainer computes
+under this name with its own defaults, as read in the release that `TRAINERS` names. The same name
+may mean different things: verl clamps every log-ratio to [-20, 20] and always has dual clip,
+CISPO's bound is a distance from 1 in most trainers and the bound itself in TRL, and so on. Some
+parts are no options of `Objective`, and the caller passes them: denominators (`num_items`),
+importance weights, token weights. `CALLER` lists these.
 """
 
 from typing import Any
@@ -33,7 +34,7 @@ PAPERS: dict[str, Options] = {
     "topr": {"surrogate": "topr", "reduction": "token_mean"},
 }
 
-# The releases whose sources were read; a preset's meaning is that release's.
+# The releases whose sources were read. A preset means what this release computes.
 TRAINERS = {
     "trl": "TRL 1.15 and 1.16",
     "verl": "verl 0.9.1",
@@ -46,11 +47,12 @@ TRAINERS = {
     "xtuner": "xtuner, August 2026",
 }
 
-# Whose entropy bonus is a mean over tokens whatever else is reduced how, once `entropy_coef` is given.
+# Trainers whose entropy bonus is a mean over tokens, whatever the reduction, if `entropy_coef` is
+# given.
 ENTROPY_BY_TOKENS = ("trl",)
-# k3 as verl, SkyRL, xtuner and NeMo-RL guard it. Without effect until `beta` is given.
+# k3 with the clamps of verl, SkyRL, xtuner and NeMo-RL. It has no effect until `beta` is given.
 GUARDED_K3: Options = {"kl": "k3", "kl_gap_clip": 20.0, "kl_value_clip": 10.0}
-# -r A, clipped by nothing: a ratio is never below 0 and never reaches the other bound.
+# -r A without clipping: a ratio is never below 0 and never reaches the upper bound.
 UNCLIPPED: Options = {"epsilon_low": 1.0, "epsilon_high": 1e30}
 TOKEN_MEAN: Options = {"reduction": "token_mean"}
 CLAMPED: Options = {"log_ratio_clip": 20.0}
@@ -63,7 +65,7 @@ _TRL: dict[str, Options] = {
     "dapo": {"reduction": "token_mean"},
     "dr_grpo": {"reduction": "fixed_length"},
     "luspo": {"reduction": "sequence_sum"},
-    # Its epsilon_high is the bound itself, ours its distance from 1; at TRL's default it is 0.2.
+    # TRL's epsilon_high is the bound itself, ours is its distance from 1. TRL's default is 0.2.
     "cispo": {
         "surrogate": "cispo",
         "reduction": "token_mean",
@@ -80,7 +82,7 @@ TRL = {
 }
 
 _VERL = {**TOKEN_MEAN, **GUARDED_K3}
-# verl's `clip_ratio_c`, 3 by default, also caps DPPO's ratio.
+# verl's `clip_ratio_c`, 3 by default, also caps the ratio of DPPO.
 _VERL_DPPO: Options = {**_VERL, **CLAMPED, "ratio_cap": 3.0}
 VERL: dict[str, Options] = {
     "vanilla": {**_VERL, **CLAMPED, "dual_clip": 3.0},
@@ -139,7 +141,8 @@ SLIME: dict[str, Options] = {
     "cispo": {"kl": "k1", "surrogate": "cispo"},
 }
 
-# The gradient of its KL term goes through the sampling probability, too: for k3 that of k2.
+# The gradient of NeMo-RL's KL term also goes through the sampling probability: for k3 it is that of
+# k2.
 _NEMO_RL: Options = {**GUARDED_K3, "beta": 0.01, "kl_gradient": "k2_clipped"}
 NEMO_RL: dict[str, Options] = {
     "grpo": {**TOKEN_MEAN, **_NEMO_RL},
@@ -175,7 +178,8 @@ PRESETS: dict[str, Options] = PAPERS | {
     for name, options in table.items()
 }
 
-# What a trainer's meaning asks of the caller beyond the options; printed beside the preset in the docs.
+# Arguments that the caller passes besides the options, to compute what the trainer computes; the
+# docs print them beside the preset.
 _TRL_ITEMS = "`num_items` from the whole generation batch: [below](#in-trls-words)"
 CALLER: dict[str, str] = {
     "dr_grpo": "`max_length`",

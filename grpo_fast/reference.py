@@ -1,8 +1,8 @@
-"""What everything computes, in plain PyTorch: the specification, and the oracle of the tests.
+"""The definition of everything in plain PyTorch, with which the tests compare.
 
-Correct in float64, gradients by autograd, no attention paid to speed or memory. Dimensions: B sequences,
-T completion tokens, N tokens when packed (sequences end to end, `cu_seqlens` their boundaries),
-V vocabulary entries. Per-token tensors are (B, T) or (N,).
+It is correct in float64, and autograd computes the gradients. It makes no effort to be fast or to
+save memory. Dimensions: B sequences, T completion tokens, N packed tokens (sequences end to end,
+`cu_seqlens` are their boundaries), V vocabulary entries. Tensors per token are (B, T) or (N,).
 """
 
 import dataclasses
@@ -18,30 +18,56 @@ from grpo_fast.overwritten import check_not_overwritten
 
 
 def logprob(logits: Tensor, ids: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
-    """`log_softmax(logits / temperature)[ids]`, one value per row.
+    """Return the log-prob of each id under softmax(logits / temperature).
+
+        >>> logits, ids = torch.randn(3, 7), torch.tensor([0, 2, 6])
+        >>> want = -torch.nn.functional.cross_entropy(logits / 0.7, ids, reduction="none")
+        >>> torch.testing.assert_close(reference.logprob(logits, ids, 0.7), want)
 
     Args:
         logits: (..., V).
         ids: (...), each in [0, V).
         temperature: positive; a number or a tensor (...).
+
+    Returns:
+        (...), in nats, of the dtype of `logits`.
     """
     return log_softmax(logits, temperature).gather(-1, ids[..., None].long()).squeeze(-1)
 
 
 def entropy(logits: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
-    """`-sum_v p_v log p_v` with p = softmax(logits / temperature), where 0 log 0 = 0.
+    """Return the entropy of softmax(logits / temperature) in each row.
+
+        >>> p = torch.tensor([0.5, 0.5, 0.0])  # 0 log 0 is 0
+        >>> torch.testing.assert_close(reference.entropy(p.log()), torch.tensor(2.0).log())
 
     Args:
         logits: (..., V).
         temperature: positive; a number or a tensor (...).
+
+    Returns:
+        (...), in nats, of the dtype of `logits`.
     """
     logp = log_softmax(logits, temperature)
-    # Banned tokens: p = 0 and log p = -inf. Select before multiplying, or 0 * inf poisons the row.
+    # A banned token has p = 0 and log p = -inf. Select before multiplying: 0 * inf would make the
+    # row NaN.
     return -(logp.exp() * logp.masked_fill(logp == -torch.inf, 0)).sum(-1)
 
 
 def log_softmax(logits: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
-    """`(logits / temperature).log_softmax(-1)`, the temperature a number or one per row."""
+    """Return the log-probs of all vocabulary entries under softmax(logits / temperature).
+
+        >>> logits, temperature = torch.randn(2, 7), torch.tensor([0.5, 2.0])
+        >>> want = (logits / temperature[:, None]).log_softmax(-1)
+        >>> torch.testing.assert_close(reference.log_softmax(logits, temperature), want)
+
+    Args:
+        logits: (..., V).
+        temperature: positive; a number or a tensor (...).
+
+    Returns:
+        (..., V), of the dtype of `logits`.
+    """
     check_not_overwritten("grpo_fast.reference", logits)
     if isinstance(temperature, Tensor):
         temperature = temperature[..., None].to(logits.dtype)
@@ -60,21 +86,32 @@ def policy_terms(
     log_importance: Tensor | None = None,
     scores: Tensor | None = None,
 ) -> Tensor:
-    """The loss of each token before weighting: importance * surrogate + beta * KL.
+    """Return the loss of each token before it is weighted: importance * surrogate + beta * KL.
+
+        >>> logps, old, A = -torch.rand(2, 3), -torch.rand(2, 3), torch.randn(2, 3)
+        >>> r = (logps - old).exp()
+        >>> want = -torch.minimum(r * A, r.clamp(0.8, 1.2) * A)
+        >>> torch.testing.assert_close(reference.policy_terms(logps, A, Objective(), old), want)
 
     Args:
-        logps, advantages, old_logps, ref_logps, importance_weights: the same shape. Without
+        logps, advantages, old_logps, ref_logps, importance_weights: of the same shape. Without
             `old_logps` the step is on policy: the ratio is 1, with the gradient of exp(logp).
-        mask, cu_seqlens: which tokens count, and the sequences if packed; for objectives that need them.
-        log_importance: per token, "vespo" only: the sum over the sequence of the log importance weights.
-        scores: the same shape, "topr" only; the advantages by default.
+        objective: `Objective` has the formulas.
+        mask, cu_seqlens: the tokens that count, and the boundaries of packed sequences; for
+            objectives that need them.
+        log_importance: per token, only for "vespo": the sum over the sequence of the log importance
+            weights.
+        scores: of the same shape, only for "topr"; default: the advantages.
+
+    Returns:
+        The shape of `logps`.
     """
     old = logps.detach() if old_logps is None else old_logps
     log_ratio = logps - old
     if mask is None:
         mask = torch.ones_like(logps, dtype=torch.bool)
     loss_ratio = log_ratio
-    own = torch.ones_like(log_ratio)  # d loss_ratio / d logps, of the same token
+    own = torch.ones_like(log_ratio)  # d loss_ratio / d logps of the same token
     if objective.surrogate == "gmpo" or objective.ratio == "sequence":
         count = sequence_sum(own, mask, cu_seqlens)
         own = mask / count.where(count != 0, 1)
@@ -106,7 +143,7 @@ def policy_terms(
         drift = sequence_mean(-log_ratio.detach(), mask, cu_seqlens)
         dropped = drift > objective.off_policy_threshold
         loss = torch.where((advantages < 0) & dropped, 0, loss)
-        # Whether it is dropped cannot be told: the NaN comes out.
+        # With a NaN nobody can tell whether the token is dropped: its loss is NaN.
         loss = torch.where((advantages < 0) & drift.isnan(), torch.nan, loss)
     if importance_weights is not None:
         loss = torch.where(importance_weights == 0, 0, loss * importance_weights)
@@ -119,7 +156,20 @@ def policy_terms(
 
 
 def sequence_sum(x: Tensor, mask: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-    """Per token: the sum of x over the live tokens of its sequence, weighed by a floating mask."""
+    """Return, at each token, the sum of x over the tokens of its sequence that count.
+
+        >>> x, mask = torch.tensor([[1.0, 2.0, 4.0]]), torch.tensor([[1, 1, 0]])
+        >>> reference.sequence_sum(x, mask).tolist()
+        [[3.0, 3.0, 3.0]]
+
+    Args:
+        x: (B, T) or (N,).
+        mask: the same shape; a floating mask weighs.
+        cu_seqlens: (B + 1,) where x is packed.
+
+    Returns:
+        The shape of x.
+    """
     x = torch.where(mask != 0, x * mask, torch.zeros_like(x))
     if cu_seqlens is not None:
         index = sequence_of_token(cu_seqlens, len(x))
@@ -128,13 +178,35 @@ def sequence_sum(x: Tensor, mask: Tensor, cu_seqlens: Tensor | None = None) -> T
 
 
 def sequence_mean(x: Tensor, mask: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-    """Per token: the mean of x over the live tokens of its sequence, as `sequence_sum`; 0 without any."""
+    """Return, at each token, the mean of x over the tokens of its sequence that count, or 0.
+
+        >>> x, mask = torch.tensor([[1.0, 2.0, 4.0]]), torch.tensor([[1, 1, 0]])
+        >>> reference.sequence_mean(x, mask).tolist()
+        [[1.5, 1.5, 1.5]]
+
+    Args:
+        x, mask, cu_seqlens: as in `sequence_sum`.
+
+    Returns:
+        The shape of x.
+    """
     count = sequence_sum(torch.ones_like(x), mask, cu_seqlens)
     return sequence_sum(x, mask, cu_seqlens) / count.where(count != 0, 1)
 
 
 def sequence_of_token(cu_seqlens: Tensor, N: int) -> Tensor:
-    """(N,) index of the sequence each packed token belongs to."""
+    """Return the index of the sequence that each packed token belongs to.
+
+        >>> reference.sequence_of_token(torch.tensor([0, 2, 2, 3]), 3).tolist()
+        [0, 0, 2]
+
+    Args:
+        cu_seqlens: (B + 1,) boundaries.
+        N: how many tokens there are.
+
+    Returns:
+        (N,) int64.
+    """
     position = torch.arange(N, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
     return torch.searchsorted(cu_seqlens[1:].contiguous(), position, right=True)
 
@@ -146,12 +218,22 @@ def reduction_weights(
     cu_seqlens: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """w_t of each token, so that the loss is `sum_t w_t * loss_t`; 0 where `mask` is.
+    """Return the weight w_t of each token: the loss is `sum_t w_t * loss_t`.
+
+        >>> mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
+        >>> w = reference.reduction_weights(mask, Objective(reduction="sequence_mean"))
+        >>> torch.testing.assert_close(w, mask / mask.sum(1, keepdim=True) / 2)
 
     Args:
-        mask: (B, T) or (N,), bool, or floating: what each token weighs, here and in the denominators.
-        num_items: the denominator of "token_mean" in place of the number of live tokens.
+        mask: (B, T) or (N,), bool, or 0 and 1; or floating, then it weighs each token here and in
+            the denominators.
+        objective: its `reduction` and `max_length` decide.
+        num_items: the denominator of "token_mean" in place of the number of tokens that count.
         cu_seqlens: (B + 1,) where `mask` is packed.
+        dtype: the dtype of the result.
+
+    Returns:
+        The shape of `mask`.
     """
     if mask.ndim == 1 and cu_seqlens is None:  # packed tokens without boundaries are one sequence
         return reduction_weights(mask[None], objective, num_items, None, dtype)[0]
@@ -159,15 +241,15 @@ def reduction_weights(
     if objective.reduction == "token_mean":
         items = total_of(mask, dtype) if num_items is None else num_items
         if not isinstance(items, Tensor):
-            # Made on the device, for which nothing waits; a product, since a compiled `torch.full`
-            # would keep the number of the first call.
+            # It is made on the device, so nothing waits. It is a product, because a compiled
+            # `torch.full` would keep the number of the first call.
             items = torch.ones((), dtype=dtype, device=mask.device) * float(items)
         items = items.to(mask.device, dtype, non_blocking=True)
         weight = 1 / (items if num_items is None else items.clamp(min=1))
     elif objective.reduction == "sequence_mean":
         if cu_seqlens is None:
             length = reduce(mask.to(dtype), "b t -> b 1", "sum")
-        else:  # differences of a running count: exact, and no atomics
+        else:  # differences of a running count are exact and need no atomics
             running = mask.double().cumsum(0) if mask.is_floating_point() else mask.cumsum(0)
             count = torch.nn.functional.pad(running, (1, 0))[cu_seqlens.long()]
             length = count.diff()[sequence_of_token(cu_seqlens, len(mask))].to(dtype)
@@ -182,7 +264,18 @@ def reduction_weights(
 
 
 def total_of(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """The denominator of means over the tokens of a mask, bool or floating: its sum, 1 where that is 0."""
+    """Return the denominator of means over the tokens of a mask: its sum, or 1 where the sum is 0.
+
+        >>> reference.total_of(torch.tensor([0.5, 0.25]), torch.float32).item()
+        0.75
+
+    Args:
+        mask: bool, integer or floating.
+        dtype: the dtype of the result.
+
+    Returns:
+        0-dim.
+    """
     total = mask.sum(dtype=torch.float64) if mask.is_floating_point() else mask.sum()
     return total.where(total != 0, 1).to(dtype)
 
@@ -206,11 +299,22 @@ def grpo_loss(
     temperature: float | Tensor = 1.0,
     objective: Objective | None = None,
 ) -> Tensor:
-    """The loss of `grpo_fast.loss.grpo_loss`, 0-dim, with the same arguments."""
+    """Return the loss of `grpo_fast.loss.grpo_loss` from the same arguments.
+
+    It does not take `return_entropy` and `inplace`.
+
+        >>> logits, ids, A = torch.randn(2, 3, 7), torch.randint(7, (2, 3)), torch.tensor([1.0, -1.0])
+        >>> logps = reference.logprob(logits, ids)
+        >>> want = reference.policy_loss(logps, advantages=A)
+        >>> torch.testing.assert_close(reference.grpo_loss(logits, ids, advantages=A), want)
+
+    Returns:
+        0-dim, differentiable in `logits`, of their dtype.
+    """
     check_not_overwritten("grpo_fast.reference", logits)
     objective = objective or Objective()
     keep = torch.ones_like(completion_ids, dtype=torch.bool) if mask is None else mask != 0
-    # Padding may hold anything, NaN included: it is replaced before any arithmetic.
+    # Masked rows may hold NaN: they are replaced before any arithmetic.
     logits = torch.where(rearrange(keep, "... -> ... 1"), logits, torch.zeros_like(logits))
     ids = completion_ids.masked_fill(~keep, 0)
     logps = logprob(logits, ids, temperature)
@@ -244,12 +348,25 @@ def head_logits(
     vocab_size: int | None = None,
     lora: tuple[Tensor, Tensor, float | Tensor] | None = None,
 ) -> Tensor:
-    """`cap(logit_scale * (hidden @ weight.T + bias + scaling * (hidden @ A.T) @ B.T))`, (..., vocab_size).
+    """Return the logits of a language-model head, with its bias, adapter, scale and soft cap.
+
+        >>> hidden, weight = torch.randn(3, 4), torch.randn(7, 4)
+        >>> want = 5 * (2 * hidden @ weight.T / 5).tanh()
+        >>> got = reference.head_logits(hidden, weight, softcap=5.0, logit_scale=2.0)
+        >>> torch.testing.assert_close(got, want)
 
     Args:
-        hidden: (..., D). weight: (rows, D). bias: (rows,). lora: (A (r, D), B (rows, r), scaling).
-        softcap: cap(x) = softcap * tanh(x / softcap); None for the identity.
-        vocab_size: the rows that count; None for all.
+        hidden: (..., D).
+        weight: (rows, D).
+        bias: (rows,).
+        softcap: the logits x become softcap * tanh(x / softcap); None: they stay.
+        logit_scale: factor on the logits before the soft cap.
+        vocab_size: how many rows are vocabulary; None for all.
+        lora: (A (r, D), B (rows, r), scaling): adds `scaling * (hidden @ A.T) @ B.T` before the
+            scale.
+
+    Returns:
+        (..., vocab_size).
     """
     logits = hidden @ weight.T
     if bias is not None:
@@ -271,7 +388,20 @@ def linear_logprob(
     return_entropy: bool = False,
     **head: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """The values of `grpo_fast.ops.linear_logprob`; `head`: the arguments of `head_logits`."""
+    """Return the values of `grpo_fast.ops.linear_logprob`: log-probs of ids from hidden states.
+
+        >>> hidden, weight, ids = torch.randn(3, 4), torch.randn(7, 4), torch.tensor([0, 2, 6])
+        >>> want = reference.logprob(hidden @ weight.T, ids)
+        >>> torch.testing.assert_close(reference.linear_logprob(hidden, weight, ids), want)
+
+    Args:
+        hidden, weight, ids, temperature, mask, return_entropy: as in
+            `grpo_fast.ops.linear_logprob`.
+        head: the other arguments of `head_logits`, by keyword.
+
+    Returns:
+        The log-probs, of the shape of `ids`; with `return_entropy` a tuple (log-probs, entropies).
+    """
     keep = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask != 0
     hidden = torch.where(rearrange(keep, "... -> ... 1"), hidden, torch.zeros_like(hidden))
     logits = head_logits(hidden, weight, **head)
@@ -292,7 +422,22 @@ def linear_grpo(
     lora: tuple[Tensor, Tensor, float] | None = None,
     **loss: Any,
 ) -> Tensor:
-    """The loss of `grpo_fast.loss.linear_grpo_loss`, 0-dim; `loss`: the other arguments of `grpo_loss`."""
+    """Return the loss of `grpo_fast.loss.linear_grpo_loss`: the GRPO loss from hidden states.
+
+        >>> hidden, weight, ids = torch.randn(2, 3, 4), torch.randn(7, 4), torch.randint(7, (2, 3))
+        >>> A = torch.tensor([1.0, -1.0])
+        >>> want = reference.grpo_loss(hidden @ weight.T, ids, advantages=A)
+        >>> got = reference.linear_grpo(hidden, weight, ids, advantages=A)
+        >>> torch.testing.assert_close(got, want)
+
+    Args:
+        hidden, weight, completion_ids, mask: as in `linear_grpo_loss`.
+        bias, softcap, logit_scale, vocab_size, lora: as in `head_logits`.
+        loss: the other arguments of `grpo_loss`, by keyword.
+
+    Returns:
+        0-dim, differentiable in `hidden` and the tensors of the head.
+    """
     keep = torch.ones_like(completion_ids, dtype=torch.bool) if mask is None else mask != 0
     hidden = torch.where(rearrange(keep, "... -> ... 1"), hidden, torch.zeros_like(hidden))
     logits = head_logits(hidden, weight, bias, softcap, logit_scale, vocab_size, lora)
@@ -315,10 +460,20 @@ def policy_loss(
     cu_seqlens: Tensor | None = None,
     objective: Objective | None = None,
 ) -> Tensor:
-    """The loss of `grpo_fast.loss.policy_loss`, 0-dim, with the same arguments."""
+    """Return the loss of `grpo_fast.loss.policy_loss`, from the same arguments.
+
+        >>> logps, A = -torch.rand(2, 3), torch.tensor([1.0, -1.0])
+        >>> objective, ref = Objective(beta=0.1, kl="k2"), -torch.rand(2, 3)
+        >>> got = reference.policy_loss(logps, advantages=A, ref_logps=ref, objective=objective)
+        >>> want = (-A[:, None] + 0.1 * (ref - logps).square() / 2).mean()
+        >>> torch.testing.assert_close(got, want)
+
+    Returns:
+        0-dim, differentiable in `logps` and `entropy`, of the dtype of `logps`.
+    """
     objective = objective or Objective()
     keep = torch.ones_like(logps, dtype=torch.bool) if mask is None else mask != 0
-    weighs = keep  # a floating mask weighs, in sums and in denominators
+    weighs = keep  # a floating mask weighs in sums and in denominators
     if mask is not None and mask.is_floating_point():
         weighs = mask.to(logps.dtype)
 
@@ -328,7 +483,7 @@ def policy_loss(
                 raise ValueError("one per token or one per sequence? give (num_seqs, 1) for that")
 
     def per_token(x: Tensor | None) -> Tensor | None:
-        """`x` broadcast to one value per token, and 0 where the token is masked."""
+        """Return x broadcast to one value per token, 0 where the token is masked."""
         if x is None:
             return None
         if x.shape != logps.shape:  # one per sequence
@@ -344,7 +499,7 @@ def policy_loss(
     assert advantages is not None
     log_importance = None
     if objective.surrogate == "vespo" and importance_weights is not None:
-        # One weight per sequence counts once, weights per token each.
+        # A weight per sequence counts once; weights per token count each.
         logs = importance_weights.to(logps).log().clamp(math.log(1e-8), 20)
         if importance_weights.shape == logps.shape:
             log_importance = sequence_sum(logs, weighs, cu_seqlens)
@@ -356,25 +511,25 @@ def policy_loss(
         assert entropy is not None
         chosen = top_entropy(entropy.detach(), keep, objective.top_entropy_quantile)
         factor = per_token(importance_weights)
-        # An entropy that is NaN decides nothing: it comes out.
+        # An entropy that is NaN decides nothing: the loss is NaN.
         share = torch.where(keep & entropy.detach().isnan(), torch.nan, chosen.to(logps))
         importance_weights = share if factor is None else factor * share
     loss = policy_terms(
         logps,
         advantages,
         objective,
-        per_token(old_logps),
-        per_token(ref_logps),
-        per_token(importance_weights),
-        weighs,
-        cu_seqlens,
-        log_importance,
-        per_token(scores),
+        old_logps=per_token(old_logps),
+        ref_logps=per_token(ref_logps),
+        importance_weights=per_token(importance_weights),
+        mask=weighs,
+        cu_seqlens=cu_seqlens,
+        log_importance=log_importance,
+        scores=per_token(scores),
     )
     weights = reduction_weights(weighs, objective, num_items, cu_seqlens, logps.dtype)
     extra = per_token(token_weights)
     extra = torch.ones_like(logps) if extra is None else extra
-    if loss_scale is not None:  # on all of the loss; what a token weight of 0 leaves out stays out
+    if loss_scale is not None:  # on the whole loss; a token of weight 0 stays left out
         extra = torch.where(extra == 0, 0, extra * torch.as_tensor(loss_scale).to(extra))
     total = _weighted_sum(weights * extra, loss)
     if objective.entropy_coef:
@@ -387,12 +542,25 @@ def policy_loss(
 
 
 def _weighted_sum(weights: Tensor, x: Tensor) -> Tensor:
-    """sum(weights * x), without the x of weight 0: they may be infinite or NaN."""
+    """Return sum(weights * x), leaving out every x of weight 0, which may be infinite or NaN."""
     return torch.where(weights == 0, 0, weights * x).sum()
 
 
 def top_entropy(entropy: Tensor, mask: Tensor, quantile: float) -> Tensor:
-    """Which live tokens have at least the (1 - quantile) quantile of the live tokens' entropies."""
+    """Return the tokens whose entropy is at least the (1 - quantile) quantile.
+
+        >>> entropy, mask = torch.tensor([1.0, 2.0, 3.0, 9.0]), torch.tensor([True, True, True, False])
+        >>> reference.top_entropy(entropy, mask, 0.5).tolist()
+        [False, True, True, False]
+
+    Args:
+        entropy: (B, T) or (N,).
+        mask: the same shape, bool.
+        quantile: in [0, 1].
+
+    Returns:
+        Bool, of the shape of `mask`; False where masked, True where the entropy is NaN.
+    """
     live = entropy[mask]
     if not len(live):
         return mask
@@ -407,7 +575,21 @@ def surrogate_loss(
     objective: Objective,
     scores: Tensor | None = None,
 ) -> Tensor:
-    """The surrogate of each token; formulas in `Objective`."""
+    """Return the surrogate of each token; `Objective` has the formulas.
+
+        >>> logps, old, A = -torch.rand(4), -torch.rand(4), torch.randn(4)
+        >>> got = reference.surrogate_loss(logps, old, (logps - old).exp(), A, Objective(surrogate="sapo"))
+        >>> tau, r = torch.where(A > 0, 1.0, 1.05), (logps - old).exp()
+        >>> torch.testing.assert_close(got, -A * 4 / tau * (tau * (r - 1)).sigmoid())
+
+    Args:
+        logps, old_logps, ratio, advantages: of the same shape.
+        objective: any surrogate but "gmpo" and "vespo", which `policy_terms` computes.
+        scores: of the same shape, only for "topr"; default: the advantages.
+
+    Returns:
+        The shape of `logps`.
+    """
     low, high = objective.epsilon_low, objective.epsilon_high
     surrogate = objective.surrogate
     if surrogate == "clip":
@@ -459,7 +641,20 @@ def surrogate_loss(
 
 
 def vespo_weight(log_w: Tensor, advantages: Tensor, objective: Objective) -> Tensor:
-    """phi(W) = W^k e^(lambda (1 - W)), with log W clamped to [log 1e-8, 20]."""
+    """Return VESPO's weight phi(W) = W^k e^(lambda (1 - W)) of the sequence weight W.
+
+        >>> W, A = torch.tensor([0.5, 2.0]), torch.tensor([1.0, 1.0])
+        >>> got = reference.vespo_weight(W.log(), A, Objective(surrogate="vespo"))
+        >>> torch.testing.assert_close(got, W**2 * (3 * (1 - W)).exp())
+
+    Args:
+        log_w: log W, clamped here to [log 1e-8, 20].
+        advantages: of the same shape; their sign selects k and lambda.
+        objective: gives k and lambda.
+
+    Returns:
+        The shape of `log_w`.
+    """
     up = advantages >= 0
     k = _either(up, objective.vespo_k_pos, objective.vespo_k_neg, log_w)
     rate = _either(up, objective.vespo_lambda_pos, objective.vespo_lambda_neg, log_w)
@@ -468,8 +663,20 @@ def vespo_weight(log_w: Tensor, advantages: Tensor, objective: Objective) -> Ten
 
 
 def binary_kl(old_logps: Tensor, logps: Tensor) -> Tensor:
-    """KL between the two-outcome distributions (y, not y) of the old and the new policy."""
-    old, new = -old_logps.expm1(), -logps.expm1()  # of "not y"
+    """Return KL(old || new) of the two outcomes "this token" and "any other token".
+
+        >>> p, q = torch.tensor([0.5]), torch.tensor([0.25])
+        >>> want = p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
+        >>> torch.testing.assert_close(reference.binary_kl(p.log(), q.log()), want)
+
+    Args:
+        old_logps, logps: log-probs of the token under the old and the new policy, of the same
+            shape.
+
+    Returns:
+        The same shape, in nats.
+    """
+    old, new = -old_logps.expm1(), -logps.expm1()  # of "any other token"
     return old_logps.exp() * (old_logps - logps) + old * ((old + 1e-8) / (new + 1e-8)).log()
 
 
@@ -481,14 +688,25 @@ def kl_estimate(
     log_ratio: Tensor | None = None,
     own: Tensor | None = None,
 ) -> Tensor:
-    """The estimate of KL(policy || reference) from one sample per token.
+    """Return the estimate of KL(policy || reference) from one sample per token.
+
+        >>> logps, ref = -torch.rand(4), -torch.rand(4)
+        >>> q, ratio = ref - logps, torch.ones(4)
+        >>> got = reference.kl_estimate(logps, ref, ratio, Objective(kl="k3"))
+        >>> torch.testing.assert_close(got, q.exp() - q - 1)
 
     Args:
-        ratio, log_ratio: of "k3_unbiased" alone, after their clamp; log_ratio is log(ratio) by default.
-        own: the derivative of a token's log_ratio in its own log-prob, 1 by default.
+        logps, ref_logps: of the same shape.
+        objective: gives the estimator and its clamps.
+        ratio, log_ratio: only for "k3_unbiased", after their clamp; `log_ratio` is log(ratio) by
+            default.
+        own: the derivative of a token's log_ratio in its own log-prob; default: 1.
+
+    Returns:
+        The shape of `logps`.
     """
     kl, gap = objective.kl, ref_logps - logps
-    if objective.kl_gradient != "own":  # the value of the estimator, the gradient of k2
+    if objective.kl_gradient != "own":  # the value of the estimator with the gradient of k2
         value = kl_estimate(
             logps, ref_logps, ratio, dataclasses.replace(objective, kl_gradient="own")
         )
@@ -513,23 +731,23 @@ def kl_estimate(
         bounded = k3.clamp(max=objective.kl_value_clip)
     if kl == "k3":
         return bounded
-    # r k3 = e^(log r + q) - r (q + 1): its derivative is taken by hand, since autograd would add
-    # r (1 - e^q) and r (e^q - q - 1), of which nothing is left where e^q is large.
+    # r k3 = e^(log r + q) - r (q + 1). Its derivative is written by hand: autograd would add r (1 -
+    # e^q) and r (e^q - q - 1), which cancel each other where e^q is large.
     log_r = ratio.log() if log_ratio is None else log_ratio
     own = torch.ones_like(logps) if own is None else own
     with torch.no_grad():
         whole = (log_r + gap).exp() - ratio * (gap + 1)
         value = torch.where((gap > 60) & (k3 == bounded), whole, ratio * bounded)
-        held = (given != gap) | (k3 != bounded)  # by a clamp: no gradient but through the ratio
+        held = (given != gap) | (k3 != bounded)  # by a clamp: only the ratio has a gradient
         others = torch.where(own == 1, 0, (1 - own) * value)
         slope = torch.where(held, torch.where(own == 0, 0, own * value), -ratio * gap - others)
-    step = logps - logps.detach()  # 0, and of slope 1
-    through = log_r - log_r.detach() - own * step  # what other tokens have to do with it
+    step = logps - logps.detach()  # its value is 0, its derivative 1
+    through = log_r - log_r.detach() - own * step  # the part that other tokens have in it
     return value + slope * step + torch.where(own == 1, 0, value) * through
 
 
 def _either(condition: Tensor, a: float, b: float, like: Tensor) -> Tensor:
-    """`torch.where(condition, a, b)` with the digits and the dtype of `like`."""
+    """Return `torch.where(condition, a, b)` in the dtype of `like`."""
     return torch.where(condition, like.new_full((), a), like.new_full((), b))
 
 
@@ -547,16 +765,30 @@ def group_advantage(
     nan: str = "error",
     singleton: str = "zero",
 ) -> Tensor:
-    """`(rewards - mean of the group) / (std + eps)`; 0 where the rewards do not differ.
+    """Return `(rewards - mean) / (std + eps)` within groups; 0 where the rewards do not differ.
+
+        >>> rewards = torch.tensor([0.0, 1.0, 5.0])
+        >>> got = reference.group_advantage(rewards, group_size=3)
+        >>> torch.testing.assert_close(got, (rewards - 2) / (rewards.std() + 1e-4))
 
     Args:
-        rewards: (B,); or (B, K), combined by `weights` (K,) as `aggregation` says.
-        group_size: sequences per prompt, consecutive; or
+        rewards: (B,), or (B, K), which `weights` (K,) combine as `aggregation` says.
+        weights: (K,); default: 1 each.
+        aggregation: "sum_then_normalize" or "normalize_then_sum", as in
+            `grpo_fast.ops.group_advantage`.
+        group_size: sequences per prompt, consecutive. Or:
         group_ids: (B,) labels; equal labels form a group of any size.
-        scale: std of the "group", of the whole "batch", or "none" (no division).
-        baseline: the "mean" of the group, or that of the other members, "leave_one_out".
-        nan: whether a NaN is an "error" or a missing reward, to "skip".
-        singleton: a reward alone in its group has advantage "zero", or mean 0 and std 1: "raw".
+        scale: divide by the std of the "group", of the whole "batch", or by nothing: "none".
+        eps: added to the std.
+        unbiased: divide the variance by n - 1 instead of n.
+        baseline: subtract the "mean" of the group, or with "leave_one_out" that of the other
+            members.
+        nan: whether a NaN is an "error", or a missing reward to "skip".
+        singleton: a reward alone in its group has the advantage "zero", or with "raw" mean 0 and
+            std 1.
+
+    Returns:
+        (B,), of the dtype of `rewards` if it is floating, else float32.
     """
     if nan == "error" and rewards.isnan().any():
         raise ValueError("rewards hold NaN")
@@ -597,7 +829,7 @@ def group_advantage(
         if n == 1 and singleton == "raw":
             advantages[member] = group if scale == "none" else group / (1 + eps)
         elif n > 1 and group.max() > group.min():
-            # Without the lowest, which may be all but a common offset.
+            # The lowest is subtracted first, because the rewards may have a large common offset.
             group = group - group.min()
             mean = group.mean()
             if baseline == "leave_one_out":
@@ -606,7 +838,7 @@ def group_advantage(
                 advantages[member] = group - mean
                 continue
             spread = group if scale == "group" else rewards[present] - rewards[present].min()
-            size = spread.max()  # in units of which it can be squared
+            size = spread.max()  # in this unit its squares do not overflow
             std = (spread / size).std(unbiased=unbiased)
             advantages[member] = (group - mean) / size / (std + eps / size)
     return advantages.to(dtype)

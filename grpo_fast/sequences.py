@@ -1,8 +1,8 @@
-"""Sequences of tokens, padded or packed: which token belongs to which, sums and values of sequences.
+"""Sequences of tokens, padded or packed: the sequence of each token, and sums and values of sequences.
 
-Padded tokens are (B, T), one sequence a row. Packed tokens are (N,), sequences end to end; `boundaries` or
-`cu_seqlens`, (num_sequences + 1,), say where each starts and where the last one ends. Packed tokens without
-boundaries are one sequence.
+Padded tokens are (B, T), one sequence in each row. Packed tokens are (N,), sequences end to end;
+`boundaries` or `cu_seqlens`, (num_sequences + 1,), hold the start of each sequence and the end of
+the last one. Packed tokens without boundaries are one sequence.
 """
 
 from collections.abc import Callable
@@ -15,17 +15,18 @@ from grpo_fast.checks import check_cu_seqlens, check_device, check_shape, check_
 
 
 def sequence_of_token(cu_seqlens: Tensor, N: int) -> Tensor:
-    """The index of the sequence that each of N packed tokens belongs to, (N,)."""
+    """Return the index of the sequence that each of N packed tokens belongs to, (N,)."""
     position = torch.arange(N, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
     return torch.searchsorted(cu_seqlens[1:].contiguous(), position, right=True)
 
 
 def sequence_sums(boundaries: Tensor | None, T_len: int, N: int) -> Callable[[Tensor], Tensor]:
-    """A function that gives each of N tokens the sum of values (N,) over its sequence.
+    """Return a function that gives each of N tokens the sum of values (N,) over its sequence.
 
     Without boundaries every `T_len` tokens are a sequence. Values of masked tokens must be 0.
     """
-    # In float32 thousands of tokens, added one by one, would lose what a sum in pairs keeps.
+    # The sums are float64: in float32, thousands of tokens added one by one lose digits that a sum
+    # in pairs keeps.
     if boundaries is None:
 
         def total(x: Tensor) -> Tensor:
@@ -44,13 +45,16 @@ def sequence_sums(boundaries: Tensor | None, T_len: int, N: int) -> Callable[[Te
 
 
 def sum_over_sequence(x: Tensor, live: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """The sum of x over the live tokens of each token's sequence, of the shape of x, (B, T) or (N,)."""
+    """Return, at each token, the sum of x over the tokens of its sequence that count.
+
+    x is (B, T) or (N,), and so is the result.
+    """
     total = sequence_sums(cu_seqlens, x.shape[-1], x.numel())
     return total(torch.where(live, x, 0).reshape(-1)).view(x.shape)
 
 
 def per_sequence(x: Tensor, like: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """Float64 sums of (N,) over the sequences of `like`: (B, 1), or (num_sequences,) if packed."""
+    """Return the sums of x (N,) over sequences in float64: (B, 1), or (num_sequences,) if packed."""
     x = x.double()
     if cu_seqlens is None:
         return x.view(like.shape).sum(-1, keepdim=True)
@@ -59,23 +63,24 @@ def per_sequence(x: Tensor, like: Tensor, cu_seqlens: Tensor | None) -> Tensor:
 
 
 def spread(x: Tensor, shape: torch.Size | tuple[int, ...], sequence: Tensor | None) -> Tensor:
-    """Values of sequences, (num_sequences,), as one per token, (N,), contiguous.
+    """Return values of sequences, (num_sequences,), as one per token, (N,), contiguous.
 
     Args:
-        shape: of the tokens, (B, T), where there is no `sequence`.
+        shape: the shape of the tokens, (B, T), where there is no `sequence`.
         sequence: (N,) the sequence of each token, or None.
     """
     if sequence is not None:
         return x[sequence]
-    # Contiguous: with one sequence `reshape` gives a view of one element, of stride 0.
+    # `contiguous`, because with one sequence `reshape` returns a view of one element with stride 0.
     return x[:, None].expand(shape).reshape(-1).contiguous()
 
 
 def first_of_sequence(rows: Tensor, sequence: Tensor | None) -> Tensor:
-    """Whether a token is the first of its sequence, (N,) bool.
+    """Return whether a token is the first of its sequence, (N,) bool.
 
     Args:
-        rows: (B, T) tokens, for their shape. sequence: (N,) of packed tokens, or None.
+        rows: (B, T) tokens, for their shape.
+        sequence: (N,) the sequence of each packed token, or None.
     """
     if sequence is not None:
         before = torch.nn.functional.pad(sequence, (1, 0), value=-1)[:-1]
@@ -87,7 +92,7 @@ def first_of_sequence(rows: Tensor, sequence: Tensor | None) -> Tensor:
 def per_token_advantages(
     op: str, advantages: Tensor, logps: Tensor, cu_seqlens: Tensor | None
 ) -> Tensor:
-    """Advantages per token, of the shape of `logps`, from an argument of `op` that is checked."""
+    """Check the advantages that `op` got; return them per token, of the shape of `logps`."""
     check_tensor(op, "logps", logps)
     if logps.ndim not in (1, 2):
         raise ValueError(f"{op}: logps: want (B, T) or (N,), got {shape_of(logps)}")
@@ -97,7 +102,7 @@ def per_token_advantages(
 
 
 def one_per_sequence(x: Any) -> Any:
-    """Turn (B, 1) into (B,), since both are taken for one value per sequence; leave the rest as it is."""
+    """Turn (B, 1) into (B,), since both mean one value per sequence; return anything else unchanged."""
     return x.reshape(-1) if isinstance(x, Tensor) and x.ndim == 2 and x.shape[1] == 1 else x
 
 
@@ -112,8 +117,10 @@ def spread_argument(
     """Check an argument with one value per sequence, (B,) or (B, 1), or per token; return it per token.
 
     Args:
-        like: one entry per token, (B, T) or packed (N,); packed without boundaries it is one sequence.
-        cu_seqlens: checked. sequence: (N,) the sequence of each packed token, where it is known.
+        like: one entry per token, (B, T) or packed (N,); packed without boundaries it is one
+            sequence.
+        cu_seqlens: checked boundaries.
+        sequence: (N,) the sequence of each packed token, where it is known.
     """
     check_tensor(op, name, x)
     if cu_seqlens is not None:
@@ -134,9 +141,10 @@ def spread_argument(
 def check_told_apart(
     op: str, name: str, x: Tensor, cu_seqlens: Tensor | None, like: Tensor
 ) -> None:
-    """Refuse (N,) of N packed tokens in N sequences, unless one per token is the same as one per sequence.
+    """Refuse (N,) of N packed tokens in N sequences: it may be per token or per sequence.
 
-    Their lengths are looked at then, a host sync on a GPU: nothing else tells.
+    If each sequence has one token, both are the same, and it is taken. To find out, the lengths are
+    read, which is a host sync on a GPU: nothing else tells.
     """
     if cu_seqlens is None or x.ndim != 1 or not len(x) == len(like) == len(cu_seqlens) - 1:
         return

@@ -1,4 +1,4 @@
-"""Names that are not known here: what was meant, and what TRL, verl and others call it."""
+"""Errors for unknown names: they say which name is meant, and know the names of TRL, verl and others."""
 
 import difflib
 import functools
@@ -11,7 +11,8 @@ from grpo_fast.presets import PRESETS
 
 F = TypeVar("F", bound=Callable)
 
-# What others call an argument of the losses or an option of `Objective`. Several: the one that exists counts.
+# Other projects' names of an argument of the losses or an option of `Objective`. If several are
+# listed, the one that the function has counts.
 ARGUMENTS: dict[str, tuple[str, ...]] = {
     name: ours
     for names, ours in (
@@ -45,7 +46,7 @@ ARGUMENTS: dict[str, tuple[str, ...]] = {
     )
     for name in names.split()
 }  # fmt: skip
-# What others call a choice. A whole objective, such as "gspo", is a preset.
+# Other projects' names of a choice. A whole objective, such as "gspo", is a preset.
 CHOICES: dict[str, str] = {
     "ppo": "clip",
     "vanilla": "clip",
@@ -61,7 +62,7 @@ CHOICES: dict[str, str] = {
     "rloo": "leave_one_out",
     "gdpo": "normalize_then_sum",
 }
-# An argument that goes elsewhere.
+# What to say of an argument that another function takes.
 OBJECTIVES_OWN = "; it belongs to the objective: objective=Objective({ours}=...)"
 LOSSES_OWN = "; it belongs to the losses: grpo_loss(..., {ours}=...)"
 LOSS_ARGUMENTS = (
@@ -73,12 +74,12 @@ LOSS_ARGUMENTS = (
 
 
 def spelled(name: str) -> str:
-    """A name without what people write differently: case, hyphens, underscores, slashes, spaces."""
+    """Return a name without the differences of spelling: case, hyphens, underscores, slashes, spaces."""
     return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
 def closest(name: object, known: Iterable[str], others: dict[str, str] | None = None) -> list[str]:
-    """Up to four of the known names, the most likely first; one where the spelling leaves no doubt."""
+    """Return up to four known names, the most likely first; one where the spelling leaves no doubt."""
     if not isinstance(name, str):
         return []
     by_spelling: dict[str, list[str]] = {}
@@ -95,13 +96,13 @@ def closest(name: object, known: Iterable[str], others: dict[str, str] | None = 
 
 
 def did_you_mean(names: Iterable[str]) -> str:
-    """ "; did you mean 'x' or 'y'?", or nothing without any."""
+    """Return "; did you mean 'x' or 'y'?", or "" without any name."""
     quoted = [repr(name) for name in names]
     return f"; did you mean {' or '.join(quoted)}?" if quoted else ""
 
 
 def check_preset(name: object) -> None:
-    """Refuse a name that no preset has, and say which ones are close."""
+    """Refuse a name that no preset has; the error says which names are close."""
     if not isinstance(name, str):
         raise TypeError(f"preset: want a name, such as 'grpo', got {name!r}")
     if name in PRESETS:
@@ -119,7 +120,7 @@ def check_preset(name: object) -> None:
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...], op: str = "") -> None:
-    """Refuse a value that is not among the choices, and say which one is meant."""
+    """Refuse a value that is not among the choices; the error says which one may be meant."""
     if isinstance(value, str) and value in choices:
         return
     hint = did_you_mean(closest(value, choices, CHOICES))
@@ -133,10 +134,11 @@ def check_choice(name: str, value: object, choices: tuple[str, ...], op: str = "
 def check_keywords(
     function: str, given: Iterable[str], known: Iterable[str], elsewhere: Iterable[str], note: str
 ) -> None:
-    """Refuse a keyword argument that a function does not have, and say what it is called here.
+    """Refuse a keyword argument that a function does not have; the error says its name here.
 
     Args:
-        elsewhere: names that another function takes. note: says so, with {ours} for the name.
+        elsewhere: names that another function takes.
+        note: the sentence that says so, with {ours} for the name.
     """
     for name in given:
         if name not in known:
@@ -158,12 +160,13 @@ def _instead(name: str, known: tuple[str, ...], elsewhere: tuple[str, ...], note
 def keywords_explained(
     elsewhere: Iterable[str] = (), note: str = OBJECTIVES_OWN, name: str | None = None
 ) -> Callable[[F], F]:
-    """A decorator: an unknown keyword argument is an error that names the right one.
+    """Return a decorator: an unknown keyword argument becomes an error that names the right one.
 
-    Signature, documentation and type stay those of the function.
+    Signature, docstring and type of the function stay as they are.
 
     Args:
-        elsewhere, note: as in `check_keywords`. name: of the function in the error; default: its own.
+        elsewhere, note: as in `check_keywords`.
+        name: the name of the function in the error; default: its own.
     """
 
     def decorate(function: F) -> F:

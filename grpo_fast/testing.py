@@ -1,4 +1,4 @@
-"""Assertions shared by tests/ and benchmarks/."""
+"""An assertion about accuracy, for tests/ and benchmarks/."""
 
 import torch
 from torch import Tensor
@@ -13,15 +13,31 @@ def assert_as_accurate(
     scale: float = 0.0,
     name: str = "result",
 ) -> None:
-    """Assert `error(actual) <= factor * error(baseline) + floor * max |truth|`, errors against `truth`.
+    """Assert that a result is about as accurate as plain PyTorch in the same dtype.
 
-    `truth` is the float64 result and `baseline` the same formula in plain PyTorch in the dtype under test,
-    so that the tolerance scales with the problem instead of being guessed per dtype. Infinities must
-    coincide; a NaN fails. `scale` is the least that max |truth| is taken for, where a result is a small
-    difference of larger terms.
+    The errors of `actual` and `baseline` are their largest differences from `truth`. The assertion
+    is `error(actual) <= factor * error(baseline) + floor * max(scale, abs(truth).max())`, so that
+    the tolerance grows with the problem and nobody has to guess it for each dtype. Infinities must
+    be at the same places; a NaN fails.
+
+        >>> x = torch.rand(100)
+        >>> truth = x.double().sum()
+        >>> assert_as_accurate(x.flip(0).sum(), x.sum(), truth)
+        >>> assert_as_accurate(x.sum() + 1, x.sum(), truth)
+        Traceback (most recent call last):
+        AssertionError: result: error ...
+
+    Args:
+        actual: the result under test.
+        baseline: the result of the same formula in plain PyTorch, in the dtype under test.
+        truth: the float64 result.
+        factor, floor: numbers of the formula.
+        scale: used in place of max |truth| where it is larger, for results that are small
+            differences of larger terms.
+        name: what the message calls the result.
 
     Raises:
-        AssertionError: with both errors and the place of the worst one.
+        AssertionError: with both errors, and the values at the worst place.
     """
     assert actual.shape == truth.shape, f"{name}: shape {actual.shape}, want {truth.shape}"
     if not truth.numel():
@@ -37,9 +53,9 @@ def assert_as_accurate(
     if not truth.numel():
         return
     errors = (actual - truth).abs()
-    # Where plain PyTorch has no answer at all, its error excuses nothing.
+    # Where plain PyTorch returns NaN or inf, its error must not excuse one here.
     expected = (baseline - truth).abs().nan_to_num(nan=0.0, posinf=0.0).max().item()
-    # The last term: what float64 itself rounds away next to 1.
+    # The last term is the rounding of float64 next to 1.
     allowed = factor * expected + floor * max(truth.abs().max().item(), scale) + 1e-15
     worst = int(errors.argmax())
     assert errors.max().item() <= allowed, (

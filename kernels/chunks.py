@@ -1,10 +1,10 @@
-"""Between the matrix products of the head: hidden states of the next chunk in, gradients of the last one out.
+"""Move rows between the matrix products of the head: hidden states come in, gradients go out.
 
     dhidden[to[i]] = stage[i]                        i < n_out; rounded once, to the dtype of dhidden
     h[i] = hidden[from[i]] if live[i] else 0         i < n_in; 0 for the rows after them
 
-Both at once, since each is short: a launch costs as much as they take. Bytes: each row that is moved is read
-once and written once.
+The hidden states are those of the next chunk, the gradients those of the last one. One launch does both,
+since a launch takes as long as either. Bytes: each row that is moved is read once and written once.
 
 A program owns BLOCK columns of one row of the chunk.
 """
@@ -13,19 +13,15 @@ import triton
 import triton.language as tl
 
 from grpo_fast.kernels.schedules import compiled_with
+from grpo_fast.records import Incoming, Outgoing
 
 BLOCK = 2048
 
 
 @triton.jit(do_not_specialize=["n_out", "n_in"])
 def _move_rows_kernel(
-    stage_ptr,  # (C, D), or None: nothing goes out
-    dhidden_ptr,  # (rows, D)
-    to_ptr,  # (n_out,) int64, or None: the first rows
-    hidden_ptr,  # (rows, D), or None: nothing comes in
-    from_ptr,  # (n_in,) int64, or None: the first rows
-    live_ptr,  # (n_in,) bool, or None: all
-    h_ptr,  # (C, D)
+    outgoing,  # Outgoing without n; of None where nothing goes out
+    incoming,  # Incoming without n; of None where nothing comes in
     n_out,
     n_in,
     D,
@@ -38,47 +34,50 @@ def _move_rows_kernel(
     i = (pid // blocks).to(tl.int64)
     offs = (pid % blocks) * BLOCK + tl.arange(0, BLOCK)
     keep = offs < D
-    if stage_ptr is not None:
+    if outgoing.stage is not None:
         leaves = keep & (i < n_out)
         row = i
-        if to_ptr is not None:
-            row = tl.load(to_ptr + i, mask=i < n_out, other=0)
-        x = tl.load(stage_ptr + i * D + offs, mask=leaves, other=0.0)
-        tl.store(dhidden_ptr + row * D + offs, x.to(dhidden_ptr.dtype.element_ty), mask=leaves)
-    if hidden_ptr is not None:
-        x = tl.zeros([BLOCK], hidden_ptr.dtype.element_ty)
+        if outgoing.rows is not None:
+            row = tl.load(outgoing.rows + i, mask=i < n_out, other=0)
+        x = tl.load(outgoing.stage + i * D + offs, mask=leaves, other=0.0)
+        dtype: tl.constexpr = outgoing.dhidden.dtype.element_ty
+        tl.store(outgoing.dhidden + row * D + offs, x.to(dtype), mask=leaves)
+    if incoming.hidden is not None:
+        x = tl.zeros([BLOCK], incoming.hidden.dtype.element_ty)
         live = i < n_in
-        if live_ptr is not None:
-            live = tl.load(live_ptr + i, mask=live, other=0) != 0
-        if live:  # what counts for nothing may hold anything: it is not read
+        if incoming.live is not None:
+            live = tl.load(incoming.live + i, mask=live, other=0) != 0
+        if live:  # a row that does not count may hold anything: it is not read
             row = i
-            if from_ptr is not None:
-                row = tl.load(from_ptr + i)
+            if incoming.rows is not None:
+                row = tl.load(incoming.rows + i)
             at = row * stride_n + offs.to(tl.int64) * stride_d
-            x = tl.load(hidden_ptr + at, mask=keep, other=0.0)
-        tl.store(h_ptr + i * D + offs, x.to(h_ptr.dtype.element_ty), mask=keep)
+            x = tl.load(incoming.hidden + at, mask=keep, other=0.0)
+        tl.store(incoming.h + i * D + offs, x.to(incoming.h.dtype.element_ty), mask=keep)
 
 
-def move_rows(stage, dhidden, to, n_out, hidden, rows, live, n_in, h):
-    """Write rows `to` of dhidden from the first of `stage`, and `h` from rows `rows` of hidden.
+def move_rows(outgoing, incoming):
+    """Launch the kernel that moves rows out of the workspace of the head and into it.
 
     Args:
-        stage, h: (C, D) contiguous. Without stage, or without hidden, the respective half is left out.
-        dhidden: contiguous. hidden: any strides.
-        to, rows: (n_out,) and (n_in,) int64, or None for the first ones.
-        live: (n_in,) bool, or None for all.
+        outgoing: `Outgoing`, or None: nothing goes out.
+        incoming: `Incoming`, or None: nothing comes in.
     """
-    C, D = (h if stage is None else stage).shape
+    n_out = n_in = stride_n = stride_d = 0
+    # Triton would specialise on the numbers of rows, if they were in a tuple. A record of None stands for
+    # None: Triton 3.6 cannot ask whether a tuple is None.
+    given_out, given_in = Outgoing(*[None] * 4), Incoming(*[None] * 5)
+    if outgoing is not None:
+        C, D = outgoing.stage.shape
+        n_out, given_out = outgoing.n, outgoing._replace(n=None)
+    if incoming is not None:
+        C, D = incoming.h.shape
+        n_in, given_in = incoming.n, incoming._replace(n=None)
+        stride_n, stride_d = incoming.hidden.stride()
     blocks = triton.cdiv(D, BLOCK)
-    stride_n, stride_d = (0, 0) if hidden is None else hidden.stride()
     _move_rows_kernel[(C * blocks,)](
-        stage_ptr=stage,
-        dhidden_ptr=dhidden,
-        to_ptr=to,
-        hidden_ptr=hidden,
-        from_ptr=rows,
-        live_ptr=live,
-        h_ptr=h,
+        outgoing=given_out,
+        incoming=given_in,
         n_out=n_out,
         n_in=n_in,
         D=D,

@@ -1,10 +1,10 @@
 """Where rows of logits start and end, and the entries outside what is read 16 bytes at a time.
 
-A row of an odd vocabulary starts anywhere. Its body starts at the next multiple of `UNIT` entries and
-holds a multiple of as many. All loops over rows run over bodies, so that the compiler can tell that every
-access of a lane is aligned. The edges, at most UNIT - 1 entries before the body and as many after it, are
-read and written as one short vector. ROWS says what is known beforehand, so that there is no code for what
-cannot occur:
+A row of an odd vocabulary starts anywhere. Its body starts at the next multiple of `UNIT` entries, and its
+length is a multiple of `UNIT`. All loops over rows run over bodies: so the compiler knows that every access
+of a lane is aligned. The edges are at most UNIT - 1 entries before the body, and as many after it. They are
+read and written as one short vector. The constant ROWS says what is known beforehand, so that no code is
+compiled for what cannot occur:
 
     "aligned"    16 divides starts, strides and V: Triton sees that for itself
     "units"      UNIT divides them
@@ -13,6 +13,8 @@ cannot occur:
 A column is counted from the first entry of a row, a place from the first entry of its body.
 """
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -20,6 +22,7 @@ import triton.language as tl
 from grpo_fast.kernels.tiles import (
     LOG2_ZERO,
     LOWEST,
+    Softmax,
     dlogits_tile,
     merge_softmax,
     merge_sums,
@@ -31,10 +34,10 @@ UNIT = tl.constexpr(8)  # entries; 16 bytes of bfloat16, 32 of float32
 
 
 def lined_up(x: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """(x moved back to where a unit starts, by how many entries).
+    """(x, moved back in memory to where a unit starts; by how many entries it was moved).
 
-    Triton asks of a pointer whether 16 divides it. Not moved where the memory of x does not reach back so
-    far: accesses are narrow then.
+    Triton specialises a kernel on whether 16 divides a pointer. Where the memory of x does not reach back far
+    enough, x is not moved, and accesses are narrow.
     """
     size = x.element_size()
     before = x.data_ptr() % (UNIT.value * size) // size
@@ -44,7 +47,7 @@ def lined_up(x: torch.Tensor) -> tuple[torch.Tensor, int]:
 
 
 def rows_of(name: str, x: torch.Tensor) -> dict:
-    """Where the rows of x, (B, T, V), lie, as the arguments of a kernel that calls it `name`_ptr."""
+    """The arguments that tell a kernel where the rows of x, (B, T, V), lie; x is its `name`_ptr."""
     start, before = lined_up(x)
     return {
         f"{name}_ptr": start,
@@ -58,16 +61,20 @@ def rows_of(name: str, x: torch.Tensor) -> dict:
 
 
 def kind(*numbers: int) -> str:
-    """ROWS, given where the first row starts, the distances of rows, and V."""
+    """The constant ROWS, given where the first row starts, the strides of rows, and V."""
     if all(n % 16 == 0 for n in numbers):
         return "aligned"
     return "anywhere" if any(n % UNIT.value for n in numbers) else "units"
 
 
 def gradient_of(rows: dict, dx: torch.Tensor) -> dict:
-    """Where the rows of the gradient lie, as the arguments of a kernel; `rows` is what `rows_of` gave.
+    """The arguments that tell a kernel where the rows of the gradient dx lie.
 
-    SAME_ROWS: whether each of its rows starts as many entries off a unit as that of the tensor.
+    The constant SAME_ROWS says whether each row of the gradient starts as many entries off a unit as the row
+    of logits does.
+
+    Args:
+        rows: what `rows_of` made of the logits.
     """
     start, before = lined_up(dx)
     found = {"dbefore": before, "dstride_b": dx.stride(0), "dstride_t": dx.stride(1)}
@@ -76,16 +83,43 @@ def gradient_of(rows: dict, dx: torch.Tensor) -> dict:
     return {"dlogits_ptr": start, **found, "SAME_ROWS": same}
 
 
+class Rows(NamedTuple):
+    """Where the rows of a tensor (B, T, V) lie."""
+
+    ptr: Any
+    before: Any  # entries from the pointer to the first row
+    stride_b: Any
+    stride_t: Any
+
+
+class Row(NamedTuple):
+    """Where one row lies."""
+
+    ptr: Any  # its first entry
+    body_ptr: Any  # the first entry of its body
+    head: Any  # how many entries are before the body
+    body: Any  # how many entries the body holds
+
+
+class Writer(NamedTuple):
+    """How the gradient of a row is written: compile-time constants; see `rows.write_dlogits`."""
+
+    TILE: Any  # `schedules.Tile`
+    HAS_ENTROPY: Any
+    BACKWARDS: Any
+    OVERLAP: Any
+
+
 @triton.jit
 def row_offset(row, T_len, stride_b, stride_t):
-    """Where row (b, t) = divmod(row, T_len) starts. int64: B * T * V passes 2**31 for any real batch."""
+    """The offset of row (b, t) = divmod(row, T_len), in int64: B * T * V passes 2**31 for any real batch."""
     row = row.to(tl.int64)
     return (row // T_len) * stride_b + (row % T_len) * stride_t
 
 
 @triton.jit
 def to_unit(offset, ROWS: tl.constexpr):
-    """The next offset that UNIT divides. Where it does already, the compiler learns so."""
+    """The next offset that UNIT divides. Where it divides the offset already, this tells the compiler."""
     if ROWS == "anywhere":
         offset = (offset + (UNIT - 1)) // UNIT * UNIT
     if ROWS == "units":
@@ -94,11 +128,11 @@ def to_unit(offset, ROWS: tl.constexpr):
 
 
 @triton.jit
-def place_row(x_ptr, before, row, T_len, stride_b, stride_t, V, ROWS: tl.constexpr):
-    """(pointer to the row, pointer to its body, entries before the body, entries of the body)."""
-    offset = row_offset(row, T_len, stride_b, stride_t)
+def place_row(rows, row, T_len, V, ROWS: tl.constexpr):
+    """The place (`Row`) of one row of `rows` (`Rows`)."""
+    offset = row_offset(row, T_len, rows.stride_b, rows.stride_t)
     if ROWS == "anywhere":
-        offset += before
+        offset += rows.before
         start = to_unit(offset, ROWS)
         head = tl.minimum(start - offset, V).to(tl.int32)
         body = (V - head) // UNIT * UNIT
@@ -107,61 +141,43 @@ def place_row(x_ptr, before, row, T_len, stride_b, stride_t, V, ROWS: tl.constex
         start = offset
         head = 0
         body = V // UNIT * UNIT if ROWS == "units" else V
-    return x_ptr + offset, x_ptr + start, head, body
+    return Row(rows.ptr + offset, rows.ptr + start, head, body)
 
 
 @triton.jit
-def place_gradient(
-    dx_ptr,
-    dbefore,
-    row,
-    T_len,
-    dstride_b,
-    dstride_t,
-    head,
-    ROWS: tl.constexpr,
-    SAME_ROWS: tl.constexpr,
-):
-    """(pointer to a row of the gradient, pointer to what belongs to the body), `head` entries after it."""
-    offset = row_offset(row, T_len, dstride_b, dstride_t)
-    if SAME_ROWS and ROWS != "anywhere":  # `dbefore` is 0
+def place_gradient(rows, row, T_len, like, ROWS: tl.constexpr, SAME_ROWS: tl.constexpr):
+    """The place of one row of the gradient; its body holds the columns that the body of `like` holds.
+
+    Args:
+        rows: where the rows of the gradient lie.
+        like: the `Row` of logits.
+    """
+    offset = row_offset(row, T_len, rows.stride_b, rows.stride_t)
+    if SAME_ROWS and ROWS != "anywhere":  # `rows.before` is 0
         offset = to_unit(offset, ROWS)
         start = offset
     else:
-        offset += dbefore
-        start = to_unit(offset, ROWS) if SAME_ROWS else offset + head
-    return dx_ptr + offset, dx_ptr + start
+        offset += rows.before
+        start = to_unit(offset, ROWS) if SAME_ROWS else offset + like.head
+    return Row(rows.ptr + offset, rows.ptr + start, like.head, like.body)
 
 
 @triton.jit
-def edge_columns(head, body, V):
-    """(columns [2 UNIT] of the edges of a row, which of them there are)."""
+def edge_columns(row, V):
+    """(columns [2 UNIT] of the edges of a row, which of them exist)."""
     i = tl.arange(0, 2 * UNIT)
-    column = tl.where(i < UNIT, i, i - UNIT + head + body)
-    return column, (column < V) & ((i < head) | (i >= UNIT))
+    column = tl.where(i < UNIT, i, i - UNIT + row.head + row.body)
+    return column, (column < V) & ((i < row.head) | (i >= UNIT))
 
 
 @triton.jit
-def read_edges(
-    row_ptr,
-    target,
-    head,
-    body,
-    V,
-    scale,
-    m,
-    s,
-    t,
-    HAS_ENTROPY: tl.constexpr,
-    softcap=None,
-    logit_scale=None,
-    cap_rate=None,
-):
-    """The statistics (m, s, t) of a row, given those of its body; without column `target` in both."""
-    column, there = edge_columns(head, body, V)
-    z = tl.load(row_ptr + column, mask=there, other=-float("inf")).to(tl.float32)
-    if softcap is not None:
-        z, _ = soft_cap(z, softcap, logit_scale, cap_rate)
+def read_edges(row, target, V, scale, sums, HAS_ENTROPY: tl.constexpr, cap=None):
+    """Add the edges of a row to the statistics `sums` of its body; both leave out column `target`."""
+    m, s, t = sums
+    column, there = edge_columns(row, V)
+    z = tl.load(row.ptr + column, mask=there, other=-float("inf")).to(tl.float32)
+    if cap is not None:
+        z, _ = soft_cap(z, cap)
     z = tl.where(there & (column != target), z, -float("inf"))
     m_edge = tl.maximum(z * scale, LOWEST)
     u = tl.fma(z, scale, -m_edge)
@@ -172,58 +188,44 @@ def read_edges(
         m, s, t = merge_softmax(m, s, t, m_edge, s_edge, t_edge)
     else:
         m, s = merge_sums(m, s, m_edge, s_edge)
-    return m, s, t
+    return Softmax(m, s, t)
 
 
 @triton.jit
-def write_edges(
-    row_ptr,
-    drow_ptr,
-    target,
-    dtarget,
-    head,
-    body,
-    V,
-    scale,
-    m,
-    k0,
-    k1,
-    HAS_ENTROPY: tl.constexpr,
-    softcap=None,
-    logit_scale=None,
-    cap_rate=None,
-    OVERLAP: tl.constexpr = False,
-):
-    """The gradient at the edges of a row, `dtarget` at the scored column; `drow_ptr` may be `row_ptr`.
+def write_edges(row, drow, gradient, V, WRITER: tl.constexpr, cap=None):
+    """Write the gradient at the edges of a row, after `rows.write_dlogits` has written its body.
 
-    OVERLAP: as in `rows.write_dlogits`. No edge is before the body then, and what is after it is still there:
-    the gradient of the body is shorter than the body, and comes before.
+    Where the gradient lies over the logits (OVERLAP), no edge is before the body. The edge after the body has
+    not been overwritten: the gradient of the body is shorter than the body, and ends before the edge.
+
+    Args:
+        row, drow: where the logits and their gradient lie, perhaps the same place.
+        gradient: `tiles.RowGradient`.
+        WRITER: `Writer`.
     """
-    column, there = edge_columns(head, body, V)
-    z = tl.load(row_ptr + column, mask=there, other=-float("inf")).to(tl.float32)
-    dz = capped_dlogits(z, scale, m, k0, k1, HAS_ENTROPY, softcap, logit_scale, cap_rate)
-    dz = tl.where(column == target, dtarget, dz).to(drow_ptr.dtype.element_ty)
-    if OVERLAP:
+    column, there = edge_columns(row, V)
+    z = tl.load(row.ptr + column, mask=there, other=-float("inf")).to(tl.float32)
+    dz = capped_dlogits(z, gradient, WRITER.HAS_ENTROPY, cap)
+    dz = tl.where(column == gradient.target, gradient.dtarget, dz).to(drow.ptr.dtype.element_ty)
+    if WRITER.OVERLAP:
         tl.debug_barrier()
-    tl.store(drow_ptr + column, dz, mask=there)
+    tl.store(drow.ptr + column, dz, mask=there)
 
 
 @triton.jit
-def zero_edges(drow_ptr, head, body, V):
+def zero_edges(drow, V):
     """Write zeros at the edges of a row of the gradient."""
-    column, there = edge_columns(head, body, V)
-    zeros = tl.zeros([2 * UNIT], tl.float32).to(drow_ptr.dtype.element_ty)
-    tl.store(drow_ptr + column, zeros, mask=there)
+    column, there = edge_columns(drow, V)
+    zeros = tl.zeros([2 * UNIT], tl.float32).to(drow.ptr.dtype.element_ty)
+    tl.store(drow.ptr + column, zeros, mask=there)
 
 
 @triton.jit
-def capped_dlogits(
-    z, scale, m, k0, k1, HAS_ENTROPY: tl.constexpr, softcap=None, logit_scale=None, cap_rate=None
-):
+def capped_dlogits(z, gradient, HAS_ENTROPY: tl.constexpr, cap=None):
     """The gradient of some logits (`dlogits_tile`), through the soft cap if there is one."""
-    if softcap is not None:
-        z, slope = soft_cap(z, softcap, logit_scale, cap_rate)
-    dz = dlogits_tile(z, scale, m, k0, k1, HAS_ENTROPY)
-    if softcap is not None:
+    if cap is not None:
+        z, slope = soft_cap(z, cap)
+    dz = dlogits_tile(z, gradient.scale, gradient.m, gradient.k0, gradient.k1, HAS_ENTROPY)
+    if cap is not None:
         dz = dz * slope
     return dz

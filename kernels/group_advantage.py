@@ -2,19 +2,21 @@
 
     A_b = (R_b - mean of R over the group of b) / (std + eps),  0 where the rewards do not differ
 
-std over the group, over the whole batch, or no division. A group is `G` consecutive sequences, or all
-sequences with the same label. Rewards are float32 or float64. The lowest of the group is subtracted in their
-own dtype before anything else, and the rest divided by a power of two, so that neither a large common offset
-nor a size that float32 cannot square costs anything; then come mean and squares. Variants, each a
-compile-time flag: the mean of the others instead of the mean, NaN for a reward that is missing, a reward
-alone in its group left as it is. Several rewards per sequence become one in a launch of their own
-(`combine_rewards_fwd`).
+The std is that of the group, or of the whole batch, or there is no division. A group is `G` consecutive
+sequences, or all sequences with the same label. Rewards are float32 or float64. First the lowest reward of
+the group is subtracted, in the dtype of the rewards, and the difference is divided by a power of two. So
+neither a large common offset nor a size that float32 cannot square costs accuracy. Then come mean and
+squares. Variants, each a compile-time flag: the mean of the others instead of the mean, NaN for a reward that
+is missing, a reward alone in its group left as it is. A launch of its own (`combine_rewards_fwd`) makes one
+reward of several per sequence.
 
 One program owns one sequence and reads its group three times: 3 G + 1 rewards per sequence, 3 B + 1 (and as
-many labels) with labels, 3 B more for the std of the batch. Combining K rewards reads K and K weights per
-sequence; where each reward is normalised first, K times 3 G + 1, or 3 B + 1. The sums run in a fixed order;
-every member of a group computes the same bits.
+many labels) with labels, 3 B more for the std of the batch. Combining K rewards reads K rewards and K weights
+per sequence; where each reward is normalised first, K times 3 G + 1, or 3 B + 1. The sums run in a fixed
+order; every member of a group computes the same bits.
 """
+
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -31,11 +33,33 @@ def block_size(n: int) -> int:
     return min(triton.next_power_of_2(max(n, 1)), MAX_BLOCK)
 
 
+class Moments(NamedTuple):
+    """The rewards of a group in numbers; see `group_moments`."""
+
+    lowest: Any
+    unit: Any
+    inverse: Any  # 1 / unit
+    mean: Any
+    squares: Any  # the sum of squared deviations from the mean
+    count: Any
+    differ: Any  # whether the rewards differ
+
+
+class Centred(NamedTuple):
+    """A reward less its baseline; see `relative_reward`."""
+
+    value: Any  # in the unit
+    squares: Any  # in the square of the unit
+    differ: Any
+    unit: Any
+    inverse: Any  # 1 / unit
+
+
 @triton.jit
 def load_members(
     rewards_ptr, labels_ptr, label, base, stop, stride, SKIP_NAN: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """(rewards, which of them belong to the group) from `base` on."""
+    """(BLOCK rewards from `base` on, which of them belong to the group)."""
     offs = base + tl.arange(0, BLOCK)
     member = offs < stop
     rewards = tl.load(rewards_ptr + offs * stride, mask=member, other=0.0)
@@ -48,7 +72,7 @@ def load_members(
 
 @triton.jit
 def power_of_two(x):
-    """(the power of two at or below x >= 0, its reciprocal), within what has one."""
+    """(the power of two at or below x >= 0, its reciprocal), within the range in which both are finite."""
     if x.dtype == tl.float64:
         e = tl.minimum(tl.maximum((x.to(tl.int64, bitcast=True) >> 52) & 2047, 1), 2045)
         unit = (e << 52).to(tl.float64, bitcast=True)
@@ -62,7 +86,7 @@ def power_of_two(x):
 
 @triton.jit
 def from_lowest(reward, lowest, inverse):
-    """Half of how far a reward is above the lowest, in units of `group_moments`, float32 in [0, 2)."""
+    """Half the distance of a reward from the lowest, in the unit of `group_moments`: float32 in [0, 2)."""
     return ((0.5 * reward - 0.5 * lowest) * inverse).to(tl.float32)
 
 
@@ -77,10 +101,10 @@ def group_moments(
     stride=1,
     SKIP_NAN: tl.constexpr = False,
 ):
-    """Of the rewards of a group: the lowest, a unit and its reciprocal, moments, whether they differ.
+    """The `Moments` of the rewards of a group.
 
-    The moments (mean, sum of squared deviations, count) are those of `from_lowest`, halves so that they do
-    not overflow. The unit is a power of two: it rounds nothing.
+    Mean and squares are those of `from_lowest`, which are half distances, so that they do not overflow. The
+    unit is a power of two: dividing by it rounds nothing.
     """
     dtype: tl.constexpr = rewards_ptr.dtype.element_ty
     highest = tl.full([], -float("inf"), dtype)
@@ -109,7 +133,8 @@ def group_moments(
         deviation = tl.where(member, from_lowest(rewards, lowest, inverse) - mean, 0.0)
         squares += tl.sum(deviation * deviation, axis=0)
     # A NaN, which hardware's minimum and maximum pass over, makes them differ.
-    return lowest, unit, inverse, mean, squares, count, (highest != lowest) | (total != total)
+    differ = (highest != lowest) | (total != total)
+    return Moments(lowest, unit, inverse, mean, squares, count, differ)
 
 
 @triton.jit
@@ -124,7 +149,7 @@ def moments_around(
     BLOCK_G: tl.constexpr,
     BLOCK_B: tl.constexpr,
 ):
-    """`group_moments` of the group that sequence b belongs to."""
+    """The `Moments` of the group that sequence b belongs to."""
     if labels_ptr is not None:
         label = tl.load(labels_ptr + b)
         moments = group_moments(rewards_ptr, labels_ptr, label, 0, B, BLOCK_B, stride, SKIP_NAN)
@@ -135,22 +160,9 @@ def moments_around(
 
 
 @triton.jit
-def relative_reward(
-    reward,
-    lowest,
-    unit,
-    inverse,
-    mean,
-    squares,
-    count,
-    differ,
-    LEAVE_ONE_OUT: tl.constexpr,
-    RAW_SINGLETONS: tl.constexpr,
-):
-    """(reward less its baseline, sum of squares, whether it is other than 0, unit, 1 / unit) of a member.
-
-    The first is in that unit, the second in its square.
-    """
+def relative_reward(reward, moments, LEAVE_ONE_OUT: tl.constexpr, RAW_SINGLETONS: tl.constexpr):
+    """The reward of a member of a group less its baseline (`Centred`)."""
+    lowest, unit, inverse, mean, squares, count, differ = moments
     centred = from_lowest(reward, lowest, inverse) - mean
     if LEAVE_ONE_OUT:  # r - mean of the others
         centred = centred * (count / tl.maximum(count - 1.0, 1.0))
@@ -163,7 +175,7 @@ def relative_reward(
         unit = tl.where(alone, 1.0, unit)
         inverse = tl.where(alone, 1.0, inverse)
         differ = differ | alone
-    return centred, squares, differ, unit, inverse
+    return Centred(centred, squares, differ, unit, inverse)
 
 
 @triton.jit(do_not_specialize=["B", "G"])
@@ -184,20 +196,12 @@ def _group_advantage_kernel(
 ):
     b = tl.program_id(0)
     reward = tl.load(rewards_ptr + b)
-    lowest, unit, inverse, mean, squares, count, differ = moments_around(
-        b, rewards_ptr, labels_ptr, B, G, 1, SKIP_NAN, BLOCK_G, BLOCK_B
+    moments = moments_around(
+        b, rewards_ptr, labels_ptr, B, G, 1, SKIP_NAN, BLOCK_G=BLOCK_G, BLOCK_B=BLOCK_B
     )
+    count = moments.count
     centred, squares, differ, unit, inverse = relative_reward(
-        reward,
-        lowest,
-        unit,
-        inverse,
-        mean,
-        squares,
-        count,
-        differ,
-        LEAVE_ONE_OUT,
-        RAW_SINGLETONS,
+        reward, moments, LEAVE_ONE_OUT, RAW_SINGLETONS
     )
     if SCALE == "none":
         advantage = tl.where(differ, (centred * unit).to(tl.float32), 0.0)
@@ -240,20 +244,13 @@ def _combine_rewards_kernel(
         reward = tl.load(rewards_ptr + b * K + k)
         value = reward.to(tl.float64)
         if NORMALIZE:
-            lowest, unit, inverse, mean, squares, count, differ = moments_around(
-                b, rewards_ptr + k, labels_ptr, B, G, K, SKIP_NAN, BLOCK_G, BLOCK_B
+            column_ptr = rewards_ptr + k
+            moments = moments_around(
+                b, column_ptr, labels_ptr, B, G, K, SKIP_NAN, BLOCK_G=BLOCK_G, BLOCK_B=BLOCK_B
             )
+            count = moments.count
             centred, squares, differ, unit, inverse = relative_reward(
-                reward,
-                lowest,
-                unit,
-                inverse,
-                mean,
-                squares,
-                count,
-                differ,
-                False,
-                RAW_SINGLETONS,
+                reward, moments, False, RAW_SINGLETONS
             )
             if SCALE == "none":
                 value = tl.where(differ, centred.to(tl.float64) * unit.to(tl.float64), 0.0)
@@ -272,55 +269,49 @@ def _combine_rewards_kernel(
     tl.store(combined_ptr + b, total)
 
 
-def group_advantage_fwd(
-    rewards,
-    group_size,
-    labels,
-    scale,
-    eps,
-    unbiased,
-    leave_one_out=False,
-    skip_nan=False,
-    raw_singletons=False,
-):
-    """Launch the kernel: rewards (B,) fp32 or fp64, labels (B,) int64 or None -> advantages (B,) fp32."""
+def group_advantage_fwd(rewards, grouping, standardization):
+    """Launch the kernel of group-relative advantages.
+
+    Args:
+        rewards: (B,) fp32 or fp64.
+        grouping, standardization: `Grouping` and `Standardization`.
+
+    Returns:
+        Advantages (B,) fp32.
+    """
     B = len(rewards)
     advantages = torch.empty(B, device=rewards.device, dtype=torch.float32)
     if B:
         _group_advantage_kernel[(B,)](
             rewards_ptr=rewards,
-            labels_ptr=labels,
+            labels_ptr=grouping.labels,
             advantages_ptr=advantages,
             B=B,
-            G=group_size,
-            eps=eps,
-            SCALE=scale,
-            UNBIASED=unbiased,
-            LEAVE_ONE_OUT=leave_one_out,
-            SKIP_NAN=skip_nan,
-            RAW_SINGLETONS=raw_singletons,
-            BLOCK_G=block_size(group_size),
+            G=grouping.group_size,
+            eps=standardization.eps,
+            SCALE=standardization.scale,
+            UNBIASED=standardization.unbiased,
+            LEAVE_ONE_OUT=standardization.leave_one_out,
+            SKIP_NAN=standardization.skip_nan,
+            RAW_SINGLETONS=standardization.raw_singletons,
+            BLOCK_G=block_size(grouping.group_size),
             BLOCK_B=block_size(B),
             **compiled_with(4),
         )
     return advantages
 
 
-def combine_rewards_fwd(
-    rewards,
-    weights,
-    group_size,
-    labels,
-    normalize,
-    scale,
-    eps,
-    unbiased,
-    skip_nan=False,
-    raw_singletons=False,
-):
-    """Launch the kernel: rewards (B, K) fp32 or fp64, weights (K,) fp64 or None -> their weighted sums, fp64.
+def combine_rewards_fwd(rewards, weights, grouping, normalize, standardization):
+    """Launch the kernel that makes one reward of the K rewards of each sequence.
 
-    With `normalize` it is the K group scores that are summed. A sum without any reward is NaN.
+    Args:
+        rewards: (B, K) fp32 or fp64.
+        weights: (K,) fp64; None: 1.
+        grouping, standardization: `Grouping` and `Standardization`.
+        normalize: sum the K group scores in place of the K rewards.
+
+    Returns:
+        Weighted sums (B,) fp64; NaN where a sequence has no reward at all.
     """
     B, K = rewards.shape
     combined = torch.empty(B, device=rewards.device, dtype=torch.float64)
@@ -328,18 +319,18 @@ def combine_rewards_fwd(
         _combine_rewards_kernel[(B,)](
             rewards_ptr=rewards,
             weights_ptr=weights,
-            labels_ptr=labels,
+            labels_ptr=grouping.labels,
             combined_ptr=combined,
             B=B,
             K=K,
-            G=group_size,
-            eps=eps,
+            G=grouping.group_size,
+            eps=standardization.eps,
             NORMALIZE=normalize,
-            SCALE=scale,
-            UNBIASED=unbiased,
-            SKIP_NAN=skip_nan,
-            RAW_SINGLETONS=raw_singletons,
-            BLOCK_G=block_size(group_size),
+            SCALE=standardization.scale,
+            UNBIASED=standardization.unbiased,
+            SKIP_NAN=standardization.skip_nan,
+            RAW_SINGLETONS=standardization.raw_singletons,
+            BLOCK_G=block_size(grouping.group_size),
             BLOCK_B=block_size(B),
             **compiled_with(4),
         )

@@ -22,66 +22,55 @@ import triton
 import triton.language as tl
 
 from grpo_fast.kernels.edges import (
+    Rows,
+    Writer,
     gradient_of,
     place_gradient,
     place_row,
-    read_edges,
     rows_of,
     write_edges,
     zero_edges,
 )
 from grpo_fast.kernels.group_advantage import block_size
-from grpo_fast.kernels.policy_loss import scalars
 from grpo_fast.kernels.rows import (
     FIRST_OF_TWO,
+    Reader,
+    Slots,
     arrive,
-    combine_segments,
     inverse_temperature,
-    load_scored,
+    is_live,
     load_target,
-    read_part,
-    read_statistics,
-    soft_cap_scalars,
+    read_row,
+    whole_row,
     write_dlogits,
     write_zeros,
 )
+from grpo_fast.kernels.scalars import modes_of, scalars_of
 from grpo_fast.kernels.schedules import overlaps, reading
-from grpo_fast.kernels.scoring import load_advantage, load_or, score_row
-from grpo_fast.kernels.terms import token_policy_terms
-from grpo_fast.kernels.tiles import (
-    LOG2E,
-    dlogits_factors,
-    dlogits_target,
-    soft_cap,
+from grpo_fast.kernels.scoring import (
+    RewardGroups,
+    load_advantage,
+    load_token,
+    score_row,
+    store_no_outputs,
+    store_outputs,
+    weigh,
 )
-
-SCORE_EPS = 1e-4  # of the z-score taken in the launch: TRL's and the paper code's
+from grpo_fast.kernels.terms import token_policy_terms
+from grpo_fast.kernels.tiles import LOG2E, RowGradient, cap_of, dlogits_factors, dlogits_target
+from grpo_fast.records import SCORE_EPS, Outputs
 
 
 @triton.jit(do_not_specialize=["before", "dbefore", "T_len", "G"])
 def _grpo_kernel(
     logits_ptr,  # (B, T, V)
-    ids_ptr,  # (N,)
-    mask_ptr,  # (N,) bool, or None
-    weight_ptr,  # (N,) fp32
-    advantages_ptr,  # (N,) fp32, or None
-    rewards_ptr,  # (B,) fp32 or fp64, or None
-    sequence_ptr,  # (N,) int64, or None: row // T_len
-    old_logp_ptr,  # (N,) fp32, or None: on policy
-    ref_logp_ptr,  # (N,) fp32, or None
-    importance_ptr,  # (N,) fp32, or None: 1
-    score_ptr,  # (N,) fp32, or None: the advantage
-    coefficient_ptr,  # (N,) fp32, or None: 0; what dl/dlogp has besides
-    entropy_weight_ptr,  # (N,) fp32, or None: weight
-    temperature_ptr,  # (N,) fp32, or None
+    targets,  # Targets, (N,), without inv_temperature, which would cost registers in there
+    tokens,  # Tokens, (N,)
+    rewards_ptr,  # (num_sequences,) fp32 or fp64, or None: tokens have advantages
+    sequence_ptr,  # (N,) int64, the sequence of a token, or None: row // T_len
     dlogits_ptr,  # (B, T, V)
-    loss_ptr,  # (N,) fp32
-    logp_ptr,  # (N,) fp32
-    entropy_ptr,  # (N,) fp32, or None
-    kl_ptr,  # (N,) fp32, or None
-    clip_ptr,  # (N,) int8
-    partial_ptr,  # (N, segments, 3) fp32, or None
-    arrived_ptr,  # (N,) int32, zeros, or None
+    outputs,  # Outputs, (N,); entropy and kl may be None
+    meeting,  # Meeting
     before,
     stride_b,
     stride_t,
@@ -90,342 +79,164 @@ def _grpo_kernel(
     dstride_t,
     T_len,
     V,
-    parts,
-    columns,
-    segments,
-    G,
+    split,  # Split
+    G,  # rewards of a group
     inv_temperature,
-    low,
-    high,
-    cap,
-    second,
-    log_ratio_min,
-    log_ratio_max,
-    beta,
-    gap_clip,
-    value_clip,
+    scalars,  # Scalars
     entropy_coef,
     score_eps,
-    softcap,
-    logit_scale,
-    cap_rate,
-    SURROGATE: tl.constexpr,
-    KL: tl.constexpr,
-    KL_GRADIENT: tl.constexpr,
-    K: tl.constexpr,
-    T: tl.constexpr,
-    STEPS: tl.constexpr,
-    SIDE: tl.constexpr,
-    GROUPS: tl.constexpr,
-    WRITE_K: tl.constexpr,
-    WRITE_T: tl.constexpr,
+    cap,  # Cap, or None
+    MODES: tl.constexpr,  # Modes
+    TILES: tl.constexpr,  # ReadTiles
+    WRITE_TILE: tl.constexpr,  # Tile
     BLOCK_G: tl.constexpr,
-    BLOCK_SEGMENTS: tl.constexpr,
-    SPLIT: tl.constexpr,
     ROWS: tl.constexpr,
     SAME_ROWS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    HAS_ENTROPY: tl.constexpr = entropy_ptr is not None
-    HAS_REF: tl.constexpr = ref_logp_ptr is not None
+    HAS_ENTROPY: tl.constexpr = outputs.entropy is not None
     # A row of one tile has no direction, a capped one is bound by arithmetic: no spills on sm_100 this way.
-    BACKWARDS: tl.constexpr = not OVERLAP and ((not SPLIT and K > 1) or softcap is not None)
+    BACKWARDS: tl.constexpr = not OVERLAP and ((not TILES.SPLIT and TILES.K > 1) or cap is not None)
+    READER: tl.constexpr = Reader(TILES, HAS_ENTROPY, FIRST_OF_TWO)
+    WRITER: tl.constexpr = Writer(WRITE_TILE, HAS_ENTROPY, BACKWARDS, OVERLAP)
     pid = tl.program_id(0)
-    row = (pid // parts).to(tl.int64)
-    part = pid % parts
-    row_ptr, body_ptr, head, body = place_row(
-        logits_ptr, before, row, T_len, stride_b, stride_t, V, ROWS
-    )
-    live = True
-    if mask_ptr is not None:
-        live = tl.load(mask_ptr + row) != 0
-    target = load_target(ids_ptr, row, V)  # beside the mask: one wait for memory, not two
+    index = (pid // split.parts).to(tl.int64)
+    part = pid % split.parts
+    row = place_row(Rows(logits_ptr, before, stride_b, stride_t), index, T_len, V, ROWS)
+    drows = Rows(dlogits_ptr, dbefore, dstride_b, dstride_t)
+    live = is_live(targets.mask, index)
+    target = load_target(targets.ids, index, V)  # beside the mask: one wait for memory, not two
     if live:
-        inv_temperature = inverse_temperature(temperature_ptr, row, inv_temperature)
+        inv_temperature = inverse_temperature(targets.temperature, index, inv_temperature)
         scale = inv_temperature * LOG2E
-        if SPLIT:
-            read_part(
-                body_ptr,
-                partial_ptr,
-                row,
-                part,
-                target - head,
-                scale,
-                columns,
-                body,
-                segments,
-                K,
-                T,
-                STEPS,
-                SIDE,
-                GROUPS,
-                HAS_ENTROPY,
-                FIRST_OF_TWO,
-                softcap,
-                logit_scale,
-                cap_rate,
+        slots = Slots(meeting.partial, index, split.segments)
+        sums = read_row(row, slots, part, target, scale, split.columns, READER, cap)
+        if arrive(meeting.arrived, index, split.parts, TILES.SPLIT):
+            whole = whole_row(sums, slots, row, target, V, scale, READER=READER, ROWS=ROWS, cap=cap)
+            score = score_row(row.ptr, target, whole, inv_temperature, V, TILES.T, cap)
+            groups = RewardGroups(rewards_ptr, sequence_ptr, G, score_eps)
+            advantage = load_advantage(tokens.advantages, groups, index, T_len, BLOCK_G)
+            dlogp, dentropy = store_loss(
+                outputs, tokens, index, score, advantage, scalars, entropy_coef, MODES=MODES
             )
-        else:
-            m, s, t = read_statistics(
-                body_ptr,
-                target - head,
-                scale,
-                0,
-                body,
-                K,
-                T,
-                HAS_ENTROPY,
-                FIRST_OF_TWO,
-                softcap,
-                logit_scale,
-                cap_rate,
-            )
-        last = True
-        if SPLIT:
-            last = arrive(arrived_ptr, row, parts)
-        if last:
-            if SPLIT:
-                m, s, t = combine_segments(partial_ptr, row, segments, BLOCK_SEGMENTS, HAS_ENTROPY)
-            if ROWS == "anywhere":
-                m, s, t = read_edges(
-                    row_ptr,
-                    target,
-                    head,
-                    body,
-                    V,
-                    scale,
-                    m,
-                    s,
-                    t,
-                    HAS_ENTROPY,
-                    softcap,
-                    logit_scale,
-                    cap_rate,
-                )
-            z = load_scored(row_ptr, target)
-            slope = 1.0
-            if softcap is not None:
-                z, slope = soft_cap(z, softcap, logit_scale, cap_rate)
-            m, s, log2_s, logp, entropy, scale, _ = score_row(
-                row_ptr,
-                target,
-                z,
-                m,
-                s,
-                t,
-                inv_temperature,
-                V,
-                T,
-                softcap,
-                logit_scale,
-                cap_rate,
-            )
-            advantage = load_advantage(
-                advantages_ptr, rewards_ptr, sequence_ptr, row, T_len, G, score_eps, BLOCK_G
-            )
-            loss, dlogp, kl, clip = token_policy_terms(
-                logp,
-                load_or(old_logp_ptr, row, logp),
-                load_or(ref_logp_ptr, row, 0.0),
-                advantage,
-                load_or(score_ptr, row, advantage),
-                load_or(importance_ptr, row, 1.0),
-                low,
-                high,
-                cap,
-                second,
-                log_ratio_min,
-                log_ratio_max,
-                beta,
-                gap_clip,
-                value_clip,
-                SURROGATE,
-                KL,
-                KL_GRADIENT,
-                HAS_REF,
-            )
-            weight = tl.load(weight_ptr + row)
-            dentropy = 0.0
-            # Select, not multiply: a token without weight has no say, whatever its loss is.
-            loss = tl.where(weight == 0, 0.0, weight * loss)
-            dlogp = tl.where(weight == 0, 0.0, weight * dlogp)
-            dlogp += load_or(coefficient_ptr, row, 0.0)
-            if HAS_ENTROPY:
-                dentropy = -entropy_coef * load_or(entropy_weight_ptr, row, weight)
-                loss += tl.where(dentropy == 0, 0.0, dentropy * entropy)
-                tl.store(entropy_ptr + row, entropy)
-            tl.store(loss_ptr + row, loss)
-            tl.store(logp_ptr + row, logp)
-            tl.store(clip_ptr + row, clip.to(tl.int8))
-            if HAS_REF:
-                tl.store(kl_ptr + row, kl)
             # In place, the scored logit is overwritten below, after every thread has read it.
             tl.debug_barrier()
-            drow_ptr, dbody_ptr = place_gradient(
-                dlogits_ptr, dbefore, row, T_len, dstride_b, dstride_t, head, ROWS, SAME_ROWS
-            )
+            drow = place_gradient(drows, index, T_len, row, ROWS, SAME_ROWS)
             if (dlogp != 0) | (dentropy != 0):
-                k0, k1 = dlogits_factors(dlogp, dentropy, entropy, s, log2_s, inv_temperature)
-                dtarget = dlogits_target(dlogp, dentropy, entropy, logp, inv_temperature) * slope
-                write_dlogits(
-                    body_ptr,
-                    dbody_ptr,
-                    target - head,
-                    dtarget,
-                    scale,
-                    m,
-                    k0,
-                    k1,
-                    0,
-                    body,
-                    WRITE_K,
-                    WRITE_T,
-                    HAS_ENTROPY,
-                    BACKWARDS,
-                    softcap,
-                    logit_scale,
-                    cap_rate,
-                    OVERLAP,
-                )
+                gradient = gradient_of_row(target, score, dlogp, dentropy, inv_temperature)
+                write_dlogits(row, drow, gradient, 0, row.body, WRITER, cap)
                 if ROWS == "anywhere":
-                    write_edges(
-                        row_ptr,
-                        drow_ptr,
-                        target,
-                        dtarget,
-                        head,
-                        body,
-                        V,
-                        scale,
-                        m,
-                        k0,
-                        k1,
-                        HAS_ENTROPY,
-                        softcap,
-                        logit_scale,
-                        cap_rate,
-                        OVERLAP,
-                    )
+                    write_edges(row, drow, gradient, V, WRITER, cap)
             else:
-                write_zeros(dbody_ptr, 0, body, WRITE_K, WRITE_T)
+                write_zeros(drow, 0, row.body, WRITE_TILE)
                 if ROWS == "anywhere":
-                    zero_edges(drow_ptr, head, body, V)
+                    zero_edges(drow, V)
     else:
-        drow_ptr, dbody_ptr = place_gradient(
-            dlogits_ptr, dbefore, row, T_len, dstride_b, dstride_t, head, ROWS, SAME_ROWS
-        )
-        start = part * columns
-        write_zeros(dbody_ptr, start, tl.minimum(start + columns, body), WRITE_K, WRITE_T)
+        masked = place_gradient(drows, index, T_len, row, ROWS, SAME_ROWS)
+        start = part * split.columns
+        stop = tl.minimum(start + split.columns, row.body)
+        write_zeros(masked, start, stop, WRITE_TILE)
         if part == 0:
             if ROWS == "anywhere":
-                zero_edges(drow_ptr, head, body, V)
-            tl.store(loss_ptr + row, 0.0)
-            tl.store(logp_ptr + row, 0.0)
-            tl.store(clip_ptr + row, 0)
-            if HAS_ENTROPY:
-                tl.store(entropy_ptr + row, 0.0)
-            if HAS_REF:
-                tl.store(kl_ptr + row, 0.0)
+                zero_edges(masked, V)
+            store_no_outputs(outputs, index)
+
+
+@triton.jit
+def store_loss(outputs, tokens, row, score, advantage, scalars, entropy_coef, MODES: tl.constexpr):
+    """Store the outputs of a row. Returns (dlogp, dentropy), the derivatives of its loss."""
+    HAS_ENTROPY: tl.constexpr = outputs.entropy is not None
+    token = load_token(tokens, row, score.logp, advantage)
+    loss, dlogp, kl, clip = token_policy_terms(token, scalars, MODES)
+    weight = tl.load(tokens.weight + row)
+    loss, dlogp, dentropy = weigh(
+        loss, dlogp, score.entropy, weight, tokens, row, entropy_coef, BONUS=HAS_ENTROPY
+    )
+    store_outputs(outputs, row, Outputs(loss, score.logp, score.entropy, kl, clip))
+    return dlogp, dentropy
+
+
+@triton.jit
+def gradient_of_row(target, score, dlogp, dentropy, inv_temperature):
+    """The `RowGradient` of a row, given the derivatives of its loss."""
+    logp = score.logp
+    entropy = score.entropy
+    k0, k1 = dlogits_factors(dlogp, dentropy, entropy, score.s, score.log2_s, inv_temperature)
+    dtarget = dlogits_target(dlogp, dentropy, entropy, logp, inv_temperature) * score.slope
+    return RowGradient(target, dtarget, score.scale, score.m, k0, k1)
 
 
 def new_outputs(logits, with_entropy, with_kl):
-    """Vectors for what `grpo_fwd_bwd` returns."""
+    """New vectors for what `grpo_fwd_bwd` returns."""
     N = logits.shape[0] * logits.shape[1]
     new = functools.partial(torch.empty, N, device=logits.device, dtype=torch.float32)
     entropy, kl = new() if with_entropy else None, new() if with_kl else None
-    return new(), new(), entropy, kl, new(dtype=torch.int8)
+    return Outputs(new(), new(), entropy, kl, new(dtype=torch.int8))
 
 
 def grpo_fwd_bwd(
     logits,
-    ids,
-    mask,
-    weight,
-    advantages,
+    targets,
+    tokens,
     rewards,
-    group_size,
-    sequence,
-    old_logp,
-    ref_logp,
-    importance,
-    score,
-    coefficient,
-    entropy_weight,
-    temperature,
-    inv_temperature,
     return_entropy,
     objective,
     dlogits,
     softcap=None,
-    logit_scale=None,
     out=None,
     arrived=None,
 ):
-    """Launch the kernel, `dlogits` (B, T, V) being written (`logits`, or over them: `schedules.overlaps`).
+    """Launch the kernel, which also writes the gradient, `dlogits` (B, T, V).
+
+    `dlogits` may be `logits`, or lie over them (`schedules.overlaps`).
 
     Args:
         logits: (B, T, V), the last dimension contiguous.
-        ids, mask, weight, advantages, sequence, old_logp, ref_logp, importance, score, coefficient,
-            entropy_weight, temperature: (N,) contiguous, or None as the kernel allows.
-        rewards: (num_sequences,).
-        return_entropy: also where the objective has no use for it.
+        targets, tokens: `Targets` and `Tokens`, N = B T.
+        rewards: `Rewards`; `values` is None where tokens have advantages.
+        return_entropy: whether the entropy is wanted although the objective does not use it.
         objective: a `grpo_fast.Objective`.
-        softcap, logit_scale: both or neither: z stands for softcap * tanh(logit_scale * logits / softcap).
+        softcap: `SoftCap`, or None.
         out: what is returned, to be written; None: made here.
         arrived: (N,) int32 zeros, for this launch alone; None: made here if they are needed.
 
     Returns:
-        loss, logp, entropy (or None), kl (or None): (N,) fp32; clip: (N,) int8.
+        `Outputs`; entropy and kl are None where they are not computed.
     """
     B, T_len, V = logits.shape
     N = B * T_len
     if out is None:
-        out = new_outputs(logits, return_entropy or objective.entropy_coef, ref_logp is not None)
-    loss, logp, entropy, kl, clip = out
+        has_ref = tokens.ref_logp is not None
+        out = new_outputs(logits, return_entropy or objective.entropy_coef, has_ref)
     # With an entropy a thread holds so much that too few programs would be resident.
-    side = 4 if entropy is None else 1
+    side = 4 if out.entropy is None else 1
     plan = reading(V, logits.element_size(), softcap is not None, side)
-    write_K, write_T = plan.write_tile
+    write_tile = plan.write_tile
     over = overlaps(logits, dlogits)
     if over and softcap is not None:  # a longer tile forwards would spill on sm_100
-        write_K = min(write_K, 2)
+        write_tile = write_tile._replace(K=min(write_tile.K, 2))
     if N:
         rows = rows_of("logits", logits)
         _grpo_kernel[(N * plan.parts,)](
             **rows,
             **gradient_of(rows, dlogits),
-            ids_ptr=ids,
-            mask_ptr=mask,
-            weight_ptr=weight,
-            advantages_ptr=advantages,
-            rewards_ptr=rewards,
-            sequence_ptr=sequence,
-            old_logp_ptr=old_logp,
-            ref_logp_ptr=ref_logp,
-            importance_ptr=importance,
-            score_ptr=score,
-            coefficient_ptr=coefficient,
-            entropy_weight_ptr=entropy_weight,
-            temperature_ptr=temperature,
-            loss_ptr=loss,
-            logp_ptr=logp,
-            entropy_ptr=entropy,
-            kl_ptr=kl,
-            clip_ptr=clip,
-            **plan.meeting_point(N, logits.device, arrived),
-            **plan.arguments(entropy is not None),
-            G=group_size,
-            inv_temperature=inv_temperature,
-            **scalars(objective),
+            targets=targets._replace(inv_temperature=None),
+            inv_temperature=targets.inv_temperature,
+            tokens=tokens,
+            # One by one: of a tuple, Triton would specialise on the size of a group.
+            rewards_ptr=rewards.values,
+            sequence_ptr=rewards.sequence,
+            G=rewards.group_size,
+            outputs=out,
+            meeting=plan.meeting_point(N, logits.device, arrived),
+            **plan.arguments(out.entropy is not None),
+            scalars=scalars_of(objective),
             entropy_coef=objective.entropy_coef,
             score_eps=SCORE_EPS,
-            **soft_cap_scalars(softcap, logit_scale),
-            SURROGATE=objective.variant,
-            KL=objective.kl,
-            KL_GRADIENT=objective.kl_gradient,
-            WRITE_K=write_K,
-            WRITE_T=write_T,
-            BLOCK_G=block_size(group_size),
+            cap=cap_of(softcap),
+            MODES=modes_of(objective),
+            WRITE_TILE=write_tile,
+            BLOCK_G=block_size(rewards.group_size),
             OVERLAP=over,
         )
-    return loss, logp, entropy, kl, clip
+    return out

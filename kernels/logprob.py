@@ -20,172 +20,94 @@ import triton
 import triton.language as tl
 
 from grpo_fast.kernels.edges import (
+    Rows,
+    Writer,
     gradient_of,
     place_gradient,
     place_row,
-    read_edges,
     rows_of,
     write_edges,
     zero_edges,
 )
 from grpo_fast.kernels.rows import (
     ONLY_ONE,
+    Reader,
+    Slots,
     arrive,
-    combine_segments,
     inverse_temperature,
-    load_scored,
+    is_live,
     load_target,
-    read_part,
-    read_statistics,
-    soft_cap_scalars,
+    read_row,
+    whole_row,
     write_dlogits,
     write_zeros,
 )
 from grpo_fast.kernels.schedules import overlaps, reading, schedule
 from grpo_fast.kernels.scoring import load_statistics, saved_statistics, score_row
 from grpo_fast.kernels.tiles import (
+    LN2,
     LOG2E,
+    RowGradient,
+    cap_of,
     dlogits_factors,
     dlogits_target,
     soft_cap,
 )
+from grpo_fast.records import RowStatistics
 
 
 @triton.jit(do_not_specialize=["before", "T_len"])
 def _logprob_fwd_kernel(
     logits_ptr,  # (B, T, V)
-    ids_ptr,  # (N,)
-    mask_ptr,  # (N,) bool, or None
-    temperature_ptr,  # (N,) fp32, or None
-    logp_ptr,  # (N,) fp32
-    entropy_ptr,  # (N,) fp32, or None
-    m_ptr,  # (N,) fp32
-    s_ptr,  # (N,) fp32
-    partial_ptr,  # (N, segments, 3) fp32, or None
-    arrived_ptr,  # (N,) int32, zeros, or None
+    targets,  # Targets, (N,), without inv_temperature, which would cost registers in there
+    out,  # RowStatistics, (N,) fp32
+    meeting,  # Meeting
     before,
     stride_b,
     stride_t,
     T_len,
     V,
-    parts,
-    columns,
-    segments,
+    split,  # Split
     inv_temperature,
-    softcap,
-    logit_scale,
-    cap_rate,
-    K: tl.constexpr,
-    T: tl.constexpr,
-    STEPS: tl.constexpr,
-    SIDE: tl.constexpr,
-    GROUPS: tl.constexpr,
-    BLOCK_SEGMENTS: tl.constexpr,
-    SPLIT: tl.constexpr,
+    cap,  # Cap, or None
+    TILES: tl.constexpr,  # ReadTiles
     ROWS: tl.constexpr,
 ):
-    HAS_ENTROPY: tl.constexpr = entropy_ptr is not None
+    HAS_ENTROPY: tl.constexpr = out.entropy is not None
+    READER: tl.constexpr = Reader(TILES, HAS_ENTROPY, ONLY_ONE)
     pid = tl.program_id(0)
-    row = (pid // parts).to(tl.int64)
-    part = pid % parts
-    live = True
-    if mask_ptr is not None:
-        live = tl.load(mask_ptr + row) != 0
-    target = load_target(ids_ptr, row, V)  # beside the mask: one wait for memory, not two
+    index = (pid // split.parts).to(tl.int64)
+    part = pid % split.parts
+    live = is_live(targets.mask, index)
+    target = load_target(targets.ids, index, V)  # beside the mask: one wait for memory, not two
     if live:
-        row_ptr, body_ptr, head, body = place_row(
-            logits_ptr, before, row, T_len, stride_b, stride_t, V, ROWS
-        )
-        inv_temperature = inverse_temperature(temperature_ptr, row, inv_temperature)
+        rows = Rows(logits_ptr, before, stride_b, stride_t)
+        row = place_row(rows, index, T_len, V, ROWS)
+        inv_temperature = inverse_temperature(targets.temperature, index, inv_temperature)
         scale = inv_temperature * LOG2E
-        if SPLIT:
-            read_part(
-                body_ptr,
-                partial_ptr,
-                row,
-                part,
-                target - head,
-                scale,
-                columns,
-                body,
-                segments,
-                K,
-                T,
-                STEPS,
-                SIDE,
-                GROUPS,
-                HAS_ENTROPY,
-                ONLY_ONE,
-                softcap,
-                logit_scale,
-                cap_rate,
-            )
-        else:
-            m, s, t = read_statistics(
-                body_ptr,
-                target - head,
-                scale,
-                0,
-                body,
-                K,
-                T,
-                HAS_ENTROPY,
-                ONLY_ONE,
-                softcap,
-                logit_scale,
-                cap_rate,
-            )
-        last = True
-        if SPLIT:
-            last = arrive(arrived_ptr, row, parts)
-        if last:
-            if SPLIT:
-                m, s, t = combine_segments(partial_ptr, row, segments, BLOCK_SEGMENTS, HAS_ENTROPY)
-            if ROWS == "anywhere":
-                m, s, t = read_edges(
-                    row_ptr,
-                    target,
-                    head,
-                    body,
-                    V,
-                    scale,
-                    m,
-                    s,
-                    t,
-                    HAS_ENTROPY,
-                    softcap,
-                    logit_scale,
-                    cap_rate,
-                )
-            z = load_scored(row_ptr, target)
-            if softcap is not None:
-                z, _ = soft_cap(z, softcap, logit_scale, cap_rate)
-            m, s, _, logp, entropy, _, back = score_row(
-                row_ptr,
-                target,
-                z,
-                m,
-                s,
-                t,
-                inv_temperature,
-                V,
-                T,
-                softcap,
-                logit_scale,
-                cap_rate,
-            )
-            m, s = saved_statistics(m, s, back)
-            tl.store(logp_ptr + row, logp)
-            tl.store(m_ptr + row, m)
-            tl.store(s_ptr + row, s)
-            if HAS_ENTROPY:
-                tl.store(entropy_ptr + row, entropy)
+        slots = Slots(meeting.partial, index, split.segments)
+        sums = read_row(row, slots, part, target, scale, split.columns, READER, cap)
+        if arrive(meeting.arrived, index, split.parts, TILES.SPLIT):
+            whole = whole_row(sums, slots, row, target, V, scale, READER=READER, ROWS=ROWS, cap=cap)
+            score = score_row(row.ptr, target, whole, inv_temperature, V, TILES.T, cap)
+            store_statistics(out, index, score)
     elif part == 0:
-        tl.store(logp_ptr + row, 0.0)
-        tl.store(m_ptr + row, 0.0)
-        tl.store(s_ptr + row, 1.0)
+        tl.store(out.logp + index, 0.0)
+        tl.store(out.top + index, 0.0)
+        tl.store(out.total + index, 1.0)
         if HAS_ENTROPY:
-            tl.store(entropy_ptr + row, 0.0)
+            tl.store(out.entropy + index, 0.0)
+
+
+@triton.jit
+def store_statistics(out, index, score):
+    """Store what the backward needs of a row."""
+    m, s = saved_statistics(score.m, score.s, score.back)
+    tl.store(out.logp + index, score.logp)
+    tl.store(out.top + index, m)
+    tl.store(out.total + index, s)
+    if out.entropy is not None:
+        tl.store(out.entropy + index, score.entropy)
 
 
 @triton.jit(do_not_specialize=["before", "dbefore", "T_len"])
@@ -193,13 +115,8 @@ def _logprob_bwd_kernel(
     dlogp_ptr,  # (N,) fp32
     dentropy_ptr,  # (N,) fp32, or None
     logits_ptr,  # (B, T, V)
-    ids_ptr,  # (N,)
-    mask_ptr,  # (N,) bool, or None
-    temperature_ptr,  # (N,) fp32, or None
-    logp_ptr,  # (N,) fp32
-    entropy_ptr,  # (N,) fp32, or None
-    m_ptr,  # (N,) fp32
-    s_ptr,  # (N,) fp32
+    targets,  # Targets, (N,), without inv_temperature, which would cost registers in there
+    statistics,  # RowStatistics, (N,) fp32
     dlogits_ptr,  # (B, T, V)
     before,
     stride_b,
@@ -212,166 +129,106 @@ def _logprob_bwd_kernel(
     parts,
     columns,
     inv_temperature,
-    softcap,
-    logit_scale,
-    cap_rate,
-    K: tl.constexpr,
-    T: tl.constexpr,
+    cap,  # Cap, or None
+    TILE: tl.constexpr,  # Tile
     ROWS: tl.constexpr,
     SAME_ROWS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     HAS_ENTROPY: tl.constexpr = dentropy_ptr is not None
+    WRITER: tl.constexpr = Writer(TILE, HAS_ENTROPY, False, OVERLAP)
     pid = tl.program_id(0)
-    row = (pid // parts).to(tl.int64)
+    index = (pid // parts).to(tl.int64)
     part = pid % parts
-    row_ptr, body_ptr, head, body = place_row(
-        logits_ptr, before, row, T_len, stride_b, stride_t, V, ROWS
-    )
-    drow_ptr, dbody_ptr = place_gradient(
-        dlogits_ptr, dbefore, row, T_len, dstride_b, dstride_t, head, ROWS, SAME_ROWS
-    )
+    row = place_row(Rows(logits_ptr, before, stride_b, stride_t), index, T_len, V, ROWS)
+    drows = Rows(dlogits_ptr, dbefore, dstride_b, dstride_t)
+    drow = place_gradient(drows, index, T_len, row, ROWS, SAME_ROWS)
     start = part * columns
-    stop = tl.minimum(start + columns, body)
-    dlogp = tl.load(dlogp_ptr + row)
+    stop = tl.minimum(start + columns, row.body)
+    dlogp = tl.load(dlogp_ptr + index)
     dentropy = 0.0
     entropy = 0.0
     if HAS_ENTROPY:
-        dentropy = tl.load(dentropy_ptr + row)
-        entropy = tl.load(entropy_ptr + row)
+        dentropy = tl.load(dentropy_ptr + index)
+        entropy = tl.load(statistics.entropy + index)
     live = (dlogp != 0) | (dentropy != 0)
-    if mask_ptr is not None:
-        live = live & (tl.load(mask_ptr + row) != 0)
+    if targets.mask is not None:
+        live = live & (tl.load(targets.mask + index) != 0)
     if live:
-        target = load_target(ids_ptr, row, V)
-        inv_temperature = inverse_temperature(temperature_ptr, row, inv_temperature)
-        logp = tl.load(logp_ptr + row)
-        m, s, scale = load_statistics(m_ptr, s_ptr, row, inv_temperature * LOG2E)
+        target = load_target(targets.ids, index, V)
+        inv_temperature = inverse_temperature(targets.temperature, index, inv_temperature)
+        logp = tl.load(statistics.logp + index)
+        m, s, scale = load_statistics(
+            statistics.top, statistics.total, index, inv_temperature * LOG2E
+        )
         k0, k1 = dlogits_factors(dlogp, dentropy, entropy, s, tl.log2(s), inv_temperature)
         dtarget = dlogits_target(dlogp, dentropy, entropy, logp, inv_temperature)
-        if softcap is not None:
-            place = target - head
-            here = (place >= start) & (place < stop)
-            if ROWS == "anywhere":
-                here = here | ((part == 0) & ((place < 0) | (place >= body)) & (target >= 0))
-            z = tl.load(row_ptr + target, mask=here, other=0.0).to(tl.float32)
-            _, slope = soft_cap(z, softcap, logit_scale, cap_rate)
-            dtarget = dtarget * slope
-            tl.debug_barrier()  # in place, every thread has read it before one writes it
-        write_dlogits(
-            body_ptr,
-            dbody_ptr,
-            target - head,
-            dtarget,
-            scale,
-            m,
-            k0,
-            k1,
-            start,
-            stop,
-            K,
-            T,
-            HAS_ENTROPY,
-            False,
-            softcap,
-            logit_scale,
-            cap_rate,
-            OVERLAP,
-        )
+        if cap is not None:
+            dtarget = dtarget * target_slope(row, target, start, stop, part, cap, ROWS)
+            tl.debug_barrier()  # in place, every thread has read the logit before one overwrites it
+        gradient = RowGradient(target, dtarget, scale, m, k0, k1)
+        write_dlogits(row, drow, gradient, start, stop, WRITER, cap)
         if ROWS == "anywhere" and part == 0:
-            write_edges(
-                row_ptr,
-                drow_ptr,
-                target,
-                dtarget,
-                head,
-                body,
-                V,
-                scale,
-                m,
-                k0,
-                k1,
-                HAS_ENTROPY,
-                softcap,
-                logit_scale,
-                cap_rate,
-                OVERLAP,
-            )
+            write_edges(row, drow, gradient, V, WRITER, cap)
     else:
-        write_zeros(dbody_ptr, start, stop, K, T)
+        write_zeros(drow, start, stop, TILE)
         if ROWS == "anywhere" and part == 0:
-            zero_edges(drow_ptr, head, body, V)
+            zero_edges(drow, V)
 
 
-def logprob_fwd(
-    logits,
-    ids,
-    mask,
-    temperature,
-    inv_temperature,
-    with_entropy,
-    softcap=None,
-    logit_scale=None,
-    out=None,
-    arrived=None,
-):
+@triton.jit
+def target_slope(row, target, start, stop, part, cap, ROWS: tl.constexpr):
+    """The derivative of the soft cap at the scored logit, if this program writes its gradient."""
+    place = target - row.head
+    here = (place >= start) & (place < stop)
+    if ROWS == "anywhere":
+        here = here | ((part == 0) & ((place < 0) | (place >= row.body)) & (target >= 0))
+    z = tl.load(row.ptr + target, mask=here, other=0.0).to(tl.float32)
+    _, slope = soft_cap(z, cap)
+    return slope
+
+
+def logprob_fwd(logits, targets, with_entropy, softcap=None, out=None, arrived=None):
     """Launch the forward kernel.
 
     Args:
         logits: (B, T, V), the last dimension contiguous.
-        ids, mask, temperature: (N,) contiguous; the last two may be None.
-        softcap, logit_scale: both or neither: z stands for softcap * tanh(logit_scale * logits / softcap).
+        targets: `Targets`, N = B T.
+        softcap: `SoftCap`, or None.
         out: what is returned, to be written; None: made here.
         arrived: (N,) int32 zeros, for this launch alone; None: made here if they are needed.
 
     Returns:
-        logp, entropy (or None), m, s: (N,) fp32.
+        `RowStatistics`; the entropy is None without `with_entropy`.
     """
     B, T_len, V = logits.shape
     N = B * T_len
     if out is None:
-        new = functools.partial(torch.empty, device=logits.device, dtype=torch.float32)
-        out = new(N), new(N) if with_entropy else None, new(N), new(N)
-    logp, entropy, m, s = out
+        new = functools.partial(torch.empty, N, device=logits.device, dtype=torch.float32)
+        out = RowStatistics(new(), new() if with_entropy else None, new(), new())
     plan = reading(V, logits.element_size(), softcap is not None)
     if N:
         _logprob_fwd_kernel[(N * plan.parts,)](
             **rows_of("logits", logits),
-            ids_ptr=ids,
-            mask_ptr=mask,
-            temperature_ptr=temperature,
-            logp_ptr=logp,
-            entropy_ptr=entropy,
-            m_ptr=m,
-            s_ptr=s,
-            **plan.meeting_point(N, logits.device, arrived),
-            **plan.arguments(entropy is not None),
-            inv_temperature=inv_temperature,
-            **soft_cap_scalars(softcap, logit_scale),
+            targets=targets._replace(inv_temperature=None),
+            inv_temperature=targets.inv_temperature,
+            out=out,
+            meeting=plan.meeting_point(N, logits.device, arrived),
+            cap=cap_of(softcap),
+            **plan.arguments(out.entropy is not None),
         )
-    return logp, entropy, m, s
+    return out
 
 
-def logprob_bwd(
-    dlogp,
-    dentropy,
-    logits,
-    ids,
-    mask,
-    temperature,
-    inv_temperature,
-    logp,
-    entropy,
-    m,
-    s,
-    dlogits,
-    softcap=None,
-    logit_scale=None,
-):
-    """Launch the backward kernel, `dlogits` (B, T, V) being written.
+def logprob_bwd(dlogp, dentropy, logits, targets, statistics, dlogits, softcap=None):
+    """Launch the backward kernel, which writes `dlogits`, (B, T, V).
 
-    It may be `logits`, or lie over them (`schedules.overlaps`). Then a row has one program: another part of
-    it would be overwritten before its own program has read it.
+    `dlogits` may be `logits`, or lie over them (`schedules.overlaps`). In the second case one program writes
+    a row: it would overwrite a part that another program has yet to read.
+
+    Args:
+        dlogp, dentropy: (N,) fp32; the second may be None.
+        statistics: `RowStatistics` of the forward; the entropy may be None if `dentropy` is.
     """
     B, T_len, V = logits.shape
     plan = schedule(V, softcap is not None)
@@ -385,15 +242,22 @@ def logprob_bwd(
             dentropy_ptr=dentropy,
             **rows,
             **gradient_of(rows, dlogits),
-            ids_ptr=ids,
-            mask_ptr=mask,
-            temperature_ptr=temperature,
-            logp_ptr=logp,
-            entropy_ptr=entropy,
-            m_ptr=m,
-            s_ptr=s,
+            targets=targets._replace(inv_temperature=None),
+            inv_temperature=targets.inv_temperature,
+            statistics=statistics,
             **plan.arguments(),
-            inv_temperature=inv_temperature,
-            **soft_cap_scalars(softcap, logit_scale),
+            cap=cap_of(softcap),
             OVERLAP=over,
         )
+
+
+def unit_of_tops(inv_temperature, total):
+    """The unit, in nats, of the maxima `top` that `logprob_fwd` returns.
+
+    They are in log2 units of the scaled row; where the total is negative, logits (`saved_statistics`).
+
+    Args:
+        inv_temperature: (N,). total: (..., N), what `logprob_fwd` returned.
+    """
+    scale = inv_temperature * LOG2E.value
+    return torch.where(total < 0, scale.double() * LN2.value, LN2.value)

@@ -4,10 +4,10 @@
     loss  = w (importance * surrogate(ratio, A) + beta KL(logp, ref)),  dlogp = dloss/dlogp
 
 `_policy_loss_kernel` computes both per token; formulas in `terms`. `_token_statistics_kernel` reduces what a
-step produced to one vector, in fixed order, and to metrics. Bytes: every argument once, of masked tokens only
-the mask.
+step produced to one vector, in fixed order, and to metrics. Bytes: every argument once; for masked tokens
+only the mask.
 
-A program owns BLOCK tokens; of the statistics, the last program to arrive adds up those of all.
+A program owns BLOCK tokens. The last program to arrive adds up the statistics of all programs.
 """
 
 import functools
@@ -16,55 +16,26 @@ import torch
 import triton
 import triton.language as tl
 
+from grpo_fast.kernels.scalars import modes_of, scalars_of
 from grpo_fast.kernels.schedules import compiled_with
 from grpo_fast.kernels.terms import (
     CLIP_DUAL,
     CLIP_HIGH,
     CLIP_LOW,
+    TokenValues,
     exp_remainders,
     token_policy_terms,
 )
+from grpo_fast.records import PolicyLoss
 
 BLOCK = 1024
 NUM_STATISTICS = 16  # the layout is named in `grpo_fast.metrics.STATISTICS`
 NUM_METRICS = 14  # likewise, `METRICS`
 
 
-def scalars(objective):
-    """The scalars of an objective as the kernels take them; a bound that is not there is infinite."""
-    low, high = objective.epsilon_low, objective.epsilon_high
-    if objective.surrogate in ("clip", "cispo", "rollout_is"):
-        low, high = 1.0 - low, 1.0 + high
-    if objective.surrogate == "vespo":
-        low, high = objective.vespo_k_pos, objective.vespo_k_neg
-    cap, second = {
-        "clip": (objective.delta, objective.dual_clip),
-        "sapo": (objective.tau_pos, objective.tau_neg),
-        "vespo": (objective.vespo_lambda_pos, objective.vespo_lambda_neg),
-        "ipo": (None, objective.quadratic_coef),
-        "topr": (objective.topr_weight_pos, objective.topr_weight_neg),
-    }.get(objective.surrogate, (objective.ratio_cap, objective.quadratic_coef))
-    values = {
-        "cap": cap,
-        "second": second,
-        "log_ratio_max": objective.log_ratio_bounds[1],
-        "gap_clip": objective.kl_gap_clip,
-        "value_clip": objective.kl_value_clip,
-    }
-    infinite = {name: float("inf") if x is None else x for name, x in values.items()}
-    floor = objective.log_ratio_bounds[0]
-    return {
-        "low": low,
-        "high": high,
-        "beta": objective.beta,
-        "log_ratio_min": float("-inf") if floor is None else floor,
-        **infinite,
-    }
-
-
 @triton.jit
 def load_tokens(ptr, offs, keep, default):
-    """Values of tokens as fp32; `default` where not kept, or where there is no such tensor."""
+    """Values of tokens as fp32; `default` where `keep` is false, or where there is no tensor."""
     if ptr is not None:
         values = tl.load(ptr + offs, mask=keep, other=default).to(tl.float32)
     else:
@@ -72,90 +43,70 @@ def load_tokens(ptr, offs, keep, default):
     return values
 
 
+@triton.jit
+def load_or_none(ptr, offs, keep):
+    """Values of tokens as fp32, 0 where `keep` is false; None where there is no tensor."""
+    values = None
+    if ptr is not None:
+        values = load_tokens(ptr, offs, keep, 0.0)
+    return values
+
+
+@triton.jit
+def load_moves(tokens, offs, live, logp):
+    """(old log-probs, advantages, scores) of tokens whose log-probs are `logp`.
+
+    Args:
+        tokens: `grpo_fast.records.Tokens`.
+    """
+    old_logp = logp
+    if tokens.old_logp is not None:
+        old_logp = load_tokens(tokens.old_logp, offs, live, 0.0)
+    advantage = load_tokens(tokens.advantages, offs, live, 0.0)
+    score = advantage
+    if tokens.score is not None:
+        score = load_tokens(tokens.score, offs, live, 0.0)
+    return old_logp, advantage, score
+
+
 @triton.jit(do_not_specialize=["N"])
 def _policy_loss_kernel(
     logp_ptr,  # (N,)
     mask_ptr,  # (N,) bool, or None
-    weight_ptr,  # (N,) fp32
-    advantages_ptr,  # (N,) fp32
-    old_logp_ptr,  # (N,) fp32, or None: on policy
-    ref_logp_ptr,  # (N,) fp32, or None
-    importance_ptr,  # (N,) fp32, or None: 1
-    score_ptr,  # (N,) fp32, or None: the advantages
-    loss_ptr,  # (N,) fp32
-    dlogp_ptr,  # (N,) fp32
-    kl_ptr,  # (N,) fp32, or None
-    clip_ptr,  # (N,) int8
+    tokens,  # Tokens, (N,)
+    out,  # PolicyLoss, (N,)
     N,
-    low,
-    high,
-    cap,
-    second,
-    log_ratio_min,
-    log_ratio_max,
-    beta,
-    gap_clip,
-    value_clip,
-    SURROGATE: tl.constexpr,
-    KL: tl.constexpr,
-    KL_GRADIENT: tl.constexpr,
+    scalars,  # Scalars
+    MODES: tl.constexpr,  # Modes
     BLOCK: tl.constexpr,
 ):
-    HAS_REF: tl.constexpr = ref_logp_ptr is not None
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     there = offs < N
     live = there
     if mask_ptr is not None:
         live = there & (tl.load(mask_ptr + offs, mask=there, other=0) != 0)
-    weight = tl.load(weight_ptr + offs, mask=live, other=0.0)
+    weight = tl.load(tokens.weight + offs, mask=live, other=0.0)
     logp = load_tokens(logp_ptr, offs, live, 0.0)
-    old_logp = logp
-    if old_logp_ptr is not None:
-        old_logp = load_tokens(old_logp_ptr, offs, live, 0.0)
-    advantage = load_tokens(advantages_ptr, offs, live, 0.0)
-    score = advantage
-    if score_ptr is not None:
-        score = load_tokens(score_ptr, offs, live, 0.0)
-    loss, dlogp, kl, clip = token_policy_terms(
-        logp,
-        old_logp,
-        load_tokens(ref_logp_ptr, offs, live, 0.0),
-        advantage,
-        score,
-        load_tokens(importance_ptr, offs, live, 1.0),
-        low,
-        high,
-        cap,
-        second,
-        log_ratio_min,
-        log_ratio_max,
-        beta,
-        gap_clip,
-        value_clip,
-        SURROGATE,
-        KL,
-        KL_GRADIENT,
-        HAS_REF,
-    )
-    # Select, not multiply: a token without weight has no say, whatever its loss is.
-    tl.store(loss_ptr + offs, tl.where(weight == 0, 0.0, weight * loss), mask=there)
-    tl.store(dlogp_ptr + offs, tl.where(weight == 0, 0.0, weight * dlogp), mask=there)
-    tl.store(clip_ptr + offs, clip.to(tl.int8), mask=there)
-    if HAS_REF:
-        tl.store(kl_ptr + offs, kl, mask=there)
+    old_logp, advantage, score = load_moves(tokens, offs, live, logp)
+    ref_logp = load_or_none(tokens.ref_logp, offs, live)
+    importance = load_tokens(tokens.importance, offs, live, 1.0)
+    token = TokenValues(logp, old_logp, ref_logp, advantage, score, importance)
+    loss, dlogp, kl, clip = token_policy_terms(token, scalars, MODES)
+    # Select, not multiply: a token without weight adds nothing, whatever its loss is.
+    tl.store(out.loss + offs, tl.where(weight == 0, 0.0, weight * loss), mask=there)
+    tl.store(out.dlogp + offs, tl.where(weight == 0, 0.0, weight * dlogp), mask=there)
+    tl.store(out.clip + offs, clip.to(tl.int8), mask=there)
+    if out.kl is not None:
+        tl.store(out.kl + offs, kl, mask=there)
 
 
 @triton.jit(do_not_specialize=["N", "programs"])
 def _token_statistics_kernel(
     mask_ptr,  # (N,) bool, or None
     share_ptr,  # (N,) fp32, or None: 1
-    loss_ptr,  # (N,) fp32
-    logp_ptr,  # (N,)
+    outputs,  # Outputs, (N,); kl and entropy may be None
     old_logp_ptr,  # (N,) fp32, or None
     importance_ptr,  # (N,) fp32, or None
-    kl_ptr,  # (N,) fp32, or None
-    entropy_ptr,  # (N,) fp32, or None
-    clip_ptr,  # (N,) int8
     partial_ptr,  # (programs, 16) fp32
     arrived_ptr,  # (1,) int32, zero, or None: there is one program
     statistics_ptr,  # (16,) fp32
@@ -175,25 +126,25 @@ def _token_statistics_kernel(
     one = tl.where(live, share, 0.0)
     d = tl.zeros([BLOCK], tl.float32)
     if old_logp_ptr is not None:
-        d = load_tokens(logp_ptr, offs, live, 0.0) - load_tokens(old_logp_ptr, offs, live, 0.0)
+        d = load_tokens(outputs.logp, offs, live, 0.0) - load_tokens(old_logp_ptr, offs, live, 0.0)
     ratio = tl.exp(d)
     _, k3 = exp_remainders(d)
-    clip = tl.load(clip_ptr + offs, mask=live, other=0).to(tl.int32)
+    clip = tl.load(outputs.clip + offs, mask=live, other=0).to(tl.int32)
     importance = load_tokens(importance_ptr, offs, live, 1.0)
     outside = (importance < 0.5) | (importance > 2.0)
     rho = tl.where(live, ratio * importance, 0.0)
 
     slot_ptr = partial_ptr + pid * 16
     tl.store(slot_ptr + 0, tl.sum(one))
-    tl.store(slot_ptr + 1, tl.sum(load_tokens(loss_ptr, offs, live, 0.0)))
+    tl.store(slot_ptr + 1, tl.sum(load_tokens(outputs.loss, offs, live, 0.0)))
     tl.store(slot_ptr + 2, tl.sum(share * tl.where(live, ratio, 0.0)))
     tl.store(slot_ptr + 3, tl.sum(share * (-d)))
     tl.store(slot_ptr + 4, tl.sum(share * k3))
     tl.store(slot_ptr + 5, tl.sum(share * ((clip & CLIP_LOW) != 0).to(tl.float32)))
     tl.store(slot_ptr + 6, tl.sum(share * ((clip & CLIP_HIGH) != 0).to(tl.float32)))
     tl.store(slot_ptr + 7, tl.sum(share * ((clip & CLIP_DUAL) != 0).to(tl.float32)))
-    tl.store(slot_ptr + 8, tl.sum(share * load_tokens(kl_ptr, offs, live, 0.0)))
-    tl.store(slot_ptr + 9, tl.sum(share * load_tokens(entropy_ptr, offs, live, 0.0)))
+    tl.store(slot_ptr + 8, tl.sum(share * load_tokens(outputs.kl, offs, live, 0.0)))
+    tl.store(slot_ptr + 9, tl.sum(share * load_tokens(outputs.entropy, offs, live, 0.0)))
     tl.store(slot_ptr + 10, tl.sum(share * tl.where(live, importance, 0.0)))
     tl.store(slot_ptr + 11, tl.sum(share * (live & outside).to(tl.float32)))
     tl.store(slot_ptr + 12, tl.sum(share * rho))
@@ -205,31 +156,38 @@ def _token_statistics_kernel(
     if arrived_ptr is not None:
         last = tl.atomic_add(arrived_ptr, 1, sem="acq_rel", scope="gpu") == programs - 1
     if last:
-        column = tl.arange(0, 16)[None, :]
-        total = tl.zeros([16], tl.float32)
-        least = tl.full([16], float("inf"), tl.float32)
-        most = tl.full([16], -float("inf"), tl.float32)
-        for base in range(0, programs, FOLD):
-            rows = base + tl.arange(0, FOLD)[:, None]
-            there = (rows < programs) & (column < 16)
-            # volatile: other programs wrote these, the cache of this one may be stale
-            part = tl.load(partial_ptr + rows * 16 + column, mask=there, other=0.0, volatile=True)
-            total += tl.sum(part, axis=0)
-            least = tl.minimum(least, tl.min(tl.where(there, part, float("inf")), axis=0))
-            most = tl.maximum(most, tl.max(tl.where(there, part, -float("inf")), axis=0))
         column = tl.arange(0, 16)
-        total = tl.where(column == 14, least, tl.where(column == 15, most, total))
-        # The extremes are NaN with their sum: hardware's minimum returns the other operand.
-        summed = tl.sum(tl.where(column == 2, total, 0.0))
-        total = tl.where(column >= 14, tl.where(summed == summed, total, summed), total)
+        total = combine_programs(partial_ptr, programs, FOLD)
         tl.store(statistics_ptr + column, total)
         tl.store(total_ptr + 0 * column, total, mask=column == 1)
         store_metrics(metrics_ptr, total, column)
 
 
 @triton.jit
+def combine_programs(partial_ptr, programs, FOLD: tl.constexpr):
+    """The statistics [16] of all tokens from those of the programs: 14 sums, the minimum and the maximum."""
+    column = tl.arange(0, 16)[None, :]
+    total = tl.zeros([16], tl.float32)
+    least = tl.full([16], float("inf"), tl.float32)
+    most = tl.full([16], -float("inf"), tl.float32)
+    for base in range(0, programs, FOLD):
+        rows = base + tl.arange(0, FOLD)[:, None]
+        there = (rows < programs) & (column < 16)
+        # volatile: other programs wrote these, the cache of this one may be stale
+        part = tl.load(partial_ptr + rows * 16 + column, mask=there, other=0.0, volatile=True)
+        total += tl.sum(part, axis=0)
+        least = tl.minimum(least, tl.min(tl.where(there, part, float("inf")), axis=0))
+        most = tl.maximum(most, tl.max(tl.where(there, part, -float("inf")), axis=0))
+    column = tl.arange(0, 16)
+    total = tl.where(column == 14, least, tl.where(column == 15, most, total))
+    # The extremes are NaN with their sum: hardware's minimum returns the other operand.
+    summed = tl.sum(tl.where(column == 2, total, 0.0))
+    return tl.where(column >= 14, tl.where(summed == summed, total, summed), total)
+
+
+@triton.jit
 def store_metrics(metrics_ptr, total, column):
-    """The metrics of statistics, as `grpo_fast.metrics.metrics_from` computes and orders them."""
+    """Store the metrics, computed and ordered as in `grpo_fast.metrics.metrics_from`."""
     tokens = tl.sum(tl.where(column == 0, total, 0.0))
     rho = tl.sum(tl.where(column == 12, total, 0.0))
     squares = tl.sum(tl.where(column == 13, total, 0.0))
@@ -249,44 +207,50 @@ def store_metrics(metrics_ptr, total, column):
     tl.store(metrics_ptr + place, value, mask=(column != 1) & (column != 13))
 
 
-def policy_loss_fwd(
-    logp, mask, weight, advantages, old_logp, ref_logp, importance, score, objective
-):
-    """Launch the loss kernel on (N,) tensors. Returns loss, dlogp, kl (or None), fp32, and clip, int8."""
+def new_policy_loss(logp, with_kl):
+    """New vectors for the `PolicyLoss` of log-probs."""
+    new = functools.partial(torch.empty, len(logp), device=logp.device, dtype=torch.float32)
+    return PolicyLoss(new(), new(), new() if with_kl else None, new(dtype=torch.int8))
+
+
+def policy_loss_fwd(logp, mask, tokens, objective):
+    """Launch the loss kernel.
+
+    Args:
+        logp, mask: (N,); the second is bool, or None.
+        tokens: `Tokens`; `entropy_weight` and `coefficient` have no effect.
+
+    Returns:
+        `PolicyLoss`.
+    """
     N = len(logp)
-    new = functools.partial(torch.empty, N, device=logp.device, dtype=torch.float32)
-    loss, dlogp, clip = new(), new(), new(dtype=torch.int8)
-    kl = new() if ref_logp is not None else None
+    out = new_policy_loss(logp, tokens.ref_logp is not None)
     if N:
         _policy_loss_kernel[(triton.cdiv(N, BLOCK),)](
             logp_ptr=logp,
             mask_ptr=mask,
-            weight_ptr=weight,
-            advantages_ptr=advantages,
-            old_logp_ptr=old_logp,
-            ref_logp_ptr=ref_logp,
-            importance_ptr=importance,
-            score_ptr=score,
-            loss_ptr=loss,
-            dlogp_ptr=dlogp,
-            kl_ptr=kl,
-            clip_ptr=clip,
+            tokens=tokens._replace(entropy_weight=None, coefficient=None),
+            out=out,
             N=N,
-            **scalars(objective),
-            SURROGATE=objective.variant,
-            KL=objective.kl,
-            KL_GRADIENT=objective.kl_gradient,
+            scalars=scalars_of(objective),
+            MODES=modes_of(objective),
             BLOCK=BLOCK,
             **compiled_with(4),
         )
-    return loss, dlogp, kl, clip
+    return out
 
 
-def token_statistics_fwd(mask, share, loss, logp, old_logp, importance, kl, entropy, clip):
+def token_statistics_fwd(outputs, mask, share, old_logp, importance):
     """Launch the statistics kernel on (N,) tensors, N > 0.
 
-    Returns the statistics (16,), the metrics (14,), the sum of the losses (), all fp32.
+    Args:
+        outputs: `Outputs`; kl and entropy may be None.
+        share: (N,) fp32, the weight of a token in sums; None: 1.
+
+    Returns:
+        The statistics (16,), the metrics (14,), the sum of the losses (), all fp32.
     """
+    logp = outputs.logp
     N = len(logp)
     programs = triton.cdiv(N, BLOCK)
     new = functools.partial(torch.empty, device=logp.device, dtype=torch.float32)
@@ -297,13 +261,9 @@ def token_statistics_fwd(mask, share, loss, logp, old_logp, importance, kl, entr
     _token_statistics_kernel[(programs,)](
         mask_ptr=mask,
         share_ptr=share,
-        loss_ptr=loss,
-        logp_ptr=logp,
+        outputs=outputs,
         old_logp_ptr=old_logp,
         importance_ptr=importance,
-        kl_ptr=kl,
-        entropy_ptr=entropy,
-        clip_ptr=clip,
         partial_ptr=new(programs, NUM_STATISTICS),
         arrived_ptr=arrived,
         statistics_ptr=statistics,

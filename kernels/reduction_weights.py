@@ -1,13 +1,13 @@
-"""What a token weighs in the loss: the reduction, the mask, token weights and the loss scale in one launch.
+"""Weights of tokens in the loss: the reduction, the mask, token weights and the loss scale in one launch.
 
     w_t   = r m_t x_t s           m the mask, x token weights, s the loss scale
     r     = 1 / (sum of m over the sequence * sequences), 1 / sum of m, 1 / num_items, or a constant
     w^H_t = m_t x_t s / sum of m                                  of an entropy bonus by tokens
 
-A program owns a part of a sequence, or of packed sequences a whole one. Each program adds up all of the mask
-that it needs, in the same order: so nobody waits for another, and the bits depend on no order of arrival.
-Bytes: what is written, once; token weights once; the mask once, and its sum's part once more by each program,
-from the cache.
+A program owns a part of a sequence, or a whole sequence where they are packed. Each program adds up all of
+the mask that it needs, in the same order. So no program waits for another, and the result does not depend on
+an order of arrival. Bytes: what is written, once; token weights once; the mask once, and the part that is
+summed once more by each program, from the cache.
 """
 
 import functools
@@ -26,7 +26,7 @@ SMALLEST = tl.constexpr(torch.finfo(torch.float32).tiny)
 
 @triton.jit
 def number_or(ptr, number):
-    """The number that lies on the device, or else the one of the launch."""
+    """The number on the device if there is one, else the number given at launch."""
     if ptr is not None:
         number = tl.load(ptr).to(tl.float32)
     return number
@@ -34,7 +34,7 @@ def number_or(ptr, number):
 
 @triton.jit
 def shares(mask_ptr, floating_ptr, offs, there):
-    """(which tokens count, what each weighs): 1, or its floating mask, which is NaN where it is negative."""
+    """(which tokens count, the share of each): 1, or the floating mask, NaN where that is negative."""
     live = there
     if mask_ptr is not None:
         live = there & (tl.load(mask_ptr + offs, mask=there, other=0) != 0)
@@ -47,7 +47,7 @@ def shares(mask_ptr, floating_ptr, offs, there):
 
 @triton.jit
 def total_of(mask_ptr, floating_ptr, start, stop, COUNTED: tl.constexpr):
-    """The sum of the mask over tokens [start, stop), 1 where that is 0; counts are exact, sums float64."""
+    """The sum of the mask over tokens [start, stop); 1 where it is 0. Counts are exact, sums are float64."""
     if floating_ptr is not None:
         weighed = tl.zeros([COUNTED], tl.float64)
         for base in range(start, stop, COUNTED):
@@ -69,12 +69,7 @@ def total_of(mask_ptr, floating_ptr, start, stop, COUNTED: tl.constexpr):
 
 @triton.jit(do_not_specialize=["N", "T_len", "parts", "columns", "sequences"])
 def _reduction_weights_kernel(
-    mask_ptr,  # (N,) bool, or None
-    floating_ptr,  # (N,) the mask that the bools were made of, where it is floating; or None
-    token_weights_ptr,  # (N,) fp32, or None: 1
-    boundaries_ptr,  # (sequences + 1,) int, or None: every T_len tokens
-    num_items_ptr,  # one number, or None: num_items
-    loss_scale_ptr,  # one number, or None: loss_scale
+    weighing,  # Weighing; num_items and loss_scale are None unless they lie on the device
     weight_ptr,  # (N,) fp32
     share_ptr,  # (N,) fp32, or None
     entropy_weight_ptr,  # (N,) fp32, or None
@@ -92,12 +87,15 @@ def _reduction_weights_kernel(
     COUNTED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    mask_ptr = weighing.mask
+    floating_ptr = weighing.floating
+    boundaries_ptr = weighing.boundaries
     program = tl.program_id(0)
     b = (program // parts).to(tl.int64)
     start = b * T_len
     stop = start + T_len
     if boundaries_ptr is not None:
-        # Within the tensors, and all of them written, whatever the boundaries are: nobody looks at them.
+        # Boundaries are not checked on a GPU. Whatever they are, nothing outside the tensors is touched.
         start = tl.load(boundaries_ptr + b).to(tl.int64)
         stop = tl.load(boundaries_ptr + b + 1).to(tl.int64)
         start = tl.minimum(tl.maximum(start, 0), N)
@@ -109,14 +107,14 @@ def _reduction_weights_kernel(
         weight = tl.div_rn(1.0, length * sequences.to(tl.float32))
     elif REDUCTION == "token_mean":
         if HAS_ITEMS:
-            items = number_or(num_items_ptr, num_items)
+            items = number_or(weighing.num_items, num_items)
             items = tl.where(items < 1.0, 1.0, items)
         else:
             items = total_of(mask_ptr, floating_ptr, everything, everything + N, COUNTED)
         weight = tl.div_rn(1.0, items)
     if entropy_weight_ptr is not None:
         total = total_of(mask_ptr, floating_ptr, everything, everything + N, COUNTED)
-    scale = number_or(loss_scale_ptr, loss_scale)
+    scale = number_or(weighing.loss_scale, loss_scale)
     first = start + (program % parts) * columns
     last = tl.minimum(first + columns, stop)
     if boundaries_ptr is not None:
@@ -126,8 +124,8 @@ def _reduction_weights_kernel(
         offs = base + tl.arange(0, BLOCK)
         there = offs < last
         live, share = shares(mask_ptr, floating_ptr, offs, there)
-        extra = load_tokens(token_weights_ptr, offs, live, 1.0)
-        # Select, not multiply: a token without weight has none, whatever the scale is.
+        extra = load_tokens(weighing.token_weights, offs, live, 1.0)
+        # Select, not multiply: a token without weight adds nothing, whatever the scale is.
         extra = tl.where(extra == 0, 0.0, extra * scale)
         mine = tl.where(live, weight * share * extra, 0.0)
         if boundaries_ptr is not None:
@@ -142,24 +140,11 @@ def _reduction_weights_kernel(
             tl.store(sequence_ptr + offs, tl.zeros([BLOCK], tl.int64) + b, mask=there)
 
 
-def reduction_weights_fwd(
-    like,
-    mask,
-    floating,
-    token_weights,
-    boundaries,
-    num_items,
-    loss_scale,
-    reduction,
-    max_length,
-    by_tokens,
-):
+def reduction_weights_fwd(like, weighing, reduction, max_length, by_tokens):
     """Launch the kernel for tokens of the shape of `like`, (B, T) or packed (N,), N > 0.
 
     Args:
-        mask, token_weights: (N,) bool and fp32, or None. floating: (N,) floating, or None.
-        boundaries: (num_sequences + 1,), or None: packed tokens are then one sequence.
-        num_items, loss_scale: None, a number, or a tensor of one element on the device.
+        weighing: `Weighing`. Packed tokens without boundaries are one sequence.
         by_tokens: whether the second kind of weights is wanted.
 
     Returns:
@@ -167,9 +152,10 @@ def reduction_weights_fwd(
         int64, or None without boundaries.
     """
     N = like.numel()
+    boundaries = weighing.boundaries
     new = functools.partial(torch.empty, N, device=like.device)
     weight = new(dtype=torch.float32)
-    share = None if floating is None else new(dtype=torch.float32)
+    share = None if weighing.floating is None else new(dtype=torch.float32)
     entropy_weight = new(dtype=torch.float32) if by_tokens else None
     sequence = None if boundaries is None else new(dtype=torch.int64)
     T_len = like.shape[-1]
@@ -180,16 +166,10 @@ def reduction_weights_fwd(
         rows, parts, columns = sequences, triton.cdiv(T_len, BLOCK), BLOCK
     else:  # no sequence has a number of its own
         rows, parts, columns, T_len = 1, triton.cdiv(N, BLOCK), BLOCK, N
-    pointers = {
-        f"{name}_ptr": x if isinstance(x, torch.Tensor) else None
-        for name, x in (("num_items", num_items), ("loss_scale", loss_scale))
-    }
+    items_ptr, num_items = on_device_or_not(weighing.num_items)
+    scale_ptr, loss_scale = on_device_or_not(weighing.loss_scale)
     _reduction_weights_kernel[(rows * parts,)](
-        mask_ptr=mask,
-        floating_ptr=floating,
-        token_weights_ptr=token_weights,
-        boundaries_ptr=boundaries,
-        **pointers,
+        weighing=weighing._replace(num_items=items_ptr, loss_scale=scale_ptr),
         weight_ptr=weight,
         share_ptr=share,
         entropy_weight_ptr=entropy_weight,
@@ -200,14 +180,19 @@ def reduction_weights_fwd(
         columns=columns,
         sequences=sequences,
         constant=1 / (sequences * (max_length or 1)),
-        num_items=1.0 if num_items is None or pointers["num_items_ptr"] is not None else num_items,
-        loss_scale=1.0
-        if loss_scale is None or pointers["loss_scale_ptr"] is not None
-        else loss_scale,
+        num_items=num_items,
+        loss_scale=loss_scale,
         REDUCTION=reduction,
-        HAS_ITEMS=num_items is not None,
+        HAS_ITEMS=weighing.num_items is not None,
         COUNTED=COUNTED,
         BLOCK=BLOCK,
         **compiled_with(8),
     )
     return weight, share, entropy_weight, sequence
+
+
+def on_device_or_not(number):
+    """(the number if it is a tensor, else None; the number if it is none, else 1)."""
+    if isinstance(number, torch.Tensor):
+        return number, 1.0
+    return None, 1.0 if number is None else number

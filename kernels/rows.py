@@ -1,34 +1,46 @@
-"""Streaming one row of logits: the loads and stores that every kernel on (B, T, V) logits shares.
+"""Read and write one row of logits: the loads and stores that every kernel on (B, T, V) logits shares.
 
-A row is read in tiles [K, T] of T = 8 * (threads of a program), 16 bytes of bfloat16 per lane, so that the
+A row is read in tiles [K, T] with T = 8 * (threads of a program), 16 bytes of bfloat16 per lane. So the
 softmax fold along K stays in registers: no barrier and no shuffle in the hot loop.
 
-Of a row that several programs share (`schedules`) the last program to arrive combines the statistics of all
-segments, in fixed order, and goes on alone: nobody waits, nobody spins, and the order of arrival does not
-reach the result.
+Several programs may share a row (`schedules`). The last program to arrive combines the statistics of all
+segments, in fixed order, and goes on alone. No program waits for another, and the order of arrival does not
+change the result.
 """
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
-from grpo_fast.kernels.edges import capped_dlogits
-from grpo_fast.kernels.tiles import LOWEST, fold_softmax, reduce_softmax, soft_cap
+from grpo_fast.kernels.edges import capped_dlogits, read_edges
+from grpo_fast.kernels.tiles import LOWEST, Softmax, fold_softmax, reduce_softmax, soft_cap
 
-# What each pass over rows tells the cache. benchmarks/variants.py times others.
-FIRST_OF_TWO = tl.constexpr("evict_last")  # the second comes back for it
+# What each pass over rows tells the cache. Others were measured: benchmarks/NOTES.md.
+FIRST_OF_TWO = tl.constexpr("evict_last")  # the second pass comes back for the row
 ONLY_ONE = tl.constexpr("evict_first")  # nothing is read again
-REWRITE = tl.constexpr("evict_first")  # loads and stores of the second
+REWRITE = tl.constexpr("evict_first")  # loads and stores of the second pass
 
 
-def soft_cap_scalars(softcap, logit_scale) -> dict[str, float | None]:
-    """What the kernels take: the rate is known here, so that no program holds it in a register."""
-    rate = None if softcap is None else -2.8853900817779268 * logit_scale / softcap  # -2 / ln 2
-    return {"softcap": softcap, "logit_scale": logit_scale, "cap_rate": rate}
+class Reader(NamedTuple):
+    """How the logits of a row are read: compile-time constants."""
+
+    TILES: Any  # `schedules.ReadTiles`
+    HAS_ENTROPY: Any
+    HINT: Any  # to the cache: FIRST_OF_TWO or ONLY_ONE
+
+
+class Slots(NamedTuple):
+    """Where the statistics of the segments of a row are kept."""
+
+    ptr: Any  # `schedules.Meeting.partial`
+    row: Any
+    segments: Any
 
 
 @triton.jit
 def load_target(ids_ptr, row, V):
-    """The scored entry of a row as int32; -1, which no column has, where the id is outside [0, V)."""
+    """The scored column of a row as int32; -1, which is no column, where the id is outside [0, V)."""
     target = tl.load(ids_ptr + row)
     inside = (target >= 0) & (target < V)
     return tl.where(inside, target.to(tl.int32), -1)
@@ -36,22 +48,36 @@ def load_target(ids_ptr, row, V):
 
 @triton.jit
 def load_scored(row_ptr, target):
-    """The scored logit in float32; NaN without one: a loss of NaN is noticed, one of another entry is not."""
+    """The scored logit in float32; NaN where the target is -1.
+
+    A loss that is NaN is noticed. The loss of another entry would not be.
+    """
     return tl.load(row_ptr + target, mask=target >= 0, other=float("nan")).to(tl.float32)
 
 
 @triton.jit
+def is_live(mask_ptr, row):
+    """Whether a row counts."""
+    live = True
+    if mask_ptr is not None:
+        live = tl.load(mask_ptr + row) != 0
+    return live
+
+
+@triton.jit
 def tile_offsets(K: tl.constexpr, T: tl.constexpr):
-    return tl.arange(0, K)[:, None] * T + tl.arange(0, T)[None, :]  # [K, T]
+    """The columns of a tile [K, T]."""
+    return tl.arange(0, K)[:, None] * T + tl.arange(0, T)[None, :]
 
 
 @triton.jit
 def tile_plan(target, start, stop, BLOCK: tl.constexpr):
-    """Which tiles of columns [start, stop) need care: the target's, and the last if it is not full.
+    """Which tiles of columns [start, stop) are special: that of the target, and the last if it is not full.
 
-    Returns (full, skip, count, step): range(skip, count, step) need care, the first `full` without `skip`
-    do not. The loops read these as [K, T], the others in strips [1, T]: compares and masks for K T elements
-    would take as many registers again, and the program would keep them for all its life.
+    Returns (full, skip, count, step). The tiles range(skip, count, step) are special. The first `full` tiles
+    are plain, except tile `skip`. Plain tiles are read as [K, T]. Special ones are read in strips [1, T]:
+    comparisons and masks of K T elements would take as many registers again, and the program would keep them
+    as long as it runs.
     """
     full = (stop - start) // BLOCK
     count = tl.cdiv(stop - start, BLOCK)
@@ -61,25 +87,17 @@ def tile_plan(target, start, stop, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def read_statistics(
-    row_ptr,
-    target,
-    scale,
-    start,
-    stop,
-    K: tl.constexpr,
-    T: tl.constexpr,
-    HAS_ENTROPY: tl.constexpr,
-    HINT: tl.constexpr,
-    softcap=None,
-    logit_scale=None,
-    cap_rate=None,
-):
+def read_statistics(row_ptr, target, scale, start, stop, READER: tl.constexpr, cap=None):
     """(m, s, t) of columns [start, stop) of a row without column `target`.
 
-    HINT: to the cache, FIRST_OF_TWO or ONLY_ONE.
-    softcap, logit_scale, cap_rate: all or none (`soft_cap_scalars`): what is read goes through `soft_cap`.
+    Args:
+        READER: `Reader`.
+        cap: `tiles.Cap`; what is read goes through `soft_cap`. None: there is no soft cap.
     """
+    K: tl.constexpr = READER.TILES.K
+    T: tl.constexpr = READER.TILES.T
+    HAS_ENTROPY: tl.constexpr = READER.HAS_ENTROPY
+    HINT: tl.constexpr = READER.HINT
     BLOCK: tl.constexpr = K * T
     offs = tile_offsets(K, T)
     strip = tile_offsets(1, T)
@@ -90,8 +108,8 @@ def read_statistics(
     for i in range(0, full - (skip < full).to(tl.int32)):
         base = start + (i + (i >= skip).to(tl.int32)) * BLOCK
         z = tl.load(row_ptr + base + offs, eviction_policy=HINT).to(tl.float32)
-        if softcap is not None:
-            z, _ = soft_cap(z, softcap, logit_scale, cap_rate)
+        if cap is not None:
+            z, _ = soft_cap(z, cap)
         m, s, t = fold_softmax(m, s, t, z, scale, HAS_ENTROPY)
     for tile in range(skip, count, step):
         first = start + tile * BLOCK
@@ -100,8 +118,8 @@ def read_statistics(
             z = tl.load(
                 row_ptr + base + strip, mask=keep, other=-float("inf"), eviction_policy=HINT
             ).to(tl.float32)
-            if softcap is not None:
-                z, _ = soft_cap(z, softcap, logit_scale, cap_rate)
+            if cap is not None:
+                z, _ = soft_cap(z, cap)
                 z = tl.where(keep, z, -float("inf"))
             z = tl.where(strip == target - base, -float("inf"), z)
             m, s, t = fold_softmax(m, s, t, z, scale, HAS_ENTROPY)
@@ -110,33 +128,27 @@ def read_statistics(
 
 @triton.jit
 def tile_is_plain(ahead, target, stop, BLOCK: tl.constexpr):
-    """Whether the tile that starts at column `ahead` is whole, and without the target."""
+    """Whether the tile that starts at column `ahead` is whole and does not hold the target."""
     return ((target < ahead) | (target >= ahead + BLOCK)) & (ahead <= stop - BLOCK)
 
 
 @triton.jit
-def read_segments(
-    row_ptr,
-    target,
-    scale,
-    start,
-    V,
-    K: tl.constexpr,
-    T: tl.constexpr,
-    STEPS: tl.constexpr,
-    SIDE: tl.constexpr,
-    HAS_ENTROPY: tl.constexpr,
-    HINT: tl.constexpr,
-):
-    """(m, s, t), [SIDE] each, of as many segments from column `start` on, without column `target`.
+def read_segments(row_ptr, target, scale, start, V, READER: tl.constexpr):
+    """(m, s, t), [SIDE] each, of SIDE segments from column `start` on, without column `target`.
 
-    A tile that holds the target, or ends beyond V, is read in strips [1, T] after the others: each segment as
-    `read_statistics` reads it, so that SIDE does not reach the result. What is not read counts as -inf, which
-    leaves m, s and t as they are.
+    A tile that holds the target, or ends beyond V, is read in strips [1, T] after the others. A segment is
+    read in the order of `read_statistics`, so that SIDE does not change the result. What is not read counts
+    as -inf, which leaves m, s and t as they are.
     """
+    K: tl.constexpr = READER.TILES.K
+    T: tl.constexpr = READER.TILES.T
+    STEPS: tl.constexpr = READER.TILES.STEPS
+    SIDE: tl.constexpr = READER.TILES.SIDE
+    HAS_ENTROPY: tl.constexpr = READER.HAS_ENTROPY
+    HINT: tl.constexpr = READER.HINT
     BLOCK: tl.constexpr = K * T
     SEGMENT: tl.constexpr = STEPS * BLOCK
-    # One axis for the lanes of all segments: of two, Triton 3.6 lays out every tile anew.
+    # The lanes of all segments are on one axis: with two axes, Triton 3.6 changes the layout of every tile.
     lane = tl.arange(0, SIDE * T)
     ahead = lane // T * SEGMENT  # of the segment of a lane
     offs = ahead + lane % T
@@ -180,145 +192,96 @@ def read_segments(
 
 
 @triton.jit
-def read_group(
-    row_ptr,
-    partial_ptr,
-    row,
-    target,
-    scale,
-    group,
-    size,
-    V,
-    segments,
-    K: tl.constexpr,
-    T: tl.constexpr,
-    STEPS: tl.constexpr,
-    SIDE: tl.constexpr,
-    HAS_ENTROPY: tl.constexpr,
-    HINT: tl.constexpr,
-    softcap=None,
-    logit_scale=None,
-    cap_rate=None,
-):
-    """Leave the statistics of SIDE segments, `size` columns in all, where the last to arrive finds them."""
+def read_group(row_ptr, slots, target, scale, group, size, V, READER: tl.constexpr, cap=None):
+    """Store the statistics of SIDE segments, `size` columns together, where the last program finds them."""
+    SIDE: tl.constexpr = READER.TILES.SIDE
     start = group * size
     if SIDE == 1:
         stop = tl.minimum(start + size, V)
-        m, s, t = read_statistics(
-            row_ptr,
-            target,
-            scale,
-            start,
-            stop,
-            K,
-            T,
-            HAS_ENTROPY,
-            HINT,
-            softcap,
-            logit_scale,
-            cap_rate,
-        )
-        slot_ptr = partial_ptr + (row * segments + group) * 3
+        m, s, t = read_statistics(row_ptr, target, scale, start, stop, READER, cap)
+        slot_ptr = slots.ptr + (slots.row * slots.segments + group) * 3
         tl.store(slot_ptr, m)
         tl.store(slot_ptr + 1, s)
         tl.store(slot_ptr + 2, t)
     else:
-        m_side, s_side, t_side = read_segments(
-            row_ptr, target, scale, start, V, K, T, STEPS, SIDE, HAS_ENTROPY, HINT
-        )
+        m_side, s_side, t_side = read_segments(row_ptr, target, scale, start, V, READER)
         segment = group * SIDE + tl.arange(0, SIDE)
-        side_ptr = partial_ptr + (row * segments + segment) * 3
-        there = segment < segments
+        side_ptr = slots.ptr + (slots.row * slots.segments + segment) * 3
+        there = segment < slots.segments
         tl.store(side_ptr, m_side, mask=there)
         tl.store(side_ptr + 1, s_side, mask=there)
         tl.store(side_ptr + 2, t_side, mask=there)
 
 
 @triton.jit
-def read_part(
-    row_ptr,
-    partial_ptr,
-    row,
-    part,
-    target,
-    scale,
-    columns,
-    V,
-    segments,
-    K: tl.constexpr,
-    T: tl.constexpr,
-    STEPS: tl.constexpr,
-    SIDE: tl.constexpr,
-    GROUPS: tl.constexpr,
-    HAS_ENTROPY: tl.constexpr,
-    HINT: tl.constexpr,
-    softcap=None,
-    logit_scale=None,
-    cap_rate=None,
-):
-    """Read one part of a row, GROUPS groups of segments one after the other."""
+def read_part(row, slots, part, target, scale, columns, READER: tl.constexpr, cap=None):
+    """Read one part of a row: GROUPS groups of segments, one after the other."""
+    GROUPS: tl.constexpr = READER.TILES.GROUPS
+    place = target - row.head
     if GROUPS == 1:  # without a loop, which would take registers
         read_group(
-            row_ptr,
-            partial_ptr,
-            row,
-            target,
-            scale,
-            part,
-            columns,
-            V,
-            segments,
-            K,
-            T,
-            STEPS,
-            SIDE,
-            HAS_ENTROPY,
-            HINT,
-            softcap,
-            logit_scale,
-            cap_rate,
+            row.body_ptr, slots, place, scale, part, columns, row.body, READER=READER, cap=cap
         )
     else:
         size = columns // GROUPS
-        # All segments, those that a body (`edges`) is too short for as well: they are combined.
-        for group in range(part * GROUPS, tl.minimum((part + 1) * GROUPS, tl.cdiv(segments, SIDE))):
+        # All segments are read, also those that a body (`edges`) is too short for: they are combined.
+        groups = tl.cdiv(slots.segments, READER.TILES.SIDE)
+        for group in range(part * GROUPS, tl.minimum((part + 1) * GROUPS, groups)):
             read_group(
-                row_ptr,
-                partial_ptr,
-                row,
-                target,
-                scale,
-                group,
-                size,
-                V,
-                segments,
-                K,
-                T,
-                STEPS,
-                SIDE,
-                HAS_ENTROPY,
-                HINT,
-                softcap,
-                logit_scale,
-                cap_rate,
+                row.body_ptr, slots, place, scale, group, size, row.body, READER=READER, cap=cap
             )
 
 
 @triton.jit
-def arrive(arrived_ptr, row, parts):
-    """Count one part of a row; True for the last to arrive."""
-    tl.debug_barrier()  # the stores of all threads come before the counter of one
-    return tl.atomic_add(arrived_ptr + row, 1, sem="acq_rel", scope="gpu") == parts - 1
+def read_row(row, slots, part, target, scale, columns, READER: tl.constexpr, cap=None):
+    """Read what this program reads of the body of a row.
+
+    Returns the statistics where a program owns the row. Where programs share it, they are stored in `slots`
+    instead, and zeros are returned.
+    """
+    m = 0.0
+    s = 0.0
+    t = 0.0
+    if READER.TILES.SPLIT:
+        read_part(row, slots, part, target, scale, columns, READER, cap)
+    else:
+        place = target - row.head
+        m, s, t = read_statistics(row.body_ptr, place, scale, 0, row.body, READER, cap)
+    return Softmax(m, s, t)
 
 
 @triton.jit
-def combine_segments(
-    partial_ptr, row, segments, BLOCK_SEGMENTS: tl.constexpr, HAS_ENTROPY: tl.constexpr
+def whole_row(
+    sums, slots, row, target, V, scale, READER: tl.constexpr, ROWS: tl.constexpr, cap=None
 ):
+    """The statistics of a whole row without its scored entry, once all programs have read their parts.
+
+    Args:
+        sums: what `read_row` returned.
+    """
+    if READER.TILES.SPLIT:
+        sums = combine_segments(slots, READER.TILES.BLOCK_SEGMENTS, READER.HAS_ENTROPY)
+    if ROWS == "anywhere":
+        sums = read_edges(row, target, V, scale, sums, READER.HAS_ENTROPY, cap)
+    return sums
+
+
+@triton.jit
+def arrive(arrived_ptr, row, parts, SPLIT: tl.constexpr):
+    """Whether all parts of a row have been read. Of several programs, the last to arrive learns so."""
+    last = True
+    if SPLIT:
+        tl.debug_barrier()  # the stores of all threads come before the counter of one
+        last = tl.atomic_add(arrived_ptr + row, 1, sem="acq_rel", scope="gpu") == parts - 1
+    return last
+
+
+@triton.jit
+def combine_segments(slots, BLOCK_SEGMENTS: tl.constexpr, HAS_ENTROPY: tl.constexpr):
     """The statistics of a whole row from those of its segments, in their order."""
     segment = tl.arange(0, BLOCK_SEGMENTS)
-    slot_ptr = partial_ptr + (row * segments + segment) * 3
-    there = segment < segments
+    slot_ptr = slots.ptr + (slots.row * slots.segments + segment) * 3
+    there = segment < slots.segments
     # volatile: other programs wrote these, the cache of this one may be stale
     m = tl.load(slot_ptr, mask=there, other=LOWEST, volatile=True)
     s = tl.load(slot_ptr + 1, mask=there, other=0.0, volatile=True)
@@ -327,83 +290,78 @@ def combine_segments(
 
 
 @triton.jit
-def write_dlogits(
-    row_ptr,
-    drow_ptr,
-    target,
-    dtarget,
-    scale,
-    m,
-    k0,
-    k1,
-    start,
-    stop,
-    K: tl.constexpr,
-    T: tl.constexpr,
-    HAS_ENTROPY: tl.constexpr,
-    BACKWARDS: tl.constexpr,
-    softcap=None,
-    logit_scale=None,
-    cap_rate=None,
-    OVERLAP: tl.constexpr = False,
-):
-    """Columns [start, stop) of the gradient of a row; `drow_ptr` may be `row_ptr`.
+def write_dlogits(row, drow, gradient, start, stop, WRITER: tl.constexpr, cap=None):
+    """Write columns [start, stop) of the body of the gradient of a row.
 
-    BACKWARDS, from back to front: what one program has read last is still in the cache. Of a row read by
-    many side by side no end is. What is done with leaves the cache first, so that rows which other programs
-    have yet to come back to can stay. The scored column is written twice: by the loops like any other, at
-    last with its own value, `dtarget`, a soft cap's slope included. Strips around it, as in the first pass,
-    would make the one program that rewrites a row wait for memory a few times more.
+    The gradient may be written over the logits. The loops write the scored column like any other. At last one
+    thread writes its own value there. (Strips around it, as in the first pass, would make the one program
+    that rewrites a row wait for memory a few times more.)
 
-    OVERLAP: the gradient has smaller elements, from the first byte of the row on (`schedules.overlaps`).
-    Column j is then written over a column before it: one of this tile, or of one before. So the whole row
-    is of one program, forwards, and no thread writes before all threads have read the tile.
+    BACKWARDS: the loop runs from the end of the row to its start. What one program has read last is still in
+    the cache then. It does not help where several programs have read the row side by side. Logits that are
+    done with leave the cache first, so that other rows stay, to which other programs have yet to come back.
+
+    OVERLAP: the gradient has smaller elements, and starts at the first byte of the row of logits
+    (`schedules.overlaps`). Column j of the gradient then lies over a column of the logits that is in the same
+    tile or in one before it. So one program writes the whole row, forwards, and no thread writes before all
+    threads have read the tile.
+
+    Args:
+        row, drow: where the logits and their gradient lie (`edges.Row`).
+        gradient: `tiles.RowGradient`; a soft cap's slope is in its `dtarget` already.
+        WRITER: `edges.Writer`.
     """
-    tl.static_assert(not (OVERLAP and BACKWARDS))
+    K: tl.constexpr = WRITER.TILE.K
+    T: tl.constexpr = WRITER.TILE.T
+    OVERLAP: tl.constexpr = WRITER.OVERLAP
+    BACKWARDS: tl.constexpr = WRITER.BACKWARDS
     BLOCK: tl.constexpr = K * T
+    tl.static_assert(not (OVERLAP and BACKWARDS))
+    dtype: tl.constexpr = drow.ptr.dtype.element_ty
+    place = gradient.target - row.head
     offs = tile_offsets(K, T)
     strip = tile_offsets(1, T)
     full = (stop - start) // BLOCK
     for i in range(0, full):
         base = start + (full - 1 - i if BACKWARDS else i) * BLOCK
-        z = tl.load(row_ptr + base + offs, eviction_policy=REWRITE).to(tl.float32)
-        dz = capped_dlogits(z, scale, m, k0, k1, HAS_ENTROPY, softcap, logit_scale, cap_rate)
-        dz = dz.to(drow_ptr.dtype.element_ty)
+        z = tl.load(row.body_ptr + base + offs, eviction_policy=REWRITE).to(tl.float32)
+        dz = capped_dlogits(z, gradient, WRITER.HAS_ENTROPY, cap).to(dtype)
         if OVERLAP:
             tl.debug_barrier()
-        tl.store(drow_ptr + base + offs, dz, eviction_policy=REWRITE)
+        tl.store(drow.body_ptr + base + offs, dz, eviction_policy=REWRITE)
     for base in range(start + full * BLOCK, stop, T):
         keep = strip < stop - base
         z = tl.load(
-            row_ptr + base + strip, mask=keep, other=-float("inf"), eviction_policy=REWRITE
+            row.body_ptr + base + strip, mask=keep, other=-float("inf"), eviction_policy=REWRITE
         ).to(tl.float32)
-        dz = capped_dlogits(z, scale, m, k0, k1, HAS_ENTROPY, softcap, logit_scale, cap_rate)
-        dz = dz.to(drow_ptr.dtype.element_ty)
+        dz = capped_dlogits(z, gradient, WRITER.HAS_ENTROPY, cap).to(dtype)
         if OVERLAP:
             tl.debug_barrier()
-        tl.store(drow_ptr + base + strip, dz, mask=keep, eviction_policy=REWRITE)
-    if (target >= start) & (target < stop):
+        tl.store(drow.body_ptr + base + strip, dz, mask=keep, eviction_policy=REWRITE)
+    if (place >= start) & (place < stop):
         tl.debug_barrier()  # one thread writes over what another's loop left there
-        tl.store(drow_ptr + target, dtarget.to(drow_ptr.dtype.element_ty))
+        tl.store(drow.body_ptr + place, gradient.dtarget.to(dtype))
 
 
 @triton.jit
-def write_zeros(drow_ptr, start, stop, K: tl.constexpr, T: tl.constexpr):
-    """Columns [start, stop) of a row without gradient: written without being read."""
+def write_zeros(drow, start, stop, TILE: tl.constexpr):
+    """Write zeros to columns [start, stop) of the body of a row without a gradient; no logit is read."""
+    K: tl.constexpr = TILE.K
+    T: tl.constexpr = TILE.T
     BLOCK: tl.constexpr = K * T
     offs = tile_offsets(K, T)
-    zeros = tl.zeros([K, T], tl.float32).to(drow_ptr.dtype.element_ty)
+    zeros = tl.zeros([K, T], tl.float32).to(drow.ptr.dtype.element_ty)
     full = (stop - start) // BLOCK
     for i in range(0, full):
-        tl.store(drow_ptr + start + i * BLOCK + offs, zeros)
+        tl.store(drow.body_ptr + start + i * BLOCK + offs, zeros)
     base = start + full * BLOCK
     if base < stop:
-        tl.store(drow_ptr + base + offs, zeros, mask=offs < stop - base)
+        tl.store(drow.body_ptr + base + offs, zeros, mask=offs < stop - base)
 
 
 @triton.jit
 def inverse_temperature(temperature_ptr, row, inv_temperature):
-    """1 / temperature of a row, fp32: its own where there is one per token, else the common one."""
+    """1 / temperature of a row in fp32: the row's own temperature if tokens have one, else the common one."""
     if temperature_ptr is not None:
         inv_temperature = 1.0 / tl.load(temperature_ptr + row)
     # The interpreter would go on in float64 in some kernels, and their log-probs differ in the last bit.

@@ -1,13 +1,14 @@
 """Who reads which part of a row of logits: the schedules that `rows` follows.
 
-Up to `MAX_V_PER_PROGRAM` entries one program owns a row. A longer row consists of segments, whose statistics
-are the same bits whichever program reads them: a program reads one or some of them, one after the other, or
-several side by side with as many times the threads. Segments depend on V and the dtype alone: so a row's
-result depends neither on the batch around it nor on the kernel that reads it. Where 8 does not divide V, or
-the strides, the order of its sums depends on where the row starts within 8 entries (`edges`).
+One program owns a row of up to `MAX_V_PER_PROGRAM` entries. A longer row consists of segments. The statistics
+of a segment are the same bits, whichever program reads it. A program reads one segment, or several: one after
+the other, or side by side with as many times the threads. Segments depend on V and the dtype alone. So the
+result of a row depends neither on the batch around it nor on the kernel that reads it. Where 8 does not
+divide V or a stride, the order of additions also depends on where the row starts within 8 entries (`edges`).
 """
 
 import dataclasses
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -22,18 +23,55 @@ STATISTICS = 3  # m, s, t
 
 
 def compiled_with(num_warps: int, registers: int | None = None) -> dict[str, int | bool]:
-    """What every launch asks of the compiler.
+    """The compiler options of a launch.
 
     Products and sums are fused: `tiles` counts on single roundings, and some kernels would spill registers
-    without it. Triton 3.10 does so on request only, and 3.9 warns where nothing is asked.
+    without it. Triton 3.10 fuses on request only, and 3.9 warns where nothing is requested.
 
-    registers: at most so many a thread. Unless a number is given, the assemblers of Triton 3.8 and 3.9
-        spill a value or two of some kernels, so that more programs are resident.
+    Args:
+        registers: the limit of registers of a thread. Without a limit, the assemblers of Triton 3.8 and 3.9
+            spill a value or two of some kernels, so that more programs are resident.
     """
     options = {"num_warps": num_warps, "enable_fp_fusion": True}
     if registers and not torch.version.hip:  # AMD's compiler knows no such option
         options["maxnreg"] = registers
     return options
+
+
+class Tile(NamedTuple):
+    """The tile [K, T] in which a row is written."""
+
+    K: int
+    T: int
+
+
+class ReadTiles(NamedTuple):
+    """How a row is read: tiles [K, T] of segments; compile-time constants."""
+
+    K: int
+    T: int
+    STEPS: int  # tiles of a segment
+    SIDE: int  # segments at a time
+    GROUPS: int  # how often a program reads SIDE segments
+    BLOCK_SEGMENTS: int  # the segments of a row, rounded up to a power of two
+    SPLIT: bool  # whether programs share a row
+
+
+class Split(NamedTuple):
+    """Which programs read a row."""
+
+    parts: Any  # how many they are
+    columns: Any  # how many entries each of them reads
+    segments: Any  # how many segments the row has
+
+
+class Meeting(NamedTuple):
+    """Where the programs that share a row meet."""
+
+    partial: Any  # (N, segments, STATISTICS) fp32; None where one program owns a row
+    arrived: (
+        Any  # (N,) int32, zeros: how many programs of a row have read their parts; None likewise
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,23 +84,22 @@ class Schedule:
     T: int
     num_warps: int
 
-    def arguments(self) -> dict[str, int]:
-        """How a kernel is told of this schedule."""
+    def arguments(self) -> dict[str, Any]:
+        """The arguments that tell a kernel of this schedule."""
         return {
             "parts": self.parts,
             "columns": self.columns,
-            "K": self.K,
-            "T": self.T,
+            "TILE": Tile(self.K, self.T),
             **compiled_with(self.num_warps),
         }
 
 
 @dataclasses.dataclass(frozen=True)
 class Reading(Schedule):
-    """How the kernels that need the statistics of whole rows read them.
+    """How rows are read by the kernels that need the statistics of whole rows.
 
-    Each of `parts` programs reads `groups` times `side` segments; `segments` is 0 where one program owns a
-    row. Segments side by side are read in `steps` tiles [K, T] each.
+    Each of `parts` programs reads `groups` times `side` segments, each of them in `steps` tiles [K, T].
+    `segments` is 0 where one program owns a row.
     """
 
     segments: int = 0
@@ -75,43 +112,48 @@ class Reading(Schedule):
         return self.segments > 0
 
     @property
-    def write_tile(self) -> tuple[int, int]:
-        """(K, T) of the second pass, in which all threads of a program are on the same segment."""
+    def write_tile(self) -> Tile:
+        """The tile of the second pass, in which all threads of a program work on the same segment."""
         T = 8 * WARP_SIZE * self.num_warps
-        return (self.K if self.T == T else 2), T
+        return Tile(self.K if self.T == T else 2, T)
 
-    def arguments(self, with_entropy: bool = False) -> dict[str, int]:
+    def arguments(self, with_entropy: bool = False) -> dict[str, Any]:
         registers = None
         if self.groups > 1:  # four programs of 256 threads a multiprocessor, or three
             registers = 80 if with_entropy else 64
+        tiles = ReadTiles(
+            K=self.K,
+            T=self.T,
+            STEPS=self.steps,
+            SIDE=self.side,
+            GROUPS=self.groups,
+            BLOCK_SEGMENTS=triton.next_power_of_2(self.segments),
+            SPLIT=self.split,
+        )
         return {
-            **super().arguments(),
+            "split": Split(self.parts, self.columns, self.segments),
+            "TILES": tiles,
             **compiled_with(self.num_warps, registers),
-            "segments": self.segments,
-            "STEPS": self.steps,
-            "SIDE": self.side,
-            "GROUPS": self.groups,
-            "BLOCK_SEGMENTS": triton.next_power_of_2(self.segments),
-            "SPLIT": self.split,
         }
 
-    def meeting_point(self, N, device, arrived=None) -> dict[str, torch.Tensor | None]:
+    def meeting_point(self, N, device, arrived=None) -> Meeting:
         """Where the programs of N rows leave the statistics of segments, and count themselves.
 
-        arrived: (N,) int32 zeros to count in, used up by one launch; None: made here.
+        Args:
+            arrived: (N,) int32 zeros to count in, used up by one launch; None: made here.
         """
         if not self.split:
-            return {"partial_ptr": None, "arrived_ptr": None}
+            return Meeting(None, None)
         partial = torch.empty(N, self.segments, STATISTICS, device=device, dtype=torch.float32)
         if arrived is None:
             arrived = torch.zeros(N, device=device, dtype=torch.int32)
-        return {"partial_ptr": partial, "arrived_ptr": arrived}
+        return Meeting(partial, arrived)
 
 
 def schedule(V: int, capped: bool = False) -> Schedule:
-    """The schedule for rows of V entries that need no statistics, or whose program owns them.
+    """The schedule for rows of V entries that need no statistics, or that one program owns.
 
-    A soft cap takes registers: with half the threads a program spills none, and as many threads are resident.
+    A soft cap takes registers. With half the threads a program spills none, and as many threads are resident.
     """
     if V <= 1024:
         return Schedule(parts=1, columns=V, K=1, T=1024, num_warps=128 // WARP_SIZE)
@@ -127,16 +169,17 @@ def schedule(V: int, capped: bool = False) -> Schedule:
 def reading(V: int, itemsize: int, capped: bool = False, side: int = 1) -> Reading:
     """The schedule for rows of V entries of `itemsize` bytes that are read for their statistics.
 
-    side: how many segments at a time, 1, 2 or 4, at the caller's choice: it does not reach the result. With
-        many threads on a row, few rows are between their two passes, so the cache holds them. Done for
-        float32 alone, where it was measured to be faster (benchmarks/NOTES.md).
+    Args:
+        side: how many segments a program reads at a time: 1, 2 or 4. It does not change the result. With many
+            threads on a row, few rows are between their two passes, so that the cache holds them. This is
+            done for float32 alone, where it was measured to be faster (benchmarks/NOTES.md).
     """
     plan = schedule(V, capped)
     if plan.parts == 1:
         return Reading(**dataclasses.asdict(plan))
     if capped or itemsize < 4 or WARP_SIZE != 32:  # AMD's GPUs: not measured
         return Reading(**dataclasses.asdict(plan), segments=plan.parts)
-    # 16 bytes of each lane, and no lane twice in a row of the tile: else another order of additions.
+    # Each lane holds 16 bytes, once in a row of the tile: else the order of additions would change.
     threads = plan.num_warps * WARP_SIZE
     T, steps = 16 // itemsize * threads, 2
     segment = steps * plan.K * T
@@ -152,6 +195,11 @@ def reading(V: int, itemsize: int, capped: bool = False, side: int = 1) -> Readi
         side=side,
         steps=steps,
     )
+
+
+def counts_arrivals(V: int) -> bool:
+    """Whether a launch on rows of V entries counts programs, in a vector of int32 zeros."""
+    return schedule(V).parts > 1
 
 
 def overlaps(logits, dlogits) -> bool:

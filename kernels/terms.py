@@ -1,7 +1,10 @@
-"""A token's share of an objective, as pure maths: surrogates, KL estimators, their derivatives.
+"""The loss of a token and its derivatives, as pure maths: surrogates and KL estimators.
 
-No loads, no stores. Twins on the PyTorch path: `grpo_fast/torch_kernels/terms.py`.
+No loads, no stores. The numbers of an objective are named tuples (`scalars`). Twins on the PyTorch path:
+`grpo_fast/torch_kernels/terms.py`.
 """
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -14,15 +17,37 @@ CLIP_HIGH = tl.constexpr(2)
 CLIP_DUAL = tl.constexpr(4)
 
 
+class TokenValues(NamedTuple):
+    """The arguments of a token's loss, besides its ratio."""
+
+    logp: Any
+    old_logp: Any
+    ref_logp: Any  # None: no KL term
+    advantage: Any
+    score: Any
+    importance: Any
+
+
+class RatioValues(NamedTuple):
+    """The importance ratio of a token."""
+
+    log_ratio: Any  # after its clamp
+    own: Any  # its derivative in the token's own log-prob
+    log_w: Any  # VESPO's log sequence weight
+    keep: Any  # whether the surrogate counts
+
+
 @triton.jit
-def clip_surrogate(ratio, advantage, low, high, delta, dual_clip):
-    """PPO's clipped surrogate: (loss, dloss/dlogp, bounded). An infinite bound is no bound."""
-    free = lesser(ratio, delta) * advantage
+def clip_surrogate(ratio, advantage, scalars):
+    """PPO's clipped surrogate: (loss, dloss/dlogp). An infinite bound is no bound."""
+    low = scalars.ratio_min
+    high = scalars.ratio_max
+    free = lesser(ratio, scalars.delta) * advantage
     clipped = lesser(greater(ratio, low), high) * advantage
     loss = -lesser(free, clipped)
     # Where both branches agree (inside the clip range) either gradient is right: they are the same.
-    cut = tl.where(free <= clipped, ratio > delta, (ratio < low) | (ratio > high))
-    ceiling = -tl.where(advantage < 0, dual_clip, 0.0) * advantage
+    cut = tl.where(free <= clipped, ratio > scalars.delta, (ratio < low) | (ratio > high))
+    ceiling = -tl.where(advantage < 0, scalars.dual_clip, 0.0) * advantage
     dual = (advantage < 0) & (ceiling < loss)
     loss = tl.where(dual, ceiling, loss)
     # Select, not multiply: the ratio may be inf where no gradient passes.
@@ -30,9 +55,9 @@ def clip_surrogate(ratio, advantage, low, high, delta, dual_clip):
 
 
 @triton.jit
-def sapo_surrogate(ratio, advantage, tau_pos, tau_neg):
-    """The soft gate: (loss, dloss/dlogp)."""
-    tau = tl.where(advantage > 0, tau_pos, tau_neg)
+def sapo_surrogate(ratio, advantage, scalars):
+    """SAPO's soft gate: (loss, dloss/dlogp)."""
+    tau = tl.where(advantage > 0, scalars.tau_pos, scalars.tau_neg)
     x = tau * (ratio - 1.0)
     gate = tl.sigmoid(x)
     slope = gate * tl.sigmoid(-x)
@@ -42,11 +67,16 @@ def sapo_surrogate(ratio, advantage, tau_pos, tau_neg):
 
 
 @triton.jit
-def divergence_drops(logp, old_logp, advantage, low, high, SURROGATE: tl.constexpr):
-    """DPPO's mask: whether a token has moved too far in the direction it is pushed.
+def divergence_drops(token, scalars, SURROGATE: tl.constexpr):
+    """DPPO's mask: whether a token has moved too far in the direction in which it is pushed.
 
-    Not where that is NaN: either a log-prob is, which must come out, or one is a hair above 0.
+    A token whose divergence is NaN stays. Either a log-prob is NaN, which must show in the loss, or it is
+    slightly above 0.
     """
+    logp = token.logp
+    old_logp = token.old_logp
+    low = scalars.low
+    high = scalars.high
     old = tl.exp(old_logp)
     if SURROGATE == "dppo_tv" or SURROGATE == "dppo_tv_ratio":
         change = tl.exp(logp) - old
@@ -58,15 +88,15 @@ def divergence_drops(logp, old_logp, advantage, low, high, SURROGATE: tl.constex
         kl = old * (old_logp - logp) + rest
         up = (kl > high) & (logp > old_logp)
         down = (kl > low) & (logp < old_logp)
-    return tl.where(advantage > 0, up, down)
+    return tl.where(token.advantage > 0, up, down)
 
 
 @triton.jit
-def vespo_weight(log_w, advantage, k_pos, k_neg, lambda_pos, lambda_neg):
-    """phi(W) = W^k e^(lambda (1 - W)), with log W clamped to [log 1e-8, 20]."""
+def vespo_weight(log_w, advantage, scalars):
+    """VESPO's weight phi(W) = W^k e^(lambda (1 - W)), with log W clamped to [log 1e-8, 20]."""
     log_w = lesser(greater(log_w, -18.420680743952367), 20.0)
-    k = tl.where(advantage >= 0, k_pos, k_neg)
-    rate = tl.where(advantage >= 0, lambda_pos, lambda_neg)
+    k = tl.where(advantage >= 0, scalars.k_pos, scalars.k_neg)
+    rate = tl.where(advantage >= 0, scalars.lambda_pos, scalars.lambda_neg)
     return tl.exp(rate + k * log_w - rate * tl.exp(log_w))
 
 
@@ -78,87 +108,103 @@ def quadratic_terms(d, coef):
 
 
 @triton.jit
-def surrogate_terms(
-    logp, old_logp, ratio, log_w, advantage, score, low, high, cap, second, SURROGATE: tl.constexpr
-):
+def probability_change(token):
+    """How far the probability of a token has moved."""
+    return tl.exp(token.logp) - tl.exp(token.old_logp)
+
+
+@triton.jit
+def weight_of_logp(token, ratio, log_w, scalars, SURROGATE: tl.constexpr):
+    """The weight w of surrogates of the form -w advantage logp, in which w takes no gradient."""
+    if SURROGATE == "cispo":
+        weight = lesser(greater(ratio, scalars.ratio_min), scalars.ratio_max)
+    elif SURROGATE == "rollout_is":
+        outside = (ratio <= scalars.ratio_min) | (ratio >= scalars.ratio_max)
+        weight = tl.where(outside, 0.0, ratio)
+    elif SURROGATE == "vespo":
+        weight = vespo_weight(log_w, token.advantage, scalars)
+    elif SURROGATE == "reinforce":
+        weight = tl.zeros_like(ratio) + 1.0
+    elif SURROGATE == "topr":
+        score = token.score
+        weight = tl.where(score > 0, scalars.weight_pos, scalars.weight_neg * lesser(ratio, 1.0))
+        weight = tl.where(score == score, weight, score)  # a NaN that decides comes out
+    else:
+        out = divergence_drops(token, scalars, SURROGATE)
+        weight = tl.where(out, 0.0, lesser(ratio, scalars.ratio_cap))
+    return weight
+
+
+@triton.jit
+def surrogate_terms(token, ratio, log_w, scalars, SURROGATE: tl.constexpr):
     """(loss, dloss/dlogp through the ratio, through logp alone) of tokens.
 
-    log_w: VESPO's log sequence weight. score: TOPR's. low, high: bounds as the surrogate uses them, cap and
-    second: whatever else it takes (`policy_loss.scalars`).
+    Args:
+        token: `TokenValues`.
+        log_w: VESPO's log sequence weight.
+        scalars: the numbers of this surrogate.
     """
+    advantage = token.advantage
     by_ratio = tl.zeros_like(ratio)  # not ratio * 0: the ratio may be inf
     by_logp = tl.zeros_like(ratio)
     if SURROGATE == "clip":
-        loss, by_ratio = clip_surrogate(ratio, advantage, low, high, cap, second)
+        loss, by_ratio = clip_surrogate(ratio, advantage, scalars)
     elif SURROGATE == "sapo":
-        loss, by_ratio = sapo_surrogate(ratio, advantage, cap, second)
+        loss, by_ratio = sapo_surrogate(ratio, advantage, scalars)
     elif SURROGATE == "gmpo":  # the ratio is the sequence's, its bounds are behind it
         by_ratio = -advantage * ratio
         loss = by_ratio
     elif SURROGATE == "dro":
-        penalty, pull = quadratic_terms(logp - old_logp, second)
-        loss = 0.5 * penalty - advantage * logp
+        penalty, pull = quadratic_terms(token.logp - token.old_logp, scalars.quadratic_coef)
+        loss = 0.5 * penalty - advantage * token.logp
         by_logp = 0.5 * pull - advantage
     elif SURROGATE == "ipo" or SURROGATE == "dppo_tv_ratio" or SURROGATE == "dppo_kl_ratio":
-        penalty, by_logp = quadratic_terms(logp - old_logp, second)
+        penalty, by_logp = quadratic_terms(token.logp - token.old_logp, scalars.quadratic_coef)
         if SURROGATE == "ipo":
-            change = tl.exp(logp) - tl.exp(old_logp)
-            out = (change < -low) | (change > high)
+            change = probability_change(token)
+            out = (change < -scalars.low) | (change > scalars.high)
         else:
-            out = divergence_drops(logp, old_logp, advantage, low, high, SURROGATE)
+            out = divergence_drops(token, scalars, SURROGATE)
         out = out | (advantage == 0)  # the ratio may be inf
-        by_ratio = tl.where(out | (ratio > cap), 0.0, -advantage * ratio)
-        loss = tl.where(out, 0.0, -advantage * lesser(ratio, cap)) + penalty
+        by_ratio = tl.where(out | (ratio > scalars.ratio_cap), 0.0, -advantage * ratio)
+        loss = tl.where(out, 0.0, -advantage * lesser(ratio, scalars.ratio_cap)) + penalty
     else:
-        if SURROGATE == "cispo":
-            weight = lesser(greater(ratio, low), high)
-        elif SURROGATE == "rollout_is":
-            weight = tl.where((ratio <= low) | (ratio >= high), 0.0, ratio)
-        elif SURROGATE == "vespo":
-            weight = vespo_weight(log_w, advantage, low, high, cap, second)
-        elif SURROGATE == "reinforce":
-            weight = tl.zeros_like(ratio) + 1.0
-        elif SURROGATE == "topr":
-            weight = tl.where(score > 0, cap, second * lesser(ratio, 1.0))
-            weight = tl.where(score == score, weight, score)  # a NaN that decides comes out
-        else:
-            out = divergence_drops(logp, old_logp, advantage, low, high, SURROGATE)
-            weight = tl.where(out, 0.0, lesser(ratio, cap))
-        by_logp = -weight * advantage
-        loss = by_logp * logp
+        by_logp = -weight_of_logp(token, ratio, log_w, scalars, SURROGATE) * advantage
+        loss = by_logp * token.logp
     return loss, by_ratio, by_logp
 
 
 @triton.jit
-def clip_flags(logp, old_logp, ratio, advantage, low, high, cap, second, SURROGATE: tl.constexpr):
+def clip_flags(token, ratio, scalars, SURROGATE: tl.constexpr):
     """Why a token is held back: bits CLIP_LOW, CLIP_HIGH, CLIP_DUAL."""
     clip = tl.zeros_like(ratio).to(tl.int32)
     if SURROGATE == "clip" or SURROGATE == "cispo" or SURROGATE == "rollout_is":
-        below = ratio < low
-        above = ratio > high
+        below = ratio < scalars.ratio_min
+        above = ratio > scalars.ratio_max
     elif (
         SURROGATE == "dppo_tv"
         or SURROGATE == "dppo_kl"
         or SURROGATE == "dppo_tv_ratio"
         or SURROGATE == "dppo_kl_ratio"
     ):
-        cut = divergence_drops(logp, old_logp, advantage, low, high, SURROGATE)
+        cut = divergence_drops(token, scalars, SURROGATE)
         below = cut
         above = cut
     elif SURROGATE == "gmpo":
-        below = logp - old_logp < -low
-        above = logp - old_logp > high
+        below = token.logp - token.old_logp < -scalars.low
+        above = token.logp - token.old_logp > scalars.high
     elif SURROGATE == "ipo":
-        change = tl.exp(logp) - tl.exp(old_logp)
-        below = change < -low
-        above = change > high
+        change = probability_change(token)
+        below = change < -scalars.low
+        above = change > scalars.high
     else:
         below = clip != 0
         above = below
-    clip += tl.where(below & (advantage < 0), CLIP_LOW, 0)
-    clip += tl.where(above & (advantage > 0), CLIP_HIGH, 0)
+    clip += tl.where(below & (token.advantage < 0), CLIP_LOW, 0)
+    clip += tl.where(above & (token.advantage > 0), CLIP_HIGH, 0)
     if SURROGATE == "clip":
-        clip += tl.where((ratio > lesser(cap, second)) & (advantage < 0), CLIP_DUAL, 0)
+        over = ratio > lesser(scalars.delta, scalars.dual_clip)
+        clip += tl.where(over & (token.advantage < 0), CLIP_DUAL, 0)
     return clip
 
 
@@ -173,23 +219,19 @@ def exp_remainders(x):
 
 
 @triton.jit
-def kl_terms(
-    logp,
-    ref_logp,
-    log_ratio,
-    ratio,
-    own,
-    gap_clip,
-    value_clip,
-    KL: tl.constexpr,
-    KL_GRADIENT: tl.constexpr,
-):
-    """(KL estimate, d/dlogp) from q = ref_logp - logp.
+def kl_terms(token, ratio, log_ratio, own, scalars, MODES: tl.constexpr):
+    """(KL estimate, its derivative in logp) from q = ref_logp - logp.
 
-    own: for "k3_unbiased", d(log ratio)/dlogp of this token. The derivative includes what comes through that:
-    a sum of two large terms that cancel is never taken.
+    Args:
+        own: for "k3_unbiased", d(log ratio)/dlogp of this token. The derivative includes what comes through
+            that: a sum of two large terms that cancel is never taken.
+        scalars: `KLScalars`.
     """
-    gap = ref_logp - logp
+    KL: tl.constexpr = MODES.KL
+    KL_GRADIENT: tl.constexpr = MODES.KL_GRADIENT
+    gap_clip = scalars.gap_clip
+    value_clip = scalars.value_clip
+    gap = token.ref_logp - token.logp
     pull = -gap
     if KL == "k1":
         kl = -gap
@@ -227,115 +269,64 @@ def kl_terms(
 
 
 @triton.jit
-def bounded_log_ratio(d, log_ratio_min, log_ratio_max):
-    """(the log-ratio d after its clamp, whether the clamp lets a gradient through)."""
-    held = (d < log_ratio_min) | (d > log_ratio_max)
-    return lesser(greater(d, log_ratio_min), log_ratio_max), held == 0
+def bounded_log_ratio(d, bounds):
+    """(the log-ratio d after its clamp, whether the clamp lets a gradient through).
+
+    Args:
+        bounds: `LogRatioRange`.
+    """
+    held = (d < bounds.lowest) | (d > bounds.highest)
+    return lesser(greater(d, bounds.lowest), bounds.highest), held == 0
 
 
 @triton.jit
-def policy_terms(
-    logp,
-    old_logp,
-    ref_logp,
-    log_ratio,
-    own,
-    log_w,
-    keep,
-    advantage,
-    score,
-    importance,
-    low,
-    high,
-    cap,
-    second,
-    beta,
-    gap_clip,
-    value_clip,
-    SURROGATE: tl.constexpr,
-    KL: tl.constexpr,
-    KL_GRADIENT: tl.constexpr,
-    HAS_REF: tl.constexpr,
-):
+def policy_terms(token, ratio_values, scalars, MODES: tl.constexpr):
     """(loss, d/dlogp, d/d log ratio, KL, clip flags) of tokens, before the reduction's weight.
 
-    log_ratio: after its clamp. own: its derivative in the token's own log-prob.
-    keep: whether the surrogate counts. d/d log ratio is of the surrogate, and d/dlogp is without it; the KL
-    has in d/dlogp what comes through the token's own log-ratio, too.
+    d/d log ratio is the derivative of the surrogate. d/dlogp leaves that out, but has the whole derivative of
+    the KL, with what comes through the token's own log-ratio.
+
+    Args:
+        token: `TokenValues`.
+        ratio_values: `RatioValues`.
+        scalars: `Scalars`.
+        MODES: `Modes`.
     """
-    ratio = tl.exp(log_ratio)
-    loss, by_ratio, by_logp = surrogate_terms(
-        logp, old_logp, ratio, log_w, advantage, score, low, high, cap, second, SURROGATE
-    )
+    SURROGATE: tl.constexpr = MODES.SURROGATE
     QUADRATIC: tl.constexpr = (
         SURROGATE == "dro"
         or SURROGATE == "ipo"
         or SURROGATE == "dppo_tv_ratio"
         or SURROGATE == "dppo_kl_ratio"
     )
+    log_ratio = ratio_values.log_ratio
+    ratio = tl.exp(log_ratio)
+    loss, by_ratio, by_logp = surrogate_terms(
+        token, ratio, ratio_values.log_w, scalars.surrogate, SURROGATE
+    )
+    keep = ratio_values.keep
     if not QUADRATIC:
         # Without an advantage there is no surrogate, also where the ratio is inf.
-        keep = keep & (advantage != 0)
-    keep = keep & (importance != 0)  # the loss may be inf there: that is why it is left out
-    loss = tl.where(keep, loss * importance, 0.0)
-    by_ratio = tl.where(keep, by_ratio * importance, 0.0)
-    by_logp = tl.where(keep, by_logp * importance, 0.0)
-    kl = tl.zeros_like(logp)
-    if HAS_REF:
-        kl, dkl = kl_terms(
-            logp, ref_logp, log_ratio, ratio, own, gap_clip, value_clip, KL, KL_GRADIENT
-        )
+        keep = keep & (token.advantage != 0)
+    keep = keep & (token.importance != 0)  # the loss may be inf there: that is why it is left out
+    loss = tl.where(keep, loss * token.importance, 0.0)
+    by_ratio = tl.where(keep, by_ratio * token.importance, 0.0)
+    by_logp = tl.where(keep, by_logp * token.importance, 0.0)
+    kl = tl.zeros_like(token.logp)
+    if token.ref_logp is not None:
+        beta = scalars.kl.beta
+        kl, dkl = kl_terms(token, ratio, log_ratio, ratio_values.own, scalars.kl, MODES)
         loss += tl.where(beta == 0, 0.0, beta * kl)
         by_logp += tl.where(beta == 0, 0.0, beta * dkl)
-    clip = clip_flags(logp, old_logp, ratio, advantage, low, high, cap, second, SURROGATE)
+    clip = clip_flags(token, ratio, scalars.surrogate, SURROGATE)
     return loss, by_logp, by_ratio, kl, clip
 
 
 @triton.jit
-def token_policy_terms(
-    logp,
-    old_logp,
-    ref_logp,
-    advantage,
-    score,
-    importance,
-    low,
-    high,
-    cap,
-    second,
-    log_ratio_min,
-    log_ratio_max,
-    beta,
-    gap_clip,
-    value_clip,
-    SURROGATE: tl.constexpr,
-    KL: tl.constexpr,
-    KL_GRADIENT: tl.constexpr,
-    HAS_REF: tl.constexpr,
-):
+def token_policy_terms(token, scalars, MODES: tl.constexpr):
     """(loss, dloss/dlogp, KL, clip flags) of tokens whose ratio is their own."""
-    log_ratio, free = bounded_log_ratio(logp - old_logp, log_ratio_min, log_ratio_max)
-    loss, by_logp, by_ratio, kl, clip = policy_terms(
-        logp,
-        old_logp,
-        ref_logp,
-        log_ratio,
-        free.to(tl.float32),
-        0.0,
-        tl.full(log_ratio.shape, True, tl.int1),
-        advantage,
-        score,
-        importance,
-        low,
-        high,
-        cap,
-        second,
-        beta,
-        gap_clip,
-        value_clip,
-        SURROGATE,
-        KL,
-        KL_GRADIENT,
-        HAS_REF,
-    )
+    log_ratio, free = bounded_log_ratio(token.logp - token.old_logp, scalars.log_ratio)
+    keep = tl.full(log_ratio.shape, True, tl.int1)
+    ratio = RatioValues(log_ratio, free.to(tl.float32), 0.0, keep)
+    loss, by_logp, by_ratio, kl, clip = policy_terms(token, ratio, scalars, MODES)
     return loss, by_logp + tl.where(free, by_ratio, 0.0), kl, clip

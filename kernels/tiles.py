@@ -9,6 +9,8 @@ confident row then keeps what it would lose by rounding 1 + tiny to 1: log p = -
 1 - p = -expm1(log p) are exact to float32 however small the rest is.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -22,29 +24,67 @@ FAR = tl.constexpr(1073741824.0)  # 2^30
 LOG2_ZERO = tl.constexpr(-150.0)
 
 
+class Softmax(NamedTuple):
+    """The running statistics m, s, t of some entries of a row."""
+
+    m: Any
+    s: Any
+    t: Any
+
+
+class Cap(NamedTuple):
+    """A soft cap as kernels take it: a logit z stands for softcap * tanh(logit_scale * z / softcap)."""
+
+    softcap: float
+    logit_scale: float
+    rate: float  # -2 logit_scale / (softcap ln 2); from the host, so that no program holds it in a register
+
+
+class RowGradient(NamedTuple):
+    """The numbers from which the gradient of a row of logits is computed; see `dlogits_factors`."""
+
+    target: Any  # the scored column
+    dtarget: Any  # the gradient there
+    scale: Any
+    m: Any
+    k0: Any
+    k1: Any
+
+
+def cap_of(softcap):
+    """The soft cap that a kernel takes; None without one.
+
+    Args:
+        softcap: a `grpo_fast.records.SoftCap`, or None.
+    """
+    if softcap is None:
+        return None
+    return Cap(*softcap, -2.8853900817779268 * softcap.logit_scale / softcap.softcap)  # -2 / ln 2
+
+
 @triton.jit
 def lesser(a, b):
-    """The minimum, NaN where either is: hardware's own returns the other, and hides what went wrong."""
+    """The minimum, NaN where either is NaN: the hardware's minimum returns the other and hides the NaN."""
     return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def greater(a, b):
-    """The maximum, NaN where either is."""
+    """The maximum, NaN where either is NaN."""
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
-def soft_cap(z, softcap, logit_scale, cap_rate):
+def soft_cap(z, cap):
     """softcap * tanh(x) with x = logit_scale * z / softcap, and its derivative in z.
 
-    The derivative, logit_scale (1 - tanh^2), comes without the cancellation of that form.
+    The derivative is logit_scale (1 - tanh^2). It is computed in a form that does not cancel.
     """
-    t = tl.exp2(tl.abs(z) * cap_rate)  # e^(-2 |x|)
+    t = tl.exp2(tl.abs(z) * cap.rate)  # e^(-2 |x|)
     half = 1.0 / (1.0 + t)
-    capped = softcap * (1.0 - t) * half
+    capped = cap.softcap * (1.0 - t) * half
     twice = half + half
-    return tl.where(z < 0, -capped, capped), logit_scale * t * twice * twice
+    return tl.where(z < 0, -capped, capped), cap.logit_scale * t * twice * twice
 
 
 @triton.jit
@@ -63,7 +103,7 @@ def fold_softmax(m, s, t, z, scale, HAS_ENTROPY: tl.constexpr):
 
 @triton.jit
 def reduce_softmax(m, s, t, HAS_ENTROPY: tl.constexpr):
-    """Combine the statistics of all lanes (or of all segments of a row): m, s, t [..., T] into [...]."""
+    """Combine the statistics m, s, t [..., T] of all lanes, or of all segments of a row, into [...]."""
     AXIS: tl.constexpr = len(m.shape) - 1
     total = tl.max(m, axis=AXIS)
     if AXIS == 1:
@@ -80,14 +120,14 @@ def reduce_softmax(m, s, t, HAS_ENTROPY: tl.constexpr):
 
 @triton.jit
 def merge_sums(m, s, m_other, s_other):
-    """The statistics (m, s) of two sets of entries taken together: for `tl.reduce`, in one go."""
+    """Combine the statistics (m, s) of two sets of entries; a combine function of `tl.reduce`."""
     top = tl.maximum(m, m_other)
     return top, s * tl.exp2(m - top) + s_other * tl.exp2(m_other - top)
 
 
 @triton.jit
 def merge_softmax(m, s, t, m_other, s_other, t_other):
-    """The statistics (m, s, t) of two sets of entries taken together: for `tl.reduce`, in one go."""
+    """Combine the statistics (m, s, t) of two sets of entries; a combine function of `tl.reduce`."""
     top = tl.maximum(m, m_other)
     shrink = tl.exp2(m - top)
     shrink_other = tl.exp2(m_other - top)
@@ -129,8 +169,8 @@ def include_target(m, s, t, z, scale):
     confident = m <= z * scale
     surprise = tl.where(confident, log2_1p(rest / p), tl.log2(total) - u)
     log2_total = tl.where(confident, surprise + u, tl.log2(total))
-    # Of the others. Next to a confident token everything is relative to its u, a rounding residue that would
-    # drown the rest.
+    # The t of the other entries. Next to a confident token everything is relative to the token's u, because u
+    # is a rounding residue that would drown the rest.
     t_rest = tl.exp2(m - top) * (t + (m - top) * s)
     t_all = tl.where(confident, t_rest - u * rest, t_rest + p * tl.maximum(u, LOG2_ZERO))
     entropy = (tl.where(confident, surprise, log2_total) - t_all / total) * LN2
@@ -139,11 +179,12 @@ def include_target(m, s, t, z, scale):
 
 @triton.jit
 def exact_scale(top, scale):
-    """The power of two that puts in [2^33, 2^35) what `scale` puts at `top`; and its reciprocal.
+    """A power of two, and its reciprocal, to use in place of `scale` for a row of very large numbers.
 
-    Where |z * scale| is 2^30 or more, logits that differ do so by more than 40 nats: of the softmax nothing
-    is left but the maximum, and how often it occurs. Products with a power of two are exact, so that equal
-    logits have a difference of 0 and all others one of which 2^x is 0.
+    `top` is the maximum of z * scale. The power of two brings the maximum to [2^33, 2^35). Where |z * scale|
+    is 2^30 or more, two logits that differ at all differ by more than 40 nats. Then the softmax depends on
+    two things alone: the maximum, and how often it occurs. Products with a power of two are exact: equal
+    logits have the difference 0, and for all other differences x, 2^x is 0.
     """
     e_top = (tl.abs(top).to(tl.int32, bitcast=True) >> 23) & 255
     e_scale = (scale.to(tl.int32, bitcast=True) >> 23) & 255
@@ -153,9 +194,10 @@ def exact_scale(top, scale):
 
 @triton.jit
 def dlogits_factors(dlogp, dentropy, entropy, total, log2_total, inv_temperature):
-    """(k0, k1) such that dL/dz_j = e_j (k0 + k1 u_j) with u_j = x_j - m, e_j = 2^u_j, for j not scored.
+    """(k0, k1) such that dL/dz_j = e_j (k0 + k1 u_j) for every entry j that is not scored.
 
-    From dL/ds_j = p_j (-dlogp - dentropy (log p_j + H)), log p_j = ln 2 (u_j - log2 total).
+    Here u_j = x_j - m and e_j = 2^u_j. It follows from dL/ds_j = p_j (-dlogp - dentropy (log p_j + H)) with
+    log p_j = ln 2 (u_j - log2 total).
     """
     k = inv_temperature / total
     return (-dlogp - dentropy * (entropy - LN2 * log2_total)) * k, -dentropy * LN2 * k
@@ -171,7 +213,7 @@ def dlogits_target(dlogp, dentropy, entropy, logp, inv_temperature):
 
 @triton.jit
 def dlogits_tile(z, scale, m, k0, k1, HAS_ENTROPY: tl.constexpr):
-    """dL/dz of a tile of logits from the statistics and factors of its row."""
+    """dL/dz of a tile of logits, from the statistics and factors of its row."""
     u = tl.fma(z, scale, -m)
     e = tl.exp2(u)
     if HAS_ENTROPY:
@@ -181,6 +223,6 @@ def dlogits_tile(z, scale, m, k0, k1, HAS_ENTROPY: tl.constexpr):
 
 @triton.jit
 def standard_score(centred, squares, count, differ, eps, UNBIASED: tl.constexpr):
-    """`centred / (std + eps)`; exactly 0 where the rewards do not differ."""
+    """A centred reward divided by (std + eps); exactly 0 where the rewards do not differ."""
     freedom = tl.maximum(count - 1.0, 1.0) if UNBIASED else count
     return tl.where(differ, centred / (tl.sqrt(squares / freedom) + eps), 0.0)

@@ -1,4 +1,4 @@
-"""The arguments that the losses share: checked, spread over tokens, flattened."""
+"""The arguments that all losses share: their checks, and their values per token."""
 
 import math
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ from grpo_fast.sequences import first_of_sequence, one_per_sequence, spread_argu
 
 
 class LossArguments(NamedTuple):
-    """What all losses take besides logits, hidden states or log-probs; see `grpo_fast.loss.grpo_loss`."""
+    """The arguments that all losses share; `grpo_loss` explains them."""
 
     objective: Objective
     advantages: Tensor | None = None
@@ -35,14 +35,14 @@ class LossArguments(NamedTuple):
     cu_seqlens: Tensor | None = None
 
     def here(self, device: torch.device) -> "LossArguments":
-        """The arguments that may be on the CPU, on the device of the rest, without waiting for it."""
+        """Move the arguments that may be on the CPU to `device`, without a host sync."""
         names = ("advantages", "rewards", "token_weights", "scores", "cu_seqlens")
         moved = {name: to_device(getattr(self, name), device) for name in names}
         return self._replace(**moved)
 
 
 def to_device(x: Any, device: torch.device) -> Any:
-    """A tensor on the CPU as one on `device`, without waiting for it; anything else unchanged."""
+    """Return a CPU tensor on `device`, without a host sync; return anything else unchanged."""
     return x.to(device, non_blocking=True) if isinstance(x, Tensor) and x.is_cpu else x
 
 
@@ -53,12 +53,12 @@ def check_batch(
     given: LossArguments,
     dtype: torch.dtype = torch.float32,
 ) -> Batch:
-    """Check the arguments of a loss, and return them flat.
+    """Check the arguments of a loss; return them as records of flat tensors.
 
     Args:
         like: one entry per token, (B, T) or packed (N,).
         mask: (N,) bool, from `checks.check_mask`.
-        dtype: of the tensors per token, float32 or float64.
+        dtype: the dtype of the tensors per token, float32 or float64.
     """
     objective, cu_seqlens = given.objective, given.cu_seqlens
     check_objective(op, objective)
@@ -85,7 +85,7 @@ def check_batch(
     )
 
     def spread(name: str, x: Tensor | None) -> Tensor | None:
-        """A per-sequence or per-token argument as (N,)."""
+        """Return an argument that is given per sequence or per token as (N,)."""
         if x is None:
             return None
         x = spread_argument(op, name, x, like, cu_seqlens, found.sequence)
@@ -93,11 +93,12 @@ def check_batch(
 
     scores = given.scores
     if rewards is not None and scores is None and objective.surrogate == "topr":
-        scores = rewards[:, None]  # one per sequence, however many tokens there are
+        scores = rewards[:, None]  # (B, 1) is per sequence even where B equals the number of tokens
     importance = spread("importance_weights", given.importance_weights)
     log_importance = None
     if objective.surrogate == "vespo" and importance is not None:
-        # It enters the sequence weight: one per sequence once, at its first token.
+        # VESPO adds it to the log of the sequence weight. A value per sequence counts once, at the
+        # first token of the sequence.
         live = torch.ones_like(importance, dtype=torch.bool) if mask is None else mask
         counts, weighs = live, live if found.share is None else found.share
         weights = given.importance_weights
@@ -130,7 +131,7 @@ def check_batch(
 def _check_rewards(
     op: str, like: Tensor, given: LossArguments, num_sequences: int
 ) -> Tensor | None:
-    """Check that there are either advantages or rewards; return the rewards."""
+    """Check that either advantages or rewards are given; return the rewards."""
     advantages, rewards, group_size = given.advantages, given.rewards, given.group_size
     if (advantages is None) == (rewards is None):
         raise ValueError(
@@ -151,7 +152,7 @@ def _check_rewards(
 
 
 def _check_constants(op: str, like: Tensor, given: LossArguments) -> None:
-    """Check that no argument asks for a gradient, which none would get."""
+    """Check that no constant argument requires grad: it would get no gradient."""
     for name in ("advantages", "importance_weights", "token_weights", "scores"):
         check_constant(op, name, getattr(given, name))
     for name in ("num_items", "loss_scale"):
@@ -160,7 +161,7 @@ def _check_constants(op: str, like: Tensor, given: LossArguments) -> None:
 
 
 def check_objective(op: str, objective: object) -> None:
-    """Refuse what is no objective, before its options are read."""
+    """Refuse anything that is no `Objective`, before its options are read."""
     if not isinstance(objective, Objective):
         raise TypeError(
             f"{op}: objective: want an Objective, such as Objective.preset(name), got {objective!r}"
@@ -168,7 +169,7 @@ def check_objective(op: str, objective: object) -> None:
 
 
 def _check_needed(op: str, given: LossArguments) -> None:
-    """Check the arguments that the objective needs, or does not use."""
+    """Check that the arguments the objective needs are given, and that the others have an effect."""
     objective, old_logps, ref_logps = given.objective, given.old_logps, given.ref_logps
     scores, modes = given.scores, objective.terms.modes
     if modes.has_kl and ref_logps is None:
@@ -216,7 +217,10 @@ def _check_loss_scale(op: str, loss_scale: float | Tensor | None) -> Tensor | No
 
 
 def _check_number(op: str, name: str, x: float | Tensor, low: float, wanted: str) -> Tensor:
-    """Check a number or a 0-dim tensor; return a 0-dim tensor, on its own device if nobody may look at it."""
+    """Check a number or a 0-dim tensor; return a 0-dim tensor.
+
+    A tensor stays on its device, and its value is not read where that would be a host sync.
+    """
     if isinstance(x, Tensor):
         if x.ndim:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Which tokens can have a gradient: all others are left out of the products with the head."""
+"""Which tokens may have a gradient: the matrix products with the head leave out all others."""
 
 import torch
 from torch import Tensor
@@ -11,12 +11,14 @@ from grpo_fast.sequences import one_per_sequence, sequence_of_token, spread
 def keep_of(
     ids: Tensor, mask: Tensor | None, live: Tensor | None, given: LossArguments
 ) -> Tensor | None:
-    """Whether a token may have a gradient, (N,) bool; None if all may.
+    """Find the tokens that may have a gradient, (N,) bool; return None if all may.
 
-    Computed on the host if all that decides is there: then nobody waits for the device.
+    The result is computed on the host if everything it depends on is there: then nobody waits for
+    the device.
 
     Args:
-        mask: (N,) bool, where the caller has it. live: the same on the device of the ids.
+        mask: (N,) bool, on the device of the caller's mask. live: the same on the device of the
+            ids.
     """
     deciding = (mask, given.advantages, given.rewards, given.token_weights, given.cu_seqlens)
     if all(x is None or x.is_cpu for x in deciding):
@@ -25,7 +27,9 @@ def keep_of(
 
 
 def carries_gradient(like: Tensor, mask: Tensor | None, given: LossArguments) -> Tensor | None:
-    """Whether a token may have a gradient, (N,) bool, where the arguments are; None if all may.
+    """Find the tokens that may have a gradient, (N,) bool; return None if all may.
+
+    The result is on the device of the arguments.
 
     Args:
         like: (B, T) or (N,), for its shape. mask: (N,) bool. given: checked arguments.
@@ -33,7 +37,7 @@ def carries_gradient(like: Tensor, mask: Tensor | None, given: LossArguments) ->
     modes, cu_seqlens = given.objective.terms.modes, given.cu_seqlens
     N, T = like.numel(), like.shape[-1]
     sequence = None if cu_seqlens is None else sequence_of_token(cu_seqlens, N)
-    if modes.by_entropy:  # every live token's entropy counts
+    if modes.by_entropy:  # the entropy of every unmasked token decides
         return mask
 
     def per_token(x: Tensor) -> Tensor:
@@ -46,9 +50,9 @@ def carries_gradient(like: Tensor, mask: Tensor | None, given: LossArguments) ->
     if given.token_weights is not None:
         conditions.append(given.token_weights.reshape(-1) != 0)
     if not (modes.has_kl or modes.has_bonus):
-        if not modes.has_penalty:  # those do not vanish with the advantage
+        if not modes.has_penalty:  # a penalty acts without an advantage, too
             conditions.append(per_token(_advantages(given)) != 0)
-        # They may be on the GPU where the others decide on the host: then they do not decide.
+        # Importance weights on the GPU are ignored here where the other conditions are on the host.
         importance = None if modes.surrogate == "vespo" else given.importance_weights
         if importance is not None and all(x.device == importance.device for x in conditions):
             conditions.append(per_token(importance) != 0)
@@ -64,7 +68,7 @@ def carries_gradient(like: Tensor, mask: Tensor | None, given: LossArguments) ->
 
 
 def _advantages(given: LossArguments) -> Tensor:
-    """The advantages, or those of the rewards, one per sequence."""
+    """Return the advantages, or compute them from the rewards, one per sequence."""
     if given.advantages is not None:
         return given.advantages
     rewards = one_per_sequence(given.rewards)
@@ -74,7 +78,10 @@ def _advantages(given: LossArguments) -> Tensor:
 def _whole_sequences(
     alive: Tensor, T: int, cu_seqlens: Tensor | None, sequence: Tensor | None
 ) -> Tensor:
-    """All tokens of sequences that have a token alive: one moves all, since the ratio is that of all."""
+    """Mark all tokens of the sequences that have a marked token, (N,) bool.
+
+    The ratio is that of the sequence, so one token that counts gives a gradient to all of them.
+    """
     if cu_seqlens is None or sequence is None:
         rows = alive.view(-1, max(T, 1))
         return rows.any(1)[:, None].expand(rows.shape).reshape(-1)

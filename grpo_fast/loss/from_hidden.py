@@ -1,4 +1,4 @@
-"""`linear_grpo_loss`: the loss on hidden states, the logits never in memory."""
+"""`linear_grpo_loss`: the loss on hidden states, without the logits of all tokens in memory."""
 
 from typing import Literal, NamedTuple
 
@@ -56,67 +56,92 @@ def linear_grpo_loss(
     objective: Objective = Objective(),
     return_entropy: bool = False,
 ) -> LossOutput:
-    """The GRPO loss from the last hidden states and the head, with its gradients, the logits never in memory.
+    """Return the GRPO loss from the last hidden states and the head, without all logits in memory.
 
-    Equivalent to `grpo_loss(cap(logit_scale * (hidden @ weight.T + bias)), completion_ids, ...)` with
-    `cap(x) = softcap * tanh(x / softcap)`, the logits living in one chunk of tokens at a time. The gradients
-    are computed in the forward: three matrix products, two where the head is frozen. Beyond the gradients
-    and a float32 gradient of the weight, memory does not grow with the number of tokens; in float16 that of
-    `hidden` is float32 until the backward, so that a loss scale keeps it from underflow.
+    With `cap(x) = softcap * tanh(x / softcap)` its loss and gradients are those of
+
+        grpo_loss(cap(logit_scale * (hidden @ weight.T + bias)), completion_ids, ...)
+
+    For example:
+
+        >>> hidden, weight = torch.randn(2, 3, 4), torch.randn(7, 4, requires_grad=True)
+        >>> ids, A = torch.randint(7, (2, 3)), torch.tensor([1.0, -1.0])
+        >>> loss = linear_grpo_loss(hidden, weight, ids, softcap=5.0, advantages=A).loss
+        >>> want = grpo_loss(5 * (hidden @ weight.T / 5).tanh(), ids, advantages=A).loss
+        >>> torch.testing.assert_close(loss, want)
+        >>> torch.testing.assert_close(*(torch.autograd.grad(x, weight) for x in (loss, want)))
+
+    Only the logits of one chunk of tokens exist at a time. The forward computes the gradients:
+    three matrix products, two where the head is frozen. It needs the memory of the gradients and of
+    a float32 gradient of the weight; no other memory grows with the number of tokens. With float16
+    operands the gradient of `hidden` is float32 until the backward, so that a loss scale keeps it
+    from underflow.
 
     Args:
-        hidden: (B, T, D) or (N, D), float32, bfloat16, float16 or float64: the last hidden states, row t
-            for token t. The products are of its dtype.
-        weight: (rows, D) of the head, of any of these dtypes: converted to that of `hidden` for the
-            products, its gradient accumulated in float32 and of its own dtype. Under FSDP call this inside
-            the forward of the module that owns it, where it has been gathered. Where `hidden`, weight, bias
-            or `lora` is float64, all of it is, loss, log-probs and entropy too: `grpo_fast.reference` in
-            chunks of tokens, for models whose digits matter more than their speed. No token is left out
-            then, and there is no `dw_out` and no `tp_group`.
-        completion_ids: (B, T) or (N,), int32 or int64; anything where the mask is 0.
+        hidden: (B, T, D) or (N, D), float32, bfloat16, float16 or float64: the last hidden states.
+            Row t scores token t. The matrix products are in this dtype.
+        weight: (rows, D) of the head, of any of these dtypes. It is converted to the dtype of
+            `hidden` for the products. Its gradient is accumulated in float32 and returned in the
+            dtype of `weight`. Under FSDP call this function inside the forward of the module that
+            owns the weight, where it has been gathered. If `hidden`, `weight`, `bias` or `lora` is
+            float64, everything is computed in float64, loss, log-probs and entropy too, by
+            PyTorch's operators in chunks of tokens. This is for models that need all digits and not
+            speed. Then no token is left out, and `dw_out` and `tp_group` are not available.
+        completion_ids: (B, T) or (N,), int32 or int64; any value where the mask is 0.
         bias: (rows,).
-        softcap: of the logits (Gemma 2); None for none.
+        softcap: bound of the logits, as in the formula above (Gemma 2); None for none.
         logit_scale: positive factor on the logits (Cohere).
-        logits_dtype: "fp32": logits of half-precision operands are not rounded. "bf16": they are rounded to
-            the operands' dtype, as a model's own head does; less workspace.
-        vocab_size: rows of `weight` that are vocabulary; those after it are padding, their gradient is 0.
-        compact: leave tokens that cannot have a gradient out of all products: masked ones, those whose
-            weight is 0, and, with beta = 0 and no entropy bonus, those whose advantage or importance weight
-            is 0 (for an objective that looks at sequences: sequences of such tokens). Their number must
-            reach the host: on a GPU one sync. For an objective of the token there is none if `mask`,
-            `token_weights`, `cu_seqlens` and `advantages` or `rewards`, as far as given, are on the CPU,
-            which is allowed. Loss and gradients are the same up to the order of summation. Without it the
-            ends of packed sequences stay on the device, and objectives on sequences take two phases (four
-            products), unless on policy or the head is frozen.
-        chunk_size: tokens per chunk. Every product has exactly so many rows. Default: chosen from the
-            number of tokens and the device.
+        logits_dtype: "fp32": the logits of half-precision operands are not rounded. "bf16": they
+            are rounded to the dtype of the operands, as in the model's own head; this takes less
+            workspace.
+        vocab_size: how many rows of `weight` are vocabulary. The rows after them are padding, and
+            their gradient is 0. Default: all.
+        compact: leave tokens that cannot have a gradient out of all matrix products. These are
+            masked tokens, tokens of weight 0, and, with beta = 0 and without an entropy bonus,
+            tokens whose advantage or importance weight is 0 (for an objective that looks at
+            sequences: sequences of such tokens). The number of remaining tokens must reach the
+            host: one sync on a GPU. For an objective of single tokens there is no sync if `mask`,
+            `token_weights`, `cu_seqlens` and `advantages` or `rewards`, as far as given, are on the
+            CPU; that is allowed. Loss and gradients are the same up to the order of summation. With
+            `compact=False` the boundaries of packed sequences stay on the device, and objectives on
+            sequences take two phases (four products), unless they are on policy or the head is
+            frozen.
+        chunk_size: tokens per chunk; every matrix product has exactly this number of rows. Default:
+            chosen from the number of tokens and the device.
         lora: (A (r, D), B (rows, r), scaling): adds `scaling * (hidden @ A.T) @ B.T` to the logits.
-        tp_group: processes that share the vocabulary. Each gives its rows of weight, bias and `lora`'s B,
-            consecutive in the order of the ranks, and everything else alike; ids and `vocab_size` are of the
-            whole vocabulary. Each gets the same loss and log-probs and the whole gradient of `hidden`. One
-            all-gather of four numbers per token and chunk, one reduction of the gradient, and one look at
-            each other's numbers of rows, a sync (compiled: they must be equal).
-        dw_out: (rows, D) float32: the backward adds the gradient of the weight to it, unrounded, instead of
-            handing it to autograd, which sees none. The float32 buffer of the forward is added, so that any
-            upstream gradient is right; it saves the gradient in the dtype of the weight. An upstream gradient
-            of 0 does not undo an inf or NaN of the forward, here as in PyTorch: 0 times inf is NaN.
-        return_entropy: compute the entropy also where the objective does not need it, and it and the
-            log-probs of every token that is not masked: those that `compact` left out of the gradient get a
-            pass for their logits, one of the three products, and on a GPU another sync.
-        advantages, rewards, group_size, mask, old_logps, ref_logps, importance_weights, token_weights,
-            scores, num_items, loss_scale, cu_seqlens, temperature, objective: as in `grpo_loss`: constants,
-            `old_logps` and `ref_logps` with a graph too. A factor on the loss costs a pass over the gradients
-            of `hidden` and the parameters, where `loss_scale` costs nothing. Where the mask is 0, `hidden`
+        tp_group: processes that share the vocabulary. Each process passes its own rows of `weight`,
+            `bias` and `lora`'s B, consecutive in the order of the ranks, and the same values of
+            everything else. Ids and `vocab_size` are those of the whole vocabulary. Each process
+            gets the same loss and log-probs and the whole gradient of `hidden`. The cost is one
+            all-gather of four numbers per token for each chunk, one reduction of the gradient, and
+            one exchange of the numbers of rows, which is a sync. Under `torch.compile` these
+            numbers must be equal.
+        dw_out: (rows, D) float32. The backward adds the unrounded gradient of the weight to it, and
+            autograd gets no gradient of the weight. This saves a gradient in the dtype of the
+            weight. The forward keeps a float32 buffer, and the backward multiplies it with the
+            upstream gradient before it adds it, so any upstream gradient is right. An upstream
+            gradient of 0 does not remove an inf or NaN of the forward: 0 times inf is NaN, as in
+            PyTorch.
+        return_entropy: compute the entropy also where the objective does not need it, and compute
+            entropy and log-probs of every token that is not masked. The tokens that `compact` left
+            out get a pass for their logits, one of the three products, and on a GPU this costs
+            another sync.
+        advantages, rewards, group_size, mask, old_logps, ref_logps, importance_weights,
+            token_weights, scores, num_items, loss_scale, cu_seqlens, temperature, objective: as in
+            `grpo_loss`. They are constants; `old_logps` and `ref_logps` may come with a graph,
+            which is detached. A factor on the returned loss costs a pass over the gradients of
+            `hidden` and the parameters; `loss_scale` costs nothing. Where the mask is 0, `hidden`
             may hold NaN.
 
     Returns:
-        `LossOutput`. Log-probs and entropy of tokens left out are unspecified (0), and the metrics are of
-        the tokens that were computed (`metrics["tokens"]` of them); with `return_entropy` that is all that
-        are not masked. `metrics["skipped_fraction"]` is the share of rows without a gradient pass. backward
-        works once: a second one, or a second derivative, raises.
+        `LossOutput`. For tokens that were left out, log-probs and entropy are unspecified (0), and
+        the metrics do not count them (`metrics["tokens"]` is how many they count). With
+        `return_entropy` the metrics count all tokens that are not masked.
+        `metrics["skipped_fraction"]` is the share of rows without a gradient pass. The backward
+        works once: a second backward, or a second derivative, raises.
 
     Raises:
-        ValueError, TypeError: as `grpo_loss`.
+        ValueError, TypeError: as in `grpo_loss`.
         NotImplementedError: forward-mode derivatives.
     """
     op = "linear_grpo_loss"
@@ -163,7 +188,7 @@ class _Call(NamedTuple):
     with_entropy: bool
 
     def log_probs(self, mask: Tensor | None, keep: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Log-probs and entropies of the tokens in `keep`, 0 elsewhere."""
+        """Compute the log-probs and entropies of the tokens in `keep`; the others get 0."""
         targets = self.targets._replace(mask=mask)
         rest = flat(self.parameters, targets, keep, self.with_entropy, False, self.options)
         logp, entropy, *_ = linear_logprob_fwd(self.hidden, *rest)
@@ -180,7 +205,7 @@ def _loss(
     dw_out: Tensor | None,
     return_entropy: bool,
 ) -> LossOutput:
-    """Check the arguments of `linear_grpo_loss`, choose tokens, and compute."""
+    """Check the arguments of `linear_grpo_loss`, choose the tokens that take part, and compute."""
     op, objective, device = "linear_grpo_loss", given.objective, ids.device
     flat_hidden, parameters, options, V = check_head(op, hidden, ids, "completion_ids", head)
     _check_dw_out(op, dw_out, head.weight, flat_hidden)
@@ -220,7 +245,7 @@ def _loss(
     if return_entropy and keep is not None:
         out, covered = _with_others(call, mask, out), live
     if not with_entropy:
-        out = out._replace(entropy=None)  # type: ignore[arg-type]
+        out = out._replace(entropy=None)
     result = loss_output(ids, out, batch._replace(mask=covered))
     skipped = torch.zeros((), dtype=torch.float32, device=device)
     if keep is not None and keep.numel():
@@ -230,7 +255,7 @@ def _loss(
 
 
 def _with_advantages(batch: Batch, ids: Tensor) -> Batch:
-    """Advantages in the place of rewards: compaction wants them before the launch."""
+    """Replace the rewards of a batch by advantages, which compaction needs before the launch."""
     rewards = batch.rewards
     if rewards.values is None:
         return batch
@@ -238,20 +263,21 @@ def _with_advantages(batch: Batch, ids: Tensor) -> Batch:
     score = (float64.z_scores if double else z_scores)(rewards.values, rewards.group_size)
     rows = ids[None] if ids.ndim == 1 else ids
     tokens = batch.tokens._replace(advantages=spread(score, rows.shape, rewards.sequence))
-    return batch._replace(tokens=tokens, rewards=Rewards(None, 1, None))
+    return batch._replace(tokens=tokens, rewards=Rewards())
 
 
 def _with_gradients(
     call: _Call, needs: Needs, dw_out: Tensor | None, packed: bool
 ) -> tuple[Tensor, Outputs]:
-    """Compute the loss, what is known of each token, and the gradients, in one operator."""
+    """Compute the loss, the values of each token, and the gradients, in one operator."""
     modes, everyone = call.terms.modes, call.keep
     off_policy = not known_on_policy(call.batch.tokens.old_logp, modes)
     by_sequence = modes.needs_sequences and not modes.by_entropy
-    # With a frozen head and no bonus the coefficients may come late: no second phase either way.
+    # With a frozen head and no bonus the coefficients may come late: then there is no second phase anyway.
     trained = needs.parameters or modes.has_bonus or bool(call.options.tp_group)
     if packed and call.keep is None and by_sequence and off_policy and trained:
-        # Given a mask the operator may wait for the ends of sequences: no second phase then.
+        # With a mask the operator may wait for the boundaries of sequences, which saves the second
+        # phase.
         everyone = torch.ones(call.targets.ids.numel(), dtype=torch.bool)
     loss, *found = linear_grpo(
         call.hidden,
@@ -262,14 +288,14 @@ def _with_gradients(
 
 
 def _with_others(call: _Call, mask: Tensor | None, out: Outputs) -> Outputs:
-    """Log-probs and entropies of the tokens without a gradient as well, and what follows from them."""
+    """Add the log-probs and entropies of the tokens without a gradient, and compute the losses again."""
     keep = call.keep
     assert keep is not None
     alive = mask if mask is None or mask.device == keep.device else call.targets.mask
     others = ~keep if alive is None else alive & ~keep
     with torch.no_grad():
         logp, entropy = call.log_probs(None, others)
-        logp, entropy = out.logp + logp, out.entropy + entropy  # each 0 where the other is not
+        logp, entropy = out.logp + logp, out.entropy + entropy  # one of the two is 0
         found = values(logp, entropy, call.batch, call.terms)
     return Outputs(found.loss, logp, entropy, found.kl, found.clip)
 
@@ -281,7 +307,10 @@ def _in_float64(
     objective: Objective,
     with_entropy: bool,
 ) -> LossOutput:
-    """The loss of float64 log-probs and entropies; the metrics in float32, of every live token."""
+    """Make the output from float64 log-probs and entropies.
+
+    The metrics are float32 and count every token that is not masked.
+    """
     logp, entropy = scored
     found = values(logp, entropy, batch, objective.terms)
     share = batch.sequences.share
@@ -294,7 +323,7 @@ def _in_float64(
         found.loss.detach().float(), logp.float(), entropy.float(), found.kl.float(), found.clip
     )
     if not with_entropy:
-        out = out._replace(entropy=None)  # type: ignore[arg-type]
+        out = out._replace(entropy=None)
     result = loss_output(like, out, rounded)
     skipped = torch.zeros((), dtype=torch.float32, device=like.device)
     return result._replace(

@@ -29,22 +29,32 @@ def policy_loss(
     cu_seqlens: Tensor | None = None,
     objective: Objective = Objective(),
 ) -> LossOutput:
-    """`grpo_loss` from log-probs instead of logits: the same objective, by the same device code.
+    """Return the loss of `grpo_loss` from log-probs instead of logits, by the same device code.
 
-    Equivalent to `grpo_fast.reference.policy_loss` with the same arguments, in float32. Differentiable in
-    `logps`, and in `entropy` where `objective.entropy_coef` is not 0.
+    It is differentiable in `logps`, and in `entropy` where `objective.entropy_coef` is not 0. It
+    equals `grpo_fast.reference.policy_loss` in float32. On policy the gradient of the default
+    objective is that of REINFORCE:
+
+        >>> logps, A = torch.randn(2, 3).log_softmax(-1).requires_grad_(), torch.tensor([1.0, -1.0])
+        >>> mask, old = torch.tensor([[1, 1, 1], [1, 1, 0]]), logps.detach() + 0.1 * torch.randn(2, 3)
+        >>> loss = policy_loss(logps, advantages=A, mask=mask, old_logps=old).loss
+        >>> want = reference.policy_loss(logps, advantages=A, mask=mask, old_logps=old)
+        >>> torch.testing.assert_close(loss, want)
+        >>> (grad,) = torch.autograd.grad(policy_loss(logps, advantages=A, mask=mask).loss, logps)
+        >>> torch.testing.assert_close(grad, -A[:, None] * mask / mask.sum(1, keepdim=True) / 2)
 
     Args:
         logps: (B, T) padded or (N,) packed log-probs of the completion tokens, any floating dtype.
-        entropy: per token, in nats; needed where `objective.needs_entropy`.
-        advantages, mask, old_logps, ref_logps, importance_weights, token_weights, scores, num_items,
-            loss_scale, cu_seqlens, objective: as in `grpo_loss`: constants, `old_logps=logps` too.
+        entropy: one per token, in nats; needed where `objective.needs_entropy`.
+        advantages, mask, old_logps, ref_logps, importance_weights, token_weights, scores,
+            num_items, loss_scale, cu_seqlens, objective: as in `grpo_loss`. They are constants;
+            `old_logps=logps` is allowed and is detached here.
 
     Returns:
         `LossOutput`; its `entropy` is the given one, detached.
 
     Raises:
-        ValueError, TypeError: as `grpo_loss`.
+        ValueError, TypeError: as in `grpo_loss`.
     """
     op = "policy_loss"
     check_objective(op, objective)
@@ -74,12 +84,12 @@ def policy_loss(
     flat_entropy = None if entropy is None else entropy.reshape(-1).float().contiguous()
     found = values(flat, flat_entropy, batch, objective.terms)
     loss = once_differentiable(op, found.loss, anchors_of(logps, entropy))
-    out = Outputs(loss, flat.detach(), flat_entropy, found.kl, found.clip)  # type: ignore[arg-type]
+    out = Outputs(loss, flat.detach(), flat_entropy, found.kl, found.clip)
     return loss_output(logps, out, batch)
 
 
 def _check_entropy(op: str, entropy: Tensor | None, logps: Tensor, objective: Objective) -> None:
-    """Check the entropies that are given, or that none are needed."""
+    """Check the given entropy, or that none is needed."""
     if objective.needs_entropy and entropy is None:
         name = "entropy_coef" if objective.terms.modes.has_bonus else "top_entropy_quantile"
         raise ValueError(

@@ -48,72 +48,94 @@ def grpo_loss(
     return_entropy: bool = False,
     inplace: bool = False,
 ) -> LossOutput:
-    """The GRPO loss of a batch of completions, with its gradient computed in the same pass over the logits.
+    """Return the GRPO loss of completions, and compute its gradient in the same pass over the logits.
 
-    Equivalent to `grpo_fast.reference.grpo_loss` with the same arguments, computed in float32 whatever the
-    dtype of `logits`. It makes one tensor of the size of `logits`, their gradient, or none with `inplace`.
-    Autograd adds its own: the backward of a slice makes a tensor of the size of what was sliced. Let the head
-    compute only the rows that are scored (`logits_to_keep=` in transformers) to avoid that.
+    The loss and the gradient are those of `grpo_fast.reference.grpo_loss`, computed in float32
+    whatever the dtype of `logits`:
+
+        >>> logits, ids = torch.randn(2, 3, 7, requires_grad=True), torch.randint(7, (2, 3))
+        >>> given = dict(rewards=torch.tensor([0.0, 1.0]), group_size=2)
+        >>> given["mask"] = torch.tensor([[1, 1, 1], [1, 1, 0]])
+        >>> loss, want = grpo_loss(logits, ids, **given).loss, reference.grpo_loss(logits, ids, **given)
+        >>> torch.testing.assert_close(loss, want)
+        >>> torch.testing.assert_close(*(torch.autograd.grad(x, logits) for x in (loss, want)))
+
+    The function makes one tensor of the size of `logits`, their gradient. With `inplace` it makes
+    none. Autograd adds its own: the backward of a slice makes a tensor of the size of what was
+    sliced. To avoid that, let the head compute only the rows that are scored (`logits_to_keep=` in
+    transformers).
 
     Args:
-        logits: (B, T, V) padded or (N, V) packed, float32, bfloat16 or float16, aligned: row t scores
-            token t. The last dimension contiguous; a strided view (`logits[:, prompt - 1 : -1]`) is not
-            copied by this function. Their gradient is stored in their dtype before the upstream gradient
-            is applied. An upstream gradient other than 1 costs a read and a write of all of it, more than
-            half of what the loss itself takes, and rounds it again: pass factors as `loss_scale`.
-        completion_ids: (B, T) or (N,), int32 or int64; anything where the mask is 0.
-        advantages: (B,) or (B, 1) per sequence, or per token. Or:
-        rewards: (B,) or (B, 1) with `group_size` of at least 2: z-scored within groups of consecutive
-            sequences, on the device, in the same launch. Across ranks use
+        logits: (B, T, V) padded or (N, V) packed, float32, bfloat16 or float16. Row t scores token
+            t: logits and ids are aligned. The last dimension must be contiguous. This function does
+            not copy a strided view such as `logits[:, prompt - 1 : -1]`. The gradient is stored in
+            the dtype of `logits` before the upstream gradient is applied. An upstream gradient
+            other than 1 costs a read and a write of the whole gradient, more than half of the time
+            of the loss itself, and rounds it again: pass factors as `loss_scale`.
+        completion_ids: (B, T) or (N,), int32 or int64; any value where the mask is 0.
+        advantages: (B,) or (B, 1), one per sequence, or one per token. Give either these or
+            `rewards`.
+        rewards: (B,) or (B, 1), with a `group_size` of at least 2. They are z-scored within groups
+            of consecutive sequences, on the device, in the same launch. Across ranks, call
             `grpo_fast.ops.group_advantage` on gathered rewards.
-        mask: per token; 0 leaves a token out: nothing of it is read, it may hold NaN. Default: all count.
-            A floating mask weighs: m_t multiplies what a token adds to a sum, and the denominators are sums
-            of m_t: of reductions, of means over a sequence (GSPO), of the metrics. Of bools and integers
-            any nonzero value is 1. An additive attention mask (0 and -inf) is an error: pass `mask == 0`.
-        old_logps: per token, of the policy that sampled. None: on policy, the ratio is 1. It and `ref_logps`
-            are constants, detached here if they come with a graph: no gradient flows through them.
-        ref_logps: per token, of the reference policy; needed where `objective.beta` is not 0.
-        importance_weights: (B,), (B, 1) or per token; a detached factor on the surrogate, not on the KL
-            term (train/inference mismatch). Where it is 0 the surrogate is left out, even if it is
-            infinite or NaN.
-        token_weights: per token; a detached factor on everything a token contributes. Where it is 0 the
-            token is left out, even if its loss is infinite or NaN.
-        scores: "topr" only: (B,), (B, 1) or per token, what was scored before any baseline; its sign decides.
-            Default: the rewards, or else the advantages.
-        num_items: the denominator of "token_mean", a number or 0-dim tensor; with another reduction an
-            error. At least 1 is taken.
-        loss_scale: a factor on the loss and its gradient, at no cost: a share of the micro-batch, the number
-            of ranks, the scale of a GradScaler. A finite number, or a 0-dim tensor on the CPU or the device
-            of `logits`, read without a host sync. It may be negative; 0 leaves out all tokens. It is applied
-            before the gradient is rounded to the dtype of `logits`, which keeps float16 from underflow. All
-            of the loss is scaled, KL and entropy terms too; `LossOutput.loss` is the scaled loss, and so is
-            "loss" in `statistics`. The metrics and all other statistics do not change.
-        cu_seqlens: (B + 1,) int boundaries of packed sequences. Packed tokens without it are one sequence.
-            With B = N, and not one token in each sequence, (N,) may be per token or per sequence, and is
-            refused: (B, 1) is per sequence.
+        group_size: how many consecutive sequences belong to one prompt; only with `rewards`.
+        mask: one per token. 0 leaves a token out: nothing of it is read, it may hold NaN. Default:
+            all tokens count. A floating mask weighs: m_t multiplies what token t adds to a sum, and
+            every denominator is a sum of m_t. This holds for reductions, for means over a sequence
+            (GSPO) and for the metrics. In a bool or integer mask any nonzero value is 1. An
+            additive attention mask (0 and -inf) is an error: pass `mask == 0`.
+        old_logps: one per token, log-probs of the policy that sampled. None: on policy, the ratio
+            is 1. Both `old_logps` and `ref_logps` are constants: a graph that comes with them is
+            detached here, and no gradient flows through them.
+        ref_logps: one per token, log-probs of the reference policy; needed where `objective.beta`
+            is not 0.
+        importance_weights: (B,), (B, 1) or one per token. A constant factor on the surrogate, not
+            on the KL term, that corrects a mismatch of training and inference. Where it is 0 the
+            surrogate is left out, even if it is infinite or NaN.
+        token_weights: one per token. A constant factor on everything that a token contributes.
+            Where it is 0 the token is left out, even if its loss is infinite or NaN.
+        scores: only for the surrogate "topr": (B,), (B, 1) or one per token, the rewards before any
+            baseline; their sign decides. Default: `rewards` if given, else `advantages`.
+        num_items: the denominator of the reduction "token_mean", a number or a 0-dim tensor. A
+            value below 1 counts as 1. It is an error with another reduction.
+        loss_scale: a factor on the loss and its gradient that costs no time: a share of the
+            micro-batch, the number of ranks, the scale of a GradScaler. A finite number, or a 0-dim
+            tensor on the CPU or on the device of `logits`, which is read without a host sync. It
+            may be negative; 0 leaves out all tokens. It is applied before the gradient is rounded
+            to the dtype of `logits`, which keeps float16 from underflow. It scales the whole loss,
+            KL and entropy terms too: `LossOutput.loss` is the scaled loss, and so is "loss" in
+            `statistics`. The metrics and all other statistics do not change.
+        cu_seqlens: (B + 1,) int boundaries of packed sequences. Packed tokens without it are one
+            sequence. If there are as many sequences as tokens, and not one token in each, an
+            argument of shape (N,) may be one per token or one per sequence, and is refused: pass
+            (B, 1) for one per sequence.
         temperature: positive; a number, or one per token.
         objective: what is optimised.
-        return_entropy: compute the entropy, for `LossOutput.entropy` and the metrics, also where the
-            objective does not need it.
-        inplace: allow the logits to be overwritten with their gradient, which then needs no memory of its
-            own. Afterwards they cannot be used, nor their base, views, `detach()` and `.data`: a gradient
-            through them raises, and so do this library's functions. PyTorch's own functions cannot be
-            kept from reading: `logits.argmax(-1)`, or an entropy under `torch.no_grad()`, is then that of
-            the gradient, without an error. Compute such metrics before, or use `LossOutput`.
-            Not done under `torch.compile`, whose memory planner decides, nor where no gradient is wanted.
-            Objectives that are not `objective.by_token` then read the logits once more, unless they are on
-            policy.
+        return_entropy: also compute the entropy where the objective does not need it, for
+            `LossOutput.entropy` and the metrics.
+        inplace: allow this function to overwrite the logits with their gradient, which then needs
+            no memory of its own. Afterwards the logits cannot be used, nor their base, views,
+            `detach()` and `.data`: a gradient through them raises, and so do this library's
+            functions. PyTorch's own functions cannot be kept from reading: `logits.argmax(-1)`, or
+            an entropy under `torch.no_grad()`, is then that of the gradient, without an error.
+            Compute such metrics before, or use `LossOutput`. Under `torch.compile` the option has
+            no effect, because its memory planner decides, nor where no gradient is wanted.
+            Objectives without `objective.by_token` then read the logits once more, unless they are
+            on policy.
 
     Returns:
-        `LossOutput`. No host sync happens on the way. backward works once: a second one, or a second
-        derivative, raises.
+        `LossOutput`. The call makes no host sync. The backward works once: a second backward, or a
+        second derivative, raises.
 
     Raises:
-        ValueError, TypeError: arguments that do not fit, by name; advantages, rewards, weights, scores,
-            `num_items`, `loss_scale` and temperatures that require grad, which none reaches. Values of
-            tensors on a GPU (ids, `cu_seqlens`, per-token temperatures) are checked only with
-            GRPO_FAST_VALIDATE=1. Without it, an id outside the vocabulary or a negative weight in a mask
-            makes the loss NaN there.
+        ValueError, TypeError: an argument that does not fit; the message names it. Advantages,
+            rewards, weights, scores, `num_items`, `loss_scale` and temperatures must not require
+            grad, because they would get none. On a GPU, values of tensors (ids, `cu_seqlens`,
+            temperatures per token) are checked only with GRPO_FAST_VALIDATE=1. Without it, an id
+            outside the vocabulary or a negative weight in a mask makes the loss NaN there.
+
+    Sources: GRPO is DeepSeekMath, arXiv 2402.03300; `Objective` lists the papers of the other
+    objectives. Online softmax: arXiv 1805.02867.
     """
     op = "grpo_loss"
     check_objective(op, objective)
@@ -147,7 +169,7 @@ def grpo_loss(
     if inplace:
         overwritten.mark(logits)
     if not return_entropy:
-        out = out._replace(entropy=None)  # type: ignore[arg-type]
+        out = out._replace(entropy=None)
     return loss_output(completion_ids, out, batch)
 
 
@@ -163,23 +185,24 @@ class _Call(NamedTuple):
 
 
 def _by_launch(call: _Call) -> Outputs:
-    """Compute the loss of each token, and the gradient, in one launch."""
+    """Compute the loss of each token and the gradient in one launch."""
     given = flat(call.targets, call.batch.tokens, call.batch.rewards, call.with_entropy, call.terms)
     return Outputs(*(grpo_inplace if call.inplace else grpo)(call.logits, *given)[:5])
 
 
 def _by_launch_with(call: _Call, coefficient: Tensor) -> Outputs:
-    """Compute the same where the surrogate's part of dloss/dlogp is known beforehand."""
+    """Compute loss and gradient in one launch, given the surrogate's part of dloss/dlogp, (N,)."""
     tokens, terms = with_coefficients(call.batch.tokens, coefficient, call.terms)
-    batch = call.batch._replace(tokens=tokens, rewards=Rewards(None, 1, None))
+    batch = call.batch._replace(tokens=tokens, rewards=Rewards())
     return _by_launch(call._replace(batch=batch, terms=terms))
 
 
 def _by_phases(call: _Call) -> Outputs:
-    """Compute the same where a token's coefficient depends on others, or no gradient is wanted.
+    """Compute the loss where a token's coefficient depends on other tokens, or no gradient is wanted.
 
-    On policy, one launch. In place, one read for the log-probs before it. Otherwise one read for the
-    log-probs, and one read and write for the gradient in the backward. Without a gradient, one read.
+    On policy this is one launch. Off policy with `inplace`, one read for the log-probs comes before
+    that launch. Off policy without `inplace`, one read gives the log-probs, and the backward reads
+    and writes once for the gradient. Without a gradient there is one read.
     """
     logits, targets, batch, terms = call.logits, call.targets, call.batch, call.terms
     rewards = batch.rewards

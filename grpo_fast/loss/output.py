@@ -1,4 +1,4 @@
-"""What the losses return."""
+"""The output of the losses: `LossOutput` and how it is made."""
 
 from typing import Any, NamedTuple
 
@@ -12,16 +12,23 @@ from grpo_fast.records import Outputs
 
 
 class LossOutput(NamedTuple):
-    """What a loss returns.
+    """The result of a loss: the loss, and what was computed on the way.
+
+        >>> out = policy_loss(torch.zeros(2, 3), advantages=torch.ones(2))
+        >>> sorted(out.metrics)[:3], out.entropy
+        (['approx_kl_k1', 'approx_kl_k3', 'clip_fraction_dual'], None)
+        >>> torch.testing.assert_close(metrics_from(out.statistics)["tokens"], out.metrics["tokens"])
 
     Attributes:
         loss: 0-dim, differentiable.
-        logps: log-probs, of the shape of the ids, detached; finite but unspecified where masked.
-        entropy: the same of the entropy in nats, or None where it was not computed.
-        metrics: 0-dim tensors on the device of the loss; see `metrics_from`.
-        statistics: (16,) fp32, the sums the metrics come from, and that of the losses. Gather them across
-            ranks (one collective), then `metrics_from(fold_statistics(gathered))` is the metrics of the
-            global batch.
+        logps: the log-probs, of the shape of the ids, detached; finite but unspecified where
+            masked.
+        entropy: the entropies in nats, of the shape of the ids, detached; finite but unspecified
+            where masked. None where they were not computed.
+        metrics: 0-dim tensors on the device of the loss; `metrics_from` lists them.
+        statistics: (16,) float32, the sums and extremes from which the metrics are computed, and the
+            sum of the losses. Gather them across ranks (one collective); then
+            `metrics_from(fold_statistics(gathered))` gives the metrics of the global batch.
     """
 
     loss: Tensor
@@ -32,10 +39,10 @@ class LossOutput(NamedTuple):
 
 
 def loss_output(like: Tensor, outputs: Outputs, batch: Batch) -> LossOutput:
-    """Make a loss's output from what was computed of (N,) tokens.
+    """Make the output of a loss from the values of (N,) tokens.
 
     Args:
-        like: has the shape that the caller knows.
+        like: a tensor of the shape that the caller knows, (B, T) or (N,).
         outputs: `entropy` is None where it was not computed; `kl` is ignored without a reference.
     """
     loss, tokens, nothing = outputs.loss, batch.tokens, outputs.logp.new_empty(0)
@@ -65,7 +72,7 @@ def loss_output(like: Tensor, outputs: Outputs, batch: Batch) -> LossOutput:
 
 
 class SumOf(torch.autograd.Function):
-    """`SumOf.apply(x, total)` is the sum of x, where that is known already."""
+    """`SumOf.apply(x, total)` returns the sum of x, which is known already, with its gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, total: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What the backwards have in common: their gradients have no derivative, and say so."""
+"""Steps that all backwards share: a second derivative must raise."""
 
 import functools
 from collections.abc import Callable
@@ -11,7 +11,7 @@ Backward = Callable[..., tuple]
 
 
 class _Constant(torch.autograd.Function):
-    """x as it is, where a backward through it, on the way to one of the `sources`, raises."""
+    """Return x unchanged; a backward through it, on the way to one of the `sources`, raises."""
 
     @staticmethod
     def forward(ctx: Any, op: str, x: Tensor, *sources: Tensor) -> Tensor:
@@ -27,11 +27,11 @@ class _Constant(torch.autograd.Function):
 
 
 class _Anchor(torch.autograd.Function):
-    """A tensor without elements in the place of x: it has the graph of x and does not keep its memory."""
+    """Return a tensor without elements that has the graph of x and does not keep the memory of x."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.set_materialize_grads(False)  # or each backward makes zeros for nobody
+        ctx.set_materialize_grads(False)  # otherwise each backward makes zeros that nobody uses
         return x.new_empty(0)
 
     @staticmethod
@@ -40,13 +40,13 @@ class _Anchor(torch.autograd.Function):
 
 
 class _Anchored(torch.autograd.Function):
-    """y as it is, its upstream gradient connected with the anchors."""
+    """Return y unchanged, and connect its upstream gradient with the anchors."""
 
     @staticmethod
     def forward(ctx: Any, op: str, y: Tensor, *anchors: Tensor) -> Tensor:
         ctx.op = op
         ctx.save_for_backward(*anchors)
-        return y.detach()  # no view: a loss may be divided in place
+        return y.detach()  # not a view, so that a loss may be divided in place
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple:
@@ -57,23 +57,27 @@ class _Anchored(torch.autograd.Function):
 
 
 def anchors_of(*inputs: Tensor | None) -> list[Tensor]:
-    """Of an operator's inputs, before it overwrites any: what `once_differentiable` wants."""
+    """Return anchors of an operator's inputs for `once_differentiable`.
+
+    Call this before the operator overwrites an input.
+    """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return []
     return [_Anchor.apply(x) for x in inputs if x is not None and x.requires_grad]
 
 
 def once_differentiable(op: str, y: Tensor, anchors: list[Tensor]) -> Tensor:
-    """y, an output of `op`, such that second derivatives with respect to the inputs raise.
+    """Return y, an output of `op`, such that second derivatives with respect to the inputs raise.
 
-    `torch.autograd.function.once_differentiable` raises only where the upstream gradient has a graph. With
-    any other, `create_graph=True` returns a constant, and what is differentiated next lacks a part.
+    `torch.autograd.function.once_differentiable` raises only where the upstream gradient has a
+    graph. Without one, `create_graph=True` returns a constant, and the next derivative silently
+    lacks a part.
     """
     return _Anchored.apply(op, y, *anchors) if anchors and y.requires_grad else y
 
 
 def without_graph(op: str) -> Callable[[Backward], Backward]:
-    """Mark the backward of `op` as one whose results are not differentiable."""
+    """Return a decorator that marks the results of the backward of `op` as not differentiable."""
 
     def decorate(backward: Backward) -> Backward:
         @functools.wraps(backward)

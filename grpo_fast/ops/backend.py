@@ -1,4 +1,4 @@
-"""Which implementation runs: the Triton kernels or PyTorch's own operators."""
+"""The choice of the implementation: the Triton kernels or PyTorch's own operators."""
 
 import contextlib
 import functools
@@ -15,7 +15,7 @@ OLDEST_TORCH, OLDEST_TRITON = (2, 8), (3, 4)  # pyproject.toml asks pip for the 
 
 
 def version_of(text: str) -> tuple[int, int]:
-    """Major and minor of a version."""
+    """Return major and minor of a version."""
     major, minor = text.split(".")[:2]
     return int(major), int(minor)
 
@@ -28,7 +28,7 @@ if version_of(torch.__version__) < OLDEST_TORCH:
 
 @functools.cache
 def why_no_triton() -> str:
-    """Why the kernels cannot be compiled, or "" where they can. Triton exists for Linux only."""
+    """Return why the kernels cannot be compiled, or "" where they can. Triton exists for Linux only."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     found = importlib.import_module("triton").__version__
@@ -39,7 +39,7 @@ def why_no_triton() -> str:
 
 @functools.cache
 def _warn_of_slow_path(why: str) -> None:
-    """Once: the user has a GPU and gets PyTorch's operators."""
+    """Warn once that PyTorch's operators run on a GPU in place of the kernels."""
     warnings.warn(
         f"grpo_fast: {why}: PyTorch's operators run in place of the kernels. The results are the same, but "
         "they take longer: pip install 'triton>=3.4'",
@@ -50,8 +50,8 @@ def _warn_of_slow_path(why: str) -> None:
 def use_triton(x: Tensor) -> bool:
     """Whether an op on `x` launches kernels.
 
-    By default CUDA (and ROCm) tensors do where Triton is installed, all others take the PyTorch path.
-    `GRPO_FAST_BACKEND=triton` or `torch` forces one of them.
+    By default it does on CUDA (and ROCm) tensors where Triton is installed; all other tensors take
+    the PyTorch path. `GRPO_FAST_BACKEND=triton` or `torch` forces one of them.
 
     Raises:
         ValueError: another value of GRPO_FAST_BACKEND.
@@ -63,7 +63,7 @@ def use_triton(x: Tensor) -> bool:
     if forced == "torch":
         return False
     if not forced and x.device.type != "cuda":
-        return False  # whatever Triton is there
+        return False  # even if Triton is installed
     why = why_no_triton()
     if not forced:
         if why and not torch.compiler.is_compiling():
@@ -80,10 +80,10 @@ def use_triton(x: Tensor) -> bool:
 
 
 def wants_rows_on_chip() -> bool:
-    """Whether GRPO_FAST_ON_CHIP=1 asks for `grpo_fast.kernels.on_chip` in place of `grpo_fast.kernels.grpo`.
+    """Whether GRPO_FAST_ON_CHIP=1 asks for the kernel `on_chip` in place of `grpo`.
 
     Raises:
-        ValueError: another value than 0 or 1.
+        ValueError: a value other than 0 and 1.
     """
     given = os.environ.get("GRPO_FAST_ON_CHIP", "")
     if given not in ("", "0", "1"):
@@ -108,7 +108,8 @@ def run(function: str, like: Tensor, *args: Any, exact: bool = False, **kwargs: 
     Args:
         function: module and name, such as "logprob.logprob_fwd".
         like: a tensor on the device that computes.
-        exact: by PyTorch's operators whatever the device is: float64, or nothing to launch on.
+        exact: whether to use PyTorch's operators on any device, for float64 or where there is
+            nothing to launch on.
     """
     stem, name = function.split(".")
     if exact or not use_triton(like):
@@ -123,16 +124,16 @@ def run(function: str, like: Tensor, *args: Any, exact: bool = False, **kwargs: 
 
 
 class Strided(NamedTuple):
-    """A vector whose stride the launcher takes into account."""
+    """A vector whose launcher handles its stride, so that it need not be contiguous."""
 
     vector: Tensor
 
 
 def _dense(value: Any) -> Any:
-    """A vector, or the vectors of a record, with a stride of 1, which the kernels count on.
+    """Return a vector, or a record with its vectors, with a stride of 1, which the kernels need.
 
-    A vector with another stride is copied, an expanded one too. Launchers make their own output vectors and
-    take the strides of everything else.
+    A vector with another stride is copied, an expanded one too. Launchers make their own output
+    vectors and handle the strides of everything else.
     """
     if isinstance(value, Strided):
         return value.vector

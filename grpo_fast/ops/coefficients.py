@@ -1,8 +1,9 @@
-"""The objective on (N,) tokens in the phases that a loss goes through: values, then coefficients.
+"""The objective on (N,) tokens: its values, and the coefficients of the gradient.
 
-A token's coefficient is c = dloss/dlogp. Where it depends on the token's own log-prob alone, one launch does
-all. Where it depends on other tokens there are two ways: through autograd (log-probs, objective, and the
-gradient in the backward), or with coefficients that are known before the launch, which adds them to its own.
+The coefficient of a token is c = dloss/dlogp. If it depends on the token's own log-prob alone, one
+launch does everything. If it depends on other tokens there are two ways. One is autograd:
+log-probs, then the objective, then the gradient in the backward. The other is to compute the
+coefficients before the launch, which adds them to its own.
 """
 
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ from grpo_fast.torch_kernels.terms import weigh
 
 
 class Batch(NamedTuple):
-    """Tokens of a batch, checked and flat, for an objective on their log-probs."""
+    """The tokens of a batch, checked and flat, for an objective on their log-probs."""
 
     mask: Tensor | None  # (N,) bool: tokens that count; None for all
     tokens: Tokens
@@ -29,13 +30,13 @@ class Batch(NamedTuple):
 
 
 class Values(NamedTuple):
-    """What an objective makes of log-probs; all (N,), `kl` (0,) where there is no reference."""
+    """The results of an objective on log-probs; all (N,), `kl` (0,) where there is no reference."""
 
-    loss: Tensor  # weighed
-    dlogp: Tensor  # its derivative; not differentiable itself
+    loss: Tensor  # times the token's weight
+    dlogp: Tensor  # dloss/dlogp; not differentiable itself
     kl: Tensor
     clip: Tensor
-    entropy_weight: Tensor | None  # None: the tokens' weight
+    entropy_weight: Tensor | None  # weight in the entropy bonus; None: the token's weight
 
 
 def values(logp: Tensor, entropy: Tensor | None, batch: Batch, terms: Terms) -> Values:
@@ -57,17 +58,17 @@ def values(logp: Tensor, entropy: Tensor | None, batch: Batch, terms: Terms) -> 
 
 
 def _keep_top_entropy(batch: Batch, entropy: Tensor, terms: Terms) -> Tokens:
-    """Tokens whose surrogate and bonus count only where the entropy is among the highest."""
+    """Return the tokens with a surrogate and bonus only where the entropy is among the highest."""
     tokens, share = batch.tokens, batch.sequences.share
     live = torch.ones_like(entropy, dtype=torch.bool) if batch.mask is None else batch.mask
     kept = top_entropy_mask(entropy, live, terms.number("top_entropy_quantile"))
-    # An entropy that is NaN decides nothing: it comes out.
+    # An entropy that is NaN decides nothing: the loss is NaN.
     chosen = torch.where(live & entropy.isnan(), torch.nan, kept.float())
     importance = chosen if tokens.importance is None else tokens.importance * chosen
     weight = tokens.weight
     if terms.modes.entropy_reduction == "token_mean":
         assert tokens.entropy_weight is not None
-        # A mean over all live tokens becomes one over those kept.
+        # A mean over all tokens that count becomes a mean over those kept.
         weighs = live if share is None else share
         total, rest = (total_of(x, weight.dtype) for x in (weighs, weighs * kept))
         weight = tokens.entropy_weight * (total / rest)
@@ -75,7 +76,7 @@ def _keep_top_entropy(batch: Batch, entropy: Tensor, terms: Terms) -> Tokens:
 
 
 def entropy_gradient(tokens: Tokens, terms: Terms, found: Values) -> Tensor | None:
-    """dloss/dentropy of each token; None without an entropy bonus."""
+    """Return dloss/dentropy of each token; None without an entropy bonus."""
     if not terms.modes.has_bonus:
         return None
     weight = tokens.weight if found.entropy_weight is None else found.entropy_weight
@@ -83,16 +84,17 @@ def entropy_gradient(tokens: Tokens, terms: Terms, found: Values) -> Tensor | No
 
 
 def known_on_policy(old_logp: Tensor | None, modes: Modes) -> bool:
-    """Whether `coefficient_on_policy` has an answer."""
+    """Whether `coefficient_on_policy` can compute the coefficients."""
     by_kl = modes.has_kl and modes.kl == "k3_unbiased" and modes.through_mean
     return old_logp is None and not by_kl and not modes.by_entropy
 
 
 def coefficient_on_policy(batch: Batch, terms: Terms) -> Tensor | None:
-    """The surrogate's part of dloss/dlogp, (N,), where that is known before any log-prob is; else None.
+    """Return the surrogate's part of dloss/dlogp, (N,), where it is known before any log-prob; else None.
 
-    On policy every ratio is 1, that of a sequence as well, so it is for all objectives on sequences; unless
-    the KL comes back through the mean of the sequence, or entropies choose the tokens.
+    On policy every ratio is 1, the ratio of a sequence too, so the part is known for all objectives
+    on sequences. There are two exceptions: a KL term that goes through the mean of the sequence,
+    and tokens that are chosen by entropy.
     """
     tokens = batch.tokens
     if not known_on_policy(tokens.old_logp, terms.modes):
@@ -104,7 +106,10 @@ def coefficient_on_policy(batch: Batch, terms: Terms) -> Tensor | None:
 
 
 def with_coefficients(tokens: Tokens, c: Tensor, terms: Terms) -> tuple[Tokens, Terms]:
-    """What a launch computes itself where the surrogate's coefficients are given: KL and entropy bonus."""
+    """Return tokens and terms for a launch that gets the surrogate's coefficients c.
+
+    The launch itself computes only KL and entropy bonus.
+    """
     tokens = tokens._replace(
         advantages=torch.zeros_like(tokens.weight),
         old_logp=None,
@@ -116,7 +121,7 @@ def with_coefficients(tokens: Tokens, c: Tensor, terms: Terms) -> tuple[Tokens, 
 
 
 class WithGradientOf(torch.autograd.Function):
-    """`WithGradientOf.apply(x, value)` is `value` with the gradient of x."""
+    """`WithGradientOf.apply(x, value)` returns `value` with the gradient of x."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, value: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Group-relative advantages of rewards, as operators and as the public function."""
+"""Advantages of rewards relative to their group, as operators and as the public function."""
 
 from typing import Any
 
@@ -18,13 +18,13 @@ BASELINES = ("mean", "leave_one_out")
 AGGREGATIONS = ("sum_then_normalize", "normalize_then_sum")
 MISSING = ("error", "skip")
 SINGLETONS = ("zero", "raw")
-# What float32 holds without rounding.
+# Dtypes whose values float32 holds without rounding.
 NARROW = {torch.float32, torch.float16, torch.bfloat16}
 NARROW |= {torch.bool, torch.uint8, torch.int8, torch.int16}
 
 
 def _group_advantage(rewards: Tensor, *arguments: Any) -> Tensor:
-    """(B,) fp32 advantages of (B,) fp32 or fp64 rewards."""
+    """Return the advantages (B,) fp32 of rewards (B,) fp32 or fp64."""
     grouping, how = unflatten(arguments, Grouping, Standardization)
     how = how._replace(eps=how.eps.item())
     return run("group_advantage.group_advantage_fwd", rewards, rewards, grouping, how)
@@ -44,17 +44,23 @@ def _(rewards: Tensor, *arguments: Any) -> Tensor:
 
 
 def group_advantage_fwd(rewards: Tensor, grouping: Grouping, how: Standardization) -> Tensor:
-    """Call the operator; `how.eps` is a number."""
+    """Call the operator on rewards (B,); `how.eps` is a number."""
     return group_advantage_op(rewards, *flat(grouping, how._replace(eps=operand(how.eps))))
 
 
 def z_scores(rewards: Tensor, group_size: int) -> Tensor:
-    """Score rewards (B,) as the losses do: `(r - mean) / (std + 1e-4)` within consecutive groups."""
+    """Return the advantages that the losses use, within consecutive groups.
+
+    They are `(r - mean) / (std + 1e-4)`.
+    """
     return group_advantage_fwd(rewards, Grouping(group_size, None), Z_SCORE)
 
 
 def _combine_rewards(rewards: Tensor, weights: Tensor | None, *arguments: Any) -> Tensor:
-    """(B,) weighted sums of (B, K) fp32 or fp64 rewards, or of their scores (`normalize`), in `wide`."""
+    """Return one reward per sequence, (B,) in the dtype `wide`, from rewards (B, K) fp32 or fp64.
+
+    It is the weighted sum of the K rewards, or with `normalize` of their scores.
+    """
     grouping, normalize, how = unflatten(arguments, Grouping, bool, Standardization)
     how = how._replace(eps=how.eps.item())
     return run(
@@ -84,9 +90,12 @@ def check_rewards(
     skip_nan: bool = False,
     alone: bool = False,
 ) -> Tensor:
-    """(B,) rewards, or (B, K) with `columns`, fp32, or fp64 where they are or need it.
+    """Check rewards; return them as (B,), or (B, K) with `columns`.
 
-    B a multiple of `group_size` where there is one. `alone`: it may be 1.
+    They are float32, or float64 where float32 would round.
+
+    Args:
+        group_size: must divide B, and be at least 2, or 1 with `alone`; None: not checked.
     """
     checks.check_tensor(op, "rewards", rewards)
     if not columns:
@@ -122,7 +131,7 @@ def check_rewards(
 
 
 def kept_whole(rewards: Tensor) -> Tensor:
-    """The same in float32 if that holds them, else in `wide`."""
+    """Return the rewards in float32 if that holds them exactly, else in the dtype `wide`."""
     dtype = torch.float32 if rewards.dtype in NARROW else wide(rewards)
     return rewards.detach().to(dtype).contiguous()
 
@@ -130,7 +139,7 @@ def kept_whole(rewards: Tensor) -> Tensor:
 def check_groups(
     op: str, rewards: Tensor, group_size: int | None, group_ids: Tensor | None
 ) -> Tensor | None:
-    """(B,) int64 labels, or None where `group_size` says it."""
+    """Check the groups; return the labels (B,) int64, or None where `group_size` defines the groups."""
     if (group_size is None) == (group_ids is None):
         raise ValueError(
             f"{op}: give either group_size or group_ids, got {group_size=}, {group_ids=}"
@@ -164,38 +173,46 @@ def group_advantage(
     nan: str = "error",
     singleton: str = "zero",
 ) -> Tensor:
-    """Each reward's z-score among the rewards of its group: GRPO's advantages (arXiv 2402.03300).
+    """Return GRPO's advantages (arXiv 2402.03300): the z-score of each reward in its group.
 
-    Equivalent, with `r = rewards.view(-1, group_size)`, to
-    `((r - r.mean(1, keepdim=True)) / (r.std(1, keepdim=True) + eps)).flatten()`, and exactly 0 where the
-    rewards of a group do not differ (which includes a group of one in `group_ids`). Not differentiable.
+        >>> rewards = torch.tensor([0.0, 1.0, 1.0, 3.0, 2.0, 2.0, 2.0, 2.0])
+        >>> r = rewards.view(2, 4)
+        >>> want = (r - r.mean(1, keepdim=True)) / (r.std(1, keepdim=True) + 1e-4)
+        >>> torch.testing.assert_close(group_advantage(rewards, group_size=4), want.flatten())
+        >>> labels = torch.tensor([7, 7, 7, 7, 0, 0, 0, 0])
+        >>> torch.testing.assert_close(group_advantage(rewards, group_ids=labels), want.flatten())
+
+    It is exactly 0 where the rewards of a group do not differ, which includes a group of one in
+    `group_ids`. It is not differentiable.
 
     Args:
-        rewards: (B,), any real dtype, finite; or (B, K), one column per reward function. Float64 is centred
-            before it is rounded. Across ranks, gather them first.
-        group_size: sequences per prompt, at least 2 (1 with `singleton="raw"`); the sequences of a prompt
-            are consecutive. Or:
-        group_ids: (B,) or (B, 1) int labels; equal labels form a group, of any size, in any order.
-        scale: divide by the std of the "group", of the whole "batch", or by nothing ("none", Dr. GRPO).
+        rewards: (B,), any real dtype, finite; or (B, K), one column per reward function. Float64
+            rewards are centred before they are rounded. Across ranks, gather them first.
+        group_size: sequences per prompt, at least 2 (1 with `singleton="raw"`). The sequences of a
+            prompt are consecutive. Give either this or `group_ids`.
+        group_ids: (B,) or (B, 1) int labels. Equal labels form a group, of any size, in any order.
+        scale: divide by the std of the "group", of the whole "batch", or by nothing: "none" (Dr.
+            GRPO).
         eps: added to the std.
-        unbiased: n - 1 in the denominator of the variance.
-        baseline: what is subtracted, the "mean" of the group or, "leave_one_out", that of its other
-            members: with `scale="none"` RLOO (arXiv 2402.14740).
-        weights: (K,), of the columns of (B, K) rewards. Default: 1 each.
-        aggregation: of (B, K) rewards. "sum_then_normalize": the weighted sum is the reward.
-            "normalize_then_sum" (GDPO, arXiv 2601.05242): each column is scored on its own, with the std
-            of the "group" or with "none"; the weighted sums of these scores are z-scored over the batch.
-        nan: "error", or "skip": a NaN is a reward that is missing. It is left out of sums, means and
-            stds; a sequence without any reward has advantage 0.
-        singleton: the advantage of a reward alone in its group, "zero" or "raw" (mean 0, std 1: verl);
-            "raw" goes with the scales "group" and "none".
+        unbiased: divide the variance by n - 1 instead of n.
+        baseline: subtract the "mean" of the group, or with "leave_one_out" the mean of its other
+            members. The latter with `scale="none"` is RLOO (arXiv 2402.14740).
+        weights: (K,), factors of the columns of (B, K) rewards. Default: 1 each.
+        aggregation: how (B, K) rewards become one. "sum_then_normalize": their weighted sum is the
+            reward. "normalize_then_sum" (GDPO, arXiv 2601.05242): each column is scored on its own,
+            with the `scale` "group" or "none", and the weighted sums of these scores are z-scored
+            over the batch.
+        nan: whether a NaN is an "error", or a missing reward to "skip". A missing reward is left
+            out of sums, means and stds; a sequence without any reward has advantage 0.
+        singleton: the advantage of a reward alone in its group: "zero", or "raw" (mean 0 and std 1,
+            as in verl). "raw" goes with the scales "group" and "none".
 
     Returns:
         (B,) float32.
 
     Raises:
         ValueError, TypeError: neither or both of `group_size` and `group_ids`, a size that does not
-            divide B, an unknown choice, one without effect on these rewards, a negative eps.
+            divide B, an unknown choice, a choice without effect on these rewards, a negative eps.
     """
     op = "group_advantage"
     for name, value, choices in (
@@ -239,7 +256,7 @@ def _combined(
     grouping: Grouping,
     how: Standardization,
 ) -> tuple[Tensor, bool]:
-    """The one reward of each sequence, (B,), and whether it is to be scored over the whole batch."""
+    """Combine rewards (B, K) into (B,); return them and whether the batch is their group."""
     normalize = aggregation == "normalize_then_sum"
     if normalize and how.scale == "batch":
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Logits to the GRPO loss and its gradient in one pass, as operators."""
+"""The GRPO loss of logits and its gradient in one pass, as operators."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple, get_type_hints
@@ -37,13 +37,13 @@ NUM_ARGUMENTS = SCHEMA.count(",") + 1
 
 
 def sort(arguments: Sequence[Any]) -> Arguments:
-    """The operators' flat arguments as records."""
+    """Return the operators' flat arguments as records."""
     return Arguments(*unflatten(arguments, *KINDS.values()))
 
 
 def new_outputs(a: Arguments, empty: bool = False) -> Outputs:
-    """Zeros of the right shapes; with `empty` for a kernel to write."""
-    N = a.tokens.weight.shape[0]  # not len(): it would tie a compiled graph to this one length
+    """Return zeros of the right shapes; with `empty`, memory for a kernel to write."""
+    N = a.tokens.weight.shape[0]  # len() would fix the length in a compiled graph
     new = a.tokens.weight.new_empty if empty else a.tokens.weight.new_zeros
     return Outputs(
         new(N),
@@ -55,7 +55,10 @@ def new_outputs(a: Arguments, empty: bool = False) -> Outputs:
 
 
 def _kernel(logits: Tensor, dlogits: Tensor, softcap: SoftCap | None) -> str:
-    """Which of two kernels runs; where GRPO_FAST_ON_CHIP=1 cannot be followed, a warning says why."""
+    """Return the name of the kernel that runs: `grpo`, or `on_chip` if GRPO_FAST_ON_CHIP=1 asks for it.
+
+    If that is not possible, a warning says why.
+    """
     if wants_rows_on_chip():
         why = "PyTorch's operators run in place of the kernels"
         if use_triton(logits):
@@ -76,39 +79,42 @@ def fill(
     out: Outputs | None = None,
     arrived: Tensor | None = None,
 ) -> Outputs:
-    """Write the gradient into `dlogits`, (B, T, V), which may be `logits`; return the rest.
+    """Write the gradient into `dlogits`, (B, T, V), which may be `logits`; return the other results.
 
     Args:
         out: the vectors to write; None: they are made here.
-        arrived: (N,) int32 zeros for the programs of a row to count in; None: made where needed.
+        arrived: (N,) int32 zeros, in which the programs of a row count themselves; None: made where
+            needed.
     """
     targets = a.targets._replace(inv_temperature=a.targets.inv_temperature.item())
     out = new_outputs(a, empty=True) if out is None else out
     written = out._replace(
-        entropy=out.entropy if a.with_entropy else None,  # type: ignore[arg-type]
-        kl=None if a.tokens.ref_logp is None else out.kl,  # type: ignore[arg-type]
+        entropy=out.entropy if a.with_entropy else None,
+        kl=None if a.tokens.ref_logp is None else out.kl,
     )
+    kernel = _kernel(logits, dlogits, softcap)
+    cap = {} if kernel.startswith("on_chip") else {"softcap": softcap}  # no cap there
     run(
-        _kernel(logits, dlogits, softcap),
+        kernel,
         logits,
         *(logits, targets, a.tokens, a.rewards, a.with_entropy),
         objective=Objective.from_terms(*a.terms),
         dlogits=dlogits,
-        softcap=softcap,
         out=written,
         arrived=arrived,
+        **cap,
     )
     return out
 
 
 def _grpo(logits: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    """`Outputs`, then dlogits: the gradient of the sum of the losses."""
+    """Return `Outputs`, then dlogits: the gradient of the sum of the losses."""
     dlogits = new_gradient(logits)
     return (*fill(logits, sort(arguments), dlogits), dlogits)
 
 
 def _grpo_(logits: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    """`Outputs`, with the gradient written over the logits."""
+    """Return `Outputs`; write the gradient over the logits."""
     return tuple(fill(logits, sort(arguments), logits))
 
 
@@ -135,15 +141,15 @@ def _(logits: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    # Kept outside save_for_backward, so that backward can give the only reference away: the engine
-    # then uses the buffer as the gradient instead of copying it.
+    # It is kept outside save_for_backward, so that the backward can give the only reference away.
+    # The engine then uses the buffer as the gradient instead of copying it.
     ctx.dlogits = output[-1]
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
 def _hand_over(ctx: Any, dloss: Tensor) -> Tensor:
-    """The gradient in the logits for the upstream gradient `dloss` (N,); once."""
+    """Return the gradient of the logits for the upstream gradient `dloss` (N,); it works once."""
     dlogits, ctx.dlogits = ctx.dlogits, None
     if dlogits is None:
         raise RuntimeError(USED_TWICE)
@@ -160,7 +166,10 @@ grpo.register_autograd(_backward, setup_context=_setup_context)
 
 
 class _Overwrite(torch.autograd.Function):
-    """`grpo_` with a gradient: a custom operator that mutates its input cannot have one of its own."""
+    """Call `grpo_` as a differentiable function.
+
+    A custom operator that mutates its input cannot have a gradient of its own.
+    """
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
@@ -181,9 +190,10 @@ class _Overwrite(torch.autograd.Function):
 
 
 class _Destroyed(torch.autograd.Function):
-    """Put in front of overwritten logits: a gradient through what they became raises.
+    """Mark overwritten logits such that a gradient through them raises.
 
-    A Function of its own, since one that changes a view may not return anything else.
+    This is a Function of its own, because a Function that changes a view may not return anything
+    else.
     """
 
     @staticmethod
@@ -197,7 +207,7 @@ class _Destroyed(torch.autograd.Function):
 
 
 def grpo_inplace(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`grpo` with the gradient in the place of the logits; differentiable in them, once."""
+    """Call `grpo` with the gradient in the place of the logits; it is differentiable in them, once."""
     outputs = _Overwrite.apply(logits, *arguments)
     _Destroyed.apply(logits)
     return outputs

@@ -1,7 +1,8 @@
-"""Hidden states to the GRPO loss and its gradients, as an operator; the logits are never held as a whole.
+"""The GRPO loss of hidden states and its gradients, as an operator; the logits never exist as a whole.
 
-The language-model head runs in chunks of tokens (`grpo_fast.ops.head`). Each chunk of logits is turned into
-its gradient in place. `grpo_fast.ops.head.gradients` says how often the logits are computed.
+The language-model head runs in chunks of tokens (`grpo_fast.ops.head`). Each chunk of logits is
+turned into its gradient in place. `grpo_fast.ops.head.gradients` says how often the logits are
+computed.
 """
 
 from collections.abc import Sequence
@@ -19,7 +20,6 @@ from grpo_fast.ops.head.chunk_length import row_limit
 from grpo_fast.ops.head.chunked import Head
 from grpo_fast.ops.head.gradients import by_phases, plan, rows_that_take_part, sequences_together
 from grpo_fast.ops.head.passes import (
-    NO_REWARDS,
     empty_gradients,
     fill_parts,
     lifted,
@@ -28,7 +28,7 @@ from grpo_fast.ops.head.passes import (
 )
 from grpo_fast.ops.head.products import early_dtype, working_dtypes
 from grpo_fast.ops.scaling import scale_, scaled_to
-from grpo_fast.records import Sequences, Targets, Tokens, schema, unflatten
+from grpo_fast.records import Rewards, Sequences, Targets, Tokens, schema, unflatten
 
 USED_TWICE = (
     "linear_grpo_loss: backward ran a second time. The gradients are computed once, in the forward, and "
@@ -53,19 +53,19 @@ class Call(NamedTuple):
     @property
     def arguments(self) -> Arguments:
         """The arguments of the operator on logits."""
-        return Arguments(self.targets, self.tokens, NO_REWARDS, self.with_entropy, self.terms)
+        return Arguments(self.targets, self.tokens, Rewards(), self.with_entropy, self.terms)
 
 
 KINDS = get_type_hints(Call)
 
 
 def sort(arguments: Sequence[Any]) -> Call:
-    """The operator's flat arguments as records."""
+    """Return the operator's flat arguments as records."""
     return Call(*unflatten(arguments, *KINDS.values()))
 
 
 def _forward(hidden: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    """The loss, `Outputs` of every token, and the gradients in the order of `Needs`."""
+    """Return the loss, `Outputs` of every token, and the gradients in the order of `Needs`."""
     call = sort(arguments)
     options, needs, modes = call.options, call.needs, call.terms.modes
     given = rows_that_take_part(
@@ -123,9 +123,10 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.inputs, ctx.used = len(inputs), False
     ctx.dtypes = [None if x is None else x.dtype for x in (inputs[0], *call.parameters)]
     ctx.given = list(call.needs)
-    # Saved, not kept aside: under activation checkpointing they are dropped and computed again.
+    # They are saved in the graph, so that activation checkpointing can drop them and compute them
+    # again.
     ctx.save_for_backward(*output[6:])
-    # Not saved: other backwards add to it before this one does, which is what it is for.
+    # `dw_out` is not saved in the graph: other backwards may add to it before this one does.
     ctx.dw_out = call.dw_out
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
@@ -146,7 +147,7 @@ def _backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple:
         if not wanted or dtype is None:
             result.append(None)
         elif i == 1 and ctx.dw_out is not None:
-            scale_(x, factor)  # not `addcmul_`: 0 stays 0 under a factor of inf, as below
+            scale_(x, factor)  # not `addcmul_`: 0 must stay 0 even if the factor is inf
             ctx.dw_out.add_(x)
             result.append(None)
         elif x.dtype == dtype:

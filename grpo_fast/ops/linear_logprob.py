@@ -1,4 +1,4 @@
-"""Hidden states to differentiable log-probs and entropies; the logits are never held as a whole.
+"""Log-probs and entropies of tokens from hidden states, without the logits of all tokens in memory.
 
 The language-model head runs in chunks of tokens (`grpo_fast.ops.head`).
 """
@@ -34,7 +34,7 @@ FORWARD = {
     "targets": Targets,
     "keep": Tensor | None,  # (N,) bool, on any device: the rows that take part
     "with_entropy": bool,
-    "unit": bool,  # whether the gradient of each log-prob in its hidden state is wanted
+    "unit": bool,  # compute the gradient of each log-prob in its hidden state
     "options": Options,
 }
 BACKWARD = {
@@ -49,11 +49,11 @@ five = "(Tensor, Tensor, Tensor, Tensor, Tensor)"
 
 
 def _forward(hidden: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`RowStatistics`, then the gradient of each log-prob in its hidden state if `unit` asks for it."""
+    """Return `RowStatistics`, and with `unit` the gradient of each log-prob in its hidden state."""
     given = unflatten(arguments, *FORWARD.values())
     parameters, targets, keep, with_entropy, unit, options = given
     rows = kept_rows(keep, hidden)
-    if keep is not None:  # nothing masked is kept
+    if keep is not None:  # `keep` holds no masked row
         targets = targets._replace(mask=None)
     needs = NO_GRADIENT._replace(hidden=unit)
     head = Head(hidden, parameters, options, rows, targets.mask, needs)
@@ -93,7 +93,7 @@ def _(hidden: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
 def _backward_pass(
     dlogp: Tensor, dentropy: Tensor | None, hidden: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients named by `Needs`, (0,) where not wanted."""
+    """Return the gradients in the order of `Needs`, (0,) where not wanted."""
     given = unflatten(arguments, *BACKWARD.values())
     parameters, targets, keep, statistics, needs, options = given
     rows = kept_rows(keep, hidden)
@@ -225,47 +225,66 @@ def linear_logprob(
     lora: tuple[Tensor, Tensor, float] | None = None,
     tp_group: dist.ProcessGroup | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Log-prob of `ids` under the head's distribution, and its entropy, without the logits in memory.
+    """Return the log-prob of each id under the head's distribution, without all logits in memory.
 
-    Equivalent to `logprob(cap(logit_scale * (hidden @ weight.T + bias)), ids, ...)` with `cap(x) = softcap *
-    tanh(x / softcap)`, the logits living in one chunk of tokens at a time. Differentiable in hidden, weight,
-    bias and `lora`, for any gradient of both outputs: the backward computes each chunk of logits again (8 N D
-    V operations in all; 4 N D V where only `hidden` wants a gradient and there is no entropy; 2 N D V
-    without a gradient). A second derivative raises.
+        With `cap(x) = softcap * tanh(x / softcap)` its values and gradients are those of
+
+        logprob(cap(logit_scale * (hidden @ weight.T + bias)), ids, ...)
+
+    For example:
+
+
+        >>> hidden, weight = torch.randn(2, 3, 4), torch.randn(7, 4, requires_grad=True)
+        >>> ids, bias = torch.randint(7, (2, 3)), torch.randn(7)
+        >>> logp = linear_logprob(hidden, weight, ids, bias=bias)
+        >>> want = logprob(hidden @ weight.T + bias, ids)
+        >>> torch.testing.assert_close(logp, want)
+        >>> torch.testing.assert_close(*(torch.autograd.grad(x.sum(), weight) for x in (logp, want)))
+
+    Only the logits of one chunk of tokens exist at a time. The results are differentiable in
+    `hidden`, `weight`, `bias` and `lora`, for any gradient of both. The backward computes each
+    chunk of logits again: 8 N D V operations in all; 4 N D V where only `hidden` wants a gradient
+    and there is no entropy; 2 N D V without a gradient. A second derivative raises.
 
     Args:
-        hidden: (B, T, D) or (N, D), float32, bfloat16, float16 or float64: the last hidden states, row t
-            for token t. The products are of its dtype.
-        weight: (rows, D) of the head, of any of these dtypes: converted to that of `hidden` for the
-            products, its gradient accumulated in float32 and of its own dtype. Where `hidden`, weight, bias
-            or `lora` is float64, all of it is, results too: `grpo_fast.reference` in chunks, for models
-            whose digits matter more than their speed.
+        hidden: (B, T, D) or (N, D), float32, bfloat16, float16 or float64: the last hidden states.
+            Row t scores token t. The matrix products are in this dtype.
+        weight: (rows, D) of the head, of any of these dtypes. It is converted to the dtype of
+            `hidden` for the products. Its gradient is accumulated in float32 and returned in the
+            dtype of `weight`. If `hidden`, `weight`, `bias` or `lora` is float64, everything is
+            computed in float64, results too, by PyTorch's operators in chunks of tokens. This is
+            for models that need all digits and not speed.
         ids: (B, T) or (N,), int32 or int64, each in [0, vocab_size) where the mask is not 0.
         bias: (rows,).
-        softcap: of the logits (Gemma 2); None for none.
+        softcap: bound of the logits, as in the formula above (Gemma 2); None for none.
         logit_scale: positive factor on the logits (Cohere).
         temperature: positive; a number, or one per token.
-        mask: per token; where it is 0 nothing is read (`hidden` may hold NaN there) and there is no gradient;
-            log-prob and entropy are unspecified (finite).
-        return_entropy: also return the entropy in nats.
-        logits_dtype: "fp32": logits of half-precision operands are not rounded. "bf16": they are rounded to
-            the operands' dtype, as a model's own head does; less workspace.
-        vocab_size: rows of `weight` that are vocabulary; those after it are padding. Default: all.
-        compact: leave masked tokens out of the products. Their number must reach the host: on a GPU a sync,
-            unless `mask` is on the CPU.
-        chunk_size: tokens per chunk. Every product has exactly so many rows, and at the same `chunk_size`
-            the result of a row does not depend on the batch around it beyond what the matrix library does.
-            Default: chosen from the number of tokens and the device.
+        mask: one per token. Where it is 0 nothing is read (`hidden` may hold NaN there) and there
+            is no gradient; log-prob and entropy are unspecified (finite).
+        return_entropy: also return the entropy.
+        logits_dtype: "fp32": the logits of half-precision operands are not rounded. "bf16": they
+            are rounded to the dtype of the operands, as in the model's own head; this takes less
+            workspace.
+        vocab_size: how many rows of `weight` are vocabulary; the rows after them are padding.
+            Default: all.
+        compact: leave masked tokens out of the products. Their number must reach the host: one sync
+            on a GPU, unless `mask` is on the CPU.
+        chunk_size: tokens per chunk; every matrix product has exactly this number of rows. At the
+            same `chunk_size` the result of a row depends on the rest of the batch only as far as
+            the matrix library makes it. Default: chosen from the number of tokens and the device.
         lora: (A (r, D), B (rows, r), scaling): adds `scaling * (hidden @ A.T) @ B.T` to the logits.
         tp_group: processes that share the vocabulary, as in `linear_grpo_loss`.
 
     Returns:
-        log-probs, float32 (or float64), of the shape of `ids`; with `return_entropy` a tuple (log-probs,
-        entropy).
+        The log-probs in nats, float32 (or float64), of the shape of `ids`. With `return_entropy` a
+        tuple (log-probs, entropies), both in nats.
 
     Raises:
-        ValueError, TypeError: arguments that do not fit, by name; values as in `logprob`.
+        ValueError, TypeError: an argument that does not fit; the message names it. Values are
+            checked as in `logprob`.
         NotImplementedError: forward-mode derivatives.
+
+    Source: online softmax, arXiv 1805.02867.
     """
     op = "linear_logprob"
     flat_hidden, parameters, options, V = check_head(

@@ -1,4 +1,4 @@
-"""Differentiable token log-probs and entropies of logits."""
+"""Log-probs and entropies of tokens from logits, as operators and as the public function."""
 
 from typing import Any, Literal, overload
 
@@ -24,16 +24,19 @@ def read_rows(
     out: RowStatistics | None = None,
     arrived: Tensor | None = None,
 ) -> RowStatistics:
-    """Compute the log-probs of rows, and what the gradient needs; `entropy` is (0,) unless wanted.
+    """Compute the log-probs of rows, and the statistics that the gradient needs.
+
+    The entropy is (0,) unless wanted.
 
     Args:
         logits: (B, T, V), B T = N.
         out: the vectors to write; None: they are made here.
-        arrived: (N,) int32 zeros for the programs of a row to count in; None: made where needed.
+        arrived: (N,) int32 zeros, in which the programs of a row count themselves; None: made where
+            needed.
     """
     targets = targets._replace(inv_temperature=targets.inv_temperature.item())
     if out is not None and not with_entropy:
-        out = out._replace(entropy=None)  # type: ignore[arg-type]
+        out = out._replace(entropy=None)
     given = (logits, targets, with_entropy, softcap, out, arrived)
     found = run("logprob.logprob_fwd", logits, *given)
     if not with_entropy:
@@ -50,7 +53,7 @@ def write_rows(
     dlogits: Tensor,
     softcap: SoftCap | None = None,
 ) -> None:
-    """Write the gradient into `dlogits`, (B, T, V), which may be `logits`.
+    """Write the gradient of logits (B, T, V) into `dlogits`, which may be `logits`.
 
     Args:
         targets: an id of -1 says that no column of this row is scored.
@@ -58,13 +61,13 @@ def write_rows(
     """
     targets = targets._replace(inv_temperature=targets.inv_temperature.item())
     if dentropy is None:
-        statistics = statistics._replace(entropy=None)  # type: ignore[arg-type]
+        statistics = statistics._replace(entropy=None)
     given = (dlogp, dentropy, logits, targets, statistics, dlogits, softcap)
     run("logprob.logprob_bwd", logits, *given)
 
 
 def _logprob_fwd(logits: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    """`read_rows` of logits (B, T, V) as an operator."""
+    """Call `read_rows` on logits (B, T, V), as an operator."""
     return tuple(read_rows(logits, *unflatten(arguments, *FORWARD.values())))
 
 
@@ -84,7 +87,7 @@ def _(logits: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _logprob_bwd(dlogp: Tensor, dentropy: Tensor | None, logits: Tensor, *arguments: Any) -> Tensor:
-    """The gradient of logits (B, T, V), in their dtype."""
+    """Return the gradient of logits (B, T, V), in their dtype."""
     targets, statistics = unflatten(arguments, *BACKWARD.values())
     dlogits = new_gradient(logits)
     write_rows(dlogp.contiguous(), dentropy, logits, targets, statistics, dlogits)
@@ -154,29 +157,38 @@ def logprob(
     mask: Tensor | None = None,
     return_entropy: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Log-prob of `ids` under `softmax(logits / temperature)`, and its entropy, in one read of the logits.
+    """Return the log-prob of each id under softmax(logits / temperature), in one read of the logits.
 
-    Equivalent to `(logits / temperature).log_softmax(-1).gather(-1, ids[..., None]).squeeze(-1)`, computed
-    in float32 whatever the dtype of `logits`, without a tensor of the size of `logits`. Differentiable in
-    both outputs; the gradient of a confident token does not round to 0. On a GPU a row has the same bits in
-    any batch if 8 divides V and the strides of `logits`; otherwise its last bit may depend on its place.
+        >>> logits, ids = torch.randn(2, 3, 7), torch.randint(7, (2, 3))
+        >>> want = (logits / 0.7).log_softmax(-1)
+        >>> logp, entropy = logprob(logits, ids, temperature=0.7, return_entropy=True)
+        >>> torch.testing.assert_close(logp, want.gather(-1, ids[..., None]).squeeze(-1))
+        >>> torch.testing.assert_close(entropy, -(want.exp() * want).sum(-1))
+
+    It computes in float32 whatever the dtype of `logits`, without a tensor of the size of `logits`.
+    Both results are differentiable, and the gradient of a confident token does not round to 0. On a
+    GPU a row has the same bits in any batch if 8 divides V and the strides of `logits`. Otherwise
+    its last bit may depend on its position in the batch.
 
     Args:
-        logits: (B, T, V) or (N, V), float32, bfloat16 or float16; the last dimension contiguous, the
-            others may be strided (`logits[:, :-1]` is not copied).
+        logits: (B, T, V) or (N, V), float32, bfloat16 or float16. The last dimension must be
+            contiguous; the others may be strided (`logits[:, :-1]` is not copied).
         ids: (B, T) or (N,), int32 or int64, each in [0, V) where the mask is not 0.
         temperature: positive; a number, or one per token.
-        mask: (B, T) or (N,); rows where it is 0 are not read, may hold NaN, and get no gradient. Their
-            log-prob and entropy are unspecified (finite).
-        return_entropy: also return the entropy in nats.
+        mask: (B, T) or (N,). A row whose mask is 0 is not read, may hold NaN, and gets no gradient.
+            Its log-prob and entropy are unspecified (finite).
+        return_entropy: also return the entropy.
 
     Returns:
-        log-probs, float32, of the shape of `ids`; with `return_entropy` a tuple (log-probs, entropy).
+        The log-probs in nats, float32, of the shape of `ids`. With `return_entropy` a tuple
+        (log-probs, entropies), both in nats.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not fit, a temperature that is not
-            positive, ids outside the vocabulary (checked on the CPU, or with GRPO_FAST_VALIDATE=1;
-            else the kernels give NaN for them).
+            positive, an id outside the vocabulary. Ids are checked on the CPU, and elsewhere with
+            GRPO_FAST_VALIDATE=1; otherwise the kernels return NaN for a wrong id.
+
+    Source: online softmax, arXiv 1805.02867.
     """
     logits3 = checks.check_logits("logprob", logits, ids, "ids")
     targets = checks.check_targets("logprob", "ids", ids, logits, mask, temperature)

@@ -1,4 +1,4 @@
-"""The objective on log-probs, and a step's statistics, as operators."""
+"""The objective on log-probs, and the statistics of a step, as operators."""
 
 from typing import Any
 
@@ -26,7 +26,7 @@ def _policy_loss(logp: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
 
 
 def present(found: PolicyLoss, logp: Tensor) -> tuple[Tensor, ...]:
-    """The fields as an operator returns them: (0,) in the place of None."""
+    """Return the fields as an operator returns them: (0,) in place of None."""
     return tuple(logp.new_empty(0) if x is None else x for x in found)
 
 
@@ -39,7 +39,7 @@ policy_loss_op = torch.library.custom_op(
 
 
 def fake(logp: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    """Tensors like the results of an operator that returns `PolicyLoss`, without values."""
+    """Return tensors like the results of an operator that returns `PolicyLoss`, without values."""
     _, tokens = unflatten(arguments[: 1 + len(Tokens._fields)], Tensor | None, Tokens)
     kl = logp.new_empty(0) if tokens.ref_logp is None else torch.empty_like(logp)
     clip = logp.new_empty(logp.shape, dtype=torch.int8)
@@ -59,7 +59,7 @@ def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 @without_graph("policy_loss")
 def backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple:
-    """Differentiate such an operator in its first argument, the log-probs."""
+    """Return the gradient in the first argument of such an operator, the log-probs."""
     (dlogp,) = ctx.saved_tensors
     return (None if dloss is None else dloss * dlogp, *(None,) * (ctx.arguments - 1))
 
@@ -114,7 +114,7 @@ def token_statistics(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute `STATISTICS` (16,), `METRICS` (14,) and the sum of the losses (), fp32, of (N,) tokens.
 
-    Nothing of a masked token enters. `share` is the weight of a token in the sums, None for 1; the losses
-    are weighed already. Of `outputs`, entropy and kl are (0,) where there are none.
+    Masked tokens do not enter. `share` is the weight of a token in the sums, None for 1; the losses
+    are weighted already. In `outputs`, entropy and kl are (0,) where there are none.
     """
     return token_statistics_op(*flat(outputs, mask, share, old_logp, importance))

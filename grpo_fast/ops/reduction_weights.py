@@ -1,4 +1,4 @@
-"""What each token weighs in the loss, as an operator: one launch for mask, reduction, weights and scale."""
+"""The weight of each token in the loss, as an operator: one launch for mask, reduction, weights and scale."""
 
 import functools
 from typing import Any
@@ -14,7 +14,7 @@ ARGUMENTS = {"weighing": Weighing, "reduction": str, "max_length": int, "by_toke
 
 
 def _reduction_weights(like: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    """The fields of `Weights`, (0,) where they are None."""
+    """Return the fields of `Weights`, (0,) where they are None."""
     weighing, *how = unflatten(arguments, *ARGUMENTS.values())
     weighing = weighing._replace(
         num_items=_number(weighing.num_items, like), loss_scale=_number(weighing.loss_scale, like)
@@ -29,13 +29,13 @@ def _reduction_weights(like: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _number(x: Tensor | None, like: Tensor) -> Any:
-    """A 0-dim tensor as a kernel takes it: on the device of `like` it stays a tensor, else its value.
+    """Return a 0-dim tensor as a kernel takes it: a tensor on the device of `like`, or a number.
 
-    Nobody waits for a value on the CPU; for one on another GPU the host does.
+    Nobody waits for a value on the CPU. For a value on another GPU the host waits.
     """
     if x is None or (x.device == like.device and not (x.is_cpu and x.dtype == torch.float64)):
         return x
-    return float(x.item())  # of integers Triton would compile a kernel for each kind
+    return float(x.item())  # Triton would compile another kernel for an int
 
 
 reduction_weights_op = torch.library.custom_op(
@@ -61,11 +61,11 @@ def _(like: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
 
 
 def weights_of(like: Tensor, weighing: Weighing, objective: Objective) -> Weights:
-    """Compute what tokens weigh under an objective.
+    """Compute the weights of tokens under an objective.
 
     Args:
-        like: has the shape of the tokens, (B, T), or packed (N,). The weights are float64 where it is, else
-            float32.
+        like: has the shape of the tokens, (B, T), or packed (N,). The weights are float64 where it
+            is, else float32.
     """
     by_tokens = objective.entropy_reduction == "token_mean"
     weight, share, entropy_weight, sequence = reduction_weights_op(

@@ -1,6 +1,6 @@
-"""Gradients times the upstream gradient, as operators: by row or by one factor, in one read and one write.
+"""The product of a gradient and the upstream gradient, as operators: one read and one write.
 
-Where an element is 0, the product is 0, whatever the factor.
+Where an element is 0 the product is 0, even if the factor is inf or NaN.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""The objective on log-probs where it looks at whole sequences, as an operator."""
+"""The objective on log-probs for objectives that look at whole sequences, as an operator."""
 
 from typing import Any
 

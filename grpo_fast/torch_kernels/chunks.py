@@ -1,4 +1,4 @@
-"""Rows of hidden states into and out of a chunk of the head: the twin of `kernels/chunks.py`."""
+"""Copies of rows of hidden states into and out of a chunk of the head: the twin of `kernels/chunks.py`."""
 
 import torch
 
@@ -6,7 +6,7 @@ from grpo_fast.records import Incoming, Outgoing
 
 
 def move_rows(outgoing: Outgoing | None, incoming: Incoming | None) -> None:
-    """Write the gradients that wait to their place, and the hidden states of the next chunk into `h`."""
+    """Write the waiting gradients to their place, and the hidden states of the next chunk into `h`."""
     if outgoing is not None:
         stage, dhidden, rows, n = outgoing
         if rows is None:

@@ -1,4 +1,4 @@
-"""Logits to the GRPO loss and its gradient: the twin of `kernels/grpo.py`."""
+"""The GRPO loss of logits and its gradient: the twin of `kernels/grpo.py`."""
 
 import functools
 
@@ -43,7 +43,7 @@ def grpo_fwd_bwd(
     out: Outputs | None = None,
     arrived: Tensor | None = None,
 ) -> Outputs:
-    """Write the gradient into `dlogits`, (B, T, V), which may be `logits`; return the rest.
+    """Write the gradient into `dlogits`, (B, T, V), which may be `logits`; return the other results.
 
     Args:
         return_entropy: whether to compute the entropy; needed where the objective has a bonus.
@@ -59,10 +59,10 @@ def grpo_fwd_bwd(
         new = functools.partial(tokens.weight.new_empty, N)
         entropy = new() if return_entropy else None
         kl = None if tokens.ref_logp is None else new()
-        out = Outputs(new(), new(), entropy, kl, new(dtype=torch.int8))  # type: ignore[arg-type]
+        out = Outputs(new(), new(), entropy, kl, new(dtype=torch.int8))
     for x in out:
         if x is not None:
-            x.zero_()  # the values of tokens that do not count
+            x.zero_()  # masked tokens keep these values
     for rows, (block, dblock) in row_blocks(logits, dlogits):
         live = live_rows(targets.mask, rows)
         where = rows if live is None else live + rows.start
@@ -88,7 +88,7 @@ def _coefficients(
     out: Outputs,
     where: slice | Tensor,
 ) -> tuple[Tensor, Tensor | None]:
-    """dloss/dlogp and dloss/dentropy of some tokens, whose losses are written into `out`."""
+    """Write the losses of some tokens into `out`; return dloss/dlogp and dloss/dentropy."""
     found = token_policy_terms(statistics.logp, tokens, objective)
     weight = tokens.weight
     loss, dlogp, dentropy = weigh(weight, found.loss), weigh(weight, found.dlogp), None

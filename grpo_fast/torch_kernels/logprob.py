@@ -37,7 +37,7 @@ def logprob_fwd(
         out = RowStatistics(*new)
     for x, default in zip(out, (0, 0, 0, 1), strict=True):
         if x is not None:
-            x.fill_(default)  # of rows that do not count
+            x.fill_(default)  # masked rows keep this value
     for rows, (block,) in row_blocks(logits):
         live = live_rows(mask, rows)
         z = block if live is None else block[live]
@@ -50,7 +50,7 @@ def logprob_fwd(
         out.logp[where], out.top[where], out.total[where] = found.logp, found.top, found.total
         if with_entropy:
             out.entropy[where] = found.entropy
-    return out if with_entropy else out._replace(entropy=None)  # type: ignore[arg-type]
+    return out if with_entropy else out._replace(entropy=None)
 
 
 def logprob_bwd(
@@ -62,7 +62,7 @@ def logprob_bwd(
     dlogits: Tensor,
     softcap: SoftCap | None = None,
 ) -> None:
-    """Write the gradient into `dlogits`, (B, T, V), which may be `logits`.
+    """Write the gradient of logits (B, T, V) into `dlogits`, which may be `logits`.
 
     Args:
         targets: an id of -1 says that no column of this row is scored.
@@ -82,7 +82,7 @@ def logprob_bwd(
         with_entropy = dentropy is not None
         of_rows = RowStatistics(
             statistics.logp[where],
-            statistics.entropy[where] if with_entropy else None,  # type: ignore[arg-type]
+            statistics.entropy[where] if with_entropy else None,
             statistics.top[where],
             statistics.total[where],
         )
@@ -100,9 +100,10 @@ def logprob_bwd(
 
 
 def unit_of_tops(inv_temperature: Tensor, total: Tensor) -> Tensor:
-    """The unit, in nats, of the maxima `top` that `logprob_fwd` returns.
+    """Return the unit, in nats, of the maxima `top` that `logprob_fwd` returns.
 
     Args:
-        inv_temperature: (N,). total: (..., N), what `logprob_fwd` returned.
+        inv_temperature: (N,).
+        total: (..., N), what `logprob_fwd` returned.
     """
     return inv_temperature

@@ -1,4 +1,4 @@
-"""The objective on log-probs, and a step's statistics: the twin of `kernels/policy_loss.py`."""
+"""The objective on log-probs, and the statistics of a step: the twin of `kernels/policy_loss.py`."""
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from grpo_fast.torch_kernels.terms import (
 def policy_loss_fwd(
     logp: Tensor, mask: Tensor | None, tokens: Tokens, objective: Objective
 ) -> PolicyLoss:
-    """Compute each token's weighed loss, its derivative, the KL (None without a reference), clip flags."""
+    """Compute the weighted loss of each token, its derivative, KL (or None), and clip flags."""
     tokens = masked(tokens, mask)
     logp = logp if mask is None else torch.where(mask, logp, 0)
     found = token_policy_terms(logp, tokens, objective)
@@ -38,8 +38,8 @@ def token_statistics_fwd(
     """Compute the statistics (16,) and metrics (14,) of a step, and the sum of its losses, (), all fp32.
 
     Args:
-        outputs: (N,) each; entropy and kl None where there are none.
-        share: (N,) the weight of a token in the sums; the losses are weighed already. None: 1.
+        outputs: (N,) each; entropy and kl are None where there are none.
+        share: (N,) the weight of a token in the sums; the losses are weighted already. None: 1.
     """
     loss, logp, entropy, kl, clip = outputs
 

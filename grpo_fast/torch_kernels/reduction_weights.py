@@ -1,4 +1,4 @@
-"""What each token weighs in the loss: the twin of `kernels/reduction_weights.py`."""
+"""The weight of each token in the loss: the twin of `kernels/reduction_weights.py`."""
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ def reduction_weights_fwd(
     Args:
         like: has the shape of the tokens, (B, T), or packed (N,).
         max_length: the denominator of "fixed_length".
-        by_tokens: whether weights of a mean over all tokens are wanted as well.
+        by_tokens: whether to compute the weights of a mean over all tokens as well.
     """
     mask, floating, token_weights, boundaries, num_items, loss_scale = weighing
     N, device = like.numel(), like.device
@@ -42,7 +42,7 @@ def reduction_weights_fwd(
     if token_weights is not None:
         extra = torch.where(live, token_weights.to(dtype), 0)
     if loss_scale is not None:
-        # Select, not multiply: a token without weight has none, whatever the scale is.
+        # Select, not multiply: a token of weight 0 must stay at 0 if the scale is inf or NaN.
         factor = torch.as_tensor(loss_scale, dtype=dtype, device=device)
         extra = torch.where(extra == 0, 0, extra * factor)
     weight = torch.where(weighs != 0, each * weighs.to(dtype), 0) * extra
@@ -53,7 +53,7 @@ def reduction_weights_fwd(
 
 
 def total_of(weighs: Tensor, dtype: torch.dtype) -> Tensor:
-    """The sum of a mask, bool or floating, as the denominator of a mean: 1 where it is 0."""
+    """Return the sum of a mask, bool or floating, as the denominator of a mean: 1 where it is 0."""
     total = weighs.sum(dtype=torch.float64) if weighs.is_floating_point() else weighs.sum()
     return total.where(total != 0, 1).to(dtype)
 
@@ -65,11 +65,11 @@ def _lengths(
     sequence: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """The sum of the mask over the sequence of each token, (N,)."""
+    """Return the sum of the mask over the sequence of each token, (N,)."""
     if boundaries is None or sequence is None:
         length = weighs.to(dtype).view(rows).sum(1, keepdim=True)
         return length.expand(rows).reshape(-1)
-    # Differences of a running count: exact, and no atomics.
+    # Differences of a running count are exact and need no atomics.
     running = weighs.double().cumsum(0) if weighs.is_floating_point() else weighs.cumsum(0)
     count = torch.nn.functional.pad(running, (1, 0))[boundaries.long()]
     return count.diff()[sequence].to(dtype)

@@ -1,6 +1,6 @@
-"""Gradients times the upstream gradient: the twin of `kernels/scaling.py`.
+"""The product of a gradient and the upstream gradient: the twin of `kernels/scaling.py`.
 
-Where an element is 0, the product is 0, whatever the factor.
+Where an element is 0 the product is 0, even if the factor is inf or NaN.
 """
 
 import torch

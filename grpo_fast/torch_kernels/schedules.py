@@ -1,4 +1,4 @@
-"""How a row is shared between programs: the twin of `kernels/schedules.py`, where it never is."""
+"""How programs share a row: the twin of `kernels/schedules.py`. PyTorch's operators never share one."""
 
 
 def counts_arrivals(V: int) -> bool:

@@ -1,4 +1,4 @@
-"""The objective on log-probs where it looks at whole sequences: the twin of `kernels/sequence_loss.py`."""
+"""Objectives on whole sequences: the twin of `kernels/sequence_loss.py`."""
 
 from typing import NamedTuple
 
@@ -36,29 +36,30 @@ def sequence_loss_fwd(
         if objective.beta and objective.kl == "k3_unbiased":
             assert terms.kl is not None
             mine = weigh(weight, torch.where(found.free, objective.beta * terms.kl, 0))
-            # From the others: a token's own is in `by_logp` already, without the cancellation.
+            # Only the part of the other tokens: a token's own part is in `by_logp` already, without
+            # cancellation.
             through = through + torch.where(mine.isinf(), 0, total(mine) - mine)
         through = torch.where(found.opened, through * found.part, 0)
     dlogp = weigh(weight, terms.by_logp) + through
     clip = torch.where(live, terms.clip, 0)
-    return PolicyLoss(weigh(weight, terms.loss), dlogp, terms.kl, clip)  # type: ignore[arg-type]
+    return PolicyLoss(weigh(weight, terms.loss), dlogp, terms.kl, clip)
 
 
 class Ratios(NamedTuple):
-    """Of tokens, what their sequences make of them."""
+    """The importance ratio of each token, and the values of its sequence that the objective needs."""
 
-    log_ratio: Tensor  # before its clamp
-    bounded: Tensor  # after it
-    free: Tensor  # the clamp lets a gradient through
-    opened: Tensor  # live, and not bounded before the mean is taken (GMPO)
-    part: Tensor  # of the token in a mean over its sequence
+    log_ratio: Tensor  # before the clamp
+    bounded: Tensor  # after the clamp
+    free: Tensor  # whether the clamp lets a gradient through
+    opened: Tensor  # whether the token counts, and its d is inside GMPO's bounds
+    part: Tensor  # share of the token in a mean over its sequence
     log_w: Tensor | None  # VESPO's log sequence weight
-    dropped: Tensor | None  # by `off_policy_threshold`
-    undecided: Tensor | None  # whether to drop them cannot be told: the sequence has a NaN
+    dropped: Tensor | None  # whether `off_policy_threshold` drops the token
+    undecided: Tensor | None  # a NaN in the sequence leaves `dropped` open
 
 
 def poisoned(importance: Tensor | None, found: Ratios) -> Tensor | None:
-    """Importance weights that are NaN where it is undecided whether a token counts: that comes out."""
+    """Return importance weights that are NaN where nobody can tell whether the token is dropped."""
     if found.undecided is None:
         return importance
     importance = torch.ones_like(found.log_ratio) if importance is None else importance

@@ -1,4 +1,4 @@
-"""A token's share of an objective, in closed form: the twin of `kernels/terms.py` on the PyTorch path."""
+"""The loss terms of a token in closed form: the twin of `kernels/terms.py` on the PyTorch path."""
 
 import math
 from typing import NamedTuple
@@ -13,45 +13,45 @@ CLIP_LOW, CLIP_HIGH, CLIP_DUAL = 1, 2, 4  # bits of the clip flags, as in kernel
 
 
 class Ratio(NamedTuple):
-    """The importance ratio of each token as an objective takes it."""
+    """The importance ratio of each token in the form that an objective uses."""
 
-    log_ratio: Tensor  # after its clamp
-    own: Tensor  # derivative of log_ratio in the token's own log-prob
-    log_w: Tensor | None = None  # the log of VESPO's sequence weight
-    dropped: Tensor | None = None  # tokens whose surrogate does not count
+    log_ratio: Tensor  # after the clamp
+    own: Tensor  # the derivative of log_ratio in the token's own log-prob
+    log_w: Tensor | None = None  # log of VESPO's sequence weight
+    dropped: Tensor | None = None  # whether the token's surrogate is left out
 
 
 class TokenTerms(NamedTuple):
-    """Loss terms of each token before they are weighed; what `policy_terms` returns."""
+    """The loss terms of each token before they are weighted: the result of `policy_terms`."""
 
     loss: Tensor
-    by_logp: Tensor  # dloss/dlogp, without what comes through `by_ratio`
-    by_ratio: Tensor  # dloss/d(log ratio) of the surrogate
+    by_logp: Tensor  # dloss/dlogp, without the part that goes through `by_ratio`
+    by_ratio: Tensor  # d(surrogate)/d(log ratio)
     kl: Tensor | None
     clip: Tensor
 
 
 def token_policy_terms(logp: Tensor, tokens: Tokens, objective: Objective) -> PolicyLoss:
-    """Loss, dloss/dlogp, KL (or None) and clip flags of tokens whose ratio is their own, not yet weighed.
+    """Return the loss terms, not yet weighted, of tokens that have their own ratio.
 
-    In closed form: inside an operator autograd does not record.
+    The derivatives are in closed form, because autograd does not record inside an operator.
     """
     old = logp if tokens.old_logp is None else tokens.old_logp
     log_ratio, free = bounded_log_ratio(logp - old, objective)
     terms = policy_terms(logp, tokens, Ratio(log_ratio, free.to(logp.dtype)), objective)
     dlogp = terms.by_logp + torch.where(free, terms.by_ratio, 0)
-    return PolicyLoss(terms.loss, dlogp, terms.kl, terms.clip)  # type: ignore[arg-type]
+    return PolicyLoss(terms.loss, dlogp, terms.kl, terms.clip)
 
 
 def bounded_log_ratio(d: Tensor, objective: Objective) -> tuple[Tensor, Tensor]:
-    """(the log-ratio d after its clamp, whether the clamp lets a gradient through)."""
+    """Return the log-ratio d after its clamp, and whether the clamp lets a gradient through."""
     low, high = objective.log_ratio_bounds
     low, high = -math.inf if low is None else low, math.inf if high is None else high
     return d.clamp(low, high), ~((d < low) | (d > high))
 
 
 def policy_terms(logp: Tensor, tokens: Tokens, given: Ratio, objective: Objective) -> TokenTerms:
-    """Loss terms of tokens from their log-probs and ratios."""
+    """Return the loss terms of tokens from their log-probs and ratios."""
     advantage, importance = tokens.advantages, tokens.importance
     assert advantage is not None
     old = logp if tokens.old_logp is None else tokens.old_logp
@@ -64,9 +64,9 @@ def policy_terms(logp: Tensor, tokens: Tokens, given: Ratio, objective: Objectiv
         none = torch.zeros_like(advantage, dtype=torch.bool)
     if importance is not None:
         loss, by_ratio, by_logp = (x * importance for x in (loss, by_ratio, by_logp))
-        none = none | (importance == 0)  # where the loss may be inf: that is why it is left out
+        none = none | (importance == 0)  # its loss may be inf, which times 0 is NaN
     if not objective.has_quadratic:
-        # Without an advantage there is no surrogate, also where the ratio is inf.
+        # With an advantage of 0 there is no surrogate, even if the ratio is inf.
         none = none | (advantage == 0)
     loss, by_ratio, by_logp = (torch.where(none, 0, x) for x in (loss, by_ratio, by_logp))
     if tokens.ref_logp is None:
@@ -87,7 +87,10 @@ def surrogate_terms(
     score: Tensor | None,
     objective: Objective,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(loss, dloss/dlogp through the ratio, through logp alone, clip flags); the twin is in `terms`."""
+    """Return the surrogate, its derivatives through the ratio and through logp alone, and clip flags.
+
+    The first derivative is in the log-ratio. `kernels/terms.py` has the twin.
+    """
     zero, surrogate = torch.zeros_like(logp), objective.surrogate
     below, above = beyond_bounds(logp, old, ratio, advantage, objective)
     flags = _flags(below, above, advantage)
@@ -103,18 +106,18 @@ def surrogate_terms(
         return -advantage * (4 / tau) * gate, by_ratio, zero, flags
     if objective.has_quadratic:
         q, d = objective.quadratic_coef, logp - old
-        penalty, pull = (q * d.square(), 2 * q * d) if q else (zero, zero)  # not 0 * inf
+        penalty, pull = (q * d.square(), 2 * q * d) if q else (zero, zero)  # avoids 0 * inf
     if surrogate == "dro":
         return penalty / 2 - advantage * logp, zero, pull / 2 - advantage, flags
     cap = ratio_cap(objective)
     if objective.has_quadratic:
         assert below is not None
         assert above is not None
-        out = below | above | (advantage == 0)  # the ratio may be inf
+        out = below | above | (advantage == 0)  # selected, because the ratio may be inf
         by_ratio = torch.where(out | (ratio > cap), 0, -advantage * ratio)
         loss = torch.where(out, 0, -advantage * ratio.clamp(max=cap)) + penalty
         return loss, by_ratio, pull, flags
-    if surrogate == "gmpo":  # the ratio is the sequence's, its bounds are behind it
+    if surrogate == "gmpo":  # the ratio is that of the sequence, with bounded d
         return -advantage * ratio, -advantage * ratio, zero, flags
     low, high = 1 - objective.epsilon_low, 1 + objective.epsilon_high
     if surrogate == "vespo":
@@ -127,7 +130,7 @@ def surrogate_terms(
         weight = torch.where(
             score > 0, objective.topr_weight_pos, objective.topr_weight_neg * ratio.clamp(max=1)
         )
-        weight = torch.where(score.isnan(), score, weight)  # a NaN that decides comes out
+        weight = torch.where(score.isnan(), score, weight)  # a NaN score makes the loss NaN
     elif surrogate == "cispo":
         weight = ratio.clamp(low, high)
     elif surrogate == "rollout_is":
@@ -141,10 +144,10 @@ def surrogate_terms(
 def beyond_bounds(
     logp: Tensor, old: Tensor, ratio: Tensor, advantage: Tensor, objective: Objective
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Which tokens lie below, and which above, what the surrogate bounds; None where it bounds nothing.
+    """Return which tokens are below the bounds of the surrogate, and which above; None where it has none.
 
-    Whether that matters is up to the advantage (`_flags`); for DPPO, whose mask asks for it, both are the
-    tokens that the mask drops.
+    The sign of the advantage decides whether a bound matters (`_flags`). DPPO's mask depends on
+    that sign itself: both results are the tokens that the mask drops.
     """
     low, high = objective.epsilon_low, objective.epsilon_high
     if objective.surrogate in ("clip", "cispo", "rollout_is"):
@@ -162,14 +165,14 @@ def beyond_bounds(
 
 
 def ratio_cap(objective: Objective) -> float:
-    """DPPO's bound of the ratio from above; inf where there is none."""
+    """Return DPPO's upper bound of the ratio; inf where there is none."""
     if objective.surrogate not in ("dppo_tv", "dppo_kl") or objective.ratio_cap is None:
         return math.inf
     return objective.ratio_cap
 
 
 def vespo_weight(log_w: Tensor, advantage: Tensor, objective: Objective) -> Tensor:
-    """phi(W) of the sequence weight W: the twin of the one in `terms`."""
+    """Return VESPO's weight phi(W) of the sequence weight W; `kernels/terms.py` has the twin."""
     log_w = log_w.clamp(math.log(1e-8), 20)
     up = advantage >= 0
     k = either(up, objective.vespo_k_pos, objective.vespo_k_neg, log_w)
@@ -189,7 +192,11 @@ def _flags(below: Tensor | None, above: Tensor | None, advantage: Tensor) -> Ten
 def clip_surrogate(
     ratio: Tensor, advantage: Tensor, objective: Objective
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, dloss/dlogp, whether the dual bound holds): the twin of the one in `terms`."""
+    """Return the "clip" surrogate, its derivative in the log-ratio, and a clip flag.
+
+    The flag is 1 where A < 0 and the ratio is above `delta` or `dual_clip`. `kernels/terms.py` has
+    the twin.
+    """
     low, high = 1 - objective.epsilon_low, 1 + objective.epsilon_high
     bounded = ratio if objective.delta is None else ratio.clamp(max=objective.delta)
     free, clipped = bounded * advantage, ratio.clamp(low, high) * advantage
@@ -207,7 +214,7 @@ def clip_surrogate(
 
 
 def divergence_drops(logp: Tensor, old: Tensor, advantage: Tensor, objective: Objective) -> Tensor:
-    """DPPO's mask: the twin of the one in `terms`."""
+    """Return the tokens that DPPO's mask drops; `kernels/terms.py` has the twin."""
     low, high = objective.epsilon_low, objective.epsilon_high
     if objective.surrogate == "dppo_tv":
         change = logp.exp() - old.exp()
@@ -219,13 +226,13 @@ def divergence_drops(logp: Tensor, old: Tensor, advantage: Tensor, objective: Ob
 
 
 def binary_kl(old: Tensor, logp: Tensor) -> Tensor:
-    """KL of the two outcomes "this token" and "another one" under the old policy and the new one."""
+    """Return KL(old || new) of the two outcomes "this token" and "any other token"."""
     rest = -old.expm1() * ((1e-8 - old.expm1()) / (1e-8 - logp.expm1())).log()
     return old.exp() * (old - logp) + rest
 
 
 def exp_remainders(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(e^x - 1, e^x - x - 1): by a series where the terms would cancel."""
+    """Return e^x - 1 and e^x - x - 1, by a series where the terms would cancel."""
     last = 18 if x.dtype == torch.float64 else 10  # the rest is below the dtype's precision
     series = x / math.factorial(last)
     for n in range(last - 1, 2, -1):
@@ -242,7 +249,7 @@ def kl_terms(
     own: Tensor,
     objective: Objective,
 ) -> tuple[Tensor, Tensor]:
-    """(KL estimate, d/dlogp): the twin of `terms.kl_terms`."""
+    """Return the KL estimate and its derivative in logp; `kernels/terms.py` has the twin."""
     kl, gap = objective.kl, ref_logp - logp
     pull = -gap if objective.kl_gradient != "own" else None
     if kl == "k1":
@@ -259,10 +266,10 @@ def kl_terms(
     far = far | capped  # no gradient through a clamp
     k3 = k3.clamp(max=most)
     if kl == "k3_unbiased":
-        # r (e^q - q - 1) as one exponential: r may have underflowed where e^q overflows.
+        # r (e^q - q - 1) is computed with one exponential: r may underflow where e^q overflows.
         whole = (log_ratio + gap).exp() - ratio * (gap + 1)
         value = torch.where((gap > 60) & ~capped, whole, ratio * k3)
-        # -r (e^q - 1) + own r (e^q - q - 1), in terms of one sign.
+        # The derivative is -r (e^q - 1) + own r (e^q - q - 1), written in terms of one sign.
         through = torch.where(own == 1, 0, (1 - own) * value)
         inside = torch.where(
             gap > 0, -ratio * gap - through, -ratio * ((1 - own) * slope + own * gap)
@@ -274,17 +281,17 @@ def kl_terms(
 
 
 def either(condition: Tensor, a: float, b: float, like: Tensor) -> Tensor:
-    """`torch.where(condition, a, b)` in the dtype of `like`; of two numbers it has the default dtype."""
+    """Return `torch.where(condition, a, b)` in the dtype of `like`, not in the default dtype."""
     return torch.where(condition, like.new_full((), a), like.new_full((), b))
 
 
 def weigh(weight: Tensor, x: Tensor) -> Tensor:
-    """`weight * x`; 0 where the weight is, whatever x holds there."""
+    """Return `weight * x`, and 0 where the weight is 0, even if x is inf or NaN there."""
     return torch.where(weight == 0, 0, weight * x)
 
 
 def masked(tokens: Tokens, mask: Tensor | None) -> Tokens:
-    """The tokens with 0 where the mask is: what is there may be NaN."""
+    """Return the tokens with 0 where the mask is 0; masked values may be NaN."""
     if mask is None:
         return tokens
     return Tokens(*(None if x is None else torch.where(mask, x, 0) for x in tokens))  # type: ignore[arg-type]

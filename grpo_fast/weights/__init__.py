@@ -1,12 +1,12 @@
-"""Detached weights for the losses: what the sampling policy's drift costs a token, and which tokens count.
+"""Constant weights for the losses: corrections of a mismatch of policies, and which tokens count.
 
-Each function returns float32 (`kl_cov` a bool), to be given to `grpo_fast.loss` as `importance_weights`,
-which weigh the policy term alone, as `token_weights`, which weigh everything a token contributes, or
-multiplied into `mask`, which takes tokens out of the denominators too. Which trainer does which:
-docs/weights.md.
+Each function returns float32 (`kl_cov` returns bool). A loss of `grpo_fast.loss` takes the result
+as `importance_weights`, which weigh the surrogate alone, as `token_weights`, which weigh everything
+that a token contributes, or multiplied into `mask`, which also takes tokens out of the
+denominators. docs/weights.md says which trainer uses which.
 
-Tokens are padded (B, T), or packed (N,) with `cu_seqlens` where sequences matter. A masked token is never
-read, it may hold NaN. Nothing is differentiated, and nothing waits for the GPU.
+Tokens are padded (B, T), or packed (N,) with `cu_seqlens` where sequences matter. A masked token is
+never read and may hold NaN. Nothing is differentiated, and nothing waits for the GPU.
 """
 
 from grpo_fast.weights.divergence import binary_divergence, kpop

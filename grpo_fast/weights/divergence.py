@@ -1,4 +1,4 @@
-"""Importance weights that look at the divergence of two policies at the sampled token."""
+"""The divergence of two policies at the sampled token, and weights that depend on it."""
 
 import torch
 from torch import Tensor
@@ -16,13 +16,20 @@ DIVERGENCES = ("kl", "tv")
 def kpop(
     old_logps: Tensor, sampling_logps: Tensor, delta: float, *, mask: Tensor | None = None
 ) -> Tensor:
-    """1 where the KLs of the two-outcome distributions (this token, any other) are within `delta`, else 0.
+    """Return 1 for tokens at which two policies are close to each other, else 0.
 
-    Equivalent to `torch.maximum(kl(old, sampling), kl(sampling, old)) <= delta` with
-    `kl(p, q) = p (log p - log q) + (1 - p) (log(1 - p) - log(1 - q))`. A missing (NaN) log-prob is within.
+    A token is kept if both KL divergences of the outcomes "this token" and "any other token" are at
+    most `delta`:
+
+        >>> old, sampling = -torch.rand(2, 3), -torch.rand(2, 3)
+        >>> there = binary_divergence(old, sampling, kind="kl")
+        >>> back = binary_divergence(sampling, old, kind="kl")
+        >>> want = (torch.maximum(there, back) <= 0.05).float()
+        >>> torch.testing.assert_close(kpop(old, sampling, 0.05), want)
 
     Args:
-        old_logps, sampling_logps, mask: as in `importance_weights`.
+        old_logps, sampling_logps, mask: as in `importance_weights`. A token with a missing (NaN)
+            log-prob is kept.
         delta: in nats.
 
     Returns:
@@ -31,7 +38,7 @@ def kpop(
     op = "kpop"
     check_number(op, "delta", delta)
     live, old, sampling = live_tokens(op, mask, old_logps=old_logps, sampling_logps=sampling_logps)
-    old, sampling = (x.double().clamp(max=0) for x in (old, sampling))  # of rounding, above 0
+    old, sampling = (x.double().clamp(max=0) for x in (old, sampling))  # rounding: not above 0
     missing = (old - sampling).isnan()
     kl = torch.maximum(binary_kl(old, sampling), binary_kl(sampling, old))
     return (live & ((kl <= delta) | missing)).float().view(old_logps.shape)
@@ -46,19 +53,26 @@ def binary_divergence(
     mask: Tensor | None = None,
     floor: float = 0.0,
 ) -> Tensor:
-    """How far two policies are apart at each token, as distributions of "this token" and "any other".
+    """Return the divergence of two policies at each token.
 
-    Equivalent to `(p - q).abs()` for "tv", `p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()` for
-    "kl", with `p, q = logps.exp(), other_logps.exp()`. Not a weight itself: compare it with a threshold.
+    The outcomes are "this token" and "any other token":
+
+        >>> logps, other = -torch.rand(2, 3), -torch.rand(2, 3)
+        >>> p, q = logps.exp(), other.exp()
+        >>> torch.testing.assert_close(binary_divergence(logps, other, kind="tv"), (p - q).abs())
+        >>> kl = p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
+        >>> torch.testing.assert_close(binary_divergence(logps, other), kl, rtol=1e-4, atol=1e-5)
+
+    It is not a weight itself: compare it with a threshold.
 
     Args:
-        logps, other_logps: (B, T) or (N,), of p and q.
+        logps, other_logps: (B, T) or (N,), the log-probs under p and under q.
         kind: "kl", in nats, or "tv", the total variation.
         mask: the same shape; where it is 0 nothing is read.
         floor: p and q are clamped to [floor, 1 - floor].
 
     Returns:
-        Float32, of the shape of `logps`; 0 where masked, NaN where a log-prob is.
+        Float32, of the shape of `logps`; 0 where masked, NaN where a log-prob is NaN.
     """
     op = "binary_divergence"
     check_choice("kind", kind, DIVERGENCES, op)

@@ -1,4 +1,4 @@
-"""Importance weights: how far the policy that sampled is from the one before the update."""
+"""Importance weights: the ratio of the trainer's policy before the update to the policy that sampled."""
 
 import torch
 from torch import Tensor
@@ -28,34 +28,43 @@ def importance_weights(
     high: float | None = None,
     undefined: str = "one",
 ) -> Tensor:
-    """The ratio rho of the trainer's policy to the one that sampled, kept within bounds.
+    """Return the ratio rho of the trainer's policy to the one that sampled, kept within bounds.
 
-    Equivalent, at the level "token", to `(old_logps - sampling_logps).exp().clamp(low, high)`; for
-    `importance_weights=`. With the modes "truncate" and "mask" at the levels "token" and "sequence" these are
-    the four modes of TRL's `vllm_importance_sampling_mode`.
+        >>> old, sampling = -torch.rand(2, 3), -torch.rand(2, 3)
+        >>> mask, rho = torch.tensor([[1, 1, 1], [1, 1, 0]]), (old - sampling).exp()
+        >>> torch.testing.assert_close(importance_weights(old, sampling, high=1.2), rho.clamp(max=1.2))
+        >>> of_sequence = importance_weights(old, sampling, mask=mask, level="sequence")
+        >>> want = torch.where(mask == 1, rho, 1).prod(1, keepdim=True)
+        >>> torch.testing.assert_close(of_sequence, want)
+
+    It is meant for `importance_weights=`. With the modes "truncate" and "mask" at the levels
+    "token" and "sequence" these are the four modes of TRL's `vllm_importance_sampling_mode`.
 
     Args:
-        old_logps: (B, T) or (N,), by the trainer, of the weights that sampled.
-        sampling_logps: the same shape, by the inference engine.
-        mask: the same shape; a masked token counts as a difference of 0. A floating mask weighs the
+        old_logps: (B, T) or (N,), log-probs by the trainer, of the weights that sampled.
+        sampling_logps: the same shape, log-probs by the inference engine.
+        mask: the same shape. A masked token counts as a difference of 0. A floating mask weighs the
             differences in sums and means over a sequence.
         cu_seqlens: (num_seqs + 1,) boundaries of packed tokens. Without it they are one sequence.
-        level: rho of each "token"; of the "sequence", exp of the sum of the differences; "geometric", exp
-            of their mean.
-        mode: "truncate" clamps rho to the bounds, "mask" makes it 0 outside of them, "gate" is 1 inside
-            and 0 outside.
-        low, high: the bounds, both within; None: none.
-        undefined: a difference that is NaN (a missing log-prob; -inf from both) makes rho "one", at the other
-            levels counts as 0. With "zero", rho is 0 where it is NaN or infinite, and the bounds come after
-            that (NeMo-RL).
+        level: "token": exp of the difference `old_logps - sampling_logps`. "sequence": exp of the
+            sum of the differences of a sequence. "geometric": exp of their mean.
+        mode: "truncate" clamps rho to the bounds. "mask" makes rho 0 outside of them. "gate"
+            returns 1 inside and 0 outside.
+        low, high: the bounds; a rho equal to a bound is inside. None: no bound.
+        undefined: what happens to a difference that is NaN (a missing log-prob, or -inf from both).
+            "one": rho is 1 at the level "token", and the difference counts as 0 at the other
+            levels. "zero": a rho that is NaN or infinite becomes 0 before the bounds (NeMo-RL).
 
     Returns:
-        Float32, of the shape of `old_logps`; at the other levels one weight per sequence, (B, 1) padded or
-        (num_seqs,) packed.
+        Float32, of the shape of `old_logps`. At the levels "sequence" and "geometric" one weight
+        per sequence, (B, 1) padded or (num_seqs,) packed.
 
     Raises:
-        ValueError, TypeError: shapes that do not fit, an unknown choice, bounds that are negative or in the
-            wrong order, a gate without bounds.
+        ValueError, TypeError: shapes that do not fit, an unknown choice, bounds that are negative
+            or in the wrong order, a gate without bounds.
+
+    Source: Yao et al. 2025, "Your Efficient RL Framework Secretly Brings You Off-Policy RL
+    Training".
     """
     op = "importance_weights"
     check_choice("level", level, LEVELS, op)
@@ -90,10 +99,25 @@ def truncated_importance(
     cu_seqlens: Tensor | None = None,
     level: str = "token",
 ) -> Tensor:
-    """Truncated importance sampling (TIS): `importance_weights` with `mode="truncate"`, `high=cap`.
+    """Return truncated importance weights (TIS): the ratio of the two policies, at most `cap`.
 
-    Equivalent to `(old_logps - sampling_logps).exp().clamp(max=cap)`. Yao et al. 2025, "Your Efficient RL
-    Framework Secretly Brings You Off-Policy RL Training".
+        >>> old, sampling = -torch.rand(2, 3), -torch.rand(2, 3)
+        >>> got = truncated_importance(old, sampling, 1.2)
+        >>> torch.testing.assert_close(got, (old - sampling).exp().clamp(max=1.2))
+
+    Args:
+        old_logps, sampling_logps, mask, cu_seqlens, level: as in `importance_weights`, which is
+            called with `mode="truncate"` and `high=cap`.
+        cap: the upper bound, at least 0.
+
+    Returns:
+        As `importance_weights`.
+
+    Raises:
+        ValueError, TypeError: as in `importance_weights`.
+
+    Source: Yao et al. 2025, "Your Efficient RL Framework Secretly Brings You Off-Policy RL
+    Training".
     """
     check_number("truncated_importance", "cap", cap)
     return importance_weights(
@@ -109,10 +133,25 @@ def icepop(
     *,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """IcePop (Ring-1T, arXiv 2510.18855): `importance_weights` with `mode="mask"`, per token.
+    """Return IcePop's importance weights: the ratio where it is within bounds, else 0.
 
-    Equivalent to `torch.where((low <= rho) & (rho <= high), rho, 0)` with
-    `rho = (old_logps - sampling_logps).exp()`.
+        >>> old, sampling = -torch.rand(2, 3), -torch.rand(2, 3)
+        >>> rho = (old - sampling).exp()
+        >>> want = torch.where((0.8 <= rho) & (rho <= 1.2), rho, 0)
+        >>> torch.testing.assert_close(icepop(old, sampling, 0.8, 1.2), want)
+
+    Args:
+        old_logps, sampling_logps, mask: as in `importance_weights`, which is called with
+            `mode="mask"`.
+        low, high: the bounds; a ratio equal to a bound is inside.
+
+    Returns:
+        Float32, of the shape of `old_logps`.
+
+    Raises:
+        ValueError, TypeError: as in `importance_weights`.
+
+    Source: Ring-1T, arXiv 2510.18855.
     """
     return importance_weights(old_logps, sampling_logps, mask=mask, mode="mask", low=low, high=high)
 
@@ -125,16 +164,19 @@ def geometric_mean(
     cu_seqlens: Tensor | None = None,
     eps: float = 0.0,
 ) -> Tensor:
-    """One weight per sequence: the geometric mean of those of its tokens, 1 without any.
+    """Return one weight per sequence: the geometric mean of the weights of its tokens.
 
-    Equivalent to `(weights + eps).log().mean(-1, keepdim=True).exp()`. For objectives whose ratio is such a
-    mean, too: GMPO, as verl's "geo_mean" weighs it.
+        >>> w = torch.rand(2, 3)
+        >>> torch.testing.assert_close(geometric_mean(w), w.log().mean(-1, keepdim=True).exp())
+
+    It is meant for objectives whose ratio is such a mean, too: GMPO (arXiv 2507.20673), as verl
+    weighs its "geo_mean". A sequence without a token that counts has weight 1.
 
     Args:
         weights: (B, T) or (N,), at least 0.
-        mask: the same shape; where it is 0 nothing is read, and a floating one weighs the logs.
+        mask: the same shape. Where it is 0 nothing is read; a floating mask weighs the logarithms.
         cu_seqlens: as in `importance_weights`.
-        eps: added to each; with 0, one weight of 0 makes that of its sequence 0.
+        eps: added to each weight. With 0, one token of weight 0 makes the weight of its sequence 0.
 
     Returns:
         Float32, (B, 1) padded or (num_seqs,) packed.
@@ -150,7 +192,10 @@ def geometric_mean(
 
 
 def _mean(x: Tensor, live: Tensor, like: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """Means of (N,), 0 where masked, over the sequences of `like`, as `per_sequence` sums them."""
+    """Return the means of x (N,), 0 where masked, over the sequences of `like`.
+
+    They have the shape that `per_sequence` returns.
+    """
     count = per_sequence(live, like, cu_seqlens)
     return per_sequence(x, like, cu_seqlens) / count.where(count != 0, 1)
 

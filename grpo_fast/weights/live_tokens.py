@@ -1,4 +1,4 @@
-"""What `grpo_fast.weights` is made of: tokens as flat tensors, sums over sequences, ranks."""
+"""Steps that the functions of `grpo_fast.weights` share: tokens as flat tensors, masks, ranks."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ from grpo_fast import checks
 
 
 def live_tokens(op: str, mask: Tensor | None, **given: Tensor) -> tuple[Tensor, ...]:
-    """(which tokens count, the tensors in float32 with 0 elsewhere), all (N,)."""
+    """Return the tokens that count, (N,) bool, and the given tensors as float32 (N,), 0 elsewhere."""
     name, like = next(iter(given.items()))
     checks.check_tensor(op, name, like)
     if like.ndim not in (1, 2):
@@ -24,22 +24,22 @@ def live_tokens(op: str, mask: Tensor | None, **given: Tensor) -> tuple[Tensor, 
 
 
 def mask_weights(mask: Tensor | None, live: Tensor) -> Tensor:
-    """(N,) what a mask weighs each token with: a floating one its values, others 1 or 0."""
+    """Return the weight (N,) that a mask gives each token: the values of a floating mask, else 1 or 0."""
     share = checks.mask_share(mask, live)
     return live if share is None else share
 
 
 def gap_of(old: Tensor, sampling: Tensor) -> Tensor:
-    """`old - sampling`, 0 where one is missing, finite everywhere."""
+    """Return `old - sampling`, finite, and 0 where one of them is missing (NaN)."""
     return torch.nan_to_num(old - sampling, nan=0.0)
 
 
 def rank_of(order: Tensor) -> Tensor:
-    """The place of each element in an order: the inverse of argsort."""
+    """Return the place of each element in an order: the inverse of argsort."""
     position = torch.arange(len(order), device=order.device)
     return torch.empty_like(order).scatter(0, order, position)
 
 
 def share_of(live: Tensor, fraction: float) -> Tensor:
-    """How many tokens a fraction of the live ones, or of their weights, is: at least 1."""
+    """Return how many tokens a fraction of the tokens that count is, or of their weights: at least 1."""
     return (live.sum().double() * fraction).long().clamp(min=1)

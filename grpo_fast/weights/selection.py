@@ -1,4 +1,4 @@
-"""The functions of `grpo_fast.weights` that choose: which tokens, or which groups, count."""
+"""The functions of `grpo_fast.weights` that choose which tokens, or which groups, count."""
 
 import math
 
@@ -26,16 +26,24 @@ MISSING = ("error", "skip")
 def m2po(
     old_logps: Tensor, sampling_logps: Tensor, threshold: float, *, mask: Tensor | None = None
 ) -> Tensor:
-    """1 for the tokens left when the second moment of the log ratio is held below `threshold`, else 0.
+    """Return 1 for the tokens that stay when the second moment of the log-ratio is bounded, else 0.
 
-    The tokens with the largest `(old_logps - sampling_logps) ** 2` are dropped until the mean over the rest
-    is less than `threshold`; one token is always left. M2PO (arXiv 2510.01161), as AReaL's `m2_threshold`.
+    The tokens with the largest `(old_logps - sampling_logps) ** 2` are dropped until the mean over
+    the rest is below `threshold`. One token always stays.
+
+        >>> old = torch.tensor([[0.1, -0.2, 0.9]])
+        >>> m2po(old, torch.zeros(1, 3), 0.1).tolist()
+        [[1.0, 1.0, 0.0]]
 
     Args:
-        old_logps, sampling_logps, mask: as in `importance_weights`. The mean is over the tokens given.
+        old_logps, sampling_logps, mask: as in `importance_weights`. The mean is over the tokens of
+            this call that count.
+        threshold: at least 0.
 
     Returns:
         Float32, of the shape of `old_logps`; 0 where masked.
+
+    Source: M2PO, arXiv 2510.01161; AReaL's `m2_threshold`.
     """
     op = "m2po"
     check_number(op, "threshold", threshold)
@@ -55,19 +63,26 @@ def top_entropy(
     mask: Tensor | None = None,
     group: "torch.distributed.ProcessGroup | None" = None,
 ) -> Tensor:
-    """1 for the `fraction` of the tokens with the highest entropy, else 0 (arXiv 2506.01939).
+    """Return 1 for the `fraction` of the tokens with the highest entropy, else 0.
 
-    Equivalent to `entropy >= torch.quantile(entropy[mask], 1 - fraction)`, for any number of tokens. TRL's
-    `top_entropy_quantile`.
+        >>> entropy, mask = torch.rand(2, 5), torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+        >>> threshold = torch.quantile(entropy[mask == 1], 1 - 0.2)
+        >>> want = ((entropy >= threshold) & (mask == 1)).float()
+        >>> torch.testing.assert_close(top_entropy(entropy, 0.2, mask=mask), want)
+
+    `torch.quantile` takes at most 2^24 values; this function takes any number.
 
     Args:
         entropy: (B, T) or (N,), in nats.
         fraction: in [0, 1].
         mask: the same shape.
-        group: processes whose tokens count together, each with as many as it has. Default: this one's.
+        group: processes whose tokens are ranked together; each may have another number of tokens.
+            Default: this process alone.
 
     Returns:
-        Float32, of the shape of `entropy`; 0 where masked, NaN where the entropy is.
+        Float32, of the shape of `entropy`; 0 where masked, NaN where the entropy is NaN.
+
+    Source: arXiv 2506.01939; TRL's `top_entropy_quantile`.
     """
     op = "top_entropy"
     check_number(op, "fraction", fraction, high=1.0)
@@ -91,23 +106,34 @@ def clip_cov(
     epsilon_high: float = 0.2,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """0 for a few tokens drawn from those whose covariance is within (low, high), else 1 (arXiv 2505.22617).
+    """Return 0 for a few random tokens of high covariance of advantage and log-prob, else 1.
 
-    The covariance of a token is `(A - mean(A)) * (logp - mean(logp))`, means over the live tokens. Of the
-    tokens within that the PPO clip does not bind, max(1, fraction * n) are drawn, or all if there are fewer.
-    For `importance_weights=`; as in verl's "clip_cov".
+    The covariance of a token is `(A - mean(A)) * (logp - mean(logp))`, with means over the tokens
+    that count. From the tokens whose covariance is in (low, high) and whose PPO clip does not bind,
+    max(1, fraction * n) are drawn, or all if there are fewer.
+
+        >>> logps, A = torch.tensor([[-4.0, -0.1, -1.0]]), torch.tensor([[-2.0, 2.0, 0.0]])
+        >>> cov = (A - A.mean()) * (logps - logps.mean())
+        >>> keep = clip_cov(logps, logps, A, low=1.0, high=5.0, fraction=1.0)
+        >>> torch.testing.assert_close(keep, 1 - ((cov > 1) & (cov < 5)).float())
+
+    It is meant for `importance_weights=`, as in verl's "clip_cov".
 
     Args:
         logps, old_logps: (B, T) or (N,).
-        advantages: (B,) or (B, 1), with `cu_seqlens` (num_seqs,) or (num_seqs, 1), or per token.
-        mask: the same shape; a floating one weighs, in the means and in n.
-        fraction: of the n live tokens.
+        advantages: (B,) or (B, 1), with `cu_seqlens` (num_seqs,) or (num_seqs, 1), or one per
+            token.
+        mask: the same shape; a floating mask weighs the means and n.
+        cu_seqlens: (num_seqs + 1,) boundaries of packed tokens. Without it they are one sequence.
+        fraction: share of the n tokens that count.
         low, high: bounds of the covariance, exclusive.
-        epsilon_low, epsilon_high: of the clip.
-        generator: on the device of `logps`. Default: that device's own.
+        epsilon_low, epsilon_high: bounds of the PPO clip.
+        generator: on the device of `logps`. Default: the default generator of that device.
 
     Returns:
         Float32, of the shape of `logps`; 0 where masked.
+
+    Source: arXiv 2505.22617.
     """
     op = "clip_cov"
     check_number(op, "fraction", fraction, high=1.0)
@@ -144,17 +170,24 @@ def kl_cov(
     cu_seqlens: Tensor | None = None,
     fraction: float = 2e-4,
 ) -> Tensor:
-    """Whether a token is among the max(1, fraction * n) with the largest covariance (arXiv 2505.22617).
+    """Return whether a token is among those with the largest covariance of advantage and log-prob.
 
-    The covariance is that of `clip_cov`. These tokens get a penalty k * abs(logp - old_logp):
-    `ref_logps=torch.where(selected, old_logps, logps.detach())` with `Objective(kl="abs", beta=k)`. As in
-    verl's "kl_cov".
+    The covariance is that of `clip_cov`; the largest max(1, fraction * n) are chosen. These tokens
+    get a penalty k * abs(logp - old_logp), through
+    `ref_logps=torch.where(selected, old_logps, logps.detach())` with `Objective(kl="abs", beta=k)`,
+    as in verl's "kl_cov".
+
+        >>> logps, A = torch.tensor([[-4.0, -0.1, -1.0]]), torch.tensor([[-2.0, 2.0, 0.0]])
+        >>> cov = (A - A.mean()) * (logps - logps.mean())
+        >>> torch.testing.assert_close(kl_cov(logps, A, fraction=0.4), cov == cov.max())
 
     Args:
         logps, advantages, mask, cu_seqlens, fraction: as in `clip_cov`.
 
     Returns:
         Bool, of the shape of `logps`; False where masked.
+
+    Source: arXiv 2505.22617.
     """
     op = "kl_cov"
     check_number(op, "fraction", fraction, high=1.0)
@@ -173,18 +206,26 @@ def varied_groups(
     group_ids: Tensor | None = None,
     nan: str = "error",
 ) -> Tensor:
-    """1 for the sequences whose group has rewards that differ, else 0 (DAPO, arXiv 2503.14476).
+    """Return 1 for the sequences of groups whose rewards differ, else 0.
 
-    Equivalent to `(r.amax(1) > r.amin(1)).float().repeat_interleave(group_size)` with
-    `r = rewards.view(-1, group_size)`. The advantages of the others are 0; `mask * keep[:, None]` takes them
-    out of the denominators and out of the KL and entropy terms as well.
+    DAPO's dynamic sampling keeps these.
+
+        >>> rewards = torch.tensor([0.0, 1.0, 2.0, 2.0])
+        >>> r = rewards.view(-1, 2)
+        >>> want = (r.amax(1) > r.amin(1)).float().repeat_interleave(2)
+        >>> torch.testing.assert_close(varied_groups(rewards, group_size=2), want)
+
+    The advantages of the other sequences are 0. `mask * keep[:, None]` also takes them out of the
+    denominators and out of the KL and entropy terms.
 
     Args:
-        rewards, group_size, group_ids, nan: as in `grpo_fast.ops.group_advantage`, rewards (B,); what a
-            group is to differ in need not be the reward that is optimised.
+        rewards, group_size, group_ids, nan: as in `grpo_fast.ops.group_advantage`, with rewards
+            (B,). They need not be the rewards that are optimised.
 
     Returns:
         (B,) float32.
+
+    Source: DAPO, arXiv 2503.14476.
     """
     op = "varied_groups"
     check_choice("nan", nan, MISSING, op)
@@ -193,7 +234,7 @@ def varied_groups(
     position = torch.arange(len(rewards), device=rewards.device)
     if labels is None:
         group = position // (group_size or 1)
-    else:  # numbered in the order of the labels; torch.unique would wait for the GPU
+    else:  # groups are numbered in the order of the labels; torch.unique would wait for the GPU
         ascending, order = labels.sort()
         new = torch.zeros_like(order)
         new[1:] = (ascending[1:] != ascending[:-1]).long()
@@ -205,13 +246,13 @@ def varied_groups(
         )
         for reduction, other in (("amax", -math.inf), ("amin", math.inf))
     ]
-    # A NaN that is not to be skipped, and that nobody looks for on a GPU, comes out.
+    # On a GPU nobody looks for a NaN. One that is not skipped makes its group NaN.
     unknown = extremes[0].isnan() | extremes[1].isnan()
     return torch.where(unknown, torch.nan, (extremes[0] > extremes[1]).float())[group]
 
 
 def _covariance(A: Tensor, logp: Tensor, weight: Tensor) -> Tensor:
-    """Each token's share of the covariance of advantage and log-prob, times n, by weighted means."""
+    """Return the covariance of advantage and log-prob at each token, about their weighted means."""
     A, logp, weight = A.double(), logp.double(), weight.double()
     n = weight.sum()
     n = n.where(n != 0, 1)

@@ -9,8 +9,10 @@ import sys
 import pytest
 import torch
 
-from benchmarks import gate, gate_hidden, hidden, measure, providers, shapes
-from benchmarks.inputs import make_batch
+from benchmarks import providers
+from benchmarks.inputs import hidden, shapes
+from benchmarks.inputs.batches import make_batch
+from benchmarks.measuring import calls, gate
 
 CPU = torch.device("cpu")
 SHAPE = shapes.Shape(B=4, T=12, V=1003, G=2, D=48)
@@ -53,28 +55,15 @@ def batches():
 
 
 def result(stem, name, fn, batch):
-    if stem in providers.HIDDEN_PROVIDERS:
-        return gate_hidden.run(fn, *gate_hidden.leaves(batch), batch, stem)
-    if stem == "group_advantage":
-        return fn(batch.rewards, batch.shape.G), None
-    arguments = {"objective": batch.objective, **batch.arguments}
-    if stem in ("policy_loss", "sequence_loss"):
-        logps = batch.logps.requires_grad_()
-        return measure.value_and_grad(fn, logps, logps, **arguments)
-    leaf, logits = measure.logits_setup(batch, name)
-    if stem == "logprob":
-        logps = fn(logits, batch.ids)
-        return logps, torch.autograd.grad(logps, leaf, batch.upstream)[0]
-    loss, grad = measure.value_and_grad(fn, leaf, logits, batch.ids, **arguments)
-    return loss, measure.without_extra_row(grad, batch)
+    run = calls.forward if stem == "group_advantage" else calls.forward_backward
+    return run(fn, calls.prepare(stem, name, batch))
 
 
 @pytest.mark.parametrize("stem, name, variant", CASES)
 def test_computes_its_contract(stem, name, variant, batches):
     fn = load(stem, name)
     batch = batches(variant, stem in providers.HIDDEN_PROVIDERS)
-    check = gate_hidden.check if stem in providers.HIDDEN_PROVIDERS else gate.check
-    errors = check(stem, batch, *result(stem, name, fn, batch), factor=gate.factor_of(name))
+    errors = gate.check(stem, batch, *result(stem, name, fn, batch), factor=gate.factor_of(name))
     assert 0 <= max(errors.values()) < 1e-3
 
 
@@ -186,7 +175,7 @@ def test_gate_refuses_what_is_slightly_off(stem, which, batches):
     off = {"value": value, "dhidden": dhidden, "dweight": dweight}
     off[which] = off[which] * 1.002
     with pytest.raises(AssertionError, match=f"{stem}: {which}"):
-        gate_hidden.check(stem, batch, off["value"], (off["dhidden"], off["dweight"]))
+        gate.check(stem, batch, off["value"], (off["dhidden"], off["dweight"]))
 
 
 def test_the_gate_knows_whose_code_it_checks():

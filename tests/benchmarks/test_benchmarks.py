@@ -12,8 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import eager, gate, machine, measure, memory, providers, runner, shapes, tables
-from benchmarks.inputs import make_batch
+from benchmarks import providers
+from benchmarks.inputs import shapes
+from benchmarks.inputs.batches import make_batch
+from benchmarks.measuring import calls, gate, machine, measure, memory
+from benchmarks.providers import eager
+from benchmarks.report import tables
+from benchmarks.run import runner
+from tests.support.results import Benchmark
 
 SHAPE = shapes.Shape(B=4, T=6, V=101, G=2)
 CPU = torch.device("cpu")
@@ -25,41 +31,40 @@ def batch(request):
     return make_batch(SHAPE, getattr(request, "param", "full"), CPU, torch.float32)
 
 
-def loss_and_grad(fn, batch):
-    leaf = batch.logits.requires_grad_()
-    arguments = {"objective": batch.objective, **batch.arguments}
-    return measure.value_and_grad(fn, leaf, leaf.clone(), batch.ids, **arguments)
+def result(stem, provider, batch, backward=True):
+    fn = providers.load(stem, provider)
+    run = calls.forward_backward if backward else calls.forward
+    return run(fn, calls.prepare(stem, provider, batch))
 
 
 @pytest.mark.parametrize("batch", shapes.VARIANTS, indirect=True)
 @pytest.mark.parametrize("provider", ["eager", "grpo_fast", providers.INPLACE])
 def test_gate_passes_correct_losses(batch, provider):
-    gate.check("grpo", batch, *loss_and_grad(providers.load("grpo", provider), batch))
+    gate.check("grpo", batch, *result("grpo", provider, batch))
 
 
 def test_gate_passes_the_other_stems(batch):
-    logps = batch.logps.requires_grad_()
-    arguments = {"objective": batch.objective, **batch.arguments}
     for provider in ("eager", "grpo_fast"):
-        loss = providers.load("policy_loss", provider)
-        gate.check("policy_loss", batch, *measure.value_and_grad(loss, logps, logps, **arguments))
-        logprob = providers.load("logprob", provider)
-        gate.check("logprob", batch, logprob(batch.logits, batch.ids), None)
-        advantages = providers.load("group_advantage", provider)(batch.rewards, SHAPE.G)
-        gate.check("group_advantage", batch, advantages, None)
+        gate.check("policy_loss", batch, *result("policy_loss", provider, batch))
+        gate.check("logprob", batch, *result("logprob", provider, batch, backward=False))
+        advantages = result("group_advantage", provider, batch, backward=False)
+        gate.check("group_advantage", batch, *advantages)
 
 
 @pytest.mark.parametrize("value_factor, grad_factor", [(1.001, 1), (1, 1.001), (float("nan"), 1)])
 def test_gate_refuses_a_result_that_is_slightly_off(batch, value_factor, grad_factor):
-    loss, grad = loss_and_grad(eager.grpo, batch)
+    loss, (grad,) = result("grpo", "eager", batch)
     with pytest.raises(AssertionError, match=r"grpo: (value|gradient)"):
-        gate.check("grpo", batch, loss * value_factor, grad * grad_factor)
+        gate.check("grpo", batch, loss * value_factor, (grad * grad_factor,))
+
+
+def of_group_advantage(provider, benchmark=None):
+    case = measure.Case("group_advantage", "micro-batch", "full", provider)
+    measure.measure(benchmark or Benchmark("bench_forward[x]"), case, backward=False)
 
 
 def test_a_wrong_provider_is_not_timed(monkeypatch):
-    class Untouchable:
-        name = "bench_forward[x]"
-
+    class Untouchable(Benchmark):
         def pedantic(self, *args, **kwargs):
             raise RuntimeError("timed")
 
@@ -68,38 +73,8 @@ def test_a_wrong_provider_is_not_timed(monkeypatch):
     )
     monkeypatch.setattr(measure, "ABSENT", {})
     with pytest.raises(AssertionError, match="group_advantage: value"):
-        measure.measure(
-            Untouchable(),
-            stem="group_advantage",
-            provider="wrong",
-            shape_name="micro-batch",
-            variant="full",
-            setup=lambda batch: (batch.rewards, batch.shape.G),
-            call=lambda fn: lambda *args: (fn(*args), None),
-            nbytes=lambda batch: 0,
-        )
+        of_group_advantage("wrong", Untouchable("bench_forward[x]"))
     assert measure.ABSENT["group_advantage wrong"].startswith("wrong result")
-
-
-class Timer:
-    name = "bench_forward[x]"
-    group = None
-
-    def __init__(self):
-        self.extra_info = {}
-
-
-def of_group_advantage(provider):
-    measure.measure(
-        Timer(),
-        stem="group_advantage",
-        provider=provider,
-        shape_name="micro-batch",
-        variant="full",
-        setup=lambda batch: (batch.rewards, batch.shape.G),
-        call=lambda fn: lambda *args: (fn(*args), None),
-        nbytes=lambda batch: 0,
-    )
 
 
 def test_whatever_a_provider_raises_is_a_reason(monkeypatch):
@@ -212,23 +187,23 @@ def test_run_all_takes_the_interpreter_of_make(tmp_path):
             command, env=environment, text=True, capture_output=True, check=True
         ).stdout
 
-    assert run() == ".venv/bin/python -m benchmarks.runner --list\n"
-    assert run(PYTHON=str(tmp_path / "other")) == "other -m benchmarks.runner --list\n"
+    assert run() == ".venv/bin/python -m benchmarks.run --list\n"
+    assert run(PYTHON=str(tmp_path / "other")) == "other -m benchmarks.run --list\n"
 
 
 @pytest.mark.parametrize("arguments, want", [(("--version",), "passed"), (("/no/file",), "failed")])
 def test_run_all_reports_a_piece(arguments, want):
-    assert runner.run_piece(runner.Piece("x", arguments, 1), 120, {}) == want
+    assert runner.run_piece(runner.Piece("x", arguments), 120, {}).text == want
 
 
 def test_run_all_stops_what_overruns(tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "GRACE", 0.5)
     path = tmp_path / "test_slow.py"
     path.write_text("import time\ndef test_slow():\n    time.sleep(600)\n")
-    piece = runner.Piece("slow", (str(path),), 1)
-    assert runner.run_piece(piece, 1.5, {}) == "out of time"
-    outcome = runner.run([(1.0, [piece])], 0.1, "19274bf")
-    assert outcome == {"slow": "out of time"}
+    piece = runner.Piece("slow", (str(path),))
+    assert runner.run_piece(piece, 1.5, {}).late
+    outcome = runner.run([piece], 0.1, "19274bf", tmp_path)
+    assert outcome == {"slow": runner.Outcome("out of time", late=True)}
 
 
 def test_a_short_call_has_the_time_on_the_device_too(monkeypatch):
@@ -252,7 +227,7 @@ def test_a_short_call_has_the_time_on_the_device_too(monkeypatch):
 
     def setup():
         log.append("setup")
-        return ("batch",)
+        return "batch"
 
     for median, want in ((1e-4, {"event_seconds": 0.05e-3}), (3e-2, {})):
         stats = types.SimpleNamespace(stats=types.SimpleNamespace(median=median))

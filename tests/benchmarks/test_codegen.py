@@ -8,8 +8,10 @@ pytest.importorskip("triton", reason="the kernels need Triton")
 
 import triton
 
-from benchmarks import codegen, codegen_cases, compiled
-from benchmarks.assembly import Instruction, read_loops
+from benchmarks.codegen import cases as codegen_cases
+from benchmarks.codegen import reports as codegen
+from benchmarks.codegen import saved as compiled
+from benchmarks.codegen.assembly import Instruction, read_loops
 
 # Of the main loops of the common path: instructions per element, as measured and 5 % more. A barrier, a
 # narrow load or a conversion that comes back costs more. (gfx942 has none that rounds to bfloat16.)

@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 
-from benchmarks import compare
+from benchmarks.experiments import compare
 
 BENCHMARK = """
 import time

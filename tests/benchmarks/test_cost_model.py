@@ -2,7 +2,10 @@
 
 import pytest
 
-from benchmarks import committed, cost_model, shapes, traffic
+from benchmarks.inputs import shapes
+from benchmarks.measuring import traffic
+from benchmarks.predictions import cost_model
+from benchmarks.report import committed
 
 H100 = "NVIDIA H100 80GB HBM3"
 S0 = shapes.get("qwen2.5-7b-16k")
@@ -11,7 +14,8 @@ SIZES = {"B": 16, "T": 1024, "V": 152_064, "D": 3584, "G": 4}
 
 def predict(stem, case, name="H200", live=S0.N, moving=S0.N, sizes=SIZES, provider=cost_model.OWN):
     top = cost_model.ceilings(name)
-    return cost_model.predict(stem, case, sizes, live, moving, name, top, provider)
+    launch = cost_model.Launch(stem, case, sizes, live, moving, provider)
+    return cost_model.predict(launch, name, top)
 
 
 def test_bytes_set_the_time_of_the_kernels():
@@ -59,8 +63,8 @@ def test_each_provider_has_its_own_prediction():
         ("grpo_fast", 4, 5, 16_640, 2),
         ("grpo_fast-bf16", 2, 3, 16_512, 0),
     ):
-        arguments = "linear_grpo", "forward_backward", SIZES, S0.N, S0.N, "H200", top, provider
-        made = cost_model.predict(*arguments)
+        launch = "linear_grpo", "forward_backward", SIZES, S0.N, S0.N, provider
+        made = cost_model.predict(cost_model.Launch(*launch), "H200", top)
         gemms = 6 * rows * parameters / 1e15
         assert made.low == pytest.approx(gemms + (read + 2) * entries / 1e12, rel=1e-3)
         dweight = (8 * chunks - 4 + 6) * parameters
@@ -80,9 +84,10 @@ def test_each_provider_has_its_own_prediction():
 def test_a_faster_memory_moves_the_bound_to_the_instructions():
     slow = cost_model.Ceilings(1e12, 1e15, "")
     fast = cost_model.Ceilings(1e15, 1e15, "")
-    arguments = ("grpo", "forward_backward", SIZES, S0.N, S0.N, "H200")
-    assert cost_model.predict(*arguments, slow).bound == "bytes"
-    assert cost_model.predict(*arguments, fast).bound in ("instructions", "exponentials")
+    launch = cost_model.Launch("grpo", "forward_backward", SIZES, S0.N, S0.N)
+    assert cost_model.predict(launch, "H200", slow).bound == "bytes"
+    bound = cost_model.predict(launch, "H200", fast).bound
+    assert bound in ("instructions", "exponentials")
 
 
 def test_every_gpu_of_the_table_has_every_example():

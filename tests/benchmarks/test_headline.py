@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import report
+from benchmarks.report import document as report
 from tests.support.results import entry, gpu_results, head_entry, write, write_result
 
 ROOT = Path(__file__).resolve().parents[2]

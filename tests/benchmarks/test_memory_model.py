@@ -5,7 +5,10 @@ import itertools
 import pytest
 import torch
 
-from benchmarks import decoder, eager, memory_model, step_7b
+from benchmarks.predictions import memory_model
+from benchmarks.providers import eager
+from benchmarks.step_7b import decoder
+from benchmarks.step_7b import step as step_7b
 from grpo_fast import Objective
 from grpo_fast.loss import linear_grpo_loss
 
@@ -118,7 +121,7 @@ def test_the_saved_predictions_are_of_this_code():
     saved = memory_model.load()
     if saved["torch"] != torch.__version__.split("+")[0]:
         pytest.skip(f"saved with the operators of torch {saved['torch']}")
-    trained = memory_model.build(decoder.QWEN_7B, "lora", torch.bfloat16)
+    trained = step_7b.build(decoder.QWEN_7B, "lora", memory_model.META, torch.bfloat16)
     size = step_7b.BATCH["cuda"]
     for provider in ("eager", "grpo_fast"):
         row = next(

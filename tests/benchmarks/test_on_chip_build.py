@@ -10,8 +10,12 @@ import torch
 pytest.importorskip("triton", reason="the kernel needs Triton")
 import triton
 
-from benchmarks import driver, on_chip_build, on_chip_check, on_chip_codegen, shapes
-from benchmarks.launches import specialise
+from benchmarks.codegen.launches import specialise
+from benchmarks.inputs import shapes
+from benchmarks.on_chip import build as on_chip_build
+from benchmarks.on_chip import check as on_chip_check
+from benchmarks.on_chip import codegen as on_chip_codegen
+from benchmarks.on_chip import driver
 from grpo_fast.kernels import on_chip
 
 CPU = torch.device("cpu")

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import committed, experiments, memory_model, pictures, report, tables
+from benchmarks.predictions import memory_model
+from benchmarks.report import committed, experiments, tables
+from benchmarks.report import document as report
 from tests.support.results import entry, gpu_results, write, write_result
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -238,29 +240,6 @@ def test_the_main_tables_come_first(gpu_results):
     parts += ["#### group_advantage\n", "#### Experiments", "#### Prediction and", "## CPU"]
     places = [text.index(part) for part in parts]
     assert places == sorted(places)
-
-
-def test_pictures_are_those_of_the_results(gpu_results):
-    pytest.importorskip("matplotlib", reason="draws the pictures")
-    output = gpu_results / "RESULTS.md"
-    (gpu_results / "pictures").mkdir()
-    (gpu_results / "pictures" / "gone.svg").write_text("")
-    assert report.main(["--results", str(gpu_results), "--output", str(output)]) == 0
-    drawn = {p.name: p.read_text() for p in (gpu_results / "pictures").iterdir()}
-    assert drawn.keys() == {
-        "nvidia-h200-grpo-roofline.svg",
-        "nvidia-h200-linear-grpo-roofline.svg",
-        "nvidia-h200-linear-grpo-qwen2-5-7b-over-n.svg",
-    }
-    for name in drawn:
-        assert f"({pictures.FOLDER}/{name})" in output.read_text()
-    assert report.main(["--results", str(gpu_results), "--output", str(output)]) == 0
-    assert {p.name: p.read_text() for p in (gpu_results / "pictures").iterdir()} == drawn
-
-
-def test_published_pictures_are_those_of_the_results():
-    wanted = {n for run in committed.load(report.FOLDER / "results") for n in pictures.names(run)}
-    assert {path.name for path in (report.FOLDER / pictures.FOLDER).glob("*.svg")} == wanted
 
 
 def test_a_readme_without_its_markers_is_refused():

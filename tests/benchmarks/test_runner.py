@@ -1,7 +1,6 @@
 """run_all: its plan, its clock, and what it does about a provider that takes the process down."""
 
 import json
-import signal
 import subprocess
 import sys
 import tarfile
@@ -10,34 +9,32 @@ import textwrap
 import pytest
 import torch
 
-from benchmarks import machine, providers, results, runner, shapes, timing
+from benchmarks import providers
 from benchmarks.conftest import limited
+from benchmarks.inputs import shapes
+from benchmarks.measuring import machine
+from benchmarks.run import runner
 
 CRASHING = """
 import os
 
-import pytest
-
-from benchmarks import measure, providers, traffic
+from benchmarks import providers
+from benchmarks.measuring import machine
+from benchmarks.measuring.measure import Case, cases, measure
 
 TABLE = providers.PROVIDERS["group_advantage"]
 TABLE["crashing"] = lambda: lambda *args: os.abort()
+for name in list(TABLE):
+    if name not in ("eager", "crashing", "grpo_fast"):
+        del TABLE[name]
+TABLE["grpo_fast"] = TABLE.pop("grpo_fast")  # behind the one that crashes
 
 
-@pytest.mark.parametrize("shape", ["micro-batch"])
-@pytest.mark.parametrize("provider", ["eager", "crashing", "grpo_fast"])
-def bench_forward(benchmark, shape, provider):
-    measure.measure(
-        benchmark,
-        stem="group_advantage",
-        provider=provider,
-        shape_name=shape,
-        variant="full",
-        setup=lambda batch: (batch.rewards, batch.shape.G),
-        call=lambda fn: lambda *args: (fn(*args), None),
-        nbytes=lambda batch: traffic.group_advantage(batch.shape.B).least,
-    )
+@cases("group_advantage", [("micro-batch", "full")])
+def bench_forward(benchmark, case):
+    measure(benchmark, case, backward=False)
 """
+WHO = "crash bench_forward[micro-batch-full-crashing]"
 ROOFS = json.dumps({"bandwidth": {"copy": 1e10, "read": 1e10}, "gemm": {"float32": 1e11}})
 
 
@@ -54,23 +51,20 @@ def crashing_piece(tmp_path, *more):
     path.write_text(textwrap.dedent(CRASHING))
     config = str(runner.ROOT / "pyproject.toml")
     arguments = ("-c", config, "-p", "benchmarks.conftest", *more, str(path))
-    return runner.Piece("crash", arguments, 1, results=tmp_path / "r.json", peer=True)
+    return runner.Piece("crash", arguments, results=tmp_path / "r.json")
 
 
-@pytest.mark.parametrize("plugin", [(), ("-p", "no:benchmark")], ids=["plugin", "pytest alone"])
-def test_a_crash_loses_one_number(tmp_path, environment, plugin):
-    piece = crashing_piece(tmp_path, *plugin)
+def test_a_crash_loses_one_number(tmp_path, environment):
+    piece = crashing_piece(tmp_path)
     outcome = runner.run_piece(piece, 300, environment)
-    who = "crash bench_forward[crashing-micro-batch]"
-    assert outcome == f"crashed in {who}"
+    assert outcome.text == f"crashed in {WHO}"
     document = json.loads(piece.results.read_text())
     measured = [x["extra_info"]["provider"] for x in document["benchmarks"]]
     assert measured == ["eager", "grpo_fast"]
-    assert document["machine_info"]["absent"] == {who: "crashed: SIGABRT"}
+    assert document["machine_info"]["absent"] == {WHO: "crashed: SIGABRT"}
     assert document["machine_info"]["bandwidth"]["copy"] == 1e10
     assert document["machine_info"]["commit"] == "19274bf"
     assert all(x["stats"]["median"] > 0 for x in document["benchmarks"])
-    assert runner.exit_code([(1.0, [piece])], {"crash": outcome}) == 0, "it is a peer's"
 
 
 def test_what_is_out_of_time_leaves_what_it_has(tmp_path, environment, monkeypatch):
@@ -78,7 +72,7 @@ def test_what_is_out_of_time_leaves_what_it_has(tmp_path, environment, monkeypat
     text = CRASHING.replace("os.abort()", "__import__('time').sleep(600)")
     monkeypatch.setitem(globals(), "CRASHING", text)
     piece = crashing_piece(tmp_path)
-    assert runner.run_piece(piece, 30, environment) == runner.OUT_OF_TIME
+    assert runner.run_piece(piece, 30, environment) == runner.Outcome("out of time", late=True)
     document = json.loads(piece.results.read_text())
     assert [x["extra_info"]["provider"] for x in document["benchmarks"]] == ["eager"]
 
@@ -101,10 +95,10 @@ def test_a_failure_before_the_time_is_out_counts(tmp_path, environment, monkeypa
     monkeypatch.setattr(runner, "GRACE", 2.0)
     path = tmp_path / "test_slow.py"
     path.write_text(SLOW.format(right=right, signal=sign))
-    piece = runner.Piece("slow", ("-c", "/dev/null", "--rootdir", str(tmp_path), str(path)), 1)
+    piece = runner.Piece("slow", ("-c", "/dev/null", "--rootdir", str(tmp_path), str(path)))
     outcome = runner.run_piece(piece, 12, environment)
-    assert outcome == (runner.OUT_OF_TIME if right else runner.FAILED_LATE)
-    code = runner.exit_code([(1.0, [piece])], {"slow": outcome})
+    assert outcome.text == ("out of time" if right else "failed, then out of time")
+    code = runner.exit_code({"slow": outcome})
     assert code == (runner.UNFINISHED if right else runner.FAILED)
 
 
@@ -120,7 +114,7 @@ def test_a_wrong_7b_step_before_the_time_is_out_counts(tmp_path, monkeypatch, wh
     monkeypatch.setattr(runner, "_wait", lambda *_: None)
     piece = runner.Piece("7B step", (f"--out={path}",), 1, runner.STEP, path)
     outcome = runner.run_piece(piece, 60, {})
-    assert outcome == (runner.FAILED_LATE if who == "grpo_fast" else runner.OUT_OF_TIME)
+    assert (outcome.failed, outcome.late) == (who == "grpo_fast", True)
 
 
 def test_a_calibration_that_hangs_is_named(monkeypatch):
@@ -137,15 +131,14 @@ def test_a_process_without_its_gpu_gives_way_to_another(tmp_path, environment, m
     text = CRASHING.replace(
         'TABLE["crashing"] =', 'machine.lost = lambda: LOST\nLOST = []\nTABLE["crashing"] ='
     )
-    text = text.replace("os.abort()", "LOST.append(1)").replace("measure,", "machine, measure,")
+    text = text.replace("os.abort()", "LOST.append(1)")
     monkeypatch.setitem(globals(), "CRASHING", text)
     piece = crashing_piece(tmp_path)
-    who = "crash bench_forward[crashing-micro-batch]"
-    assert runner.run_piece(piece, 300, environment) == f"crashed in {who}"
+    assert runner.run_piece(piece, 300, environment).text == f"crashed in {WHO}"
     document = json.loads(piece.results.read_text())
     measured = [x["extra_info"]["provider"] for x in document["benchmarks"]]
     assert measured == ["eager", "grpo_fast"]
-    assert document["machine_info"]["absent"][who] == "crashed: SIGKILL"
+    assert document["machine_info"]["absent"][WHO] == "crashed: SIGKILL"
 
 
 def test_which_gpu_it_was_is_written_down(monkeypatch):
@@ -162,7 +155,8 @@ def test_which_gpu_it_was_is_written_down(monkeypatch):
 @pytest.mark.parametrize("stem", ["grpo", "linear_grpo"])
 def test_what_compiles_for_minutes_comes_last(environment, stem):
     command = [sys.executable, "-m", "pytest", "-q", "--collect-only"]
-    command += [f"benchmarks/bench_{stem}.py", *(f"--library={x}" for x in providers.OWN)]
+    command += ["--full", f"benchmarks/bench_{stem}.py"]
+    command += [f"--library={x}" for x in providers.OWN]
     done = subprocess.run(
         command, cwd=runner.ROOT, env=environment, capture_output=True, text=True, check=True
     )
@@ -187,7 +181,8 @@ def test_the_first_case_of_every_kernel_comes_first(environment):
     """A library's process may be stopped early: by then it has done what tells most."""
     stems = ("linear_grpo", "grpo", "logprob", "linear_logprob")
     files = [f"benchmarks/bench_{stem}.py" for stem in stems]
-    command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "--library=trl", *files]
+    command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "--full"]
+    command += ["--library=trl", *files]
     done = subprocess.run(
         command, cwd=runner.ROOT, env=environment, capture_output=True, text=True, check=True
     )
@@ -200,24 +195,45 @@ def test_the_first_case_of_every_kernel_comes_first(environment):
     assert cases == [f"{shape}-{variant}" for shape, variant in shapes.hidden_cases()]
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU every case is the default")
+def test_a_cpu_measures_one_case_of_each_kernel(environment):
+    command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "benchmarks/bench_grpo.py"]
+    done = subprocess.run(
+        command, cwd=runner.ROOT, env=environment, capture_output=True, text=True, check=True
+    )
+    found = [x.partition("[")[2] for x in done.stdout.splitlines() if "::" in x]
+    where = f"{next(iter(shapes.CPU))}-full-"
+    assert found == [f"{where}{name}]" for name in ("eager", "grpo_fast", providers.INPLACE)]
+
+
 def test_the_plan(tmp_path):
-    plan = runner.stages(tmp_path, "19274bf")
-    shares = [share for share, _ in plan]
-    assert shares == sorted(shares)
-    assert shares[-1] == 1.0
-    pieces = {piece.name: piece for _, some in plan for piece in some}
+    pieces = {piece.name: piece for piece in runner.plan(tmp_path, "19274bf")}
     names = list(pieces)
+    assert sum(piece.weight for piece in pieces.values()) == pytest.approx(100)
     assert set(runner.STEMS) == set(providers.PROVIDERS)
     assert len(runner.STEMS) == len(set(runner.STEMS))
     order = ("test test_logprob", "benchmarks", "7B step", "TRL step", "benchmarks, the rest")
     places = [names.index(name) for name in order]
     assert places == sorted(places)
+    assert "test test_layout" not in names
     first, rest = pieces["benchmarks"], pieces["benchmarks, the rest"]
     assert (first.resume, rest.resume) == (False, True)
     assert (first.results, first.arguments) == (rest.results, rest.arguments)
-    assert "--resume" in rest.command(60, rest.resume)
+    assert {"--resume", "--full"} < set(rest.command(60, rest.resume))
     files = [piece.results for piece in pieces.values() if piece.results and not piece.resume]
     assert len(files) == len(set(files))
+
+
+def test_what_is_not_needed_goes_to_the_pieces_behind(tmp_path, monkeypatch):
+    limits = []
+    pieces = [runner.Piece("a", (), 30), runner.Piece("b", (), 10), runner.Piece("c", (), 10)]
+    monkeypatch.setattr(
+        runner,
+        "run_piece",
+        lambda piece, limit, _: limits.append(limit) or runner.Outcome("passed"),
+    )
+    runner.run(pieces, 100, "19274bf", tmp_path)
+    assert limits == pytest.approx([60, 50, 100], abs=1)
 
 
 def failing(tmp_path, *names):
@@ -229,45 +245,48 @@ def failing(tmp_path, *names):
         f"@pytest.mark.parametrize('name', [{values}], ids=lambda x: f'shape-full-{{x}}')\n"
         "def test_it(name):\n    assert name == 'eager'\n"
     )
-    return runner.Piece("some", ("-c", "/dev/null", "--rootdir", str(tmp_path), str(path)), 1)
+    return runner.Piece("some", ("-c", "/dev/null", "--rootdir", str(tmp_path), str(path)))
 
 
 @pytest.mark.parametrize(
     "names, outcome",
     [
         ((), "passed"),
-        (("trl", "cce-exact"), runner.PEERS_FAILED),
+        (("trl", "cce-exact"), "passed, but for other libraries"),
         (("trl", "grpo_fast"), "failed"),
         (("grpo_fast-inplace",), "failed"),
     ],
 )
 def test_failures_of_other_libraries_are_told_apart(tmp_path, environment, names, outcome):
     piece = failing(tmp_path, *names)
-    assert runner.run_piece(piece, 60, environment) == outcome
-    code = runner.exit_code([(1.0, [piece])], {"some": outcome})
-    assert code == (runner.FAILED if outcome == "failed" else 0)
+    found = runner.run_piece(piece, 60, environment)
+    assert found == runner.Outcome(outcome, failed=outcome == "failed")
+    assert runner.exit_code({"some": found}) == (runner.FAILED if found.failed else 0)
 
 
 @pytest.mark.parametrize("name, own", [("cce", False), ("grpo_fast-bf16", True)])
-def test_crashes_of_other_libraries_are_told_apart(name, own):
-    piece = runner.Piece("some", (), 1)
-    outcome = f"{runner.CRASHED_IN}linear_grpo bench_x[qwen-full-{name}]"
-    code = runner.exit_code([(1.0, [piece])], {"some": outcome})
-    assert code == (runner.FAILED if own else 0)
+def test_crashes_of_other_libraries_are_told_apart(tmp_path, monkeypatch, name, own):
+    crash = runner.Outcome("crashed: SIGSEGV", failed=True)
+    done = iter([crash, runner.Outcome("passed")])
+    ends = iter([f"linear_grpo bench_x[qwen-full-{name}]", None])
+    monkeypatch.setattr(runner, "_run_once", lambda *_: next(done))
+    monkeypatch.setattr(runner.recorder, "note_end", lambda *_: next(ends))
+    outcome = runner.run_piece(runner.Piece("some", (), results=tmp_path / "r.json"), 60, {})
+    assert outcome.failed == own
 
 
 def test_a_benchmark_that_hangs_takes_its_process_down():
     code = "from benchmarks.conftest import limited\nimport time\nwith limited(0.2): time.sleep(60)"
     done = subprocess.run([sys.executable, "-c", code], cwd=runner.ROOT, timeout=50)
-    assert done.returncode == -signal.SIGKILL
+    assert done.returncode == 1
     with limited(None), limited(60):
         pass
 
 
 def test_parts_of_a_run_keep_each_others_outcome(tmp_path):
-    path = tmp_path / "outcome.txt"
-    runner.keep(path, {"a": "passed", "b": "out of time"})
-    runner.keep(path, {"b": "crashed in x: y", "c": "failed"})
+    path = tmp_path / "outcome-19274bf.txt"
+    runner.keep(tmp_path, "19274bf", {"a": "passed", "b": "out of time"})
+    runner.keep(tmp_path, "19274bf", {"b": "crashed in x: y", "c": "failed"})
     assert path.read_text().splitlines() == ["a: passed", "b: crashed in x: y", "c: failed"]
 
 
@@ -288,32 +307,20 @@ def test_code_of_an_unknown_commit_is_not_measured(tmp_path, monkeypatch, capsys
 def test_one_file_holds_all_of_a_commit(tmp_path, monkeypatch):
     (tmp_path / "grpo-19274bf.json").write_text("{}")
     (tmp_path / "grpo-0000000.json").write_text("{}")
-    monkeypatch.setattr(runner, "run_piece", lambda *_: "passed")
-    runner.run([(1.0, [runner.Piece("a", (), 1)])], 5, "19274bf", tmp_path)
+    monkeypatch.setattr(runner, "run_piece", lambda *_: runner.Outcome("passed"))
+    runner.run([runner.Piece("a", ())], 5, "19274bf", tmp_path)
     with tarfile.open(tmp_path / "results.tar.gz") as archive:
         assert archive.getnames() == ["grpo-19274bf.json", "outcome-19274bf.txt"]
         assert archive.extractfile("outcome-19274bf.txt").read() == b"a: passed\n"
 
 
-def test_own_failures_count_peers_do_not():
-    own, peer = runner.Piece("own", (), 1), runner.Piece("peer", (), 1, peer=True)
-    plan = [(1.0, [own, peer])]
-    assert runner.exit_code(plan, {"own": "passed", "peer": "failed"}) == 0
-    assert runner.exit_code(plan, {"own": "crashed in x", "peer": "passed"}) == runner.FAILED
-    late = {"own": "passed", "peer": runner.OUT_OF_TIME}
-    assert runner.exit_code(plan, late) == runner.UNFINISHED
-    late["peer"] = runner.FAILED_LATE
-    assert runner.exit_code(plan, late) == runner.UNFINISHED
-
-
-def test_the_timer_without_the_plugin():
-    timer = timing.Timer("x")
-    seen = []
-    timer.pedantic(seen.append, setup=lambda: ((1,), {}), rounds=5, warmup_rounds=2)
-    assert len(seen) == 7
-    assert timer.stats.stats.rounds == 5
-    assert 0 <= timer.stats.stats.min <= timer.stats.stats.median <= timer.stats.stats.max
-    assert all(hasattr(timer.stats.stats, name) for name in results.STATISTICS)
+def test_the_exit_code():
+    fine, late = runner.Outcome("passed"), runner.Outcome("out of time", late=True)
+    assert runner.exit_code({"a": fine}) == 0
+    assert runner.exit_code({"a": fine, "b": late}) == runner.UNFINISHED
+    assert (
+        runner.exit_code({"a": late, "b": runner.Outcome("failed", failed=True)}) == runner.FAILED
+    )
 
 
 def test_roofs_are_measured_once(monkeypatch):

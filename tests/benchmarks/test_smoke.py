@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from benchmarks import machine, smoke
+from benchmarks.measuring import machine
+from benchmarks.run import smoke
 
 COMMIT = "19274bf"
 
@@ -63,7 +64,7 @@ def test_a_group_stops_where_the_gpu_is_lost(tmp_path, monkeypatch):
 DEADLY = """
 import os, sys
 from pathlib import Path
-from benchmarks import smoke
+from benchmarks.run import smoke
 
 checks = [("good", dict), ("deadly", os.abort), ("after", dict)]
 smoke.GROUPS["tiny"] = lambda: iter(checks)
@@ -122,7 +123,7 @@ def outcome(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(smoke, "GROUPS", dict.fromkeys(names))
         command = [sys.executable, "-S", str(script)]
         monkeypatch.setattr(smoke, "_group", lambda name, path: [*command, name, str(path)])
-        monkeypatch.setattr(smoke, "_tests", lambda folder: [sys.executable, "-S", "-c", tests])
+        monkeypatch.setattr(smoke, "_tests", lambda: [sys.executable, "-S", "-c", tests])
         code = smoke.run(tmp_path, COMMIT, seconds)
         return code, read(tmp_path / f"smoke-{COMMIT}.json"), capsys.readouterr().out
 
@@ -167,7 +168,13 @@ def test_all_right_is_zero(outcome):
 
 def test_the_process_of_a_group_knows_it(tmp_path):
     command = smoke._group("heads", tmp_path / "heads.json")
-    assert command[1:] == ["-m", "benchmarks.smoke", "heads", "--out", str(tmp_path / "heads.json")]
+    assert command[1:] == [
+        "-m",
+        "benchmarks.run.smoke",
+        "heads",
+        "--out",
+        str(tmp_path / "heads.json"),
+    ]
     assert {"bfloat16", "float16", "float32", "heads", "objectives", "large"} == smoke.GROUPS.keys()
-    for stem in smoke.TESTS:
-        assert (smoke.ROOT / "tests" / f"{stem}.py").exists(), stem
+    found = {path.stem for path in (smoke.ROOT / "tests").rglob("test_*.py")}
+    assert set(smoke.TESTS) <= found

@@ -6,7 +6,10 @@ import time
 import pytest
 import torch
 
-from benchmarks import decoder, longest, providers, runner, step_7b, tables
+from benchmarks import providers
+from benchmarks.report import tables
+from benchmarks.run import runner
+from benchmarks.step_7b import decoder, longest, rows, step
 from grpo_fast import reference
 
 CPU = torch.device("cpu")
@@ -42,12 +45,12 @@ def test_seven_billion():
     assert sum(x.numel() for x in model.parameters()) == 7_615_616_512
 
 
-@pytest.mark.parametrize("mode", step_7b.MODES)
+@pytest.mark.parametrize("mode", step.MODES)
 def test_an_update_is_the_reference_of_the_same_log_probs(mode):
-    trained = step_7b.build(decoder.TINY, mode, CPU, torch.float32)
-    inputs = step_7b.batch(step_7b.Size(2, 3, 5), decoder.TINY.V, CPU)
+    trained = step.build(decoder.TINY, mode, CPU, torch.float32)
+    inputs = step.batch(step.Size(2, 3, 5), decoder.TINY.V, CPU)
     heads = [providers.load(stem, "eager") for stem in ("linear_logprob", "linear_grpo")]
-    loss = step_7b.update(trained, inputs, *heads)
+    loss = step.update(trained, inputs, *heads)
     trained_names = {n for n, x in trained.model.named_parameters() if x.grad is not None}
     every = {n for n, x in trained.model.named_parameters() if x.requires_grad}
     assert trained_names == every
@@ -68,77 +71,75 @@ def test_an_update_is_the_reference_of_the_same_log_probs(mode):
         advantages=inputs["advantages"],
         old_logps=new,
         ref_logps=ref,
-        objective=step_7b.OBJECTIVE,
+        objective=step.OBJECTIVE,
     )
     torch.testing.assert_close(loss.double(), want, rtol=1e-3, atol=1e-6)
 
 
 def test_the_whole_program_on_a_cpu(tmp_path, monkeypatch):
-    monkeypatch.setattr(step_7b, "ROUNDS", 2)
+    monkeypatch.setattr(step, "ROUNDS", 2)
     out = tmp_path / "step.json"
-    document = step_7b.run(decoder.TINY, CPU, torch.float32, 300, out)
-    rows = document["step"]
+    document = on_a_cpu(out=out)
+    found = document["step"]
     absent = document["machine_info"]["absent"]
-    named = {(row["mode"], row["provider"]) for row in rows} | {
+    named = {(row["mode"], row["provider"]) for row in found} | {
         tuple(who.split(", ")[1:]) for who in absent
     }
-    assert named == {(mode, name) for mode in step_7b.MODES for name in step_7b.PROVIDERS}
+    assert named == {(mode, name) for mode in step.MODES for name in step.PROVIDERS}
     assert {("lora", "eager"), ("full", "eager")} <= named
     assert not [why for why in absent.values() if why.startswith("wrong")]
-    assert all(row["tokens_per_second"] > 0 and row["seconds"] > 0 for row in rows)
-    assert out.exists()
+    assert all(row["tokens_per_second"] > 0 and row["seconds"] > 0 for row in found)
+    assert json.loads(out.read_text())["not_reached"] == []
 
 
-def test_both_ways_to_train_come_before_the_longest_completions(monkeypatch, tmp_path):
-    order = []
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: PROPERTIES)
-    monkeypatch.setattr(
-        step_7b, "_headline", lambda sheet, trained, mode, cap, *_: order.append((mode, cap))
-    )
-    cuda = torch.device("cuda")
-    monkeypatch.setattr(step_7b, "build", lambda config, mode, *_: mode)
-    monkeypatch.setattr(
-        step_7b, "_same_batch", lambda sheet, trained, mode, *_: order.append(mode) or [mode]
-    )
-    monkeypatch.setattr(
-        step_7b, "_longest", lambda sheet, trained, mode, able, *_: order.append((trained, able))
-    )
-    step_7b.run(decoder.TINY, cuda, torch.float32, 300)
-    first = [("lora", 24e9), ("full", 80e9)]
-    assert order == [*first, "lora", "full", ("lora", ["lora"]), ("full", ["full"])]
-    arguments = decoder.TINY, cuda, torch.float32, -1.0, tmp_path / "out.json"
-    step_7b.run(*arguments, ("eager", "grpo_fast"), ("full",))
-    document = json.loads((tmp_path / "out.json").read_text())
-    assert document["machine_info"]["absent"] == {}
-    assert document["not_reached"] == [
+def on_a_cpu(chosen=step.PROVIDERS, modes=step.MODES, out=None):
+    return rows.run(rows.planned(modes, chosen, (), "cpu"), 300, out)
+
+
+def test_both_ways_to_train_come_before_the_longest_completions():
+    plan = rows.planned(step.MODES, ("eager", "grpo_fast"), step.CAPS)
+    kinds = [(row.kind, row.mode) for row in plan]
+    assert list(dict.fromkeys(kinds)) == [
+        *(("headline", "lora"), ("headline", "full"), ("batch", "lora"), ("batch", "full")),
+        *(("longest", "lora"), ("longest", "full")),
+    ]
+    plan = rows.planned(("full",), ("eager", "grpo_fast"), step.CAPS)
+    assert [str(row) for row in plan] == [
         "7B step, full, 80 GB, 32768 tokens, grpo_fast",
         "7B step, full, 80 GB, 32768 tokens, eager",
         "7B step, full, eager",
         "7B step, full, grpo_fast",
         *(f"7B step, full, {x} GB, {y}" for x in (24, 48, 80) for y in ("grpo_fast", "eager")),
     ]
-    assert len(order) == 6
+    document = rows.run(plan, -1.0)
+    assert document["machine_info"]["absent"] == {}
+    assert document["not_reached"] == [str(row) for row in plan]
 
 
-def test_the_headlines(monkeypatch):
-    """Driven without a GPU: one try for each head, under the cap."""
+@pytest.fixture
+def driven(monkeypatch):
+    """Runs rows without a GPU, by what `step.peak_at` is to say of (size, provider)."""
     fractions = []
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: PROPERTIES)
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", fractions.append)
-    monkeypatch.setattr(
-        step_7b, "peak_at", lambda _, size, who: None if who == "eager" else 10**6 * size.T
-    )
-    mode, cap, size = step_7b.HEADLINES[0]
-    plan = step_7b.planned(step_7b.HEADLINES[:1], (), step_7b.PROVIDERS, ())
-    assert len(plan) == 2
-    sheet = step_7b.Sheet(None, decoder.TINY, torch.float32, plan)
-    late = time.monotonic() - 1
-    step_7b._headline(sheet, None, mode, cap, size, step_7b.PROVIDERS, late)
-    assert sheet.document["not_reached"] == plan
-    step_7b._headline(sheet, None, mode, cap, size, step_7b.PROVIDERS, time.monotonic() + 60)
-    assert sheet.document["not_reached"] == []
+    monkeypatch.setattr(step, "build", lambda *_: None)
+
+    def run(plan, peak):
+        monkeypatch.setattr(step, "peak_at", lambda _, size, who: peak(size, who))
+        sheet = rows.Sheet(None, {}, plan)
+        rows.Run(decoder.TINY, CPU, torch.float32, sheet).all(plan, time.monotonic() + 60)
+        return sheet.document, fractions
+
+    return run
+
+
+def test_the_headlines(driven):
+    """One try for each head, under the cap."""
+    plan = rows.planned(("lora",), step.PROVIDERS, step.CAPS)[:2]
+    document, fractions = driven(plan, lambda size, who: None if who == "eager" else 10**6 * size.T)
+    assert document["not_reached"] == []
     assert fractions == [24 / 85, 1.0] * 2
-    (ours, eager) = sheet.document["step"]
+    ours, eager = document["step"]
     assert (ours["provider"], ours["T"], ours["peak_bytes"]) == ("grpo_fast", 8192, 8_192_000_000)
     assert (eager["provider"], eager["peak_bytes"]) == ("eager", None)
     text = "".join(tables.step_tables([ours, eager], []))
@@ -149,10 +150,10 @@ def test_inputs_that_do_not_fit_are_no_failure(monkeypatch):
     def full(*_):
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(step_7b, "batch", full)
+    monkeypatch.setattr(step, "batch", full)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
-    trained = step_7b.build(decoder.TINY, "lora", CPU, torch.float32)
-    assert step_7b.peak_at(trained, step_7b.Size(1, 4, 8), "grpo_fast") is None
+    trained = step.build(decoder.TINY, "lora", CPU, torch.float32)
+    assert step.peak_at(trained, step.Size(1, 4, 8), "grpo_fast") is None
 
 
 def test_the_runner_says_when_to_end(monkeypatch):
@@ -162,9 +163,9 @@ def test_the_runner_says_when_to_end(monkeypatch):
     arguments = piece.command(90, resume=False)[3:]
     time.sleep(1.5)
     monkeypatch.setattr(
-        step_7b, "run", lambda *a: asked.append(a[3]) or {"machine_info": {"absent": {}}}
+        rows, "run", lambda *a: asked.append(a[1]) or {"machine_info": {"absent": {}}}
     )
-    assert step_7b.main(arguments) == 0
+    assert rows.main(arguments) == 0
     assert 85 < asked[0] < 89.5
 
 
@@ -177,33 +178,34 @@ def test_a_wrong_head_gets_no_number(monkeypatch):
         "trl",
         lambda: providers.load("linear_logprob", "eager"),
     )
-    document = step_7b.run(
-        decoder.TINY, CPU, torch.float32, 300, chosen=("eager", "trl"), modes=("lora",)
-    )
+    document = on_a_cpu(("eager", "trl"), ("lora",))
     assert [row["provider"] for row in document["step"]] == ["eager"]
-    assert "wrong result: gradient_norm" in document["machine_info"]["absent"]["7B step, lora, trl"]
+    why = document["machine_info"]["absent"]["7B step, lora, trl"]
+    assert why.startswith("wrong result: gradient_norm")
 
 
-def test_a_head_that_raises_costs_its_row(monkeypatch):
+def test_a_head_that_raises_costs_its_rows(monkeypatch):
     def raising(*args, **kwargs):
         raise RuntimeError("misaligned address\n")
 
     for stem in ("linear_logprob", "linear_grpo"):
         monkeypatch.setitem(providers.PROVIDERS[stem], "trl", lambda: raising)
-    chosen = ("eager", "trl", "grpo_fast")
-    document = step_7b.run(decoder.TINY, CPU, torch.float32, 300, chosen=chosen, modes=("lora",))
+    plan = rows.planned(("lora",), ("eager", "trl", "grpo_fast"), (), "cpu")
+    plan.append(plan[1]._replace(kind="longest", cap=24e9))
+    document = rows.run(plan, 300)
     assert [row["provider"] for row in document["step"]] == ["eager", "grpo_fast"]
+    assert document["not_reached"] == [], "nothing else of this head is tried"
     absent = document["machine_info"]["absent"]
     assert absent == {"7B step, lora, trl": "failed: RuntimeError: misaligned address"}
-    assert step_7b.own_failures(document) == []
+    assert rows.own_failures(document) == []
     absent["7B step, full, grpo_fast-bf16"] = "wrong result: loss 1, eager has 2"
     absent["7B step, full, grpo_fast"] = "out of memory at Size(B=4, P=256, T=1024)"
-    assert step_7b.own_failures(document) == ["7B step, full, grpo_fast-bf16"]
+    assert rows.own_failures(document) == ["7B step, full, grpo_fast-bf16"]
 
 
 def test_adapters_are_on_again_when_the_reference_does_not_fit():
-    trained = step_7b.build(decoder.TINY, "lora", CPU, torch.float32)
-    inputs = step_7b.batch(step_7b.Size(2, 3, 5), decoder.TINY.V, CPU)
+    trained = step.build(decoder.TINY, "lora", CPU, torch.float32)
+    inputs = step.batch(step.Size(2, 3, 5), decoder.TINY.V, CPU)
     old = providers.load("linear_logprob", "eager")
     adapted = [m for m in trained.model.modules() if isinstance(m, decoder.Linear)]
 
@@ -213,7 +215,7 @@ def test_adapters_are_on_again_when_the_reference_does_not_fit():
         return old(*args)
 
     with pytest.raises(torch.OutOfMemoryError):
-        step_7b.update(trained, inputs, fails_without, None)
+        step.update(trained, inputs, fails_without, None)
     assert all(m.adapted for m in adapted)
 
 
@@ -276,32 +278,24 @@ def test_the_search_knows_when_nothing_fits_and_when_time_is_up():
     assert fails is None
 
 
-def test_a_search_that_raises_costs_its_row(monkeypatch):
-    """Driven without a GPU: the calls of the search, in order, for every cap and head."""
-    fractions = []
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: PROPERTIES)
-    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", fractions.append)
+def test_a_search_that_raises_costs_its_row(driven):
+    """The calls of the search, in order, for every cap and head."""
 
-    def peak(trained, size, provider):
+    def peak(size, provider):
         if provider == "trl":
             raise RuntimeError("invalid configuration")
         return 10**9 + 10**7 * size.T if size.T < 4000 else None
 
-    monkeypatch.setattr(step_7b, "peak_at", peak)
-    caps = (24e9, 80e9)
-    plan = step_7b.planned((), ("lora",), step_7b.PROVIDERS, caps)
-    sheet = step_7b.Sheet(None, decoder.TINY, torch.float32, plan)
-    deadline = time.monotonic() + 60
-    step_7b._longest(sheet, None, "lora", ["eager", "trl"], caps, deadline)
-    assert sheet.document["not_reached"] == plan[:4]
-    rows = sheet.document["step"]
-    assert [(row["provider"], row["cap_bytes"]) for row in rows] == [
-        ("eager", 24e9),
-        ("eager", 80e9),
+    plan = [
+        x for x in rows.planned(("lora",), ("eager", "trl"), (24e9, 80e9)) if x.kind == "longest"
     ]
-    assert all(row["fits"] < 4000 <= row["fails"] for row in rows)
+    document, fractions = driven(plan, peak)
+    assert document["not_reached"] == []
+    found = [(row["provider"], row["cap_bytes"]) for row in document["step"]]
+    assert found == [("eager", 24e9), ("eager", 80e9)]
+    assert all(row["fits"] < 4000 <= row["fails"] for row in document["step"])
     why = "failed: RuntimeError: invalid configuration"
     who = [f"7B step, lora, {cap} GB, trl" for cap in (24, 80)]
-    assert sheet.document["machine_info"]["absent"] == dict.fromkeys(who, why)
+    assert document["machine_info"]["absent"] == dict.fromkeys(who, why)
     assert fractions == [24 / 85, 1.0] * 2 + [80 / 85, 1.0] * 2
     assert all(type(x) is float for x in fractions), "PyTorch takes nothing else"

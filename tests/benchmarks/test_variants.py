@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 pytest.importorskip("triton", reason="variants are edited kernels")
-from benchmarks import variants
+from benchmarks.experiments import variants
 
 EDITED = [
     *(("grpo", name, name, edits) for name, edits in variants.VARIANTS.items()),

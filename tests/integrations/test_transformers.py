@@ -18,7 +18,7 @@ from grpo_fast.integrations.transformers import (
 from grpo_fast.loss import grpo_loss, linear_grpo_loss
 from grpo_fast.ops import logprob
 from tests.support import ranks
-from tests.support.models import COMMON, MODELS, batch, build, config_of, spread_out
+from tests.support.architectures import COMMON, MODELS, batch, build, config_of, spread_out
 
 transformers = pytest.importorskip("transformers", reason="the models are Hugging Face's")
 needs_peft = pytest.mark.skipif(

@@ -11,7 +11,7 @@ from grpo_fast.integrations import transformers as adapter
 from grpo_fast.integrations.transformers import check_head, head_of, hidden_states, with_head
 from grpo_fast.ops import linear_logprob
 from grpo_fast.testing import assert_as_accurate
-from tests.support.models import T, batch, build, fused_loss, gradients, spread_out
+from tests.support.architectures import T, batch, build, fused_loss, gradients, spread_out
 
 transformers = pytest.importorskip("transformers", reason="the models are Hugging Face's")
 needs_peft = pytest.mark.skipif(

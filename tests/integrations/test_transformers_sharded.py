@@ -8,7 +8,15 @@ from grpo_fast.integrations.transformers import check_head, head_of, hidden_stat
 from grpo_fast.loss import linear_grpo_loss
 from grpo_fast.ops import linear_logprob
 from tests.support import ranks
-from tests.support.models import T, batch, build, config_of, fused_loss, gradients, spread_out
+from tests.support.architectures import (
+    T,
+    batch,
+    build,
+    config_of,
+    fused_loss,
+    gradients,
+    spread_out,
+)
 
 transformers = pytest.importorskip("transformers", reason="the models are Hugging Face's")
 

@@ -57,7 +57,7 @@ def test_the_other_blocks(monkeypatch):
     for block in others:
         exec(block, scope)
     assert isinstance(scope["chosen"], Objective)
-    assert utils._ChunkedLogProbFunction is adapter.FusedLogProb
+    assert utils._ChunkedLogProbFunction is adapter.head.FusedLogProb
 
 
 def test_versions_and_command():

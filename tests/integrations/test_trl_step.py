@@ -14,7 +14,8 @@ pytestmark = [
 ]
 
 from benchmarks import bench_trl_step as bench  # noqa: E402
-from benchmarks import measure, results, timing  # noqa: E402
+from benchmarks.measuring import measure, recorder  # noqa: E402
+from tests.support.results import Benchmark  # noqa: E402
 
 SHAPE = bench.Model(V=50, D=16, layers=1, heads=2, kv_heads=1, ffn=32, B=2, T=6, checked=6)
 CPU = torch.device("cpu")
@@ -26,9 +27,14 @@ def torch_backend(monkeypatch):
     monkeypatch.setattr(measure, "ABSENT", {})
 
 
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch):
+    monkeypatch.setattr(bench.shapes, "device", lambda: CPU)
+
+
 def setup(provider, variant, dtype=torch.float32):
-    trainer = bench._trainer(provider, variant, SHAPE, CPU, dtype)
-    return trainer, bench._inputs(SHAPE, CPU, variant)
+    trainer = bench._trainer(provider, variant, SHAPE, dtype)
+    return trainer, bench._inputs(SHAPE, variant)
 
 
 @pytest.mark.parametrize("variant", bench.VARIANTS)
@@ -114,11 +120,12 @@ def test_in_bfloat16_the_truth_is_float32(provider):
 
 
 def test_the_benchmark_records_what_it_measures(monkeypatch, tmp_path):
-    recorder = results.Recorder(tmp_path / "out.json")
-    monkeypatch.setattr(measure, "RECORDER", [recorder])
+    written = recorder.Recorder(tmp_path / "out.json")
+    monkeypatch.setattr(measure, "RECORDER", [written])
     monkeypatch.setattr(bench, "MODELS", {"cpu": {"tiny": SHAPE}})
-    monkeypatch.setattr(bench.shapes, "device", lambda: CPU)
-    bench.bench_step(timing.Timer("bench_step"), "grpo_fast", "tiny", "on-policy")
+    bench.bench_step(
+        Benchmark("bench_step"), measure.Case("trl_step", "tiny", "on-policy", "grpo_fast")
+    )
     (entry,) = json.loads((tmp_path / "out.json").read_text())["benchmarks"]
     assert entry["stats"]["rounds"] == bench.ROUNDS
     info = entry["extra_info"]
@@ -137,5 +144,7 @@ def test_what_trl_cannot_import_is_a_reason(monkeypatch):
         _ = trl.GRPOTrainer
     monkeypatch.setattr(bench, "MODELS", {"cpu": {"tiny": SHAPE}})
     with pytest.raises(pytest.skip.Exception):
-        bench.bench_step(timing.Timer("bench_step"), "trl", "tiny", "on-policy")
+        bench.bench_step(
+            Benchmark("bench_step"), measure.Case("trl_step", "tiny", "on-policy", "trl")
+        )
     assert "trl.trainer.grpo_trainer" in measure.ABSENT["trl_step trl"]

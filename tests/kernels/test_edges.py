@@ -85,7 +85,7 @@ def test_where_the_gradient_is_written(V, cap, device, monkeypatch):
     dlogp = torch.where(mask, torch.randn(len(ids), device=device), 0)
     targets, softcap = Targets(ids, mask, None, operand(1.0)), SoftCap(*cap) if cap else None
     tokens = Tokens(ones, ones, *[None] * 6)
-    given = Arguments(targets, tokens, Rewards(None, 1, None), False, Objective().terms)
+    given = Arguments(targets, tokens, Rewards(), False, Objective().terms)
     monkeypatch.setenv("GRPO_FAST_BACKEND", "triton")
 
     def both(source, *gradients):
@@ -119,7 +119,7 @@ def test_a_last_segment_that_holds_edges_alone(device, monkeypatch):
 
     def of_other_rows(self, *given):
         found = meeting_point(self, *given)
-        found["partial_ptr"].fill_(5.0)
+        found.partial.fill_(5.0)
         return found
 
     monkeypatch.setattr(schedules.Reading, "meeting_point", of_other_rows)

@@ -208,7 +208,7 @@ def test_opcheck(backend, device):
     warm, unit = operand(0.9), operand(1.0)
     targets = Targets(ids, mask, None, warm)
     tokens = Tokens(x, x, x, x, None, None, None, None)
-    shared = flat(targets, tokens, Rewards(None, 1, None), True, terms)
+    shared = flat(targets, tokens, Rewards(), True, terms)
     tests = ("test_schema", "test_faketensor")
     autograd = (*tests, "test_autograd_registration")
 

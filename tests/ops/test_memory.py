@@ -14,13 +14,14 @@ NEEDED = 4 << 30  # eager: 2 GB with its input
 # In a process of its own: nothing else allocates meanwhile, and no freed memory is waiting to be reused.
 MEASURE = """
 import json, sys, torch
-from benchmarks import eager, inputs, measure, memory, shapes
+from benchmarks.providers import eager
+from benchmarks.inputs import batches as inputs, shapes
+from benchmarks.measuring import calls, memory
 from grpo_fast.loss import grpo_loss
 
 def run(fn, provider, **options):
-    leaf, logits = measure.logits_setup(batch, provider)
-    call = lambda: measure.value_and_grad(
-        fn, leaf, logits, batch.ids, objective=batch.objective, **batch.arguments, **options)
+    given = calls.prepare("grpo", provider, batch)
+    call = lambda: calls.forward_backward(lambda *a, **k: fn(*a, **k, **options), given)
     return memory.peak_extra_bytes(call)
 
 loss = lambda *args, **kwargs: grpo_loss(*args, **kwargs).loss
@@ -36,7 +37,8 @@ print(json.dumps(found))
 
 LINEAR = """
 import json, torch
-from benchmarks import eager, memory
+from benchmarks.providers import eager
+from benchmarks.measuring import memory
 from grpo_fast import Objective
 from grpo_fast.loss import linear_grpo_loss
 

@@ -11,6 +11,7 @@ from grpo_fast.loss import grpo_loss, linear_grpo_loss, policy_loss
 from grpo_fast.ops import grpo as grpo_ops
 from grpo_fast.ops import reduction_weights
 from grpo_fast.ops.reduction_weights import weights_of
+from grpo_fast.records import Weighing
 from grpo_fast.testing import assert_as_accurate
 from tests.support.cases import batch, in_double, loss_and_grad, packed
 from tests.support.objectives import OBJECTIVES
@@ -57,9 +58,9 @@ def test_weights(shape, mask, reduction, num_items, backend, device):
     objective = objective_of(reduction, entropy_coef=0.1, entropy_reduction="token_mean")
     items = None if num_items is None else torch.tensor(num_items, device=device)
     scale = torch.tensor(-2.5, dtype=torch.float64)
-    got = weights_of(given, live, floating, extra, None, items, scale, objective)
+    got = weights_of(given, Weighing(live, floating, extra, None, items, scale), objective)
     want = of_double(objective, given, extra, num_items and torch.tensor(num_items), -2.5)
-    for mine, truth in zip((got.weight, got.by_tokens), want, strict=True):
+    for mine, truth in zip((got.weight, got.entropy_weight), want, strict=True):
         torch.testing.assert_close(mine, truth.float(), rtol=5e-7, atol=0)
     assert got.sequence is None
     assert (got.share is None) == (floating is None)
@@ -79,7 +80,7 @@ def test_weights_of_packed_sequences(dtype, mask, reduction, backend, device):
     objective = objective_of(reduction)
     extra = torch.ones(2811, device=device)
     for cu_seqlens in (boundaries, None):
-        got = weights_of(given, live, floating, None, cu_seqlens, None, None, objective)
+        got = weights_of(given, Weighing(live, floating, None, cu_seqlens, None, None), objective)
         want = of_double(objective, given, extra, None, 1.0, cu_seqlens)[0]
         torch.testing.assert_close(got.weight, want.float(), rtol=5e-7, atol=0)
         if cu_seqlens is not None:
@@ -93,10 +94,12 @@ def test_boundaries_that_are_wrong_make_weights_nan(device, monkeypatch):
     monkeypatch.setenv("GRPO_FAST_BACKEND", "triton")
     tokens = torch.zeros(9, device=device)
     boundaries = torch.tensor([2, 4, 7], device=device)
-    weight = weights_of(tokens, None, None, None, boundaries, None, None, Objective()).weight
+    weight = weights_of(
+        tokens, Weighing(None, None, None, boundaries, None, None), Objective()
+    ).weight
     assert weight.isnan().tolist() == [True] * 2 + [False] * 5 + [True] * 2
     beyond = torch.tensor([-5, 4, 700], device=device)
-    weight = weights_of(tokens, None, None, None, beyond, None, None, Objective()).weight
+    weight = weights_of(tokens, Weighing(None, None, None, beyond, None, None), Objective()).weight
     assert weight.isfinite().all()
 
 
@@ -112,7 +115,9 @@ def test_a_negative_mask_and_a_weight_of_zero(backend, device):
     extra = torch.tensor([0.0, 1.0, math.nan, 1.0], device=device)
     scale = torch.tensor(math.inf, device=device)
     objective = Objective(reduction="sequence_sum")
-    got = weights_of(floating, live, floating.flatten(), extra, None, None, scale, objective)
+    got = weights_of(
+        floating, Weighing(live, floating.flatten(), extra, None, None, scale), objective
+    )
     want = torch.tensor([0.0, math.nan, 0.0, math.inf], device=device)
     torch.testing.assert_close(got.weight, want, equal_nan=True)
 
@@ -123,7 +128,7 @@ def test_counts_are_exact_beyond_what_float32_counts(backend, device):
     floating = torch.full((N,), 2.0**-24, device=device)
     floating[0] = 1
     objective = Objective(reduction="token_mean")
-    got = weights_of(floating, floating != 0, floating, None, None, None, None, objective)
+    got = weights_of(floating, Weighing(floating != 0, floating, None, None, None, None), objective)
     want = (floating.double() / floating.double().sum()).float()
     torch.testing.assert_close(got.weight, want, rtol=2e-7, atol=0)
 

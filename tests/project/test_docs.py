@@ -9,7 +9,6 @@ from typing import get_args
 import pytest
 import torch
 
-from benchmarks import accuracy
 from grpo_fast import weights
 from grpo_fast.integrations import skyrl, verl
 from grpo_fast.objective import (
@@ -23,6 +22,7 @@ from grpo_fast.objective import (
 )
 from grpo_fast.presets import CALLER, PAPERS, PRESETS, TRAINERS
 from grpo_fast.weights import importance
+from tests.support import accuracy
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 TEXT = (DOCS / "objectives.md").read_text()

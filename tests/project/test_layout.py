@@ -23,7 +23,7 @@ LAYERS = [
 ]
 ALLOWED_IN_KERNELS = {"torch", "triton", "functools", "dataclasses", "typing", "grpo_fast"}
 # Files of kernels/ that no operator has the name of: what kernels share, and a second way to run `grpo`.
-SHARED = {"tiles", "terms", "scoring", "edges", "rows", "schedules", "on_chip", "chunks"}
+SHARED = {"tiles", "terms", "scalars", "scoring", "edges", "rows", "schedules", "on_chip", "chunks"}
 # Kernels whose time is in that of others, and those that the specification has under another name or not.
 WITHOUT_BENCHMARK = {"reduction_weights", "scaling"}
 REFERENCE = {"grpo": "grpo_loss", "sequence_loss": "policy_terms", "scaling": None}

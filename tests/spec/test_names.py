@@ -126,7 +126,7 @@ def test_signatures_survive():
     assert list(inspect.signature(Objective).parameters) == list(OPTIONS)
     assert inspect.signature(Objective).parameters["beta"].default == 0.0
     assert grpo_fast.grpo_loss.__name__ == "grpo_loss"
-    assert grpo_fast.grpo_loss.__doc__.startswith("The GRPO loss")
+    assert grpo_fast.grpo_loss.__doc__.startswith("Return the GRPO loss")
     graph = torch.compile(
         lambda x, beta: (
             grpo_fast.policy_loss(

@@ -6,7 +6,7 @@ results; what it writes there is found afterwards.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -96,6 +96,12 @@ def _bits(x: Tensor) -> Tensor:
 BEFORE = {"logits_ptr": "before", "x_ptr": "before", "dlogits_ptr": "dbefore"}
 
 
+def _members(values: Iterable[Any]) -> Iterator[Any]:
+    """The values, those in named tuples one by one."""
+    for x in values:
+        yield from _members(x) if hasattr(x, "_fields") else [x]
+
+
 def _moved(x: Tensor, n: int) -> Tensor:
     """Return x, moved by n entries in its storage."""
     return x.as_strided(x.shape, x.stride(), x.storage_offset() + n)
@@ -124,7 +130,7 @@ def guarded(run: Callable[..., Any]) -> Callable[..., Any]:
         kwargs = {
             name: _moved(x, before[name]) if before.get(name) else x for name, x in kwargs.items()
         }
-        given = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+        given = [x for x in _members([*args, *kwargs.values()]) if isinstance(x, Tensor)]
         by_storage: dict[int, list[Tensor]] = {}
         for x in given:
             by_storage.setdefault(x.untyped_storage()._cdata, []).append(x)
@@ -136,6 +142,8 @@ def guarded(run: Callable[..., Any]) -> Callable[..., Any]:
         }
 
         def guarded_one(x: Any, name: str = "") -> Any:
+            if hasattr(x, "_fields"):
+                return type(x)(*map(guarded_one, x))
             if not isinstance(x, Tensor):
                 return x
             mine = inside[id(x)]

@@ -14,7 +14,7 @@ def reward(completions, **_):
     return [text.count("a") - 0.3 * text.count("b") + 0.05 * len(text) for text in completions]
 
 
-# Of any TRL trainer.
+# Options of any TRL trainer.
 COMMON = {
     "learning_rate": 0.05,
     "lr_scheduler_type": "constant",

@@ -1,1 +1,1 @@
-"""The language-model head in chunks of tokens: hidden states in, log-probs and gradients out."""
+"""The language-model head in chunks of tokens: from hidden states to log-probs and gradients."""

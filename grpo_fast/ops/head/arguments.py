@@ -1,4 +1,4 @@
-"""What a language-model head is given as: its tensors, its options, and their checks."""
+"""The arguments of a language-model head: its tensors, its options, and their checks."""
 
 import itertools
 from typing import NamedTuple
@@ -22,7 +22,7 @@ from grpo_fast.spelling import check_choice
 
 
 class Options(NamedTuple):
-    """What the operators take about the head besides its tensors; the first three 0-dim, on the CPU."""
+    """The options of a head for the operators; the first three are 0-dim, on the CPU."""
 
     lora_scaling: Tensor
     softcap: Tensor | None
@@ -30,9 +30,9 @@ class Options(NamedTuple):
     fp32_logits: bool
     vocab_size: int  # of this process
     chunk_size: int  # 0: chosen here
-    tp_group: str  # name of the processes that share the vocabulary; "" for none. With it:
-    first_row: int  # what this process's first row of weight is in the whole vocabulary
-    widest: int  # the most rows of vocabulary that a process has
+    tp_group: str  # name of the group that shares the vocabulary; "": none
+    first_row: int  # with a group: the place of this process's first row in the vocabulary
+    widest: int  # with a group: the most rows of vocabulary that a process has
 
 
 class Parameters(NamedTuple):
@@ -44,12 +44,12 @@ class Parameters(NamedTuple):
     lora_b: Tensor | None  # (rows, r)
 
 
-# Any mixture of them: `hidden` says in which the products are.
+# Any mixture of these is taken; the products are in the dtype of `hidden`.
 HEAD_DTYPES = (*LOGITS_DTYPES, torch.float64)
 
 
 class Needs(NamedTuple):
-    """Which gradients are wanted."""
+    """The gradients that are wanted."""
 
     hidden: bool
     weight: bool
@@ -62,11 +62,11 @@ class Needs(NamedTuple):
         return self.weight or self.bias or self.lora_a or self.lora_b
 
 
-LONGEST_CHUNK = 1 << 20  # tokens; that many rows of logits exist, also of a shorter batch
+LONGEST_CHUNK = 1 << 20  # tokens; so many rows of logits are allocated even for a shorter batch
 
 
 class HeadArguments(NamedTuple):
-    """A language-model head as the caller gives it; see `grpo_fast.ops.linear_logprob`."""
+    """A language-model head as the caller passes it; `grpo_fast.ops.linear_logprob` explains it."""
 
     weight: Tensor
     bias: Tensor | None
@@ -120,7 +120,8 @@ def check_head(
         widest=max(sizes),
     )
     if any(x is not None and x.dtype == torch.float64 for x in (hidden, *parameters)):
-        # Wider than what the operators compute in: nothing is rounded, all of it is float64.
+        # The operators compute in float32. With a float64 operand nothing may be rounded: all of it
+        # becomes float64.
         if head.tp_group is not None:
             raise TypeError(
                 f"{op}: tp_group with float64 operands is not supported: convert hidden and the head to "
@@ -133,7 +134,7 @@ def check_head(
 
 
 def _check_hidden(op: str, hidden: Tensor, ids: Tensor, ids_name: str, head: HeadArguments) -> int:
-    """Check kinds, shapes and places of the hidden states and ids; return D."""
+    """Check kinds, shapes and devices of the hidden states and ids; return D."""
     check_dtype(op, "hidden", check_tensor(op, "hidden", hidden))
     check_dtype(op, "weight", check_tensor(op, "weight", head.weight))
     check_tensor(op, ids_name, ids)
@@ -165,7 +166,7 @@ def _check_rows(op: str, hidden: Tensor, head: HeadArguments) -> tuple[int, int,
     """
     weight, group, D = head.weight, head.tp_group, hidden.shape[-1]
     fits = weight.ndim == 2 and weight.shape[1] == D
-    # A process may have no rows where others do: 5 in shares of 2 are 2, 2, 1 and 0.
+    # A process may have no rows while others have some: 5 rows in shares of 2 are 2, 2, 1 and 0.
     rows = len(weight) if fits else 0
     shards = [rows] if group is None or not fits else rows_of_all(rows, group, weight.device)
     if not fits or not any(shards):
@@ -181,7 +182,7 @@ def _check_rows(op: str, hidden: Tensor, head: HeadArguments) -> tuple[int, int,
 
 
 def check_dtype(op: str, name: str, x: Tensor) -> None:
-    """A dtype that a product of matrices takes."""
+    """Refuse a dtype that a matrix product of the head does not take."""
     if x.dtype not in HEAD_DTYPES:
         raise TypeError(
             f"{op}: {name}: want float32, bfloat16, float16 or float64, got {x.dtype}; integers and "
@@ -190,13 +191,13 @@ def check_dtype(op: str, name: str, x: Tensor) -> None:
 
 
 def check_operand(op: str, name: str, x: Tensor, hidden: Tensor) -> None:
-    """A tensor of the head must be floating, and where `hidden` is."""
+    """Refuse a tensor of the head that is not floating, or not on the device of `hidden`."""
     check_device(op, name, x, hidden)
     check_dtype(op, name, x)
 
 
 def check_bias(op: str, bias: Tensor | None, rows: int) -> Tensor | None:
-    """A bias must have one value per row of weight."""
+    """Check that a bias has one value per row of weight; return it."""
     if bias is not None and check_tensor(op, "bias", bias).shape != (rows,):
         raise ValueError(f"{op}: bias: want ({rows},), got {shape_of(bias)}")
     return bias
@@ -205,7 +206,7 @@ def check_bias(op: str, bias: Tensor | None, rows: int) -> Tensor | None:
 def check_lora(
     op: str, lora: tuple[Tensor, Tensor, float] | None, rows: int, D: int
 ) -> tuple[Tensor | None, Tensor | None, float]:
-    """(A, B, scaling) of an adapter on the head."""
+    """Check an adapter on the head; return (A, B, scaling), or (None, None, 1) without one."""
     if lora is None:
         return None, None, 1.0
     if not isinstance(lora, (tuple, list)):

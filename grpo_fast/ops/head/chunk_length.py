@@ -1,4 +1,4 @@
-"""How many tokens the head works on at a time."""
+"""The number of tokens that the head processes at a time."""
 
 import torch
 from torch import Tensor
@@ -6,25 +6,27 @@ from torch import Tensor
 from grpo_fast.ops.head.arguments import Options
 from grpo_fast.ops.head.products import working_dtypes
 
-# Of the workspace. Both want long chunks, since the weight and its gradient are read, and the gradient is
-# written, once per chunk. On a CPU at least a share of what a float32 head takes: a 7B model's (D = 3584)
-# then gets chunks of 512 rows; 208 cost it a tenth of the time.
+# The size of the workspace. Long chunks are better on both devices: the weight and its gradient are
+# read, and the gradient is written, once per chunk. On a CPU the workspace is at least a share of
+# the memory of a float32 head (CPU_WORKSPACE_SHARE). The head of a 7B model (D = 3584) then gets
+# chunks of 512 rows; chunks of 208 rows took a tenth longer.
 WORKSPACE_BYTES = {"cuda": 2 << 30, "cpu": 128 << 20}
 
 
 CPU_WORKSPACE_SHARE = 1 / 7
 
 
-# cuBLAS tiles of the product that gives dh, and what a chunk costs besides, in waves of such tiles.
+# Tiles of cuBLAS in the product that gives dh, and the other cost of a chunk, in waves of such
+# tiles.
 TILE_ROWS, TILE_COLUMNS, CHUNK_COST = 128, 256, 0.35
 
 
-# Elements: with row strides that are a multiple of it, rows of any vocabulary start aligned.
+# In elements. Row strides are a multiple of this, so that rows of any vocabulary start aligned.
 PAD = 64
 
 
 def row_limit(hidden: Tensor, options: Options) -> int:
-    """How many rows of logits may exist at a time."""
+    """Return how many rows of logits may exist at a time."""
     if options.chunk_size:
         return options.chunk_size
     row = max(padded(options.widest), PAD) * working_dtypes(hidden, options)[1].itemsize
@@ -35,10 +37,12 @@ def row_limit(hidden: Tensor, options: Options) -> int:
 
 
 def chunk_rows(N: int, D: int, most: int, processors: int | None) -> int:
-    """How many rows to take at a time, at most `most`: equal chunks, on a GPU whole waves of tiles.
+    """Return how many rows to process at a time, at most `most`.
+
+    Chunks are equal, and on a GPU they fill whole waves of tiles.
 
     Args:
-        processors: of the GPU; None for a CPU.
+        processors: the number of multiprocessors of the GPU; None for a CPU.
     """
     step = TILE_ROWS if processors else 8
     if most < step or step >= N:
@@ -53,27 +57,27 @@ def chunk_rows(N: int, D: int, most: int, processors: int | None) -> int:
 
 
 def processors(x: Tensor) -> int | None:
-    """How many multiprocessors the GPU of x has; None on a CPU."""
+    """Return how many multiprocessors the GPU of x has; None on a CPU."""
     return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else None
 
 
 def equal_chunk(N: int, C: int) -> int:
-    """The rows of each of as many chunks as chunks of C would be."""
+    """Return the rows per chunk for as many equal chunks as chunks of C rows would be."""
     count = -(-N // C)
     return round_up(-(-N // count), TILE_ROWS)
 
 
 def waves(N: int, C: int, D: int, processors: int) -> float:
-    """The cost of chunks of C rows: waves of tiles of dh, and what each chunk costs besides."""
+    """Return the cost of chunks of C rows: waves of tiles of dh, plus the other cost of each chunk."""
     tiles = -(-C // TILE_ROWS) * -(-D // TILE_COLUMNS)
     return -(-N // C) * (-(-tiles // processors) + CHUNK_COST)
 
 
 def round_up(x: int, step: int) -> int:
-    """The least multiple of `step` that is not below x."""
+    """Return the least multiple of `step` that is not below x."""
     return -(-x // step) * step
 
 
 def padded(V: int) -> int:
-    """The row stride of a workspace for V columns."""
+    """Return the row stride of a workspace for V columns."""
     return round_up(V, PAD)

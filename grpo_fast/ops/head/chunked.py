@@ -1,11 +1,11 @@
-"""The language-model head in chunks of tokens: logits into a workspace, and their gradient out of it.
+"""The language-model head in chunks of tokens, with a workspace for logits and gradient.
 
     z = h W^T + bias + scaling (h A^T) B^T        one chunk of C rows at a time
-    dh = dz W,  dW += dz^T h                      dz written over z by the caller
+    dh = dz W,  dW += dz^T h                      the caller writes dz over z
 
-dW is accumulated in float32 whatever the dtype of the weight. Every product of a call has the same C rows,
-the last chunk filled up with zeros: a row's result then depends on the batch around it no more than the
-matrix library makes it.
+dW is accumulated in float32 whatever the dtype of the weight. All products of a call have the same
+C rows, and the last chunk is filled up with zeros. So the result of a row depends on the rest of
+the batch only as far as the matrix library makes it.
 """
 
 from collections.abc import Iterator
@@ -30,15 +30,17 @@ from grpo_fast.records import Incoming, Outgoing, SoftCap
 
 
 class Head:
-    """One pass over the rows of `hidden`: `logits` of a part, its gradient put in place, then `backward`.
+    """One pass of the head over the rows of `hidden`, part by part.
+
+    For each part call `logits`, write the gradient of these, and call `backward`.
 
     Args:
         hidden: (N, D).
         rows: indices of the rows that take part, or None for all.
-        live: (N,) bool, or None; without `rows` only: `hidden` may hold anything where it is False.
-        needs: the gradients that `backward` is to collect.
-        length: rows of the longest part, where the parts are the caller's; 0 to choose.
-        early: the upstream gradient is yet to come; see `early_dtype`.
+        live: (N,) bool, or None; only without `rows`. Where it is False `hidden` may hold anything.
+        needs: the gradients that `backward` collects.
+        length: rows of the longest part, where the caller chooses the parts; 0: chosen here.
+        early: whether the upstream gradient comes after this pass; see `early_dtype`.
     """
 
     def __init__(
@@ -54,7 +56,7 @@ class Head:
     ) -> None:
         V = options.vocab_size
         self.dtype, self.logits_dtype = working_dtypes(hidden, options)
-        # Of products that the library may split (`product`).
+        # The dtype of products that the library may split (`product`).
         self.sums = torch.float32 if has_mixed_products(hidden) else self.dtype
         if on_gpu(hidden) and hidden.dtype != self.dtype:
             warn_of_copies()
@@ -77,26 +79,26 @@ class Head:
         self.C = options.chunk_size or length or chunk_rows(self.N, D, most, processors(hidden))
         rows = hidden.new_empty((self.C if self.N else 0, padded(V)), dtype=self.logits_dtype)
         self._work = rows[:, :V]
-        # Over the logits, from the first byte of each row on: of smaller elements where they are float32
-        # and the operands are halves.
+        # The gradient overwrites the logits from the first byte of each row on. Its elements are
+        # smaller where the logits are float32 and the operands are halves.
         self._dlogits = rows.view(self.dtype)[:, :V]
         self._counters: Tensor | None = None
         self._waiting: slice | None = None  # the part whose gradient is still in the stage
-        self._taken: Tensor | None = None  # where `move_rows` puts hidden states
+        self._taken: Tensor | None = None  # `move_rows` writes hidden states here
         if needs.hidden or needs.parameters:
             self._new_gradients()
 
     def _operand(self, x: Tensor) -> Tensor:
-        """x as it enters the products: of the dtype of `hidden`, whatever the device multiplies."""
+        """Return x as it enters the products: rounded to the dtype of `hidden`, on any device."""
         return x.to(self.hidden.dtype).to(self.dtype)
 
     def _new_gradients(self) -> None:
         new = self.hidden.new_zeros
         D, V = self.hidden.shape[1], len(self.weight)
         weight, bias, lora_a, lora_b = self.full
-        # Rows that take no part have no gradient; those that do are all written.
+        # Rows that take no part have a gradient of 0; all others are written.
         whole = self.rows is None
-        # A sum over processes is rounded once, at its end.
+        # With several processes the gradient is float32: their sum is rounded once, at its end.
         exact = torch.float32 if self.shard else self.dhidden_dtype
         self.dhidden = (self.hidden.new_empty if whole else new)(
             self.hidden.shape if self.needs.hidden else 0, dtype=exact
@@ -119,14 +121,16 @@ class Head:
         self._fresh = True
 
     def parts(self) -> Iterator[slice]:
-        """Consecutive parts of the rows that take part, each of C but the last."""
+        """Yield consecutive parts of the rows that take part, C rows each; the last may be shorter."""
         for start in range(0, self.N, self.C):
             yield slice(start, min(start + self.C, self.N))
 
     def counters(self, part: slice) -> Tensor | None:
-        """Zeros, (n,) int32, in which the programs of a row count themselves, for one launch on these rows.
+        """Return zeros, (n,) int32, in which the programs of a row count themselves.
 
-        None where a row has one program.
+        They serve one launch on these rows.
+
+        Return None where a row has one program.
         """
         if not run("schedules.counts_arrivals", self.hidden, len(self.weight)):
             return None
@@ -135,7 +139,10 @@ class Head:
         return self._counters[part]
 
     def _take(self, part: slice) -> Tensor:
-        """(C, D) rows of a part, zeros after them and where they may hold anything."""
+        """Return the hidden states of a part, (C, D).
+
+        They are 0 after the end of the part and in rows that do not count.
+        """
         n = part.stop - part.start
         plain = self.rows is None and self.live is None and n == self.C
         if plain and self.hidden.dtype == self.dtype:
@@ -161,19 +168,25 @@ class Head:
             run("chunks.move_rows", self.hidden, outgoing, incoming)
 
     def _places(self, x: Tensor, part: slice) -> tuple[Tensor, Tensor | None, int]:
-        """(x (N, D) or what begins with the rows of a part, which rows of it or None, how many)."""
+        """Return the place of the rows of a part in x.
+
+        Returns:
+            x (N, D) or the part of it, the indices of the rows in that or None for the first ones,
+            and how many.
+        """
         n = part.stop - part.start
         return (x[part], None, n) if self.rows is None else (x, self.rows[part], n)
 
     def logits(self, part: slice) -> tuple[Tensor, Tensor]:
-        """(1, n, V) logits of a part, and where their gradient belongs: over them (`schedules.overlaps`)."""
+        """Return the logits of a part, (1, n, V), and the tensor for their gradient.
+
+        Both share memory: the gradient overwrites the logits (`schedules.overlaps`).
+        """
         n = part.stop - part.start
         self._h = self._take(part)
         if self.bias is None:
             product(self._h, self.weight.T, self._work)
-        elif (
-            self.bias.dtype == self._h.dtype
-        ):  # one pass over the chunk less where the library fuses it
+        elif self.bias.dtype == self._h.dtype:  # it may fuse the bias, which saves a pass
             torch.addmm(self.bias, self._h, self.weight.T, out=self._work)
         else:
             self._work.copy_(self.bias.expand_as(self._work))
@@ -186,7 +199,7 @@ class Head:
         return self._work[:n][None], self._dlogits[:n][None]
 
     def backward(self, part: slice) -> None:
-        """Collect the gradients of the part whose logits were last asked for."""
+        """Add to the gradients from the part whose logits were computed last."""
         n = part.stop - part.start
         dz = self._dlogits
         if n < self.C:
@@ -204,7 +217,7 @@ class Head:
             if dinner is not None and self.lora_a is not None:
                 accumulate(out, dinner, self.lora_a)
             if not direct:
-                self._waiting = part  # until the next part is taken
+                self._waiting = part  # it is moved when the next part is taken
         if self.needs.weight:
             accumulate(self.dweight[:V], dz.T, self._h, fresh=self._fresh)
         if self.needs.bias:
@@ -216,15 +229,18 @@ class Head:
         self._fresh = False
 
     def hidden_gradient(self) -> Tensor:
-        """The gradient of `hidden`, (0,) if not wanted; this process's share of it where there is a shard."""
+        """Return the gradient of `hidden`, (0,) if not wanted; with a shard, the share of this process."""
         self._move(None)
         return self.dhidden
 
     def gradients(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """All gradients, in the order of `Needs`, (0,) where not wanted; those of parameters in float32."""
+        """Return all gradients in the order of `Needs`, (0,) where not wanted.
+
+        The gradients of parameters are float32.
+        """
         self.hidden_gradient()
         if self.shard:
-            for x in (self.dhidden, self.dlora_a):  # what all processes contribute to
+            for x in (self.dhidden, self.dlora_a):  # all processes contribute to these
                 if x.numel():
                     self.shard.total(x)
         dhidden = self.dhidden.to(self.dhidden_dtype)

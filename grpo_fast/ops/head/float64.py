@@ -1,8 +1,8 @@
-"""Hidden states to log-probs where an operand is float64: PyTorch's operators, in chunks of tokens.
+"""Log-probs from hidden states where an operand is float64: PyTorch's operators, in chunks of tokens.
 
-The kernels compute in float32. A model in float64 wants all of its digits, and is small. So autograd
-differentiates here, and the backward computes the logits of each chunk again: those of one chunk exist at a
-time.
+The kernels compute in float32. A float64 model needs all digits, and it is small. So autograd
+differentiates here, and the backward computes the logits of each chunk again: only the logits of
+one chunk exist at a time.
 """
 
 import torch
@@ -21,7 +21,7 @@ def log_probs(
     targets: Targets,
     temperature: float | Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Log-probs and entropies, both (N,) float64 and differentiable; unspecified where not live.
+    """Return log-probs and entropies, both (N,) float64 and differentiable; unspecified where masked.
 
     Args:
         hidden: (N, D).
@@ -56,7 +56,7 @@ def log_probs(
 def _score(
     tokens: tuple[Tensor, Tensor, float | Tensor], parameters: Parameters, options: Options
 ) -> tuple[Tensor, Tensor]:
-    """Log-probs and entropies of some rows: (hidden states, ids, temperature)."""
+    """Return log-probs and entropies of the rows of `tokens`: (hidden states, ids, temperature)."""
     hidden, ids, temperature = tokens
     weight, bias, lora_a, lora_b = parameters
     logits = hidden @ weight.T
@@ -76,7 +76,10 @@ def _score(
 
 
 def z_scores(rewards: Tensor, group_size: int) -> Tensor:
-    """Score rewards (B,) in float64 as `grpo_fast.ops.group_advantage.z_scores` does in float32."""
+    """Return the advantages of rewards (B,) in float64.
+
+    `grpo_fast.ops.group_advantage.z_scores` does this in float32.
+    """
     groups = rewards.double().view(-1, group_size)
     differ = groups.amax(1, keepdim=True) > groups.amin(1, keepdim=True)
     centred = groups - groups.mean(1, keepdim=True)

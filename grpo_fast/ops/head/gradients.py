@@ -1,12 +1,12 @@
-"""Gradients of the head where the coefficients dloss/dlogp depend on log-probs: when they are known decides.
+"""The gradients of the head, and the order of passes: it depends on when dloss/dlogp is known.
 
-N D V multiplications each for logits, dH and dW, 2 operations per multiplication:
+Logits, dH and dW take N D V multiplications each, 2 operations per multiplication:
 
-    token       of a token alone: as soon as its log-prob is          6 N D V
-    known       of its sequence, but on policy: before any log-prob   6 N D V
-    late        after all, the head frozen: rows of (Y - P) W scaled  4 N D V
-    aligned     of its sequence: as soon as the chunk it is in is     6 N D V
-    two_phase   after all log-probs                                   8 N D V
+    token       dloss/dlogp needs the token's own log-prob                        6 N D V
+    known       it needs its sequence, but on policy it is known at the start     6 N D V
+    late        it is known at the end; the head is frozen: (Y - P) W is scaled   4 N D V
+    aligned     it needs its sequence, which is in the same chunk                 6 N D V
+    two_phase   it needs all log-probs: logits are computed twice                 8 N D V
 """
 
 import itertools
@@ -28,7 +28,6 @@ from grpo_fast.ops.grpo import Arguments
 from grpo_fast.ops.head.arguments import Needs
 from grpo_fast.ops.head.chunked import Head
 from grpo_fast.ops.head.passes import (
-    NO_REWARDS,
     fill_parts,
     kept_rows,
     new_statistics,
@@ -41,22 +40,20 @@ from grpo_fast.ops.head.passes import (
     write_part,
 )
 from grpo_fast.ops.scaling import weigh_rows
-from grpo_fast.records import Outputs, RowStatistics, Sequences, Targets, select
-
-NO_SEQUENCES = Sequences(None, 0, None, None)
+from grpo_fast.records import Outputs, Rewards, RowStatistics, Sequences, Targets, select
 
 
 class Rows(NamedTuple):
     """The rows of hidden states that take part in the gradient."""
 
-    rows: Tensor | None  # their indices; None for all
-    arguments: Arguments  # of these rows
+    rows: Tensor | None  # their indices; None: all
+    arguments: Arguments  # the arguments of these rows
     sequences: Sequences
     ends: list[int] | None  # boundaries of their sequences, where the host knows them
 
     @property
     def batch(self) -> Batch:
-        """The rows for an objective on their log-probs."""
+        """The rows as a batch, for an objective on their log-probs."""
         a = self.arguments
         return Batch(a.targets.mask, a.tokens, a.rewards, self.sequences)
 
@@ -72,7 +69,7 @@ def plan(
     """Choose one of the ways in the module docstring.
 
     Args:
-        known: whether the surrogate's coefficients are known beforehand.
+        known: whether the surrogate's coefficients are known before the log-probs.
         ends: boundaries of the sequences, where the host knows them.
         limit: how many rows of logits may exist at a time.
         shared: whether other processes have a part of the vocabulary.
@@ -83,7 +80,7 @@ def plan(
         return "known"
     if not (needs.parameters or modes.has_bonus or shared):
         return "late"
-    whole = not modes.by_entropy  # or tokens of all sequences decide
+    whole = not modes.by_entropy  # otherwise tokens of all sequences decide
     if whole and ends is not None and all(j - i <= limit for i, j in itertools.pairwise(ends)):
         return "aligned"
     return "two_phase"
@@ -96,9 +93,10 @@ def rows_that_take_part(
 
     Args:
         keep: (N,) bool, on any device: the rows that take part; None for all.
-        by_sequence: whether the objective looks at sequences: then their boundaries move with the rows.
+        by_sequence: whether the objective looks at sequences: then their boundaries change with the
+            rows.
     """
-    if keep is not None:  # nothing masked is kept
+    if keep is not None:  # `keep` holds no masked row
         a = a._replace(targets=a.targets._replace(mask=None))
     if not by_sequence:
         rows = kept_rows(keep, hidden)
@@ -108,7 +106,7 @@ def rows_that_take_part(
         return Rows(rows, select_rows(a, rows), sequences._replace(share=share), None)
     if keep is None:
         ends = None
-        if sequences.boundaries is None:  # every T_len tokens are one
+        if sequences.boundaries is None:  # every T_len tokens are a sequence
             ends = list(range(0, len(a.targets.ids) + 1, max(sequences.T_len, 1)))
         return Rows(None, a, sequences, ends)
     N, given = len(keep), sequences.boundaries
@@ -116,7 +114,7 @@ def rows_that_take_part(
         given = torch.arange(0, N + 1, max(sequences.T_len, 1), device=hidden.device)
     counts = torch.nn.functional.pad(keep.to(hidden.device).cumsum(0), (1, 0))
     boundaries = counts[given]
-    ends = boundaries.tolist()  # the one sync: what follows knows its size
+    ends = boundaries.tolist()  # the only sync: the sizes below are known then
     if ends[-1] == N:  # nothing to gather
         return Rows(None, a, sequences, ends)
     order = torch.argsort((~keep).to(torch.uint8), stable=True).to(hidden.device)
@@ -129,13 +127,14 @@ def rows_that_take_part(
 
 
 def _at_first(x: Tensor, given: Tensor, boundaries: Tensor, n: int) -> Tensor:
-    """The sum of x over each sequence, at the first of its tokens that take part; 0 at the others, (n,)."""
+    """Return the sum of x over each sequence, at its first token that takes part; else 0; (n,)."""
     total = torch.segment_reduce(x.double(), "sum", offsets=given.to(x.device)).to(x.dtype)
-    first = torch.where(boundaries.diff() > 0, boundaries[:-1], n)  # n: nobody's
+    first = torch.where(boundaries.diff() > 0, boundaries[:-1], n)  # n: a place that is cut off
     return x.new_zeros(n + 1).scatter_(0, first, total)[:n]
 
 
-# Gives (dloss/dlogp, dloss/dentropy or None) of some rows from their log-probs and entropies.
+# A function that returns (dloss/dlogp, dloss/dentropy or None) of some rows from their log-probs
+# and entropies.
 Coefficients = Callable[[slice, Tensor, Tensor], tuple[Tensor, Tensor | None]]
 
 
@@ -146,7 +145,7 @@ def by_chunk(
     coefficients: Coefficients,
     with_entropy: bool,
 ) -> RowStatistics:
-    """Compute gradients where those of a chunk depend on nothing else."""
+    """Compute gradients where the coefficients of a chunk depend on nothing outside of it."""
     found = new_statistics(head, with_entropy)
     for part in parts:
         logits, dlogits = head.logits(part)
@@ -159,7 +158,10 @@ def by_chunk(
 
 
 def by_shared_token(head: Head, a: Arguments, c: Tensor | None) -> RowStatistics:
-    """Compute `fill_parts` where the vocabulary is shared: statistics meet before coefficients are known.
+    """Compute the gradients of `fill_parts` where processes share the vocabulary.
+
+    Coefficients need the statistics of all processes, so the logits of a chunk are read before its
+    gradient is written.
 
     Args:
         c: the surrogate's part of dloss/dlogp, where that is known.
@@ -171,7 +173,7 @@ def by_shared_token(head: Head, a: Arguments, c: Tensor | None) -> RowStatistics
     def coefficients(part: slice, logp: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor | None]:
         these = select(tokens, part)
         mask = None if a.targets.mask is None else a.targets.mask[part]
-        found = values(logp, entropy, Batch(mask, these, NO_REWARDS, NO_SEQUENCES), terms)
+        found = values(logp, entropy, Batch(mask, these, Rewards(), Sequences()), terms)
         dlogp = found.dlogp if c is None else found.dlogp + c[part]
         return dlogp, entropy_gradient(these, terms, found)
 
@@ -189,7 +191,7 @@ def by_sequence(head: Head, a: Arguments, sequences: Sequences, ends: list[int])
             boundaries = boundaries[first : last + 1] - ends[first]
         mine = select(sequences._replace(boundaries=None), part)._replace(boundaries=boundaries)
         these = select_rows(a, part)
-        batch = Batch(these.targets.mask, these.tokens, NO_REWARDS, mine)
+        batch = Batch(these.targets.mask, these.tokens, Rewards(), mine)
         found = values(logp, entropy, batch, a.terms)
         return found.dlogp, entropy_gradient(these.tokens, a.terms, found)
 
@@ -198,7 +200,7 @@ def by_sequence(head: Head, a: Arguments, sequences: Sequences, ends: list[int])
 
 
 def sequences_together(ends: list[int], C: int) -> list[tuple[int, int]]:
-    """Runs [first, last) of sequences with at most C tokens, at least one token each."""
+    """Return runs [first, last) of sequences with at most C tokens together and at least one token."""
     runs, first = [], 0
     for i in range(len(ends) - 1):
         if ends[i + 1] - ends[first] > C:
@@ -209,7 +211,7 @@ def sequences_together(ends: list[int], C: int) -> list[tuple[int, int]]:
 
 
 def by_phases(way: str, head: Head, given: Rows) -> Outputs:
-    """Compute the gradients of rows whose coefficients depend on other rows."""
+    """Compute the gradients of rows by one of the ways that `plan` chooses."""
     a, batch, terms = given.arguments, given.batch, given.arguments.terms
     c = coefficient_on_policy(batch, terms) if way == "known" else None
     statistics: RowStatistics | Outputs

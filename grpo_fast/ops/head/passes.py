@@ -1,4 +1,4 @@
-"""Passes over the rows of hidden states that take part, chunk by chunk: log-probs read, gradients written."""
+"""Passes over the rows that take part, chunk by chunk: they read log-probs and write gradients."""
 
 import torch
 from torch import Tensor
@@ -12,15 +12,15 @@ from grpo_fast.ops.logprob import read_rows, write_rows
 from grpo_fast.records import Outputs, Rewards, RowStatistics, Targets, Tokens, select
 
 NO_GRADIENT = Needs(False, False, False, False, False)
-NO_REWARDS = Rewards(None, 1, None)
-# The loss is -A log p with A = -1, so that its gradient is that of log p itself.
+# With A = -1 the loss -A log p has the gradient of log p itself.
 UNIT = Objective(surrogate="reinforce").terms
-# What `lifted` makes of the largest weight, at most: 4000 times as much is left for advantage and ratio.
+# `lifted` scales the largest weight to at most this. A factor of 4000 is then left for advantage
+# and ratio.
 LIFTED = 16.0
 
 
 def scaled(targets: Targets, options: Options) -> Targets:
-    """The targets with a logit scale as part of the temperature, where there is no soft cap."""
+    """Return the targets with the logit scale as a part of the temperature, where there is no soft cap."""
     if options.softcap is not None or options.logit_scale == 1:
         return targets
     temperature = targets.temperature
@@ -31,7 +31,10 @@ def scaled(targets: Targets, options: Options) -> Targets:
 
 
 def kept_rows(keep: Tensor | None, like: Tensor) -> Tensor | None:
-    """Indices, on the device of `like`, of the rows to keep; None for all. On a GPU `keep` costs a sync."""
+    """Return the indices of the rows to keep, on the device of `like`; None for all.
+
+    On a GPU this is a sync if `keep` is there.
+    """
     if keep is None:
         return None
     rows = keep.nonzero().squeeze(1)
@@ -41,14 +44,14 @@ def kept_rows(keep: Tensor | None, like: Tensor) -> Tensor | None:
 def spread_rows(
     x: Tensor, rows: Tensor | None, N: int, default: float = 0.0, computed: bool = True
 ) -> Tensor:
-    """Values of the rows that took part as (N,), `default` for the others; unchanged if not computed."""
+    """Return values of the rows that took part as (N,), `default` elsewhere; unchanged if not computed."""
     if rows is None or not computed:
         return x
     return x.new_full((N,), default).index_copy_(0, rows, x)
 
 
 def new_statistics(head: Head, with_entropy: bool) -> RowStatistics:
-    """Empty vectors for the statistics of the rows that take part: `read_part` writes them."""
+    """Return empty vectors for the statistics of the rows that take part; `read_part` writes them."""
     sizes = (head.N, head.N if with_entropy else 0, head.N, head.N)
     return RowStatistics(*(head.hidden.new_empty(n, dtype=torch.float32) for n in sizes))
 
@@ -61,7 +64,7 @@ def read_part(
     with_entropy: bool,
     out: RowStatistics,
 ) -> RowStatistics:
-    """Write the statistics of the rows whose logits `head` has just computed into their place in `out`."""
+    """Compute the statistics of the rows whose logits `head` computed last, and write them into `out`."""
     mine = select(out, part)
     if head.shard:
         found = read_shared_rows(logits, targets, with_entropy, head.softcap, head.shard)
@@ -90,7 +93,7 @@ def write_part(
 
 
 def read_all(head: Head, targets: Targets, with_entropy: bool) -> RowStatistics:
-    """Compute the log-probs of the rows that take part."""
+    """Compute the statistics of all rows that take part, chunk by chunk."""
     found = new_statistics(head, with_entropy)
     for part in head.parts():
         logits, _ = head.logits(part)
@@ -105,7 +108,7 @@ def write_all(
     dentropy: Tensor | None,
     statistics: RowStatistics,
 ) -> None:
-    """Run the gradient pass: the logits again, their gradient, and what `head` makes of it."""
+    """Compute the logits again, chunk by chunk, their gradient, and the gradients of `head`."""
     for part in head.parts():
         logits, dlogits = head.logits(part)
         upstream = dlogp[part], None if dentropy is None else dentropy[part]
@@ -117,15 +120,18 @@ def write_all(
 def read_with_unit_gradient(
     head: Head, targets: Targets, with_entropy: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Log-probs and entropies, in one pass with the gradient of each log-prob in its hidden state."""
+    """Compute log-probs, entropies, and the gradient of each log-prob in its hidden state.
+
+    The gradient is `head.hidden_gradient()`.
+    """
     weight = head.hidden.new_ones(head.N, dtype=torch.float32)
-    tokens = Tokens(weight, -weight, *(None,) * (len(Tokens._fields) - 2))
-    out = fill_parts(head, Arguments(targets, tokens, NO_REWARDS, with_entropy, UNIT))
+    tokens = Tokens(weight, -weight)
+    out = fill_parts(head, Arguments(targets, tokens, Rewards(), with_entropy, UNIT))
     return out.logp, out.entropy
 
 
 def fill_parts(head: Head, a: Arguments) -> Outputs:
-    """Compute the gradients of rows whose coefficients depend on nothing else."""
+    """Compute the gradients of rows whose coefficients depend on nothing outside of the row."""
     out = new_outputs(a, empty=True)
     for part in head.parts():
         logits, dlogits = head.logits(part)
@@ -136,15 +142,16 @@ def fill_parts(head: Head, a: Arguments) -> Outputs:
 
 
 def select_rows(a: Arguments, rows: Tensor | slice) -> Arguments:
-    """The arguments of some rows."""
+    """Return the arguments of some rows."""
     return a._replace(targets=select(a.targets, rows), tokens=select(a.tokens, rows))
 
 
 def lifted(tokens: Tokens) -> tuple[Tokens, Tensor]:
-    """Weights as large as gradients of logits in float16 want them, and the factor: a power of two.
+    """Scale weights up, so that float16 gradients do not underflow; return tokens and factor.
 
-    The gradients are computed before the loss scale arrives that would keep them out of float16's underflow:
-    they get one here, chosen from the weights, and lose it again in float32.
+    The gradients are computed before the loss scale arrives that would keep them out of underflow.
+    So they get a factor here, a power of two chosen from the weights, and float32 gradients are
+    divided by it at the end.
     """
     largest = torch.nn.functional.pad(tokens.weight.abs(), (0, 1)).amax()
     exponent = torch.frexp(largest).exponent.clamp(-100, 100)
@@ -158,10 +165,10 @@ def lifted(tokens: Tokens) -> tuple[Tokens, Tensor]:
 def empty_gradients(
     hidden: Tensor, parameters: Parameters, needs: Needs, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, ...]:
-    """Tensors like `Head.gradients` returns, without values.
+    """Return tensors like those of `Head.gradients`, without values.
 
     Args:
-        dtype: of the first, if not that of `hidden`.
+        dtype: the dtype of the first one; default: that of `hidden`.
     """
     shapes = [
         x.shape if wanted and x is not None else 0

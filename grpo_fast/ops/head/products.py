@@ -15,21 +15,22 @@ def mixed_products_of(version: str, hip: str | None) -> bool:
     return hip is None or version_of(version) >= (2, 10)
 
 
-# `addmm` of halves into a float32 sum: before 2.10 it wanted the sum in the dtype of the operands.
+# Whether `addmm` adds a product of halves to a float32 sum. Before 2.10 the sum had to be in the
+# dtype of the operands.
 MIXED_ADDMM = version_of(torch.__version__) >= (2, 10)
 
 
 MIXED_MM = mixed_products_of(torch.__version__, torch.version.hip)
 
 
-SLAB = 8192  # rows of such a sum at a time, where it has to be added up separately
+SLAB = 8192  # rows of a sum at a time where product and addition are separate
 
 
 def working_dtypes(hidden: Tensor, options: Options) -> tuple[torch.dtype, torch.dtype]:
-    """The dtypes of the operands of the products, and of the logits."""
+    """Return the dtype of the operands of the products, and the dtype of the logits."""
     if not options.fp32_logits:
         return hidden.dtype, hidden.dtype
-    # Where no product of halves has a float32 result, it is one of float32 copies.
+    # Where a product of halves cannot have a float32 result, float32 copies are multiplied.
     return hidden.dtype if has_mixed_products(hidden) else torch.float32, torch.float32
 
 
@@ -45,7 +46,7 @@ def on_gpu(x: Tensor) -> bool:
 
 @functools.cache
 def warn_of_copies() -> None:
-    """Once: what a GPU that could multiply halves does instead."""
+    """Warn once that this GPU multiplies float32 copies in place of halves."""
     warnings.warn(
         f"grpo_fast: PyTorch {torch.__version__} cannot multiply half-precision matrices with a float32 "
         "result under ROCm: the head is multiplied in float32, which is right but slower. PyTorch 2.10 or "
@@ -55,17 +56,21 @@ def warn_of_copies() -> None:
 
 
 def early_dtype(hidden: Tensor) -> torch.dtype:
-    """Of a gradient of `hidden` that is yet to be scaled: below 6e-8 float16 has nothing."""
+    """Return the dtype of a gradient of `hidden` that is scaled later.
+
+    It is float32 for float16, whose smallest number is 6e-8.
+    """
     return torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
 
 
 def product(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """`out = a @ b`; out may be float32 where a and b are halves (`has_mixed_products`).
+    """Compute `out = a @ b`; out may be float32 where a and b are halves (`has_mixed_products`).
 
-    Always into a buffer: autocast would turn `@` into a product of halves. The library may split a sum that
-    is long, or a product that has few results, and by PyTorch's default it adds up the pieces in the dtype of
-    `out`. There `out` has to be float32, and the caller rounds it. Logits in half precision are no such
-    product: sums of D elements, many results, the same as in the model's own head.
+    It always writes into a buffer, because autocast would turn `@` into a product of halves. The
+    library may split a long sum, or a product with few results, and by PyTorch's default it adds up
+    the pieces in the dtype of `out`. For such products `out` must be float32, and the caller rounds
+    it. Logits in half precision are no such product: they are sums of D elements with many results,
+    as in the model's own head.
     """
     if out.dtype == a.dtype:
         torch.mm(a, b, out=out)
@@ -74,8 +79,11 @@ def product(a: Tensor, b: Tensor, out: Tensor) -> None:
 
 
 def accumulate(out: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0, fresh: bool = False) -> None:
-    """`out += alpha a @ b`, or `out = alpha a @ b` if `fresh`; out is float32, or of the dtype of a and b."""
-    beta = 0 if fresh else 1  # with 0 what `out` holds is not read
+    """Compute `out += alpha a @ b`, or `out = alpha a @ b` if `fresh`.
+
+    The dtype of out is float32 or that of a and b.
+    """
+    beta = 0 if fresh else 1  # with 0, `out` is not read
     if out.dtype == a.dtype:
         torch.addmm(out, a, b, beta=beta, alpha=alpha, out=out)
     elif not has_mixed_products(a):
@@ -87,7 +95,7 @@ def accumulate(out: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0, fresh: boo
 
 
 def _accumulate_in_slabs(out: Tensor, a: Tensor, b: Tensor, alpha: float, fresh: bool) -> None:
-    """`accumulate` by products of their own, of a slab of rows at a time."""
+    """Compute `accumulate` for a slab of rows at a time: a product, then an addition."""
     for mine, rows in zip(out.split(SLAB), a.split(SLAB), strict=True):
         if fresh and alpha == 1:
             torch.mm(rows, b, out_dtype=out.dtype, out=mine)

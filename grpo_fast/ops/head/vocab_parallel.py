@@ -1,8 +1,9 @@
-"""Rows of logits whose vocabulary is spread over processes: each holds consecutive columns of it.
+"""Rows of logits whose vocabulary is spread over processes: each process holds consecutive columns.
 
-Each process reads its own columns (`read_rows`). One all-gather of four numbers per row makes the statistics
-of the whole row from them, in the order of the processes, so that all get the same bits. With these, each
-process writes the gradient of its own columns with `write_rows`.
+Each process reads its own columns (`read_rows`). One all-gather of four numbers per row collects
+the statistics of all processes. Every process combines them in the order of the processes, so that
+all get the same bits. With these, each process writes the gradient of its own columns
+(`write_rows`).
 """
 
 from typing import NamedTuple
@@ -17,34 +18,37 @@ from grpo_fast.records import RowStatistics, SoftCap, Targets
 
 # PyTorch 2.13 renamed it, and warns about the old name.
 gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-LOWEST = -3.0e38  # the maximum of no columns; finite, as in kernels/tiles.py
-NOBODY = 1.0  # where a log-prob is not of the scored token: those are <= 0
+LOWEST = -3.0e38  # the maximum where there are no columns; finite, as in kernels/tiles.py
+NOBODY = 1.0  # in place of a log-prob where another process has the id; log-probs are <= 0
 
 
 class Shard(NamedTuple):
-    """Which columns this process has, and with whom it shares the others."""
+    """The columns that this process has, and the group that has the others."""
 
     group: dist.ProcessGroup
     first: int
 
     @staticmethod
     def of(name: str, first: int) -> "Shard":
-        """From what an operator's schema can carry: `ProcessGroup.group_name`."""
+        """Return the shard for `ProcessGroup.group_name`, which an operator's schema can carry."""
         return Shard(dist.distributed_c10d._resolve_process_group(name), first)  # type: ignore[arg-type]
 
     def total(self, x: Tensor) -> Tensor:
-        """The sum of x over the processes."""
+        """Return the sum of x over the processes, in place."""
         dist.all_reduce(x, group=self.group)
         return x
 
     def local(self, ids: Tensor, columns: int) -> Tensor:
-        """The column of each id here, -1 where it is elsewhere."""
+        """Return the column of each id in this process, -1 where another process has it."""
         column = ids - self.first
         return torch.where((column >= 0) & (column < columns), column, -1)
 
 
 def rows_of_all(rows: int, group: dist.ProcessGroup, device: torch.device) -> list[int]:
-    """How many rows of the head each process has. Compiled, they must all have as many as this one."""
+    """Return how many rows of the head each process has.
+
+    In a compiled graph all must have as many as this one.
+    """
     if torch.compiler.is_compiling():
         return [rows] * group.size()
     mine = torch.tensor([rows], device=device)
@@ -60,10 +64,10 @@ def read_shared_rows(
     softcap: SoftCap | None,
     shard: Shard,
 ) -> RowStatistics:
-    """Compute `read_rows` of the whole vocabulary from this process's columns, `logits` (1, n, columns).
+    """Compute `read_rows` over the whole vocabulary from this process's columns, `logits` (1, n, columns).
 
     Args:
-        targets: the ids are of the whole vocabulary.
+        targets: the ids are those of the whole vocabulary.
     """
     n, columns = logits.shape[1:]
     column = shard.local(targets.ids, columns)
@@ -74,7 +78,7 @@ def read_shared_rows(
     else:
         logp, entropy, total = (logits.new_zeros(n, dtype=torch.float32) for _ in range(3))
         top = torch.full_like(logp, LOWEST)
-    logp = logp.masked_fill(total == 0, -torch.inf)  # this process's columns are -inf altogether
+    logp = logp.masked_fill(total == 0, -torch.inf)  # all columns of this process are -inf
     own = [top, total, entropy if with_entropy else top, torch.where(mine, logp, NOBODY)]
     gathered = logp.new_empty(shard.group.size(), n, 4)
     gather(gathered.view(-1, 4), torch.stack(own, 1), group=shard.group)
@@ -84,28 +88,30 @@ def read_shared_rows(
         rate = 1 / targets.temperature
     unit = run("logprob.unit_of_tops", logits, rate, gathered[:, :, 1])
     found = combine(gathered, unit, with_entropy)
-    if targets.mask is not None:  # the id may be anything: nobody has it
+    if targets.mask is not None:  # a masked id may be anything: perhaps no process has it
         found = found._replace(logp=torch.where(targets.mask, found.logp, 0))
     return found
 
 
 def combine(gathered: Tensor, unit: Tensor, with_entropy: bool) -> RowStatistics:
-    """Combine the statistics that the processes have of their columns into those of whole rows.
+    """Combine the statistics of the processes' columns into those of whole rows.
 
     Args:
-        gathered: (processes, n, 4): of each process's columns the maximum, the sum of exponentials
-            relative to it, the entropy, and the log-prob of the scored token, > 0 where it is elsewhere.
-            The kernels change the sign of a sum to say what its maximum is of; so does the sum of the row.
-        unit: of the maxima, in nats; (n,) or (processes, n).
+        gathered: (processes, n, 4): the maximum of each process's columns, the sum of exponentials
+            relative to it, the entropy, and the log-prob of the scored token, which is > 0 where
+            another process has it. The kernels use the sign of the sum to say what its maximum is
+            of. The sum of the row keeps that sign.
+        unit: the unit of the maxima, in nats; (n,) or (processes, n).
     """
     tops, signed, entropies, logps = gathered.unbind(2)
     totals = signed.abs()
-    # In float64, where no product with a unit overflows.
+    # In float64 the product with the unit does not overflow.
     heights = (tops.double() * unit).masked_fill(totals == 0, -torch.inf)
     highest, owner_of_top = heights.max(0, keepdim=True)
     below = (heights - highest).float()
     share = totals * below.exp()
-    # What the others hold, added up without it: a confident token keeps the little that is left.
+    # The sum of the other processes' shares is added up on its own, so that it stays exact for a
+    # confident token.
     apart = ~torch.eye(len(share), dtype=torch.bool, device=share.device)
     others = torch.where(apart[:, :, None], share[None], 0).sum(1)
     total = share.sum(0)
@@ -114,7 +120,7 @@ def combine(gathered: Tensor, unit: Tensor, with_entropy: bool) -> RowStatistics
     )
     owner = logps <= 0
     logp = torch.where(owner, logps + log_share, 0).sum(0).clamp(max=0)
-    logp = logp.masked_fill(~owner.any(0), torch.nan)  # outside the vocabulary
+    logp = logp.masked_fill(~owner.any(0), torch.nan)  # the id is outside the vocabulary
     entropy = logp.new_empty(0)
     if with_entropy:
         part = share / total * (entropies - log_share)

@@ -1,0 +1,1 @@
+"""Compile the kernels for GPUs that need not be there, and count what they compile to."""

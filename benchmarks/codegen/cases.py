@@ -1,0 +1,350 @@
+"""The launches that `codegen` compiles: every kernel, in the variants that differ as code.
+
+Tensors are without storage (device "meta"): nothing is computed.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, get_args
+
+import torch
+import triton
+
+from grpo_fast.kernels import (
+    chunks,
+    group_advantage,
+    grpo,
+    logprob,
+    policy_loss,
+    reduction_weights,
+    scaling,
+    sequence_loss,
+)
+from grpo_fast.objective import KL, Objective, Surrogate
+from grpo_fast.records import (
+    Grouping,
+    Incoming,
+    Outgoing,
+    Outputs,
+    Rewards,
+    RowStatistics,
+    Sequences,
+    SoftCap,
+    Standardization,
+    Targets,
+    Tokens,
+    Weighing,
+)
+
+B, T_LEN = 4, 16
+N = B * T_LEN
+V_SMALL, V_ROW, V_SPLIT = 1024, 32_768, 152_064  # one per schedule
+CAP = SoftCap(30.0, 0.5)
+
+
+def tensor(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def vector(given: bool = True, dtype: torch.dtype = torch.float32) -> Any:
+    return tensor(N, dtype=dtype) if given else None
+
+
+def targets(mask: bool, temperature: bool) -> Targets:
+    return Targets(vector(dtype=torch.int64), vector(mask, torch.bool), vector(temperature), 1.0)
+
+
+def tokens(**given: bool) -> Tokens:
+    """With a weight; of the others those that are given."""
+    return Tokens(**{name: vector(given.get(name, name == "weight")) for name in Tokens._fields})
+
+
+def logits(V: int, dtype: torch.dtype, stride: int = 0) -> torch.Tensor:
+    """Rows that Triton knows to be aligned, as 16 divides their stride, or with a stride as it comes."""
+    return tensor(B, T_LEN, stride or triton.cdiv(V, 16) * 16, dtype=dtype)[..., :V]
+
+
+def overlapping(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A gradient of smaller elements over the logits, as the head has it (`schedules.overlaps`)."""
+    return x.view(dtype)[..., : x.shape[-1]]
+
+
+def launch_logprob_fwd(
+    V: int = V_ROW,
+    dtype: torch.dtype = torch.bfloat16,
+    entropy: bool = False,
+    extras: bool = False,
+    cap: SoftCap | None = None,
+    stride: int = 0,
+) -> None:
+    logprob.logprob_fwd(logits(V, dtype, stride), targets(extras, extras), entropy, cap)
+
+
+def launch_logprob_bwd(
+    V: int = V_ROW,
+    dtype: torch.dtype = torch.bfloat16,
+    entropy: bool = False,
+    extras: bool = False,
+    cap: SoftCap | None = None,
+    stride: int = 0,
+    over: torch.dtype | None = None,
+) -> None:
+    x = logits(V, dtype, stride)
+    logprob.logprob_bwd(
+        vector(),
+        vector(entropy),
+        x,
+        targets(extras, extras),
+        RowStatistics(vector(), vector(entropy), vector(), vector()),
+        x if over is None else overlapping(x, over),
+        cap,
+    )
+
+
+def launch_grpo(
+    V: int = V_ROW,
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    stride: int = 0,
+    out: torch.dtype | None = None,
+    over: torch.dtype | None = None,
+    cap: SoftCap | None = None,
+    objective: Objective | None = None,
+    **given: bool,
+) -> None:
+    """`given`: entropy, rewards, packed, extras."""
+    entropy, rewards, packed, extras = map(
+        given.get, ("entropy", "rewards", "packed", "extras"), [False] * 4
+    )
+    x = logits(V, dtype, stride)
+    written = x if out is None else logits(V, out)
+    rest = ("importance", "score", "entropy_weight", "coefficient")
+    grpo.grpo_fwd_bwd(
+        x,
+        targets(True, extras),
+        tokens(advantages=not rewards, old_logp=True, ref_logp=True, **dict.fromkeys(rest, extras)),
+        Rewards(tensor(B) if rewards else None, 2, vector(packed, torch.int64)),
+        return_entropy=False,
+        objective=objective or Objective(beta=0.04, entropy_coef=0.01 if entropy else 0.0),
+        dlogits=written if over is None else overlapping(x, over),
+        softcap=cap,
+    )
+
+
+def launch_scale_rows(V: int = V_ROW, dtype: torch.dtype = torch.bfloat16, stride: int = 0) -> None:
+    scaling.scale_rows(tensor().expand(N), logits(V, dtype, stride))
+
+
+def launch_scale(dtype: torch.dtype | None = None) -> None:
+    x = tensor(152_064, 3584)
+    scaling.scale(x, tensor(), x if dtype is None else tensor(*x.shape, dtype=dtype))
+
+
+def launch_weigh_rows() -> None:
+    x = tensor(N, 3584, dtype=torch.bfloat16)
+    scaling.weigh_rows(x, tensor(N), tensor(N, 3584, dtype=torch.bfloat16))
+
+
+def launch_move_rows() -> None:
+    stage, h = tensor(N, 3584), tensor(N, 3584, dtype=torch.bfloat16)
+    rows = tensor(N, dtype=torch.int64)
+    chunks.move_rows(
+        Outgoing(stage, tensor(*h.shape, dtype=h.dtype), rows, N), Incoming(h, rows, None, N, h)
+    )
+
+
+def launch_policy_loss(extras: bool = True, objective: Objective | None = None) -> None:
+    rest = dict.fromkeys(("old_logp", "ref_logp", "importance", "score"), extras)
+    policy_loss.policy_loss_fwd(
+        vector(),
+        vector(extras, torch.bool),
+        tokens(advantages=True, **rest),
+        objective or Objective(beta=0.04),
+    )
+
+
+def launch_sequence_loss(objective: Objective, packed: bool) -> None:
+    given = ("advantages", "old_logp", "ref_logp", "importance", "score")
+    boundaries = tensor(B + 1, dtype=torch.int64) if packed else None
+    sequence_loss.sequence_loss_fwd(
+        vector(),
+        vector(dtype=torch.bool),
+        tokens(**dict.fromkeys(given, True)),
+        Sequences(boundaries, T_LEN, share=None, log_importance=vector()),
+        objective,
+    )
+
+
+def launch_token_statistics(extras: bool = True) -> None:
+    outputs = Outputs(vector(), vector(), vector(extras), vector(extras), vector(dtype=torch.int8))
+    policy_loss.token_statistics_fwd(
+        outputs,
+        vector(extras, torch.bool),
+        share=None,
+        old_logp=vector(extras),
+        importance=vector(extras),
+    )
+
+
+def launch_reduction_weights(reduction: str = "sequence_mean", packed: bool = False) -> None:
+    like = tensor(N) if packed else tensor(B, T_LEN)
+    boundaries = tensor(B + 1, dtype=torch.int32) if packed else None
+    weighing = Weighing(
+        mask=vector(dtype=torch.bool),
+        floating=vector(not packed, torch.bfloat16),
+        token_weights=vector(),
+        boundaries=boundaries,
+        num_items=tensor(dtype=torch.int64) if packed else None,
+        loss_scale=tensor(),
+    )
+    reduction_weights.reduction_weights_fwd(like, weighing, reduction, 0, not packed)
+
+
+def grouping(labels: bool) -> Grouping:
+    return Grouping(16, tensor(256, dtype=torch.int64) if labels else None)
+
+
+def launch_group_advantage(scale: str = "group", labels: bool = False) -> None:
+    group_advantage.group_advantage_fwd(tensor(256), grouping(labels), Standardization(scale, 1e-4))
+
+
+def launch_group_advantage_variants(labels: bool = False) -> None:
+    group_advantage.group_advantage_fwd(
+        tensor(256),
+        grouping(labels),
+        Standardization("group", 1e-4, leave_one_out=True, skip_nan=True, raw_singletons=True),
+    )
+
+
+def launch_combine_rewards(normalize: bool, labels: bool = False) -> None:
+    scored = Standardization("group", 1e-4, skip_nan=True, raw_singletons=labels)
+    group_advantage.combine_rewards_fwd(
+        tensor(256, 3), tensor(3), grouping(labels), normalize, scored
+    )
+
+
+# Every surrogate and every KL estimator once; each is a compile-time choice of the same kernels.
+OBJECTIVES = {
+    **{x: Objective(surrogate=x, beta=0.04) for x in get_args(Surrogate)},
+    **{x: Objective(kl=x, beta=0.04) for x in get_args(KL) if x != "k3"},
+    "k3+": Objective(beta=0.04, kl_gradient="k2"),
+    "k3 where not clamped": Objective(beta=0.04, kl_value_clip=10.0, kl_gradient="k2_clipped"),
+    **{
+        f"{x} ratio": Objective(surrogate=x, beta=0.04, dppo_value="ratio")
+        for x in ("dppo_tv", "dppo_kl")
+    },
+}
+BY_TOKEN = {x: o for x, o in OBJECTIVES.items() if not o.needs_sequences and x != "clip"}
+BY_SEQUENCE = {
+    "gspo": Objective(ratio="sequence", beta=0.04, kl="k3_unbiased"),
+    "gspo_token": Objective(ratio="sequence_token", beta=0.04),
+    "off_policy_mask": Objective(off_policy_threshold=0.1, beta=0.04),
+    **{x: o for x, o in OBJECTIVES.items() if o.needs_sequences},
+}
+OVERLAPS: dict[str, dict[str, Any]] = {
+    "": {},
+    " entropy": {"entropy": True},
+    " capped": {"cap": CAP},
+    " 151665": {"V": 151_665},
+}
+# Rows one after the other that do not all start at 16 bytes (GPT-2's vocabulary, Qwen2.5's without
+# padding), or do so although 16 does not divide their stride (Llama 3's with 8 more). First the case that
+# each is like.
+UNEVEN = {
+    f"{case} {V}": (case, partial(launch, V, dtype, stride=V))
+    for V in (50_257, 151_665, 128_264)
+    for case, launch, dtype in (
+        ("grpo", launch_grpo, torch.bfloat16),
+        ("grpo fp16", launch_grpo, torch.float16),
+        ("grpo fp32", launch_grpo, torch.float32),
+        *(
+            (
+                ("logprob_fwd", launch_logprob_fwd, torch.bfloat16),
+                ("logprob_bwd", launch_logprob_bwd, torch.bfloat16),
+                ("scale_rows", launch_scale_rows, torch.bfloat16),
+                ("logprob_fwd fp32 split", launch_logprob_fwd, torch.float32),
+                (
+                    "grpo fp32 split entropy",
+                    partial(launch_grpo, entropy=True),
+                    torch.float32,
+                ),
+            )
+            if V == 151_665
+            else ()
+        ),
+    )
+}
+# Clip, k3, old and reference log-probs, bfloat16: what most runs launch.
+COMMON = ("grpo", "grpo split")
+CASES: dict[str, Callable[[], None]] = {
+    "logprob_fwd": launch_logprob_fwd,
+    "logprob_fwd entropy": partial(launch_logprob_fwd, entropy=True),
+    "logprob_fwd split": partial(launch_logprob_fwd, V_SPLIT),
+    "logprob_fwd split entropy extras": partial(
+        launch_logprob_fwd, V_SPLIT, entropy=True, extras=True
+    ),
+    "logprob_fwd fp32 split": partial(launch_logprob_fwd, V_SPLIT, torch.float32),
+    "logprob_fwd fp32 split entropy": partial(
+        launch_logprob_fwd, V_SPLIT, torch.float32, entropy=True
+    ),
+    "logprob_bwd": launch_logprob_bwd,
+    "logprob_bwd entropy": partial(launch_logprob_bwd, entropy=True),
+    "logprob_bwd split entropy extras": partial(
+        launch_logprob_bwd, V_SPLIT, entropy=True, extras=True
+    ),
+    "grpo": launch_grpo,
+    "grpo split": partial(launch_grpo, V_SPLIT),
+    "grpo entropy": partial(launch_grpo, entropy=True),
+    "grpo split entropy extras": partial(launch_grpo, V_SPLIT, entropy=True, extras=True),
+    "grpo small": partial(launch_grpo, V_SMALL),
+    "grpo padded": partial(launch_grpo, 50_257),
+    "grpo rewards": partial(launch_grpo, rewards=True),
+    "grpo rewards packed": partial(launch_grpo, V_SPLIT, rewards=True, packed=True),
+    "grpo fp16": partial(launch_grpo, V_SPLIT, torch.float16),
+    "grpo fp32": partial(launch_grpo, V_SPLIT, torch.float32),
+    "grpo fp32 split entropy": partial(launch_grpo, V_SPLIT, torch.float32, entropy=True),
+    "grpo fp32 entropy": partial(launch_grpo, V_ROW, torch.float32, entropy=True),
+    "grpo fp32 to bf16": partial(launch_grpo, V_SPLIT, torch.float32, out=torch.bfloat16),
+    **{
+        f"{kernel} overlap{name}": partial(
+            launch, **{"V": V_SPLIT, "dtype": torch.float32, "over": torch.bfloat16, **x}
+        )
+        for kernel, launch in (("grpo", launch_grpo), ("logprob_bwd", launch_logprob_bwd))
+        for name, x in OVERLAPS.items()
+    },
+    "grpo capped": partial(launch_grpo, V_SPLIT, torch.float32, out=torch.bfloat16, cap=CAP),
+    "grpo capped entropy": partial(launch_grpo, entropy=True, cap=CAP),
+    "logprob_fwd capped": partial(launch_logprob_fwd, V_SPLIT, torch.float32, cap=CAP),
+    "logprob_bwd capped": partial(launch_logprob_bwd, V_SPLIT, entropy=True, cap=CAP),
+    **{f"grpo {name}": partial(launch_grpo, objective=x) for name, x in BY_TOKEN.items()},
+    **{name: launch for name, (_, launch) in UNEVEN.items()},
+    "scale_rows": launch_scale_rows,
+    "scale_rows split fp32": partial(launch_scale_rows, V_SPLIT, torch.float32),
+    "linear_grpo scale": launch_scale,
+    "linear_grpo scale to bf16": partial(launch_scale, torch.bfloat16),
+    "linear_logprob weigh_rows": launch_weigh_rows,
+    "linear move_rows": launch_move_rows,
+    "policy_loss": launch_policy_loss,
+    "policy_loss bare": partial(launch_policy_loss, extras=False),
+    **{
+        f"policy_loss {name}": partial(launch_policy_loss, objective=x)
+        for name, x in BY_TOKEN.items()
+    },
+    **{
+        f"sequence_loss {name}": partial(launch_sequence_loss, x, packed=name == "gspo")
+        for name, x in BY_SEQUENCE.items()
+    },
+    "token_statistics": launch_token_statistics,
+    "token_statistics bare": partial(launch_token_statistics, extras=False),
+    "reduction_weights": launch_reduction_weights,
+    "reduction_weights packed": partial(launch_reduction_weights, "token_mean", packed=True),
+    "group_advantage": launch_group_advantage,
+    "group_advantage labels": partial(launch_group_advantage, labels=True),
+    "group_advantage batch": partial(launch_group_advantage, "batch"),
+    "group_advantage none": partial(launch_group_advantage, "none"),
+    "group_advantage variants": launch_group_advantage_variants,
+    "group_advantage variants labels": partial(launch_group_advantage_variants, labels=True),
+    "combine_rewards": partial(launch_combine_rewards, False),
+    "combine_rewards normalize": partial(launch_combine_rewards, True),
+    "combine_rewards normalize labels": partial(launch_combine_rewards, True, labels=True),
+}

@@ -1,0 +1,164 @@
+"""Compile every kernel for GPUs that need not be there, and report registers, stack and loops.
+
+The launchers run on tensors without storage (device "meta"), and each launch is compiled with the
+specialisation that Triton would choose at run time; then the assembly is read.
+
+    python -m benchmarks.codegen [--save] [--json] [sm_80 sm_90 sm_100 gfx942]
+
+`--save` writes `codegen.json`, from which RESULTS.md and the cost model take their numbers.
+"""
+
+import argparse
+import collections
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import triton
+from triton.backends.compiler import GPUTarget
+
+from benchmarks import ROOT
+from benchmarks.codegen import saved as compiled
+from benchmarks.codegen.assembly import (
+    Loop,
+    count_barriers,
+    lane_orders,
+    read_amd,
+    read_loops,
+    read_nvidia,
+)
+from benchmarks.codegen.cases import CASES
+from benchmarks.codegen.launches import compile_launch, record
+from grpo_fast.kernels import schedules
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """The result of compiling one launch."""
+
+    case: str
+    kernel: str
+    target: str
+    itemsize: int
+    threads: int
+    registers: int
+    stack: int  # bytes, where registers spill to
+    shared: int
+    barriers: int
+    loops: list[Loop]
+    offsets: dict[str, list[str]]  # pointer argument -> types of the offsets added to it
+    hide_nan: int  # minima and maxima that return the other operand
+    lanes: list[str]  # in which orders the lanes of a tile are added up
+
+    def row_loops(self) -> list[Loop]:
+        return [loop for loop in self.loops if loop.kind != "other"]
+
+    def main_loops(self) -> dict[str, Loop]:
+        """Choose by kind the loop that moves most at once: the others see to what is left over."""
+        return {
+            loop.kind: loop
+            for loop in sorted(self.row_loops(), key=lambda loop: sum(loop.loads + loop.stores))
+        }
+
+    def resident_programs(self) -> int:
+        """Count the programs that the registers of a multiprocessor (a compute unit) hold."""
+        if self.target.startswith("gfx"):
+            return 512 // (-(-self.registers // 8) * 8) * 256 // self.threads
+        return 65_536 // (-(-self.registers // 8) * 8 * self.threads)
+
+
+def inspect(case: str, target: str) -> Report:
+    gpu = TARGETS[target]
+    with mock.patch.object(schedules, "WARP_SIZE", gpu.warp_size):
+        launch = record(CASES[case])
+    kernel = compile_launch(launch, gpu)
+    registers, stack, listing = (read_nvidia if gpu.backend == "cuda" else read_amd)(kernel)
+    ttir = kernel.asm["ttir"]
+    offsets = collections.defaultdict(set)
+    for name, kind in re.findall(r"tt\.addptr %(\w+_ptr), %\w+ : !tt\.ptr<\w+>, (i\d+)", ttir):
+        offsets[name].add(kind)
+    big = launch.arguments.get("logits_ptr", launch.arguments.get("x_ptr"))
+    return Report(
+        case=case,
+        kernel=launch.fn.__name__,
+        target=target,
+        itemsize=4 if big is None else big.element_size(),
+        threads=launch.arguments["num_warps"] * gpu.warp_size,
+        registers=registers,
+        stack=stack,
+        shared=kernel.metadata.shared,
+        barriers=count_barriers(listing),
+        loops=[] if big is None else read_loops(listing),
+        offsets={name: sorted(kinds) for name, kinds in sorted(offsets.items())},
+        lanes=lane_orders(kernel.asm["ttgir"], getattr(launch.arguments.get("TILES"), "T", 0)),
+        hide_nan=len(re.findall(r"arith\.(?:min|max)numf", ttir)),
+    )
+
+
+def collect(targets: Iterable[str] = TARGETS, jobs: int = 2) -> list[Report]:
+    """Report all cases on all targets, compiled in processes that do not interpret Triton."""
+    environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
+
+    def run(target: str) -> list[Report]:
+        command = [sys.executable, "-m", "benchmarks.codegen", "--json", target]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+        found = json.loads(done.stdout)
+        return [Report(**x | {"loops": [Loop(**loop) for loop in x["loops"]]}) for x in found]
+
+    with ThreadPoolExecutor(jobs) as pool:
+        return [report for reports in pool.map(run, targets) for report in reports]
+
+
+def summary(report: Report) -> dict[str, Any]:
+    """Reduce a report to the numbers that are published."""
+    loops = report.main_loops()
+    return {
+        "target": report.target,
+        "case": report.case,
+        "registers": report.registers,
+        "resident_programs": report.resident_programs(),
+        "stack": report.stack,
+        "shared": report.shared,
+        "barriers": report.barriers,
+        "per_element": {k: round(x.per_element(report.itemsize), 2) for k, x in loops.items()},
+        "bits": sorted({b for x in loops.values() for b in x.loads + x.stores}),
+    }
+
+
+def save(reports: list[Report], path: Path = compiled.SAVED) -> None:
+    rows = ",\n".join(json.dumps(summary(x)) for x in reports)
+    path.write_text(f'{{"triton": "{triton.__version__}", "rows": [\n{rows}\n]}}\n')
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("targets", nargs="*", help="all by default")
+    parser.add_argument("--json", action="store_true", help="for programs")
+    parser.add_argument("--save", action="store_true", help=f"write {compiled.SAVED.name}")
+    args = parser.parse_args()
+    targets = args.targets or list(TARGETS)
+    if args.json:
+        reports = [inspect(case, target) for target in targets for case in CASES]
+        json.dump([dataclasses.asdict(x) for x in reports], sys.stdout)
+    else:
+        reports = collect(targets)
+        print(compiled.table(map(summary, reports)))
+        if args.save:
+            save(reports)

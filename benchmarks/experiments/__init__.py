@@ -1,0 +1,1 @@
+"""Run by hand: variants of a kernel side by side, two commits side by side."""

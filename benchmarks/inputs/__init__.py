@@ -1,0 +1,1 @@
+"""Shapes, and the batches that every benchmark takes."""

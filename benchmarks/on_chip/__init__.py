@@ -1,0 +1,1 @@
+"""A kernel that keeps a row of logits on the chip, built and launched without Triton."""

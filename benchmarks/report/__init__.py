@@ -1,0 +1,1 @@
+"""Turn results/*/*.json into RESULTS.md and the README's part."""

@@ -1,0 +1,183 @@
+"""Write results as Markdown tables."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from benchmarks.report.committed import Run
+
+# Less than this is below what the measurement can tell apart (pages, allocator blocks).
+SMALLEST_MEMORY = 1 << 20
+
+
+def run_section(run: Run) -> Iterator[str]:
+    info = run.info
+    versions = [f"{name} {info[name]}" for name in ("driver", "torch", "triton", "python")]
+    roofs = [f"{roof} {speed / 1e9:,.1f} GB/s" for roof, speed in info["bandwidth"].items()]
+    rates = [
+        f"{dtype} GEMM {rate / 1e12:,.2f} TFLOP/s" for dtype, rate in info.get("gemm", {}).items()
+    ]
+    yield f"#### {run.stem}{'' if run.cuda else ' (CPU)'}\n"
+    yield (
+        f"Commit {info['commit']}, {run.date[:10]}, `{info['command']}`. "
+        f"{', '.join(v for v in versions if not v.endswith(' None'))}, "
+        f"{info['threads']} CPU threads. Measured: {', '.join(roofs + rates)}.\n"
+    )
+    for entries in run.cases():
+        yield case_table(entries)
+    yield from absent(run.absent)
+
+
+def eager_of(entries: list[dict[str, Any]]) -> dict[str, Any] | None:
+    return next((e for e in entries if e["provider"] == "eager"), None)
+
+
+def case_table(entries: list[dict[str, Any]]) -> str:
+    first = entries[0]
+    sizes = ", ".join(f"{name} {size:,}" for name, size in first["sizes"].items() if size)
+    heads, rated = first["roof"] == "gemm", first["roof"] is not None
+    eager = eager_of(entries)
+    lines = [f"{title(first)}: {sizes}, {first['dtype']}{_about(first)}\n"]
+    speed = f"{'TFLOP/s' if heads else 'GB/s'} | of {first['roof']} | " if rated else ""
+    columns = f"| provider | time | ± | vs eager | {speed}{'x bare GEMMs | ' if heads else ''}"
+    columns += "extra memory | vs eager | error |"
+    lines += [columns, "|---|" + "---:|" * (columns.count("|") - 2)]
+    for e in entries:
+        cells = [
+            e["provider"],
+            time_text(e["median"]) + _event_time(e),
+            f"{50 * e['iqr'] / e['median']:.0f} %",
+            f"{eager['median'] / e['median']:.2f}x" if eager else "",
+            *(_speed(e) if rated else ()),
+            *([f"{e['median'] / e['bare_gemms_seconds']:.2f}"] if heads else []),
+            memory_text(e["peak_extra_bytes"]),
+            memory_ratio(e, eager),
+            _errors(e),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])
+
+
+def title(entry: dict[str, Any]) -> str:
+    return f"{entry['case'].replace('_', ' + ')}, `{entry['shape']}`, {entry['variant']}"
+
+
+def _about(entry: dict[str, Any]) -> str:
+    if "inputs" not in entry:
+        return ""
+    share = f"{100 * entry['inputs']['blocks_kept']:.0f} %"
+    return f"; in {share} of the 128 x 128 blocks an entry of the softmax is above 2^-12"
+
+
+def _speed(entry: dict[str, Any]) -> tuple[str, str]:
+    heads = entry["roof"] == "gemm"
+    rate = entry["flops" if heads else "bytes"] / entry["median"]
+    return f"{rate / 1e12:,.2f}" if heads else f"{rate / 1e9:,.1f}", roof_share(entry)
+
+
+def roof_share(entry: dict[str, Any]) -> str:
+    """Return an entry's rate as a share of the roof it is held against."""
+    top, work = entry["roofs"].get(entry["roof"]), "bytes"
+    if entry["roof"] == "gemm":
+        top, work = top.get(entry["dtype"]), "flops"
+    return share_text(entry[work] / entry["median"], top)
+
+
+def share_text(rate: float | None, top: float | None) -> str:
+    return f"{100 * rate / top:.0f} %" if rate is not None and top else ""
+
+
+def _errors(entry: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {x:.0e}" for name, x in entry.get("errors", {}).items())
+
+
+def time_text(seconds: float) -> str:
+    return f"{seconds * 1e3:,.2f} ms" if seconds >= 1e-3 else f"{seconds * 1e6:,.1f} µs"
+
+
+def _event_time(entry: dict[str, Any]) -> str:
+    seconds = entry.get("event_seconds")
+    return "" if seconds is None else f" ({time_text(seconds)} on the device)"
+
+
+def memory_text(extra: int | None) -> str:
+    if extra is None:
+        return ""
+    return "< 1 MiB" if extra < SMALLEST_MEMORY else f"{extra / 2**20:,.0f} MiB"
+
+
+def memory_ratio(entry: dict[str, Any], eager: dict[str, Any] | None) -> str:
+    own = entry["peak_extra_bytes"]
+    base = eager and eager["peak_extra_bytes"]
+    if not own or not base or base < 16 * SMALLEST_MEMORY:
+        return ""
+    return f"{own / base:.3f}"
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """Write a table with a column for each key."""
+    lines = [f"| {' | '.join(rows[0])} |", f"|{'--:|' * len(rows[0])}"]
+    lines += [f"| {' | '.join(map(str, row.values()))} |" for row in rows]
+    return "\n".join([*lines, ""])
+
+
+def listed(title: str, lines: list[str]) -> Iterator[str]:
+    if lines:
+        yield "\n".join([f"{title}:\n", *(f"- {line}" for line in lines), ""])
+
+
+def absent(info: dict[str, Any]) -> Iterator[str]:
+    return listed("Not measured", [f"{who}: {why}" for who, why in sorted(info.items())])
+
+
+def step_section(document: dict[str, Any], predicted: list[dict[str, Any]]) -> Iterator[str]:
+    """Write the 7B step; `predicted` are rows of `memory_model`, for their column."""
+    info, rows = document["machine_info"], document["step"]
+    yield f"#### A GRPO update of a whole model ({rows[0]['model']}, {rows[0]['dtype']})\n"
+    yield (
+        f"Commit {info['commit']}, {document['datetime'][:10]}, `{info['command']}`. What is part "
+        "of it: [step_7b](step_7b/step.py). The peak holds weights, gradients and activations; "
+        "predicted is what `python -m benchmarks.predictions.memory_model` had said.\n"
+    )
+    yield from step_tables(rows, predicted)
+    yield from absent(info["absent"])
+    yield from listed("Not reached in time", document.get("not_reached", []))
+
+
+def step_tables(rows: list[dict[str, Any]], predicted: list[dict[str, Any]]) -> Iterator[str]:
+    """Write updates that fit or not, updates of a batch, and longest completions."""
+    for kind in ("headline", "batch", "longest"):
+        chosen = [_columns(row, predicted) for row in rows if row["kind"] == kind]
+        if chosen:
+            yield markdown(chosen)
+
+
+def _columns(r: dict[str, Any], predicted: list[dict[str, Any]]) -> dict[str, Any]:
+    cells: dict[str, Any] = {"trained": r["mode"]}
+    if r["kind"] != "batch":
+        cells["memory"] = f"{r['cap_bytes'] / 1e9:.0f} GB"
+    cells["head"] = r["provider"]
+    if r["kind"] == "longest":
+        cells["longest completion that fits"] = r["fits"] or "none"
+        cells["shortest that does not"] = r["fails"] or "not reached in time"
+        if predicted:
+            twin = _twin(r, predicted, ("mode", "provider", "B", "P", "cap_bytes"))
+            cells["predicted longest"] = (twin["fits"] or "none") if twin else ""
+        return cells
+    cells["sequences x (prompt + completion)"] = f"{r['B']} x ({r['P']} + {r['T']})"
+    if "seconds" in r:
+        cells["time"] = time_text(r["seconds"])
+        cells["tokens / s"] = f"{r['tokens_per_second']:,.0f}"
+    peak = r["peak_bytes"]
+    fits = peak is not None or r["kind"] == "batch"
+    cells["peak memory"] = memory_text(peak) if fits else "does not fit"
+    if "seconds" in r:
+        twin = _twin(r, predicted, ("mode", "provider", "B", "P", "T"))
+        cells["predicted"] = memory_text(twin["peak_bytes"]) if twin else ""
+    return cells
+
+
+def _twin(
+    row: dict[str, Any], rows: list[dict[str, Any]], keys: tuple[str, ...]
+) -> dict[str, Any] | None:
+    """Find the row of the same kind and case."""
+    return next((x for x in rows if all(x.get(k) == row[k] for k in ("kind", *keys))), None)

@@ -1,0 +1,1 @@
+"""Run tests, checks and benchmarks within a given time: `benchmarks/run_all`."""

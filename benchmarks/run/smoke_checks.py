@@ -1,0 +1,353 @@
+"""Check every kernel, in groups: each check returns its errors against float64, or raises.
+
+A result may be twice as far from float64 as plain PyTorch's in the same dtype.
+"""
+
+import copy
+import os
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, get_args
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from benchmarks.inputs.shapes import device
+from benchmarks.measuring.gate import relative_error
+from grpo_fast import Objective, reference
+from grpo_fast.kernels import on_chip
+from grpo_fast.loss import grpo_loss, linear_grpo_loss, metrics_from, policy_loss
+from grpo_fast.objective import KL, Surrogate
+from grpo_fast.ops import group_advantage, linear_logprob, logprob
+from grpo_fast.testing import assert_as_accurate
+
+CUDA = torch.cuda.is_available()
+# Every schedule, with rows that start aligned and rows that do not: one tile, one program, many
+# programs.
+ALL = (100, 1000, 1024, 9001, 32_768, 40_000, 50_257, 128_264, 151_665, 152_064)
+VOCABULARIES = ALL if CUDA else (100, 9001, 40_000)
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+BY_SEQUENCE = ("gmpo", "vespo")
+LARGE = (16_384, 152_064)  # more than 2**31 elements
+Errors = dict[str, float]
+Results = tuple[Tensor, ...]
+
+
+class Batch:
+    """Three sequences of four tokens with old and reference policies; masked logits are NaN."""
+
+    def __init__(self, V: int, dtype: torch.dtype, D: int = 64) -> None:
+        B, T = 3, 4
+        torch.manual_seed(V)
+        new = partial(torch.randn, device=device())
+        logits = (3 * new(B, T, V)).to(dtype)
+        self.ids = torch.randint(V, (B, T), device=device())
+        lengths = torch.tensor([T, 1, T - 1], device=device())
+        self.mask = torch.arange(T, device=device()) < lengths[:, None]
+        self.logits = torch.where(self.mask[..., None], logits, torch.nan)
+        self.logps = reference.logprob(self.logits.nan_to_num().float(), self.ids)
+        self.arguments: dict[str, Any] = {
+            "mask": self.mask,
+            "advantages": new(B),
+            "old_logps": self.logps + 0.3 * new(B, T),
+            "ref_logps": self.logps + 0.3 * new(B, T),
+        }
+        self.hidden = new(B, T, D).to(dtype)
+        self.weight = (new(V, D) * 3 * D**-0.5).to(dtype)
+
+    def double(self) -> "Batch":
+        """Make a copy with arguments in float64; leaves are cast where they are used."""
+        other = copy.copy(self)
+        other.arguments = {
+            k: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
+            for k, x in self.arguments.items()
+        }
+        return other
+
+
+def graded(
+    fn: Callable[..., Any], leaves: Sequence[Tensor], upstream: Any = 3.0, live: Any = ...
+) -> Results:
+    """Return value and gradients; values of `live` tokens get different upstream gradients."""
+    leaves = [x.detach().clone().requires_grad_() for x in leaves]
+    out = fn(*leaves)
+    value = getattr(out, "loss", out)
+    if value.ndim:
+        value = value[live]
+        upstream = torch.linspace(-1, 2, value.numel(), device=value.device).view_as(value)
+    grads = torch.autograd.grad(value, leaves, torch.as_tensor(upstream).to(value))
+    return value.detach(), *grads
+
+
+def held(
+    ours: Callable[..., Any],
+    spec: Callable[[Batch], Callable[..., Any]],
+    b: Batch,
+    leaves: Sequence[Tensor],
+    names: str,
+    live: Any = ...,
+) -> Errors:
+    """Return the errors of values and gradients; raise where one is above twice plain PyTorch's."""
+    plain = graded(spec(b), leaves, live=live)
+    truth = graded(spec(b.double()), [x.double() for x in leaves], live=live)
+    return accurate(graded(ours, leaves, live=live), plain, truth, names, live)
+
+
+def accurate(
+    actual: Results, plain: Results, truth: Results, names: str, live: Any = ...
+) -> Errors:
+    errors = {}
+    for name, a, p, t in zip(names.split(), actual, plain, truth, strict=True):
+        if name == "dlogits" and live is not ...:
+            assert a[~live].eq(0).all(), "a masked token has a gradient"
+            a, p, t = a[live], p[live], t[live]
+        assert_as_accurate(a, p, t, scale=0.02 * (name == "entropy"), name=name)
+        errors[name] = relative_error(a, t)
+    return errors
+
+
+def check_logprob(V: int, dtype: torch.dtype) -> Errors:
+    """Check log-probs, then the entropy, each with its gradient."""
+    b = Batch(V, dtype)
+
+    def ours(x: Tensor, which: int) -> Tensor:
+        return logprob(x, b.ids, temperature=0.7, mask=b.mask, return_entropy=True)[which]
+
+    specs = (
+        lambda _: lambda x: reference.logprob(x, b.ids, 0.7),
+        lambda _: lambda x: reference.entropy(x, 0.7),
+    )
+    errors: Errors = {}
+    for which, name in enumerate(("logp", "entropy")):
+        first = partial(ours, which=which)
+        found = held(first, specs[which], b, [b.logits], f"{name} dlogits", b.mask)
+        errors |= {name: found[name], f"dlogits of {name}": found["dlogits"]}
+    return errors
+
+
+def check_grpo(
+    V: int,
+    dtype: torch.dtype,
+    objective: Objective = Objective(beta=0.1, entropy_coef=0.02),
+    **changes: Any,
+) -> Errors:
+    """Check loss and gradient under an upstream gradient of 3; in place the bits are the same."""
+    b = Batch(V, dtype)
+    b.arguments |= {"objective": objective, **changes}
+
+    def ours(x: Tensor) -> Any:
+        return grpo_loss(x, b.ids, **b.arguments)
+
+    def inplace(x: Tensor) -> Any:
+        return grpo_loss(x.clone(), b.ids, inplace=True, **b.arguments)
+
+    def spec(b: Batch) -> Callable[[Tensor], Tensor]:
+        return lambda x: reference.grpo_loss(x, b.ids, **b.arguments)
+
+    held(inplace, spec, b, [b.logits], "loss dlogits", b.mask)
+    errors = held(ours, spec, b, [b.logits], "loss dlogits", b.mask)
+    others = {"again": ours}
+    if objective.ratio == "token" and objective.surrogate not in BY_SEQUENCE:
+        others["in place"] = inplace  # the others take their factor at another place
+    actual = graded(ours, [b.logits])
+    for how, other in others.items():
+        for one, two in zip(actual, graded(other, [b.logits]), strict=True):
+            assert (one.nan_to_num() == two.nan_to_num()).all(), f"other bits {how}"
+    return errors
+
+
+def check_same_bits(V: int, dtype: torch.dtype) -> Errors:
+    """Check that `logprob` and `grpo_loss` give the same bits, and one row alone if 8 divides V."""
+    b = Batch(V, dtype)
+    one = logprob(b.logits, b.ids, mask=b.mask)[b.mask]
+    two = grpo_loss(b.logits.clone(), b.ids, **b.arguments).logps[b.mask]
+    single = logprob(b.logits[2, :1], b.ids[2, :1])
+    assert (one == two).all(), f"{int((one != two).sum())} log-probs differ"
+    row = one[int(b.mask[:2].sum())]
+    nearly = (single - row).abs() <= 1e-6 * row.abs()
+    assert (nearly if V % 8 else single == row).all(), "depends on the batch"
+    return {}
+
+
+def check_outside(V: int, dtype: torch.dtype) -> Errors:
+    """Check that a live id outside the vocabulary gives NaN, and changes no other token."""
+    b = Batch(V, dtype)
+    want = logprob(b.logits, b.ids, mask=b.mask)
+    for bad in (-100, -1, 2**32, V):
+        ids = b.ids.clone()
+        ids[2, 2] = bad
+        logp = logprob(b.logits, ids, mask=b.mask)
+        assert logp[2, 2].isnan(), f"id {bad} gave {logp[2, 2].item()}"
+        assert (logp[:2] == want[:2]).all()
+        assert grpo_loss(b.logits.clone(), ids, **b.arguments).loss.isnan(), f"id {bad}"
+    return {}
+
+
+def check_strided(V: int, dtype: torch.dtype) -> Errors:
+    """Check that a slice of a model's logits is read where it is, wherever its rows start."""
+    b = Batch(V, dtype)
+    wide = torch.nn.functional.pad(b.logits, (0, 16, 1, 1), value=torch.nan)
+    one = graded(lambda x: grpo_loss(x, b.ids, **b.arguments), [b.logits])
+    two = graded(lambda x: grpo_loss(x[:, 1:-1, :V], b.ids, **b.arguments), [wide])
+    rounding = 1e-5 if dtype == torch.float32 else torch.finfo(dtype).eps
+    for x, y in zip(one, (two[0], two[1][:, 1:-1, :V]), strict=True):
+        # Where 8 does not divide V the sums run in another order.
+        allowed = rounding * x.abs() + 1e-6 * x.abs().max() if V % 8 else torch.zeros_like(x)
+        assert ((x - y).abs() <= allowed).all()
+    return {}
+
+
+def check_metrics(V: int) -> Errors:
+    """Check what the kernel of the statistics makes of them."""
+    b = Batch(V, torch.float32)
+    out = grpo_loss(b.logits, b.ids, return_entropy=True, **b.arguments)
+    want = metrics_from(out.statistics)
+    for name, x in out.metrics.items():
+        assert torch.isclose(x, want[name], rtol=1e-6), f"{name}: {x.item()}, {want[name].item()}"
+    return {"kl": relative_error(out.metrics["kl"], want["kl"])}
+
+
+def check_on_chip(V: int, dtype: torch.dtype) -> Errors:
+    """Check the other kernel, where there is one for this GPU and this Triton."""
+    if on_chip.unavailable(device()):
+        return {}
+    with mock.patch.dict(os.environ, {"GRPO_FAST_ON_CHIP": "1"}):
+        return check_grpo(V, dtype)
+
+
+def check_head(V: int, dtype: torch.dtype, **options: Any) -> Errors:
+    """Check loss, dhidden and dweight from hidden states."""
+    b = Batch(V, dtype)
+    b.arguments["objective"] = Objective(beta=0.1)
+    known = {k: x for k, x in options.items() if k in ("softcap", "logit_scale")}
+
+    def spec(b: Batch) -> Callable[..., Tensor]:
+        return lambda h, w: reference.linear_grpo(h, w, b.ids, **b.arguments, **known)
+
+    def ours(h: Tensor, w: Tensor) -> Any:
+        return linear_grpo_loss(h, w, b.ids, **b.arguments, **options)
+
+    return held(ours, spec, b, [b.hidden, b.weight], "loss dhidden dweight")
+
+
+def check_linear_logprob(V: int, dtype: torch.dtype) -> Errors:
+    b = Batch(V, dtype)
+    return held(
+        lambda h, w: linear_logprob(h, w, b.ids),
+        lambda b: lambda h, w: reference.linear_logprob(h, w, b.ids),
+        b,
+        [b.hidden, b.weight],
+        "logp dhidden dweight",
+    )
+
+
+def check_policy(objective: Objective) -> Errors:
+    b = Batch(100, torch.float32)
+    b.arguments |= {"objective": objective}
+    return held(
+        lambda x: policy_loss(x, **b.arguments),
+        lambda b: lambda x: reference.policy_loss(x, **b.arguments),
+        b,
+        [b.logps],
+        "loss dlogps",
+    )
+
+
+def check_group_advantage(scale: Any) -> Errors:
+    rewards = torch.randn(64, device=device())
+    rewards[8:16] = 1.0
+    given = {"group_size": 8, "scale": scale}
+    want = reference.group_advantage(rewards.cpu(), **given)
+    truth = reference.group_advantage(rewards.cpu().double(), **given)
+    actual = group_advantage(rewards, **given).cpu()
+    return accurate((actual,), (want,), (truth,), "advantages")
+
+
+def check_large(inplace: bool) -> Errors:
+    """Check offsets beyond 2**31: the first and the last rows of logits of a 7B model's size."""
+    N, V = LARGE
+    generator = torch.Generator("cuda").manual_seed(0)
+    logits = torch.empty(N, V, device="cuda", dtype=torch.bfloat16)
+    logits.normal_(0, 2, generator=generator)
+    ids = torch.randint(V, (N,), device="cuda", generator=generator)
+    rows = torch.tensor([0, 1, 7062, 14_122, 14_123, N - 2, N - 1], device="cuda")
+    sample = logits[rows].clone()
+    old = torch.full((N,), -14.0, device="cuda")
+    given: dict[str, Any] = {"advantages": torch.ones(N, device="cuda"), "old_logps": old}
+    given["objective"] = Objective(reduction="sequence_sum", epsilon_high=1e9)
+    given["cu_seqlens"] = torch.arange(0, N + 1, 1024, device="cuda")
+    leaf = logits.requires_grad_()
+    out = grpo_loss(leaf * 1.0 if inplace else leaf, ids, inplace=inplace, **given)
+    (grad,) = torch.autograd.grad(out.loss, leaf)
+
+    def spec(x: Tensor) -> Results:
+        logp = reference.logprob(x.requires_grad_(), ids[rows])
+        scale = -(logp.detach() - old[rows]).exp() / (N // 1024)
+        return logp.detach(), torch.autograd.grad(logp, x, scale)[0]
+
+    (logp, near), truth = spec(sample.float()), spec(sample.double())
+    plain = logp, near.to(grad.dtype)
+    return accurate((out.logps[rows], grad[rows]), plain, truth, "logp dlogits")
+
+
+Group = Iterator[tuple[str, Callable[[], Errors]]]
+
+
+def by_dtype(dtype: torch.dtype) -> Group:
+    for V in reversed(VOCABULARIES):
+        yield f"grpo {V}", partial(check_grpo, V, dtype)
+        yield f"same bits {V}", partial(check_same_bits, V, dtype)
+        yield f"logprob {V}", partial(check_logprob, V, dtype)
+    for V in (VOCABULARIES[0], 40_000):
+        if CUDA:  # an error instead on a CPU: values are looked at there
+            yield f"ids outside {V}", partial(check_outside, V, dtype)
+    for V in (VOCABULARIES[0], 40_000, *[50_257] * CUDA):
+        yield f"strided {V}", partial(check_strided, V, dtype)
+    for V in (1000, 152_064) if CUDA and dtype != torch.float32 else ():
+        yield f"on chip {V}", partial(check_on_chip, V, dtype)
+
+
+def heads() -> Group:
+    for V in (40_000, 50_257) if CUDA else (1003,):
+        for name, dtype in DTYPES.items() if CUDA else [("float32", torch.float32)]:
+            yield f"linear_grpo {V} {name}", partial(check_head, V, dtype)
+            yield f"linear_logprob {V} {name}", partial(check_linear_logprob, V, dtype)
+        for name, dtype, options in (
+            ("bf16 logits", torch.bfloat16, {"logits_dtype": "bf16"}),
+            ("soft cap", torch.float32, {"softcap": 30.0, "logit_scale": 0.5, "chunk_size": 5}),
+            ("all rows", torch.float32, {"compact": False}),
+        ):
+            yield f"linear_grpo {V} {name}", partial(check_head, V, dtype, **options)
+
+
+def objectives() -> Group:
+    from_logits = partial(check_grpo, 1024, torch.float32)
+    for surrogate in get_args(Surrogate):
+        if surrogate not in (*BY_SEQUENCE, "topr"):
+            options: dict[str, Any] = {"quadratic_coef": 0.3} if surrogate in ("ipo", "dro") else {}
+            objective = Objective(surrogate=surrogate, beta=0.1, **options)
+            yield f"surrogate {surrogate}", partial(from_logits, objective)
+    for kl in get_args(KL):
+        yield f"kl {kl}", partial(from_logits, Objective(beta=0.3, kl=kl))
+    for name in ("gspo", "gmpo", "vespo"):
+        yield f"sequence {name}", partial(check_policy, Objective.preset(name))
+        yield f"from logits {name}", partial(from_logits, Objective.preset(name))
+    yield "policy_loss", partial(check_policy, Objective(beta=0.1, delta=1.5))
+    yield "metrics", partial(check_metrics, 1024)
+    scale = torch.tensor(0.3, device=device())
+    yield "loss scale", partial(from_logits, Objective(beta=0.1), loss_scale=scale)
+    yield "on policy", partial(from_logits, Objective(), old_logps=None)
+    for kind in ("group", "batch", "none"):
+        yield f"group_advantage {kind}", partial(check_group_advantage, kind)
+
+
+def large() -> Group:
+    for inplace in (False, True) if CUDA else ():
+        yield f"large, {'' if inplace else 'not '}in place", partial(check_large, inplace)
+
+
+GROUPS: dict[str, Callable[[], Group]] = {
+    **{name: partial(by_dtype, dtype) for name, dtype in DTYPES.items()},
+    **{"heads": heads, "objectives": objectives, "large": large},
+}

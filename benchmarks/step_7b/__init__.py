@@ -1,0 +1,1 @@
+"""Measure one GRPO update of a 7B model."""
