@@ -89,7 +89,7 @@ COVERS: dict[str, tuple[str, str]] = {
         "(triton and (23 or 8-)) or (where_the and (8- or 9-)) or kernels or overlap or "
         "(test_loss and triton and all)",
     ),
-    "kernels/scale_rows.py": ("scale_rows traffic", "scale_rows"),
+    "kernels/scaling.py": ("scaling traffic", "scale_rows or no_rows"),
     "kernels/chunks.py": ("chunks traffic", "move_rows"),
     "kernels/tiles.py": (
         "tiles policy_loss logprob extreme_rows group_advantage nan rows",
@@ -146,16 +146,20 @@ SAME = {
     ("kernels/chunks.py", "row = tl.load(to_ptr", "1"): "of rows that do not leave",
     ("kernels/chunks.py", "x = tl.load(", "1.0"): "of columns that are not stored",
     ("kernels/chunks.py", "stride_n, stride_d = (0, 0)", "1"): "of hidden states that are absent",
-    ("kernels/scale_rows.py", "x = tl.load(ptr", "1.0"): "of entries that are not stored",
+    (
+        "kernels/scaling.py",
+        "tl.store(ptr, scaled(tl.load(ptr",
+        "1.0",
+    ): "of entries that are not stored",
     ("kernels/grpo.py", "BACKWARDS: tl.constexpr", ""): "the order of the tiles, for the cache",
     ("kernels/grpo.py", "if over and softcap", ""): "the length of a tile, for the registers",
     ("kernels/grpo.py", "write_K = min(write_K", ""): "the length of a tile, for the registers",
     ("kernels/grpo.py", "side = 4 if entropy is None", ""): "another schedule, the same numbers",
     ("kernels/grpo.py", "reading(V", "softcap is None"): "another schedule, the same numbers",
-    ("kernels/scale_rows.py", "replace(plan, parts=1, columns=V)", "plan, columns"): (
+    ("kernels/scaling.py", "replace(plan, parts=1, columns=V)", "plan, columns"): (
         "programs that find no columns of theirs cost time alone"
     ),
-    ("kernels/scale_rows.py", "replace(plan, parts=1, columns=V)", "2"): (
+    ("kernels/scaling.py", "replace(plan, parts=1, columns=V)", "2"): (
         "programs that find no columns of theirs cost time alone"
     ),
     ("kernels/edges.py", '    if ROWS == "units"', ""): "a hint to the compiler, true of all rows",
