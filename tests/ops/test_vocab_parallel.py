@@ -9,6 +9,7 @@ from grpo_fast import Objective, reference
 from grpo_fast.loss import linear_grpo_loss
 from grpo_fast.ops import linear_logprob
 from grpo_fast.ops.head.vocab_parallel import Shard, combine, read_shared_rows
+from grpo_fast.records import Targets
 from grpo_fast.testing import assert_as_accurate
 from tests.support.cases import in_double
 from tests.support.heads import HEADS, call, graded
@@ -260,8 +261,8 @@ def test_who_has_no_columns_sends_float32(monkeypatch):
     )
     shard = Shard(SimpleNamespace(size=lambda: 1), 10)
     logits = torch.empty(1, 3, 0, dtype=torch.bfloat16)
-    ids, rest = torch.zeros(3, dtype=torch.int64), (None, None, torch.tensor(1.0), True, None)
-    found = read_shared_rows(logits, ids, *rest, shard)
+    targets = Targets(torch.zeros(3, dtype=torch.int64), None, None, torch.tensor(1.0))
+    found = read_shared_rows(logits, targets, True, None, shard)
     assert all(x.dtype == torch.float32 for x in found)
     assert found[0].isnan().all()
 
