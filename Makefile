@@ -41,11 +41,13 @@ train: EXTRA := train
 system:
 	@$(PYTHON) tests/support/installed.py $(EXTRA)
 
-# torch first and alone, at the pinned version: other packages would otherwise pull the newest CUDA build.
-# verl last, for its sources alone, which tests/integrations/test_verl.py runs: its requirements exclude our transformers, and its
-# wheel brings a top-level `tests`. Hence without dependencies, and off the path. So is Hugging Face's kernels, which
-# loads our hub package in tests/project/test_hub.py: transformers changes its ways where it can be imported. And the older TRL
-# that is supported, for tests/integrations/test_trl_versions.py.
+# torch first and alone, at the pinned version: other packages would pull the newest CUDA build.
+# Then what is installed beside the environment, off its path:
+# - verl, for its sources, which tests/integrations/test_verl.py runs. Its requirements exclude our
+#   transformers, and its wheel brings a top-level `tests`: hence without dependencies.
+# - Hugging Face's kernels, which loads our hub package in tests/project/test_hub.py. transformers
+#   behaves otherwise if it can import it.
+# - the older TRL that is supported, for tests/integrations/test_trl_versions.py.
 $(VENV)/.ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit(f"make needs Python 3.11 or newer; $(PYTHON) is {v[0]}.{v[1]}: set PYTHON to another")'
 	$(PYTHON) -m venv $(VENV)
