@@ -204,7 +204,8 @@ def flat(*records: Any) -> list[Any]:
         if isinstance(x, Terms):
             found += [x.modes.key, x.numbers]
         else:
-            found += list(x) if hasattr(x, "_fields") else [x]
+            # Ask for a tuple first: `torch.compile` cannot ask a symbolic number for an attribute.
+            found += list(x) if isinstance(x, tuple) and hasattr(x, "_fields") else [x]
     return found
 
 

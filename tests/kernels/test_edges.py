@@ -12,7 +12,7 @@ from grpo_fast.ops.logprob import read_rows, write_rows
 from grpo_fast.records import Rewards, SoftCap, Targets, Tokens
 from grpo_fast.testing import assert_as_accurate
 from grpo_fast.torch_kernels import rows
-from tests.support.cases import batch, in_double, loss_and_grad
+from tests.support.cases import batch, held, in_double, loss_and_grad
 
 # Nothing but edges; edges and a few units; a tile and a rest; several programs.
 SIZES = [1, 7, 8, 9, 23, 2051, 33_003]
@@ -25,15 +25,6 @@ by_size = pytest.mark.parametrize("V", SIZES)
 
 def places(V):
     return PLACES[: {8: 2, 23: 3}.get(V, 1)]
-
-
-def held(x, before, gap):
-    """x, (B, T, V), with `gap` entries between its rows, and `before` before the first; all these NaN."""
-    B, T, V = x.shape
-    stride_t = V + gap
-    stride_b = T * stride_t + gap
-    storage = x.new_full((before + B * stride_b + 3,), torch.nan)
-    return storage.as_strided(x.shape, (stride_b, stride_t, 1), before).copy_(x)
 
 
 def small_batch(V, device):

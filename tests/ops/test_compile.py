@@ -255,7 +255,17 @@ def test_opcheck_of_the_linear_head(backend, device):
     ids = torch.randint(V, (N,), device=device)
     x = torch.rand(N, device=device)
     mask = torch.tensor([1, 1, 0, 1, 1, 1], device=device).bool()
-    options = Options(operand(1.0), operand(5.0), operand(0.5), True, V, 4, "", 0, V)
+    options = Options(
+        lora_scaling=operand(1.0),
+        softcap=operand(5.0),
+        logit_scale=operand(0.5),
+        fp32_logits=True,
+        vocab_size=V,
+        chunk_size=4,
+        tp_group="",
+        first_row=0,
+        widest=V,
+    )
     targets = Targets(ids, mask, None, operand(0.9))
     tokens = Tokens(x, x, x, x, None, None, None, None)
     tests = ("test_schema", "test_faketensor")
@@ -274,7 +284,16 @@ def test_opcheck_of_the_linear_head(backend, device):
     check(linear_logprob_bwd, x, x, hidden, *given)
     terms, sequences = Objective(beta=0.1, entropy_coef=0.1).terms, Sequences(None, 3, x, None)
     given = LinearArguments(
-        head, targets, tokens, True, terms, mask, sequences, options, needs, None
+        head,
+        targets,
+        tokens,
+        True,
+        terms,
+        mask,
+        sequences,
+        options=options,
+        needs=needs,
+        dw_out=None,
     )
     check(linear_grpo, graded, *given, tests=autograd)
     check(weigh_rows, hidden, x)

@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("triton", reason="the kernels need Triton")
 
 from grpo_fast.kernels import scaling
-from tests.kernels.test_edges import held
+from tests.support.cases import held
 
 FACTORS = [1.0, 0.5, -3.0, 0.0, math.inf, 1.0, math.nan, 1.5]
 
