@@ -145,7 +145,7 @@ class SoftCap(NamedTuple):
 class Grouping(NamedTuple):
     """The rewards that form a group."""
 
-    group_size: int  # this many consecutive rewards, unless there are labels
+    group_size: SymInt  # this many consecutive rewards, unless there are labels
     labels: Tensor | None = None  # (B,) int64; equal labels form a group
 
 

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from grpo_fast.objective import Objective
 from grpo_fast.ops.backend import run
-from grpo_fast.records import Weighing, Weights, flat, schema, unflatten
+from grpo_fast.records import SymInt, Weighing, Weights, flat, schema, unflatten
 
-ARGUMENTS = {"weighing": Weighing, "reduction": str, "max_length": int, "by_tokens": bool}
+ARGUMENTS = {"weighing": Weighing, "reduction": str, "max_length": SymInt, "by_tokens": bool}
 
 
 def _reduction_weights(like: Tensor, *arguments: Any) -> tuple[Tensor, ...]:

@@ -174,3 +174,35 @@ def test_numbers_of_other_functions(name, device, monkeypatch):
         number = 0.5 + 0.05 * k
         torch.testing.assert_close(compiled(number), step(number), rtol=1e-5, atol=1e-6)
     assert counter.frame_count <= 2
+
+
+def policy_of_length(x, size):
+    objective = Objective(reduction="fixed_length", max_length=size)
+    return policy_loss(x, advantages=x.sum(1), objective=objective).loss
+
+
+def linear_in_groups(x, size):
+    leading = x[:, None], x[:5], torch.zeros(len(x), 1, dtype=torch.int64, device=x.device)
+    return linear_grpo_loss(*leading, rewards=x[:, 0], group_size=size).loss
+
+
+SIZES = {
+    "group_advantage": lambda x, size: group_advantage(x[:, 0], group_size=size),
+    "columns of rewards": lambda x, size: group_advantage(x, group_size=size),
+    "linear_grpo_loss": linear_in_groups,
+    "max_length": policy_of_length,
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.filterwarnings("ignore")  # of the compiler itself
+def test_two_graphs_for_any_size(name, device, monkeypatch):
+    """The first size's graph, and one for every other size."""
+    monkeypatch.setenv("GRPO_FAST_BACKEND", "torch")
+    x = torch.rand(24, 6, device=device)
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(SIZES[name], fullgraph=True, backend=counter)
+    for size in (2, 3, 4, 6, 8, 12):
+        torch.testing.assert_close(compiled(x, size), SIZES[name](x, size))
+    assert counter.frame_count <= 2
