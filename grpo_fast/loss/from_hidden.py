@@ -206,8 +206,9 @@ def _loss(
     return_entropy: bool,
 ) -> LossOutput:
     """Check the arguments of `linear_grpo_loss`, choose the tokens that take part, and compute."""
-    op, objective, device = "linear_grpo_loss", given.objective, ids.device
+    op, objective = "linear_grpo_loss", given.objective
     flat_hidden, parameters, options, V = check_head(op, hidden, ids, "completion_ids", head)
+    device = ids.device
     _check_dw_out(op, dw_out, head.weight, flat_hidden)
     mask = checks.check_mask(op, given.mask, ids, anywhere=True)
     live = to_device(mask, device)
@@ -221,7 +222,10 @@ def _loss(
     with_entropy = return_entropy or objective.needs_entropy
     if in_float64:
         exact = float64.log_probs(flat_hidden, parameters, options, targets, temperature)
-        return _in_float64(ids, exact, _with_advantages(batch, ids), objective, with_entropy)
+        result = _in_float64(ids, exact, _with_advantages(batch, ids), objective, with_entropy)
+        # The derivative of the objective by a log-prob is a constant to autograd.
+        anchors = anchors_of(hidden, *parameters)
+        return result._replace(loss=once_differentiable(op, result.loss, anchors))
     batch = _with_advantages(batch, ids)
     keep = keep_of(ids, mask, live, given) if compact else None
     call = _HiddenCall(

@@ -21,6 +21,7 @@ HEAD_CASES = {
     "hidden, no tensor": ({"hidden": 3}, TypeError, "hidden: want a tensor"),
     "hidden, dtype": ({"hidden": torch.zeros(B, T, D).long()}, TypeError, "hidden: want .*int64"),
     "hidden, rank": ({"hidden": torch.zeros(D)}, ValueError, r"hidden: .*\(4,\)"),
+    "ids, no tensor": ({"ids": [[0, 1, 2]]}, TypeError, "ids: want a tensor, got list"),
     "ids, shape": ({"ids": torch.zeros(B, 5).long()}, ValueError, r"ids: .*\(2, 5\)"),
     "ids, range": ({"ids": torch.full((B, T), V)}, ValueError, r"ids: 10 at \(0, 0\)"),
     "ids, beyond vocab_size": (

@@ -32,6 +32,10 @@ def cases(device):
         "policy by sequence": (logps, lambda x: policy_loss(x, objective=gspo, **given).loss),
         "policy of entropy": (entropy, of_entropy),
         "linear": (hidden, lambda x: linear_grpo_loss(x, weight, ids, **given).loss),
+        "linear float64": (
+            hidden.double(),
+            lambda x: linear_grpo_loss(x, weight, ids, **given).loss,
+        ),
         "linear weight": (weight, lambda x: linear_grpo_loss(hidden, x, ids, **given).loss),
         "logprob": (logits, lambda x: logprob(x, ids).sum()),
         "entropy": (logits, lambda x: logprob(x, ids, return_entropy=True)[1].sum()),
