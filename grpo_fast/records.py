@@ -7,6 +7,7 @@ again. So no order of fields is written down twice.
 N is the number of tokens. Tensors are contiguous.
 """
 
+import functools
 import types
 from collections.abc import Sequence
 from typing import Annotated, Any, NamedTuple, get_type_hints
@@ -180,6 +181,7 @@ def schema(**records: Any) -> str:
     return ", ".join(found)
 
 
+@functools.cache  # reading annotations would take longer than a launch
 def _fields(kind: Any) -> dict[str, Any]:
     """Return the names and annotations of a record's fields; other types have one field without a name."""
     if kind is Terms:
