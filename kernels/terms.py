@@ -293,12 +293,7 @@ def policy_terms(token, ratio_values, scalars, MODES: tl.constexpr):
         MODES: `Modes`.
     """
     SURROGATE: tl.constexpr = MODES.SURROGATE
-    QUADRATIC: tl.constexpr = (
-        SURROGATE == "dro"
-        or SURROGATE == "ipo"
-        or SURROGATE == "dppo_tv_ratio"
-        or SURROGATE == "dppo_kl_ratio"
-    )
+    QUADRATIC: tl.constexpr = MODES.QUADRATIC
     log_ratio = ratio_values.log_ratio
     ratio = tl.exp(log_ratio)
     loss, by_ratio, by_logp = surrogate_terms(

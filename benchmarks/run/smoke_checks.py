@@ -18,8 +18,9 @@ from benchmarks.measuring.gate import relative_error
 from grpo_fast import Objective, reference
 from grpo_fast.kernels import on_chip
 from grpo_fast.loss import grpo_loss, linear_grpo_loss, metrics_from, policy_loss
-from grpo_fast.objective import KL, Surrogate
+from grpo_fast.objective import KL
 from grpo_fast.ops import group_advantage, linear_logprob, logprob
+from grpo_fast.surrogates import SURROGATES
 from grpo_fast.testing import assert_as_accurate
 
 CUDA = torch.cuda.is_available()
@@ -28,7 +29,7 @@ CUDA = torch.cuda.is_available()
 ALL = (100, 1000, 1024, 9001, 32_768, 40_000, 50_257, 128_264, 151_665, 152_064)
 VOCABULARIES = ALL if CUDA else (100, 9001, 40_000)
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-BY_SEQUENCE = ("gmpo", "vespo")
+BY_SEQUENCE = tuple(name for name, row in SURROGATES.items() if row.by_sequence)
 LARGE = (16_384, 152_064)  # more than 2**31 elements
 Errors = dict[str, float]
 Results = tuple[Tensor, ...]
@@ -323,16 +324,17 @@ def heads() -> Group:
 
 def objectives() -> Group:
     from_logits = partial(check_grpo, 1024, torch.float32)
-    for surrogate in get_args(Surrogate):
+    for surrogate, row in SURROGATES.items():
         if surrogate not in (*BY_SEQUENCE, "topr"):
-            options: dict[str, Any] = {"quadratic_coef": 0.3} if surrogate in ("ipo", "dro") else {}
-            objective = Objective(surrogate=surrogate, beta=0.1, **options)
+            options: dict[str, Any] = {"quadratic_coef": 0.3} if row.has_quadratic else {}
+            objective = Objective(surrogate=surrogate, beta=0.1, **options)  # type: ignore[arg-type]
             yield f"surrogate {surrogate}", partial(from_logits, objective)
     for kl in get_args(KL):
         yield f"kl {kl}", partial(from_logits, Objective(beta=0.3, kl=kl))
-    for name in ("gspo", "gmpo", "vespo"):
-        yield f"sequence {name}", partial(check_policy, Objective.preset(name))
-        yield f"from logits {name}", partial(from_logits, Objective.preset(name))
+    by_sequence = {name: Objective(surrogate=name) for name in BY_SEQUENCE}  # type: ignore[arg-type]
+    for name, objective in {"gspo": Objective.preset("gspo"), **by_sequence}.items():
+        yield f"sequence {name}", partial(check_policy, objective)
+        yield f"from logits {name}", partial(from_logits, objective)
     yield "policy_loss", partial(check_policy, Objective(beta=0.1, delta=1.5))
     yield "metrics", partial(check_metrics, 1024)
     scale = torch.tensor(0.3, device=device())
