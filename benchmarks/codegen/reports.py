@@ -4,6 +4,7 @@ The launchers run on tensors without storage (device "meta"), and each launch is
 specialisation that Triton would choose at run time; then the assembly is read.
 
     python -m benchmarks.codegen [--save] [--json] [sm_80 sm_90 sm_100 gfx942]
+    python -m benchmarks.codegen sm_90 --case "policy_loss topr" --case "grpo topr"    # seconds
 
 `--save` writes `codegen.json`, from which RESULTS.md and the cost model take their numbers.
 """
@@ -11,6 +12,7 @@ specialisation that Triton would choose at run time; then the assembly is read.
 import argparse
 import collections
 import dataclasses
+import difflib
 import json
 import os
 import re
@@ -110,12 +112,15 @@ def inspect(case: str, target: str) -> Report:
     )
 
 
-def collect(targets: Iterable[str] = TARGETS, jobs: int = 2) -> list[Report]:
-    """Report all cases on all targets, compiled in processes that do not interpret Triton."""
+def collect(
+    targets: Iterable[str] = TARGETS, jobs: int = 2, cases: Iterable[str] = ()
+) -> list[Report]:
+    """Report cases, all by default, compiled in processes that do not interpret Triton."""
     environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
 
     def run(target: str) -> list[Report]:
         command = [sys.executable, "-m", "benchmarks.codegen", "--json", target]
+        command += [f"--case={case}" for case in cases]
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
@@ -148,17 +153,28 @@ def save(reports: list[Report], path: Path = compiled.SAVED) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("targets", nargs="*", help="all by default")
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.codegen", description=__doc__.splitlines()[0] if __doc__ else None
+    )
+    parser.add_argument("targets", nargs="*", metavar="target", help=f"of {', '.join(TARGETS)}")
+    parser.add_argument("--case", action="append", help="only this case of `CASES`; repeatable")
     parser.add_argument("--json", action="store_true", help="for programs")
     parser.add_argument("--save", action="store_true", help=f"write {compiled.SAVED.name}")
     args = parser.parse_args()
-    targets = args.targets or list(TARGETS)
+    targets, cases = args.targets or list(TARGETS), args.case or ()
+    for target in set(targets) - TARGETS.keys():
+        parser.error(f"target {target!r} is unknown; choose from {', '.join(TARGETS)}")
+    for case in set(cases) - CASES.keys():
+        near = ", ".join(difflib.get_close_matches(case, CASES))
+        hint = f"; there are {near}" if near else ""
+        parser.error(f"--case {case!r} is unknown{hint}; `CASES` in cases.py has the list")
+    if args.save and (args.targets or args.case):
+        parser.error("--save writes all targets and cases: leave targets and --case out")
     if args.json:
-        reports = [inspect(case, target) for target in targets for case in CASES]
+        reports = [inspect(case, target) for target in targets for case in cases or CASES]
         json.dump([dataclasses.asdict(x) for x in reports], sys.stdout)
     else:
-        reports = collect(targets)
+        reports = collect(targets, cases=cases)
         print(compiled.table(map(summary, reports)))
         if args.save:
             save(reports)

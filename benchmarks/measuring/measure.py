@@ -55,6 +55,8 @@ def cases(stem: str, inputs: list[tuple[str, str]]) -> pytest.MarkDecorator:
     torch.compile takes part in the first case only: elsewhere compiling it would take most of the
     time.
     """
+    if stem not in providers.PROVIDERS:
+        raise ValueError(f"{stem!r} has no providers: enter it in benchmarks/providers/__init__.py")
     made = [
         Case(stem, *where, provider)
         for where in inputs

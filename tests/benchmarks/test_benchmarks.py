@@ -126,6 +126,11 @@ def unavailable(stem, provider):
     raise providers.UnavailableError("not now")
 
 
+def test_a_stem_without_providers_is_an_error():
+    with pytest.raises(ValueError, match=r"'mine' has no providers: enter it in benchmarks/prov"):
+        measure.cases("mine", [("micro-batch", "full")])
+
+
 def test_a_missing_library_is_a_reason(monkeypatch):
     def load():
         import no_such_library_at_all  # noqa: F401

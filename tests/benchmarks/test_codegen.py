@@ -183,6 +183,30 @@ def test_every_launch_asks_for_fused_products_and_sums():
         assert codegen.record(launch).arguments["enable_fp_fusion"] is True, case
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    {
+        "sm90": "target 'sm90' is unknown; choose from sm_80",
+        "--case=policy_loss_topr": "--case 'policy_loss_topr' is unknown; there are policy_loss topr",
+        "--case=xyz": "--case 'xyz' is unknown; `CASES` in",
+        "--save --case=grpo": "--save writes all targets and cases",
+    }.items(),
+)
+def test_unknown_words_on_the_command_line(given, message, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["codegen", *given.split()])
+    with pytest.raises(SystemExit):
+        codegen.main()
+    assert message in capsys.readouterr().err
+
+
+def test_one_case_alone(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["codegen", "sm_90", "--case", "logprob_fwd"])
+    codegen.main()
+    rows = capsys.readouterr().out.splitlines()[2:]
+    assert len(rows) == 1
+    assert rows[0].startswith("| sm_90 | logprob_fwd |")
+
+
 def test_a_block_that_was_moved_out_of_line_is_no_loop():
     """LLVM puts rare loads behind the code that goes on with them; from there the way is back, once."""
     load, ret = Instruction("global_load_dword", None), Instruction("s_endpgm", None)
