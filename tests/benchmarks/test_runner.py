@@ -13,6 +13,7 @@ from benchmarks import providers
 from benchmarks.conftest import limited
 from benchmarks.inputs import shapes
 from benchmarks.measuring import machine
+from benchmarks.report import committed, headline
 from benchmarks.run import runner
 
 CRASHING = """
@@ -210,7 +211,10 @@ def test_the_plan(tmp_path):
     pieces = {piece.name: piece for piece in runner.plan(tmp_path, "19274bf")}
     names = list(pieces)
     assert sum(piece.weight for piece in pieces.values()) == pytest.approx(100)
-    assert set(runner.STEMS) == set(providers.PROVIDERS)
+    stems = set(providers.PROVIDERS)
+    assert set(runner.STEMS) == stems
+    assert stems <= set(committed.STEMS)
+    assert stems <= {*headline.STEMS, *headline.CASES}
     assert len(runner.STEMS) == len(set(runner.STEMS))
     order = ("test test_logprob", "benchmarks", "7B step", "TRL step", "benchmarks, the rest")
     places = [names.index(name) for name in order]
