@@ -3,12 +3,13 @@
 Read from NVIDIA's SASS (Triton ships the disassembler) and from AMD's assembly.
 """
 
+import collections
 import dataclasses
 import json
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import triton
@@ -95,25 +96,36 @@ def width(op: str) -> int:
 LOAD = r"LDG\b|(global|buffer|flat)_load"
 STORE = r"STG\b|(global|buffer|flat)_store"
 BARRIER = r"BAR\b|s_barrier"
+CLUSTER_BARRIER = r"UCGABAR_ARV"
 SHUFFLE = r"SHFL|LDS\b|STS\b|ds_|v_permlane|v_readlane|.* dpp"
 RELOAD = r"scalar_reload"
 EXP = r"MUFU\.EX2|v_exp_f32"
 
 
-def read_loop(body: list[Instruction]) -> Loop:
-    def count(pattern: str) -> int:
-        return sum(bool(re.match(pattern, x.op)) for x in body)
+def matching(pattern: str, listing: Iterable[str | Instruction]) -> list[str]:
+    """List the operations that match, labels left out."""
+    return [x.op for x in listing if isinstance(x, Instruction) and re.match(pattern, x.op)]
 
-    loads = sorted(width(x.op) for x in body if re.match(LOAD, x.op))
-    stores = sorted(width(x.op) for x in body if re.match(STORE, x.op))
+
+def count(pattern: str, listing: Iterable[str | Instruction]) -> int:
+    return len(matching(pattern, listing))
+
+
+def widths(pattern: str, listing: Iterable[str | Instruction]) -> dict[str, int]:
+    """Count loads or stores by the bits that each moves for one thread."""
+    return dict(collections.Counter(str(width(op)) for op in matching(pattern, listing)))
+
+
+def read_loop(body: list[Instruction]) -> Loop:
+    loads, stores = (sorted(map(width, matching(x, body))) for x in (LOAD, STORE))
     kinds = {
         (True, False, True): "read",
         (True, True, True): "write",
         (False, True, False): "zeros",
         (True, True, False): "scale",
     }
-    kind = kinds.get((bool(loads), bool(stores), count(EXP) > 0), "other")
-    exchanges = count(BARRIER), count(SHUFFLE), count(RELOAD)
+    kind = kinds.get((bool(loads), bool(stores), count(EXP, body) > 0), "other")
+    exchanges = (count(x, body) for x in (BARRIER, SHUFFLE, RELOAD))
     return Loop(kind, len(body), *exchanges, loads, stores)
 
 
@@ -157,10 +169,6 @@ def read_loops(listing: Listing) -> list[Loop]:
         skipped = {k for i, to in jumps if first <= i < to <= last for k in range(i + 1, to)}
         loops.append(read_loop([code[k] for k in range(first, last + 1) if k not in skipped]))
     return loops
-
-
-def count_barriers(listing: Listing) -> int:
-    return sum(isinstance(x, Instruction) and bool(re.match(BARRIER, x.op)) for x in listing)
 
 
 def number(pattern: str, text: str) -> int:

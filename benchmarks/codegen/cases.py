@@ -110,24 +110,25 @@ def launch_grpo(
     over: torch.dtype | None = None,
     cap: SoftCap | None = None,
     objective: Objective | None = None,
+    launcher: Callable[..., Any] = grpo.grpo_fwd_bwd,
     **given: bool,
 ) -> None:
-    """`given`: entropy, rewards, packed, extras."""
-    entropy, rewards, packed, extras = map(
-        given.get, ("entropy", "rewards", "packed", "extras"), [False] * 4
+    """Launch `grpo`; `given` may be entropy (in the loss), returned (entropy), rewards, packed, extras."""
+    entropy, rewards, packed, extras = (
+        given.get(name, False) for name in ("entropy", "rewards", "packed", "extras")
     )
     x = logits(V, dtype, stride)
     written = x if out is None else logits(V, out)
     rest = ("importance", "score", "entropy_weight", "coefficient")
-    grpo.grpo_fwd_bwd(
+    launcher(
         x,
         targets(True, extras),
         tokens(advantages=not rewards, old_logp=True, ref_logp=True, **dict.fromkeys(rest, extras)),
         Rewards(tensor(B) if rewards else None, 2, vector(packed, torch.int64)),
-        return_entropy=False,
+        return_entropy=given.get("returned", False),
         objective=objective or Objective(beta=0.04, entropy_coef=0.01 if entropy else 0.0),
         dlogits=written if over is None else overlapping(x, over),
-        softcap=cap,
+        **({} if cap is None else {"softcap": cap}),
     )
 
 

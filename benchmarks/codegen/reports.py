@@ -3,9 +3,10 @@
 The launchers run on tensors without storage (device "meta"), and each launch is compiled with the
 specialisation that Triton would choose at run time; then the assembly is read.
 
-    python -m benchmarks.codegen [--save] [--json] [sm_80 sm_90 sm_100 gfx942]
+    python -m benchmarks.codegen [--save | --on-chip] [sm_80 sm_90 sm_100 gfx942]
 
 `--save` writes `codegen.json`, from which RESULTS.md and the cost model take their numbers.
+`--on-chip` compiles `kernels/on_chip.py` alone, which needs Triton 3.8.
 """
 
 import argparse
@@ -28,15 +29,21 @@ from triton.backends.compiler import GPUTarget
 from benchmarks import ROOT
 from benchmarks.codegen import saved as compiled
 from benchmarks.codegen.assembly import (
+    BARRIER,
+    CLUSTER_BARRIER,
+    LOAD,
+    STORE,
     Loop,
-    count_barriers,
+    count,
     lane_orders,
     read_amd,
     read_loops,
     read_nvidia,
+    widths,
 )
 from benchmarks.codegen.cases import CASES
 from benchmarks.codegen.launches import compile_launch, record
+from benchmarks.on_chip import cases as on_chip_cases
 from grpo_fast.kernels import schedules
 
 TARGETS = {
@@ -64,6 +71,8 @@ class Report:
     offsets: dict[str, list[str]]  # pointer argument -> types of the offsets added to it
     hide_nan: int  # minima and maxima that return the other operand
     lanes: list[str]  # in which orders the lanes of a tile are added up
+    cluster_barriers: int
+    accesses: dict[str, dict[str, int]]  # "loads" and "stores": bits of an access -> how many
 
     def row_loops(self) -> list[Loop]:
         return [loop for loop in self.loops if loop.kind != "other"]
@@ -82,10 +91,10 @@ class Report:
         return 65_536 // (-(-self.registers // 8) * 8 * self.threads)
 
 
-def inspect(case: str, target: str) -> Report:
+def inspect(case: str, target: str, on_chip: bool = False) -> Report:
     gpu = TARGETS[target]
     with mock.patch.object(schedules, "WARP_SIZE", gpu.warp_size):
-        launch = record(CASES[case])
+        launch = record(cases_of(on_chip)[case])
     kernel = compile_launch(launch, gpu)
     registers, stack, listing = (read_nvidia if gpu.backend == "cuda" else read_amd)(kernel)
     ttir = kernel.asm["ttir"]
@@ -102,20 +111,30 @@ def inspect(case: str, target: str) -> Report:
         registers=registers,
         stack=stack,
         shared=kernel.metadata.shared,
-        barriers=count_barriers(listing),
+        barriers=count(BARRIER, listing),
         loops=[] if big is None else read_loops(listing),
         offsets={name: sorted(kinds) for name, kinds in sorted(offsets.items())},
         lanes=lane_orders(kernel.asm["ttgir"], getattr(launch.arguments.get("TILES"), "T", 0)),
         hide_nan=len(re.findall(r"arith\.(?:min|max)numf", ttir)),
+        cluster_barriers=count(CLUSTER_BARRIER, listing),
+        accesses={"loads": widths(LOAD, listing), "stores": widths(STORE, listing)},
     )
 
 
-def collect(targets: Iterable[str] = TARGETS, jobs: int = 2) -> list[Report]:
+def cases_of(on_chip: bool) -> dict[str, Any]:
+    """Return the launches to compile, by name: of `kernels/on_chip.py`, or of the other kernels."""
+    return on_chip_cases.CASES if on_chip else CASES
+
+
+def collect(
+    targets: Iterable[str] = TARGETS, jobs: int = 2, on_chip: bool = False
+) -> list[Report]:
     """Report all cases on all targets, compiled in processes that do not interpret Triton."""
     environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
 
     def run(target: str) -> list[Report]:
         command = [sys.executable, "-m", "benchmarks.codegen", "--json", target]
+        command += ["--on-chip"] * on_chip
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
@@ -151,14 +170,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("targets", nargs="*", help="all by default")
     parser.add_argument("--json", action="store_true", help="for programs")
-    parser.add_argument("--save", action="store_true", help=f"write {compiled.SAVED.name}")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--save", action="store_true", help=f"write {compiled.SAVED.name}")
+    which.add_argument("--on-chip", action="store_true", help="kernels/on_chip.py instead")
     args = parser.parse_args()
-    targets = args.targets or list(TARGETS)
+    targets = args.targets or list(on_chip_cases.TARGETS if args.on_chip else TARGETS)
     if args.json:
-        reports = [inspect(case, target) for target in targets for case in CASES]
+        cases = cases_of(args.on_chip)
+        reports = [inspect(case, target, args.on_chip) for target in targets for case in cases]
         json.dump([dataclasses.asdict(x) for x in reports], sys.stdout)
-    else:
-        reports = collect(targets)
-        print(compiled.table(map(summary, reports)))
-        if args.save:
-            save(reports)
+        return
+    reports = collect(targets, on_chip=args.on_chip)
+    print(compiled.table(map(summary, reports)))
+    if args.save:
+        save(reports)

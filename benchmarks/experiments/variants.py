@@ -5,9 +5,10 @@
     python -m benchmarks.experiments.variants grpo --once      # one launch of each, for a profiler
     python -m benchmarks.experiments.variants vocabularies | logprob | head
 
-A variant is this project's `kernels/` with some text replaced (`VARIANTS`), or another folder of
-kernels (`--folder NAME=PATH`), imported under a name of its own. Every variant is held against
-float64 on some rows before it is timed, by events on the device; the inputs are new in every round.
+A variant is this project's `kernels/` with some text replaced (`VARIANTS`), imported under a name
+of its own; or a kernel that `python -m benchmarks.on_chip` compiled (`--cubins FOLDER`). Every
+variant is held against float64 on some rows before it is timed, by events on the device, on new
+inputs in every round. Compiled kernels come last, as the most likely to lose the GPU.
 """
 
 import argparse
@@ -30,6 +31,7 @@ from benchmarks.inputs.batches import Batch, make_batch
 from benchmarks.measuring import gate, machine, recorder
 from grpo_fast import Objective, reference
 from grpo_fast.loss import linear_grpo_loss
+from grpo_fast.records import Rewards, Targets, Tokens
 
 KERNELS = ROOT / "kernels"
 ROUNDS, WARMUP = 20, 3
@@ -40,7 +42,7 @@ Edit = tuple[str, str, str]  # file, text, what stands there instead
 
 def _side(n: int) -> Edit:
     """Change how many segments of a float32 row are read at a time."""
-    return ("grpo.py", "side = 4 if entropy", f"side = {n} if entropy")
+    return ("grpo.py", "side = 4 if out.entropy", f"side = {n} if out.entropy")
 
 
 # Segments of one tile for halves too: two at a time in `grpo`, two one after the other in
@@ -62,14 +64,14 @@ ON_CHIP = "on chip"  # what GRPO_FAST_ON_CHIP=1 runs, where it can
 LOGPROB: dict[str, list[Edit]] = {"as it is": [], "two segments one after the other": SIDE_BY_SIDE}
 
 
-def load(name: str, edits: list[Edit], folder: Path | None = None) -> Callable[[str], Any]:
+def load(name: str, edits: list[Edit]) -> Callable[[str], Any]:
     """Import kernels as a package of their own; return a function from a file's name to its module."""
     package = "variant_" + "".join(c if c.isalnum() else "_" for c in name)
     root = Path(tempfile.gettempdir()) / "grpo_fast_variants"  # the same path: Triton's cache holds
     target = root / package
     target.mkdir(parents=True, exist_ok=True)
     (target / "__init__.py").write_text("")
-    sources = {path.name: path.read_text() for path in (folder or KERNELS).glob("*.py")}
+    sources = {path.name: path.read_text() for path in KERNELS.glob("*.py")}
     for file, old, new in edits:
         assert old in sources[file], f"{name}: {file} holds no {old!r}"
         sources[file] = sources[file].replace(old, new)
@@ -85,7 +87,6 @@ def make(shape: shapes.Shape, dtype: torch.dtype, padded: int = 0) -> Batch:
     """Make a batch on the GPU, the rows of its logits `padded` apart."""
     batch = make_batch(shape, "full", torch.device("cuda"), dtype)
     if padded:
-        assert batch.logits is not None
         wide = torch.nn.functional.pad(batch.logits, (0, padded - shape.V))
         batch.logits = wide[..., : shape.V]
     return batch
@@ -93,16 +94,27 @@ def make(shape: shapes.Shape, dtype: torch.dtype, padded: int = 0) -> Batch:
 
 def launch(module: Any, batch: Batch, work: Tensor, out: Tensor) -> Tensor:
     """Call `grpo_fwd_bwd` of a variant's kernels on `work`; return the loss of each token."""
-    shape, tokens = batch.shape, batch.arguments
-    given: dict[str, Any] = dict.fromkeys(
-        ("mask", "rewards", "sequence", "importance", "score", "coefficient", "entropy_weight")
+    shape, given = batch.shape, batch.arguments
+    rest = dict.fromkeys(("importance", "score", "entropy_weight", "coefficient"))
+    tokens = Tokens(
+        weight=torch.full((shape.N,), 1 / shape.N, device=work.device),
+        advantages=given["advantages"].repeat_interleave(shape.T),
+        old_logp=given["old_logps"].flatten(),
+        ref_logp=given["ref_logps"].flatten(),
+        **rest,
     )
-    given |= {"temperature": None, "inv_temperature": 1.0, "return_entropy": False}
-    given |= {"group_size": shape.G, "objective": batch.objective, "ids": batch.ids.flatten()}
-    given["weight"] = torch.full((shape.N,), 1 / shape.N, device=work.device)
-    given["advantages"] = tokens["advantages"].repeat_interleave(shape.T)
-    given |= {"old_logp": tokens["old_logps"].flatten(), "ref_logp": tokens["ref_logps"].flatten()}
-    return module.grpo_fwd_bwd(work, dlogits=out, **given)[0]
+    rewards = Rewards(None, shape.G, None)
+    results = module.grpo_fwd_bwd(
+        *(work, targets_of(batch), tokens, rewards),
+        return_entropy=False,
+        objective=batch.objective,
+        dlogits=out,
+    )
+    return results.loss
+
+
+def targets_of(batch: Batch) -> Targets:
+    return Targets(batch.ids.flatten(), mask=None, temperature=None, inv_temperature=1.0)
 
 
 def timed(run: Callable[[], object], before: Callable[[], object], rounds: int = ROUNDS) -> dict:
@@ -143,45 +155,55 @@ class Sheet:
 
 
 def grpo_modules(options: Any) -> dict[str, Any]:
+    """Import every variant that was asked for; say why one cannot be."""
+    loaders: dict[str, Callable[[], Any]] = {
+        name: functools.partial(_edited, name, edits) for name, edits in VARIANTS.items()
+    }
+    loaders[ON_CHIP] = functools.partial(_on_chip, options.float32)
     found = {}
-    chosen: dict[str, tuple[list[Edit], Path | None]] = {k: (v, None) for k, v in VARIANTS.items()}
-    chosen[ON_CHIP] = ([], None)
-    chosen |= {name: ([], Path(path)) for name, path in (x.split("=", 1) for x in options.folder)}
-    for name, (edits, folder) in chosen.items():
+    for name, make_module in loaders.items():
         if options.only and not any(word in name for word in options.only):
             continue
         try:
-            module = load(name, edits, folder)
-            why = name == ON_CHIP and module("on_chip").unavailable(torch.device("cuda"))
-            if why or (name == ON_CHIP and options.float32):
-                print(f"{name}: {why or 'it takes halves'}")
-                continue
-            found[name] = module("on_chip" if name == ON_CHIP else "grpo")
+            found[name] = make_module()
         except Exception as error:
             print(f"{name}: {type(error).__name__}: {error}")
+    if options.cubins:
+        from benchmarks.on_chip import driver
+
+        kernels = driver.load(options.cubins)
+        found |= {k: x for k, x in kernels.items() if any(w in k for w in options.only or [""])}
     return found
 
 
-def compared(module: Any, x: Batch, dtype: torch.dtype, rounds: int = ROUNDS) -> dict[str, Any]:
-    """Check a variant with a gradient in `dtype`, then time it."""
-    assert x.logits is not None
-    work, out = buffers(x, dtype)
-    loss = launch(module, x, work, out)
-    error = gate.check("grpo", x, loss.sum(), (out,))["gradient"]
-    found = timed(
-        lambda: launch(module, x, work, out), functools.partial(work.copy_, x.logits), rounds
-    )
-    moved = x.shape.N * x.shape.V * (work.element_size() + out.element_size())
-    return {"error": error, **found, "bytes_per_second": moved / found["median"]}
+def _edited(name: str, edits: list[Edit]) -> Any:
+    return load(name, edits)("grpo")
+
+
+def _on_chip(float32: bool) -> Any:
+    module = load(ON_CHIP, [])("on_chip")
+    why = "it takes halves" if float32 else module.unavailable(torch.device("cuda"))
+    if why:
+        raise RuntimeError(why)
+    return module
 
 
 def buffers(x: Batch, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Copy the logits, and make the buffer of their gradient: the same where they have one dtype."""
-    assert x.logits is not None
-    work = torch.empty_strided(
-        x.logits.shape, x.logits.stride(), dtype=x.logits.dtype, device=x.logits.device
-    ).copy_(x.logits)
+    like = {"dtype": x.logits.dtype, "device": x.logits.device}
+    work = torch.empty_strided(x.logits.shape, x.logits.stride(), **like).copy_(x.logits)
     return work, work if dtype == work.dtype else torch.empty_like(work, dtype=dtype)
+
+
+def compared(module: Any, x: Batch, dtype: torch.dtype, rounds: int = ROUNDS) -> dict[str, Any]:
+    """Check a variant with a gradient in `dtype`, then time it."""
+    work, out = buffers(x, dtype)
+    loss = launch(module, x, work, out).sum()
+    error = gate.check("grpo", x, loss, (out,))["gradient"]
+    run = functools.partial(launch, module, x, work, out)
+    found = timed(run, functools.partial(work.copy_, x.logits), rounds)
+    moved = x.shape.N * x.shape.V * (work.element_size() + out.element_size())
+    return {"error": error, **found, "bytes_per_second": moved / found["median"]}
 
 
 def suite_grpo(options: Any) -> None:
@@ -203,6 +225,7 @@ def suite_grpo(options: Any) -> None:
 
     for name, module in grpo_modules(options).items():
         about = {"variant": name, "shape": [shape.B, shape.T, shape.V], "dtype": str(dtype)}
+        about |= module.about() if name.startswith("cubin") else {}
         sheet.attempt(about, functools.partial(row, module))
 
 
@@ -225,13 +248,11 @@ def suite_logprob(options: Any) -> None:
     """Time the forward pass of `logprob` at S0."""
     x = make(dataclasses.replace(S0, B=1, T=64) if options.compile else S0, torch.bfloat16)
     sheet = Sheet(options.out, "logprob forward")
-    ids = x.ids.flatten()
-    assert x.logits is not None
-    truth, nbytes = reference.logprob(x.logits[0, :64].double(), ids[:64]), x.logits.nbytes
+    truth, nbytes = reference.logprob(x.logits[0, :64].double(), x.ids[0, :64]), x.logits.nbytes
 
     def row(module: Any) -> dict[str, Any]:
         def run() -> Tensor:
-            return module.logprob_fwd(x.logits, ids, None, None, 1.0, False)[0]
+            return module.logprob_fwd(x.logits, targets_of(x), with_entropy=False).logp
 
         assert (run()[:64].double() - truth).abs().max() < 1e-4
         if options.compile:
@@ -290,8 +311,10 @@ def main() -> None:
     add("--once", action="store_true", help="one launch each, without a time")
     add("--float32", action="store_true", help="float32 logits, 4,096 tokens")
     add("--only", action="append", help="variants whose name holds this")
-    add("--folder", action="append", default=[], metavar="NAME=PATH", help="other kernels")
+    add("--cubins", type=Path, help="folder that `python -m benchmarks.on_chip` wrote")
     options = parser.parse_args()
+    if options.cubins and (options.float32 or options.suite != "grpo"):
+        parser.error(f"--cubins {options.cubins}: they take halves, in the suite `grpo`")
     SUITES[options.suite](options)
 
 

@@ -29,15 +29,15 @@ class Batch:
     """The inputs of all benchmarks. Per-token tensors are (B, T)."""
 
     shape: Shape
-    logits: Tensor | None  # (B, T, V), where the benchmark starts from logits
+    logits: Any  # (B, T, V); None where the benchmark starts from hidden states
     logps: Tensor
     ids: Tensor
     rewards: Tensor  # (B,)
     upstream: Tensor  # a gradient to send back through log-probs
     objective: Objective
     arguments: dict[str, Any]  # of a loss: mask, advantages, old_logps, ref_logps
-    hidden: Tensor | None = None  # (B, T, D), where the benchmark starts from hidden states
-    weight: Tensor | None = None  # (V, D)
+    hidden: Any = None  # (B, T, D); None where the benchmark starts from logits
+    weight: Any = None  # (V, D); likewise
     # What the reference makes of it, by stem, once somebody asked (`gate`).
     expected: dict[str, Any] = dataclasses.field(default_factory=dict)
 

@@ -63,7 +63,6 @@ def expected(stem: str, batch: Batch, dtype: torch.dtype) -> Results:
         return {"value": value, "gradient": grad}
     if batch.hidden is not None:
         return _from_hidden(stem, batch, dtype)
-    assert batch.logits is not None
     logits, ids, rows = batch.logits.detach().flatten(0, 1), batch.ids.flatten(), some_rows(batch)
     parts = [reference.logprob(logits[c].to(dtype), ids[c]) for c in _chunks(*logits.shape)]
     value, dlogp = _loss(stem, batch, torch.cat(parts).view_as(batch.ids))
@@ -75,8 +74,6 @@ def expected(stem: str, batch: Batch, dtype: torch.dtype) -> Results:
 
 def _from_hidden(stem: str, batch: Batch, dtype: torch.dtype) -> Results:
     """Compute in float64, or as plain PyTorch: products round to `dtype`, the rest is float32."""
-    assert batch.hidden is not None
-    assert batch.weight is not None
     hidden, ids = batch.hidden.detach().flatten(0, 1), batch.ids.flatten()
     weight, entries = batch.weight.detach().to(dtype), some_entries(batch)
     inner = torch.float64 if dtype == torch.float64 else torch.float32

@@ -170,8 +170,6 @@ def _bare_gemms(N: int, D: int, V: int, device: torch.device, dtype: torch.dtype
 
 
 def _about_the_head(batch: Batch) -> dict[str, Any]:
-    assert batch.hidden is not None
-    assert batch.weight is not None
     shape, h = batch.shape, batch.hidden
     if "about" not in batch.expected:
         batch.expected["about"] = hidden.describe(h, batch.weight)

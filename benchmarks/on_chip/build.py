@@ -1,5 +1,16 @@
-"""The variants of the kernel of `on_chip.py`, and their compilation for sm_90, which needs no GPU."""
+"""Compile variants of `kernels/on_chip.py` for sm_90, to be launched where Triton is too old for it.
 
+    python -m benchmarks.on_chip --out FOLDER [--ptxas PATH]
+    python -m benchmarks.experiments.variants grpo --cubins FOLDER --out FILE.json
+
+Reductions across a cluster need Triton 3.8, which most machines with a GPU do not have. (Where it
+is installed, `GRPO_FAST_ON_CHIP=1` switches the kernel on.) So the kernel is compiled ahead of
+time, which needs Triton 3.8 and no GPU. `variants` launches the result through the CUDA driver, on
+a GPU of compute capability 9.0. A driver refuses what a much newer assembler made: `--ptxas` takes
+an older one.
+"""
+
+import argparse
 import dataclasses
 import json
 import os
@@ -9,6 +20,7 @@ import tempfile
 import traceback
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -16,13 +28,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from benchmarks.codegen.launches import Launch, compile_launch, record, specialise
-from benchmarks.inputs import shapes
-from benchmarks.on_chip.driver import HIDDEN
+from benchmarks.experiments import variants
+from benchmarks.inputs.batches import Batch
+from benchmarks.on_chip.driver import HIDDEN, MANIFEST
 from grpo_fast import Objective
 from grpo_fast.kernels.on_chip import Plan, grpo_fwd_bwd
-from grpo_fast.records import Rewards, Targets, Tokens
 
-SHAPE = "qwen2.5-7b-16k"
 PTX_TYPES = {"*": "u64", "i32": "u32", "fp32": "f32"}
 TARGET = GPUTarget("cuda", 90, 32)
 
@@ -31,8 +42,9 @@ TARGET = GPUTarget("cuda", 90, 32)
 class Variant:
     """A way to spread a row.
 
-    relaxed_exit: the barrier behind which a thread block may leave the cluster does not wait for its stores.
-    Triton's does, for nothing: it is there so that none leaves while another reads its shared memory.
+    relaxed_exit: the barrier behind which a thread block may leave the cluster does not wait for
+        its stores. Triton's does, for nothing: it is there so that none leaves while another reads
+        its shared memory.
     """
 
     plan: Plan
@@ -59,25 +71,33 @@ VARIANTS = (
 )
 
 
-def launch_of(shape: shapes.Shape, plan: Plan) -> Launch:
-    """The launch that `on_chip_check.Rows` makes on a batch of this shape."""
-    new = partial(torch.empty, device="meta")
-    logits = new(shape.B, shape.T, shape.V, dtype=torch.bfloat16)
-    ids, mask = new(shape.N, dtype=torch.int64), new(shape.N, dtype=torch.bool)
-    weight, advantages, old, ref = (new(shape.N) for _ in range(4))
-    targets = Targets(ids, mask, None, 1.0)
-    tokens = Tokens(weight, advantages, old, ref, *[None] * 4)
-    rewards = Rewards(None, shape.G, None)
-    objective = Objective.preset("grpo")  # as `inputs.make_batch` has it
-    return record(
-        lambda: grpo_fwd_bwd(
-            logits, targets, tokens, rewards, False, objective, dlogits=logits, spread=plan
-        )
+def launch_of(plan: Plan) -> Launch:
+    """Record the launch that `variants grpo` makes, with rows spread by a plan."""
+    shape = variants.S0
+    per_token = partial(torch.empty, shape.B, shape.T, device="meta")
+    logits = torch.empty(shape.B, shape.T, shape.V, dtype=torch.bfloat16, device="meta")
+    advantages = torch.empty(shape.B, device="meta")
+    x = Batch(
+        shape=shape,
+        logits=logits,
+        logps=per_token(),
+        ids=per_token(dtype=torch.int64),
+        rewards=advantages,
+        upstream=per_token(),
+        objective=Objective.preset("grpo"),  # as `make_batch` has it
+        arguments={
+            "mask": None,
+            "advantages": advantages,
+            "old_logps": per_token(),
+            "ref_logps": per_token(),
+        },
     )
+    module = SimpleNamespace(grpo_fwd_bwd=partial(grpo_fwd_bwd, spread=plan))
+    return record(lambda: variants.launch(module, x, logits, logits))
 
 
 def parameters_of(signature: dict[str, Any]) -> dict[str, str]:
-    """The parameters of a compiled kernel and their types; a tuple's members are `name.field`."""
+    """List the parameters of a compiled kernel with their types; a tuple's members are `name.field`."""
     found: dict[str, str] = {}
     for name, kind in signature.items():
         if isinstance(kind, tuple):
@@ -89,19 +109,14 @@ def parameters_of(signature: dict[str, Any]) -> dict[str, str]:
     return found
 
 
-def build(folder: Path, ptxas: str | None) -> None:
-    """Compile every variant for sm_90 into `folder`, and say in `manifest.json` how each is launched."""
-    from triton import knobs
-
-    if ptxas is not None:
-        os.environ["TRITON_PTXAS_BLACKWELL_PATH"] = ptxas  # from it Triton knows which PTX to write
-    assembler = knobs.nvidia.ptxas_blackwell
+def build(folder: Path) -> None:
+    """Compile every variant into `folder`, and say in its manifest how each is launched."""
     folder.mkdir(parents=True, exist_ok=True)
-    shape = shapes.CUDA[SHAPE]
+    assembler = triton.knobs.nvidia.ptxas_blackwell
     entries = []
     for variant in VARIANTS:
         try:
-            entry = compile_variant(variant, shape, folder, assembler.path)
+            entry = compile_variant(variant, folder, assembler.path)
         except Exception:
             print(f"{variant.name}: does not compile\n{traceback.format_exc(limit=-1)}")
             continue
@@ -110,21 +125,13 @@ def build(folder: Path, ptxas: str | None) -> None:
             f"{variant.name:16} {entry['registers']:4} registers, {entry['stack']:4} B stack, "
             f"{entry['spilled']:4} B spilled, {entry['shared']:4} B shared memory"
         )
-    manifest = {
-        "triton": triton.__version__,
-        "ptxas": assembler.version,
-        "V": shape.V,
-        "hidden": HIDDEN,
-        "variants": entries,
-    }
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
+    manifest = {"triton": triton.__version__, "ptxas": assembler.version, "variants": entries}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
 
 
-def compile_variant(
-    variant: Variant, shape: shapes.Shape, folder: Path, ptxas: str
-) -> dict[str, Any]:
-    """Leave the variant's cubin in `folder`; what a launch of it has to know."""
-    launch = launch_of(shape, variant.plan)
+def compile_variant(variant: Variant, folder: Path, ptxas: str) -> dict[str, Any]:
+    """Leave the variant's cubin in `folder`; return what a launch of it has to know."""
+    launch = launch_of(variant.plan)
     compiled = compile_launch(launch, TARGET)
     ptx = compiled.asm["ptx"]
     if variant.relaxed_exit:
@@ -153,19 +160,15 @@ def compile_variant(
         "num_ctas": metadata.num_ctas,
         "num_warps": metadata.num_warps,
         "shared": metadata.shared,
-        "strips": launch.arguments["SPREAD"].STRIPS,
-        "keep": variant.plan.keep,
-        "relaxed_exit": variant.relaxed_exit,
         "parameters": list(zip(parameters, types, strict=True)),
         "registers": logged(r"Used (\d+) registers"),
         "stack": logged(r"(\d+) bytes stack frame"),
         "spilled": logged(r"(\d+) bytes spill (?:stores|loads)"),
-        "log": log,
     }
 
 
 def relax_exit(ptx: str) -> str:
-    """The last cluster barrier without the release that would make it wait for the stores before it."""
+    """Take from the last cluster barrier the release that makes it wait for the stores before it."""
     arrive = "barrier.cluster.arrive.aligned;"
     before, found, after = ptx.rpartition(arrive)
     if not found or "st.global" in after or "ld.shared::cluster" in after:
@@ -174,7 +177,7 @@ def relax_exit(ptx: str) -> str:
 
 
 def assemble(ptx: str, ptxas: str) -> tuple[bytes, str]:
-    """The cubin, and what the assembler says of it; its options are Triton's."""
+    """Return the cubin, and what the assembler says of it; its options are Triton's."""
     with tempfile.TemporaryDirectory() as folder:
         source, out = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
         source.write_text(ptx)
@@ -184,3 +187,16 @@ def assemble(ptx: str, ptxas: str) -> tuple[bytes, str]:
         if result.returncode:
             raise RuntimeError(f"{ptxas}: {result.stderr}")
         return out.read_bytes(), result.stderr
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder of the cubins")
+    parser.add_argument("--ptxas", help="an assembler older than Triton's own")
+    options = parser.parse_args()
+    if options.ptxas is not None:  # from it Triton knows which PTX to write
+        os.environ["TRITON_PTXAS_BLACKWELL_PATH"] = options.ptxas
+    build(options.out)
+    return 0
