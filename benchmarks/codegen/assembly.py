@@ -125,8 +125,8 @@ def read_loop(body: list[Instruction]) -> Loop:
         (True, True, False): "scale",
     }
     kind = kinds.get((bool(loads), bool(stores), count(EXP, body) > 0), "other")
-    exchanges = (count(x, body) for x in (BARRIER, SHUFFLE, RELOAD))
-    return Loop(kind, len(body), *exchanges, loads, stores)
+    barriers, shuffles, reloads = (count(x, body) for x in (BARRIER, SHUFFLE, RELOAD))
+    return Loop(kind, len(body), barriers, shuffles, reloads, loads, stores)
 
 
 UNCONDITIONAL = r"s_branch|s_endpgm|s_setpc|EXIT$"
@@ -196,6 +196,25 @@ def read_amd(kernel: Any) -> tuple[int, int, Listing]:
     registers = number(r"\.vgpr_count:\s+(\d+)", text)
     stack = number(r"\.private_segment_fixed_size: (\d+)", text)
     return registers, stack, list(read_amdgcn(own_code(text, kernel.metadata.name)))
+
+
+def offsets_of(ttir: str) -> dict[str, list[str]]:
+    """Find the types of the offsets that a kernel adds to each of its pointers.
+
+    The pointers are arguments, or members of a tuple that is one: the compiler calls those by the
+    name of the tuple and a number.
+    """
+    (kernel,) = re.findall(r"tt\.func public .*?^  }", ttir, re.DOTALL | re.MULTILINE)
+    arguments = re.findall(r"%(\w+): !tt\.ptr", kernel.splitlines()[0])
+    origin = {name: name for name in arguments}
+    splats = re.findall(r"%(\w+) = tt\.splat %(\w+) :", kernel)  # a pointer for each lane
+    origin |= {copy: name for copy, name in splats if name in arguments}
+    added = r"tt\.addptr %(\w+), %\w+ : .*, (?:tensor<[\dx]+x)?(i\d+)>?(?: loc.*)?$"
+    found = collections.defaultdict(set)
+    for base, kind in re.findall(added, kernel, re.MULTILINE):
+        if base in origin:
+            found[origin[base]].add(kind)
+    return {name: sorted(kinds) for name, kinds in sorted(found.items())}
 
 
 def lane_orders(ttgir: str, T: int) -> list[str]:

@@ -10,7 +10,6 @@ specialisation that Triton would choose at run time; then the assembly is read.
 """
 
 import argparse
-import collections
 import dataclasses
 import json
 import os
@@ -36,6 +35,7 @@ from benchmarks.codegen.assembly import (
     Loop,
     count,
     lane_orders,
+    offsets_of,
     read_amd,
     read_loops,
     read_nvidia,
@@ -68,7 +68,7 @@ class Report:
     shared: int
     barriers: int
     loops: list[Loop]
-    offsets: dict[str, list[str]]  # pointer argument -> types of the offsets added to it
+    offsets: dict[str, list[str]]  # as `offsets_of` finds them
     hide_nan: int  # minima and maxima that return the other operand
     lanes: list[str]  # in which orders the lanes of a tile are added up
     cluster_barriers: int
@@ -98,9 +98,6 @@ def inspect(case: str, target: str, on_chip: bool = False) -> Report:
     kernel = compile_launch(launch, gpu)
     registers, stack, listing = (read_nvidia if gpu.backend == "cuda" else read_amd)(kernel)
     ttir = kernel.asm["ttir"]
-    offsets = collections.defaultdict(set)
-    for name, kind in re.findall(r"tt\.addptr %(\w+_ptr), %\w+ : !tt\.ptr<\w+>, (i\d+)", ttir):
-        offsets[name].add(kind)
     big = launch.arguments.get("logits_ptr", launch.arguments.get("x_ptr"))
     return Report(
         case=case,
@@ -113,7 +110,7 @@ def inspect(case: str, target: str, on_chip: bool = False) -> Report:
         shared=kernel.metadata.shared,
         barriers=count(BARRIER, listing),
         loops=[] if big is None else read_loops(listing),
-        offsets={name: sorted(kinds) for name, kinds in sorted(offsets.items())},
+        offsets=offsets_of(ttir),
         lanes=lane_orders(kernel.asm["ttgir"], getattr(launch.arguments.get("TILES"), "T", 0)),
         hide_nan=len(re.findall(r"arith\.(?:min|max)numf", ttir)),
         cluster_barriers=count(CLUSTER_BARRIER, listing),
@@ -126,9 +123,7 @@ def cases_of(on_chip: bool) -> dict[str, Any]:
     return on_chip_cases.CASES if on_chip else CASES
 
 
-def collect(
-    targets: Iterable[str] = TARGETS, jobs: int = 2, on_chip: bool = False
-) -> list[Report]:
+def collect(targets: Iterable[str] = TARGETS, jobs: int = 2, on_chip: bool = False) -> list[Report]:
     """Report all cases on all targets, compiled in processes that do not interpret Triton."""
     environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
 
