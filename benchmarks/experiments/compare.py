@@ -22,6 +22,7 @@ from pathlib import Path
 
 from benchmarks import ROOT
 from benchmarks.measuring import machine
+from benchmarks.report import markdown
 
 WORKING_TREE = "."
 ROUNDS = 5
@@ -78,21 +79,21 @@ def alternate(
     return times["base"], times["head"]
 
 
-def table(base: list[Times], head: list[Times]) -> Iterator[str]:
-    yield "| benchmark | base, ms | head, ms | base / head | range of the rounds | |"
-    yield "|---|--:|--:|--:|--:|---|"
+def table(base: list[Times], head: list[Times]) -> str:
+    rows = []
     for name in sorted(set().union(*base, *head)):
         a, b = ([times[name] for times in rounds if name in times] for rounds in (base, head))
         if not a or not b:
-            yield f"| {name} | | | | | only in {'head' if b else 'base'} |"
+            rows.append([name, *[""] * 4, f"only in {'head' if b else 'base'}"])
             continue
+        one, two = statistics.median(a), statistics.median(b)
         apart = min(a) > max(b) or max(a) < min(b)
-        ratio = statistics.median(a) / statistics.median(b)
-        verdict = ("faster" if ratio > 1 else "slower") if apart else "no difference"
-        yield (
-            f"| {name} | {statistics.median(a) * 1e3:.3f} | {statistics.median(b) * 1e3:.3f} "
-            f"| {ratio:.3f} | {min(a) / max(b):.3f} to {max(a) / min(b):.3f} | {verdict} |"
-        )
+        verdict = ("faster" if one > two else "slower") if apart else "no difference"
+        spread = f"{min(a) / max(b):.3f} to {max(a) / min(b):.3f}"
+        times = [f"{x * 1e3:.3f}" for x in (one, two)]
+        rows.append([name, *times, f"{one / two:.3f}", spread, verdict])
+    columns = ["benchmark", "base, ms", "head, ms", "base / head", "range of the rounds", ""]
+    return markdown.table(columns, rows, left=(0, 5))
 
 
 def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
@@ -111,7 +112,7 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
         tree(options.head, root, Path(temporary, "head")) as head,
     ):
         results = alternate(base, head, rest, options.rounds, Path(temporary))
-    print("\n".join(table(*results)))
+    print(table(*results))
     return 0
 
 

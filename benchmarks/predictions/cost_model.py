@@ -12,7 +12,7 @@ an assumed share. Each line says which. A prediction stays next to the measureme
 import argparse
 import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ import torch
 from benchmarks.codegen import saved as compiled
 from benchmarks.inputs import shapes
 from benchmarks.measuring import traffic
+from benchmarks.report import markdown
 from benchmarks.report.committed import Run
 from grpo_fast.ops.head import chunk_length
 
@@ -191,15 +192,18 @@ def _example(stem: str, case: str, provider: str, shape_name: str) -> Launch:
     return Launch(stem, case, dataclasses.asdict(shape), shape.N, shape.N, provider)
 
 
-def table() -> Iterator[str]:
+def table() -> str:
     """Predict for GPUs that nothing was measured on."""
-    yield f"| launch | provider | shape | {' | '.join(f'{name}, ms' for name in GPUS)} | set by |"
-    yield f"|---|---|---|{'--:|' * len(GPUS)}---|"
+    rows = []
     for example in EXAMPLES:
         launch = _example(*example)
         made = [predict(launch, name, ceilings(name)) for name in GPUS]
         bounds = ", ".join(dict.fromkeys(p.bound for p in made if p))
-        yield f"| {launch} | `{example[-1]}` | {' | '.join(map(str, made))} | {bounds} |"
+        rows.append([launch, f"`{example[-1]}`", *made, bounds])
+    names = (f"{name}, ms" for name in GPUS)
+    head = ["launch", "provider", "shape", *names, "set by"]
+    # A launch names its provider in a cell of its own.
+    return markdown.table(head, rows, left=(0, 1, 2, len(head) - 1))
 
 
 def of_products(name: str) -> Iterator[str]:
@@ -212,7 +216,7 @@ def of_products(name: str) -> Iterator[str]:
         yield f"{launch.provider} {made.low / bare:.2f} to {made.high / bare:.2f}"
 
 
-def comparison(run: Run) -> Iterator[str]:
+def comparison(run: Run) -> Iterator[list[Any]]:
     """Put predictions next to measurements, for a run on a GPU that the model knows."""
     name = gpu_of(run.device)
     for e in run.entries if name else ():
@@ -226,21 +230,21 @@ def comparison(run: Run) -> Iterator[str]:
             predict(launch, str(name), ceilings(str(name), x)) for x in (None, e["roofs"])
         )
         if sheet and roofs:
-            yield (
-                f"| {launch} | `{e['shape']}`, {e['variant']} | {sheet} | {roofs} "
-                f"| {e['median'] * 1e3:.2f} | {e['median'] / roofs.low:.2f} |"
-            )
+            times = f"{e['median'] * 1e3:.2f}", f"{e['median'] / roofs.low:.2f}"
+            yield [launch, f"`{e['shape']}`, {e['variant']}", sheet, roofs, *times]
 
 
-COMPARISON_HEADER = (
-    "| launch | provider | case | predicted by the data sheet, ms | by the measured roofs, ms "
-    "| measured, ms | measured / lower |\n|---|---|---|--:|--:|--:|--:|"
-)
+def comparison_table(runs: Iterable[Run]) -> str:
+    """Write the comparison of all runs as a table; "" where there is none."""
+    rows = [row for run in runs for row in comparison(run)]
+    head = ["launch", "provider", "case", "predicted by the data sheet, ms"]
+    head += ["by the measured roofs, ms", "measured, ms", "measured / lower"]
+    return markdown.table(head, rows, left=(0, 1, 2)) if rows else ""
 
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__).parse_args()
-    print("\n".join(table()))
+    print(table())
     print(f"\nTimes the bare products: H100, {', '.join(of_products('H100'))}.")
     print(f"Ceilings: {ceilings('H200').origin}.")
 

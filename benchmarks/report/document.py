@@ -115,11 +115,10 @@ def _device(
     yield from experiments.section(
         here(newest(results, "experiment")), here(newest(results, "variants"))
     )
-    rows = [row for run in mine for row in cost_model.comparison(run)]
-    if rows:
+    if comparison := cost_model.comparison_table(mine):
         yield "#### Prediction and measurement\n"
         yield PREDICTIONS_MET
-        yield "\n".join([cost_model.COMPARISON_HEADER, *rows, ""])
+        yield comparison + "\n"
 
 
 def _without_gpu() -> Iterator[str]:
@@ -137,7 +136,7 @@ def _without_gpu() -> Iterator[str]:
     yield traffic.table()
     products = ", ".join(cost_model.of_products("H100"))
     yield PREDICTED.format(origin=cost_model.ceilings("H200").origin, products=products)
-    yield "\n".join(cost_model.table()) + "\n"
+    yield cost_model.table() + "\n"
     memory = memory_model.load()
     yield PREDICTED_MEMORY.format(torch=memory["torch"], processors=memory_model.PROCESSORS)
     yield from tables.step_tables(memory["step"], [])
