@@ -129,63 +129,51 @@ def timed(run: Callable[[], object], before: Callable[[], object], rounds: int =
     return {"median": middle, "iqr": high - low, "min": min(seconds), "rounds": rounds}
 
 
-class Sheet:
-    """Rows of results, written after each."""
+class Sheet(recorder.Sheet):
+    """The rows of a suite, written after each."""
 
     def __init__(self, out: Path | None, suite: str) -> None:
-        self.out = out
-        self.document: dict[str, Any] = {"experiment": suite, "rows": []}
-        if out:
-            info = machine.describe() | {"absent": {}}
-            self.document |= {"machine_info": info, "benchmarks": []}
+        super().__init__(out, "rows", experiment=suite)
 
     def attempt(self, about: dict[str, Any], run: Callable[[], dict[str, Any]]) -> None:
         """Add a row, or why there is none; end where an error took the GPU from this process."""
         try:
-            row = about | run()
+            self.append(about | run())
         except Exception as error:
             message = next(iter(str(error).splitlines()), "")
-            row = about | {"failed": f"{type(error).__name__}: {message}"}
-        self.document["rows"].append(row)
-        print(row, flush=True)
-        if self.out:
-            recorder.write(self.out, self.document)
+            self.append(about | {"failed": f"{type(error).__name__}: {message}"})
         if machine.lost():
             raise SystemExit(1)
 
 
 def grpo_modules(options: Any) -> dict[str, Any]:
     """Import every variant that was asked for; say why one cannot be."""
-    loaders: dict[str, Callable[[], Any]] = {
-        name: functools.partial(_edited, name, edits) for name, edits in VARIANTS.items()
-    }
-    loaders[ON_CHIP] = functools.partial(_on_chip, options.float32)
     found = {}
-    for name, make_module in loaders.items():
-        if options.only and not any(word in name for word in options.only):
+    for name, edits in (VARIANTS | {ON_CHIP: []}).items():
+        if not _wanted(name, options):
             continue
         try:
-            found[name] = make_module()
+            module = load(name, edits)("on_chip" if name == ON_CHIP else "grpo")
+            if name == ON_CHIP and (why := _unavailable(module, options.float32)):
+                print(f"{name}: {why}")
+                continue
+            found[name] = module
         except Exception as error:
             print(f"{name}: {type(error).__name__}: {error}")
     if options.cubins:
         from benchmarks.on_chip import driver
 
         kernels = driver.load(options.cubins)
-        found |= {k: x for k, x in kernels.items() if any(w in k for w in options.only or [""])}
+        found |= {name: kernel for name, kernel in kernels.items() if _wanted(name, options)}
     return found
 
 
-def _edited(name: str, edits: list[Edit]) -> Any:
-    return load(name, edits)("grpo")
+def _wanted(name: str, options: Any) -> bool:
+    return not options.only or any(word in name for word in options.only)
 
 
-def _on_chip(float32: bool) -> Any:
-    module = load(ON_CHIP, [])("on_chip")
-    why = "it takes halves" if float32 else module.unavailable(torch.device("cuda"))
-    if why:
-        raise RuntimeError(why)
-    return module
+def _unavailable(on_chip: Any, float32: bool) -> str:
+    return "it takes halves" if float32 else on_chip.unavailable(torch.device("cuda"))
 
 
 def buffers(x: Batch, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -276,20 +264,16 @@ def suite_head(options: Any) -> None:
     given |= {"old_logps": torch.full((B, T), -12.0, device="cuda"), "objective": Objective()}
     sheet = Sheet(options.out, "head by chunk length")
 
-    def row(rows: int, dtype: Any) -> dict[str, Any]:
-        def step() -> None:
-            out = linear_grpo_loss(
-                hidden, weight, ids, chunk_size=rows, logits_dtype=dtype, **given
-            )
-            torch.autograd.grad(out.loss, (hidden, weight))
+    def step(**how: Any) -> None:
+        out = linear_grpo_loss(hidden, weight, ids, **how, **given)
+        torch.autograd.grad(out.loss, (hidden, weight))
 
-        return timed(step, lambda: None, 3)
-
-    for dtype, most in (("bf16", 5504), ("fp32", 4096)):
-        for rows in (2048, 2944, 3328, 3584, 4096, 5504):
-            if rows <= most:
-                about = {"logits": dtype, "chunk": rows}
-                sheet.attempt(about, functools.partial(row, rows, dtype))
+    lengths = (2048, 2944, 3328, 3584, 4096, 5504)
+    for dtype, chunks in (("bf16", lengths), ("fp32", lengths[:-1])):
+        for rows in chunks:
+            run = functools.partial(step, chunk_size=rows, logits_dtype=dtype)
+            row = functools.partial(timed, run, lambda: None, 3)
+            sheet.attempt({"logits": dtype, "chunk": rows}, row)
 
 
 SUITES = {

@@ -49,8 +49,8 @@ class Case:
         return f"{self.shape}-{self.variant}-{self.provider}"
 
 
-def cases(stem: str, inputs: list[tuple[str, str]]) -> pytest.MarkDecorator:
-    """Parametrize a benchmark by `case`, from (shape, variant); the provider varies fastest.
+def cases(stem: str, inputs: list[tuple[str, str]], backward: bool = True) -> Callable[..., None]:
+    """Make a benchmark of all providers of a stem on (shape, variant); the provider varies fastest.
 
     torch.compile takes part in the first case only: elsewhere compiling it would take most of the
     time.
@@ -61,7 +61,12 @@ def cases(stem: str, inputs: list[tuple[str, str]]) -> pytest.MarkDecorator:
         for provider in providers.PROVIDERS[stem]
         if provider != "compile" or where == inputs[0]
     ]
-    return pytest.mark.parametrize("case", made, ids=str)
+
+    @pytest.mark.parametrize("case", made, ids=str)
+    def bench(benchmark: Any, case: Case) -> None:
+        measure(benchmark, case, backward)
+
+    return bench
 
 
 def measure(benchmark: Any, case: Case, backward: bool = True) -> None:

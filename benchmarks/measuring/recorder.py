@@ -58,6 +58,25 @@ class Recorder:
         write(self.path, self.document)
 
 
+class Sheet:
+    """A file of rows, written after each; they are `kind` of its document."""
+
+    def __init__(self, out: Path | None, kind: str, **document: Any) -> None:
+        self.out = out
+        self.rows: list[dict[str, Any]] = []
+        info = (machine.describe() if out else {}) | {"absent": {}}
+        self.document = {"machine_info": info, "benchmarks": [], kind: self.rows, **document}
+
+    def append(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+        print(row, flush=True)
+        self.write()
+
+    def write(self) -> None:
+        if self.out:
+            write(self.out, self.document)
+
+
 def write(path: Path, document: dict[str, Any]) -> None:
     """Replace a file of results, whole or not at all."""
     now = datetime.datetime.now(datetime.timezone.utc).replace(tzinfo=None)

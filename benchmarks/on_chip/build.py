@@ -11,7 +11,6 @@ an older one.
 """
 
 import argparse
-import dataclasses
 import json
 import os
 import re
@@ -38,37 +37,19 @@ PTX_TYPES = {"*": "u64", "i32": "u32", "fp32": "f32"}
 TARGET = GPUTarget("cuda", 90, 32)
 
 
-@dataclasses.dataclass(frozen=True)
-class Variant:
-    """A way to spread a row.
-
-    relaxed_exit: the barrier behind which a thread block may leave the cluster does not wait for
-        its stores. Triton's does, for nothing: it is there so that none leaves while another reads
-        its shared memory.
-    """
-
-    plan: Plan
-    relaxed_exit: bool = False
-
-    @property
-    def name(self) -> str:
-        plan = self.plan
-        parts = [f"{plan.ctas}x{plan.warps}", plan.keep]
-        if plan.registers is not None:
-            parts.append(f"r{plan.registers}")
-        return "-".join([*parts, "relaxed"] if self.relaxed_exit else parts)
-
-
 # The first is what the kernel does by itself. The most promising come first.
-VARIANTS = (
-    Variant(Plan(8, 8, "e")),
-    Variant(Plan(8, 8, "e"), relaxed_exit=True),
-    Variant(Plan(8, 16, "e", 64)),
-    Variant(Plan(8, 16, "bits", 64)),
-    Variant(Plan(16, 4, "e")),
-    Variant(Plan(16, 8, "e", 64)),
-    Variant(Plan(4, 16, "e")),
-)
+VARIANTS = {
+    "8x8-e": Plan(8, 8, "e"),
+    "8x8-e-relaxed": Plan(8, 8, "e"),
+    "8x16-e-r64": Plan(8, 16, "e", 64),
+    "8x16-bits-r64": Plan(8, 16, "bits", 64),
+    "16x4-e": Plan(16, 4, "e"),
+    "16x8-e-r64": Plan(16, 8, "e", 64),
+    "4x16-e": Plan(4, 16, "e"),
+}
+# The barrier behind which a thread block may leave the cluster does not wait for its stores.
+# Triton's does, for nothing: it is there so that none leaves while another reads its shared memory.
+RELAXED = "-relaxed"
 
 
 def launch_of(plan: Plan) -> Launch:
@@ -114,27 +95,27 @@ def build(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     assembler = triton.knobs.nvidia.ptxas_blackwell
     entries = []
-    for variant in VARIANTS:
+    for name in VARIANTS:
         try:
-            entry = compile_variant(variant, folder, assembler.path)
+            entry = compile_variant(name, folder, assembler.path)
         except Exception:
-            print(f"{variant.name}: does not compile\n{traceback.format_exc(limit=-1)}")
+            print(f"{name}: does not compile\n{traceback.format_exc(limit=-1)}")
             continue
         entries.append(entry)
         print(
-            f"{variant.name:16} {entry['registers']:4} registers, {entry['stack']:4} B stack, "
+            f"{name:16} {entry['registers']:4} registers, {entry['stack']:4} B stack, "
             f"{entry['spilled']:4} B spilled, {entry['shared']:4} B shared memory"
         )
     manifest = {"triton": triton.__version__, "ptxas": assembler.version, "variants": entries}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
 
 
-def compile_variant(variant: Variant, folder: Path, ptxas: str) -> dict[str, Any]:
+def compile_variant(name: str, folder: Path, ptxas: str) -> dict[str, Any]:
     """Leave the variant's cubin in `folder`; return what a launch of it has to know."""
-    launch = launch_of(variant.plan)
+    launch = launch_of(VARIANTS[name])
     compiled = compile_launch(launch, TARGET)
     ptx = compiled.asm["ptx"]
-    if variant.relaxed_exit:
+    if name.endswith(RELAXED):
         ptx = relax_exit(ptx)
     signature = parameters_of(specialise(launch).signature)
     parameters = [*signature, *HIDDEN]
@@ -143,19 +124,19 @@ def compile_variant(variant: Variant, folder: Path, ptxas: str) -> dict[str, Any
     kernel = ptx[ptx.index(".entry") :]  # what it calls has parameters of its own
     found = re.findall(r"^\s*\.param \.(\w+).*_kernel_param_\d+,?$", kernel, re.MULTILINE)
     if found != types:
-        raise ValueError(f"{variant.name}: the parameters are {found}, want {types}")
+        raise ValueError(f"{name}: the parameters are {found}, want {types}")
     metadata = compiled.metadata
     if metadata.global_scratch_size or metadata.profile_scratch_size:
-        raise ValueError(f"{variant.name}: wants scratch memory, of which there is none")
+        raise ValueError(f"{name}: wants scratch memory, of which there is none")
     cubin, log = assemble(ptx, ptxas)
-    (folder / f"{variant.name}.cubin").write_bytes(cubin)
+    (folder / f"{name}.cubin").write_bytes(cubin)
 
     def logged(pattern: str) -> int:
         return sum(map(int, re.findall(pattern, log)))
 
     return {
-        "name": variant.name,
-        "cubin": f"{variant.name}.cubin",
+        "name": name,
+        "cubin": f"{name}.cubin",
         "kernel": metadata.name,
         "num_ctas": metadata.num_ctas,
         "num_warps": metadata.num_warps,

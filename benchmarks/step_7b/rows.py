@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks import providers
-from benchmarks.measuring import machine, memory, recorder
+from benchmarks.inputs import shapes
+from benchmarks.measuring import memory, recorder
 from benchmarks.step_7b import decoder, step
 from benchmarks.step_7b.longest import capped, longest
 
@@ -63,26 +64,23 @@ def planned(
     ]
 
 
-class Sheet:
-    """The rows, written after each."""
+class Sheet(recorder.Sheet):
+    """The rows of a plan; those that are still to be measured are `not_reached`."""
 
     def __init__(self, out: Path | None, about: dict[str, Any], rows: Sequence[Row]) -> None:
-        self.out, self.about = out, about
-        info = machine.describe() | {"absent": {}}
-        self.document: dict[str, Any] = {"machine_info": info, "benchmarks": [], "step": []}
-        self.document["not_reached"] = [str(row) for row in rows]
+        super().__init__(out, "step", not_reached=[str(row) for row in rows])
+        self.about = about
+        self.absent: dict[str, str] = self.document["machine_info"]["absent"]
         self.write()
 
     def add(self, row: Row, **found: Any) -> None:
-        about = row._asdict() | row.size._asdict() | {"cap_bytes": row.cap}
-        dropped = ("size", "cap", *["cap_bytes"] * (not row.cap))
-        about = {name: x for name, x in about.items() if name not in dropped}
-        self.document["step"].append(self.about | about | found)
-        print(self.document["step"][-1], flush=True)
+        about = {"kind": row.kind, "mode": row.mode, "provider": row.provider}
+        cap = {"cap_bytes": row.cap} if row.cap else {}
+        self.append(self.about | about | row.size._asdict() | cap | found)
         self.drop(row)
 
     def skip(self, row: Row, why: str) -> None:
-        self.document["machine_info"]["absent"][str(row)] = why
+        self.absent[str(row)] = why
         print(f"{row}: {why}", flush=True)
         self.drop(row)
 
@@ -90,10 +88,6 @@ class Sheet:
         """Take a row off the list of what is still to be done."""
         self.document["not_reached"].remove(str(row))
         self.write()
-
-    def write(self) -> None:
-        if self.out:
-            recorder.write(self.out, self.document)
 
 
 class Run:
@@ -182,13 +176,11 @@ def own_failures(document: dict[str, Any]) -> list[str]:
 def run(rows: Sequence[Row], seconds: float, out: Path | None = None) -> dict[str, Any]:
     """Measure rows, with a 7B model on a GPU and a tiny one on a CPU."""
     end = time.monotonic() + seconds
-    cuda = torch.cuda.is_available()
-    config, dtype = (decoder.QWEN_7B if cuda else decoder.TINY), torch.bfloat16
-    if not cuda:
-        dtype = torch.float32
-    about = {"model": "qwen2.5-7b" if cuda else "tiny", "dtype": str(dtype).split(".")[1]}
-    sheet = Sheet(out, about, rows)
-    Run(config, torch.device("cuda" if cuda else "cpu"), dtype, sheet).all(rows, end)
+    name, config, dtype = "tiny", decoder.TINY, torch.float32
+    if torch.cuda.is_available():
+        name, config, dtype = "qwen2.5-7b", decoder.QWEN_7B, torch.bfloat16
+    sheet = Sheet(out, {"model": name, "dtype": str(dtype).split(".")[1]}, rows)
+    Run(config, shapes.device(), dtype, sheet).all(rows, end)
     return sheet.document
 
 
@@ -200,16 +192,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--seconds", type=float, default=540.0, help="for everything (default: 540)")
     add("--until", type=float, help="instead: when to end, of Python's time.time()")
     add("--out", type=Path, help="JSON file, written anew after each row")
-    add("--provider", action="append", choices=step.PROVIDERS, help="repeatable")
-    add("--mode", action="append", choices=step.MODES, help="repeatable")
-    add("--cap", action="append", type=float, help="GB; repeatable")
     options = parser.parse_args(arguments)
-    caps: list[float] = []
-    if torch.cuda.is_available():
-        total = torch.cuda.get_device_properties(0).total_memory
-        caps = [cap * 1e9 for cap in options.cap] if options.cap else list(step.CAPS)
-        caps = [cap for cap in caps if cap <= 1.02 * total]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    rows = planned(options.mode or step.MODES, options.provider or step.PROVIDERS, caps, device)
+    cuda = torch.cuda.is_available()
+    total = torch.cuda.get_device_properties(0).total_memory if cuda else 0
+    caps = [cap for cap in step.CAPS if cap <= 1.02 * total]
+    rows = planned(step.MODES, step.PROVIDERS, caps, "cuda" if cuda else "cpu")
     seconds = options.seconds if options.until is None else options.until - time.time()
     return 1 if own_failures(run(rows, seconds, options.out)) else 0

@@ -20,7 +20,7 @@ import os
 
 from benchmarks import providers
 from benchmarks.measuring import machine
-from benchmarks.measuring.measure import Case, cases, measure
+from benchmarks.measuring.measure import cases
 
 TABLE = providers.PROVIDERS["group_advantage"]
 TABLE["crashing"] = lambda: lambda *args: os.abort()
@@ -28,11 +28,7 @@ for name in list(TABLE):
     if name not in ("eager", "crashing", "grpo_fast"):
         del TABLE[name]
 TABLE["grpo_fast"] = TABLE.pop("grpo_fast")  # behind the one that crashes
-
-
-@cases("group_advantage", [("micro-batch", "full")])
-def bench_forward(benchmark, case):
-    measure(benchmark, case, backward=False)
+bench_forward = cases("group_advantage", [("micro-batch", "full")], backward=False)
 """
 WHO = "crash bench_forward[micro-batch-full-crashing]"
 ROOFS = json.dumps({"bandwidth": {"copy": 1e10, "read": 1e10}, "gemm": {"float32": 1e11}})
