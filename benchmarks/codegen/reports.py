@@ -9,7 +9,6 @@ specialisation that Triton would choose at run time; then the assembly is read.
 `--on-chip` compiles `kernels/on_chip.py` alone, which needs Triton 3.8.
 """
 
-import argparse
 import dataclasses
 import json
 import os
@@ -25,7 +24,7 @@ from unittest import mock
 import triton
 from triton.backends.compiler import GPUTarget
 
-from benchmarks import ROOT
+from benchmarks import ROOT, command_line
 from benchmarks.codegen import saved as compiled
 from benchmarks.codegen.assembly import (
     BARRIER,
@@ -162,7 +161,7 @@ def save(reports: list[Report], path: Path = compiled.SAVED) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = command_line(__doc__)
     parser.add_argument("targets", nargs="*", help="all by default")
     parser.add_argument("--json", action="store_true", help="for programs")
     which = parser.add_mutually_exclusive_group()

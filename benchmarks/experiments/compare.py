@@ -10,7 +10,6 @@ that are equal that happens to one benchmark in 126 by chance with 5 rounds of e
 with 3.
 """
 
-import argparse
 import contextlib
 import json
 import statistics
@@ -20,7 +19,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from benchmarks import ROOT
+from benchmarks import ROOT, command_line
 from benchmarks.measuring import machine
 from benchmarks.report import markdown
 
@@ -97,9 +96,7 @@ def table(base: list[Times], head: list[Times]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__)
     parser.add_argument("base", help="a commit")
     parser.add_argument("head", help="a commit, or . for the working tree")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"of both (default: {ROUNDS})")

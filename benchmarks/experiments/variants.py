@@ -11,7 +11,6 @@ variant is held against float64 on some rows before it is timed, by events on th
 inputs in every round. Compiled kernels come last, as the most likely to lose the GPU.
 """
 
-import argparse
 import dataclasses
 import functools
 import importlib
@@ -25,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import ROOT
+from benchmarks import ROOT, command_line
 from benchmarks.inputs import shapes
 from benchmarks.inputs.batches import Batch, make_batch
 from benchmarks.measuring import gate, machine, recorder
@@ -40,11 +39,6 @@ S0 = shapes.get("qwen2.5-7b-16k")
 Edit = tuple[str, str, str]  # file, text, what stands there instead
 
 
-def _side(n: int) -> Edit:
-    """Change how many segments of a float32 row are read at a time."""
-    return ("grpo.py", "side = 4 if out.entropy", f"side = {n} if out.entropy")
-
-
 # Segments of one tile for halves too: two at a time in `grpo`, two one after the other in
 # `logprob`.
 T_STEPS = "T, steps = 16 // itemsize * threads, "
@@ -53,12 +47,14 @@ SIDE_BY_SIDE: list[Edit] = [
     ("schedules.py", f"{T_STEPS}2", f"{T_STEPS}1"),
     ("schedules.py", "\nSEGMENTS = 4 ", "\nSEGMENTS = 2 "),
 ]
-# What waits for a GPU. Parts, stages, tiles, threads and cache hints were measured: NOTES.md.
+# What waits for a GPU. Parts, stages, tiles, threads, cache hints, and the segments of float32 were
+# measured: NOTES.md.
 VARIANTS: dict[str, list[Edit]] = {
     "as it is": [],
-    "two segments side by side": [*SIDE_BY_SIDE, _side(2)],
-    "float32: 2 segments at a time": [_side(2)],
-    "float32: 1 segment at a time": [_side(1)],
+    "two segments side by side": [
+        *SIDE_BY_SIDE,
+        ("grpo.py", "side = 4 if out.entropy", "side = 2 if out.entropy"),
+    ],
 }
 ON_CHIP = "on chip"  # what GRPO_FAST_ON_CHIP=1 runs, where it can
 LOGPROB: dict[str, list[Edit]] = {"as it is": [], "two segments one after the other": SIDE_BY_SIDE}
@@ -83,9 +79,9 @@ def load(name: str, edits: list[Edit]) -> Callable[[str], Any]:
     return lambda stem: importlib.import_module(f"{package}.{stem}")
 
 
-def make(shape: shapes.Shape, dtype: torch.dtype, padded: int = 0) -> Batch:
+def make(shape: shapes.Shape, padded: int = 0) -> Batch:
     """Make a batch on the GPU, the rows of its logits `padded` apart."""
-    batch = make_batch(shape, "full", torch.device("cuda"), dtype)
+    batch = make_batch(shape, "full", torch.device("cuda"), torch.bfloat16)
     if padded:
         wide = torch.nn.functional.pad(batch.logits, (0, padded - shape.V))
         batch.logits = wide[..., : shape.V]
@@ -154,7 +150,7 @@ def grpo_modules(options: Any) -> dict[str, Any]:
             continue
         try:
             module = load(name, edits)("on_chip" if name == ON_CHIP else "grpo")
-            if name == ON_CHIP and (why := _unavailable(module, options.float32)):
+            if name == ON_CHIP and (why := module.unavailable(torch.device("cuda"))):
                 print(f"{name}: {why}")
                 continue
             found[name] = module
@@ -172,47 +168,42 @@ def _wanted(name: str, options: Any) -> bool:
     return not options.only or any(word in name for word in options.only)
 
 
-def _unavailable(on_chip: Any, float32: bool) -> str:
-    return "it takes halves" if float32 else on_chip.unavailable(torch.device("cuda"))
-
-
-def buffers(x: Batch, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Copy the logits, and make the buffer of their gradient: the same where they have one dtype."""
-    like = {"dtype": x.logits.dtype, "device": x.logits.device}
-    work = torch.empty_strided(x.logits.shape, x.logits.stride(), **like).copy_(x.logits)
-    return work, work if dtype == work.dtype else torch.empty_like(work, dtype=dtype)
-
-
-def compared(module: Any, x: Batch, dtype: torch.dtype, rounds: int = ROUNDS) -> dict[str, Any]:
-    """Check a variant with a gradient in `dtype`, then time it."""
-    work, out = buffers(x, dtype)
-    loss = launch(module, x, work, out).sum()
-    error = gate.check("grpo", x, loss, (out,))["gradient"]
-    run = functools.partial(launch, module, x, work, out)
+def compared(module: Any, x: Batch, rounds: int = ROUNDS) -> dict[str, Any]:
+    """Check a variant in place, then time it."""
+    work = like(x.logits)
+    loss = launch(module, x, work, work).sum()
+    error = gate.check("grpo", x, loss, (work,))["gradient"]
+    run = functools.partial(launch, module, x, work, work)
     found = timed(run, functools.partial(work.copy_, x.logits), rounds)
-    moved = x.shape.N * x.shape.V * (work.element_size() + out.element_size())
+    moved = 2 * x.shape.N * x.shape.V * work.element_size()
     return {"error": error, **found, "bytes_per_second": moved / found["median"]}
+
+
+def like(x: Tensor) -> Tensor:
+    """Copy a tensor with its strides."""
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(x)
 
 
 def suite_grpo(options: Any) -> None:
     """Time `grpo` in place at S0; `--compile` on a few rows, `--once` one launch each."""
-    shape, dtype = S0, torch.bfloat16  # float32 logits have a bfloat16 gradient, as in the head
-    if options.float32:
-        shape, dtype = shapes.get("qwen2.5-7b-4k"), torch.float32
-    if options.compile:
-        shape = dataclasses.replace(shape, B=1, T=64)
-    x = make(shape, dtype)
-    sheet = Sheet(options.out, f"grpo {dtype}")
+    shape = dataclasses.replace(S0, B=1, T=64) if options.compile else S0
+    x = make(shape)
+    sheet = Sheet(options.out, f"grpo {x.logits.dtype}")
 
     def row(module: Any) -> dict[str, Any]:
         if not (options.compile or options.once):
-            return compared(module, x, torch.bfloat16)
-        launch(module, x, *buffers(x, torch.bfloat16))
+            return compared(module, x)
+        work = like(x.logits)
+        launch(module, x, work, work)
         torch.cuda.synchronize()
         return {}
 
     for name, module in grpo_modules(options).items():
-        about = {"variant": name, "shape": [shape.B, shape.T, shape.V], "dtype": str(dtype)}
+        about = {
+            "variant": name,
+            "shape": [shape.B, shape.T, shape.V],
+            "dtype": str(x.logits.dtype),
+        }
         about |= module.about() if name.startswith("cubin") else {}
         sheet.attempt(about, functools.partial(row, module))
 
@@ -226,15 +217,15 @@ def suite_vocabularies(options: Any) -> None:
         *((151_665, 0), (151_665, 151_680), (32_000, 0), (262_144, 0)),
     ):
         shape = shapes.Shape(B=8, T=1024, V=V, G=4)
-        x = make(shape, torch.bfloat16, padded)
+        x = make(shape, padded)
         about = {"V": V, "stride": padded or V, "rows": shape.N}
-        sheet.attempt(about, functools.partial(compared, base, x, torch.bfloat16, 10))
+        sheet.attempt(about, functools.partial(compared, base, x, 10))
         del x
 
 
 def suite_logprob(options: Any) -> None:
     """Time the forward pass of `logprob` at S0."""
-    x = make(dataclasses.replace(S0, B=1, T=64) if options.compile else S0, torch.bfloat16)
+    x = make(dataclasses.replace(S0, B=1, T=64) if options.compile else S0)
     sheet = Sheet(options.out, "logprob forward")
     truth, nbytes = reference.logprob(x.logits[0, :64].double(), x.ids[0, :64]), x.logits.nbytes
 
@@ -285,20 +276,17 @@ SUITES = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__)
     add = parser.add_argument
     add("suite", choices=SUITES)
     add("--out", type=Path, help="JSON file, written anew after each row")
     add("--compile", action="store_true", help="on a few rows, without a time")
     add("--once", action="store_true", help="one launch each, without a time")
-    add("--float32", action="store_true", help="float32 logits, 4,096 tokens")
     add("--only", action="append", help="variants whose name holds this")
     add("--cubins", type=Path, help="folder that `python -m benchmarks.on_chip` wrote")
     options = parser.parse_args()
-    if options.cubins and (options.float32 or options.suite != "grpo"):
-        parser.error(f"--cubins {options.cubins}: they take halves, in the suite `grpo`")
+    if options.cubins and options.suite != "grpo":
+        parser.error(f"--cubins {options.cubins}: for the suite `grpo`, not `{options.suite}`")
     SUITES[options.suite](options)
 
 

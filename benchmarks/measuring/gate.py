@@ -44,10 +44,10 @@ def check(
         plain = torch.float32 if batch.hidden is None else batch.hidden.dtype
         batch.expected[stem] = [expected(stem, batch, t) for t in (torch.float64, plain)]
     truth, baseline = batch.expected[stem]
-    errors = {}
+    errors, size = {}, batch.arguments["advantages"].abs().mean()
     for name, actual in {"value": value, **_selected(batch, grads)}.items():
         plain = baseline[name] if name == "value" else baseline[name].to(actual.dtype)
-        a, p, t = (with_scale(x, batch) for x in (actual, plain, truth[name]))
+        a, p, t = (with_scale(x, size) for x in (actual, plain, truth[name]))
         assert_as_accurate(a, p, t, factor, name=f"{stem}: {name}")
         errors[name] = relative_error(a, t)
     return errors
@@ -148,12 +148,9 @@ def _chunks(N: int, V: int) -> list[slice]:
     return [slice(start, start + step) for start in range(0, N, step)]
 
 
-def with_scale(value: Tensor, batch: Batch) -> Tensor:
+def with_scale(value: Tensor, size: Tensor) -> Tensor:
     """Put a loss next to the size of its terms, which cancel: its own size is no measure."""
-    if value.ndim:
-        return value
-    scale = batch.arguments["advantages"].abs().mean()
-    return torch.stack([value.detach(), scale.to(value)])
+    return value if value.ndim else torch.stack([value.detach(), size.to(value)])
 
 
 def relative_error(actual: Tensor, truth: Tensor) -> float:

@@ -10,7 +10,6 @@ a GPU of compute capability 9.0. A driver refuses what a much newer assembler ma
 an older one.
 """
 
-import argparse
 import json
 import os
 import re
@@ -26,6 +25,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
+from benchmarks import command_line
 from benchmarks.codegen.launches import Launch, compile_launch, record, specialise
 from benchmarks.experiments import variants
 from benchmarks.inputs.batches import Batch
@@ -171,9 +171,7 @@ def assemble(ptx: str, ptxas: str) -> tuple[bytes, str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder of the cubins")
     parser.add_argument("--ptxas", help="an assembler older than Triton's own")
     options = parser.parse_args()

@@ -9,7 +9,6 @@ there. Ceilings are measured ones of that GPU where a result holds them, else th
 an assumed share. Each line says which. A prediction stays next to the measurement that comes later.
 """
 
-import argparse
 import dataclasses
 import re
 from collections.abc import Iterable, Iterator
@@ -18,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from benchmarks import command_line
 from benchmarks.codegen import saved as compiled
 from benchmarks.inputs import shapes
 from benchmarks.measuring import traffic
@@ -243,7 +243,7 @@ def comparison_table(runs: Iterable[Run]) -> str:
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__).parse_args()
+    command_line(__doc__).parse_args()
     print(table())
     print(f"\nTimes the bare products: H100, {', '.join(of_products('H100'))}.")
     print(f"Ceilings: {ceilings('H200').origin}.")

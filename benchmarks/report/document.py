@@ -1,13 +1,12 @@
 """Write RESULTS.md and the README's numbers from results/*/*.json."""
 
-import argparse
 import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import FOLDER, ROOT
+from benchmarks import FOLDER, ROOT, command_line
 from benchmarks.codegen import saved as compiled
 from benchmarks.measuring import traffic
 from benchmarks.predictions import cost_model, memory_model
@@ -156,7 +155,7 @@ def with_headline(readme: str, text: str) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = command_line(__doc__)
     parser.add_argument("--results", type=Path, default=FOLDER / "results")
     parser.add_argument("--output", type=Path, default=FOLDER / "RESULTS.md")
     parser.add_argument("--readme", type=Path, help="default: the repository's, with --output's")

@@ -103,9 +103,9 @@ def _entries(run: Run | None, variant: str) -> list[dict[str, Any]]:
 
 
 def _sentences(device: str, runs: dict[str, Run], smoke: list[dict[str, Any]]) -> Iterator[str]:
-    """Write sentences about the loss, the head, a step of TRL and the checks, where measured."""
+    """Write sentences about the loss, the head and the checks, where measured."""
     first = ""
-    sentences = {"grpo": _of_logits, "linear_grpo": _of_hidden, "trl_step": _of_trl}
+    sentences = {"grpo": _of_logits, "linear_grpo": _of_hidden}
     for stem, sentence in sentences.items():
         text = sentence(runs[stem]) if stem in runs else ""
         if not text:
@@ -178,18 +178,6 @@ def _of_hidden(run: Run) -> str:
         takes = "" if variant == "full" else " it takes"
         said.append(f"{what}{takes} {time_text(own['median'])}{more}{_others(entries)}")
     return ". ".join(_capital(text) if i else text for i, text in enumerate(said))
-
-
-def _of_trl(run: Run) -> str:
-    """Write a sentence about the largest model that was stepped with both trainers."""
-    for entries in reversed(list(run.cases())):
-        own, trl = _own(entries), next((e for e in entries if e["provider"] == "trl"), None)
-        if own and trl:
-            return (
-                f"a step of TRL's trainer after generation ({own['shape']}) takes "
-                f"{time_text(own['median'])} instead of {time_text(trl['median'])}"
-            )
-    return ""
 
 
 def _table(run: Run, variant: str, more: str) -> str:

@@ -7,7 +7,6 @@ written after every measurement: an end at any time loses one. After a crash a n
 behind the benchmark that crashed, which the results name.
 """
 
-import argparse
 import dataclasses
 import json
 import os
@@ -20,7 +19,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import FOLDER, ROOT, conftest, providers
+from benchmarks import FOLDER, ROOT, command_line, conftest, providers
 from benchmarks.measuring import machine, recorder
 from benchmarks.run import failures, smoke
 from benchmarks.step_7b import rows
@@ -29,12 +28,8 @@ FIRST_TESTS = (
     *("test_grpo", "test_logprob", "test_linear_grpo", "test_linear_logprob"),
     *("test_policy_loss", "test_sequence_loss", "test_group_advantage"),
 )
-# Tests of files, wheels and processes say nothing about a device.
-OFF_DEVICE = (
-    *("test_benchmarks", "test_benchmark_peers", "test_compare", "test_cost_model", "test_layout"),
-    *("test_memory", "test_on_chip_build", "test_packaging", "test_report", "test_runner"),
-    *("test_smoke", "test_step_7b", "test_trl_step", "test_variants"),
-)
+OFF_DEVICE = ("test_memory", "test_trl_step")  # they say nothing about a device, as those of:
+OTHER_ROOMS = ("benchmarks", "project")
 # All in one process, as far as none crashes: they share inputs, and what float64 makes of them.
 STEMS = (
     *("grpo", "logprob", "linear_grpo", "linear_cross_entropy", "linear_logprob"),
@@ -93,12 +88,8 @@ def plan(out: Path, commit: str, tests: bool = True) -> list[Piece]:
     if not tests:
         return measured
     files = {path.stem: path for path in sorted((ROOT / "tests").rglob("test_*.py"))}
-    rest = [
-        stem
-        for stem, path in files.items()
-        if stem not in FIRST_TESTS + OFF_DEVICE
-        and path.parent.name not in ("benchmarks", "project")
-    ]
+    rest = [stem for stem, path in files.items() if path.parent.name not in OTHER_ROOMS]
+    rest = [stem for stem in rest if stem not in FIRST_TESTS + OFF_DEVICE]
 
     def pieces(stems: Sequence[str], weight: float) -> list[Piece]:
         paths = [(stem, str(files[stem].relative_to(ROOT))) for stem in stems if stem in files]
@@ -236,7 +227,7 @@ def exit_code(outcomes: dict[str, Outcome]) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="benchmarks/run_all", description=__doc__)
+    parser = command_line(__doc__, prog="benchmarks/run_all")
     add = parser.add_argument
     add("--out", type=Path, help="folder of the JSON files (default: benchmarks/results/<device>)")
     add("--minutes", type=float, default=8.8, help="for everything (default: 8.8)")

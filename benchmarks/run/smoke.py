@@ -8,7 +8,6 @@ check that raises, or is wrong, costs its own line. A check that hangs, or takes
 is named by the file that the process leaves behind.
 """
 
-import argparse
 import importlib.util
 import json
 import os
@@ -22,7 +21,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import ROOT
+from benchmarks import ROOT, command_line
 from benchmarks.measuring import machine, recorder
 from benchmarks.run import failures
 from benchmarks.run.smoke_checks import GROUPS
@@ -149,7 +148,7 @@ def _ended(name: str, path: Path, ended: str) -> dict[str, Any]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = command_line(__doc__)
     parser.add_argument("group", choices=GROUPS)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()

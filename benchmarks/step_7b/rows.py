@@ -10,7 +10,6 @@ exit code is 1 if it is one of this project's. What was not done, because time w
 was killed, is "not_reached".
 """
 
-import argparse
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks import providers
+from benchmarks import command_line, providers
 from benchmarks.inputs import shapes
 from benchmarks.measuring import memory, recorder
 from benchmarks.step_7b import decoder, step
@@ -185,9 +184,7 @@ def run(rows: Sequence[Row], seconds: float, out: Path | None = None) -> dict[st
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__)
     add = parser.add_argument
     add("--seconds", type=float, default=540.0, help="for everything (default: 540)")
     add("--until", type=float, help="instead: when to end, of Python's time.time()")
