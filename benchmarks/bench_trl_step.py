@@ -164,7 +164,7 @@ def _plain_step(
     other._get_per_token_logps_and_entropies = _plain_log_probs(trainer.temperature)
     other._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
     if dtype == torch.float64:
-        inputs = {k: x.to(dtype) if x.is_floating_point() else x for k, x in inputs.items()}
+        inputs = gate.in_dtype(inputs, dtype)
     loss = GRPOTrainer._compute_loss(other, other.model, inputs)
     (grad,) = torch.autograd.grad(loss, head)
     return loss.detach(), grad[rows]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from benchmarks.inputs import hidden as hidden_states
 from benchmarks.inputs.shapes import DEAD, REALISTIC, Shape
+from benchmarks.providers import eager
 from grpo_fast import Objective
 
 SPREAD = 2.0  # standard deviation of the logits but the scored one
@@ -102,7 +103,7 @@ def make_batch(
         objective=Objective.preset(PRESETS.get(variant, "grpo"), **options),
         arguments={
             "mask": _mask(shape, variant, device, generator),
-            "advantages": _scores(rewards, shape.G),
+            "advantages": eager.group_advantage(rewards, shape.G),
             "old_logps": logps + 0.05 * normal(B, T),
             "ref_logps": logps + 0.1 * normal(B, T),
         },
@@ -146,12 +147,6 @@ def _rewards(shape: Shape, variant: str, device: torch.device) -> Tensor:
     group = sequence // G
     equal = torch.ceil((group + 1) * share - 1e-9) > torch.ceil(group * share - 1e-9)
     return torch.where(equal, 1.0, rewards)
-
-
-def _scores(rewards: Tensor, G: int) -> Tensor:
-    groups = rewards.view(-1, G)
-    score = (groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)
-    return score.flatten()
 
 
 @functools.lru_cache(maxsize=1)  # one at a time: a batch may fill a third of the device

@@ -110,13 +110,18 @@ def _loss(stem: str, batch: Batch, logps: Tensor) -> tuple[Tensor, Tensor]:
 
 def loss_and_grad(batch: Batch, logps: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     logps = logps.detach().to(dtype).requires_grad_()
-    arguments = {
-        name: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
-        for name, x in batch.arguments.items()
-    }
+    arguments = in_dtype(batch.arguments, dtype)
     loss = reference.policy_loss(logps, objective=batch.objective, **arguments)
     (grad,) = torch.autograd.grad(loss, logps)
     return loss.detach(), grad
+
+
+def in_dtype(arguments: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """Convert what is floating."""
+    return {
+        name: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
+        for name, x in arguments.items()
+    }
 
 
 def _selected(batch: Batch, grads: Sequence[Tensor]) -> Results:

@@ -10,6 +10,7 @@ a GPU of compute capability 9.0. A driver refuses what a much newer assembler ma
 an older one.
 """
 
+import dataclasses
 import json
 import os
 import re
@@ -28,11 +29,12 @@ from triton.backends.compiler import GPUTarget
 from benchmarks import command_line
 from benchmarks.codegen.launches import Launch, compile_launch, record, specialise
 from benchmarks.experiments import variants
-from benchmarks.inputs.batches import Batch
+from benchmarks.inputs.batches import make_batch
 from benchmarks.on_chip.driver import HIDDEN, MANIFEST
-from grpo_fast import Objective
 from grpo_fast.kernels.on_chip import Plan, grpo_fwd_bwd
 
+# Rows of S0, fewer of them: Triton asks which sizes 16 divides, and the kernel takes no count of rows.
+SHAPE = dataclasses.replace(variants.S0, B=4, T=16)
 PTX_TYPES = {"*": "u64", "i32": "u32", "fp32": "f32"}
 TARGET = GPUTarget("cuda", 90, 32)
 
@@ -54,27 +56,9 @@ RELAXED = "-relaxed"
 
 def launch_of(plan: Plan) -> Launch:
     """Record the launch that `variants grpo` makes, with rows spread by a plan."""
-    shape = variants.S0
-    per_token = partial(torch.empty, shape.B, shape.T, device="meta")
-    logits = torch.empty(shape.B, shape.T, shape.V, dtype=torch.bfloat16, device="meta")
-    advantages = torch.empty(shape.B, device="meta")
-    x = Batch(
-        shape=shape,
-        logits=logits,
-        logps=per_token(),
-        ids=per_token(dtype=torch.int64),
-        rewards=advantages,
-        upstream=per_token(),
-        objective=Objective.preset("grpo"),  # as `make_batch` has it
-        arguments={
-            "mask": None,
-            "advantages": advantages,
-            "old_logps": per_token(),
-            "ref_logps": per_token(),
-        },
-    )
+    x = make_batch(SHAPE, "full", torch.device("cpu"), torch.bfloat16)
     module = SimpleNamespace(grpo_fwd_bwd=partial(grpo_fwd_bwd, spread=plan))
-    return record(lambda: variants.launch(module, x, logits, logits))
+    return record(lambda: variants.launch(module, x, x.logits, x.logits))
 
 
 def parameters_of(signature: dict[str, Any]) -> dict[str, str]:

@@ -81,11 +81,6 @@ PROVIDERS: dict[str, dict[str, Loader]] = {
         "trl": trl.policy_loss,
         "grpo_fast": _own(policy_loss),
     },
-    "sequence_loss": {
-        **_pytorch(eager.policy_loss),
-        "trl": trl.policy_loss,
-        "grpo_fast": _own(policy_loss),
-    },
     "grpo": {
         **_pytorch(eager.grpo),
         "trl": trl.grpo,
@@ -133,7 +128,7 @@ HIDDEN_PROVIDERS: dict[str, dict[str, Loader]] = {
         "grpo_fast": _own(_own_cross_entropy),
     },
 }
-PROVIDERS |= HIDDEN_PROVIDERS
+PROVIDERS |= {"sequence_loss": dict(PROVIDERS["policy_loss"]), **HIDDEN_PROVIDERS}
 OWN = ("eager", "compile", "torch", "grpo_fast")
 
 

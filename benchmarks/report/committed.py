@@ -139,7 +139,5 @@ def newest(results: Path, kind: str) -> list[dict[str, Any]]:
 
 
 def steps(results: Path) -> list[dict[str, Any]]:
-    """Return the newest document of `step_7b` on each machine, GPUs first, without tiny models."""
-    found = [d for d in documents(results) if d.get("step") and d["step"][0]["model"] != "tiny"]
-    by_device = {d["machine_info"]["device"]: d for d in found}
-    return sorted(by_device.values(), key=lambda d: d["machine_info"]["device_type"] != "cuda")
+    """Return the newest document of `step_7b` on each machine, without tiny models."""
+    return [d for d in newest(results, "step") if d["step"] and d["step"][0]["model"] != "tiny"]

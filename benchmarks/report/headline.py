@@ -24,9 +24,6 @@ beside eager PyTorch, grpo_fast is slower than it; all of them are in
 [RESULTS.md](benchmarks/RESULTS.md#cpu)."""
 OTHERS = """\
 The other operations on the same device, with their default options. Below 1.00x grpo_fast is slower."""
-STEP = """\
-A GRPO update of a whole model ({model}, {dtype}, {mode}) on {batch} tokens: {device},
-commit {commit}, {date}"""
 CASES = {
     "logprob": "log-probs from logits",
     "linear_logprob": "log-probs from hidden states",
@@ -165,18 +162,15 @@ def _of_hidden(run: Run) -> str:
     said = []
     for variant, what in (
         ("full", "the same loss from hidden states, the head's products included, takes"),
-        ("realistic", "on a realistic batch"),
+        ("realistic", "on a realistic batch it takes"),
     ):
         entries = _entries(run, variant)
         own = _own(entries)
-        if own is None:
-            continue
-        more = ""
-        if variant == "full" and own.get("bare_gemms_seconds"):
-            times = own["median"] / own["bare_gemms_seconds"]
-            more = f", {times:.2f} times its three matrix multiplications alone"
-        takes = "" if variant == "full" else " it takes"
-        said.append(f"{what}{takes} {time_text(own['median'])}{more}{_others(entries)}")
+        if own:
+            bare = own.get("bare_gemms_seconds") if variant == "full" else None
+            times = f"{own['median'] / bare:.2f}" if bare else ""
+            more = f", {times} times its three matrix multiplications alone" if bare else ""
+            said.append(f"{what} {time_text(own['median'])}{more}{_others(entries)}")
     return ". ".join(_capital(text) if i else text for i, text in enumerate(said))
 
 
@@ -258,11 +252,12 @@ def _step(document: dict[str, Any]) -> str:
     if not rows:
         return ""
     first, info = rows[0], document["machine_info"]
-    about = {name: first[name] for name in ("model", "dtype", "mode")}
-    about |= {"batch": f"{first['B']} x ({first['P']} + {first['T']})", "device": info["device"]}
-    about |= {"commit": info["commit"], "date": document["datetime"][:10]}
+    title = (
+        f"A GRPO update of a whole model ({first['model']}, {first['dtype']}, {first['mode']}) on "
+        f"{first['B']} x ({first['P']} + {first['T']}) tokens: {info['device']}, "
+        f"commit {info['commit']}, {document['datetime'][:10]}"
+    )
     texts = [
         [row["provider"], time_text(row["seconds"]), memory_text(row["peak_bytes"])] for row in rows
     ]
-    title = _wrapped(STEP.format(**about))
-    return f"{title}\n\n{table(['head', 'time', 'peak memory'], texts)}"
+    return f"{_wrapped(title)}\n\n{table(['head', 'time', 'peak memory'], texts)}"

@@ -108,17 +108,8 @@ def _wait(running: dict[str, subprocess.Popen], seconds: float) -> dict[str, str
                 print(f"smoke: {name}: {ended[name]} after {time.monotonic() - start:.0f} s")
                 del running[name]
         time.sleep(0.2)
-    for process in running.values():
-        os.killpg(process.pid, signal.SIGINT)  # pytest then says what it has seen
-    until = time.monotonic() + GRACE
-    for name, process in running.items():
-        try:
-            process.wait(max(0.0, until - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-        ended[name] = "out of time"
-    return ended
+    failures.stop(running.values(), GRACE)
+    return ended | dict.fromkeys(running, "out of time")
 
 
 def _group(name: str, path: Path) -> list[str]:

@@ -3,7 +3,6 @@
 A result may be twice as far from float64 as plain PyTorch's in the same dtype.
 """
 
-import copy
 import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.inputs.shapes import device
-from benchmarks.measuring.gate import relative_error
+from benchmarks.measuring.gate import in_dtype, relative_error
 from grpo_fast import Objective, reference
 from grpo_fast.kernels import on_chip
 from grpo_fast.loss import grpo_loss, linear_grpo_loss, metrics_from, policy_loss
@@ -56,15 +55,6 @@ class Batch:
         self.hidden = new(B, T, D).to(dtype)
         self.weight = (new(V, D) * 3 * D**-0.5).to(dtype)
 
-    def double(self) -> "Batch":
-        """Make a copy with arguments in float64; leaves are cast where they are used."""
-        other = copy.copy(self)
-        other.arguments = {
-            k: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
-            for k, x in self.arguments.items()
-        }
-        return other
-
 
 def graded(
     fn: Callable[..., Any], leaves: Sequence[Tensor], upstream: Any = 3.0, live: Any = ...
@@ -81,17 +71,22 @@ def graded(
 
 
 def held(
-    ours: Callable[..., Any],
-    spec: Callable[[Batch], Callable[..., Any]],
+    own: Callable[..., Any],
+    spec: Callable[..., Any],
     b: Batch,
     leaves: Sequence[Tensor],
     names: str,
     live: Any = ...,
 ) -> Errors:
-    """Return the errors of values and gradients; raise where one is above twice plain PyTorch's."""
-    plain = graded(spec(b), leaves, live=live)
-    truth = graded(spec(b.double()), [x.double() for x in leaves], live=live)
-    return accurate(graded(ours, leaves, live=live), plain, truth, names, live)
+    """Return the errors of values and gradients; raise where one is above twice plain PyTorch's.
+
+    Both functions take the leaves, and the batch's arguments as keywords.
+    """
+    exact = in_dtype(b.arguments, torch.float64)
+    plain = graded(partial(spec, **b.arguments), leaves, live=live)
+    truth = graded(partial(spec, **exact), [x.double() for x in leaves], live=live)
+    actual = graded(partial(own, **b.arguments), leaves, live=live)
+    return accurate(actual, plain, truth, names, live)
 
 
 def accurate(
@@ -110,13 +105,14 @@ def accurate(
 def check_logprob(V: int, dtype: torch.dtype) -> Errors:
     """Check log-probs, then the entropy, each with its gradient."""
     b = Batch(V, dtype)
+    b.arguments = {}
 
     def ours(x: Tensor, which: int) -> Tensor:
         return logprob(x, b.ids, temperature=0.7, mask=b.mask, return_entropy=True)[which]
 
     specs = (
-        lambda _: lambda x: reference.logprob(x, b.ids, 0.7),
-        lambda _: lambda x: reference.entropy(x, 0.7),
+        lambda x: reference.logprob(x, b.ids, 0.7),
+        lambda x: reference.entropy(x, 0.7),
     )
     errors: Errors = {}
     for which, name in enumerate(("logp", "entropy")):
@@ -136,23 +132,24 @@ def check_grpo(
     b = Batch(V, dtype)
     b.arguments |= {"objective": objective, **changes}
 
-    def ours(x: Tensor) -> Any:
-        return grpo_loss(x, b.ids, **b.arguments)
+    def ours(x: Tensor, **arguments: Any) -> Any:
+        return grpo_loss(x, b.ids, **arguments)
 
-    def inplace(x: Tensor) -> Any:
-        return grpo_loss(x.clone(), b.ids, inplace=True, **b.arguments)
+    def inplace(x: Tensor, **arguments: Any) -> Any:
+        return grpo_loss(x.clone(), b.ids, inplace=True, **arguments)
 
-    def spec(b: Batch) -> Callable[[Tensor], Tensor]:
-        return lambda x: reference.grpo_loss(x, b.ids, **b.arguments)
+    def spec(x: Tensor, **arguments: Any) -> Tensor:
+        return reference.grpo_loss(x, b.ids, **arguments)
 
     held(inplace, spec, b, [b.logits], "loss dlogits", b.mask)
     errors = held(ours, spec, b, [b.logits], "loss dlogits", b.mask)
     others = {"again": ours}
     if objective.ratio == "token" and objective.surrogate not in BY_SEQUENCE:
         others["in place"] = inplace  # the others take their factor at another place
-    actual = graded(ours, [b.logits])
+    actual = graded(partial(ours, **b.arguments), [b.logits])
     for how, other in others.items():
-        for one, two in zip(actual, graded(other, [b.logits]), strict=True):
+        found = graded(partial(other, **b.arguments), [b.logits])
+        for one, two in zip(actual, found, strict=True):
             assert (one.nan_to_num() == two.nan_to_num()).all(), f"other bits {how}"
     return errors
 
@@ -207,37 +204,27 @@ def check_head(V: int, dtype: torch.dtype, **options: Any) -> Errors:
     b = Batch(V, dtype)
     b.arguments["objective"] = Objective(beta=0.1)
     known = {k: x for k, x in options.items() if k in ("softcap", "logit_scale")}
-
-    def spec(b: Batch) -> Callable[..., Tensor]:
-        return lambda h, w: reference.linear_grpo(h, w, b.ids, **b.arguments, **known)
-
-    def ours(h: Tensor, w: Tensor) -> Any:
-        return linear_grpo_loss(h, w, b.ids, **b.arguments, **options)
-
-    return held(ours, spec, b, [b.hidden, b.weight], "loss dhidden dweight")
+    return held(
+        lambda h, w, **given: linear_grpo_loss(h, w, b.ids, **given, **options),
+        lambda h, w, **given: reference.linear_grpo(h, w, b.ids, **given, **known),
+        *(b, [b.hidden, b.weight], "loss dhidden dweight"),
+    )
 
 
 def check_linear_logprob(V: int, dtype: torch.dtype) -> Errors:
     b = Batch(V, dtype)
+    b.arguments = {}
     return held(
         lambda h, w: linear_logprob(h, w, b.ids),
-        lambda b: lambda h, w: reference.linear_logprob(h, w, b.ids),
-        b,
-        [b.hidden, b.weight],
-        "logp dhidden dweight",
+        lambda h, w: reference.linear_logprob(h, w, b.ids),
+        *(b, [b.hidden, b.weight], "logp dhidden dweight"),
     )
 
 
 def check_policy(objective: Objective) -> Errors:
     b = Batch(100, torch.float32)
-    b.arguments |= {"objective": objective}
-    return held(
-        lambda x: policy_loss(x, **b.arguments),
-        lambda b: lambda x: reference.policy_loss(x, **b.arguments),
-        b,
-        [b.logps],
-        "loss dlogps",
-    )
+    b.arguments["objective"] = objective
+    return held(policy_loss, reference.policy_loss, b, [b.logps], "loss dlogps")
 
 
 def check_group_advantage(scale: Any) -> Errors:

@@ -119,9 +119,7 @@ class Run:
     def one(self, row: Row, trained: step.Trained, until: float) -> bool:
         """Measure a row; False if its provider can do no other with this way to train."""
         try:
-            {"batch": self._batch, "headline": self._headline, "longest": self._longest}[row.kind](
-                row, trained, until
-            )
+            (self._batch if row.kind == "batch" else self._under_cap)(row, trained, until)
         except torch.OutOfMemoryError:
             self.sheet.skip(row, f"out of memory at {row.size}")  # a shorter completion may fit
         except Exception as error:  # of a library: it costs its own row
@@ -134,25 +132,23 @@ class Run:
                 step.clear(trained.model)
         return True
 
-    def _headline(self, row: Row, trained: step.Trained, until: float) -> None:
-        with capped(row.cap):
-            self.sheet.add(row, peak_bytes=step.peak_at(trained, row.size, row.provider))
-
     def _batch(self, row: Row, trained: step.Trained, until: float) -> None:
         found = step.measure(trained, row.size, row.provider)
         if row.provider == "eager":
             self.eager[row.mode] = found
-        if row.mode in self.eager:
-            wrong = step.disagreement(found, self.eager[row.mode], self.dtype)
-            if wrong:
-                raise WrongError(wrong)
+        eager = self.eager.get(row.mode)
+        if eager and (wrong := step.disagreement(found, eager, self.dtype)):
+            raise WrongError(wrong)
         self.sheet.add(row, **found)
 
-    def _longest(self, row: Row, trained: step.Trained, until: float) -> None:
+    def _under_cap(self, row: Row, trained: step.Trained, until: float) -> None:
         def peak(length: int) -> int | None:
             return step.peak_at(trained, row.size._replace(T=length), row.provider)
 
         with capped(row.cap):
+            if row.kind == "headline":
+                self.sheet.add(row, peak_bytes=peak(row.size.T))
+                return
             fits, fails = longest(peak, row.cap, row.size.T, until, step.STEP_OF_LENGTH)
         if (fits, fails) != (0, None):  # else no length was tried
             self.sheet.add(row, fits=fits, fails=fails)
