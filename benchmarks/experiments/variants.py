@@ -1,8 +1,7 @@
 """Time variants of a kernel side by side on the same inputs: the experiments of NOTES.md.
 
     python -m benchmarks.experiments.variants grpo --out FILE  # times, in place, at S0
-    python -m benchmarks.experiments.variants grpo --compile   # no times: fills Triton's cache
-    python -m benchmarks.experiments.variants grpo --once      # one launch of each, for a profiler
+    python -m benchmarks.experiments.variants grpo --once      # one launch of each, no times
     python -m benchmarks.experiments.variants vocabularies | logprob | head
 
 A variant is this project's `kernels/` with some text replaced (`VARIANTS`), imported under a name
@@ -11,7 +10,6 @@ variant is held against float64 on some rows before it is timed, by events on th
 inputs in every round. Compiled kernels come last, as the most likely to lose the GPU.
 """
 
-import dataclasses
 import functools
 import importlib
 import statistics
@@ -37,8 +35,6 @@ ROUNDS, WARMUP = 20, 3
 S0 = shapes.get("qwen2.5-7b-16k")
 
 Edit = tuple[str, str, str]  # file, text, what stands there instead
-
-
 # Segments of one tile for halves too: two at a time in `grpo`, two one after the other in
 # `logprob`.
 T_STEPS = "T, steps = 16 // itemsize * threads, "
@@ -185,13 +181,12 @@ def like(x: Tensor) -> Tensor:
 
 
 def suite_grpo(options: Any) -> None:
-    """Time `grpo` in place at S0; `--compile` on a few rows, `--once` one launch each."""
-    shape = dataclasses.replace(S0, B=1, T=64) if options.compile else S0
-    x = make(shape)
+    """Time `grpo` in place at S0."""
+    x = make(S0)
     sheet = Sheet(options.out, f"grpo {x.logits.dtype}")
 
     def row(module: Any) -> dict[str, Any]:
-        if not (options.compile or options.once):
+        if not options.once:
             return compared(module, x)
         work = like(x.logits)
         launch(module, x, work, work)
@@ -199,11 +194,7 @@ def suite_grpo(options: Any) -> None:
         return {}
 
     for name, module in grpo_modules(options).items():
-        about = {
-            "variant": name,
-            "shape": [shape.B, shape.T, shape.V],
-            "dtype": str(x.logits.dtype),
-        }
+        about: dict[str, Any] = {"variant": name, "shape": [*x.logits.shape], "dtype": "bfloat16"}
         about |= module.about() if name.startswith("cubin") else {}
         sheet.attempt(about, functools.partial(row, module))
 
@@ -225,7 +216,7 @@ def suite_vocabularies(options: Any) -> None:
 
 def suite_logprob(options: Any) -> None:
     """Time the forward pass of `logprob` at S0."""
-    x = make(dataclasses.replace(S0, B=1, T=64) if options.compile else S0)
+    x = make(S0)
     sheet = Sheet(options.out, "logprob forward")
     truth, nbytes = reference.logprob(x.logits[0, :64].double(), x.ids[0, :64]), x.logits.nbytes
 
@@ -234,7 +225,7 @@ def suite_logprob(options: Any) -> None:
             return module.logprob_fwd(x.logits, targets_of(x), with_entropy=False).logp
 
         assert (run()[:64].double() - truth).abs().max() < 1e-4
-        if options.compile:
+        if options.once:
             return {}
         found = timed(run, lambda: None)
         return {**found, "bytes_per_second": nbytes / found["median"]}
@@ -280,8 +271,7 @@ def main() -> None:
     add = parser.add_argument
     add("suite", choices=SUITES)
     add("--out", type=Path, help="JSON file, written anew after each row")
-    add("--compile", action="store_true", help="on a few rows, without a time")
-    add("--once", action="store_true", help="one launch each, without a time")
+    add("--once", action="store_true", help="no times: for a profiler, or to fill Triton's cache")
     add("--only", action="append", help="variants whose name holds this")
     add("--cubins", type=Path, help="folder that `python -m benchmarks.on_chip` wrote")
     options = parser.parse_args()

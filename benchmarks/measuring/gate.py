@@ -26,6 +26,10 @@ FACTOR, FACTOR_OF_PEERS = 2.0, 10.0
 Results = dict[str, Tensor]  # "value", then "gradient", or "dhidden" and "dweight"
 
 
+class WrongError(AssertionError):
+    """A result that is further from the truth than it may be."""
+
+
 def factor_of(provider: str) -> float:
     return FACTOR if providers.library(provider) in providers.OWN else FACTOR_OF_PEERS
 
@@ -38,7 +42,7 @@ def check(
     Returns:
         The errors in units of the largest true entry, by name.
     Raises:
-        AssertionError: the result is wrong, and must not be timed.
+        WrongError: the result must not be timed.
     """
     if stem not in batch.expected:
         plain = torch.float32 if batch.hidden is None else batch.hidden.dtype
@@ -48,7 +52,10 @@ def check(
     for name, actual in {"value": value, **_selected(batch, grads)}.items():
         plain = baseline[name] if name == "value" else baseline[name].to(actual.dtype)
         a, p, t = (with_scale(x, size) for x in (actual, plain, truth[name]))
-        assert_as_accurate(a, p, t, factor, name=f"{stem}: {name}")
+        try:
+            assert_as_accurate(a, p, t, factor, name=f"{stem}: {name}")
+        except AssertionError as error:
+            raise WrongError(*error.args) from None
         errors[name] = relative_error(a, t)
     return errors
 

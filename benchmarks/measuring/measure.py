@@ -28,10 +28,6 @@ DEVICE_ROUNDS = 10
 AHEAD = 1 << 23  # cycles, about 5 ms, that the device spends while a call is being launched
 
 
-class WrongError(AssertionError):
-    """A result that is further from the truth than it may be."""
-
-
 ABSENT: dict[str, str] = {}  # "stem provider" -> why there is no number
 RECORDER: list[Recorder] = []  # the one that `--results` asked for
 
@@ -79,7 +75,8 @@ def measure(benchmark: Any, case: Case, backward: bool = True) -> None:
         turns = batches.rotation(shape, case.variant, device, dtype, from_hidden)
         prepare = functools.partial(calls.prepare, case.stem, case.provider)
         run = functools.partial(calls.forward_backward if backward else calls.forward, fn)
-        errors = _check(case, turns[0], *run(prepare(turns[0])))
+        factor = gate.factor_of(case.provider)
+        errors = gate.check(case.stem, turns[0], *run(prepare(turns[0])), factor)
         extra = memory.peak_extra_bytes(functools.partial(run, prepare(turns[0])))
         rounds, warmup_rounds = _rounds(functools.partial(run, prepare(turns[0])))
         benchmark.extra_info |= {
@@ -100,7 +97,7 @@ def measure(benchmark: Any, case: Case, backward: bool = True) -> None:
         absent(case.stem, f"{case.provider} {case.shape}", "out of memory")
     except providers.UnavailableError as reason:
         absent(case.stem, case.provider, str(reason))
-    except WrongError as error:
+    except gate.WrongError as error:
         note(case.stem, case.provider, f"wrong result: {_first_line(error)}")
         raise
     except Exception as error:
@@ -150,13 +147,6 @@ def absent(stem: str, provider: str, reason: str) -> None:
 
 def _first_line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), "")
-
-
-def _check(case: Case, batch: Batch, value: Any, grads: Any) -> dict[str, float]:
-    try:
-        return gate.check(case.stem, batch, value, grads, gate.factor_of(case.provider))
-    except AssertionError as error:
-        raise WrongError(*error.args) from None
 
 
 @functools.lru_cache(maxsize=4)

@@ -64,10 +64,10 @@ class Kernel:
         self.call("cuModuleLoadData", ctypes.byref(self.module), self.image)
         name = entry["kernel"].encode()
         self.call("cuModuleGetFunction", ctypes.byref(self.function), self.module, name)
-        if entry["shared"] > STATIC_LIMIT:
-            self.allow(DYNAMIC_SHARED, entry["shared"])
-        if entry["num_ctas"] > PORTABLE_CLUSTER:
-            self.allow(NON_PORTABLE_CLUSTER, 1)
+        wanted = {DYNAMIC_SHARED: entry["shared"]} if entry["shared"] > STATIC_LIMIT else {}
+        wanted |= {NON_PORTABLE_CLUSTER: 1} if entry["num_ctas"] > PORTABLE_CLUSTER else {}
+        for attribute, value in wanted.items():
+            self.call("cuFuncSetAttribute", self.function, attribute, value)
 
     def call(self, function: str, *arguments: Any) -> None:
         status = getattr(self.driver, function)(*arguments)
@@ -75,9 +75,6 @@ class Kernel:
             text = ctypes.c_char_p()
             self.driver.cuGetErrorString(status, ctypes.byref(text))
             raise RuntimeError(f"{function}: {status}, {(text.value or b'?').decode()}")
-
-    def allow(self, attribute: int, value: int) -> None:
-        self.call("cuFuncSetAttribute", self.function, attribute, value)
 
     def config(self, programs: int) -> LaunchConfig:
         """Return the launch configuration of `programs` clusters; its grid counts thread blocks."""

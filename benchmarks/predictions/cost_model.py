@@ -176,30 +176,28 @@ def _linear_grpo(
     )
 
 
-EXAMPLES = (
-    ("logprob", "forward", OWN, "qwen2.5-7b-16k"),
-    ("logprob", "forward_backward", OWN, "qwen2.5-7b-16k"),
-    ("grpo", "forward_backward", OWN, "qwen2.5-7b-16k"),
-    ("grpo", "forward_backward", OWN, "llama3-8b-16k"),
-    ("grpo", "forward_backward", OWN, "gpt2-16k"),
-    ("linear_grpo", "forward_backward", OWN, "qwen2.5-7b-16k"),
-    ("linear_grpo", "forward_backward", BF16, "qwen2.5-7b-16k"),
-)
-
-
-def _example(stem: str, case: str, provider: str, shape_name: str) -> Launch:
+def _example(
+    stem: str, shape_name: str, case: str = "forward_backward", provider: str = OWN
+) -> tuple[str, Launch]:
     shape = shapes.get(shape_name)
-    return Launch(stem, case, dataclasses.asdict(shape), shape.N, shape.N, provider)
+    return shape_name, Launch(stem, case, dataclasses.asdict(shape), shape.N, shape.N, provider)
+
+
+EXAMPLES = (
+    _example("logprob", "qwen2.5-7b-16k", "forward"),
+    _example("logprob", "qwen2.5-7b-16k"),
+    *(_example("grpo", shape) for shape in ("qwen2.5-7b-16k", "llama3-8b-16k", "gpt2-16k")),
+    *(_example("linear_grpo", "qwen2.5-7b-16k", provider=who) for who in (OWN, BF16)),
+)
 
 
 def table() -> str:
     """Predict for GPUs that nothing was measured on."""
     rows = []
-    for example in EXAMPLES:
-        launch = _example(*example)
+    for shape, launch in EXAMPLES:
         made = [predict(launch, name, ceilings(name)) for name in GPUS]
         bounds = ", ".join(dict.fromkeys(p.bound for p in made if p))
-        rows.append([launch, f"`{example[-1]}`", *made, bounds])
+        rows.append([launch, f"`{shape}`", *made, bounds])
     names = (f"{name}, ms" for name in GPUS)
     head = ["launch", "provider", "shape", *names, "set by"]
     # A launch names its provider in a cell of its own.
@@ -209,7 +207,7 @@ def table() -> str:
 def of_products(name: str) -> Iterator[str]:
     """Divide the predictions from hidden states by the time of their three products alone."""
     top = ceilings(name)
-    for launch in (_example(*example) for example in EXAMPLES if example[0] == "linear_grpo"):
+    for launch in (x for _, x in EXAMPLES if x.stem == "linear_grpo"):
         made = predict(launch, name, top)
         assert made
         bare = 6 * launch.moving * launch.sizes["D"] * launch.sizes["V"] / top.gemm

@@ -37,14 +37,13 @@ SECONDS = 170.0  # for everything, at most
 GRACE = 6.0  # seconds to stop in after an interrupt
 
 
-def run_group(name: str, out: Path | None) -> int:
+def run_group(name: str, out: Path) -> int:
     """Run all checks of a group, the file written before and after each; how many are not right."""
     document: dict[str, Any] = {"group": name, "checks": [], "running": None}
     failed = 0
     for case, check in GROUPS[name]():
         document["running"] = case
-        if out:
-            recorder.write(out, document)
+        recorder.write(out, document)
         start = time.monotonic()
         row: dict[str, Any] = {"case": case}
         try:
@@ -63,8 +62,7 @@ def run_group(name: str, out: Path | None) -> int:
             break
     else:
         document["running"] = None
-    if out:
-        recorder.write(out, document)
+    recorder.write(out, document)
     return failed
 
 
@@ -141,7 +139,7 @@ def _ended(name: str, path: Path, ended: str) -> dict[str, Any]:
 def main() -> int:
     parser = command_line(__doc__)
     parser.add_argument("group", choices=GROUPS)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     return int(run_group(options.group, options.out) > 0)
 

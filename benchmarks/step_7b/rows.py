@@ -19,7 +19,7 @@ import torch
 
 from benchmarks import command_line, providers
 from benchmarks.inputs import shapes
-from benchmarks.measuring import memory, recorder
+from benchmarks.measuring import gate, memory, recorder
 from benchmarks.step_7b import decoder, step
 from benchmarks.step_7b.longest import capped, longest
 
@@ -124,7 +124,7 @@ class Run:
             self.sheet.skip(row, f"out of memory at {row.size}")  # a shorter completion may fit
         except Exception as error:  # of a library: it costs its own row
             reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
-            known = isinstance(error, (providers.UnavailableError, WrongError))
+            known = isinstance(error, (providers.UnavailableError, gate.WrongError))
             self.sheet.skip(row, str(error) if known else f"failed: {reason}")
             return row.kind != "batch"
         finally:
@@ -138,7 +138,7 @@ class Run:
             self.eager[row.mode] = found
         eager = self.eager.get(row.mode)
         if eager and (wrong := step.disagreement(found, eager, self.dtype)):
-            raise WrongError(wrong)
+            raise gate.WrongError(wrong)
         self.sheet.add(row, **found)
 
     def _under_cap(self, row: Row, trained: step.Trained, until: float) -> None:
@@ -152,10 +152,6 @@ class Run:
             fits, fails = longest(peak, row.cap, row.size.T, until, step.STEP_OF_LENGTH)
         if (fits, fails) != (0, None):  # else no length was tried
             self.sheet.add(row, fits=fits, fails=fails)
-
-
-class WrongError(Exception):
-    """A provider's update is not eager's."""
 
 
 def own_failures(document: dict[str, Any]) -> list[str]:
