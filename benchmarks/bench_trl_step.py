@@ -10,6 +10,7 @@ model's.
 import copy
 import dataclasses
 import functools
+import itertools
 import tempfile
 from collections import defaultdict
 from typing import Any, NamedTuple
@@ -58,10 +59,8 @@ DTYPES = {"cpu": (torch.float32, torch.float64), "cuda": (torch.bfloat16, torch.
 
 
 CASES = [
-    measure.Case("trl_step", name, variant, provider)
-    for name in MODELS[shapes.device().type]
-    for variant in VARIANTS
-    for provider in PROVIDERS
+    measure.Case("trl_step", *where)
+    for where in itertools.product(MODELS[shapes.device().type], VARIANTS, PROVIDERS)
 ]
 
 

@@ -80,10 +80,8 @@ def own_code(text: str, kernel: str) -> str:
 
 
 WIDTHS = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128, "256": 256}
-AMD_WIDTHS = {"ubyte": 8, "byte": 8, "ushort": 16, "short": 16, "dword": 32, "dwordx2": 64} | {
-    "dwordx3": 96,
-    "dwordx4": 128,
-}
+AMD_WIDTHS = {"ubyte": 8, "byte": 8, "ushort": 16, "short": 16, "dword": 32}
+AMD_WIDTHS |= {"dwordx2": 64, "dwordx3": 96, "dwordx4": 128}
 
 
 def width(op: str) -> int:

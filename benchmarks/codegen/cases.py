@@ -231,26 +231,33 @@ BY_SEQUENCE = {
     **{x: o for x, o in OBJECTIVES.items() if o.needs_sequences},
 }
 Options = dict[str, Any]
-ENTROPY: Options = {"entropy": True}
-EXTRAS: Options = {"extras": True}
-SPLIT: Options = {"V": V_SPLIT}
 FP32: Options = {"dtype": torch.float32}
-TO_BF16: Options = {**SPLIT, **FP32, "out": torch.bfloat16}
-CAPPED: Options = {"cap": CAP}
+SPLIT: Options = {"V": V_SPLIT}
 OVER: Options = {**SPLIT, **FP32, "over": torch.bfloat16}
-OVERLAPS = {
-    "overlap": OVER,
-    "overlap entropy": OVER | ENTROPY,
-    "overlap capped": OVER | CAPPED,
-    "overlap 151665": OVER | {"V": 151_665},
+TO_BF16: Options = {**SPLIT, **FP32, "out": torch.bfloat16}
+# What a word in the name of a case says of the launch, unless the case has options of its own.
+WORDS: dict[str, Options] = {
+    **{word: {word: True} for word in ("entropy", "extras", "rewards", "packed", "labels")},
+    **{scale: {"scale": scale} for scale in ("batch", "none")},
+    **{"split": SPLIT, "fp32": FP32, "overlap": OVER, "capped": {"cap": CAP}},
+    **{"small": {"V": V_SMALL}, "padded": {"V": 50_257}, "151665": {"V": 151_665}},
+    "variants": {"leave_one_out": True, "skip_nan": True, "raw_singletons": True},
+    "bare": {"extras": False},
 }
-LABELS: Options = {"labels": True}
-VARIANTS: Options = {"leave_one_out": True, "skip_nan": True, "raw_singletons": True}
+OVERLAPS = ("overlap", "overlap entropy", "overlap capped", "overlap 151665")
 
 
-def cases(kernel: str, launch: Callable[..., None], options: dict[str, Options]) -> dict[str, Any]:
-    """Name launches by their kernel and what is special about them."""
-    return {f"{kernel} {name}".strip(): partial(launch, **x) for name, x in options.items()}
+def cases(
+    kernel: str, launch: Callable[..., None], *names: str, **more: Options
+) -> dict[str, Callable[[], None]]:
+    """Name launches by their kernel and what is special about them; `more` have options as well."""
+    found: dict[str, Callable[[], None]] = {}
+    for name in (*names, *more):
+        options: Options = {}
+        for word in name.split():
+            options |= WORDS.get(word, {})
+        found[f"{kernel} {name}".strip()] = partial(launch, **(options | more.get(name, {})))
+    return found
 
 
 # Rows one after the other that do not all start at 16 bytes (GPT-2's vocabulary, Qwen2.5's without
@@ -264,7 +271,7 @@ EVEN: dict[str, tuple[Callable[..., None], Options]] = {
     "logprob_bwd": (launch_logprob_bwd, {}),
     "scale_rows": (launch_scale_rows, {}),
     "logprob_fwd fp32 split": (launch_logprob_fwd, FP32),
-    "grpo fp32 split entropy": (launch_grpo, FP32 | ENTROPY),
+    "grpo fp32 split entropy": (launch_grpo, {**FP32, "entropy": True}),
 }
 UNEVEN = {
     f"{case} {V}": (case, partial(launch, V, stride=V, **options))
@@ -273,67 +280,37 @@ UNEVEN = {
 }
 # Clip, k3, old and reference log-probs, bfloat16: what most runs launch.
 COMMON = ("grpo", "grpo split")
-OF_LOGPROB_FWD = {
-    "": {},
-    "entropy": ENTROPY,
-    "split": SPLIT,
-    "split entropy extras": SPLIT | ENTROPY | EXTRAS,
-    "fp32 split": SPLIT | FP32,
-    "fp32 split entropy": SPLIT | FP32 | ENTROPY,
-}
-OF_LOGPROB_BWD = {
-    "": {},
-    "entropy": ENTROPY,
-    "split entropy extras": SPLIT | ENTROPY | EXTRAS,
-}
-OF_GRPO = {
-    "": {},
-    "split": SPLIT,
-    "entropy": ENTROPY,
-    "split entropy extras": SPLIT | ENTROPY | EXTRAS,
-    "small": {"V": V_SMALL},
-    "padded": {"V": 50_257},
-    "rewards": {"rewards": True},
-    "rewards packed": SPLIT | {"rewards": True, "packed": True},
-    "fp16": SPLIT | {"dtype": torch.float16},
-    "fp32": SPLIT | FP32,
-    "fp32 split entropy": SPLIT | FP32 | ENTROPY,
-    "fp32 entropy": FP32 | ENTROPY,
-    "fp32 to bf16": TO_BF16,
-}
-OF_GROUP_ADVANTAGE = {
-    "": {},
-    "labels": LABELS,
-    "batch": {"scale": "batch"},
-    "none": {"scale": "none"},
-    "variants": VARIANTS,
-    "variants labels": VARIANTS | LABELS,
-}
 CASES: dict[str, Callable[[], None]] = {
-    **cases("logprob_fwd", launch_logprob_fwd, OF_LOGPROB_FWD),
-    **cases("logprob_bwd", launch_logprob_bwd, OF_LOGPROB_BWD),
-    **cases("grpo", launch_grpo, OF_GRPO | OVERLAPS),
-    **cases("logprob_bwd", launch_logprob_bwd, OVERLAPS),
-    **cases("grpo", launch_grpo, {"capped": TO_BF16 | CAPPED, "capped entropy": ENTROPY | CAPPED}),
-    **cases("logprob_fwd", launch_logprob_fwd, {"capped": SPLIT | FP32 | CAPPED}),
-    **cases("logprob_bwd", launch_logprob_bwd, {"capped": SPLIT | ENTROPY | CAPPED}),
-    **cases("grpo", launch_grpo, BY_TOKEN),
+    **cases("logprob_fwd", launch_logprob_fwd, "", "entropy", "split", "split entropy extras"),
+    **cases("logprob_fwd", launch_logprob_fwd, "fp32 split", "fp32 split entropy"),
+    **cases("logprob_bwd", launch_logprob_bwd, "", "entropy", "split entropy extras"),
+    **cases("grpo", launch_grpo, "", "split", "entropy", "split entropy extras", "small", "padded"),
+    **cases("grpo", launch_grpo, "rewards", **{"rewards packed": SPLIT}),
+    **cases("grpo", launch_grpo, fp16=SPLIT | {"dtype": torch.float16}, fp32=SPLIT),
+    **cases("grpo", launch_grpo, "fp32 split entropy", "fp32 entropy", **{"fp32 to bf16": TO_BF16}),
+    **cases("grpo", launch_grpo, *OVERLAPS),
+    **cases("logprob_bwd", launch_logprob_bwd, *OVERLAPS),
+    **cases("grpo", launch_grpo, capped=TO_BF16),
+    **cases("grpo", launch_grpo, "capped entropy"),
+    **cases("logprob_fwd", launch_logprob_fwd, capped=SPLIT | FP32),
+    **cases("logprob_bwd", launch_logprob_bwd, capped=SPLIT | {"entropy": True}),
+    **cases("grpo", launch_grpo, **BY_TOKEN),
     **{name: launch for name, (_, launch) in UNEVEN.items()},
-    **cases("scale_rows", launch_scale_rows, {"": {}, "split fp32": SPLIT | FP32}),
+    **cases("scale_rows", launch_scale_rows, "", "split fp32"),
     "linear_grpo scale": launch_scale,
     "linear_grpo scale to bf16": partial(launch_scale, torch.bfloat16),
     "linear_logprob weigh_rows": launch_weigh_rows,
     "linear move_rows": launch_move_rows,
-    **cases("policy_loss", launch_policy_loss, {"": {}, "bare": {"extras": False}} | BY_TOKEN),
+    **cases("policy_loss", launch_policy_loss, "", "bare", **BY_TOKEN),
     **{
         f"sequence_loss {name}": partial(launch_sequence_loss, x, packed=name == "gspo")
         for name, x in BY_SEQUENCE.items()
     },
-    "token_statistics": launch_token_statistics,
-    "token_statistics bare": partial(launch_token_statistics, extras=False),
+    **cases("token_statistics", launch_token_statistics, "", "bare"),
     "reduction_weights": launch_reduction_weights,
     "reduction_weights packed": partial(launch_reduction_weights, "token_mean", packed=True),
-    **cases("group_advantage", launch_group_advantage, OF_GROUP_ADVANTAGE),
+    **cases("group_advantage", launch_group_advantage, "", "labels", "batch", "none"),
+    **cases("group_advantage", launch_group_advantage, "variants", "variants labels"),
     "combine_rewards": partial(launch_combine_rewards, False),
     "combine_rewards normalize": partial(launch_combine_rewards, True),
     "combine_rewards normalize labels": partial(launch_combine_rewards, True, labels=True),

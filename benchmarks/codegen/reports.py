@@ -25,21 +25,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from benchmarks import ROOT, command_line
+from benchmarks.codegen import assembly
 from benchmarks.codegen import saved as compiled
-from benchmarks.codegen.assembly import (
-    BARRIER,
-    CLUSTER_BARRIER,
-    LOAD,
-    STORE,
-    Loop,
-    count,
-    lane_orders,
-    offsets_of,
-    read_amd,
-    read_loops,
-    read_nvidia,
-    widths,
-)
+from benchmarks.codegen.assembly import Loop
 from benchmarks.codegen.cases import CASES
 from benchmarks.codegen.launches import compile_launch, record
 from benchmarks.on_chip import cases as on_chip_cases
@@ -51,6 +39,7 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+ACCESSES = {"loads": assembly.LOAD, "stores": assembly.STORE}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +56,7 @@ class Report:
     shared: int
     barriers: int
     loops: list[Loop]
-    offsets: dict[str, list[str]]  # as `offsets_of` finds them
+    offsets: dict[str, list[str]]  # as `assembly.offsets_of` finds them
     hide_nan: int  # minima and maxima that return the other operand
     lanes: list[str]  # in which orders the lanes of a tile are added up
     cluster_barriers: int
@@ -95,8 +84,10 @@ def inspect(case: str, target: str, on_chip: bool = False) -> Report:
     with mock.patch.object(schedules, "WARP_SIZE", gpu.warp_size):
         launch = record(cases_of(on_chip)[case])
     kernel = compile_launch(launch, gpu)
-    registers, stack, listing = (read_nvidia if gpu.backend == "cuda" else read_amd)(kernel)
+    read = assembly.read_nvidia if gpu.backend == "cuda" else assembly.read_amd
+    registers, stack, listing = read(kernel)
     ttir = kernel.asm["ttir"]
+    T = getattr(launch.arguments.get("TILES"), "T", 0)
     big = launch.arguments.get("logits_ptr", launch.arguments.get("x_ptr"))
     return Report(
         case=case,
@@ -107,13 +98,13 @@ def inspect(case: str, target: str, on_chip: bool = False) -> Report:
         registers=registers,
         stack=stack,
         shared=kernel.metadata.shared,
-        barriers=count(BARRIER, listing),
-        loops=[] if big is None else read_loops(listing),
-        offsets=offsets_of(ttir),
-        lanes=lane_orders(kernel.asm["ttgir"], getattr(launch.arguments.get("TILES"), "T", 0)),
+        barriers=assembly.count(assembly.BARRIER, listing),
+        loops=[] if big is None else assembly.read_loops(listing),
+        offsets=assembly.offsets_of(ttir),
+        lanes=assembly.lane_orders(kernel.asm["ttgir"], T),
         hide_nan=len(re.findall(r"arith\.(?:min|max)numf", ttir)),
-        cluster_barriers=count(CLUSTER_BARRIER, listing),
-        accesses={"loads": widths(LOAD, listing), "stores": widths(STORE, listing)},
+        cluster_barriers=assembly.count(assembly.CLUSTER_BARRIER, listing),
+        accesses={name: assembly.widths(pattern, listing) for name, pattern in ACCESSES.items()},
     )
 
 

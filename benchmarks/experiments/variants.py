@@ -132,8 +132,7 @@ class Sheet(recorder.Sheet):
         try:
             self.append(about | run())
         except Exception as error:
-            message = next(iter(str(error).splitlines()), "")
-            self.append(about | {"failed": f"{type(error).__name__}: {message}"})
+            self.append(about | {"failed": recorder.reason_of(error)})
         if machine.lost():
             raise SystemExit(1)
 
@@ -147,11 +146,10 @@ def grpo_modules(options: Any) -> dict[str, Any]:
         try:
             module = load(name, edits)("on_chip" if name == ON_CHIP else "grpo")
             if name == ON_CHIP and (why := module.unavailable(torch.device("cuda"))):
-                print(f"{name}: {why}")
-                continue
+                raise RuntimeError(why)
             found[name] = module
         except Exception as error:
-            print(f"{name}: {type(error).__name__}: {error}")
+            print(f"{name}: {recorder.reason_of(error)}")
     if options.cubins:
         from benchmarks.on_chip import driver
 

@@ -13,8 +13,7 @@ import torch
 from benchmarks import providers
 from benchmarks.inputs import batches, hidden, shapes
 from benchmarks.inputs.batches import Batch
-from benchmarks.measuring import calls, gate, machine, memory
-from benchmarks.measuring.recorder import Recorder
+from benchmarks.measuring import calls, gate, machine, memory, recorder
 
 TIME_BUDGET = {"cuda": 0.6, "cpu": 1.0}  # seconds of timed rounds of one case
 ROUNDS = (5, 200)
@@ -29,7 +28,7 @@ AHEAD = 1 << 23  # cycles, about 5 ms, that the device spends while a call is be
 
 
 ABSENT: dict[str, str] = {}  # "stem provider" -> why there is no number
-RECORDER: list[Recorder] = []  # the one that `--results` asked for
+RECORDER: list[recorder.Recorder] = []  # the one that `--results` asked for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,11 +97,11 @@ def measure(benchmark: Any, case: Case, backward: bool = True) -> None:
     except providers.UnavailableError as reason:
         absent(case.stem, case.provider, str(reason))
     except gate.WrongError as error:
-        note(case.stem, case.provider, f"wrong result: {_first_line(error)}")
+        note(case.stem, case.provider, f"wrong result: {str(error).splitlines()[0]}")
         raise
     except Exception as error:
         who = f"{case.provider} {case.shape} {case.variant}"
-        note(case.stem, who, f"{type(error).__name__}: {_first_line(error)}")
+        note(case.stem, who, recorder.reason_of(error))
         raise
 
 
@@ -143,10 +142,6 @@ def absent(stem: str, provider: str, reason: str) -> None:
     """Skip the benchmark, and say why."""
     note(stem, provider, reason)
     pytest.skip(f"{provider}: {reason}")
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), "")
 
 
 @functools.lru_cache(maxsize=4)
@@ -190,9 +185,8 @@ def _add_event_time(benchmark: Any, run: Callable[[Any], object], setup: Callabl
     The device is busy while the call is launched, so that it waits for no launch, unless the call
     itself waits for the device. `setup` takes the inputs in turns: none is found in the cache.
     """
-    if not torch.cuda.is_available() or benchmark.stats is None:
-        return
-    if benchmark.stats.stats.median >= LAUNCHES_COUNT:
+    stats = benchmark.stats if torch.cuda.is_available() else None
+    if stats is None or stats.stats.median >= LAUNCHES_COUNT:
         return
     seconds = []
     for _ in range(DEVICE_ROUNDS):

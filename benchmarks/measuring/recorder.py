@@ -29,9 +29,6 @@ class Recorder:
             self.absent = self.document["machine_info"]["absent"]
             del self.document["machine_info"]  # of the process that died
 
-    def finished(self) -> list[str]:
-        return self.document["finished"]
-
     def start(self, key: str) -> None:
         self.document["running"] = key
         self.write()
@@ -103,3 +100,8 @@ def note_end(path: Path, why: str) -> str | None:
         document["running"] = None
         write(path, document)
     return running
+
+
+def reason_of(error: Exception) -> str:
+    """Name an error in one line, for results."""
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"

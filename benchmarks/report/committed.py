@@ -108,15 +108,15 @@ def load(results: Path) -> list[Run]:
         known = newest.get((device, stem))
         if run.entries and (known is None or _has_own(run) or not _has_own(known)):
             newest[device, stem] = run
-    return sorted(newest.values(), key=lambda run: (not run.cuda, run.device, _place(run.stem)))
+    place = {stem: i for i, stem in enumerate(STEMS)}  # stems of other commits come last
+    return sorted(
+        newest.values(),
+        key=lambda run: (not run.cuda, run.device, place.get(run.stem, len(place)), run.stem),
+    )
 
 
 def _has_own(run: Run) -> bool:
     return any(entry["provider"].startswith(OWN) for entry in run.entries)
-
-
-def _place(stem: str) -> tuple[int, str]:
-    return (STEMS.index(stem) if stem in STEMS else len(STEMS)), stem
 
 
 def _stems(document: dict[str, Any]) -> list[str]:

@@ -64,14 +64,13 @@ def right_line(document: dict[str, Any]) -> str:
 
 def _tests_text(tests: dict[str, Any]) -> str:
     failed, ended = tests["failed"], tests["ended"]
-    if failed:
-        names = ", ".join(f"`{name}`" for name in failed[:NAMED])
-        more = f" and {len(failed) - NAMED} more" if len(failed) > NAMED else ""
-        early = "" if ended == "not right" else f", then {ended}"
-        return f"Tests of the kernels: {len(failed)} failed{early}: {names}{more}."
-    if ended == "right":
-        return "Tests of the kernels: all passed."
-    return f"Tests of the kernels: {ended}; none is known to have failed."
+    if not failed:
+        known = "all passed" if ended == "right" else f"{ended}; none is known to have failed"
+        return f"Tests of the kernels: {known}."
+    names = ", ".join(f"`{name}`" for name in failed[:NAMED])
+    more = f" and {len(failed) - NAMED} more" if len(failed) > NAMED else ""
+    early = "" if ended == "not right" else f", then {ended}"
+    return f"Tests of the kernels: {len(failed)} failed{early}: {names}{more}."
 
 
 def _line(message: str) -> str:

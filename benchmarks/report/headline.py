@@ -102,8 +102,7 @@ def _entries(run: Run | None, variant: str) -> list[dict[str, Any]]:
 def _sentences(device: str, runs: dict[str, Run], smoke: list[dict[str, Any]]) -> Iterator[str]:
     """Write sentences about the loss, the head and the checks, where measured."""
     first = ""
-    sentences = {"grpo": _of_logits, "linear_grpo": _of_hidden}
-    for stem, sentence in sentences.items():
+    for stem, sentence in {"grpo": _of_logits, "linear_grpo": _of_hidden}.items():
         text = sentence(runs[stem]) if stem in runs else ""
         if not text:
             continue

@@ -4,13 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from benchmarks.report.committed import Run
-from benchmarks.report.markdown import (
-    SMALLEST_MEMORY,
-    memory_text,
-    share_text,
-    table,
-    time_text,
-)
+from benchmarks.report.markdown import SMALLEST_MEMORY, memory_text, share_text, table, time_text
 
 
 def run_section(run: Run) -> Iterator[str]:

@@ -9,11 +9,9 @@ behind the benchmark that crashed, which the results name.
 
 import dataclasses
 import json
-import os
 import signal
 import subprocess
 import sys
-import tarfile
 import tempfile
 import time
 from collections.abc import Sequence
@@ -24,10 +22,6 @@ from benchmarks.measuring import machine, recorder
 from benchmarks.run import failures, smoke
 from benchmarks.step_7b import rows
 
-FIRST_TESTS = (
-    *("test_grpo", "test_logprob", "test_linear_grpo", "test_linear_logprob"),
-    *("test_policy_loss", "test_sequence_loss", "test_group_advantage"),
-)
 OFF_DEVICE = ("test_memory", "test_trl_step")  # they say nothing about a device, as those of:
 OTHER_ROOMS = ("benchmarks", "project")
 # All in one process, as far as none crashes: they share inputs, and what float64 makes of them.
@@ -35,6 +29,7 @@ STEMS = (
     *("grpo", "logprob", "linear_grpo", "linear_cross_entropy", "linear_logprob"),
     *("policy_loss", "sequence_loss", "group_advantage"),
 )
+FIRST_TESTS = tuple(f"test_{stem}" for stem in STEMS if stem != "linear_cross_entropy")
 GRACE = 4.0  # seconds to stop in after an interrupt: what was measured is on disk by then
 RESTARTS = 8  # after crashes of one piece
 CASE_SHARE = 4  # one benchmark may take this part of the time of its piece
@@ -199,19 +194,12 @@ def run(pieces: Sequence[Piece], seconds: float, commit: str, out: Path) -> dict
 
 
 def keep(out: Path, commit: str, outcomes: dict[str, str]) -> None:
-    """Write the outcomes next to those of an earlier part, and all files of the commit into one.
-
-    One file is for machines that give few back.
-    """
-    path, temporary = out / f"outcome-{commit}.txt", out / "results.part"
+    """Write the outcomes next to those of an earlier part."""
+    path = out / f"outcome-{commit}.txt"
     known = {}
     if path.exists():
         known = dict(line.split(": ", 1) for line in path.read_text().splitlines())
     path.write_text("".join(f"{name}: {text}\n" for name, text in (known | outcomes).items()))
-    with tarfile.open(temporary, "w:gz") as archive:
-        for file in sorted(out.glob(f"*-{commit}.*")):
-            archive.add(file, file.name)
-    os.replace(temporary, out / "results.tar.gz")
 
 
 def exit_code(outcomes: dict[str, Outcome]) -> int:

@@ -85,7 +85,7 @@ def run(out: Path, commit: str, seconds: float) -> int:
                 start_new_session=True,
             )
     ended = _wait(running, seconds)
-    info = machine.describe_without_roofs() | {"command": COMMAND, "absent": {}}
+    info = machine.describe(roofs=False) | {"command": COMMAND, "absent": {}}
     groups = {name: _ended(name, folder / f"{name}.json", ended[name]) for name in GROUPS}
     names = failed.read_text().splitlines() if failed.exists() else []
     groups["tests"] = {"ended": ended["tests"], "failed": names}

@@ -10,6 +10,7 @@ exit code is 1 if it is one of this project's. What was not done, because time w
 was killed, is "not_reached".
 """
 
+import itertools
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -53,13 +54,12 @@ def planned(
         for who in HEADLINE_PROVIDERS
         if mode in modes and who in chosen and cap in caps
     ]
-    batch, searched = step.BATCH[device], step.SEARCHED[device]
-    batches = [Row("batch", mode, who, 0.0, batch) for mode in modes for who in chosen]
-    return [*headlines, *batches] + [
-        Row("longest", mode, who, cap, searched)
-        for mode in modes
-        for cap in caps
-        for who in reversed(chosen)
+    batches = itertools.product(modes, chosen)
+    searches = itertools.product(modes, caps, reversed(chosen))
+    return [
+        *headlines,
+        *(Row("batch", mode, who, 0.0, step.BATCH[device]) for mode, who in batches),
+        *(Row("longest", mode, who, cap, step.SEARCHED[device]) for mode, cap, who in searches),
     ]
 
 
@@ -123,9 +123,9 @@ class Run:
         except torch.OutOfMemoryError:
             self.sheet.skip(row, f"out of memory at {row.size}")  # a shorter completion may fit
         except Exception as error:  # of a library: it costs its own row
-            reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
             known = isinstance(error, (providers.UnavailableError, gate.WrongError))
-            self.sheet.skip(row, str(error) if known else f"failed: {reason}")
+            why = str(error) if known else f"failed: {recorder.reason_of(error)}"
+            self.sheet.skip(row, why)
             return row.kind != "batch"
         finally:
             if trained is not None:

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import tarfile
 import textwrap
 
 import pytest
@@ -298,16 +297,6 @@ def test_code_of_an_unknown_commit_is_not_measured(tmp_path, monkeypatch, capsys
     assert runner.main([*arguments, "--list"]) == 0
     assert runner.main([*arguments, "--allow-unknown"]) == 0
     assert "commit unknown" in capsys.readouterr().out
-
-
-def test_one_file_holds_all_of_a_commit(tmp_path, monkeypatch):
-    (tmp_path / "grpo-19274bf.json").write_text("{}")
-    (tmp_path / "grpo-0000000.json").write_text("{}")
-    monkeypatch.setattr(runner, "run_piece", lambda *_: runner.Outcome("passed"))
-    runner.run([runner.Piece("a", ())], 5, "19274bf", tmp_path)
-    with tarfile.open(tmp_path / "results.tar.gz") as archive:
-        assert archive.getnames() == ["grpo-19274bf.json", "outcome-19274bf.txt"]
-        assert archive.extractfile("outcome-19274bf.txt").read() == b"a: passed\n"
 
 
 def test_the_exit_code():
