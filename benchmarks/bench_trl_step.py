@@ -179,7 +179,7 @@ def _plain_log_probs(temperature: float) -> Any:
         logits = out.logits[:, -T - 1 : -1]
         if temperature != 1:
             logits = logits / temperature
-        # Of float64 logits, the truth, they stay float64.
+        # Log-probs of float64 logits, the truth, stay float64.
         wider = torch.promote_types(logits.dtype, torch.float32)
         logps = logits.log_softmax(-1, dtype=wider)
         with torch.no_grad():

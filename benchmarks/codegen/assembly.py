@@ -177,7 +177,7 @@ def number(pattern: str, text: str) -> int:
 
 
 def read_nvidia(kernel: Any) -> tuple[int, int, Listing]:
-    """(registers, stack, listing) of a compiled kernel."""
+    """Return (registers, stack, listing) of a compiled kernel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()

@@ -55,17 +55,17 @@ def targets(mask: bool, temperature: bool) -> Targets:
 
 
 def tokens(**given: bool) -> Tokens:
-    """With a weight; of the others those that are given."""
+    """Make `Tokens` with a weight, and with those of the other fields that are given."""
     return Tokens(**{name: vector(given.get(name, name == "weight")) for name in Tokens._fields})
 
 
 def logits(V: int, dtype: torch.dtype, stride: int = 0) -> torch.Tensor:
-    """Rows that Triton knows to be aligned, as 16 divides their stride, or with a stride as it comes."""
+    """Make logits with this stride, else with one that 16 divides: Triton knows such rows to be aligned."""
     return tensor(B, T_LEN, stride or triton.cdiv(V, 16) * 16, dtype=dtype)[..., :V]
 
 
 def overlapping(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A gradient of smaller elements over the logits, as the head has it (`schedules.overlaps`)."""
+    """Make a gradient of smaller elements that lies over the logits (`schedules.overlaps`)."""
     return x.view(dtype)[..., : x.shape[-1]]
 
 

@@ -68,7 +68,7 @@ def measure(folder: Path, arguments: Sequence[str], out: Path) -> Times:
 def alternate(
     base: Path, head: Path, arguments: Sequence[str], rounds: int, out: Path
 ) -> tuple[list[Times], list[Times]]:
-    """Measure both in turns."""
+    """Measure both trees in turns."""
     times: dict[str, list[Times]] = {"base": [], "head": []}
     for i in range(rounds):
         order = [("base", base), ("head", head)][:: 1 if i % 2 == 0 else -1]

@@ -124,7 +124,7 @@ def loss_and_grad(batch: Batch, logps: Tensor, dtype: torch.dtype) -> tuple[Tens
 
 
 def in_dtype(arguments: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """Convert what is floating."""
+    """Convert the floating-point tensors among the arguments."""
     return {
         name: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
         for name, x in arguments.items()

@@ -131,7 +131,7 @@ def slug() -> str:
 
 
 def describe(roofs: bool = True) -> dict[str, Any]:
-    """Describe machine, software and code, and measure the roofs: results are worthless without."""
+    """Describe the machine, its software, the code and, if wanted, the measured roofs."""
     cuda = torch.cuda.is_available()
     code = commit()
     command = os.environ.get(COMMAND_VARIABLE, "pytest benchmarks")

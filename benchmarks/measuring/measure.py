@@ -21,7 +21,7 @@ WARMUP_ROUNDS = 2
 # A call of this many seconds gets fewer rounds and no more warming up: it has run three times by
 # then.
 SLOW, SLOW_ROUNDS = 1.0, 3
-# Of shorter calls the time on the device alone is recorded as well: launches are a part of them.
+# Shorter calls have the time on the device alone as well: launches are a part of the other one.
 LAUNCHES_COUNT = 20e-3
 DEVICE_ROUNDS = 10
 AHEAD = 1 << 23  # cycles, about 5 ms, that the device spends while a call is being launched

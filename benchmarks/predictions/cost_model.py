@@ -25,8 +25,8 @@ from benchmarks.report import markdown
 from benchmarks.report.committed import Run
 from grpo_fast.ops.head import chunk_length
 
-# Of the data sheet, reached by a plain copy and by a large bfloat16 multiplication: assumed, not
-# measured.
+# The share of the data sheet that a plain copy and a large bfloat16 multiplication reach: assumed,
+# not measured.
 SHARE_OF_BANDWIDTH, SHARE_OF_GEMM = 0.90, 0.80
 LAUNCH = 5e-6
 EXPONENTIALS = {"read": 1.25, "write": 1.0}  # per element: the fold rescales once in K = 4

@@ -62,7 +62,7 @@ def _own(fn: Callable[..., Any], **options: Any) -> Loader:
 
 
 def _own_cross_entropy(hidden: Tensor, weight: Tensor, ids: Tensor) -> Any:
-    """The mean of -log-prob is the REINFORCE loss with an advantage of 1."""
+    """Compute the mean of -log-prob: it is the REINFORCE loss with an advantage of 1."""
     return linear_grpo_loss(
         hidden,
         weight,

@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.measuring.machine import is_clean
 
-# Of the tables: what a trainer calls first, then its parts.
+# The order of the tables: what a trainer calls first, then its parts.
 STEMS = (
     *("grpo", "linear_grpo", "trl_step", "logprob", "linear_logprob", "linear_cross_entropy"),
     *("policy_loss", "sequence_loss", "group_advantage"),
@@ -128,7 +128,7 @@ def _stems(document: dict[str, Any]) -> list[str]:
 def newest(results: Path, kind: str) -> list[dict[str, Any]]:
     """Return the newest document on each machine that holds `kind`.
 
-    Of experiments, the newest of each name, in the order of names.
+    Experiments count by name: the newest of each, in the order of names.
     """
     found = {
         (d["machine_info"]["device"], str(d[kind]) if kind == "experiment" else ""): d

@@ -7,8 +7,8 @@ from benchmarks.report.markdown import share_text, table, time_text
 
 NAMED = 5  # failed tests whose names are shown
 WIDEST = 120  # characters of an error's message
-# Of a row of `variants`: how a time was measured. Other floats are times, and what is left names
-# the row.
+# These keys of a row of `variants` say how its time was measured. Other floats are times, and what
+# is left names the row.
 STATISTICS = ("median", "iqr", "min", "rounds", "error", "bytes_per_second", "failed")
 COLUMNS = {"gemms": "multiplications alone", "gemm_after": "a multiplication after it"}
 # Experiments whose bytes are read, and nothing of that size is written.

@@ -41,7 +41,7 @@ OUT_OF_TIME = "out of time"
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """A process, and its part of the time that is left against the pieces after it."""
+    """A process, and its weight as the time that is left is shared with the pieces after it."""
 
     name: str
     arguments: tuple[str, ...]  # of the module

@@ -38,7 +38,7 @@ GRACE = 6.0  # seconds to stop in after an interrupt
 
 
 def run_group(name: str, out: Path) -> int:
-    """Run all checks of a group, the file written before and after each; how many are not right."""
+    """Run all checks of a group, writing the file around each; return how many are not right."""
     document: dict[str, Any] = {"group": name, "checks": [], "running": None}
     failed = 0
     for case, check in GROUPS[name]():
@@ -67,7 +67,7 @@ def run_group(name: str, out: Path) -> int:
 
 
 def run(out: Path, commit: str, seconds: float) -> int:
-    """Run all groups and the tests of kernels at the same time; 1 if anything is not right."""
+    """Run all groups and the tests of kernels at the same time; return 1 if any is not right."""
     folder = out / f"smoke-{commit}"
     folder.mkdir(parents=True, exist_ok=True)
     failed = folder / "failures.txt"

@@ -155,7 +155,7 @@ class Run:
 
 
 def own_failures(document: dict[str, Any]) -> list[str]:
-    """List whom of this project's providers is wrong, or raised."""
+    """List the rows whose provider is this project's and was wrong, or raised."""
     return [
         who
         for who, why in document["machine_info"]["absent"].items()
