@@ -29,7 +29,7 @@ LOOPS = {
 }
 
 # Pointers to one number for each sequence, program or metric: 32 bits reach them all.
-SHORT = {"rewards_ptr", "advantages_ptr", "combined_ptr", "weights_ptr"}
+SHORT = {"rewards_ptr", "advantages_ptr", "combined_ptr", "labels_ptr", "weights_ptr"}
 SHORT |= {"metrics_ptr", "partial_ptr", "statistics_ptr"}
 
 by_target = pytest.mark.parametrize("target", codegen.TARGETS)
