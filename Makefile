@@ -1,4 +1,4 @@
-# make train: set up and run the reference trainer.  make test: set up, lint, check types, run the tests.
+# make train: set up and run the included trainer.  make test: set up, lint, check types, run the tests.
 # make check: lint, types, the fast tests in PyTorch.  make mutants: do the tests notice changed code?
 # VENV=system uses the python on PATH and keeps the torch it has.
 VENV ?= .venv
@@ -16,13 +16,14 @@ FAST := spec/test_advantage_oracles.py spec/test_derivatives.py spec/test_names.
 	loss/test_errors.py loss/test_loss.py loss/test_metrics.py loss/test_rare_options.py \
 	loss/test_scaling.py loss/test_shapes.py loss/test_tensor_kinds.py \
 	weights/test_diagnostics.py weights/test_selection.py weights/test_weights.py \
-	integrations/test_host.py integrations/test_masks.py integrations/test_miles.py \
-	integrations/test_nemo_rl.py integrations/test_openrlhf.py integrations/test_packed.py \
-	integrations/test_padded.py integrations/test_slime.py integrations/test_trl_docs.py \
+	integrations/test_areal.py integrations/test_miles.py integrations/test_nemo_rl.py \
+	integrations/test_openrlhf.py integrations/test_prime_rl.py integrations/test_shared.py \
+	integrations/test_skyrl.py integrations/test_slime.py integrations/test_trl_docs.py \
 	integrations/test_trl_loss.py integrations/test_verl.py integrations/test_verl_options.py \
+	integrations/test_xtuner.py \
 	trainer/test_trainer_data.py trainer/test_trainer_models.py \
 	project/test_docs.py project/test_layout.py project/test_packaging.py project/test_public_api.py \
-	project/test_readme.py
+	project/test_readme.py project/test_suite.py
 
 ifeq ($(VENV),system)
 PY := $(PYTHON)
@@ -40,11 +41,13 @@ train: EXTRA := train
 system:
 	@$(PYTHON) tests/support/installed.py $(EXTRA)
 
-# torch first and alone, at the pinned version: other packages would otherwise pull the newest CUDA build.
-# verl last, for its sources alone, which tests/integrations/test_verl.py runs: its requirements exclude our transformers, and its
-# wheel brings a top-level `tests`. Hence without dependencies, and off the path. So is Hugging Face's kernels, which
-# loads our hub package in tests/project/test_hub.py: transformers changes its ways where it can be imported. And the older TRL
-# that is supported, for tests/integrations/test_trl_versions.py.
+# torch first and alone, at the pinned version: other packages would pull the newest CUDA build.
+# Then what is installed beside the environment, off its path:
+# - verl, for its sources, which tests/integrations/test_verl.py runs. Its requirements exclude our
+#   transformers, and its wheel brings a top-level `tests`: hence without dependencies.
+# - Hugging Face's kernels, which loads our hub package in tests/project/test_hub.py. transformers
+#   behaves otherwise if it can import it.
+# - the older TRL that is supported, for tests/integrations/test_trl_versions.py.
 $(VENV)/.ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit(f"make needs Python 3.11 or newer; $(PYTHON) is {v[0]}.{v[1]}: set PYTHON to another")'
 	$(PYTHON) -m venv $(VENV)

@@ -15,7 +15,7 @@ from grpo_fast import checks
 from grpo_fast.objective import Objective
 from grpo_fast.records import Sequences, Tokens
 from grpo_fast.sequences import per_token_advantages
-from grpo_fast.torch_kernels.sequence_loss import poisoned, ratio_terms
+from grpo_fast.torch_kernels.sequence_loss import nan_where_undecided, ratio_terms
 from grpo_fast.torch_kernels.terms import (
     CLIP_DUAL,
     CLIP_HIGH,
@@ -145,7 +145,9 @@ def token_diagnostics(
     found = ratio_terms(logp - old, A, live, sequences, objective)
     ratio = found.bounded.exp()
     own = torch.ones_like(ratio)  # it enters derivatives alone, which are not wanted here
-    tokens = Tokens(torch.ones_like(logp), A, old, ref, poisoned(None, found), None, None, None)
+    tokens = Tokens(
+        torch.ones_like(logp), A, old, ref, nan_where_undecided(None, found), None, None, None
+    )
     terms = policy_terms(
         logp, tokens, Ratio(found.bounded, own, found.log_w, found.dropped), objective
     )

@@ -16,21 +16,9 @@ from grpo_fast.spelling import (
     check_preset,
     keywords_explained,
 )
+from grpo_fast.surrogates import OPTIONS as SURROGATE_OPTIONS
+from grpo_fast.surrogates import SURROGATES, Surrogate, users_of
 
-Surrogate = Literal[
-    "clip",
-    "cispo",
-    "sapo",
-    "reinforce",
-    "dppo_tv",
-    "dppo_kl",
-    "ipo",
-    "dro",
-    "rollout_is",
-    "vespo",
-    "gmpo",
-    "topr",
-]
 Ratio = Literal["token", "sequence", "sequence_token"]
 DppoValue = Literal["logp", "ratio"]
 KLGradient = Literal["own", "k2", "k2_clipped"]
@@ -189,6 +177,9 @@ class Objective:
             raise ValueError(f"top_entropy_quantile: want <= 1, got {self.top_entropy_quantile}")
         if self.off_policy_threshold is not None:
             _check_number("off_policy_threshold", self.off_policy_threshold)
+        for name in SURROGATE_OPTIONS:
+            if name not in NOT_FLOATS and getattr(self, name) is not None:
+                _check_number(name, getattr(self, name))
         for name in (*POSITIVE, *POSITIVE_OR_NONE):
             if name in POSITIVE or getattr(self, name) is not None:
                 low = 1.0 if name == "dual_clip" else 0.0
@@ -274,7 +265,7 @@ class Objective:
             )
         for option in ("log_ratio_clip", "log_ratio_max"):
             bound = getattr(self, option)
-            if bound is not None and self.surrogate in WITHOUT_LOG_RATIO_BOUNDS:
+            if bound is not None and not SURROGATES[self.surrogate].uses_log_ratio:
                 raise ValueError(
                     f"{option}={bound} has no effect with surrogate={self.surrogate!r}, "
                     "which does not use it"
@@ -379,8 +370,8 @@ def _from_numbers(modes: Modes, numbers: tuple[float | None, ...]) -> Objective:
         "quadratic_coef": not modes.has_penalty,
         "top_entropy_quantile": not modes.by_entropy,
         "off_policy_threshold": not modes.drops_stale,
-        "log_ratio_clip": modes.surrogate in WITHOUT_LOG_RATIO_BOUNDS,
-        "log_ratio_max": modes.surrogate in WITHOUT_LOG_RATIO_BOUNDS,
+        "log_ratio_clip": not SURROGATES[modes.surrogate].uses_log_ratio,
+        "log_ratio_max": not SURROGATES[modes.surrogate].uses_log_ratio,
     }
     unused += [name for name, is_absent in absent.items() if is_absent]
     return Objective(
@@ -417,28 +408,10 @@ NOT_FLOATS = (
     "entropy_reduction",
 )
 POSITIVE = ("tau_pos", "tau_neg", "vespo_lambda_pos", "vespo_lambda_neg")
-BOUNDED = ("clip", "cispo", "dppo_tv", "dppo_kl", "ipo", "rollout_is", "gmpo")
 # Surrogates that take a sequence ratio: they are functions of the ratio alone.
-TAKES_RATIO = ("clip", "cispo", "sapo", "rollout_is")
-WITHOUT_LOG_RATIO_BOUNDS = ("reinforce", "dro", "vespo", "gmpo")
-# The surrogates that use an option.
-USED_BY: dict[str, tuple[str, ...]] = {
-    "epsilon_low": BOUNDED,
-    "epsilon_high": BOUNDED,
-    "delta": ("clip",),
-    "dual_clip": ("clip",),
-    "tau_pos": ("sapo",),
-    "tau_neg": ("sapo",),
-    "ratio_cap": ("dppo_tv", "dppo_kl"),
-    "dppo_value": ("dppo_tv", "dppo_kl"),
-    "quadratic_coef": ("ipo", "dro", "dppo_tv", "dppo_kl"),
-    "vespo_k_pos": ("vespo",),
-    "vespo_lambda_pos": ("vespo",),
-    "vespo_k_neg": ("vespo",),
-    "vespo_lambda_neg": ("vespo",),
-    "topr_weight_pos": ("topr",),
-    "topr_weight_neg": ("topr",),
-}
+TAKES_RATIO = tuple(name for name, row in SURROGATES.items() if row.takes_sequence_ratio)
+# The surrogates that an option belongs to.
+USED_BY = {option: users_of(option) for option in SURROGATE_OPTIONS}
 Objective.__init__ = keywords_explained(  # type: ignore[method-assign]
     LOSS_ARGUMENTS, LOSSES_OWN, "Objective"
 )(Objective.__init__)

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from grpo_fast.surrogates import OPTIONS, SURROGATES
+
 # Kernels compute in float32. A number outside of this range, or its reciprocal, would become inf or
 # 0 there.
 SMALLEST, LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
@@ -90,7 +92,7 @@ class Modes(NamedTuple):
     @property
     def has_quadratic(self) -> bool:
         """Whether the surrogate has a term in d^2, which acts even where the advantage is 0."""
-        return self.surrogate in ("ipo", "dro") or self.dppo_value == "ratio"
+        return SURROGATES[self.surrogate].has_quadratic or self.dppo_value == "ratio"
 
     @property
     def through_mean(self) -> bool:
@@ -100,8 +102,8 @@ class Modes(NamedTuple):
     @property
     def needs_sequences(self) -> bool:
         """Whether the loss of a token depends on the log-probs of its whole sequence."""
-        by_sequence = self.surrogate in ("vespo", "gmpo") or self.ratio != "token"
-        return by_sequence or self.drops_stale
+        by_sequence = SURROGATES[self.surrogate].by_sequence
+        return by_sequence or self.ratio != "token" or self.drops_stale
 
     @property
     def by_token(self) -> bool:
@@ -148,22 +150,10 @@ class Terms(NamedTuple):
         return self.numbers[NUMBERS.index(name)]
 
 
+WORDS = ("dppo_value",)  # options of surrogates that are not numbers
 # The names of the numbers of an objective, in the order of `Terms.numbers`.
 NUMBERS = (
-    "epsilon_low",
-    "epsilon_high",
-    "delta",
-    "dual_clip",
-    "tau_pos",
-    "tau_neg",
-    "ratio_cap",
-    "quadratic_coef",
-    "vespo_k_pos",
-    "vespo_lambda_pos",
-    "vespo_k_neg",
-    "vespo_lambda_neg",
-    "topr_weight_pos",
-    "topr_weight_neg",
+    *(option for option in OPTIONS if option not in WORDS),
     "top_entropy_quantile",
     "off_policy_threshold",
     "log_ratio_clip",

@@ -22,39 +22,43 @@ class Targets(NamedTuple):
     """The entry of each row of logits that is scored, and the temperature."""
 
     ids: Tensor  # (N,) int
-    mask: Tensor | None  # (N,) bool: rows that count; None: all
-    temperature: Tensor | None  # (N,) fp32; None: one for all, given as
-    inv_temperature: Any  # 1 / temperature: operators take it 0-dim on the CPU, kernels as a number
+    mask: Tensor | None = None  # (N,) bool: rows that count; None: all
+    temperature: Tensor | None = None  # (N,) fp32; None: one for all, given as
+    # 1 / temperature: operators take it 0-dim on the CPU, kernels as a number.
+    inv_temperature: Any = 1.0
 
 
 class Tokens(NamedTuple):
     """The arguments of an objective for each token besides its log-prob. All are (N,) fp32."""
 
     weight: Tensor  # weight of the token in the loss
-    advantages: Tensor | None  # None: `Rewards` are given
-    old_logp: Tensor | None  # None: on policy
-    ref_logp: Tensor | None  # None: no KL term
-    importance: Tensor | None  # None: 1
-    score: Tensor | None  # its sign decides in TOPR; None: the advantage
-    entropy_weight: Tensor | None  # weight in the entropy bonus; None: `weight`
-    coefficient: Tensor | None  # added to dloss/dlogp; None: 0
+    advantages: Tensor | None = None  # None: `Rewards` are given
+    old_logp: Tensor | None = None  # None: on policy
+    ref_logp: Tensor | None = None  # None: no KL term
+    importance: Tensor | None = None  # None: 1
+    score: Tensor | None = None  # its sign decides in TOPR; None: the advantage
+    entropy_weight: Tensor | None = None  # weight in the entropy bonus; None: `weight`
+    coefficient: Tensor | None = None  # added to dloss/dlogp; None: 0
 
 
 class Rewards(NamedTuple):
     """Rewards that a kernel scores within groups of consecutive sequences."""
 
-    values: Tensor | None  # (num_sequences,) fp32 or fp64; None: the tokens have advantages
-    group_size: int
-    sequence: Tensor | None  # (N,) int64: sequence of each token; None: b for token (b, t)
+    values: Tensor | None = None  # (num_sequences,) fp32 or fp64; None: the tokens have advantages
+    group_size: int = 1
+    sequence: Tensor | None = None  # (N,) int64: sequence of each token; None: b for token (b, t)
 
 
 class Sequences(NamedTuple):
     """The arguments of objectives that look at whole sequences, besides `Tokens`."""
 
-    boundaries: Tensor | None  # (num_sequences + 1,) int64; None: all sequences have T_len tokens
-    T_len: SymInt
-    share: Tensor | None  # (N,) fp32: weight of a token in sums over its sequence; None: 1
-    log_importance: Tensor | None  # (N,) fp32: VESPO adds it to the log of the sequence weight
+    # (num_sequences + 1,) int64; None: all sequences have T_len tokens
+    boundaries: Tensor | None = None
+    T_len: SymInt = 0
+    share: Tensor | None = None  # (N,) fp32: weight of a token in sums over its sequence; None: 1
+    log_importance: Tensor | None = (
+        None  # (N,) fp32: VESPO adds it to the log of the sequence weight
+    )
 
 
 class Outputs(NamedTuple):
@@ -82,12 +86,16 @@ class PolicyLoss(NamedTuple):
 class Weighing(NamedTuple):
     """The arguments that decide the weight of each token in the loss."""
 
-    mask: Tensor | None  # (N,) bool: tokens that count; None for all
-    floating: Tensor | None  # (N,): the mask, if it is floating; None: it is not
-    token_weights: Tensor | None  # (N,) fp32; None: 1
-    boundaries: Tensor | None  # (num_sequences + 1,) of packed tokens; None: one sequence
-    num_items: Tensor | None  # 0-dim: the denominator of "token_mean"; None: the number of tokens
-    loss_scale: Tensor | None  # 0-dim: a factor on the loss; None: 1. Kernels also take numbers
+    mask: Tensor | None = None  # (N,) bool: tokens that count; None for all
+    floating: Tensor | None = None  # (N,): the mask, if it is floating; None: it is not
+    token_weights: Tensor | None = None  # (N,) fp32; None: 1
+    boundaries: Tensor | None = None  # (num_sequences + 1,) of packed tokens; None: one sequence
+    num_items: Tensor | None = (
+        None  # 0-dim: the denominator of "token_mean"; None: the number of tokens
+    )
+    loss_scale: Tensor | None = (
+        None  # 0-dim: a factor on the loss; None: 1. Kernels also take numbers
+    )
 
 
 class Weights(NamedTuple):
@@ -138,7 +146,7 @@ class Grouping(NamedTuple):
     """The rewards that form a group."""
 
     group_size: int  # this many consecutive rewards, unless there are labels
-    labels: Tensor | None  # (B,) int64; equal labels form a group
+    labels: Tensor | None = None  # (B,) int64; equal labels form a group
 
 
 class Standardization(NamedTuple):
@@ -196,7 +204,8 @@ def flat(*records: Any) -> list[Any]:
         if isinstance(x, Terms):
             found += [x.modes.key, x.numbers]
         else:
-            found += list(x) if hasattr(x, "_fields") else [x]
+            # Ask for a tuple first: `torch.compile` cannot ask a symbolic number for an attribute.
+            found += list(x) if isinstance(x, tuple) and hasattr(x, "_fields") else [x]
     return found
 
 

@@ -483,16 +483,8 @@ def policy_loss(
                 raise ValueError("one per token or one per sequence? give (num_seqs, 1) for that")
 
     def per_token(x: Tensor | None) -> Tensor | None:
-        """Return x broadcast to one value per token, 0 where the token is masked."""
-        if x is None:
-            return None
-        if x.shape != logps.shape:  # one per sequence
-            x = x.reshape(-1)
-            if cu_seqlens is not None:
-                x = x[sequence_of_token(cu_seqlens, len(logps))]
-            elif logps.ndim == 2:
-                x = rearrange(x, "b -> b 1")
-        return torch.where(keep, x.to(logps), torch.zeros_like(logps))
+        """Return x as one value per token, 0 where the token is masked."""
+        return None if x is None else _spread(x, logps, keep, cu_seqlens)
 
     logps = torch.where(keep, logps, torch.zeros_like(logps))
     advantages = per_token(advantages)
@@ -518,13 +510,13 @@ def policy_loss(
         logps,
         advantages,
         objective,
-        per_token(old_logps),
-        per_token(ref_logps),
-        per_token(importance_weights),
-        weighs,
-        cu_seqlens,
-        log_importance,
-        per_token(scores),
+        old_logps=per_token(old_logps),
+        ref_logps=per_token(ref_logps),
+        importance_weights=per_token(importance_weights),
+        mask=weighs,
+        cu_seqlens=cu_seqlens,
+        log_importance=log_importance,
+        scores=per_token(scores),
     )
     weights = reduction_weights(weighs, objective, num_items, cu_seqlens, logps.dtype)
     extra = per_token(token_weights)
@@ -539,6 +531,17 @@ def policy_loss(
             weights = weighs / total_of(weighs * chosen, logps.dtype)
         total = total - objective.entropy_coef * _weighted_sum(weights * extra * chosen, bonus)
     return total
+
+
+def _spread(x: Tensor, like: Tensor, keep: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Return x, one per token or one per sequence, with one value per token and 0 where masked."""
+    if x.shape != like.shape:  # one per sequence
+        x = x.reshape(-1)
+        if cu_seqlens is not None:
+            x = x[sequence_of_token(cu_seqlens, len(like))]
+        elif like.ndim == 2:
+            x = rearrange(x, "b -> b 1")
+    return torch.where(keep, x.to(like), torch.zeros_like(like))
 
 
 def _weighted_sum(weights: Tensor, x: Tensor) -> Tensor:

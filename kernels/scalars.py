@@ -4,7 +4,11 @@ A number is an argument of a launch: a new value compiles nothing. A mode is a c
 that is not set is infinite.
 """
 
+import collections
+import functools
 from typing import Any, NamedTuple
+
+from grpo_fast.surrogates import SURROGATES
 
 
 class ClipScalars(NamedTuple):
@@ -140,7 +144,15 @@ def _surrogate_scalars(o):
             return GmpoScalars(low, high)
         case "topr":
             return ToprScalars(o.topr_weight_pos, o.topr_weight_neg)
-    return None  # "reinforce"
+    options = SURROGATES[o.surrogate].options
+    values = (_or_infinite(getattr(o, name)) for name in options)
+    return _named(options)(*values) if options else None  # None: "reinforce" has no numbers
+
+
+@functools.cache
+def _named(options):
+    """A named tuple for a surrogate without one above; its fields have the names of the options."""
+    return collections.namedtuple("SurrogateScalars", options)
 
 
 def _or_infinite(bound: float | None) -> float:

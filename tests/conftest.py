@@ -10,7 +10,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or deterministic 
 
 
 def pytest_configure(config):
-    """On a GPU PyTorch warns once of a backward whose thread starts with cuBLAS: no error of that test."""
+    """Ignore PyTorch's warning on a GPU that the thread of a backward starts with cuBLAS."""
     config.addinivalue_line("filterwarnings", "ignore:Attempting to run cuBLAS:UserWarning")
 
 
@@ -53,7 +53,7 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(scope="session", autouse=True)
 def interpreter():
-    """What the interpreter lacks: bands around buffers, and one rounding in `fma`, as in hardware."""
+    """Give the interpreter bands around buffers, and an `fma` that rounds once, as in hardware."""
     if os.environ.get("TRITON_INTERPRET") != "1" or not importlib.util.find_spec("triton"):
         yield
         return

@@ -1,1 +1,1 @@
-"""Adapters: one module per host library, each imported only when it is asked for."""
+"""Adapters for other trainers: one module or package for each, imported only when it is asked for."""

@@ -1,13 +1,12 @@
-"""AReaL 1.0.4 to main of August 2026: its PPO, SAPO and CISPO actor losses, by this library.
+"""The adapter of AReaL, 1.0.4 to main of August 2026: its PPO, SAPO and CISPO losses of the actor.
 
     scheduling_spec:  # of the actor
       - cmd: python -m grpo_fast.integrations.areal  # instead of: python -m areal.infra.rpc.rpc_server
 
-makes the workers, which never run the training script, start with `patch()`: it replaces
-`ppo_actor_loss_fn`, `sapo_loss_fn` and, where there is one, `cispo_loss_fn` in the module that calls them
-(AReaL has no registry). In SPMD mode, where the script trains itself, it is called there. The same
-arguments, loss, gradient and statistics, those of main; rejection sampling is AReaL's own. Tensors are
-(B, T) or packed (N,) with `cu_seqlens`.
+starts the workers, which never run the training script, with `patch()`. AReaL has no registry: `patch()`
+replaces `ppo_actor_loss_fn`, `sapo_loss_fn` and, if it exists, `cispo_loss_fn` in the module that calls them.
+In SPMD mode the script trains itself: call `patch()` there. Arguments, loss, gradient and statistics are
+those of main. Rejection sampling is AReaL's own code. Tensors are (B, T) or packed (N,) with `cu_seqlens`.
 """
 
 import dataclasses
@@ -18,7 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo_fast.integrations.shared.call import Call, changed_by_clamp, sequence_mean, token_average
+from grpo_fast.integrations.shared.call import (
+    LossCall,
+    changed_by_clamp,
+    sequence_mean,
+    token_average,
+)
 
 ACTOR = "areal.trainer.ppo.actor"
 Result = tuple[Tensor, dict[str, Any]]
@@ -37,10 +41,12 @@ def ppo_actor_loss_fn(
     importance_sampling_level: str = "token",
     cu_seqlens: Tensor | None = None,
 ) -> Result:
-    """AReaL's function of the same name: PPO on the ratio to the proximal policy, a mean over `loss_mask`.
+    """Replace AReaL's function of this name: PPO, with the ratio to the proximal policy.
 
-    `rejection_sampling` may take tokens out, but not out of the mean, and weighs the others by the ratio of
-    the proximal to the behaviour policy.
+    The loss is a mean over `loss_mask`.
+
+    `rejection_sampling` takes tokens out of the sum but not out of the denominator. It weighs the others by
+    the ratio of the proximal to the behaviour policy.
     """
     high = eps_clip if eps_clip_higher is None else eps_clip_higher
     options = {"epsilon_low": eps_clip, "epsilon_high": high, "dual_clip": c_clip}
@@ -60,14 +66,14 @@ def sapo_loss_fn(
     importance_sampling_level: str = "token",
     cu_seqlens: Tensor | None = None,
 ) -> Result:
-    """AReaL's function of the same name: SAPO, a mean over `loss_mask`."""
+    """Replace AReaL's function of this name: SAPO, a mean over `loss_mask`."""
     tokens = _Tokens(logprobs, old_logprobs, advantages, loss_mask, cu_seqlens)
     taus = {"tau_pos": tau_pos, "tau_neg": tau_neg}
     call = tokens.call("sapo", taus, importance_sampling_level)
     loss, stat = _result(tokens, call)
-    # A gate is what an advantage of 1 gains, or one of -1 loses.
+    # A gate is minus the loss of an advantage of 1, or of one of -1.
     one = torch.ones_like(logprobs)
-    up, down = -call.but(advantages=one).token.loss, call.but(advantages=-one).token.loss
+    up, down = -call.replace(advantages=one).token.loss, call.replace(advantages=-one).token.loss
     gate = torch.where(call.advantages > 0, up, down)
     names = ("sapo_soft_gate", "sapo_scaled_gate_pos", "sapo_scaled_gate_neg")
     return loss, stat | dict(zip(names, (gate, up, down), strict=True))
@@ -84,7 +90,7 @@ def cispo_loss_fn(
     rejection_sampling: Any = None,
     cu_seqlens: Tensor | None = None,
 ) -> Result:
-    """The function of the same name in AReaL 2.0: CISPO, a mean over `loss_mask`."""
+    """Replace the function of this name in AReaL 2.0: CISPO, a mean over `loss_mask`."""
     if eps_clip_higher is None or eps_clip_higher <= 0:
         raise ValueError(f"eps_clip_higher: want a positive number, got {eps_clip_higher}")
     options = {"epsilon_low": eps_clip, "epsilon_high": eps_clip_higher}
@@ -95,7 +101,7 @@ def cispo_loss_fn(
 
 @dataclasses.dataclass(frozen=True)
 class _Tokens:
-    """The tokens of one call; `loss_mask` has the denominator, `live` are those not rejected."""
+    """The tokens of one call: `loss_mask` is the denominator, `live` are those that are not rejected."""
 
     logps: Tensor
     old: Tensor
@@ -103,7 +109,7 @@ class _Tokens:
     loss_mask: Tensor
     cu_seqlens: Tensor | None
     behaviour: Tensor | None = None
-    rejected: Any = None  # AReaL's result
+    rejected: Any = None  # the result of AReaL's rejection sampling
 
     @property
     def mask(self) -> Tensor:
@@ -114,7 +120,7 @@ class _Tokens:
         return self.mask != 0
 
     def rejecting(self, behaviour: Tensor | None, config: Any) -> "_Tokens":
-        """The same after AReaL's own rejection sampling, where it is configured."""
+        """Return the tokens after AReaL's own rejection sampling, if it is configured."""
         if config is None:
             return self
         if behaviour is None:
@@ -129,8 +135,8 @@ class _Tokens:
         )
         return dataclasses.replace(self, behaviour=behaviour, rejected=result)
 
-    def call(self, preset: str, options: dict[str, Any], level: str) -> Call:
-        """In this library's terms, at AReaL's `importance_sampling_level`."""
+    def call(self, preset: str, options: dict[str, Any], level: str) -> LossCall:
+        """Build the call of the loss at AReaL's `importance_sampling_level`."""
         if level not in ("token", "sequence"):
             raise ValueError(
                 f"importance_sampling_level={level!r} is unknown; choose from token, sequence"
@@ -144,9 +150,9 @@ class _Tokens:
                 raise ValueError(
                     "cu_seqlens: needed with packed tokens and importance_sampling_level='sequence'"
                 )
-            # One advantage per sequence, the mean of its tokens'.
+            # Every token has the mean advantage of its sequence.
             advantages = sequence_mean(advantages, self.mask, boundaries).where(self.live, 0)
-        return Call(
+        return LossCall(
             preset=f"areal/{preset}",
             options=options | {"ratio": level},
             average=token_average(self.loss_mask.sum()),
@@ -160,7 +166,7 @@ class _Tokens:
 
 
 def _counts(loss_mask: Tensor) -> dict[str, float]:
-    """How many tokens there are and how many count, before any is rejected, as Python numbers."""
+    """Count the tokens, and those in the mask, before any is rejected; Python numbers."""
     total, valid = loss_mask.numel(), int(loss_mask.count_nonzero())
     return {
         "n_total_tokens": float(total),
@@ -170,13 +176,13 @@ def _counts(loss_mask: Tensor) -> dict[str, float]:
     }
 
 
-def _result(tokens: _Tokens, call: Call) -> Result:
-    """The loss, and the statistics that AReaL's losses share."""
+def _result(tokens: _Tokens, call: LossCall) -> Result:
+    """Return the loss, and the statistics that all of AReaL's losses have."""
     live, rejected = tokens.live, tokens.rejected
     counted = tokens.loss_mask != 0
     if call.objective.ratio == "token":
-        # Rejected tokens have a ratio in AReaL's statistics, but no part in that of their sequence.
-        token = call.but(mask=tokens.loss_mask).token
+        # In AReaL's statistics a rejected token has a ratio, but is no part of the ratio of its sequence.
+        token = call.replace(mask=tokens.loss_mask).token
     else:
         token = call.token
     if call.objective.surrogate == "cispo":

@@ -1,11 +1,12 @@
-"""miles (August 2026): its policy loss, by this library.
+"""The adapter of miles (August 2026): its policy loss.
 
     --loss-type custom_loss --custom-loss-function-path grpo_fast.integrations.miles.policy_loss
 
-with all other options as they are. miles is a fork of slime: see `slime`. Its loss clamps log-ratios to 20
-nats, reports more, and runs on Megatron or FSDP. A log-ratio, an advantage or a KL that is not finite counts
-as 0 there, and here. Log-probs are miles' own with `--true-on-policy-mode`, with padded batches
-(`--qkv-format bshd`), at temperature 0 and with a KL term other than low_var_kl.
+Leave all other options as they are. miles is a fork of slime: see the adapter `slime`. Its loss clamps
+log-ratios to 20 nats, has more metrics, and runs on Megatron or FSDP. A log-ratio, an advantage or a KL that
+is not finite counts as 0, in miles and here. miles computes the log-probs itself with
+`--true-on-policy-mode`, with padded batches (`--qkv-format bshd`), at temperature 0, and with a KL term other
+than low_var_kl.
 """
 
 import dataclasses
@@ -25,25 +26,27 @@ from grpo_fast.sequences import sum_over_sequence
 
 UTILS = "miles.backends.training_utils"
 LOSS, HUB = f"{UTILS}.loss", f"{UTILS}.loss_hub"
-LARGE = 1e32  # of a log-prob that is missing: it outweighs any other in a mean
+LARGE = 1e32  # stands for a missing log-prob: in a mean it outweighs all others
 
 
 def policy_loss(
     args: Any, batch: dict[str, Any], logits: Tensor, sum_of_sample_mean: Any
 ) -> tuple[Tensor, Metrics]:
-    """miles' `policy_loss_function`.
+    """Replace miles' `policy_loss_function`.
 
     Returns:
         The loss, and miles' metrics of it, detached.
 
     Raises:
-        ValueError: options that cannot be the same here.
+        ValueError: an option would give another loss here.
         ImportError: miles is missing.
     """
     return Miles().policy_loss(args, batch, logits, sum_of_sample_mean)
 
 
 class Miles(Slime):
+    """The policy loss of miles, where it differs from slime's."""
+
     needs = "miles of August 2026 or later"
 
     def ranks(self) -> tuple[int, int]:
@@ -65,7 +68,7 @@ class Miles(Slime):
 
     def reads_logits(self, args: Any) -> bool:
         plain = args.qkv_format == "thd" and args.rollout_temperature > 0
-        # Of the KL terms only the clamped one can be taken from a single token of a fused pass.
+        # In a fused pass the KL of a single token can only be left out if it has a clamp.
         clamped = not args.use_kl_loss or args.kl_loss_type == "low_var_kl"
         return plain and clamped and not args.true_on_policy_mode
 
@@ -122,10 +125,10 @@ class Miles(Slime):
         given: dict[str, Any],
         fused: bool,
     ) -> tuple[LossOutput, TokenDiagnostics]:
-        """With 0 in place of log-ratios, advantages and KLs that are not finite: no gradient there.
+        """Compute the loss with 0 in place of log-ratios, advantages and KLs that are not finite.
 
-        A token that has lost its log-ratio has a ratio of 1, and no gradient through it. Here it has no
-        advantage, and what that leaves out of the loss is added.
+        In miles a token with such a log-ratio has a ratio of 1, without a gradient. Here its advantage is 0,
+        and the constant that is then missing in the loss is added.
         """
         old, ref, live = given["old_logps"], given["ref_logps"], given["mask"] != 0
         scored = None if fused else self.score(args, batch, logits)
@@ -133,11 +136,11 @@ class Miles(Slime):
             lost = self._lost(batch, logits, scored, given, objective)
             advantages = given["advantages"].nan_to_num(0, 0, 0)
             changed = {"advantages": advantages.masked_fill(lost, 0)}
-            if old is not None:  # finite, and what OPSM's mean over the sequence makes of it
+            if old is not None:  # finite, with the same decision of OPSM's mean over the sequence
                 changed["old_logps"] = old.nan_to_num(-LARGE, LARGE / 100, -LARGE)
         constant = torch.zeros_like(advantages)
         if scored is None:
-            if ref is not None:  # at the clamp: the KL has a value there, and no gradient
+            if ref is not None:  # at the clamp the KL has a value and no gradient
                 missing = ref.isnan() & live
                 changed["ref_logps"] = ref.masked_fill(missing, torch.inf)
                 constant -= objective.beta * GUARDED_K3["kl_value_clip"] * missing
@@ -150,7 +153,7 @@ class Miles(Slime):
             seen = given | changed | {"ref_logps": ref}
             token = token_diagnostics(out.logps, **seen, objective=objective)
             counted = token.kl.isfinite()
-            if objective.kl == "k3_unbiased":  # the ratio is in front of it
+            if objective.kl == "k3_unbiased":  # the ratio is a factor of it
                 counted &= ~lost
             left_out = -advantages * (lost & ~_stale(out.logps, seen, objective, advantages))
             constant += left_out * tokens.get("importance_weights", 1)
@@ -171,7 +174,7 @@ class Miles(Slime):
         given: dict[str, Any],
         objective: Objective,
     ) -> Tensor:
-        """The tokens whose log-ratio, or that of their sequence, is not finite."""
+        """Return the tokens whose log-ratio, or that of their sequence, is not finite."""
         if scored is None:  # an entry of the logits is finite where its log-prob is
             rows, ids = scored_entries(batch, logits.device)
             logps = logits[0, rows, ids].float()
@@ -220,7 +223,7 @@ class Miles(Slime):
 def _stale(
     logps: Tensor, given: dict[str, Any], objective: Objective, advantages: Tensor
 ) -> Tensor:
-    """The tokens that OPSM drops."""
+    """Return the tokens that OPSM drops."""
     if objective.off_policy_threshold is None:
         return torch.zeros_like(logps, dtype=torch.bool)
     drift = given["old_logps"] - logps
@@ -235,7 +238,7 @@ def _kl_alone(
     tokens: dict[str, Any],
     counted: Tensor,
 ) -> Tensor:
-    """The KL term of the tokens that have one."""
+    """Return the KL term of the tokens in `counted`, as a loss."""
     kl = dataclasses.replace(objective, entropy_coef=0.0, off_policy_threshold=None)
     changed = {
         "advantages": torch.zeros_like(tokens["advantages"]),

@@ -1,11 +1,11 @@
-"""NeMo-RL 0.7: its `ClippedPGLossFn`, by this library.
+"""The adapter of NeMo-RL 0.7: its `ClippedPGLossFn`.
 
     import grpo_fast.integrations.nemo_rl
     grpo_fast.integrations.nemo_rl.patch()
 
-at the top of the training script: every `ClippedPGLossFn` that NeMo-RL builds afterwards, from any
-`loss_fn` configuration, computes its loss here (NeMo-RL has no registry). Loss, gradient and metrics are the
-same; what cannot be the same is refused.
+Put these lines at the top of the training script (NeMo-RL has no registry). Every `ClippedPGLossFn` that
+NeMo-RL builds afterwards computes its loss here, for any `loss_fn` configuration. Loss, gradient and metrics
+are the same. An option with which they would differ raises an error.
 """
 
 import importlib
@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from grpo_fast.diagnostics import kl_estimate
-from grpo_fast.integrations.shared.call import SUM, Average, Call, as_floats, sequence_mean
+from grpo_fast.integrations.shared.call import SUM, Average, LossCall, as_floats, sequence_mean
 from grpo_fast.integrations.shared.options import (
-    At,
-    at,
-    options,
+    Entry,
+    entry,
     read,
+    read_options,
 )
 from grpo_fast.integrations.shared.packages import found_version, is_between, replace
 from grpo_fast.objective import Objective
@@ -31,15 +31,15 @@ SUPPORTED = ("0.7", "0.8")  # from, and below
 TRUNCATIONS = ("tis", "icepop", "seq-mask-tis")
 
 # The options of the presets, and which entries of NeMo-RL's `loss_fn` configuration they are.
-CLIP: dict[str, At] = {
-    "epsilon_low": at("ratio_clip_min"),
-    "epsilon_high": at("ratio_clip_max"),
+CLIP: dict[str, Entry] = {
+    "epsilon_low": entry("ratio_clip_min"),
+    "epsilon_high": entry("ratio_clip_max"),
 }
-DUAL: dict[str, At] = {"dual_clip": at("ratio_clip_c")}
-KL: dict[str, At] = {
-    "beta": at("reference_policy_kl_penalty"),
-    "kl_gap_clip": at("kl_input_clamp_value"),
-    "kl_value_clip": at("kl_output_clamp_value"),
+DUAL: dict[str, Entry] = {"dual_clip": entry("ratio_clip_c")}
+KL: dict[str, Entry] = {
+    "beta": entry("reference_policy_kl_penalty"),
+    "kl_gap_clip": entry("kl_input_clamp_value"),
+    "kl_value_clip": entry("kl_output_clamp_value"),
 }
 
 
@@ -76,9 +76,10 @@ def patch() -> None:
 
 
 def _check_version(home: Any) -> None:
-    """Refuse the releases whose loss is another one.
+    """Refuse the releases that have a different loss.
 
-    A checkout of the main branch still calls itself 0.6.0 after 0.7.0: it is known by 0.7's entries.
+    A checkout of the main branch after 0.7.0 still calls itself 0.6.0. It is recognised by the entries of
+    0.7.
     """
     found = found_version("nemo_rl")
     theirs = getattr(home, "ClippedPGLossConfig", None)
@@ -101,16 +102,16 @@ def clipped_pg_loss(
     global_valid_seqs: Tensor,
     global_valid_toks: Tensor,
 ) -> tuple[Tensor, dict[str, float]]:
-    """What NeMo-RL's `ClippedPGLossFn.__call__` returns.
+    """Return the loss and the metrics of NeMo-RL's `ClippedPGLossFn.__call__`.
 
     Args:
         config: a `ClippedPGLossFn`, a `ClippedPGLossConfig` or anything with the entries of one.
         next_token_logprobs: (B, S - 1).
-        data: NeMo-RL's batch, (B, S) tensors. Its masks may be fractions: they weigh.
+        data: NeMo-RL's batch, (B, S) tensors. Its masks may be fractions, which are weights.
         global_valid_seqs, global_valid_toks: the denominators.
 
     Raises:
-        ValueError: an option that cannot be the same here, or a combination that NeMo-RL refuses.
+        ValueError: an option would give another loss here, or NeMo-RL refuses the combination.
     """
     by_token = _by_token(config)
     _check(config, data, by_token)
@@ -118,14 +119,14 @@ def clipped_pg_loss(
     token_mask, sample_mask = data["token_mask"][:, 1:], data["sample_mask"]
     generated = data["generation_logprobs"][:, 1:]
     old = next_token_logprobs.detach() if on_policy else data["prev_logprobs"][:, 1:]
-    # A sample's weight is no part of the means along its sequence: it is one of the loss.
+    # The weight of a sample multiplies its loss. Means along the sequence are without it.
     mask = token_mask.where(sample_mask[:, None] != 0, 0)
     weights, out_of_bounds = _weights(config, old, generated, mask, sample_mask)
     how = SUM._replace(scale=1 / (global_valid_toks + 1e-8))
     if not by_token:
         how = Average({"reduction": "sequence_mean"}, None, len(mask) / (global_valid_seqs + 1e-8))
     preset, chosen = to_preset(config)
-    call = Call(
+    call = LossCall(
         preset=preset,
         options=chosen,
         names=CLIP | KL | DUAL,
@@ -157,20 +158,20 @@ def clipped_pg_loss(
 
 
 class _Totals(NamedTuple):
-    """NeMo-RL's means: over what is valid here, by the numbers of the global batch."""
+    """The means of NeMo-RL: sums over the valid entries here, divided by the counts of the global batch."""
 
-    weight: Tensor  # of each token: its mask by that of its sample
+    weight: Tensor  # the mask of each token times that of its sample
     sample_mask: Tensor
     valid_toks: Tensor
     valid_seqs: Tensor
 
     def tokens(self, x: Tensor) -> Tensor:
-        """Of (B, S - 1) or (B, 1) values."""
+        """Return the mean over tokens of (B, S - 1) or (B, 1) values."""
         x = torch.where(self.weight != 0, x.detach().float(), 0) * self.weight
         return x.sum() / (self.valid_toks + 1e-8)
 
     def sequences(self, x: Tensor) -> Tensor:
-        """Of (B, 1) values, or of such that are the same all along their sequence."""
+        """Return the mean over sequences of (B, 1) values, or of values that are equal along a sequence."""
         x = x[:, 0].detach().float().where(self.sample_mask != 0, 0) * self.sample_mask
         return x.sum() / (self.valid_seqs + 1e-8)
 
@@ -178,14 +179,14 @@ class _Totals(NamedTuple):
         return self.sequences(x) if by_sequence else self.tokens(x)
 
 
-def _nll_of_right_answers(config: Any, call: Call, data: Any) -> Tensor:
-    """The mean of -logp over the answers with a reward, 0 if the configuration does not ask for it."""
+def _nll_of_right_answers(config: Any, call: LossCall, data: Any) -> Tensor:
+    """Return the mean of -logp over the answers with a reward; 0 if the configuration has no such term."""
     if config.positive_example_nll_weight <= 0 or "rewards" not in data:
         return torch.zeros_like(call.out.loss)
     assert call.token_weights is not None
     right = call.mask.where((data["rewards"] > 0)[:, None], 0)
     total = (right * call.token_weights).sum()
-    return Call(
+    return LossCall(
         preset="gpg",
         average=SUM._replace(scale=1 / (total + 1e-8)),
         logps=call.logps,
@@ -196,14 +197,16 @@ def _nll_of_right_answers(config: Any, call: Call, data: Any) -> Tensor:
     ).out.loss
 
 
-def _kl(call: Call, totals: _Totals, by_token: bool) -> Tensor:
+def _kl(call: LossCall, totals: _Totals, by_token: bool) -> Tensor:
+    """Return the metric of the KL term, a mean over tokens or over sequences."""
     if by_token:
         return totals.tokens(call.token.kl)
     count = call.mask.sum(1, keepdim=True) + 1e-8
     return totals.sequences((call.token.kl * call.mask).sum(1, keepdim=True) / count)
 
 
-def _ratios(call: Call, totals: _Totals) -> dict[str, Any]:
+def _ratios(call: LossCall, totals: _Totals) -> dict[str, Any]:
+    """Return the metrics of the ratios, as they are and within the clip range."""
     ratio, bounded = call.token.ratio, call.token.bounded_ratio
     if call.objective.surrogate == "reinforce":  # no ratio: NeMo-RL reports the log-probs
         ratio = bounded = call.logps.detach()
@@ -215,12 +218,12 @@ def _ratios(call: Call, totals: _Totals) -> dict[str, Any]:
 
 
 def _drift(
-    kind: str, call: Call, old: Tensor, generated: Tensor, totals: _Totals
+    kind: str, call: LossCall, old: Tensor, generated: Tensor, totals: _Totals
 ) -> dict[str, Any]:
-    """Metrics of the distance between the trainer's policies and the one that generated.
+    """Return the metrics of the distance between the trainer's policies and the one that generated.
 
-    NeMo-RL's own: its "js_divergence_error" takes KL(mixture || policy) where Jensen and Shannon have
-    KL(policy || mixture).
+    They are NeMo-RL's: its "js_divergence_error" has KL(mixture || policy), and the divergence of Jensen and
+    Shannon has KL(policy || mixture).
     """
     estimator = Objective(kl=kind)  # type: ignore[arg-type]
     logps = call.logps.detach()
@@ -236,7 +239,7 @@ def _drift(
 
 
 def _by_token(config: Any) -> bool:
-    """`token_level_loss`, which a `ClippedPGLossFn` keeps as `loss_type`."""
+    """Read `token_level_loss`, which a `ClippedPGLossFn` keeps as `loss_type`."""
     kind = read(config, "loss_type", None)
     if kind is None:
         return bool(read(config, "token_level_loss"))
@@ -244,12 +247,13 @@ def _by_token(config: Any) -> bool:
 
 
 def _penalty(config: Any) -> float:
-    """The weight of the KL term in the loss; none where NeMo-RL has it in the rewards."""
+    """Return the weight of the KL term in the loss; 0 where NeMo-RL has the KL in the rewards."""
     in_reward = read(config, "use_kl_in_reward", False)
-    return 0.0 if in_reward else float(config.reference_policy_kl_penalty)  # False, too, is none
+    return 0.0 if in_reward else float(config.reference_policy_kl_penalty)  # it may be False
 
 
 def _check(config: Any, data: Any, by_token: bool) -> None:
+    """Refuse options with which the loss would be another one, and those that NeMo-RL refuses."""
     if _penalty(config):
         if config.reference_policy_kl_type != "k3":
             raise ValueError(
@@ -280,7 +284,7 @@ def _check(config: Any, data: Any, by_token: bool) -> None:
 
 
 def _check_truncation(config: Any) -> None:
-    """NeMo-RL's own conditions."""
+    """Check the options of truncation, by NeMo-RL's own conditions."""
     name = "truncated_importance_sampling"
     kind, high, low = (getattr(config, f"{name}_{x}") for x in ("type", "ratio", "ratio_min"))
     if kind is None and high is None:
@@ -302,7 +306,7 @@ def _check_truncation(config: Any) -> None:
 
 
 def to_preset(config: Any) -> tuple[str, dict[str, Any]]:
-    """NeMo-RL's options as a preset and what to set in it, but for the reduction."""
+    """Translate NeMo-RL's options into a preset and the options that override it, without the reduction."""
     kind, table = "grpo", CLIP
     if config.use_cispo:
         kind = "cispo"
@@ -312,10 +316,10 @@ def to_preset(config: Any) -> tuple[str, dict[str, Any]]:
         kind = "gspo"
     if config.ratio_clip_c is not None:
         table = table | DUAL
-    chosen = options(config, table | KL)
+    chosen = read_options(config, table | KL)
     chosen["beta"] = _penalty(config)
     clamped = chosen["kl_gap_clip"] is not None or chosen["kl_value_clip"] is not None
-    # The gradient of k3 through the sampling probability, too, is that of k2.
+    # NeMo-RL's gradient of k3 also goes through the sampling probability: it is the gradient of k2.
     chosen["kl_gradient"] = "k2_clipped" if clamped else "k2"
     return f"nemo_rl/{kind}", chosen
 
@@ -323,9 +327,9 @@ def to_preset(config: Any) -> tuple[str, dict[str, Any]]:
 def _weights(
     config: Any, old: Tensor, generated: Tensor, mask: Tensor, sample_mask: Tensor
 ) -> tuple[Tensor, Tensor | None]:
-    """(the mismatch weights, per token or (B, 1); which of them are out of bounds, if there are bounds)."""
+    """Return the mismatch weights, per token or (B, 1), and which of them are out of bounds (or None)."""
     level, live = "token", mask != 0
-    if config.sequence_level_importance_ratios:  # NeMo-RL's sum is one by the masks
+    if config.sequence_level_importance_ratios:  # NeMo-RL's sum has the masks as weights
         level, weight = "sequence", mask * sample_mask[:, None]
         old, generated = (x.where(live, 0) * weight for x in (old, generated))
     low = config.truncated_importance_sampling_ratio_min
@@ -340,7 +344,7 @@ def _weights(
     if high is None:
         return rho(), None
     if kind == "seq-mask-tis":
-        # For the mean NeMo-RL takes any difference that is not finite as none.
+        # In this mean NeMo-RL replaces differences that are not finite by 0.
         gap = torch.nan_to_num(old - generated, nan=0.0, posinf=0.0, neginf=0.0)
         mean = sequence_mean(gap, mask)[:, :1].exp()
         kept = (mean >= low) & (mean <= high)

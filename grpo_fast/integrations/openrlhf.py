@@ -1,9 +1,9 @@
-"""OpenRLHF 0.11.2: its `PolicyLoss`, by this library.
+"""The adapter of OpenRLHF 0.11.2: its `PolicyLoss`.
 
     python -m grpo_fast.integrations.openrlhf ...  # instead of: python -m openrlhf.cli.train_ppo_ray
 
-or, in a script of one's own, `patch()` before the actors start (OpenRLHF has no registry). The same
-constructor, arguments, loss, gradient and returned statistics. The KL and entropy terms stay OpenRLHF's.
+In your own script, call `patch()` before the actors start (OpenRLHF has no registry). Constructor, arguments,
+loss, gradient and returned statistics are the same. The KL and entropy terms stay OpenRLHF's.
 """
 
 import importlib
@@ -14,32 +14,32 @@ import torch
 from torch import Tensor, nn
 
 from grpo_fast.integrations.shared.call import (
-    Call,
+    LossCall,
     clip_fraction,
     masked_mean,
     sequence_average,
     sequence_mean,
     token_average,
 )
-from grpo_fast.integrations.shared.options import At, at, objective_of
+from grpo_fast.integrations.shared.options import Entry, entry, objective_of
 from grpo_fast.integrations.shared.packages import require
 from grpo_fast.weights import binary_divergence
 
 SUPPORTED = ("0.11.2", "0.12")  # from, and below
 ACTOR = "openrlhf.trainer.ray.ppo_actor"
-NAMES: dict[str, At] = {
-    "epsilon_low": at("clip_eps_low"),
-    "epsilon_high": at("clip_eps_high"),
-    "dual_clip": at("dual_clip"),
+NAMES: dict[str, Entry] = {
+    "epsilon_low": entry("clip_eps_low"),
+    "epsilon_high": entry("clip_eps_high"),
+    "dual_clip": entry("dual_clip"),
 }
 
 
 class PolicyLoss(nn.Module):
-    """`openrlhf.models.PolicyLoss` with the arguments of 0.11.2; see there.
+    """A replacement of `openrlhf.models.PolicyLoss`, with the arguments of 0.11.2; see there.
 
     Raises:
-        ValueError: an unknown choice, or a combination that OpenRLHF refuses. TypeError: an argument of
-            another release.
+        ValueError: a choice is unknown, or OpenRLHF refuses the combination.
+        TypeError: an argument belongs to another release.
     """
 
     def __init__(
@@ -115,9 +115,9 @@ class PolicyLoss(nn.Module):
         batch_num_tokens: float | Tensor | None = None,
         global_batch_size: float | Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-        """(loss, clip ratio, E[old - new], E[rollout - old] or None, share outside the band or None).
+        """Return (loss, clip ratio, E[old - new], E[rollout - old], share outside the band).
 
-        All tensors are (B, T).
+        All tensors are (B, T). The last two are None without a correction.
         """
         mask = torch.ones_like(log_probs) if action_mask is None else action_mask
         if self.is_correction_level != "off" and rollout_log_probs is None:
@@ -128,7 +128,7 @@ class PolicyLoss(nn.Module):
         if self.is_correction_level != "off":
             assert rollout_log_probs is not None
             if self.policy_loss_type == "gspo":
-                behaviour = rollout_log_probs  # the correction is the ratio itself
+                behaviour = rollout_log_probs  # the ratio itself is to the sampler
             else:
                 weights, dropped = self._correct(old_log_probs, rollout_log_probs, mask)
                 rollout_kl = masked_mean(rollout_log_probs - old_log_probs, mask)
@@ -137,7 +137,7 @@ class PolicyLoss(nn.Module):
         else:
             ranks = 1 if global_batch_size is None else dp_size
             how = sequence_average("sequence_mean", mask, global_batch_size, ranks)
-        call = Call(
+        call = LossCall(
             preset=f"openrlhf/{self.policy_loss_type}",
             options=self.options,
             names=NAMES,
@@ -152,20 +152,20 @@ class PolicyLoss(nn.Module):
         return call.out.loss, clip_fraction(call), kl, rollout_kl, dropped
 
     def _correct(self, old: Tensor, rollout: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """(weights, share of tokens or sequences outside the band) of the mismatch correction."""
+        """Return the weights of the mismatch correction, and the share of tokens or sequences outside."""
         low, high = self.is_correction_threshold
         seq, live = self.is_correction_level == "seq", mask != 0
 
-        def unit(x: Tensor) -> Tensor:  # the mean of a sequence, or a token's own
+        def per_unit(x: Tensor) -> Tensor:  # the mean of a sequence, or the value of a token
             return sequence_mean(x, mask)[:, :1] if seq else x
 
         gap = torch.where(live, (old - rollout).detach().float(), 0)
         if self.is_correction_gating == "ratio":
-            statistic = unit(gap).exp()
+            statistic = per_unit(gap).exp()
         else:
             kind = self.is_correction_gating.removeprefix("binary_")
-            statistic = unit(binary_divergence(rollout, old, kind=kind, mask=live, floor=1e-6))
-        # NaN, of a missing log-prob, is outside for the mask and inside for the clamp, which keeps it.
+            statistic = per_unit(binary_divergence(rollout, old, kind=kind, mask=live, floor=1e-6))
+        # A missing log-prob makes NaN. The mask drops it, and the clamp keeps it.
         if self.is_correction_mode == "clip":
             weights, outside = statistic.clamp(low, high), (statistic < low) | (statistic > high)
         else:
@@ -175,14 +175,14 @@ class PolicyLoss(nn.Module):
 
 
 def patch() -> None:
-    """Give the policy actors that start after this call `PolicyLoss`, in their own processes, too.
+    """Give the policy actors that start after this call our `PolicyLoss`, also in processes of their own.
 
-    An actor's process imports OpenRLHF afresh: a name replaced here is not replaced there. What Ray sends
-    along is the actor's class with the globals it uses, among them the trainer: ours is a local class, so
-    that it travels by value.
+    The process of an actor imports OpenRLHF again, so a name replaced here is not replaced there. Ray sends
+    the class of the actor with the globals that it uses, and the trainer is one of them. Ours is a local
+    class, so Ray sends it by value.
 
     Raises:
-        ImportError: no OpenRLHF, or another version than 0.11.2 and later 0.11.
+        ImportError: OpenRLHF is not installed, or its version is not 0.11.2 or a later 0.11.
     """
     require("openrlhf", *SUPPORTED)
     home: Any = importlib.import_module(ACTOR)
@@ -211,6 +211,6 @@ def patch() -> None:
 
 
 if __name__ == "__main__":
-    # By its own name: Ray's workers cannot import what is in __main__.
+    # Imported by its name: Ray's workers cannot import what is in __main__.
     importlib.import_module("grpo_fast.integrations.openrlhf").patch()
     runpy.run_module("openrlhf.cli.train_ppo_ray", run_name="__main__", alter_sys=True)

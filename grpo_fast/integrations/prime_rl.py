@@ -1,12 +1,12 @@
-"""prime-rl 0.8: custom losses for its trainer.
+"""The adapter of prime-rl 0.8: custom losses for its trainer.
 
     [trainer.loss]
     type = "custom"
     import_path = "grpo_fast.integrations.prime_rl.ipo_loss"
     kwargs = { ipo_threshold = 0.1 }
 
-The ratio is to the policy of the inference engine; a loss is the sum over the tokens of one sequence, which
-prime-rl divides by those of the global batch.
+The ratio is to the policy of the inference engine. A loss is the sum over the tokens of one sequence;
+prime-rl divides it by the tokens of the global batch.
 """
 
 import importlib
@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from grpo_fast.diagnostics import kl_estimate
-from grpo_fast.integrations.shared.call import SUM, Call, masked_mean, outside
+from grpo_fast.integrations.shared.call import SUM, LossCall, masked_mean, outside
 
 
 def default_loss(
@@ -25,10 +25,10 @@ def default_loss(
     adv_tau: float = 1.0,
     kl_tau: float = 1e-3,
 ) -> Any:
-    """prime-rl's `type = "default"`, DPPO with a quadratic term: its options and metrics."""
+    """Compute prime-rl's loss of `type = "default"`, DPPO with a quadratic term, and its metrics."""
     bounds = {"epsilon_low": dppo_mask_low, "epsilon_high": dppo_mask_high}
     call = _call(inputs, "prime_rl/default", adv_tau, {**bounds, "quadratic_coef": kl_tau})
-    seen = call.but(advantages=inputs.advantages)  # metrics know nothing of adv_tau
+    seen = call.replace(advantages=inputs.advantages)  # metrics are without adv_tau
     dropped = seen.mask * seen.token.outside
     metrics = {
         "is_masked_low": seen.mean(seen.token.clipped_low),
@@ -42,23 +42,23 @@ def default_loss(
 def ipo_loss(
     inputs: Any, ipo_threshold: float = 0.1, adv_tau: float = 1.0, kl_tau: float = 1e-3
 ) -> Any:
-    """prime-rl's `type = "ipo"`, with its options and metrics."""
+    """Compute prime-rl's loss of `type = "ipo"`, and its metrics."""
     bounds = {"epsilon_low": ipo_threshold, "epsilon_high": ipo_threshold}
     call = _call(inputs, "prime_rl/ipo", adv_tau, {**bounds, "quadratic_coef": kl_tau})
     return _outputs(inputs, call, _mismatch(call))
 
 
 def loss(inputs: Any, preset: str = "dapo", adv_tau: float = 1.0, **options: Any) -> Any:
-    """Any objective: a preset's name and the options of `Objective` over it.
+    """Compute the loss of any objective: a preset, and options of `Objective` that override it.
 
-    Metrics are those of `grpo_fast.loss`, per sequence. The reduction has no effect: the sum is prime-rl's.
+    The metrics are those of `grpo_fast.loss`, per sequence. The reduction is ignored: prime-rl wants a sum.
     """
     call = _call(inputs, preset, adv_tau, options)
     return _outputs(inputs, call, call.out.metrics)
 
 
-def _call(inputs: Any, preset: str, adv_tau: float, options: dict[str, Any]) -> Call:
-    call = Call(
+def _call(inputs: Any, preset: str, adv_tau: float, options: dict[str, Any]) -> LossCall:
+    call = LossCall(
         preset=preset,
         options=options,
         average=SUM,
@@ -68,12 +68,12 @@ def _call(inputs: Any, preset: str, adv_tau: float, options: dict[str, Any]) -> 
         mask=inputs.loss_mask,
         token_weights=inputs.loss_weights,
     )
-    return call.but(ref_logps=inputs.ref_logprobs) if call.objective.beta else call
+    return call.replace(ref_logps=inputs.ref_logprobs) if call.objective.beta else call
 
 
-def _mismatch(call: Call) -> dict[str, Tensor]:
-    """The metrics that prime-rl's losses share."""
-    # Of the sampler's tokens: KL(sampler || trainer).
+def _mismatch(call: LossCall) -> dict[str, Tensor]:
+    """Return the metrics that all of prime-rl's losses have."""
+    # The tokens are the sampler's, so this is KL(sampler || trainer).
     mismatch = kl_estimate(call.old, call.logps)
     return {
         "masked_mismatch_kl": masked_mean(mismatch, call.mask * call.token.outside),
@@ -82,7 +82,7 @@ def _mismatch(call: Call) -> dict[str, Tensor]:
     }
 
 
-def _outputs(inputs: Any, call: Call, metrics: dict[str, Tensor]) -> Any:
-    # Where the inputs come from, without importing a trainer that is already running.
+def _outputs(inputs: Any, call: LossCall, metrics: dict[str, Tensor]) -> Any:
+    # The module of the inputs has the class: nothing of the running trainer is imported again.
     home = importlib.import_module(type(inputs).__module__)
     return home.LossOutputs(loss=call.out.loss, metrics=metrics)

@@ -1,9 +1,9 @@
-"""SkyRL (0.3.0, and main of August 2026): its policy losses, by this library.
+"""The adapter of SkyRL (0.3.0, and main of August 2026): its policy losses.
 
 Call `register()` in the entrypoint, before Ray starts, and set
-`trainer.algorithm.policy_loss_type=grpo_fast/<name>` for a name of `POLICY_LOSSES`. The losses read SkyRL's
-algorithm configuration and return what SkyRL's own do. SkyRL folds the reduction into the advantages and
-sums. Off-policy correction is SkyRL's own code.
+`trainer.algorithm.policy_loss_type=grpo_fast/<name>` with a name from `POLICY_LOSSES`. The losses read
+SkyRL's algorithm configuration and return the values of SkyRL's own losses. They are sums: SkyRL multiplies
+the reduction into the advantages. Off-policy correction is SkyRL's own code.
 """
 
 import importlib
@@ -15,18 +15,18 @@ from torch import Tensor
 
 from grpo_fast.integrations.shared.call import (
     SUM,
-    Call,
+    LossCall,
     Metric,
     clip_fraction,
     dropped_fraction,
     nothing,
     outside,
 )
-from grpo_fast.integrations.shared.options import At, at, options, read
+from grpo_fast.integrations.shared.options import Entry, entry, read, read_options
 
 CORRECTION = "skyrl.backends.skyrl_train.utils.off_policy_correction_utils"
 _CORRECTIONS = {
-    name: at(f"off_policy_correction.{name}", missing=None)
+    name: entry(f"off_policy_correction.{name}", missing=None)
     for name in (
         "tis_ratio_type",
         "sequence_mask_metric",
@@ -36,30 +36,33 @@ _CORRECTIONS = {
     )
 }
 
-_CLIP: dict[str, At] = {"epsilon_low": at("eps_clip_low"), "epsilon_high": at("eps_clip_high")}
-# Of the two selections.
-_CLIP_COV = {
-    "fraction": at("clip_cov.clip_ratio"),
-    "low": at("clip_cov.clip_cov_lb"),
-    "high": at("clip_cov.clip_cov_ub"),
+_CLIP: dict[str, Entry] = {
+    "epsilon_low": entry("eps_clip_low"),
+    "epsilon_high": entry("eps_clip_high"),
 }
-_KL_COV = {"fraction": at("kl_cov.kl_cov_frac")}
+# The options of `weights.clip_cov` and `weights.kl_cov`.
+_CLIP_COV = {
+    "fraction": entry("clip_cov.clip_ratio"),
+    "low": entry("clip_cov.clip_cov_lb"),
+    "high": entry("clip_cov.clip_cov_ub"),
+}
+_KL_COV = {"fraction": entry("kl_cov.kl_cov_frac")}
 
 # The options of each loss's preset, and where SkyRL's algorithm configuration has them.
-OPTIONS: dict[str, dict[str, At]] = {
+OPTIONS: dict[str, dict[str, Entry]] = {
     "regular": _CLIP,
-    "dual_clip": _CLIP | {"dual_clip": at("clip_ratio_c")},
+    "dual_clip": _CLIP | {"dual_clip": entry("clip_ratio_c")},
     "gspo": _CLIP,
-    "sapo": {"tau_pos": at("sapo.tau_pos"), "tau_neg": at("sapo.tau_neg")},
+    "sapo": {"tau_pos": entry("sapo.tau_pos"), "tau_neg": entry("sapo.tau_neg")},
     "cispo": {
-        "epsilon_low": at("cispo.cispo_eps_clip_low"),
-        "epsilon_high": at("cispo.cispo_eps_clip_high"),
+        "epsilon_low": entry("cispo.cispo_eps_clip_low"),
+        "epsilon_high": entry("cispo.cispo_eps_clip_high"),
     },
     "rollout_is": _CLIP,
-    "dppo": {"epsilon_low": at("dppo.delta_low"), "epsilon_high": at("dppo.delta_high")},
+    "dppo": {"epsilon_low": entry("dppo.delta_low"), "epsilon_high": entry("dppo.delta_high")},
     "importance_sampling": {},
     "clip_cov": _CLIP,
-    "kl_cov": {"beta": at("kl_cov.ppo_kl_coef")},
+    "kl_cov": {"beta": entry("kl_cov.ppo_kl_coef")},
 }
 
 _CLIPPED: dict[str, Metric] = {"clip_ratio": clip_fraction}
@@ -86,6 +89,7 @@ METRICS: dict[str, dict[str, Metric]] = {
 
 
 def _preset(name: str, config: Any) -> str:
+    """Return the preset of a loss; DPPO has one for each divergence."""
     if name != "dppo":
         return f"skyrl/{name}"
     kind = read(config, "dppo.dppo_type")
@@ -95,7 +99,7 @@ def _preset(name: str, config: Any) -> str:
 
 
 def _old(name: str, old: Tensor, rollout: Tensor | None, config: Any) -> Tensor:
-    """The log-probs that the ratio is to."""
+    """Return the log-probs in the denominator of the ratio: of the old policy, or of the sampler."""
     anchored = name == "cispo" and read(config, "cispo.cispo_anchor", "old") == "rollout"
     if (anchored or name == "rollout_is") and rollout is None:
         raise ValueError(f"{name}: rollout_logprobs: needed, the ratio is to the sampler")
@@ -106,7 +110,7 @@ def _old(name: str, old: Tensor, rollout: Tensor | None, config: Any) -> Tensor:
         )
     if name == "rollout_is":
         assert rollout is not None
-        # A missing log-prob is in no range for SkyRL: the token counts for nothing.
+        # In SkyRL a missing log-prob is outside every range, and the token has no loss.
         return rollout.where(~rollout.isnan(), -torch.inf)
     to_sampler = anchored or name == "dppo"
     return rollout if to_sampler and rollout is not None else old
@@ -115,15 +119,18 @@ def _old(name: str, old: Tensor, rollout: Tensor | None, config: Any) -> Tensor:
 def _corrected(
     name: str, old: Tensor, rollout: Tensor | None, mask: Tensor, config: Any
 ) -> tuple[Tensor | None, dict[str, float]]:
-    """(importance weights, metrics) by SkyRL's off-policy correction, where it is configured.
+    """Return (importance weights, metrics) of SkyRL's off-policy correction, if it is configured.
 
-    What it masks has a weight of 0: the means of sequences and of metrics are over the mask it was given.
+    A token that the correction masks has the weight 0. Means over sequences, and those of metrics, are over
+    the mask before the correction.
     """
-    chosen = options(config, _CORRECTIONS)
+    chosen = read_options(config, _CORRECTIONS)
     given = {name: value for name, value in chosen.items() if value is not None}
-    if not given or rollout is None or name == "importance_sampling":  # which is one by itself
+    if (
+        not given or rollout is None or name == "importance_sampling"
+    ):  # that loss is a correction itself
         return None, {}
-    if name in ("clip_cov", "kl_cov"):  # SkyRL refuses it by their names, which ours are not
+    if name in ("clip_cov", "kl_cov"):  # SkyRL refuses these by name, and our names are others
         raise ValueError(f"{name}: off_policy_correction is not supported with it, got {given}")
     compute = importlib.import_module(CORRECTION).compute_off_policy_correction
     weights, metrics, kept = compute(old, rollout, mask, read(config, "off_policy_correction"))
@@ -132,7 +139,7 @@ def _corrected(
 
 
 def _policy_loss(name: str) -> Callable[..., tuple[Tensor, dict[str, float]]]:
-    """SkyRL's policy loss: the loss and its metrics as Python numbers; all tensors (B, T)."""
+    """Return a policy loss for SkyRL: (loss, metrics as Python numbers) of (B, T) tensors."""
 
     def policy_loss(
         log_probs: Tensor,
@@ -144,9 +151,9 @@ def _policy_loss(name: str) -> Callable[..., tuple[Tensor, dict[str, float]]]:
     ) -> tuple[Tensor, dict[str, float]]:
         mask = torch.ones_like(log_probs) if loss_mask is None else loss_mask
         weights, corrected = _corrected(name, old_log_probs, rollout_logprobs, mask, config)
-        call = Call(
+        call = LossCall(
             preset=_preset(name, config),
-            options=options(config, OPTIONS[name]),
+            options=read_options(config, OPTIONS[name]),
             names=OPTIONS[name],
             average=SUM,
             logps=log_probs,
@@ -156,9 +163,9 @@ def _policy_loss(name: str) -> Callable[..., tuple[Tensor, dict[str, float]]]:
             importance_weights=weights,
         )
         if name == "clip_cov":
-            call = call.clip_cov(**options(config, _CLIP_COV))
+            call = call.clip_cov(**read_options(config, _CLIP_COV))
         if name == "kl_cov":
-            call = call.kl_cov(**options(config, _KL_COV))
+            call = call.kl_cov(**read_options(config, _KL_COV))
         return call.out.loss, call.report(METRICS[name]) | corrected
 
     policy_loss.__name__ = policy_loss.__qualname__ = f"policy_loss_{name}"

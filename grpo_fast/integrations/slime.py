@@ -1,11 +1,11 @@
-"""slime (August 2026): its policy loss, by this library; `miles` is the same for miles.
+"""The adapter of slime (August 2026): its policy loss. The adapter `miles` builds on this one.
 
     --loss-type custom_loss --custom-loss-function-path grpo_fast.integrations.slime.policy_loss
 
-with all other options as they are: `--advantage-estimator`, clipping, KL, entropy, OPSM, TIS. Without tensor
-or context parallelism and top-p replay, the loss and its gradient are one pass over the logits, which are
-overwritten with it unless `--recompute-loss-function`; otherwise log-probs are slime's own and the loss is
-computed from those.
+Leave all other options as they are: `--advantage-estimator`, clipping, KL, entropy, OPSM, TIS. Without tensor
+parallelism, context parallelism and top-p replay, the loss and its gradient are computed in one pass over the
+logits. The gradient overwrites the logits, unless `--recompute-loss-function` is set. In the other cases
+slime computes the log-probs, and the loss is computed from them.
 """
 
 import importlib
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from grpo_fast.diagnostics import TokenDiagnostics, token_diagnostics
 from grpo_fast.integrations.shared.call import changed_by_clamp, sequence_mean
-from grpo_fast.integrations.shared.options import At, at, objective_of, options
+from grpo_fast.integrations.shared.options import Entry, entry, objective_of, read_options
 from grpo_fast.integrations.shared.responses import (
     boundaries,
     from_log_probs,
@@ -30,42 +30,42 @@ from grpo_fast.sequences import sum_over_sequence
 LOSS = "slime.backends.megatron_utils.loss"
 Metrics = dict[str, Tensor]
 
-# Options of `Objective`, and which of slime's arguments they are.
-OPTIONS: dict[str, At] = {
-    "epsilon_low": at("eps_clip"),
-    "epsilon_high": at("eps_clip_high", "eps_clip"),
-    "entropy_coef": at("entropy_coef"),
+# The options of `Objective`, and the arguments of slime that set them.
+OPTIONS: dict[str, Entry] = {
+    "epsilon_low": entry("eps_clip"),
+    "epsilon_high": entry("eps_clip_high", "eps_clip"),
+    "entropy_coef": entry("entropy_coef"),
 }
-MORE: dict[str, At] = {
-    "dual_clip": at("eps_clip_c"),
-    "off_policy_threshold": at("opsm_delta"),
-    "beta": at("kl_loss_coef"),
-    "kl": at("kl_loss_type"),
+MORE: dict[str, Entry] = {
+    "dual_clip": entry("eps_clip_c"),
+    "off_policy_threshold": entry("opsm_delta"),
+    "beta": entry("kl_loss_coef"),
+    "kl": entry("kl_loss_type"),
 }
 
 
 def policy_loss(
     args: Any, batch: dict[str, Any], logits: Tensor, sum_of_sample_mean: Any
 ) -> tuple[Tensor, Metrics]:
-    """slime's `policy_loss_function`.
+    """Replace slime's `policy_loss_function`.
 
     Returns:
-        The loss, and slime's metrics of it, detached; "entropy_loss" where the entropy is computed, which on
-        the fused path it is for an `entropy_coef` other than 0 alone.
+        The loss, and slime's metrics of it, detached. "entropy_loss" is there if the entropy is computed: on
+        the fused path only for an `entropy_coef` other than 0.
 
     Raises:
-        ValueError: options that cannot be the same here.
-        ImportError: Megatron or slime is missing where it is needed.
+        ValueError: an option would give another loss here.
+        ImportError: Megatron or slime is needed, and missing.
     """
     return Slime().policy_loss(args, batch, logits, sum_of_sample_mean)
 
 
 def to_objective(args: Any, **more: Any) -> Objective:
-    """slime's arguments as an objective; the weights of its sum are `token_weights`."""
+    """Translate slime's arguments into an objective; the weights of slime's sum are `token_weights`."""
     if getattr(args, "custom_pg_loss_reducer_function_path", None) is not None:
         raise ValueError("custom_pg_loss_reducer_function_path is not supported")
     kind = args.advantage_estimator if args.advantage_estimator in ("gspo", "cispo") else "grpo"
-    chosen = {"reduction": "token_mean"} | options(args, OPTIONS)
+    chosen = {"reduction": "token_mean"} | read_options(args, OPTIONS)
     if kind != "cispo":
         chosen["dual_clip"] = args.eps_clip_c
     if args.use_opsm:
@@ -84,7 +84,7 @@ def to_objective(args: Any, **more: Any) -> Objective:
 
 
 class Slime:
-    """The policy loss; what miles has elsewhere is a method."""
+    """The policy loss. Its methods are the parts that miles has elsewhere or computes otherwise."""
 
     needs = "slime of August 2026 or later on Megatron-LM"
 
@@ -95,7 +95,7 @@ class Slime:
             raise ImportError(f"this needs {self.needs}: no module {name}") from error
 
     def ranks(self) -> tuple[int, int]:
-        """Tensor- and context-parallel ranks."""
+        """Return the numbers of tensor-parallel and of context-parallel ranks."""
         mpu = self.load("megatron.core").mpu
         return (
             mpu.get_tensor_model_parallel_world_size(),
@@ -109,15 +109,15 @@ class Slime:
         return batch["rollout_log_probs"] if args.use_rollout_logprobs else batch.get("log_probs")
 
     def reads_logits(self, args: Any) -> bool:
-        """Whether one rank's logits are all that the log-probs need."""
+        """Tell whether the log-probs follow from the logits of this rank alone."""
         return getattr(args, "rollout_top_p", 1.0) == 1.0
 
     def wants_entropy(self, args: Any) -> bool:
-        """Beyond what the objective needs."""
+        """Tell whether the entropy is wanted where the objective does not need it."""
         return False
 
     def score(self, args: Any, batch: dict[str, Any], logits: Tensor) -> dict[str, list[Tensor]]:
-        """The host's own log-probs and entropies, which know its parallelism."""
+        """Compute log-probs and entropies by the host's own function, which knows its parallelism."""
         home = self.load(LOSS)
         return home.get_log_probs_and_entropy(
             logits,
@@ -130,7 +130,7 @@ class Slime:
         )[1]
 
     def correction(self, args: Any, batch: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """The host's or the user's TIS function, and its arguments beyond the batch."""
+        """Return the TIS function of the host or of the user, and its arguments besides the batch."""
         home, path = self.load(LOSS), args.custom_tis_function_path
         return home.vanilla_tis_function if path is None else home.load_function(path), {}
 
@@ -152,7 +152,7 @@ class Slime:
         token: TokenDiagnostics,
         reduce: Any,
     ) -> Metrics:
-        """Of the distance between trainer and sampler."""
+        """Return the metrics of the distance between trainer and sampler."""
         if not batch.get("rollout_log_probs"):
             return {}
         compared = logps if args.use_rollout_logprobs or old is None else old
@@ -169,7 +169,7 @@ class Slime:
         given: dict[str, Any],
         fused: bool,
     ) -> tuple[LossOutput, TokenDiagnostics]:
-        """The loss, from the logits or from the host's log-probs, and what it makes of each token."""
+        """Compute the loss, from the logits or from the host's log-probs, and the values of each token."""
         if fused:
             out = from_logits(args, batch, logits, objective, tokens, self.wants_entropy(args))
         else:
@@ -191,15 +191,15 @@ class Slime:
         if args.use_tis or args.get_mismatch_metrics:
             importance, reduce, corrected = self._correct(args, batch)
         weights, mask = reducer_weights(reduce, advantages), torch.cat(batch["loss_masks"])
-        if ranks[1] > 1:  # those of this rank: the weights say which
+        if ranks[1] > 1:  # the weights tell which tokens are on this rank
             mask = weights != 0
-        elif not objective.needs_sequences:  # the weights are by the mask already
+        elif not objective.needs_sequences:  # the weights contain the mask already
             mask = mask != 0
-        elif mask.is_floating_point():  # it weighs in the means of sequences, too
+        elif mask.is_floating_point():  # it is also a weight in the means of sequences
             weights = torch.where(mask != 0, weights / mask, 0)
         given: dict[str, Any] = {
             "advantages": advantages,
-            "mask": mask,  # which response tokens count
+            "mask": mask,  # the response tokens that count
             "old_logps": torch.cat(old) if old else None,
             "ref_logps": torch.cat(batch["ref_log_probs"]) if args.use_kl_loss else None,
         }
@@ -215,15 +215,15 @@ class Slime:
                 return reduce(torch.where(given["mask"] != 0, x, 0))
 
             metrics = _metrics(args, batch, out, token, objective, given, mean)
-            if importance is not None:  # of all tokens, those too that the correction rejects
+            if importance is not None:  # over all tokens, also those that the correction rejects
                 metrics |= {name: sum_of_sample_mean(x) for name, x in corrected.items()}
-                # Not `token.ratio`: this one is not clamped where miles clamps its loss's.
+                # `token.ratio` would be wrong: miles clamps the ratio of its loss, but not this one.
                 metrics["ois"] = sum_of_sample_mean(token.log_ratio.exp())
             metrics |= self.more_metrics(args, batch, out.logps, given["old_logps"], token, mean)
         return out.loss, metrics
 
     def _correct(self, args: Any, batch: dict[str, Any]) -> tuple[Tensor, Any, Metrics]:
-        """(importance weights, reducer, metrics) of the TIS function."""
+        """Return (importance weights, reducer, metrics) of the TIS function."""
         if not batch.get("log_probs"):
             raise ValueError("use_tis: batch['log_probs'], the trainer's old log-probs, are needed")
         function, more = self.correction(args, batch)
@@ -249,7 +249,7 @@ def _metrics(
     given: dict[str, Any],
     reduce: Any,
 ) -> Metrics:
-    """slime's metrics of the loss."""
+    """Return slime's metrics of the loss."""
     clipped = token.clipped if objective.surrogate == "clip" else changed_by_clamp(token)
     metrics = {"loss": out.loss.detach(), "pg_loss": out.loss.detach()}
     if out.entropy is not None:
@@ -259,7 +259,7 @@ def _metrics(
     if args.use_kl_loss:
         metrics["kl_loss"] = reduce(token.kl)
         metrics["pg_loss"] = metrics["pg_loss"] - objective.beta * metrics["kl_loss"]
-    if args.use_opsm:  # slime counts the masked tokens of a stale response as well
+    if args.use_opsm:  # slime also counts the masked tokens of a stale response
         mask, cu_seqlens = given["mask"], given["cu_seqlens"]
         old = given["old_logps"]
         drift = torch.zeros_like(out.logps) if old is None else old - out.logps

@@ -1,10 +1,10 @@
-"""Hidden states and head of a Hugging Face causal LM, for losses that never see its logits.
+"""The hidden states and the head of a Hugging Face causal LM, for losses that need no logits.
 
-The model is left as it is: nothing is patched for longer than one call. `with_head` is the entry for
-training: it runs a loss inside the forward of whatever wraps the model (DDP, FSDP, DeepSpeed, PEFT), so that
-their hooks gather the weights and reduce the gradients as they do for any other forward.
+The model is not changed: nothing is patched for longer than one call. Use `with_head` for training. It runs a
+loss inside the forward of the model's wrappers (DDP, FSDP, DeepSpeed, PEFT), so that their hooks gather the
+weights and reduce the gradients as in any other forward.
 
-Needs: transformers >= 5.17 to build a model; nothing of it is imported here. PEFT is optional.
+It needs transformers >= 5.17 to build a model, but imports nothing of it. PEFT is optional.
 """
 
 import contextlib
@@ -32,15 +32,15 @@ T = TypeVar("T")
 
 
 def head_of(model: nn.Module) -> Head:
-    """The head of a causal LM, wrapped (PEFT, DDP, ...) or not.
+    """Return the head of a causal LM, wrapped (PEFT, DDP, ...) or not.
 
     Equivalent to `model.get_output_embeddings()` and the scalars that the model's configuration adds: with
     `hidden_states`, `head_of(model).logits(hidden_states(model, input_ids, attention_mask))` is
     `model(input_ids, attention_mask).logits`.
 
-    The weight is what the module holds at the moment: under FSDP or ZeRO-3 call it where that is the whole
-    weight, in `with_head`. Under transformers' tensor parallelism (`tp_plan="auto"`) it is this process's
-    rows, with the `tp_group` that shares them.
+    The weight is the one that the module has at the moment. Under FSDP or ZeRO-3 use `with_head`, where the
+    module has the whole weight. Under transformers' tensor parallelism (`tp_plan="auto"`) the weight has the
+    rows of this process, and `tp_group` are the processes that share them.
 
     Raises:
         TypeError: the head is not a plain linear layer: quantised, or with an adapter on it.
@@ -53,7 +53,7 @@ def head_of(model: nn.Module) -> Head:
 def hidden_states(
     model: nn.Module, input_ids: Tensor | None, attention_mask: Tensor | None = None, **inputs: Any
 ) -> Tensor:
-    """The last hidden states of a causal LM, those its head reads: (B, S, D).
+    """Compute the last hidden states of a causal LM, which its head reads: (B, S, D).
 
     Equivalent to `model(input_ids, attention_mask, output_hidden_states=True).hidden_states[-1]`, without the
     logits. An adapter that prepends virtual tokens makes S larger.
@@ -61,7 +61,7 @@ def hidden_states(
     Args:
         model: wrapped (PEFT, DDP, ...) or not.
         input_ids, attention_mask: (B, S).
-        inputs: whatever else the backbone takes: `position_ids`, `inputs_embeds`, ...
+        inputs: other arguments of the backbone: `position_ids`, `inputs_embeds`, ...
     """
     inputs |= {"input_ids": input_ids, "attention_mask": attention_mask}
     function = functools.partial(backbone_output, compiler=compiler_of(model))
@@ -71,10 +71,10 @@ def hidden_states(
 def backbone_output(
     lm: Any, /, *args: Any, compiler: Callable[[Any], Any] | None = None, **inputs: Any
 ) -> Tensor:
-    """The last hidden states of a bare causal LM, called with its own arguments.
+    """Compute the last hidden states of a bare causal LM, called with its own arguments.
 
     Args:
-        compiler: what to compile its backbone with.
+        compiler: compiles the backbone, if given.
     """
     backbone = lm.base_model
     if backbone is lm:  # Llama 4's text models name an attribute that only the multimodal model has
@@ -91,7 +91,7 @@ def backbone_output(
 
 
 def compiler_of(model: nn.Module) -> Callable[[Any], Any] | None:
-    """`torch.compile` with the options that the model was compiled with, or None if it was not."""
+    """Return `torch.compile` with the options of the model's own compilation; None if it is not compiled."""
     found = None
     for module in wrappers(model):
         if COMPILED in module._modules:
@@ -103,7 +103,7 @@ def compiler_of(model: nn.Module) -> Callable[[Any], Any] | None:
 
 @functools.cache
 def _warn_of_eager(name: str) -> None:
-    """Once for each class of model."""
+    """Warn, once for each class of model."""
     warnings.warn(
         f"grpo_fast: {name} was compiled in place (model.compile()), and runs uncompiled where its forward "
         "is replaced, in with_head and hidden_states: compile its backbone instead "
@@ -122,19 +122,19 @@ def with_head(
     dtype: torch.dtype | None = None,
     **inputs: Any,
 ) -> T:
-    """`function(hidden, head)`, run inside the forward of the model, of its wrappers and of its head.
+    """Run `function(hidden, head)` inside the forward of the model, of its wrappers and of its head.
 
-    What the function returns takes the place of the model's output, so the hooks of DDP, FSDP and DeepSpeed
-    see it: the head's weight is gathered while the function runs, and again for its backward. Only tensors,
-    and tuples, lists and dicts of them, are sure to pass through all of these hooks.
+    The value of the function replaces the model's output, so the hooks of DDP, FSDP and DeepSpeed see it. The
+    head's weight is gathered while the function runs, and again for its backward. Tensors, and tuples, lists
+    and dicts of tensors, pass through all of these hooks; other values may not.
 
     Args:
-        function: from the hidden states and the head to a loss, or anything else.
+        function: takes the hidden states and the head, and returns a loss or anything else.
         input_ids, attention_mask, inputs: as in `hidden_states`.
-        last: only the hidden states that score the last so many tokens, shifted: `hidden[:, t]` is that of
+        last: pass on only the hidden states that score the last `last` tokens, shifted: `hidden[:, t]` is at
             the position before token S - last + t. Default: all (B, S, D), as the model computes them.
-        dtype: of the hidden states. Default: that in which the model's own head takes them, autocast's or
-            that of its weight. torch.float32 makes products in float32 of a half-precision head, too.
+        dtype: the dtype of the hidden states. Default: that in which the model's own head takes them,
+            autocast's or the weight's. With torch.float32 also a half-precision head has float32 products.
 
     Example:
         >>> out = with_head(
@@ -163,10 +163,10 @@ def with_head(
 
 
 def inside_forward(model: nn.Module, function: Callable[..., T], /, *args: Any, **kwargs: Any) -> T:
-    """`model(*args, **kwargs)` with `function(lm, ...)` in place of the forward of the causal LM inside it.
+    """Run `model(*args, **kwargs)` with `function(lm, ...)` in place of the forward of the causal LM inside.
 
-    `lm` is the bare model; the wrappers around it run, and with them their hooks: they may move, cast or add
-    arguments. What the function closes over, they do not touch.
+    `lm` is the bare model. The wrappers around it run with their hooks, which may move, cast or add
+    arguments. They do not change variables that the function closes over.
     """
     lm = causal_lm(model)
 
@@ -181,9 +181,9 @@ def inside_forward(model: nn.Module, function: Callable[..., T], /, *args: Any, 
 
 
 def _bypassing(model: nn.Module) -> nn.Module | None:
-    """The PEFT wrapper that holds the bare model's forward as its own, and so would not call ours.
+    """Return the PEFT wrapper that has the bare model's forward as its own, and so would not call ours.
 
-    That is what `disable_adapter` does to a prompt adapter.
+    `disable_adapter` makes such a wrapper of a prompt adapter.
     """
     for module in model.modules():
         own = vars(module)
@@ -193,16 +193,16 @@ def _bypassing(model: nn.Module) -> nn.Module | None:
 
 
 def causal_lm(model: nn.Module) -> Any:
-    """The bare causal LM inside DDP, FSDP, DeepSpeed, torch.compile and PEFT wrappers."""
+    """Return the bare causal LM inside the wrappers of DDP, FSDP, DeepSpeed, torch.compile and PEFT."""
     return wrappers(model)[-1]
 
 
 def wrappers(model: nn.Module) -> list[Any]:
-    """A model and what it wraps, down to the bare causal LM."""
+    """Return a model and the modules that it wraps, down to the bare causal LM."""
     path: list[Any] = [model]
     while True:
         outer = path[-1]
-        # What the class has: FSDP, DeepSpeed and torch.compile pass on attributes of what they wrap.
+        # Ask the class: instances of FSDP, DeepSpeed and torch.compile pass on attributes of the inner model.
         if hasattr(type(outer), "get_base_model"):  # PEFT
             inner = outer.get_base_model()
         elif hasattr(type(outer), "get_output_embeddings"):
@@ -221,14 +221,14 @@ def wrappers(model: nn.Module) -> list[Any]:
 
 @torch.no_grad()
 def check_head(model: nn.Module) -> None:
-    """Hold the hidden states and the head of a model against its own logits, on four tokens.
+    """Check that the hidden states and the head of a model give its own logits, on four tokens.
 
-    Some architectures have layers, or factors, between backbone and logits that their configuration does not
-    tell. The model may be wrapped; where it is sharded, every process has to call this.
+    Some architectures have layers or factors between backbone and logits that are not in their configuration.
+    The model may be wrapped. If it is sharded, every process has to call this.
 
     Raises:
-        ValueError: they do not give the model's logits, up to 1e-3 of the largest (in half precision up to
-            eight units of its rounding).
+        ValueError: the logits differ by more than 1e-3 of the largest (in half precision by more than eight
+            units of its rounding).
     """
     lm = causal_lm(model)
     ids = torch.arange(1, 5, device=lm.device)[None]
@@ -261,5 +261,5 @@ def check_head(model: nn.Module) -> None:
 
 
 def _text_config(lm: Any) -> Any:
-    """The language model's configuration, also of a vision-language model."""
+    """Return the configuration of the language model, also from a vision-language model."""
     return lm.config.get_text_config()

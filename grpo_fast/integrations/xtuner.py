@@ -1,20 +1,20 @@
-"""xtuner (August 2026): its "vanilla" policy loss, by this library.
+"""The adapter of xtuner (August 2026): its "vanilla" policy loss.
 
-`GRPOLossConfig(policy_loss_cfg={"loss_type": "grpo_fast.integrations.xtuner.policy_loss", ...})`: xtuner
-imports a loss type with a dot in it. The other entries of `policy_loss_cfg` are those of "vanilla".
+Set `GRPOLossConfig(policy_loss_cfg={"loss_type": "grpo_fast.integrations.xtuner.policy_loss", ...})`: xtuner
+imports a loss type that has a dot in its name. The other entries of `policy_loss_cfg` are those of "vanilla".
 """
 
 from typing import Any
 
 from torch import Tensor
 
-from grpo_fast.integrations.shared.call import SUM, Call
-from grpo_fast.integrations.shared.options import At, at, options
+from grpo_fast.integrations.shared.call import SUM, LossCall
+from grpo_fast.integrations.shared.options import Entry, entry, read_options
 
-OPTIONS: dict[str, At] = {
-    "epsilon_low": at("cliprange_low"),
-    "epsilon_high": at("cliprange_high"),
-    "dual_clip": at("clip_ratio_c", missing=3.0),
+OPTIONS: dict[str, Entry] = {
+    "epsilon_low": entry("cliprange_low"),
+    "epsilon_high": entry("cliprange_high"),
+    "dual_clip": entry("clip_ratio_c", missing=3.0),
 }
 _INF = float("inf")
 
@@ -26,7 +26,7 @@ def policy_loss(
     loss_weights: Tensor,
     policy_loss_cfg: dict[str, Any],
 ) -> Tensor:
-    """xtuner's `pg_loss_fn`: the clipped objective with dual clip, summed with weights; all tensors (1, T).
+    """Compute xtuner's `pg_loss_fn`: the clipped objective with dual clip, a weighted sum of (1, T) tensors.
 
     Args:
         loss_weights: 0 where a token does not count, else its share of the global batch.
@@ -35,14 +35,14 @@ def policy_loss(
             (-inf and inf).
 
     Raises:
-        ValueError: another clamp, or a missing entry.
+        ValueError: the clamp is another one, or an entry is missing.
     """
     for name in ("cliprange_low", "cliprange_high"):
         if name not in policy_loss_cfg:
             raise ValueError(f"policy_loss_cfg: {name!r} is missing, got {sorted(policy_loss_cfg)}")
-    call = Call(
+    call = LossCall(
         preset="xtuner/vanilla",
-        options=options(policy_loss_cfg, OPTIONS) | _clamp(policy_loss_cfg),
+        options=read_options(policy_loss_cfg, OPTIONS) | _clamp(policy_loss_cfg),
         names=OPTIONS,
         average=SUM,
         logps=log_prob,
@@ -55,7 +55,7 @@ def policy_loss(
 
 
 def _clamp(policy_loss_cfg: dict[str, Any]) -> dict[str, float | None]:
-    """The clamp of the log-ratio, as options of `Objective`."""
+    """Translate the clamp of the log-ratio into options of `Objective`."""
     low = policy_loss_cfg.get("log_prob_diff_min", -20.0)
     high = policy_loss_cfg.get("log_prob_diff_max", 20.0)
     low, high = -_INF if low is None else low, _INF if high is None else high

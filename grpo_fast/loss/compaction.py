@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from grpo_fast.loss.arguments import LossArguments
-from grpo_fast.ops.group_advantage import kept_whole, z_scores
+from grpo_fast.ops.group_advantage import without_rounding, z_scores
 from grpo_fast.sequences import one_per_sequence, sequence_of_token, spread
 
 
@@ -72,7 +72,7 @@ def _advantages(given: LossArguments) -> Tensor:
     if given.advantages is not None:
         return given.advantages
     rewards = one_per_sequence(given.rewards)
-    return z_scores(kept_whole(rewards), given.group_size or 1)[:, None]
+    return z_scores(without_rounding(rewards), given.group_size or 1)[:, None]
 
 
 def _whole_sequences(

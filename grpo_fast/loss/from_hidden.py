@@ -13,7 +13,7 @@ from grpo_fast.loss.output import LossOutput, loss_output
 from grpo_fast.objective import OPTIONS, Objective
 from grpo_fast.operands import Terms
 from grpo_fast.ops.autograd import anchors_of, once_differentiable
-from grpo_fast.ops.coefficients import Batch, known_on_policy, values
+from grpo_fast.ops.coefficients import Batch, coefficients_known, values
 from grpo_fast.ops.group_advantage import z_scores
 from grpo_fast.ops.head import float64
 from grpo_fast.ops.head.arguments import HeadArguments, Needs, Options, Parameters, check_head
@@ -175,7 +175,7 @@ def linear_grpo_loss(
     return _loss(hidden, completion_ids, head, given, temperature, compact, dw_out, return_entropy)
 
 
-class _Call(NamedTuple):
+class _HiddenCall(NamedTuple):
     """Checked arguments of one call of `linear_grpo_loss`."""
 
     hidden: Tensor  # (N, D)
@@ -224,7 +224,7 @@ def _loss(
         return _in_float64(ids, exact, _with_advantages(batch, ids), objective, with_entropy)
     batch = _with_advantages(batch, ids)
     keep = keep_of(ids, mask, live, given) if compact else None
-    call = _Call(
+    call = _HiddenCall(
         flat_hidden, parameters, options, targets, batch, objective.terms, keep, with_entropy
     )
     covered = live if keep is None else to_device(keep, device)
@@ -263,15 +263,15 @@ def _with_advantages(batch: Batch, ids: Tensor) -> Batch:
     score = (float64.z_scores if double else z_scores)(rewards.values, rewards.group_size)
     rows = ids[None] if ids.ndim == 1 else ids
     tokens = batch.tokens._replace(advantages=spread(score, rows.shape, rewards.sequence))
-    return batch._replace(tokens=tokens, rewards=Rewards(None, 1, None))
+    return batch._replace(tokens=tokens, rewards=Rewards())
 
 
 def _with_gradients(
-    call: _Call, needs: Needs, dw_out: Tensor | None, packed: bool
+    call: _HiddenCall, needs: Needs, dw_out: Tensor | None, packed: bool
 ) -> tuple[Tensor, Outputs]:
     """Compute the loss, the values of each token, and the gradients, in one operator."""
     modes, everyone = call.terms.modes, call.keep
-    off_policy = not known_on_policy(call.batch.tokens.old_logp, modes)
+    off_policy = not coefficients_known(call.batch.tokens.old_logp, modes)
     by_sequence = modes.needs_sequences and not modes.by_entropy
     # With a frozen head and no bonus the coefficients may come late: then there is no second phase anyway.
     trained = needs.parameters or modes.has_bonus or bool(call.options.tp_group)
@@ -287,7 +287,7 @@ def _with_gradients(
     return loss, Outputs(*found[:5])
 
 
-def _with_others(call: _Call, mask: Tensor | None, out: Outputs) -> Outputs:
+def _with_others(call: _HiddenCall, mask: Tensor | None, out: Outputs) -> Outputs:
     """Add the log-probs and entropies of the tokens without a gradient, and compute the losses again."""
     keep = call.keep
     assert keep is not None

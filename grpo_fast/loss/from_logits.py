@@ -163,7 +163,7 @@ def grpo_loss(
         overwritten.check_overwritable(op, logits)
     anchors = anchors_of(logits)
     return_entropy = return_entropy or objective.needs_entropy
-    call = _Call(logits3, targets, batch, objective.terms, return_entropy, inplace)
+    call = _LogitsCall(logits3, targets, batch, objective.terms, return_entropy, inplace)
     out = _by_launch(call) if objective.by_token and with_grad else _by_phases(call)
     out = out._replace(loss=once_differentiable(op, out.loss, anchors))
     if inplace:
@@ -173,7 +173,7 @@ def grpo_loss(
     return loss_output(completion_ids, out, batch)
 
 
-class _Call(NamedTuple):
+class _LogitsCall(NamedTuple):
     """Checked arguments of one call of `grpo_loss`."""
 
     logits: Tensor  # (B, T, V)
@@ -184,20 +184,20 @@ class _Call(NamedTuple):
     inplace: bool
 
 
-def _by_launch(call: _Call) -> Outputs:
+def _by_launch(call: _LogitsCall) -> Outputs:
     """Compute the loss of each token and the gradient in one launch."""
     given = flat(call.targets, call.batch.tokens, call.batch.rewards, call.with_entropy, call.terms)
     return Outputs(*(grpo_inplace if call.inplace else grpo)(call.logits, *given)[:5])
 
 
-def _by_launch_with(call: _Call, coefficient: Tensor) -> Outputs:
+def _by_launch_with(call: _LogitsCall, coefficient: Tensor) -> Outputs:
     """Compute loss and gradient in one launch, given the surrogate's part of dloss/dlogp, (N,)."""
     tokens, terms = with_coefficients(call.batch.tokens, coefficient, call.terms)
-    batch = call.batch._replace(tokens=tokens, rewards=Rewards(None, 1, None))
+    batch = call.batch._replace(tokens=tokens, rewards=Rewards())
     return _by_launch(call._replace(batch=batch, terms=terms))
 
 
-def _by_phases(call: _Call) -> Outputs:
+def _by_phases(call: _LogitsCall) -> Outputs:
     """Compute the loss where a token's coefficient depends on other tokens, or no gradient is wanted.
 
     On policy this is one launch. Off policy with `inplace`, one read for the log-probs comes before

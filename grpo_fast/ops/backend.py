@@ -100,7 +100,7 @@ def warn_not_on_chip(why: str) -> None:
     )
 
 
-def run(function: str, like: Tensor, *args: Any, exact: bool = False, **kwargs: Any) -> Any:
+def run(function: str, like: Tensor, *args: Any, by_pytorch: bool = False, **kwargs: Any) -> Any:
     """Call a kernel: its launcher in `grpo_fast.kernels`, or its twin in `grpo_fast.torch_kernels`.
 
     This is the one place that chooses. Both have the same names and signatures.
@@ -108,11 +108,11 @@ def run(function: str, like: Tensor, *args: Any, exact: bool = False, **kwargs: 
     Args:
         function: module and name, such as "logprob.logprob_fwd".
         like: a tensor on the device that computes.
-        exact: whether to use PyTorch's operators on any device, for float64 or where there is
+        by_pytorch: whether to use PyTorch's operators on any device, for float64 or where there is
             nothing to launch on.
     """
     stem, name = function.split(".")
-    if exact or not use_triton(like):
+    if by_pytorch or not use_triton(like):
         twin = getattr(importlib.import_module(f"..torch_kernels.{stem}", __package__), name)
         return twin(*(x.vector if isinstance(x, Strided) else x for x in args), **kwargs)
     launcher = getattr(importlib.import_module(f"..kernels.{stem}", __package__), name)

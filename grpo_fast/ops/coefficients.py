@@ -83,7 +83,7 @@ def entropy_gradient(tokens: Tokens, terms: Terms, found: Values) -> Tensor | No
     return -terms.number("entropy_coef") * weight
 
 
-def known_on_policy(old_logp: Tensor | None, modes: Modes) -> bool:
+def coefficients_known(old_logp: Tensor | None, modes: Modes) -> bool:
     """Whether `coefficient_on_policy` can compute the coefficients."""
     by_kl = modes.has_kl and modes.kl == "k3_unbiased" and modes.through_mean
     return old_logp is None and not by_kl and not modes.by_entropy
@@ -97,7 +97,7 @@ def coefficient_on_policy(batch: Batch, terms: Terms) -> Tensor | None:
     and tokens that are chosen by entropy.
     """
     tokens = batch.tokens
-    if not known_on_policy(tokens.old_logp, terms.modes):
+    if not coefficients_known(tokens.old_logp, terms.modes):
         return None
     logp = torch.zeros_like(tokens.weight)
     alone = terms._replace(modes=terms.modes.surrogate_alone())

@@ -25,16 +25,16 @@ NARROW |= {torch.bool, torch.uint8, torch.int8, torch.int16}
 
 def _group_advantage(rewards: Tensor, *arguments: Any) -> Tensor:
     """Return the advantages (B,) fp32 of rewards (B,) fp32 or fp64."""
-    grouping, how = unflatten(arguments, Grouping, Standardization)
-    how = how._replace(eps=how.eps.item())
-    return run("group_advantage.group_advantage_fwd", rewards, rewards, grouping, how)
+    grouping, standardization = unflatten(arguments, Grouping, Standardization)
+    standardization = standardization._replace(eps=standardization.eps.item())
+    return run("group_advantage.group_advantage_fwd", rewards, rewards, grouping, standardization)
 
 
 group_advantage_op = torch.library.custom_op(
     "grpo_fast::group_advantage",
     _group_advantage,
     mutates_args=(),
-    schema=f"(Tensor rewards, {schema(grouping=Grouping, how=Standardization)}) -> Tensor",
+    schema=f"(Tensor rewards, {schema(grouping=Grouping, standardization=Standardization)}) -> Tensor",
 )
 
 
@@ -43,9 +43,13 @@ def _(rewards: Tensor, *arguments: Any) -> Tensor:
     return torch.empty_like(rewards, dtype=torch.float32)
 
 
-def group_advantage_fwd(rewards: Tensor, grouping: Grouping, how: Standardization) -> Tensor:
-    """Call the operator on rewards (B,); `how.eps` is a number."""
-    return group_advantage_op(rewards, *flat(grouping, how._replace(eps=operand(how.eps))))
+def group_advantage_fwd(
+    rewards: Tensor, grouping: Grouping, standardization: Standardization
+) -> Tensor:
+    """Call the operator on rewards (B,); `standardization.eps` is a number."""
+    return group_advantage_op(
+        rewards, *flat(grouping, standardization._replace(eps=operand(standardization.eps)))
+    )
 
 
 def z_scores(rewards: Tensor, group_size: int) -> Tensor:
@@ -61,14 +65,20 @@ def _combine_rewards(rewards: Tensor, weights: Tensor | None, *arguments: Any) -
 
     It is the weighted sum of the K rewards, or with `normalize` of their scores.
     """
-    grouping, normalize, how = unflatten(arguments, Grouping, bool, Standardization)
-    how = how._replace(eps=how.eps.item())
+    grouping, normalize, standardization = unflatten(arguments, Grouping, bool, Standardization)
+    standardization = standardization._replace(eps=standardization.eps.item())
     return run(
-        "group_advantage.combine_rewards_fwd", rewards, rewards, weights, grouping, normalize, how
+        "group_advantage.combine_rewards_fwd",
+        rewards,
+        rewards,
+        weights,
+        grouping,
+        normalize,
+        standardization,
     )
 
 
-_COMBINE = schema(grouping=Grouping, normalize=bool, how=Standardization)
+_COMBINE = schema(grouping=Grouping, normalize=bool, standardization=Standardization)
 combine_rewards_op = torch.library.custom_op(
     "grpo_fast::combine_rewards",
     _combine_rewards,
@@ -127,10 +137,10 @@ def check_rewards(
             hint = " (nan='skip' leaves missing ones out)" if columns and value != value else ""
             place = where[0] if rewards.ndim == 1 else tuple(where)
             raise ValueError(f"{op}: rewards: {value} at {place}, want finite rewards{hint}")
-    return kept_whole(rewards)
+    return without_rounding(rewards)
 
 
-def kept_whole(rewards: Tensor) -> Tensor:
+def without_rounding(rewards: Tensor) -> Tensor:
     """Return the rewards in float32 if that holds them exactly, else in the dtype `wide`."""
     dtype = torch.float32 if rewards.dtype in NARROW else wide(rewards)
     return rewards.detach().to(dtype).contiguous()
@@ -233,19 +243,21 @@ def group_advantage(
     if raw and scale == "batch":
         raise ValueError(f"{op}: singleton='raw' goes with scale='group' or 'none', got 'batch'")
     grouping = Grouping(group_size or 1, labels)
-    how = Standardization(scale, eps, unbiased, baseline == "leave_one_out", skip_nan, raw)
+    standardization = Standardization(
+        scale, eps, unbiased, baseline == "leave_one_out", skip_nan, raw
+    )
     if rewards.ndim == 2:
-        rewards, whole = _combined(op, rewards, weights, aggregation, grouping, how)
+        rewards, whole = _combined(op, rewards, weights, aggregation, grouping, standardization)
         if whole:
             grouping = Grouping(max(len(rewards), 1), None)
-            how = how._replace(scale="group", raw_singletons=False)
+            standardization = standardization._replace(scale="group", raw_singletons=False)
     elif weights is not None:
         raise ValueError(f"{op}: weights: has no effect with rewards (B,), want rewards (B, K)")
     elif aggregation != "sum_then_normalize":
         raise ValueError(
             f"{op}: aggregation={aggregation!r} has no effect with rewards (B,), want rewards (B, K)"
         )
-    return group_advantage_fwd(rewards, grouping, how)
+    return group_advantage_fwd(rewards, grouping, standardization)
 
 
 def _combined(
@@ -254,22 +266,26 @@ def _combined(
     weights: Tensor | None,
     aggregation: str,
     grouping: Grouping,
-    how: Standardization,
+    standardization: Standardization,
 ) -> tuple[Tensor, bool]:
     """Combine rewards (B, K) into (B,); return them and whether the batch is their group."""
     normalize = aggregation == "normalize_then_sum"
-    if normalize and how.scale == "batch":
+    if normalize and standardization.scale == "batch":
         raise ValueError(
             f"{op}: scale='batch' has no effect with aggregation='normalize_then_sum', which "
             "ends with the std of the batch; choose 'group' or 'none' for each reward's own"
         )
-    if normalize and how.leave_one_out:
+    if normalize and standardization.leave_one_out:
         raise ValueError(
             f"{op}: baseline='leave_one_out' has no effect with aggregation='normalize_then_sum'"
         )
     weights = _check_weights(op, weights, rewards)
-    how = how._replace(eps=operand(how.eps), leave_one_out=False)
-    return combine_rewards_op(rewards, weights, *flat(grouping, normalize, how)), normalize
+    standardization = standardization._replace(
+        eps=operand(standardization.eps), leave_one_out=False
+    )
+    return combine_rewards_op(
+        rewards, weights, *flat(grouping, normalize, standardization)
+    ), normalize
 
 
 def _check_weights(op: str, weights: Tensor | None, rewards: Tensor) -> Tensor | None:

@@ -36,7 +36,7 @@ SCHEMA = schema(**KINDS)
 NUM_ARGUMENTS = SCHEMA.count(",") + 1
 
 
-def sort(arguments: Sequence[Any]) -> Arguments:
+def as_records(arguments: Sequence[Any]) -> Arguments:
     """Return the operators' flat arguments as records."""
     return Arguments(*unflatten(arguments, *KINDS.values()))
 
@@ -92,15 +92,19 @@ def fill(
         entropy=out.entropy if a.with_entropy else None,
         kl=None if a.tokens.ref_logp is None else out.kl,
     )
+    kernel = _kernel(logits, dlogits, softcap)
+    cap: dict[str, Any] = (
+        {} if kernel.startswith("on_chip") else {"softcap": softcap}
+    )  # no cap there
     run(
-        _kernel(logits, dlogits, softcap),
+        kernel,
         logits,
         *(logits, targets, a.tokens, a.rewards, a.with_entropy),
         objective=Objective.from_terms(*a.terms),
         dlogits=dlogits,
-        softcap=softcap,
         out=written,
         arrived=arrived,
+        **cap,
     )
     return out
 
@@ -108,12 +112,12 @@ def fill(
 def _grpo(logits: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     """Return `Outputs`, then dlogits: the gradient of the sum of the losses."""
     dlogits = new_gradient(logits)
-    return (*fill(logits, sort(arguments), dlogits), dlogits)
+    return (*fill(logits, as_records(arguments), dlogits), dlogits)
 
 
 def _grpo_(logits: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     """Return `Outputs`; write the gradient over the logits."""
-    return tuple(fill(logits, sort(arguments), logits))
+    return tuple(fill(logits, as_records(arguments), logits))
 
 
 five, six = (f"({', '.join(['Tensor'] * n)})" for n in (5, 6))
@@ -130,12 +134,12 @@ grpo_ = torch.library.custom_op(
 
 @grpo_.register_fake
 def _(logits: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    return tuple(new_outputs(sort(arguments)))
+    return tuple(new_outputs(as_records(arguments)))
 
 
 @grpo.register_fake
 def _(logits: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    return (*new_outputs(sort(arguments)), new_gradient(logits))
+    return (*new_outputs(as_records(arguments)), new_gradient(logits))
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:

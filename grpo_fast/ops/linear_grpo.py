@@ -13,23 +13,22 @@ from torch import Tensor
 
 from grpo_fast.operands import Terms
 from grpo_fast.ops.autograd import without_graph
-from grpo_fast.ops.coefficients import known_on_policy
+from grpo_fast.ops.coefficients import coefficients_known
 from grpo_fast.ops.grpo import Arguments, new_outputs
 from grpo_fast.ops.head.arguments import Needs, Options, Parameters
 from grpo_fast.ops.head.chunk_length import row_limit
 from grpo_fast.ops.head.chunked import Head
 from grpo_fast.ops.head.gradients import by_phases, plan, rows_that_take_part, sequences_together
 from grpo_fast.ops.head.passes import (
-    NO_REWARDS,
     empty_gradients,
     fill_parts,
     lifted,
     scaled,
-    spread_rows,
+    scatter_rows,
 )
 from grpo_fast.ops.head.products import early_dtype, working_dtypes
 from grpo_fast.ops.scaling import scale_, scaled_to
-from grpo_fast.records import Sequences, Targets, Tokens, schema, unflatten
+from grpo_fast.records import Rewards, Sequences, Targets, Tokens, schema, unflatten
 
 USED_TWICE = (
     "linear_grpo_loss: backward ran a second time. The gradients are computed once, in the forward, and "
@@ -37,7 +36,7 @@ USED_TWICE = (
 )
 
 
-class Call(NamedTuple):
+class LinearArguments(NamedTuple):
     """The arguments of the operator after the hidden states."""
 
     parameters: Parameters
@@ -54,20 +53,20 @@ class Call(NamedTuple):
     @property
     def arguments(self) -> Arguments:
         """The arguments of the operator on logits."""
-        return Arguments(self.targets, self.tokens, NO_REWARDS, self.with_entropy, self.terms)
+        return Arguments(self.targets, self.tokens, Rewards(), self.with_entropy, self.terms)
 
 
-KINDS = get_type_hints(Call)
+KINDS = get_type_hints(LinearArguments)
 
 
-def sort(arguments: Sequence[Any]) -> Call:
+def as_records(arguments: Sequence[Any]) -> LinearArguments:
     """Return the operator's flat arguments as records."""
-    return Call(*unflatten(arguments, *KINDS.values()))
+    return LinearArguments(*unflatten(arguments, *KINDS.values()))
 
 
 def _forward(hidden: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     """Return the loss, `Outputs` of every token, and the gradients in the order of `Needs`."""
-    call = sort(arguments)
+    call = as_records(arguments)
     options, needs, modes = call.options, call.needs, call.terms.modes
     given = rows_that_take_part(
         call.arguments, call.sequences, call.keep, hidden, modes.needs_sequences
@@ -79,7 +78,7 @@ def _forward(hidden: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
         a = a._replace(tokens=tokens)
     given, ends = given._replace(arguments=a), given.ends
     limit = row_limit(hidden, options)
-    known = not modes.by_token and known_on_policy(a.tokens.old_logp, modes)
+    known = not modes.by_token and coefficients_known(a.tokens.old_logp, modes)
     way = plan(modes, known, needs, ends, limit, bool(options.tp_group))
     length = 0
     if way == "aligned" and ends is not None:
@@ -97,7 +96,7 @@ def _forward(hidden: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
             x /= lift
     optional = {"entropy": a.with_entropy, "kl": a.tokens.ref_logp is not None}
     outputs = [
-        spread_rows(x, given.rows, len(hidden), computed=optional.get(name, True))
+        scatter_rows(x, given.rows, len(hidden), computed=optional.get(name, True))
         for name, x in out._asdict().items()
     ]
     return (out.loss.sum(), *outputs, *gradients)
@@ -113,14 +112,14 @@ linear_grpo = torch.library.custom_op(
 
 @linear_grpo.register_fake
 def _(hidden: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    call = sort(arguments)
+    call = as_records(arguments)
     outputs = new_outputs(call.arguments)
     gradients = empty_gradients(hidden, call.parameters, call.needs, early_dtype(hidden))
     return (call.tokens.weight.new_empty(()), *outputs, *gradients)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    call = sort(inputs[1:])
+    call = as_records(inputs[1:])
     ctx.inputs, ctx.used = len(inputs), False
     ctx.dtypes = [None if x is None else x.dtype for x in (inputs[0], *call.parameters)]
     ctx.given = list(call.needs)

@@ -21,7 +21,7 @@ from grpo_fast.ops.head.passes import (
     read_all,
     read_with_unit_gradient,
     scaled,
-    spread_rows,
+    scatter_rows,
     write_all,
 )
 from grpo_fast.ops.scaling import weigh_rows
@@ -60,15 +60,15 @@ def _forward(hidden: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, T
     targets = select(scaled(targets, options), rows)
     N = len(hidden)
     if unit:
-        logp = spread_rows(read_with_unit_gradient(head, targets)[0], rows, N)
+        logp = scatter_rows(read_with_unit_gradient(head, targets)[0], rows, N)
         nothing = [logp.new_empty(0) for _ in range(3)]
         return logp, nothing[0], nothing[1], nothing[2], head.hidden_gradient()
     logp, entropy, top, total = read_all(head, targets, with_entropy)
     return (
-        spread_rows(logp, rows, N),
-        spread_rows(entropy, rows, N, computed=with_entropy),
-        spread_rows(top, rows, N),
-        spread_rows(total, rows, N, 1.0),
+        scatter_rows(logp, rows, N),
+        scatter_rows(entropy, rows, N, computed=with_entropy),
+        scatter_rows(top, rows, N),
+        scatter_rows(total, rows, N, 1.0),
         hidden.new_empty(0),
     )
 

@@ -19,13 +19,22 @@ RESULTS = "(Tensor, Tensor, Tensor, Tensor)"  # the fields of PolicyLoss
 def _policy_loss(logp: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     mask, tokens, terms = unflatten(arguments, *ARGUMENTS.values())
     objective = Objective.from_terms(*terms)
-    exact = logp.dtype == torch.float64
-    return present(
-        run("policy_loss.policy_loss_fwd", logp, logp, mask, tokens, objective, exact=exact), logp
+    by_pytorch = logp.dtype == torch.float64
+    return none_to_empty(
+        run(
+            "policy_loss.policy_loss_fwd",
+            logp,
+            logp,
+            mask,
+            tokens,
+            objective,
+            by_pytorch=by_pytorch,
+        ),
+        logp,
     )
 
 
-def present(found: PolicyLoss, logp: Tensor) -> tuple[Tensor, ...]:
+def none_to_empty(found: PolicyLoss, logp: Tensor) -> tuple[Tensor, ...]:
     """Return the fields as an operator returns them: (0,) in place of None."""
     return tuple(logp.new_empty(0) if x is None else x for x in found)
 
@@ -87,7 +96,7 @@ def _token_statistics(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     absent = {name: None for name, x in present.items() if not x.numel()}
     outputs = outputs._replace(**absent)
     on_device = "policy_loss.token_statistics_fwd"
-    return run(on_device, outputs.logp, outputs, *given, exact=not outputs.logp.numel())
+    return run(on_device, outputs.logp, outputs, *given, by_pytorch=not outputs.logp.numel())
 
 
 token_statistics_op = torch.library.custom_op(

@@ -19,8 +19,10 @@ def _reduction_weights(like: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     weighing = weighing._replace(
         num_items=_number(weighing.num_items, like), loss_scale=_number(weighing.loss_scale, like)
     )
-    exact = like.dtype == torch.float64 or not like.numel()
-    found = run("reduction_weights.reduction_weights_fwd", like, like, weighing, *how, exact=exact)
+    by_pytorch = like.dtype == torch.float64 or not like.numel()
+    found = run(
+        "reduction_weights.reduction_weights_fwd", like, like, weighing, *how, by_pytorch=by_pytorch
+    )
     dtypes = (*[torch.float32] * 3, torch.int64)
     return tuple(
         torch.empty(0, dtype=dtype, device=like.device) if x is None else x

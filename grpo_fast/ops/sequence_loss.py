@@ -8,7 +8,7 @@ from torch import Tensor
 from grpo_fast.objective import Objective
 from grpo_fast.operands import Terms
 from grpo_fast.ops.backend import run
-from grpo_fast.ops.policy_loss import RESULTS, backward, fake, present, setup_context
+from grpo_fast.ops.policy_loss import RESULTS, backward, fake, none_to_empty, setup_context
 from grpo_fast.records import PolicyLoss, Sequences, Tokens, flat, schema, unflatten
 
 ARGUMENTS = {"mask": Tensor | None, "tokens": Tokens, "sequences": Sequences, "terms": Terms}
@@ -17,8 +17,10 @@ ARGUMENTS = {"mask": Tensor | None, "tokens": Tokens, "sequences": Sequences, "t
 def _sequence_loss(logp: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     mask, tokens, sequences, terms = unflatten(arguments, *ARGUMENTS.values())
     given = (logp, mask, tokens, sequences, Objective.from_terms(*terms))
-    exact = logp.dtype == torch.float64
-    return present(run("sequence_loss.sequence_loss_fwd", logp, *given, exact=exact), logp)
+    by_pytorch = logp.dtype == torch.float64
+    return none_to_empty(
+        run("sequence_loss.sequence_loss_fwd", logp, *given, by_pytorch=by_pytorch), logp
+    )
 
 
 sequence_loss_op = torch.library.custom_op(

@@ -8,9 +8,11 @@ from torch import Tensor
 from grpo_fast.records import Grouping, Standardization
 
 
-def group_advantage_fwd(rewards: Tensor, grouping: Grouping, how: Standardization) -> Tensor:
+def group_advantage_fwd(
+    rewards: Tensor, grouping: Grouping, standardization: Standardization
+) -> Tensor:
     """Return the advantages (B,) fp32 of rewards (B,) fp32 or fp64."""
-    return group_scores(rewards, grouping, how).float()
+    return group_scores(rewards, grouping, standardization).float()
 
 
 def combine_rewards_fwd(
@@ -18,16 +20,18 @@ def combine_rewards_fwd(
     weights: Tensor | None,
     grouping: Grouping,
     normalize: bool,
-    how: Standardization,
+    standardization: Standardization,
 ) -> Tensor:
     """Return one reward per sequence, (B,) in the dtype `wide`, from rewards (B, K) fp32 or fp64.
 
     It is the weighted sum of the K rewards, or with `normalize` of their scores.
     """
-    values = group_scores(rewards, grouping, how) if normalize else rewards.to(wide(rewards))
+    values = (
+        group_scores(rewards, grouping, standardization) if normalize else rewards.to(wide(rewards))
+    )
     if weights is not None:
         values = values * weights
-    if not how.skip_nan:
+    if not standardization.skip_nan:
         return values.sum(1)
     missing = rewards.isnan()
     return torch.where(missing, 0, values).sum(1).masked_fill(missing.all(1), torch.nan)
@@ -38,7 +42,7 @@ def wide(x: Tensor) -> torch.dtype:
     return torch.float32 if x.device.type == "mps" else torch.float64
 
 
-def group_scores(rewards: Tensor, grouping: Grouping, how: Standardization) -> Tensor:
+def group_scores(rewards: Tensor, grouping: Grouping, standardization: Standardization) -> Tensor:
     """Return the scores of rewards (B,), or of each column of (B, K), in the dtype `wide`."""
     rewards = rewards.to(wide(rewards))
     if rewards.numel() == 0:
@@ -48,7 +52,9 @@ def group_scores(rewards: Tensor, grouping: Grouping, how: Standardization) -> T
     else:
         group = grouping.labels.unique(return_inverse=True)[1]
     shape = (int(group.max()) + 1, *rewards.shape[1:])
-    present = ~rewards.isnan() if how.skip_nan else torch.ones_like(rewards, dtype=torch.bool)
+    present = (
+        ~rewards.isnan() if standardization.skip_nan else torch.ones_like(rewards, dtype=torch.bool)
+    )
 
     def total(x: Tensor) -> Tensor:
         return x.new_zeros(shape).index_add_(0, group, torch.where(present, x, 0))
@@ -64,25 +70,25 @@ def group_scores(rewards: Tensor, grouping: Grouping, how: Standardization) -> T
     centred = u - total(u)[group] / count
     squares = total(centred.square())[group]
     differ = highest != lowest
-    if how.leave_one_out:  # equals r - mean of the others
+    if standardization.leave_one_out:  # equals r - mean of the others
         centred = centred * (count / (count - 1).clamp(min=1))
-    if how.raw_singletons:  # mean 0, std 1
+    if standardization.raw_singletons:  # mean 0, std 1
         alone = count == 1
         centred = torch.where(alone, rewards, centred)
         squares, unit = torch.where(alone, 1, squares), torch.where(alone, 1, unit)
         differ = differ | alone
-    if how.scale == "batch":
+    if standardization.scale == "batch":
         count = present.sum(0).to(rewards.dtype)
         bounds = (torch.where(present, rewards, x) for x in (-math.inf, math.inf))
         u, of_batch = from_lowest(rewards, next(bounds).amax(0), next(bounds).amin(0))
         mean = torch.where(present, u, 0).sum(0) / count
         squares = torch.where(present, u - mean, 0).square().sum(0)
         centred, unit = centred * (unit / of_batch), of_batch
-    if how.scale == "none":
+    if standardization.scale == "none":
         centred = centred * unit
     else:
-        freedom = (count - 1).clamp(min=1) if how.unbiased else count
-        centred = centred / ((squares / freedom).sqrt() + how.eps / unit)
+        freedom = (count - 1).clamp(min=1) if standardization.unbiased else count
+        centred = centred / ((squares / freedom).sqrt() + standardization.eps / unit)
     return torch.where(differ & present, centred, 0)
 
 

@@ -25,7 +25,7 @@ def sequence_loss_fwd(
     own = found.free.to(logp.dtype)
     if through_mean:
         own = torch.where(found.opened, own * found.part, 0)
-    tokens = tokens._replace(importance=poisoned(tokens.importance, found))
+    tokens = tokens._replace(importance=nan_where_undecided(tokens.importance, found))
     terms = policy_terms(
         logp, tokens, Ratio(found.bounded, own, found.log_w, found.dropped), objective
     )
@@ -58,7 +58,7 @@ class Ratios(NamedTuple):
     undecided: Tensor | None  # a NaN in the sequence leaves `dropped` open
 
 
-def poisoned(importance: Tensor | None, found: Ratios) -> Tensor | None:
+def nan_where_undecided(importance: Tensor | None, found: Ratios) -> Tensor | None:
     """Return importance weights that are NaN where nobody can tell whether the token is dropped."""
     if found.undecided is None:
         return importance

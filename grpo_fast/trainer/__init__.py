@@ -1,5 +1,5 @@
-"""The thin reference trainer: GRPO on any causal language model of transformers, through `grpo_fast.loss`.
+"""The included trainer: GRPO on any causal language model of transformers, with the losses of grpo_fast.
 
-`grpo_fast.trainer.train.train(config)` is the whole run, `grpo_fast.trainer.cli` its command line.
-Needs the extra [train]; the README says how to install it.
+`grpo_fast.trainer.train.train(config)` makes a whole run, and `grpo_fast.trainer.cli` is its command line.
+The trainer needs the extra [train]; the README says how to install it.
 """

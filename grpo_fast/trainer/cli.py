@@ -16,10 +16,10 @@ EXTRA = ("transformers", "tokenizers", "matplotlib", "yaml", "tqdm", "filelock")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns its exit status.
+    """Run a command and return its exit status.
 
-    0: done. 1: failed on the way. 2: an argument that cannot be used. 128 + n: ended by signal n (130:
-    Ctrl-C), with a checkpoint.
+    0: done. 1: failed. 2: an argument cannot be used. 128 + n: signal n ended the run (130: Ctrl-C), and a
+    checkpoint was saved.
     """
     parser = argparse.ArgumentParser(prog="grpo-fast", description=__doc__)
     parser.add_argument("command", choices=["train", "eval"])
@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(command: str, arguments: Sequence[str]) -> int:
-    """`main` of one command."""
+    """Run one command, and turn its errors into messages and exit statuses."""
     if found_version("transformers") is not None:  # else its import names the extra
         try:
             require("transformers", TRANSFORMERS)
@@ -58,7 +58,7 @@ def run(command: str, arguments: Sequence[str]) -> int:
 
 
 def how_to_install() -> str:
-    """The command that installs what the trainer needs: in a checkout, or of an installed package."""
+    """Return the command that installs what the trainer needs, for a checkout or an installed package."""
     root = Path(grpo_fast.__file__).parents[1]
     if (root / "pyproject.toml").is_file():
         return f"pip install '{root}[train]' (or `make train` there, in an environment of its own)"
@@ -66,11 +66,13 @@ def how_to_install() -> str:
 
 
 def fail(command: str, status: int, message: str) -> int:
+    """Print an error and return the exit status."""
     print(f"grpo-fast {command}: error: {message}", file=sys.stderr)
     return status
 
 
 def train(arguments: Sequence[str]) -> int:
+    """Run `grpo-fast train` and print how the run ended."""
     from grpo_fast.trainer import config
     from grpo_fast.trainer import train as training
 
@@ -89,12 +91,15 @@ def train(arguments: Sequence[str]) -> int:
 
 
 def evaluate(arguments: Sequence[str]) -> int:
+    """Run `grpo-fast eval` and print its line."""
     parser = argparse.ArgumentParser(
         prog="grpo-fast eval", description="accuracy of a run on its held-out problems"
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run or a checkpoint")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--seed", type=int, default=0, help="of the sampled answers")
+    parser.add_argument(
+        "--device", default="auto", help="cpu, cuda, ...; auto: cuda if there is one"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sampled answers")
     chosen = parser.parse_args(arguments)
     from grpo_fast.trainer.evaluate import evaluate_run
 
@@ -104,7 +109,7 @@ def evaluate(arguments: Sequence[str]) -> int:
 
 
 def quiet() -> None:
-    """No progress bars of transformers' own between ours, and its warnings not beside our errors."""
+    """Turn off the progress bars and warnings of transformers: the trainer prints its own."""
     from huggingface_hub.utils import logging as hub
     from transformers.utils import logging
 

@@ -1,4 +1,4 @@
-"""`TrainConfig`: every option of a training run, from the command line and from YAML."""
+"""`TrainConfig`: the options of a training run, read from the command line and from YAML."""
 
 import argparse
 import dataclasses
@@ -17,7 +17,7 @@ from grpo_fast.presets import PRESETS
 from grpo_fast.spelling import closest, did_you_mean
 from grpo_fast.trainer import files
 
-# What an option that is not given becomes: for a new model, with --model.
+# The defaults that depend on the model: of a new model, and with --model.
 DEFAULTS: dict[str, tuple[Any, Any]] = {
     "prompts_per_step": (32, 8),
     "max_new_tokens": (8, 256),
@@ -26,11 +26,11 @@ DEFAULTS: dict[str, tuple[Any, Any]] = {
     "learning_rate": (1e-3, 1e-6),
     "lr_warmup_steps": (10, 0),
 }
-HELDOUT = 150  # of the built-in task; of a dataset a tenth, and at most so many
+HELDOUT = 150  # held-out problems of the built-in task, and the most of a dataset (else a tenth)
 
 
 def default_text(name: str) -> str | None:
-    """What the documentation says of a default that depends on other options; None: it does not."""
+    """Return the documented text of a default that depends on other options; None for other defaults."""
     if name == "heldout":
         return f"{HELDOUT}; with `dataset` a tenth, at most {HELDOUT}"
     if name not in DEFAULTS:
@@ -40,7 +40,7 @@ def default_text(name: str) -> str | None:
 
 
 def option(default: Any, text: str) -> Any:
-    """A dataclass field whose help text is `text`."""
+    """Return a dataclass field with the help text `text`."""
     return dataclasses.field(default=default, metadata={"help": text})
 
 
@@ -49,78 +49,110 @@ class TrainConfig:
     """The options of `grpo-fast train`; `--help` and docs/trainer.md describe each.
 
     Raises:
-        ValueError: a value out of range or a combination without a meaning, naming the option.
+        ValueError: a value is out of range, or a combination has no meaning; the message names the option.
     """
 
     # The task
-    task: Literal["arithmetic"] = option("arithmetic", "built-in task, where no dataset is given")
-    max_operand: int = option(29, "arithmetic: the operands are 0 to this")
-    dataset: str | None = option(None, "JSON Lines file with a column prompt, and answer")
+    task: Literal["arithmetic"] = option(
+        "arithmetic", "the built-in task; used where no dataset is given"
+    )
+    max_operand: int = option(29, "arithmetic: the largest operand; the smallest is 0")
+    dataset: str | None = option(
+        None, "JSON Lines file of prompts and answers; default: the built-in task"
+    )
     reward: list[str] = dataclasses.field(
         default_factory=list,
-        metadata={"help": "reward functions module:function, in place of the task's own"},
+        metadata={"help": "reward functions, each as module:function; they replace the task's own"},
     )
     reward_dir: str | None = option(
-        None, "folder where the modules of reward are looked for; default: the current one"
+        None, "folder where the modules of reward are searched first; default: the current folder"
     )
     reward_weights: list[float] = dataclasses.field(
-        default_factory=list, metadata={"help": "one per reward function; default: 1 each"}
+        default_factory=list, metadata={"help": "one weight per reward function; default: 1 each"}
     )
-    heldout: int = option(None, "problems kept out of training for evaluation")
+    heldout: int = option(None, "number of problems that are kept out of training, for evaluation")
     # The model
-    model: str | None = option(None, "folder or hub id of a causal LM; default: a small new one")
-    hidden_size: int = option(64, "of the new model")
-    num_layers: int = option(2, "of the new model")
-    num_heads: int = option(4, "of the new model")
-    device: str = option("auto", "cpu, cuda, cuda:1, mps, ...; auto: cuda where there is one")
-    dtype: Literal["auto", "float32", "bfloat16"] = option(
-        "auto", "of activations; weights stay float32. auto: bfloat16 on cuda where supported"
+    model: str | None = option(
+        None, "folder or hub id of a causal language model; default: a small new one"
     )
-    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass")
+    hidden_size: int = option(64, "hidden size of a new model")
+    num_layers: int = option(2, "number of layers of a new model")
+    num_heads: int = option(4, "number of attention heads of a new model")
+    device: str = option(
+        "auto", "device to train on: cpu, cuda, cuda:1, mps, ...; auto: cuda if there is one"
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = option(
+        "auto",
+        "precision of the activations (weights stay float32); auto: bfloat16 on cuda if supported",
+    )
+    gradient_checkpointing: bool = option(
+        False, "recompute the activations in the backward pass, which saves memory"
+    )
     # Supervised warm-up of a new model
-    warmup_steps: int = option(600, "at most so many supervised steps before GRPO; 0: none")
-    warmup_reward: float = option(0.36, "the warm-up ends as soon as sampled answers earn this")
-    warmup_error_rate: float = option(0.5, "arithmetic: share of wrong demonstrations")
-    warmup_batch_size: int = option(128, "demonstrations per warm-up step")
-    warmup_learning_rate: float = option(3e-3, "of the warm-up")
+    warmup_steps: int = option(
+        600, "largest number of supervised steps before GRPO, for a new model; 0: none"
+    )
+    warmup_reward: float = option(0.36, "mean reward of sampled answers at which the warm-up ends")
+    warmup_error_rate: float = option(
+        0.5, "arithmetic: share of the warm-up's demonstrations that are wrong"
+    )
+    warmup_batch_size: int = option(128, "number of demonstrations per warm-up step")
+    warmup_learning_rate: float = option(3e-3, "learning rate of the warm-up")
     # Sampling
-    prompts_per_step: int = option(None, "P: prompts per GRPO step")
-    group_size: int = option(8, "G: completions per prompt")
+    prompts_per_step: int = option(None, "P, the number of prompts per GRPO step")
+    group_size: int = option(8, "G, the number of completions per prompt")
     max_new_tokens: int = option(None, "longest completion, in tokens")
-    temperature: float = option(1.0, "of sampling, and of the log-probs that are optimised")
+    temperature: float = option(1.0, "temperature of the samples, and of the log-probs in the loss")
     # Optimisation
-    steps: int = option(200, "GRPO steps")
-    num_iterations: int = option(None, "mu: optimiser steps per batch of completions")
-    micro_batch_size: int | None = option(None, "completions per forward pass, sampling included")
-    learning_rate: float = option(None, "peak of the schedule")
-    lr_scheduler: str = option("linear", "a schedule of transformers.get_scheduler")
-    lr_warmup_steps: int = option(None, "GRPO steps until the peak")
-    weight_decay: float = option(0.0, "of AdamW")
-    max_grad_norm: float = option(1.0, "gradients are scaled down to this norm")
+    steps: int = option(200, "number of GRPO steps")
+    num_iterations: int = option(None, "mu, the number of optimiser steps per batch of completions")
+    micro_batch_size: int | None = option(
+        None, "largest number of completions in one forward pass, also in sampling"
+    )
+    learning_rate: float = option(None, "highest learning rate of the schedule")
+    lr_scheduler: str = option(
+        "linear", "learning rate schedule, by its name in transformers.get_scheduler"
+    )
+    lr_warmup_steps: int = option(None, "number of GRPO steps until the learning rate is highest")
+    weight_decay: float = option(0.0, "weight decay of AdamW")
+    max_grad_norm: float = option(
+        1.0, "largest gradient norm; larger gradients are scaled down to it"
+    )
     # The objective
     objective: str = option(
-        "grpo", "a preset of grpo_fast.Objective; the options below override it"
+        "grpo", "preset of grpo_fast.Objective; the six options after it override its values"
     )
-    beta: float | None = option(None, "weight of the KL to the policy before GRPO; 0: no reference")
-    kl: str | None = option(None, "KL estimator: k1, abs, k2, k3, k3_unbiased")
-    epsilon_low: float | None = option(None, "the ratio is clipped below 1 - epsilon_low")
-    epsilon_high: float | None = option(None, "and above 1 + epsilon_high")
-    reduction: str | None = option(None, "sequence_mean, token_mean, sequence_sum, fixed_length")
+    beta: float | None = option(
+        None, "weight of the KL to the policy before GRPO; 0: no reference model"
+    )
+    kl: str | None = option(None, "KL estimator: k1, abs, k2, k3 or k3_unbiased")
+    epsilon_low: float | None = option(
+        None, "lower end of the clip range: the ratio is clipped below 1 - epsilon_low"
+    )
+    epsilon_high: float | None = option(
+        None, "upper end of the clip range: the ratio is clipped above 1 + epsilon_high"
+    )
+    reduction: str | None = option(
+        None,
+        "how token losses are averaged: sequence_mean, token_mean, sequence_sum or fixed_length",
+    )
     entropy_coef: float | None = option(None, "weight of the entropy bonus")
     scale_rewards: Literal["group", "batch", "none"] = option(
-        "group", "advantages are divided by the std of the group, of the batch, or not at all"
+        "group",
+        "divide advantages by the standard deviation of the group, of the batch, or not at all",
     )
     # The run
     name: str | None = option(
-        None, "of the run; default: that of the task or dataset; where it is taken with -2, -3, ..."
+        None,
+        "name of the run; default: that of the task or dataset, with -2, -3, ... if it is taken",
     )
-    output_dir: str = option("runs", "a run lives in <output_dir>/<name>")
+    output_dir: str = option("runs", "folder of all runs; this run is in <output_dir>/<name>")
     overwrite: bool = option(False, "replace an existing run of this name")
-    seed: int = option(0, "of everything random")
-    threads: int = option(0, "CPU threads; 0: one for a new model, else PyTorch's choice")
-    save_steps: int = option(100, "GRPO steps between checkpoints")
-    keep_checkpoints: int = option(2, "newest checkpoints that are kept")
-    samples: int = option(4, "completions shown before and after")
+    seed: int = option(0, "seed of all random numbers")
+    threads: int = option(0, "number of CPU threads; 0: one for a new model, else PyTorch's choice")
+    save_steps: int = option(100, "number of GRPO steps between two checkpoints")
+    keep_checkpoints: int = option(2, "number of checkpoints to keep, the newest ones")
+    samples: int = option(4, "number of completions to print before and after training")
 
     def __post_init__(self) -> None:
         for name in ("dataset", "reward_dir", "output_dir"):
@@ -165,10 +197,10 @@ class TrainConfig:
         self.to_objective()
 
     def to_objective(self) -> Objective:
-        """The preset with this configuration's overrides.
+        """Return the preset with the overrides of this configuration.
 
         Raises:
-            ValueError: an unknown preset, or a value out of range.
+            ValueError: the preset is unknown, or a value is out of range.
         """
         names = ("beta", "kl", "epsilon_low", "epsilon_high", "reduction", "entropy_coef")
         given = {n: getattr(self, n) for n in names if getattr(self, n) is not None}
@@ -189,17 +221,17 @@ _CHOICES = {
     "task": ("arithmetic",),
     "dtype": ("auto", "float32", "bfloat16"),
     "scale_rewards": ("group", "batch", "none"),
-    # Those that need nothing but the number of steps.
+    # The schedules that need nothing but the number of steps.
     "lr_scheduler": ("linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt"),
 }
 
 
 def parse(arguments: Sequence[str]) -> TrainConfig:
-    """The configuration of `[CONFIG.yaml] [--option value]...`; options win over the file.
+    """Parse `[CONFIG.yaml] [--option value]...`; options override the file.
 
     Raises:
-        ValueError: an unknown option or key, a bad value, or an unreadable file.
-        SystemExit: --help, or a value of the wrong type (argparse has said which).
+        ValueError: an option or key is unknown, a value is bad, or the file cannot be read.
+        SystemExit: after --help, or a value of the wrong type (argparse has printed which).
     """
     arguments = list(arguments)
     for name in ("reward", "reward_weights"):
@@ -223,7 +255,7 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Defaults in the help texts, also those that depend on other options."""
+    """A formatter that adds defaults to help texts, also those that depend on other options."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if text := default_text(action.dest):
@@ -234,10 +266,10 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def renamed(config: TrainConfig, arguments: Sequence[str]) -> TrainConfig:
-    """`config` under a free name where its name is that of the run whose config.yaml was read.
+    """Give a run that repeats another, from its config.yaml, a free name.
 
-    So `grpo-fast train runs/x/config.yaml` repeats the run, beside it. A name or --overwrite among the
-    arguments stays.
+    So `grpo-fast train runs/x/config.yaml` repeats the run in a new folder. With --name or --overwrite among
+    the arguments the name is kept.
     """
     path = Path(arguments[0]) if arguments else Path()
     if config.name is None or path.name != "config.yaml" or not path.is_file():
@@ -251,10 +283,10 @@ def renamed(config: TrainConfig, arguments: Sequence[str]) -> TrainConfig:
 
 
 def yaml_arguments(path: Path) -> list[str]:
-    """The keys of a YAML file as command-line arguments, so that both are checked alike.
+    """Return the keys of a YAML file as command-line arguments, so that both get the same checks.
 
     Raises:
-        ValueError: not a file, not a mapping, an unknown key, or a null where there is a default.
+        ValueError: it is no file or no mapping, a key is unknown, or null is given where there is a default.
     """
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
@@ -281,7 +313,7 @@ def yaml_arguments(path: Path) -> list[str]:
 
 
 def _plain(value: Any) -> str:
-    """A value without an exponent: argparse would take -1e-05 for an option."""
+    """Format a value without an exponent: argparse would take -1e-05 for an option."""
     if isinstance(value, float) and math.isfinite(value):
         return format(Decimal(repr(value)), "f")
     return str(value)
@@ -290,7 +322,7 @@ def _plain(value: Any) -> str:
 def save(config: TrainConfig, path: Path) -> None:
     """Write all options as YAML that `parse` reads back, in any working directory.
 
-    `overwrite` is not written: it was a permission for this run, not for one that repeats it.
+    `overwrite` is not written: it was a permission for this run, and not for a repetition.
     """
     options = dataclasses.asdict(config) | {"overwrite": False}
     for name in ("dataset", "model", "output_dir", "reward_dir"):
@@ -301,7 +333,7 @@ def save(config: TrainConfig, path: Path) -> None:
     files.write(path, yaml.safe_dump(options, sort_keys=False, allow_unicode=True).encode())
 
 
-# What other trainers call our options.
+# The names of our options in other trainers.
 _ELSEWHERE = {
     "group_size": "num_generations n rollout_n num_samples",
     "max_new_tokens": "max_completion_length max_response_length max_length",
@@ -340,7 +372,7 @@ _NONE_HERE = {
 
 
 def _suggestion(option: str) -> str:
-    """What to write instead of an option that is not there."""
+    """Suggest what to write instead of an unknown option."""
     name = option.split("=")[0].replace("-", "_")
     for ours, theirs in _ELSEWHERE.items():
         if name in theirs.split():

@@ -1,4 +1,4 @@
-"""Standard output and error that may go away: a closed terminal or pipe does not end a run."""
+"""Standard output and error of a run, which does not end when the terminal or pipe is closed."""
 
 import contextlib
 import os
@@ -33,14 +33,14 @@ class _Stream:
         return getattr(self._stream, name)
 
     def _let_go(self) -> None:
-        """Send what is left to nowhere, as Python's documentation advises for a closed pipe."""
+        """Send the rest of the output to the null device, as Python's documentation advises."""
         with contextlib.suppress(OSError, ValueError, AttributeError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
 
 
 @contextlib.contextmanager
 def lasting() -> Iterator[None]:
-    """Within it, no print and no progress bar raises because nobody reads it any more."""
+    """Keep prints and progress bars from raising when nobody reads them any more."""
     with contextlib.ExitStack() as stack:
         nowhere = stack.enter_context(open(os.devnull, "w"))
         out, err = (_Stream(stream or nowhere) for stream in (sys.stdout, sys.stderr))

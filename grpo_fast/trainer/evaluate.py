@@ -1,4 +1,4 @@
-"""Evaluation of a policy on problems it was not trained on."""
+"""The evaluation of a policy on held-out problems."""
 
 import dataclasses
 from pathlib import Path
@@ -18,12 +18,12 @@ BATCH = 256
 def mean_rewards(
     policy: Policy, task: Task, rows: list[Row], config: TrainConfig, temperature: float
 ) -> dict[str, float]:
-    """Means over one completion per row: "reward", the total, and "accuracy".
+    """Return means over one completion per row: "reward", the total, and "accuracy".
 
     "accuracy" is the mean of the first reward function: the one that tells whether an answer is right.
 
     Args:
-        temperature: of sampling; 0 is greedy.
+        temperature: the temperature of sampling; 0 is greedy.
     """
     prompts = [row["prompt"] for row in rows]
     size = min(BATCH, config.micro_batch_size or BATCH)
@@ -33,7 +33,7 @@ def mean_rewards(
 
 
 def report(policy: Policy, task: Task, config: TrainConfig) -> str:
-    """One line: accuracy and reward on the held-out problems, greedy and sampled."""
+    """Return one line with accuracy and reward on the held-out problems, greedy and sampled."""
     greedy, sampled = (
         mean_rewards(policy, task, task.heldout, config, t) for t in (0.0, config.temperature)
     )
@@ -45,10 +45,10 @@ def report(policy: Policy, task: Task, config: TrainConfig) -> str:
 
 
 def evaluate_run(run_dir: Path, device: str = "auto", seed: int = 0) -> str:
-    """`report` on the newest checkpoint of a run, or on the checkpoint itself where `run_dir` is one.
+    """Return the `report` of the newest checkpoint of a run, or of `run_dir` if that is a checkpoint.
 
     Raises:
-        ValueError: not a run, or one without a checkpoint.
+        ValueError: it is no run, or has no checkpoint.
     """
     run_dir = run_dir.expanduser()
     checkpoint = run_dir

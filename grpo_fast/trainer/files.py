@@ -1,6 +1,7 @@
-"""Files and folders that appear whole or not at all, and leave their place before they are deleted.
+"""Files and folders that are written completely or not at all.
 
-What is unfinished or on its way out has a hidden name: `.<name>.partial`, `.<name>.old`, `.<name>.deleted`.
+A file or folder that is unfinished, replaced or being deleted has a hidden name: `.<name>.partial`,
+`.<name>.old`, `.<name>.deleted`.
 """
 
 import contextlib
@@ -15,15 +16,15 @@ FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
 def hidden(path: Path, state: str) -> Path:
-    """Where `path` is kept while it is "partial", "old" or "deleted"."""
+    """Return the hidden name of `path` in the state "partial", "old" or "deleted"."""
     return path.with_name(f".{path.name.lstrip('.')}.{state}")
 
 
 def write(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all, in place of one that is there.
+    """Write a file completely or not at all; it replaces an existing one.
 
     Raises:
-        OSError: naming `path`; what was there is unchanged.
+        OSError: the message names `path`; an existing file is unchanged.
     """
     partial = hidden(path, "partial")
     try:
@@ -39,9 +40,9 @@ def write(path: Path, content: bytes) -> None:
 
 
 def publish(partial: Path, final: Path) -> None:
-    """Give a finished folder its name, in place of one that is there.
+    """Give a finished folder its name; it replaces an existing one.
 
-    At every moment `final` or its hidden "old" is a whole folder.
+    At every moment `final` or its hidden "old" name is a complete folder.
     """
     for path in (*partial.rglob("*"), partial):
         _sync(path)
@@ -55,7 +56,7 @@ def publish(partial: Path, final: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Delete a file or folder: it is gone from its place before anything in it is."""
+    """Delete a file or folder; it loses its name before any of its content is deleted."""
     deleted = hidden(path, "deleted")
     _delete(deleted)
     os.replace(path, deleted)
@@ -63,7 +64,7 @@ def remove(path: Path) -> None:
 
 
 def tidy(folder: Path) -> None:
-    """Undo or finish what a process that died left in a folder: no hidden name stays."""
+    """Undo or finish the work of a process that died, so that no hidden name is left in a folder."""
     for path in sorted(folder.glob(".*")):
         name, _, state = path.name[1:].rpartition(".")
         if state == "old" and not (folder / name).exists():
@@ -75,16 +76,16 @@ def tidy(folder: Path) -> None:
 
 
 def free_name(folder: Path, stem: str) -> str:
-    """The first of stem, stem-2, stem-3, ... that is not in `folder`."""
+    """Return the first of stem, stem-2, stem-3, ... that is not in `folder`."""
     names = itertools.chain([stem], (f"{stem}-{i}" for i in itertools.count(2)))
     return next(name for name in names if not os.path.lexists(folder / name))
 
 
 def named(error: Exception, path: Path) -> OSError:
-    """An error that tells what could not be written and why.
+    """Return an error that says what could not be written, and why.
 
     Args:
-        error: an OSError, or what safetensors and tokenizers raise in its place.
+        error: an OSError, or the error that safetensors or tokenizers raise in its place.
     """
     code = error.errno if isinstance(error, OSError) else None
     if code is None and (found := re.search(r"os error (\d+)", str(error))):
@@ -95,7 +96,7 @@ def named(error: Exception, path: Path) -> OSError:
 
 
 def reason(error: OSError) -> str:
-    """What could not be read or written and why, in one line."""
+    """Say in one line what could not be read or written, and why."""
     what = error.filename or error.filename2
     return f"{what}: {error.strerror}" if what and error.strerror else str(error)
 
@@ -108,7 +109,7 @@ def _delete(path: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Have the disk hold a file, or the names in a folder (not on Windows, which cannot)."""
+    """Wait until the disk has a file, or the names in a folder (Windows cannot do the latter)."""
     if path.is_dir() and os.name != "posix":
         return
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)

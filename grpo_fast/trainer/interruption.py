@@ -1,4 +1,4 @@
-"""Signals: the first one ends a run after its step, a second one at once; neither loses the weights."""
+"""Signals: the first one ends a run after its step, a second one at once. The weights are saved."""
 
 import contextlib
 import os
@@ -14,7 +14,7 @@ SIGNALS = [
 
 
 class Stopped(KeyboardInterrupt):
-    """The second signal, which does not wait for the step; `args` has its number."""
+    """The exception of a second signal, which does not wait for the step; `args` has its number."""
 
 
 @dataclass
@@ -23,8 +23,8 @@ class Interruption:
 
     Attributes:
         signal: the first signal, or None.
-        depth: how many `undivided` blocks are under way.
-        second: a signal that came in one of them, or None.
+        depth: the number of `undivided` blocks that are running.
+        second: a second signal that came in such a block, or None.
     """
 
     signal: int | None = None
@@ -33,11 +33,11 @@ class Interruption:
 
 
 _current = Interruption()
-_previous: dict[int, Any] = {}  # handlers that ours stand in for
+_previous: dict[int, Any] = {}  # the handlers that ours replace
 
 
 def _in_a_child() -> None:
-    """A reward function may fork: what it starts ends by signals as if this module were not there."""
+    """Restore the handlers in a child, which a reward function may fork: signals end it as usual."""
     for number, handler in _previous.items():
         with contextlib.suppress(ValueError):
             signal.signal(number, handler)
@@ -50,10 +50,10 @@ if hasattr(os, "register_at_fork"):
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[Interruption]:
-    """Note the first SIGINT, SIGTERM or SIGHUP, to stop after the step; a second one raises `Stopped`.
+    """Record the first SIGINT, SIGTERM or SIGHUP, for a stop after the step; a second one raises `Stopped`.
 
-    A SIGHUP that is ignored (nohup) stays ignored. Outside the main thread, where Python handles no
-    signals, it does nothing.
+    A SIGHUP that is ignored (nohup) stays ignored. Outside the main thread Python handles no signals, and
+    this does nothing.
     """
     global _current
     interruption = _current = Interruption()
@@ -90,7 +90,7 @@ def interruptible() -> Iterator[Interruption]:
 
 @contextlib.contextmanager
 def undivided() -> Iterator[None]:
-    """Put a second signal off until the block has ended: in it weights change, or are written."""
+    """Delay a second signal until the end of the block, in which weights are changed or written."""
     state = _current
     state.depth += 1
     try:

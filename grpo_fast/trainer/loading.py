@@ -1,4 +1,4 @@
-"""A model that is given: load it, and refuse what would train on something else than its weights."""
+"""The model given with --model: load it, and refuse one that is incomplete or no causal language model."""
 
 import sys
 from functools import partial
@@ -16,10 +16,10 @@ OLD_BUFFERS = (".masked_bias",)  # constants that transformers once saved with G
 
 
 def load(name: str) -> tuple[Any, Any]:
-    """(causal LM in float32, tokenizer) of a folder or a hub id.
+    """Load a causal LM in float32, and its tokenizer, from a folder or a hub id.
 
     Raises:
-        ValueError: it cannot be read, is incomplete, not finite, or no causal LM; says which.
+        ValueError: it cannot be read, is incomplete, not finite, or no causal LM; the message says which.
     """
     try:
         where = locate(name)
@@ -41,10 +41,10 @@ def load(name: str) -> tuple[Any, Any]:
 
 
 def locate(name: str) -> str:
-    """A folder with a model in it, or a hub id.
+    """Return the folder with the model, or the hub id.
 
     Raises:
-        ValueError: `name` can only be a folder, and there is none or no model in it.
+        ValueError: `name` can only be a folder, and it does not exist or has no model in it.
     """
     folder = Path(name).expanduser()
     if not folder.is_dir():
@@ -64,7 +64,7 @@ def locate(name: str) -> str:
 
 
 def read(kind: Any, where: str, what: str, **options: Any) -> Any:
-    """`kind.from_pretrained(where)`, with errors in one line."""
+    """Call `kind.from_pretrained(where)`; its errors become one line."""
     try:
         return kind.from_pretrained(where, **options)
     except Exception as error:  # of whatever the files' readers raise
@@ -85,13 +85,13 @@ def read(kind: Any, where: str, what: str, **options: Any) -> Any:
 
 
 def check_loaded(info: dict[str, Any]) -> None:
-    """Refuse a model some of whose weights are not in the checkpoint.
+    """Refuse a model with weights that are not in the checkpoint.
 
-    Tensors that the model has no use for are named on stderr: the weights of a value head do no harm,
-    those of a layer that config.json does not count would.
+    Tensors that the model does not use are named on stderr. The weights of a value head do no harm, but those
+    of a layer that config.json does not count would.
 
     Raises:
-        ValueError: naming tensors that are missing or of other shapes.
+        ValueError: tensors are missing or have other shapes; the message names them.
     """
     unused = sorted(k for k in info["unexpected_keys"] if not k.endswith(OLD_BUFFERS))
     if unused:
@@ -114,7 +114,7 @@ def check_finite(model: Any) -> None:
     """Refuse NaN and infinite weights.
 
     Raises:
-        ValueError: naming the tensors.
+        ValueError: there are some; the message names the tensors.
     """
     bad = [name for name, p in model.named_parameters() if not p.isfinite().all()]
     if bad:
@@ -126,7 +126,7 @@ def check_causal(model: Any) -> None:
     """Refuse a model whose logits at a token depend on the tokens after it.
 
     Raises:
-        ValueError: so they do.
+        ValueError: they do, or the model is an encoder-decoder.
     """
     if model.config.is_encoder_decoder:
         raise ValueError("an encoder-decoder, not a causal language model")
@@ -139,19 +139,19 @@ def check_causal(model: Any) -> None:
 
 
 def listed(names: list[str], most: int = 5) -> str:
-    """The first names, and how many more there are."""
+    """Return the first names, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
 
 
 def recompute_activations(model: Any) -> None:
-    """Have each layer recompute its activations in the backward pass, in evaluation mode.
+    """Let each layer recompute its activations in the backward pass, in evaluation mode.
 
-    The model's own switch asks for training mode, which brings dropout with it: another policy would be
-    scored than the one that sampled.
+    The model's own switch needs training mode, which turns dropout on. Then the policy that is scored would
+    not be the one that sampled.
 
     Raises:
-        ValueError: the model has no layers for which transformers can do it.
+        ValueError: the model has no layers for which transformers can do this.
     """
     layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
     if not layers:
@@ -159,7 +159,7 @@ def recompute_activations(model: Any) -> None:
             f"gradient_checkpointing: {type(model).__name__} has no layers that can be recomputed"
         )
     for layer in layers:
-        # A bound method: a deep copy of the model gets one of its own.
+        # A bound method, so that a deep copy of the model calls its own layers.
         layer.forward = MethodType(_recomputed, layer)
 
 

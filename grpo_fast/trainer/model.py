@@ -1,4 +1,4 @@
-"""Models: a small new one or a given one, its device and precision, and checkpoints."""
+"""The policy of a run: a small new model or a given one, its device and precision, and checkpoints."""
 
 import contextlib
 import re
@@ -25,10 +25,10 @@ class Policy:
     """A causal LM with its tokenizer, ready to sample from and to train.
 
     Attributes:
-        model: weights in float32.
-        generation_config: the one the model came with; saved with it. While training, the model's own is
-            neutral, so that what is sampled follows exactly the distribution that is scored.
-        eos_ids: tokens that end a completion.
+        model: its weights are float32.
+        generation_config: the configuration that the model came with; it is saved with the model. During
+            training the model has a neutral one, so that samples follow the distribution that is scored.
+        eos_ids: the tokens that end a completion.
     """
 
     model: Any
@@ -39,16 +39,16 @@ class Policy:
     eos_ids: list[int]
 
     def autocast(self) -> contextlib.AbstractContextManager:
-        """Activations in `dtype`."""
+        """Compute activations in `dtype`."""
         enabled = self.dtype != torch.float32
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=enabled)
 
 
 def build(config: TrainConfig, alphabet: str) -> Policy:
-    """The policy a configuration asks for, on its device.
+    """Build the policy of a configuration, on its device.
 
     Raises:
-        ValueError: no such device, or a model or tokenizer that cannot be used, saying why.
+        ValueError: there is no such device, or the model or tokenizer cannot be used; the message says why.
     """
     device, dtype = placement(config)
     if config.model is None:
@@ -94,10 +94,10 @@ def prepare(model: Any, tokenizer: Any, device: torch.device, dtype: torch.dtype
 
 
 def placement(config: TrainConfig) -> tuple[torch.device, torch.dtype]:
-    """Device and dtype, "auto" resolved.
+    """Return device and dtype, with "auto" resolved.
 
     Raises:
-        ValueError: the device is not there.
+        ValueError: there is no such device.
     """
     name = config.device
     if name == "auto":
@@ -114,7 +114,7 @@ def placement(config: TrainConfig) -> tuple[torch.device, torch.dtype]:
 
 
 def character_tokenizer(alphabet: str) -> PreTrainedTokenizerFast:
-    """One token per character of `alphabet`, beside padding, end and unknown."""
+    """Return a tokenizer with one token per character of `alphabet`, and padding, end and unknown."""
     special = ["<pad>", "<eos>", "<unk>"]
     vocabulary = {token: i for i, token in enumerate([*special, *dict.fromkeys(alphabet)])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
@@ -126,7 +126,7 @@ def character_tokenizer(alphabet: str) -> PreTrainedTokenizerFast:
 
 
 def new_model(config: TrainConfig, tokenizer: PreTrainedTokenizerFast) -> Any:
-    """A small Llama with random weights."""
+    """Return a small Llama with random weights."""
     return AutoModelForCausalLM.from_config(
         LlamaConfig(
             vocab_size=len(tokenizer),
@@ -143,13 +143,13 @@ def new_model(config: TrainConfig, tokenizer: PreTrainedTokenizerFast) -> Any:
 
 
 def save(policy: Policy, run_dir: Path, step: int, keep: int) -> Path:
-    """Write `checkpoints/step-<step>`, whole or not at all, and delete all but the newest `keep`.
+    """Write `checkpoints/step-<step>` completely or not at all, and delete all but the newest `keep`.
 
-    Loadable by `AutoModelForCausalLM` and `AutoTokenizer`. Where the disk is full, checkpoints that would
-    be deleted afterwards are deleted first, and it tries once more; the newest one always stays.
+    `AutoModelForCausalLM` and `AutoTokenizer` can load it. If the disk is full, the checkpoints that would be
+    deleted afterwards are deleted first, and the write is repeated once. The newest one always stays.
 
     Raises:
-        OSError: nothing was saved; names the folder.
+        OSError: nothing was saved; the message names the folder.
     """
     folder = run_dir / "checkpoints"
     try:
@@ -170,7 +170,7 @@ def save(policy: Policy, run_dir: Path, step: int, keep: int) -> Path:
 
 
 def _write(policy: Policy, folder: Path, step: int) -> Path:
-    """Write one checkpoint; nothing of it stays where that fails."""
+    """Write one checkpoint; nothing of it stays if that fails."""
     final = folder / f"step-{step:06d}"
     partial = files.hidden(final, "partial")
     try:
@@ -182,7 +182,7 @@ def _write(policy: Policy, folder: Path, step: int) -> Path:
         # Not through save_pretrained, which refuses settings that models on the hub have.
         policy.generation_config.to_json_file(partial / "generation_config.json")
         files.publish(partial, final)
-    except Exception as error:  # OSError, or how the Rust of safetensors and tokenizers tells it
+    except Exception as error:  # OSError, or the errors of safetensors and tokenizers
         with contextlib.suppress(OSError):
             files.tidy(folder)
         raise files.named(error, final) from error
@@ -190,9 +190,9 @@ def _write(policy: Policy, folder: Path, step: int) -> Path:
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
-    """The whole checkpoints of a run, oldest first.
+    """Return the complete checkpoints of a run, the oldest first.
 
-    Where a process died while it replaced one, that is the old one, still under its hidden name.
+    If a process died while it replaced one, the old one counts, which still has its hidden name.
     """
     found = {}
     for path in (run_dir / "checkpoints").glob("*"):
@@ -203,7 +203,7 @@ def checkpoints(run_dir: Path) -> list[Path]:
 
 
 def latest(run_dir: Path) -> Path:
-    """The newest checkpoint of a run.
+    """Return the newest checkpoint of a run.
 
     Raises:
         ValueError: there is none.

@@ -1,9 +1,9 @@
 """Reward functions: plain Python, with TRL's signature.
 
-`def reward(prompts, completions, **kwargs) -> list[float]`: one number per completion. The other columns
-of the dataset come as keyword arguments, one value per completion, beside `completion_ids`. A prompt and
-its completion are strings, or lists of chat messages where the dataset's prompts are. None in the list is
-a reward that does not apply to this completion, as in TRL.
+`def reward(prompts, completions, **kwargs) -> list[float]` returns one number per completion. The other
+columns of the dataset are keyword arguments, with one value per completion, and `completion_ids` is another.
+Prompts and completions are strings, or lists of chat messages if the dataset has those. None in the list
+means that the reward does not apply to this completion, as in TRL.
 """
 
 import copy
@@ -23,15 +23,15 @@ from grpo_fast.operands import LARGEST
 
 Reward = Callable[..., list[float | None]]
 Text = str | list[dict[str, str]]
-# Arguments of every call, which columns of a dataset cannot be named after.
+# The arguments of every call. A column of a dataset cannot have these names.
 ARGUMENTS = ("prompts", "completions", "completion_ids")
 
 
 class RewardError(ValueError):
-    """A reward function that raised, or returned what is not a list of rewards.
+    """An error of a reward function: it raised, or did not return a list of rewards.
 
     Attributes:
-        details: the traceback of what it raised, from its own first line on; or "".
+        details: the traceback of its exception, from its own first line on; or "".
     """
 
     def __init__(self, message: str, raised: BaseException | None = None) -> None:
@@ -45,14 +45,17 @@ class RewardError(ValueError):
 
 
 def text_of(completion: Text) -> str:
-    """The text of a completion, chat or not."""
+    """Return the text of a completion, which may be a chat message."""
     return completion if isinstance(completion, str) else completion[-1]["content"]
 
 
 def correct(
     prompts: list[Text], completions: list[Text], answer: list[Any], **kwargs: Any
 ) -> list[float | None]:
-    """1 where the completion is the `answer` column, spaces and the brackets of `[...]` aside."""
+    """Return 1 if the completion equals the `answer` column, else 0.
+
+    Surrounding spaces and the brackets of `[...]` do not count.
+    """
     pairs = zip(completions, answer, strict=True)
     return [float(_bare(text_of(c)) == _bare(str(a))) for c, a in pairs]
 
@@ -64,20 +67,22 @@ def _bare(text: str) -> str:
 def bracketed_number(
     prompts: list[Text], completions: list[Text], **kwargs: Any
 ) -> list[float | None]:
-    """1 where the completion is a whole number in brackets, like `[42]`, and nothing else."""
+    """Return 1 if the completion is a whole number in brackets, like `[42]`, and nothing else."""
     return [float(re.fullmatch(r"\[\d+\]", text_of(c)) is not None) for c in completions]
 
 
 def load(specification: str, folder: Path | None = None) -> Reward:
-    """The function that `module:function` names; modules of `folder` are found before installed ones (but
-    after those that Python has imported already, such as its own `queue`).
+    """Import the function `module:function`.
+
+    Modules of `folder` are found before installed ones, but after modules that Python has already imported,
+    such as its own `queue`.
 
     Args:
-        folder: default: the working directory. Later imports, by the functions, find it last.
+        folder: default: the working directory. Later imports by the functions search it last.
 
     Raises:
-        ValueError: it is not of that form, or does not lead to a function.
-        RewardError: its module raised while it was imported.
+        ValueError: the specification has another form, or does not name a function.
+        RewardError: the import of its module raised.
     """
     module, _, function = specification.partition(":")
     if not module or not function or module.endswith(".py"):
@@ -122,15 +127,14 @@ def score(
     completions: list[Text],
     columns: dict[str, list[Any]],
 ) -> tuple[Tensor, dict[str, float]]:
-    """((B,) weighted sums of the rewards, mean of each reward by name).
+    """Return the weighted sums of the rewards, (B,), and the mean of each reward by name.
 
-    Each function gets copies: what it does to its arguments changes neither the dataset nor what others get.
-    A reward that is None counts in no sum and no mean. NaN: the total of a completion without any reward,
-    and the mean of a function that gave none.
+    Each function gets copies, so it cannot change the dataset or the arguments of the others. Sums and means
+    ignore a reward that is None. NaN is the total of a completion without any reward, and the mean of a
+    function that gave none.
 
     Raises:
-        RewardError: a function raised, or returned something else than one finite number or None per
-            completion.
+        RewardError: a function raised, or did not return one finite number or None per completion.
     """
     total = torch.zeros(len(completions), dtype=torch.float64)
     scored = torch.zeros(len(completions), dtype=torch.bool)
@@ -157,9 +161,9 @@ def score(
 
 
 def names(rewards: Sequence[Reward]) -> list[str]:
-    """What metrics call the functions: `function`, or `module:function` where two share a name.
+    """Return the names of the functions in metrics: `function`, or `module:function` if two share a name.
 
-    Functions that share that, too, such as those of a decorator, are numbered.
+    Functions that share both names, such as those of a decorator, are numbered.
     """
     short = [getattr(r, "__name__", type(r).__name__) for r in rewards]
     long = [place(r) if short.count(s) > 1 else s for r, s in zip(rewards, short, strict=True)]
@@ -167,13 +171,13 @@ def names(rewards: Sequence[Reward]) -> list[str]:
 
 
 def place(reward: Reward) -> str:
-    """`module:function`."""
+    """Return `module:function`."""
     named = reward if hasattr(reward, "__qualname__") else type(reward)
     return f"{named.__module__}:{named.__qualname__}"
 
 
 def _numbers(returned: Any, count: int) -> Tensor | None:
-    """(count,) float64 with NaN for None; None for what is no such list."""
+    """Convert a list of rewards to (count,) float64, None to NaN; return None if it is no such list."""
     if hasattr(returned, "tolist"):  # tensors, arrays, series
         returned = returned.tolist()
     if isinstance(returned, (str, bytes, Mapping, set)) or not isinstance(returned, Iterable):
@@ -194,7 +198,7 @@ def _numbers(returned: Any, count: int) -> Tensor | None:
 
 
 def _shown(returned: Any) -> str:
-    """What a function returned, in at most a line or so."""
+    """Describe the value that a function returned, in about one line."""
     kind, text = type(returned).__name__, repr(returned)
     size = f" of {len(returned)}" if isinstance(returned, (list, tuple)) else ""
     return f"{kind}{size}: {text if len(text) <= 200 else text[:200] + '...'}"

@@ -1,4 +1,4 @@
-"""Rollouts: sample completions, reward them, and score them with a model."""
+"""Rollouts: completions that are sampled, rewarded, and scored with a model."""
 
 import inspect
 from collections.abc import Iterator, Sequence
@@ -17,14 +17,14 @@ from grpo_fast.trainer.tasks import Row, Task
 
 @dataclass(frozen=True)
 class Rollout:
-    """B completions of at most T tokens, and the prompts of at most P tokens they answer.
+    """B completions of at most T tokens, and their prompts of at most P tokens.
 
     Attributes:
         prompt_ids, prompt_mask: (B, P), padded on the left.
         completion_ids: (B, T).
-        mask: (B, T) bool; True up to and including the first end-of-sequence token.
-        ended: (B,) bool; False where the length limit cut the completion off.
-        prompts, completions: B texts.
+        mask: (B, T) bool; True up to the first end-of-sequence token, and at this token.
+        ended: (B,) bool; False if the length limit cut the completion off.
+        prompts, completions: B texts each.
     """
 
     prompt_ids: Tensor
@@ -39,7 +39,7 @@ class Rollout:
         return Rollout(**{name: value[rows] for name, value in vars(self).items()})
 
     def parts(self, size: int | None) -> "list[Rollout]":
-        """Micro-batches of `size` completions; None: all in one."""
+        """Cut the rollout into micro-batches of `size` completions; None: all in one."""
         count = len(self.prompts)
         return [self[i : i + (size or count)] for i in range(0, count, size or count)]
 
@@ -52,11 +52,11 @@ def sample(
     temperature: float,
     batch_size: int | None = None,
 ) -> Rollout:
-    """One completion per prompt; greedy where `temperature` is 0.
+    """Sample one completion per prompt; a temperature of 0 is greedy.
 
     Args:
         prompts: B strings, or lists of chat messages for the tokenizer's chat template.
-        batch_size: completions generated at a time.
+        batch_size: the number of completions that are generated together.
     """
     tokens = encode(policy.tokenizer, prompts).to(policy.device)
     ids, attention = tokens["input_ids"], tokens["attention_mask"]
@@ -105,7 +105,7 @@ def check_prompts(policy: Policy, rows: Sequence[Row], max_new_tokens: int) -> N
     """Refuse prompts that the model cannot read.
 
     Raises:
-        ValueError: naming the prompt.
+        ValueError: the message names the prompt.
     """
     tokenizer, model = policy.tokenizer, policy.model
     size = model.get_input_embeddings().num_embeddings
@@ -133,7 +133,7 @@ def check_prompts(policy: Policy, rows: Sequence[Row], max_new_tokens: int) -> N
 
 
 def _token_ids(tokenizer: Any, prompts: list[Text]) -> Iterator[list[int]]:
-    """Token ids of each prompt, a thousand at a time."""
+    """Yield the token ids of each prompt; a thousand prompts are encoded at a time."""
     for i in range(0, len(prompts), 1000):
         some = prompts[i : i + 1000]
         try:
@@ -151,7 +151,7 @@ def _short(prompt: Text) -> str:
 
 
 def encode(tokenizer: Any, prompts: Sequence[Text], padding: bool = True) -> Any:
-    """Input ids and attention mask of prompts, (B, P), padded on the left; lists without `padding`."""
+    """Return input ids and attention mask of prompts, (B, P), padded on the left; lists without `padding`."""
     chat = any(not isinstance(p, str) for p in prompts)
     texts = list(prompts)
     if chat:
@@ -166,7 +166,7 @@ def encode(tokenizer: Any, prompts: Sequence[Text], padding: bool = True) -> Any
 
 
 def reward(task: Task, rollout: Rollout, rows: Sequence[Row]) -> tuple[Tensor, dict[str, float]]:
-    """((B,) total rewards, mean of each reward by name) of the answers to B `rows`."""
+    """Return the total rewards (B,) of the answers to B `rows`, and the mean of each reward by name."""
     columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
     columns["completion_ids"] = [
         ids[live].tolist()
@@ -176,12 +176,12 @@ def reward(task: Task, rollout: Rollout, rows: Sequence[Row]) -> tuple[Tensor, d
 
 
 def completion_logits(model: Any, rollout: Rollout) -> Tensor:
-    """(B, T, V) logits; those at [b, t] score `completion_ids[b, t]`."""
+    """Compute logits (B, T, V); those at [b, t] score `completion_ids[b, t]`."""
     ids = torch.cat([rollout.prompt_ids, rollout.completion_ids], 1)
     attention = torch.cat([rollout.prompt_mask, rollout.mask.to(rollout.prompt_mask)], 1)
     P, T = rollout.prompt_ids.shape[1], rollout.completion_ids.shape[1]
     extras = {
-        "position_ids": (attention.cumsum(1) - 1).clamp(min=0),  # as generate counts them
+        "position_ids": (attention.cumsum(1) - 1).clamp(min=0),  # as `generate` counts them
         # The head is applied where a completion token is predicted, and the logits are contiguous.
         "logits_to_keep": torch.arange(P - 1, P + T - 1, device=ids.device),
         "use_cache": False,

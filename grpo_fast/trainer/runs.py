@@ -1,4 +1,4 @@
-"""What a run leaves behind: its folder, config.yaml, metrics.jsonl and curve.png."""
+"""The files of a run: its folder and lock, config.yaml, metrics.jsonl and curve.png."""
 
 import contextlib
 import io
@@ -19,7 +19,7 @@ from grpo_fast.trainer.config import TrainConfig
 
 SMOOTHING = 10  # steps of the moving mean
 LOCK, PID = ".lock", ".pid"
-# What a run makes, with the hidden names of files.py.
+# The names that a run writes, with the hidden names of files.py.
 MADE = re.compile(
     r"\.lock|\.pid|checkpoints|\.?(config\.yaml|metrics\.jsonl|curve\.png|pid|checkpoints)"
     r"(\.(partial|old|deleted))?"
@@ -27,7 +27,7 @@ MADE = re.compile(
 
 
 def check(config: TrainConfig) -> None:
-    """Refuse a run that `create` would refuse, and change nothing.
+    """Raise the errors that `create` would raise, and change nothing.
 
     Raises:
         FileExistsError: `config.name` is taken and `config.overwrite` is not set, what is there is not a
@@ -68,7 +68,7 @@ def check(config: TrainConfig) -> None:
 
 
 def create(config: TrainConfig) -> Path:
-    """Make the folder of a run. Without `config.name`: the first free of arithmetic, arithmetic-2, ...
+    """Make the folder of a run. Without `config.name` it is the first free of arithmetic, arithmetic-2, ...
 
     Raises:
         FileExistsError, ValueError: as `check`.
@@ -127,7 +127,7 @@ def hold(run_dir: Path) -> Iterator[None]:
 
 
 def _empty(run_dir: Path) -> None:
-    """Delete a run but for its lock. config.yaml, which tells that it is one, goes last."""
+    """Delete a run except its lock. config.yaml, which marks it as a run, is deleted last."""
     last = run_dir / "config.yaml"
     for path in [*(p for p in run_dir.iterdir() if p != last), last]:
         if path.name not in (LOCK, PID) and (path.exists() or path.is_symlink()):
@@ -150,14 +150,14 @@ def _what_is_there(path: Path, name: str) -> str:
 
 
 class Metrics:
-    """metrics.jsonl: one object per step, on disk as soon as it is written."""
+    """The file metrics.jsonl: one object per step, on disk as soon as it is written."""
 
     def __init__(self, run_dir: Path) -> None:
         self.path = run_dir / "metrics.jsonl"
         self.rows: list[dict[str, Any]] = []
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append a row. NaN, for what was not measured, becomes null: JSON has no NaN.
+        """Append a row. NaN stands for a value that was not measured, and becomes null: JSON has no NaN.
 
         Raises:
             OSError: naming the file, which then ends with the row before.
@@ -180,7 +180,7 @@ class Metrics:
             raise files.named(error, self.path) from error
 
     def recent(self, name: str, steps: int = SMOOTHING) -> float:
-        """The mean of a metric over the last steps, those aside where it is null."""
+        """Return the mean of a metric over the last steps, without those where it is null."""
         values = [row[name] for row in self.rows[-steps:] if row[name] is not None]
         return sum(values) / len(values) if values else math.nan
 

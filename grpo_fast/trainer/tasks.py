@@ -1,4 +1,4 @@
-"""Tasks: what is asked, how answers are rewarded, and what a new model is shown before GRPO."""
+"""Tasks: problems, the rewards of their answers, and demonstrations for the warm-up of a new model."""
 
 import codecs
 import dataclasses
@@ -22,9 +22,9 @@ class Task:
 
     Attributes:
         train, heldout: rows with a "prompt" and any other columns; no row is in both.
-        rewards, weights: the reward of a completion is the weighted sum.
-        demonstration: a completion to imitate in the warm-up of a new model, or None.
-        alphabet: characters that a new model's tokenizer needs.
+        rewards, weights: a completion earns the weighted sum of its rewards.
+        demonstration: returns a completion to imitate in the warm-up of a new model; or None.
+        alphabet: the characters that the tokenizer of a new model needs.
     """
 
     train: list[Row]
@@ -36,10 +36,10 @@ class Task:
 
 
 def build(config: TrainConfig) -> Task:
-    """The task a configuration describes.
+    """Build the task of a configuration.
 
     Raises:
-        ValueError: an unreadable dataset or reward function, or too few problems.
+        ValueError: the dataset or a reward function cannot be read, or there are too few problems.
     """
     folder = Path(config.reward_dir) if config.reward_dir else None
     functions = [rewards.load(r, folder) for r in config.reward]
@@ -51,10 +51,10 @@ def build(config: TrainConfig) -> Task:
 
 
 def arithmetic(config: TrainConfig) -> Task:
-    """Sums of two whole numbers, `12+34=`, answered in brackets: `[46]`.
+    """Build the task of adding two whole numbers: the answer to `12+34=` is `[46]`.
 
-    The answer earns 0.9, its form 0.1. A share `config.warmup_error_rate` of the demonstrations has one
-    wrong digit: like most text a model is pretrained on, they show the form and only often the truth.
+    The right number earns 0.9, and the right form 0.1. A share `config.warmup_error_rate` of the
+    demonstrations has one wrong digit: as in pretraining text, the form is right, but not every content.
     """
     numbers = range(config.max_operand + 1)
     rows: list[Row] = [
@@ -74,10 +74,10 @@ def arithmetic(config: TrainConfig) -> Task:
 
 
 def from_file(config: TrainConfig) -> Task:
-    """The rows of a JSON Lines file; `prompt` is a string or a list of chat messages.
+    """Read the rows of a JSON Lines file; `prompt` is a string or a list of chat messages.
 
     Raises:
-        ValueError: a line that is not such a row, by number.
+        ValueError: a line is no such row; the message has its number.
     """
     path = Path(config.dataset or "").expanduser()
     if not path.is_file():
@@ -109,7 +109,7 @@ def from_file(config: TrainConfig) -> Task:
 
 
 def why_answers(config: TrainConfig) -> str:
-    """What a dataset's answers are for, "" for nothing."""
+    """Say what needs the answers of a dataset; "" if nothing does."""
     if not config.reward:
         return "without --reward a completion is rewarded where it is the answer"
     if config.model is None and config.warmup_steps:
@@ -118,13 +118,13 @@ def why_answers(config: TrainConfig) -> str:
 
 
 def parse_row(line: bytes, needed: str) -> Row:
-    """One line of a dataset.
+    """Parse one line of a dataset.
 
     Args:
-        needed: what its answer is for; "": it needs none.
+        needed: says what needs the answer; "" if it may be missing.
 
     Raises:
-        ValueError: what is wrong with it.
+        ValueError: the message says what is wrong with the line.
     """
     try:
         text = line.decode("utf-8")
@@ -156,10 +156,10 @@ def parse_row(line: bytes, needed: str) -> Row:
 
 
 def check_prompt(prompt: Any) -> None:
-    """Refuse what is neither text nor chat messages.
+    """Refuse a prompt that is neither text nor chat messages.
 
     Raises:
-        ValueError: saying what it is.
+        ValueError: the message shows the prompt.
     """
     if not isinstance(prompt, (str, list)):
         raise ValueError(f"prompt: want text or a list of messages, got {json.dumps(prompt)[:80]}")
@@ -175,11 +175,12 @@ def check_prompt(prompt: Any) -> None:
 
 
 def count(rows: list[Row]) -> int:
-    """How many different prompts."""
+    """Count the different prompts."""
     return len(by_prompt(rows))
 
 
 def by_prompt(rows: list[Row]) -> dict[str, list[Row]]:
+    """Group rows by their prompt."""
     found: dict[str, list[Row]] = {}
     for row in rows:
         found.setdefault(json.dumps(row["prompt"]), []).append(row)
@@ -187,10 +188,10 @@ def by_prompt(rows: list[Row]) -> dict[str, list[Row]]:
 
 
 def split(rows: list[Row], config: TrainConfig) -> tuple[list[Row], list[Row]]:
-    """(training rows, those of `config.heldout` other prompts). No prompt is on both sides.
+    """Split rows into those for training and those of `config.heldout` other prompts.
 
     Raises:
-        ValueError: no training row would be left.
+        ValueError: no row would be left for training.
     """
     groups = list(by_prompt(rows).values())
     random.Random(config.seed).shuffle(groups)
@@ -209,7 +210,7 @@ def split(rows: list[Row], config: TrainConfig) -> tuple[list[Row], list[Row]]:
 
 
 def batches(rows: list[Row], size: int, rng: random.Random) -> Iterator[list[Row]]:
-    """Endless batches of `size` rows: a new permutation of all rows each time they are used up."""
+    """Yield batches of `size` rows without end; the rows are shuffled again each time all are used."""
     queue: list[Row] = []
     while True:
         while len(queue) < size:

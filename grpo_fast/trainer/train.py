@@ -31,12 +31,12 @@ from grpo_fast.trainer.warmup import warm_up
 
 @dataclass(frozen=True)
 class Summary:
-    """How a run ended.
+    """The end of a run.
 
     Attributes:
-        checkpoint: the last one written.
-        first_reward, last_reward: mean reward of the first batch, before any update, and of the last ten.
-        signal: number of the signal that ended it early, or None.
+        checkpoint: the last checkpoint.
+        first_reward, last_reward: the mean reward of the first batch, before any update, and of the last ten.
+        signal: the number of the signal that ended the run early, or None.
     """
 
     run_dir: Path
@@ -49,16 +49,16 @@ class Summary:
 
 
 def train(config: TrainConfig) -> Summary:
-    """A whole run: `config.yaml`, `metrics.jsonl`, `curve.png` and checkpoints in a folder of its own.
+    """Make a whole run; its folder has `config.yaml`, `metrics.jsonl`, `curve.png` and checkpoints.
 
-    However it ends (also by SIGINT, SIGTERM or SIGHUP), the weights of that moment are saved.
+    When it ends, also by an error or by SIGINT, SIGTERM or SIGHUP, its weights are saved.
 
     Raises:
-        ValueError: a dataset, reward, model or device that cannot be used; nothing was written.
-        FileExistsError: the run exists, or is alive.
-        FloatingPointError: loss or gradient became NaN or infinite; names the step.
+        ValueError: a dataset, reward, model or device cannot be used; nothing was written.
+        FileExistsError: the run exists, or another process is writing to it.
+        FloatingPointError: the loss or the gradient is NaN or infinite; the message names the step.
         RewardError: a reward function raised, or returned no list of rewards.
-        OSError: what could not be written, and why.
+        OSError: something could not be written; the message says what and why.
     """
     with console.lasting():
         return _train(config)
@@ -69,7 +69,7 @@ def _train(config: TrainConfig) -> Summary:
     check_alone()
     runs.check(config)
     set_seed(config.seed)
-    # On a model as small as the built-in one threads gain little, and lose much where cores are shared.
+    # For a model as small as the new one threads gain little, and cost much where cores are shared.
     usual = torch.get_num_threads() if config.model else 1
     torch.set_num_threads(config.threads or usual)
     task = tasks.build(config)
@@ -120,10 +120,10 @@ def _train(config: TrainConfig) -> Summary:
 
 
 def check_alone() -> None:
-    """Refuse to be one of several processes, each of which would train a copy.
+    """Refuse to run as one of several processes: each would train its own copy.
 
     Raises:
-        ValueError: this one is, by the variables of torchrun, accelerate and MPI.
+        ValueError: the variables of torchrun, accelerate or MPI say that there are several.
     """
     for name in ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"):
         if os.environ.get(name, "1") not in ("", "0", "1"):
@@ -134,10 +134,10 @@ def check_alone() -> None:
 
 
 def check_answers(config: TrainConfig, task: Task) -> None:
-    """Refuse answers that a new model, which writes one character a token, could never finish.
+    """Refuse answers longer than the completions of a new model, which has one token per character.
 
     Raises:
-        ValueError: one is too long.
+        ValueError: an answer is too long.
     """
     if config.model is not None or config.dataset is None or task.demonstration is None:
         return
@@ -164,7 +164,7 @@ class _Run:
     warned: bool = False
 
     def save(self) -> Path:
-        """The checkpoint of the weights as they are, written unless it is there."""
+        """Write a checkpoint of the current weights, unless there is one, and return it."""
         if self.saved is None or self.saved[0] != self.updates:
             with undivided():
                 path = models.save(
@@ -179,7 +179,7 @@ class _Run:
     def rescue(self) -> None:
         """Save the weights of a run that ends by an exception, and say where they are.
 
-        Not in a child that a reward function has forked: the run goes on.
+        It does nothing in a child that a reward function has forked: the run itself goes on.
         """
         if os.getpid() != self.process:
             return
@@ -197,7 +197,7 @@ class _Run:
             self.draw()
 
     def grpo(self, interruption: Interruption) -> None:
-        """All GRPO steps. `self.step` counts the finished ones."""
+        """Make all GRPO steps. `self.step` counts the finished ones."""
         config = self.config
         learner = Learner(self.policy, config)
         batches = tasks.batches(
@@ -218,7 +218,7 @@ class _Run:
                     self.draw()
 
     def grpo_step(self, learner: Learner, problems: list[tasks.Row]) -> dict[str, float]:
-        """Sample `group_size` completions per problem, reward them, update; the row of metrics."""
+        """Sample `group_size` completions per problem, reward them, update, and return the metrics."""
         config, begin = self.config, time.perf_counter()
         rows = [row for row in problems for _ in range(config.group_size)]
         rollout = self.sample(rows)
@@ -255,7 +255,7 @@ class _Run:
         }
 
     def sample(self, rows: list[tasks.Row]) -> Rollout:
-        """One completion for each of `rows`."""
+        """Sample one completion for each of `rows`."""
         config, prompts = self.config, [row["prompt"] for row in rows]
         return rollouts.sample(
             self.policy,
@@ -280,20 +280,20 @@ class _Run:
 
 
 def spread(rewards: Tensor) -> float:
-    """Standard deviation of the rewards that are not missing; NaN for fewer than two."""
+    """Return the standard deviation of the rewards that are not missing; NaN for fewer than two."""
     known = rewards[~rewards.isnan()]
     return known.std().item() if len(known) > 1 else math.nan
 
 
 def same_reward(rewards: Tensor, group_size: int) -> float:
-    """Share of groups whose rewards are all equal (or missing, NaN), which teach nothing."""
+    """Return the share of groups whose rewards are all equal (or missing, NaN): nothing is learned there."""
     groups = rewards.view(-1, group_size)
     lowest, highest = groups.nan_to_num(math.inf).amin(1), groups.nan_to_num(-math.inf).amax(1)
     return (lowest >= highest).float().mean().item()
 
 
 def completion_metrics(rollout: Rollout) -> dict[str, float]:
-    """Mean length in tokens, and the share of completions cut off by the length limit."""
+    """Return the mean length in tokens, and the share of completions cut off by the length limit."""
     return {
         "completion_length": rollout.mask.sum(1).float().mean().item(),
         "truncated": 1 - rollout.ended.float().mean().item(),

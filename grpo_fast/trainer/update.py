@@ -1,4 +1,4 @@
-"""One GRPO update: a batch of completions and their rewards in, optimiser steps and metrics out."""
+"""The GRPO update: optimiser steps on a batch of completions and their rewards."""
 
 import copy
 import math
@@ -20,7 +20,7 @@ class MicroBatch:
     """Completions that pass through the model together.
 
     Attributes:
-        old_logps, entropy, ref_logps: (B, T), filled in by `Learner`.
+        old_logps, entropy, ref_logps: (B, T); `Learner` fills them in.
     """
 
     rollout: Rollout
@@ -31,7 +31,7 @@ class MicroBatch:
 
 
 class Learner:
-    """Optimiser, schedule and reference of a policy."""
+    """The optimiser, the schedule and the reference model of a policy."""
 
     def __init__(self, policy: Policy, config: TrainConfig) -> None:
         self.policy, self.config = policy, config
@@ -51,13 +51,13 @@ class Learner:
         )
 
     def update(self, rollout: Rollout, rewards: Tensor) -> dict[str, float]:
-        """`config.num_iterations` optimiser steps on one batch; returns the metrics over all of them.
+        """Make `config.num_iterations` optimiser steps on one batch; return the metrics over all of them.
 
         Args:
             rewards: (B,), groups of `config.group_size` consecutive completions; NaN: without a reward.
 
         Raises:
-            FloatingPointError: the loss or a gradient is not finite; the weights are those before it.
+            FloatingPointError: the loss or a gradient is not finite; this step did not change the weights.
         """
         micro_batches = self.prepare(rollout, rewards)
         learning_rate = self.scheduler.get_last_lr()[0]
@@ -84,7 +84,7 @@ class Learner:
         }
 
     def prepare(self, rollout: Rollout, rewards: Tensor) -> list[MicroBatch]:
-        """Advantages and reference log-probs of a batch, cut into micro-batches."""
+        """Cut a batch into micro-batches, with advantages and reference log-probs."""
         config = self.config
         advantages = ops.group_advantage(
             rewards.to(self.policy.device),
@@ -105,16 +105,16 @@ class Learner:
     def backward(
         self, micro_batches: list[MicroBatch], mask: Tensor
     ) -> tuple[float, float, Tensor]:
-        """Gradients of the whole batch's loss, clipped: (loss, norm before clipping, statistics).
+        """Compute the clipped gradients of the loss of the whole batch.
 
         Args:
             mask: (B, T) of the whole batch.
 
         Returns:
-            The statistics are those of `LossOutput`, (micro-batches, 16).
+            The loss, the norm before clipping, and the statistics of `LossOutput`, (micro-batches, 16).
         """
         model, config = self.policy.model, self.config
-        # Dropout would make the policy that is scored another one than the policy that sampled.
+        # With dropout the policy that is scored would not be the policy that sampled.
         model.eval()
         self.optimizer.zero_grad()
         token_mean = self.objective.reduction == "token_mean"
@@ -147,7 +147,7 @@ class Learner:
 
     @torch.no_grad()
     def score(self, logits: Tensor, rollout: Rollout) -> tuple[Tensor, Tensor]:
-        """Log-probs and entropy of the completions, (B, T)."""
+        """Compute log-probs and entropy of the completions, (B, T)."""
         return ops.logprob(
             logits,
             rollout.completion_ids,

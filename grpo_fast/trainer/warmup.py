@@ -1,4 +1,4 @@
-"""The warm-up of a new model: supervised steps on demonstrations, stopped while there is much to learn."""
+"""The warm-up of a new model: supervised steps on demonstrations, which end long before it is perfect."""
 
 import math
 import random
@@ -23,10 +23,10 @@ RAMP = 50  # steps until the full learning rate
 
 
 def warm_up(policy: Policy, task: Task, config: TrainConfig, stopped: Callable[[], bool]) -> int:
-    """Imitate demonstrations until sampled answers earn `config.warmup_reward`; returns the steps taken.
+    """Imitate demonstrations until sampled answers earn `config.warmup_reward`; return the number of steps.
 
     Args:
-        stopped: asked before each step; True ends the warm-up.
+        stopped: called before each step; True ends the warm-up.
     """
     assert task.demonstration is not None
     rng = random.Random(config.seed)
@@ -60,7 +60,7 @@ def warm_up(policy: Policy, task: Task, config: TrainConfig, stopped: Callable[[
 
 
 def demonstrations(policy: Policy, shown: list[tuple[Text, str]]) -> Rollout:
-    """Pairs (prompt, completion) as if they had been sampled, the end of sequence included."""
+    """Return (prompt, completion) pairs as a rollout, each with an end-of-sequence token."""
     prompts, completions = [p for p, _ in shown], [c for _, c in shown]
     tokens = encode(policy.tokenizer, prompts).to(policy.device)
     ids = policy.tokenizer(completions, add_special_tokens=False)["input_ids"]
@@ -78,10 +78,10 @@ def demonstrations(policy: Policy, shown: list[tuple[Text, str]]) -> Rollout:
 
 
 def imitate(policy: Policy, batch: Rollout, size: int | None) -> float:
-    """Gradients of the mean negative log-prob of a batch's tokens, which it returns.
+    """Compute the gradients of the mean negative log-prob of a batch's tokens; return this mean.
 
     Args:
-        size: sequences that pass through the model together; None: all.
+        size: the number of sequences that pass through the model together; None: all.
     """
     tokens = batch.mask.sum()
     total = 0.0

@@ -40,6 +40,6 @@ def rank_of(order: Tensor) -> Tensor:
     return torch.empty_like(order).scatter(0, order, position)
 
 
-def share_of(live: Tensor, fraction: float) -> Tensor:
+def count_of(live: Tensor, fraction: float) -> Tensor:
     """Return how many tokens a fraction of the tokens that count is, or of their weights: at least 1."""
     return (live.sum().double() * fraction).long().clamp(min=1)

@@ -12,11 +12,11 @@ from grpo_fast.ops.top_entropy import top_entropy_mask
 from grpo_fast.sequences import per_token_advantages
 from grpo_fast.spelling import check_choice
 from grpo_fast.weights.live_tokens import (
+    count_of,
     gap_of,
     live_tokens,
     mask_weights,
     rank_of,
-    share_of,
 )
 
 MISSING = ("error", "skip")
@@ -157,7 +157,7 @@ def clip_cov(
     candidate = live & ~clipped & (covariance > low) & (covariance < high)
     draw = torch.rand(logp.shape, generator=generator, device=logp.device, dtype=torch.float32)
     rank = rank_of(torch.where(candidate, draw, math.inf).argsort())
-    drawn = candidate & (rank < share_of(share, fraction))
+    drawn = candidate & (rank < count_of(share, fraction))
     return (live & ~drawn).float().view(logps.shape)
 
 
@@ -195,7 +195,7 @@ def kl_cov(
     live, logp, A = live_tokens(op, mask, logps=logps, advantages=advantages)
     covariance = torch.where(live, _covariance(A, logp, live), -math.inf)
     rank = rank_of(covariance.argsort(descending=True, stable=True))
-    return (live & (rank < share_of(live, fraction))).view(logps.shape)
+    return (live & (rank < count_of(live, fraction))).view(logps.shape)
 
 
 @torch.no_grad()

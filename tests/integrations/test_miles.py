@@ -1,4 +1,4 @@
-"""miles' adapter, with a stand-in for its package: what it has elsewhere or computes otherwise than slime."""
+"""miles' adapter, on a stand-in for its package: the parts that differ from slime's adapter."""
 
 import sys
 from types import ModuleType, SimpleNamespace
@@ -7,19 +7,18 @@ import pytest
 import torch
 
 from grpo_fast.integrations import miles
-from tests.integrations.test_slime import (
+from tests.support.hosts import agrees, clipped, parameters
+from tests.support.slime import (
     ARGS,
+    FRACTIONS,
     MASKS,
     PROMPTS,
     RESPONSES,
     TOTALS,
-    batch,
+    make_batch,
     reducer,
     scored,
 )
-from tests.support.hosts import agrees, clipped, parameters
-
-assert batch  # the fixture: pytest takes it by its name
 
 MORE = {
     "qkv_format": "thd",
@@ -46,6 +45,11 @@ CASES = {
     "own log-probs": {"true_on_policy_mode": True},
     "padded": {"qkv_format": "bshd"},
 }
+
+
+@pytest.fixture
+def batch(device):
+    return make_batch(device)
 
 
 @pytest.fixture
@@ -95,7 +99,7 @@ def formula(args, x, b):
     logp, entropy = scored(x, b)
     name = "rollout_log_probs" if args.use_rollout_logprobs else "log_probs"
     old, ref, A = (torch.cat(b[k]).to(x) for k in (name, "ref_log_probs", "advantages"))
-    mask, reduce = torch.cat(MASKS).to(x), reducer(MASKS)
+    mask, reduce = torch.cat(b["loss_masks"]).to(x), reducer(b["loss_masks"], b["loss_masks"])
 
     def finite(y):
         return torch.where(y.isfinite(), y, 0)
@@ -200,7 +204,7 @@ def test_what_is_not_finite_counts_as_0(case, lost, batch, host):
 
 
 def test_a_scored_token_that_is_banned(batch, host):
-    """Its log-prob is -inf: a log-ratio of 0, too."""
+    """The log-prob of such a token is -inf, and its log-ratio counts as 0."""
     args = SimpleNamespace(**ARGS | MORE)
     row = sum(TOTALS[:2]) + PROMPTS[2] - 1
     batch["logits"][0, row, batch["unconcat_tokens"][2][PROMPTS[2]]] = -torch.inf
@@ -260,7 +264,7 @@ def test_importance_sampling_is_miles_own(batch, host):
 
 
 def test_without_old_log_probs(batch, host):
-    """On policy where miles skips the pass for them; else an error."""
+    """The loss is on policy if miles skips the pass for them; else their absence is an error."""
     args = SimpleNamespace(**ARGS | MORE | {"skip_actor_forward_only": True})
     given = batch | {"log_probs": None}
     loss, metrics = miles.policy_loss(args, given, batch["logits"], reducer(MASKS))
@@ -279,3 +283,19 @@ def test_conventions(batch):
     args = SimpleNamespace(**ARGS | MORE)
     with pytest.raises(ImportError, match=r"miles of August 2026.*no module miles"):
         miles.policy_loss(args, batch, batch["logits"], reducer(MASKS))
+
+
+@pytest.mark.parametrize(
+    "case", ["grpo", "dual", "low_var_kl", "k2", "unbiased", "gspo", "gspo dual", "opsm", "gspo k2"]
+)
+def test_masks_of_fractions_weigh(case, device, host):
+    b, reduce = make_batch(device, FRACTIONS), reducer(FRACTIONS, FRACTIONS)
+    args = SimpleNamespace(**ARGS | MORE | CASES[case])
+    (metrics,) = agrees(
+        lambda x, _: miles.policy_loss(args, b, 1.0 * x, reduce),
+        lambda x, _: formula(args, x, b)[0],
+        SimpleNamespace(logp=b["logits"], mask=torch.ones_like(b["logits"], dtype=torch.bool)),
+        until=["CatBackward"] if case == "k2" else (),
+    )
+    for name, value in formula(args, b["logits"].double(), b)[1].items():
+        assert metrics[name].item() == pytest.approx(value.item(), rel=1e-4, abs=1e-6), name

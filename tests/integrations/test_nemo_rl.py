@@ -8,7 +8,16 @@ import pytest
 import torch
 
 from grpo_fast.integrations import nemo_rl
-from tests.support.hosts import agrees, clipped, host_batch, mean, parameters, sequence_mean
+from tests.support.hosts import (
+    FRACTIONS,
+    agrees,
+    clipped,
+    host_batch,
+    mean,
+    parameters,
+    sequence_mean,
+    with_fractions,
+)
 
 OPTIONS = {
     "loss_type": SimpleNamespace(name="TOKEN_LEVEL"),
@@ -388,3 +397,22 @@ def test_a_checkout_with_the_entries_of_0_7(found, host):
     host.home.ClippedPGLossConfig = SimpleNamespace(model_fields={"use_cispo": None})
     nemo_rl.patch()
     assert host.home.ClippedPGLossFn is not host.ClippedPGLossFn
+
+
+@pytest.mark.parametrize("sample_mask", [WHOLE, PARTS], ids=["whole", "parts"])
+@pytest.mark.parametrize("case", CASES)
+def test_masks_of_fractions_weigh(case, sample_mask, batch):
+    """Fractions of tokens, and of samples beside them."""
+    options = OPTIONS | CASES[case]
+    if case == "seq-mask-tis":  # which the first sequence passes by its weighed mean alone
+        options |= corrected("seq-mask-tis", 1.0, 1.2)
+    b, o = batch, SimpleNamespace(**options)
+    b.weights = FRACTIONS.to(b.A.device)
+    b.mask = b.weights != 0
+
+    def ours(x, b):
+        data = data_of(b, sample_mask)
+        data["token_mask"] = torch.nn.functional.pad(batch.weights, (1, 0))
+        return nemo_rl.clipped_pg_loss(o, x, data, SEQS, TOKS)
+
+    agrees(ours, with_fractions(formula(o, sample_mask)), b)

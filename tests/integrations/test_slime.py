@@ -8,29 +8,16 @@ import torch
 
 from grpo_fast.integrations import slime
 from tests.support.hosts import agrees, parameters
+from tests.support.slime import (
+    ARGS,
+    FRACTIONS,
+    MASKS,
+    RESPONSES,
+    make_batch,
+    reducer,
+    scored,
+)
 
-V = 11
-PROMPTS, RESPONSES, PADDING = [2, 1, 3], [4, 1, 3], 2
-TOTALS = [p + r for p, r in zip(PROMPTS, RESPONSES, strict=True)]
-ARGS = {
-    "advantage_estimator": "grpo",
-    "eps_clip": 0.2,
-    "eps_clip_high": None,
-    "eps_clip_c": None,
-    "entropy_coef": 0.0,
-    "use_opsm": False,
-    "use_kl_loss": False,
-    "kl_loss_type": "k1",
-    "kl_loss_coef": 0.1,
-    "use_unbiased_kl": False,
-    "use_tis": False,
-    "get_mismatch_metrics": False,
-    "custom_tis_function_path": None,
-    "use_rollout_logprobs": False,
-    "calculate_per_token_loss": False,
-    "recompute_loss_function": False,
-    "rollout_temperature": 0.8,
-}
 CASES = {
     "grpo": {},
     "dual": {"eps_clip_high": 0.3, "eps_clip_c": 1.5},
@@ -60,65 +47,15 @@ def megatron(monkeypatch):
     return state
 
 
-def scored(logits, b):
-    """(log-probs, entropies) of the responses, cut as slime cuts them."""
-    rows, start = [], 0
-    for total, response in zip(TOTALS, RESPONSES, strict=True):
-        rows += range(start + total - response - 1, start + total - 1)
-        start += total
-    logp = (logits[0, rows] / 0.8).log_softmax(-1)
-    ids = torch.cat([t[-r:] for t, r in zip(b["unconcat_tokens"], RESPONSES, strict=True)])
-    return logp.gather(-1, ids[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
-
-
-def reducer(masks):
-    """slime's per-sample mean, with the denominators of the batch's own masks."""
-
-    def sum_of_sample_mean(x):
-        parts = zip(x.split(RESPONSES), masks, MASKS, strict=True)
-        return sum((x_i * m.to(x_i)).sum() / n.sum().clamp(min=1) for x_i, m, n in parts)
-
-    return sum_of_sample_mean
-
-
-MASKS = [torch.tensor([1.0, 0, 1, 1]), torch.tensor([0.0]), torch.tensor([1.0, 1, 1])]
-
-
 @pytest.fixture
 def batch(device):
     return make_batch(device)
 
 
-def make_batch(device):
-    """What slime hands a loss: lists of tensors per sample; one response is masked out entirely."""
-    torch.manual_seed(5)
-    logits = 2 * torch.randn(1, sum(TOTALS) + PADDING, V)
-    b = {
-        "unconcat_tokens": [torch.randint(V, (n,)) for n in TOTALS],
-        "total_lengths": TOTALS,
-        "response_lengths": RESPONSES,
-        "loss_masks": MASKS,
-        "rollout_mask_sums": [m.sum() for m in MASKS],
-    }
-    logp, _ = scored(logits, b)
-    for name, spread in (("log_probs", 0.5), ("rollout_log_probs", 0.6), ("ref_log_probs", 1.0)):
-        b[name] = list((logp + spread * torch.randn(len(logp))).split(RESPONSES))
-    b["ref_log_probs"][0] -= 4  # beyond the clamp of low_var_kl
-    b["ref_log_probs"][2] += 4
-    b["log_probs"][2] += 0.5  # stale where the advantage is negative
-    b["advantages"] = list(torch.randn(len(logp)).split(RESPONSES))
-    b["advantages"][2][:2] = torch.tensor([-1.0, -0.5])
-
-    def move(x):
-        return [y.to(device) for y in x] if isinstance(x[0], torch.Tensor) else x
-
-    return {k: move(x) for k, x in b.items()} | {"logits": logits.to(device)}
-
-
 def formula(args, x, b):
     """(loss, metrics) as slime's function computes them, in the dtype of the logits."""
     logp, entropy = scored(x, b)
-    mask = torch.cat(MASKS).to(x)
+    mask = torch.cat(b["loss_masks"]).to(x)
     name = "rollout_log_probs" if args.use_rollout_logprobs else "log_probs"
     old, ref, A = (torch.cat(b[k]).to(x) for k in (name, "ref_log_probs", "advantages"))
     d = logp - old
@@ -139,7 +76,7 @@ def formula(args, x, b):
         loss, clipped = -bounded.detach() * A * logp, bounded != r
     if args.use_opsm:
         loss = loss * ~((A < 0) & (sequence_mean(old - logp) > args.opsm_delta))
-    reduce = reducer(MASKS)
+    reduce = reducer(b["loss_masks"], b["loss_masks"])
     metrics = {"pg_clipfrac": reduce(clipped.to(x)), "ppo_kl": reduce(-d), "pg_loss": reduce(loss)}
     total = reduce(loss) - args.entropy_coef * reduce(entropy)
     if args.entropy_coef:
@@ -301,3 +238,18 @@ def test_errors_name_slimes_arguments(batch, megatron):
     args = SimpleNamespace(**ARGS | {"eps_clip_c": 0.5})
     with pytest.raises(ValueError, match=r"dual_clip: .*0\.5 .*dual_clip is eps_clip_c"):
         slime.policy_loss(args, batch, batch["logits"], reducer(MASKS))
+
+
+@pytest.mark.parametrize(
+    "case", ["grpo", "dual", "cispo", "entropy", "k3", "unbiased", "gspo", "opsm"]
+)
+def test_masks_of_fractions_weigh(case, device, megatron):
+    b, reduce = make_batch(device, FRACTIONS), reducer(FRACTIONS, FRACTIONS)
+    args = SimpleNamespace(**ARGS | CASES[case])
+    (metrics,) = agrees(
+        lambda x, _: slime.policy_loss(args, b, 1.0 * x, reduce),
+        lambda x, _: formula(args, x, b)[0],
+        SimpleNamespace(logp=b["logits"], mask=torch.ones_like(b["logits"], dtype=torch.bool)),
+    )
+    for name, value in formula(args, b["logits"].double(), b)[1].items():
+        assert metrics[name].item() == pytest.approx(value.item(), rel=1e-4, abs=1e-6), name

@@ -18,72 +18,12 @@ from grpo_fast.integrations.transformers import (
 from grpo_fast.loss import grpo_loss, linear_grpo_loss
 from grpo_fast.ops import logprob
 from tests.support import ranks
+from tests.support.architectures import COMMON, MODELS, batch, build, config_of, spread_out
 
 transformers = pytest.importorskip("transformers", reason="the models are Hugging Face's")
 needs_peft = pytest.mark.skipif(
     importlib.util.find_spec("peft") is None, reason="the adapters are PEFT's"
 )
-
-COMMON = {
-    "vocab_size": 61,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "pad_token_id": 0,
-    "bos_token_id": None,
-    "eos_token_id": 1,
-}
-GPT2 = {"vocab_size": 61, "n_embd": 32, "n_layer": 2, "n_head": 4, "bos_token_id": 1}
-# A cap and scales far from 1, so that leaving one out shows.
-MODELS = {
-    "Qwen2": {"tie_word_embeddings": False},
-    "Qwen2-tied": {"tie_word_embeddings": True},
-    "Qwen3": {"tie_word_embeddings": False},
-    "Qwen3-tied": {"tie_word_embeddings": True},
-    "Llama": {"tie_word_embeddings": False},
-    "Llama-tied": {"tie_word_embeddings": True},
-    "Gemma2": {"final_logit_softcapping": 1.5},
-    "Gemma3Text": {"final_logit_softcapping": 1.5},
-    "Gemma3Text-uncapped": {"final_logit_softcapping": None},
-    "Cohere": {"logit_scale": 0.0625},
-    "Granite": {"logits_scaling": 6.0},
-    "Granite-untied": {"logits_scaling": 6.0, "tie_word_embeddings": False},
-    "Phi": {"tie_word_embeddings": False},  # a head with a bias
-    "Mixtral": {"num_local_experts": 4},
-    "GPT2": {},
-}
-
-
-def config_of(name, options):
-    family = name.split("-")[0]
-    config = getattr(transformers, f"{family}Config")
-    return config(**((GPT2 if family == "GPT2" else COMMON) | options))
-
-
-def build(name):
-    """A tiny random model with its logits spread out, so that a wrong head shows."""
-    model = transformers.AutoModelForCausalLM.from_config(config_of(name, MODELS[name])).eval()
-    spread_out(model)
-    return model
-
-
-def spread_out(model):
-    with torch.no_grad():
-        model.get_output_embeddings().weight.normal_(std=0.3)
-        if model.get_output_embeddings().bias is not None:
-            model.get_output_embeddings().bias.normal_()
-
-
-def batch():
-    """Prompts padded on the left, completions on the right."""
-    ids = torch.randint(2, 61, (3, 9))
-    mask = torch.ones_like(ids)
-    mask[0, :2] = 0
-    mask[1, 7:] = 0
-    return ids, mask
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -199,7 +139,7 @@ def test_the_text_part_of_a_vision_language_model(softcap):
 
 
 class Wrapper(nn.Module):
-    """As DDP: calls the module inside, and does something on the way."""
+    """A wrapper like DDP: it calls the module inside, and does something besides."""
 
     def __init__(self, module):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Heads that are wrapped, compiled, sharded, quantised, or of another dtype than the states they read."""
+"""Heads that are wrapped, compiled or quantised, and heads of another dtype than the hidden states."""
 
 import importlib.util
 import warnings
@@ -9,16 +9,14 @@ from torch import nn
 
 from grpo_fast.integrations import transformers as adapter
 from grpo_fast.integrations.transformers import check_head, head_of, hidden_states, with_head
-from grpo_fast.loss import linear_grpo_loss
 from grpo_fast.ops import linear_logprob
 from grpo_fast.testing import assert_as_accurate
-from tests.integrations.test_transformers import batch, build, spread_out
+from tests.support.architectures import T, batch, build, fused_loss, gradients, spread_out
 
 transformers = pytest.importorskip("transformers", reason="the models are Hugging Face's")
 needs_peft = pytest.mark.skipif(
     importlib.util.find_spec("peft") is None, reason="the adapters are PEFT's"
 )
-T = 4
 
 
 @pytest.fixture(autouse=True)
@@ -27,22 +25,6 @@ def fresh_dynamo():
     adapter._warn_of_eager.cache_clear()
     yield
     torch._dynamo.reset()
-
-
-def fused_loss(model, ids, mask, **options):
-    """The loss of the last tokens through the hidden states and the head."""
-
-    def function(hidden, head):
-        given = {"advantages": torch.tensor([1.0, -0.5, 2.0]), "mask": mask[:, -T:]}
-        return linear_grpo_loss(hidden, head.weight, ids[:, -T:], **given, **head.options).loss
-
-    return with_head(model, function, ids, mask, last=T, **options)
-
-
-def gradients(model, loss):
-    model.zero_grad()
-    loss.backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
 def assert_trains_alike(wrapped, plain):
@@ -62,7 +44,7 @@ def assert_trains_alike(wrapped, plain):
 
 
 class TestCompiled:
-    """By `torch.compile`, as a module of its own or in place: the head, the whole, or each region."""
+    """`torch.compile` on the head, the whole model or each region, as a new module or in place."""
 
     def pair(self):
         plain = build("Qwen2")
@@ -116,7 +98,7 @@ class TestCompiled:
     @pytest.mark.parametrize("fullgraph", [False, True])
     @pytest.mark.parametrize("wrapped", [False, True], ids=["bare", "in a wrapper"])
     def test_the_whole_model_runs_its_backbone_compiled(self, wrapped, fullgraph):
-        """By the backend and options of the model, once for all calls."""
+        """The backend and the options are the model's, and it is compiled once for all calls."""
         model, plain = self.pair()
         backend, graphs = self.counted()
         compiled = torch.compile(model, backend=backend, fullgraph=fullgraph)
@@ -198,7 +180,7 @@ def test_a_checkpointed_head():
 
 
 class TestRefused:
-    """By name, and with something to do about it."""
+    """Errors name the reason, and say what to do."""
 
     def refused(self, head, match, error=TypeError):
         model = build("Qwen2")
@@ -209,7 +191,7 @@ class TestRefused:
             with_head(model, lambda hidden, head: hidden, *batch())
 
     def test_integer_weights(self):
-        """As bitsandbytes and GPTQ have them."""
+        """bitsandbytes and GPTQ have such weights."""
         head = nn.Linear(32, 61, bias=False)
         head.weight = nn.Parameter(torch.zeros(61, 32, dtype=torch.int8), requires_grad=False)
         self.refused(
@@ -223,7 +205,7 @@ class TestRefused:
         self.refused(head, r"torch.bfloat16 \(488, 1\): it is quantised.*llm_int8_skip_modules")
 
     def test_a_forward_of_its_own(self):
-        """As bitsandbytes' Linear8bitLt and torchao's Float8Linear."""
+        """bitsandbytes' Linear8bitLt and torchao's Float8Linear have one."""
 
         class Float8Linear(nn.Linear):
             def forward(self, x):
@@ -241,7 +223,7 @@ class TestRefused:
         self.refused(head, r"qat.*Linear, whose forward is its own")
 
     def test_weights_that_are_tensors_of_another_kind(self):
-        """As torchao's: a subclass that says it is float32 and holds something else."""
+        """torchao has such tensors: a subclass that says it is float32 and holds something else."""
 
         class Quantised(torch.Tensor):
             @staticmethod

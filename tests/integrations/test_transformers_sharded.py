@@ -7,9 +7,16 @@ from grpo_fast.integrations import transformers as adapter
 from grpo_fast.integrations.transformers import check_head, head_of, hidden_states, with_head
 from grpo_fast.loss import linear_grpo_loss
 from grpo_fast.ops import linear_logprob
-from tests.integrations.test_transformers import batch, build, config_of, spread_out
-from tests.integrations.test_transformers_heads import T, fused_loss, gradients
 from tests.support import ranks
+from tests.support.architectures import (
+    T,
+    batch,
+    build,
+    config_of,
+    fused_loss,
+    gradients,
+    spread_out,
+)
 
 transformers = pytest.importorskip("transformers", reason="the models are Hugging Face's")
 

@@ -13,7 +13,8 @@ import torch
 
 from grpo_fast import Objective, reference
 from grpo_fast.integrations import trl as adapter
-from grpo_fast.integrations.trl import head, objective, options
+from grpo_fast.integrations.trl import head, objective
+from grpo_fast.integrations.trl import options as table
 from grpo_fast.integrations.trl.options import BY_ITEMS, LOSS_TYPES
 from grpo_fast.loss import grpo_loss
 from grpo_fast.testing import assert_as_accurate
@@ -43,7 +44,7 @@ DEFAULTS = {
 
 
 def trainer(loss_type, logits, ids, options):
-    """What `GRPOTrainer._compute_loss` reads of its trainer, for a model whose logits are these."""
+    """Return what `GRPOTrainer._compute_loss` reads of its trainer, for a model with these logits."""
     from trl.trainer.grpo_trainer import GRPOTrainer
 
     outputs = (reference.logprob(logits, ids), reference.entropy(logits), None)
@@ -93,7 +94,7 @@ def theirs(logits, ids, inputs, loss_type, options):
 
 
 def objective_of(loss_type, options):
-    """Through the adapter, from what a GRPOConfig holds."""
+    """Return the objective that the adapter makes of the options of a GRPOConfig."""
     return objective(
         SimpleNamespace(
             loss_type=loss_type,
@@ -206,7 +207,7 @@ class TestObjective:
         from trl import GRPOConfig
 
         fields = GRPOConfig.__dataclass_fields__
-        assert {name: fields[name].default for name in options.DEFAULTS} == options.DEFAULTS
+        assert {name: fields[name].default for name in table.DEFAULTS} == table.DEFAULTS
         dapo = Objective(reduction="token_mean", kl="k3_unbiased")
         assert objective(SimpleNamespace()) == dapo
 
@@ -313,7 +314,7 @@ class TestPatch:
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
     def test_is_what_trls_trainers_call(self, utils):
-        """Through TRL's own patched forward, as RLOO and the asynchronous trainer use it."""
+        """TRL's own patched forward calls it, which RLOO and the asynchronous trainer use."""
         from transformers import LlamaConfig, LlamaForCausalLM
 
         model = LlamaForCausalLM(
@@ -333,7 +334,7 @@ class TestPatch:
         torch.testing.assert_close(out.log_probs, want, rtol=1e-4, atol=1e-5)
 
     def test_more_outputs_are_trls(self, utils):
-        """Beside our log-probs and entropy; without gradient, as in TRL."""
+        """Other outputs than log-probs and entropy are TRL's, and have no gradient, as in TRL."""
         from trl.kernels import ChunkedLogProbFunction
 
         weight = torch.randn(9, 4)

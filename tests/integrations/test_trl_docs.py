@@ -1,4 +1,3 @@
-# ruff: noqa: F811 (fixtures of another file)
 """docs/trl.md says what the code does: its blocks run, its lines are printed, its metrics are logged."""
 
 import re
@@ -8,7 +7,10 @@ import pytest
 import torch
 
 pytest.importorskip("trl", "1.15", reason="the page is about TRL")
-pytestmark = pytest.mark.filterwarnings("ignore")  # of TRL and its libraries
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),  # of TRL and its libraries
+    pytest.mark.usefixtures("torch_backend"),
+]
 
 from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 from trl import GRPOConfig  # noqa: E402
@@ -18,14 +20,7 @@ from grpo_fast import Objective  # noqa: E402
 from grpo_fast.integrations import trl as adapter  # noqa: E402
 from grpo_fast.integrations.trl import trainer  # noqa: E402
 from grpo_fast.trainer.model import character_tokenizer  # noqa: E402
-from tests.integrations.test_trl_loss import (  # noqa: E402, F401 (two are fixtures)
-    LOSS_TYPES,
-    SIZES,
-    compute,
-    inputs_of,
-    torch_backend,
-    trainers,
-)
+from tests.support.trl_losses import LOSS_TYPES, SIZES, compute, inputs_of  # noqa: E402
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "trl.md"
 TEXT = PAGE.read_text()
@@ -33,7 +28,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 
 
 def test_the_example_with_lora(tmp_path, monkeypatch, capsys):
-    """As it stands, but for the model, the number of steps and what the page says of CPUs."""
+    """The example runs unchanged, except the model, the number of steps and the option for CPUs."""
     pytest.importorskip("peft", reason="the adapters are PEFT's")
     (example,) = (block for block in BLOCKS if "LoraConfig" in block)
     tokenizer = character_tokenizer("0123456789+= ")
@@ -77,7 +72,7 @@ def test_reasons():
 
 
 def test_metrics(trainers):
-    """Those in the table, and no others, come from the loss."""
+    """The metrics of the loss are those in the table, and no others."""
     logged = set()
     for loss_type in LOSS_TYPES:
         options = {"beta": 0.1, "use_adaptive_entropy": True, "entropy_coef": 0.1}

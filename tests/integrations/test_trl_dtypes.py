@@ -1,5 +1,4 @@
-# ruff: noqa: F811 (fixtures of another file)
-"""Models that TRL trains in any dtype: ours trains them, `patch()` breaks none, and both end up alike."""
+"""Training in any dtype with our trainer, and with TRL's after `patch()`: the results are TRL's."""
 
 import copy
 
@@ -7,7 +6,10 @@ import pytest
 import torch
 
 pytest.importorskip("trl", "1.15", reason="they are TRL's trainers")
-pytestmark = pytest.mark.filterwarnings("ignore")  # of TRL and its libraries
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),  # of TRL and its libraries
+    pytest.mark.usefixtures("torch_backend"),
+]
 
 import trl  # noqa: E402
 from datasets import Dataset  # noqa: E402
@@ -16,14 +18,7 @@ from trl.trainer import utils  # noqa: E402
 
 from grpo_fast.integrations import trl as adapter  # noqa: E402
 from grpo_fast.integrations.trl import head  # noqa: E402
-from tests.integrations.test_trl_trainer import (  # noqa: E402, F401 (three are fixtures)
-    COMMON,
-    PROMPTS,
-    model_path,
-    reward,
-    tokenizer,
-    torch_backend,
-)
+from tests.support.trl_training import COMMON, PROMPTS, reward  # noqa: E402
 
 DATA = {
     "GRPO": {"prompt": PROMPTS},

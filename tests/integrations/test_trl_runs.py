@@ -9,23 +9,17 @@ import torch
 from grpo_fast.ops import scaling
 
 pytest.importorskip("trl", "1.15", reason="it is a subclass of TRL's trainer")
-pytestmark = pytest.mark.filterwarnings("ignore")  # of TRL and its libraries
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),  # of TRL and its libraries
+    pytest.mark.usefixtures("torch_backend"),
+]
 
 from datasets import Dataset  # noqa: E402
 from trl import GRPOTrainer as Stock  # noqa: E402
 
 from grpo_fast.integrations.trl import GRPOTrainer, trainer  # noqa: E402
-from tests.integrations.test_trl_trainer import (  # noqa: E402, F401
-    PROMPTS,
-    assert_same_logs,
-    config,
-    model_path,
-    reward,
-    tokenizer,
-    torch_backend,
-    train,
-)
 from tests.support import ranks  # noqa: E402
+from tests.support.trl_training import PROMPTS, assert_same_logs, config, reward, train  # noqa: E402
 
 
 def as_fsdp2(trainer):
@@ -72,13 +66,13 @@ def sharded_on_a_rank(path, output, lora):
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 @ranks.needs_gloo
-def test_fsdp2_on_two_processes(lora, model_path, tmp_path):  # noqa: F811
+def test_fsdp2_on_two_processes(lora, model_path, tmp_path):
     ranks.run(
         "tests.integrations.test_trl_runs:sharded_on_a_rank", 2, model_path, str(tmp_path), lora
     )
 
 
-def test_resume(model_path, tokenizer, tmp_path):  # noqa: F811
+def test_resume(model_path, tokenizer, tmp_path):
     """Two steps, a checkpoint, two more: the parameters and metrics of four steps in one go."""
 
     def run(steps, **options):
@@ -102,8 +96,8 @@ def test_resume(model_path, tokenizer, tmp_path):  # noqa: F811
     assert_same_logs(resumed[:-1], whole[:-1])  # the last has the mean loss of the steps it ran
 
 
-def test_no_factor_is_left_on_the_loss(model_path, tokenizer, tmp_path, monkeypatch):  # noqa: F811
-    """Of accumulation or of processes: it would cost a pass over the gradients of hidden states and head."""
+def test_no_factor_is_left_on_the_loss(model_path, tokenizer, tmp_path, monkeypatch):
+    """No factor of accumulation or of processes costs a pass over the gradients of hidden states and head."""
     from grpo_fast.ops import linear_grpo
 
     factors, scale_ = [], scaling.scale_

@@ -1,5 +1,4 @@
-# ruff: noqa: F811 (fixtures of another file)
-"""What a run with TRL says at its start, and what type checkers, pickle and `import *` see of the adapter."""
+"""The line that a run with TRL prints, and the adapter as seen by type checkers, pickle and `import *`."""
 
 import contextlib
 import io
@@ -13,7 +12,10 @@ import pytest
 import torch
 
 pytest.importorskip("trl", "1.15", reason="it is a subclass of TRL's trainer")
-pytestmark = pytest.mark.filterwarnings("ignore")  # of TRL and its libraries
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),  # of TRL and its libraries
+    pytest.mark.usefixtures("torch_backend"),
+]
 
 from transformers import MixtralConfig, MixtralForCausalLM  # noqa: E402
 from transformers import trainer as their_trainer  # noqa: E402
@@ -21,14 +23,9 @@ from trl import GRPOTrainer as Stock  # noqa: E402
 
 from grpo_fast.integrations.trl import GRPOTrainer  # noqa: E402
 from grpo_fast.trainer.model import character_tokenizer  # noqa: E402
-from tests.integrations.test_trl_loss import SIZES  # noqa: E402
-from tests.integrations.test_trl_trainer import (  # noqa: E402, F401 (three are fixtures)
-    model_path,
-    tokenizer,
-    torch_backend,
-    train,
-)
 from tests.support import ranks  # noqa: E402
+from tests.support.trl_losses import SIZES  # noqa: E402
+from tests.support.trl_training import train  # noqa: E402
 
 NOT = "grpo_fast: not fused, TRL's own loss runs: "
 
@@ -161,7 +158,7 @@ def test_torch_compile(capsys, model_path, tokenizer, tmp_path, monkeypatch):
 
 
 def test_liger(monkeypatch, capsys, model_path, tokenizer, tmp_path):
-    """Its layers alone: TRL takes its fused loss out, and refuses it where it is asked for."""
+    """Liger's layers run without its fused loss, which TRL removes, and refuses if it is asked for."""
     given = []
     monkeypatch.setattr(their_trainer, "apply_liger_kernel", lambda _, kwargs: given.append(kwargs))
     line = start(GRPOTrainer, capsys, model_path, tokenizer, tmp_path, use_liger_kernel=True)

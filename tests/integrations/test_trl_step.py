@@ -1,4 +1,4 @@
-"""The benchmark of a TRL step: what is wrong gets no number."""
+"""The benchmark of a TRL step: a wrong provider gets no number."""
 
 import gc
 import json
@@ -134,7 +134,7 @@ def test_the_benchmark_records_what_it_measures(monkeypatch, tmp_path):
 
 
 def test_what_trl_cannot_import_is_a_reason(monkeypatch):
-    """From `trl` itself it would be a RuntimeError, which ends the run."""
+    """An import error of TRL is a reason to skip; as a RuntimeError of `trl` it would end the run."""
     import trl
 
     for module in (trl, trl.trainer):  # what it has loaded already

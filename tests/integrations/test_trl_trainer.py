@@ -10,112 +10,20 @@ import torch
 pytest.importorskip("trl", "1.15", reason="it is a subclass of TRL's trainer")
 # TRL and its libraries warn as they are imported and as they train; this adapter's own warnings are
 # expected one by one.
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.usefixtures("torch_backend"),
+]
 
 from datasets import Dataset  # noqa: E402
-from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
-from trl import GRPOConfig  # noqa: E402
+from transformers import LlamaForCausalLM  # noqa: E402
 from trl import GRPOTrainer as Stock  # noqa: E402
 
 from grpo_fast.integrations import trl as adapter  # noqa: E402
 from grpo_fast.integrations.trl import GRPOTrainer, head  # noqa: E402
 from grpo_fast.trainer.model import character_tokenizer  # noqa: E402
 from tests.support import ranks  # noqa: E402
-
-PROMPTS = ["ab", "cde", "a", "bdca", "ee", "dab", "c", "bb"]
-
-
-@pytest.fixture(autouse=True)
-def torch_backend(monkeypatch):
-    """Both implementations are held against each other elsewhere; Triton's interpreter is slow."""
-    monkeypatch.setenv("GRPO_FAST_BACKEND", "torch")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the models are tiny
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    tokenizer = character_tokenizer("abcdefgh")
-    tokenizer.padding_side = "left"
-    return tokenizer
-
-
-@pytest.fixture(scope="module")
-def model_path(tokenizer, tmp_path_factory):
-    """A tiny Llama on disk: TRL loads the reference model from where the policy came from."""
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("model")
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        initializer_range=0.3,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    LlamaForCausalLM(config).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return str(path)
-
-
-def reward(completions, **_):
-    return [text.count("a") - 0.3 * text.count("b") + 0.05 * len(text) for text in completions]
-
-
-# Of any TRL trainer.
-COMMON = {
-    "learning_rate": 0.05,
-    "lr_scheduler_type": "constant",
-    "optim": "sgd",
-    "max_grad_norm": 0.0,
-    "logging_steps": 1,
-    "save_strategy": "no",
-    "report_to": "none",
-    "use_cpu": True,
-    "bf16": False,
-    "gradient_checkpointing": False,
-    "disable_tqdm": True,
-}
-
-
-def config(tmp_path, **options):
-    defaults = {
-        "output_dir": str(tmp_path),
-        "per_device_train_batch_size": 8,
-        "per_device_eval_batch_size": 8,
-        "num_generations": 4,
-        "max_completion_length": 7,
-        "max_steps": 3,
-    }
-    return GRPOConfig(**(COMMON | defaults | options))
-
-
-def train(cls, model_path, tokenizer, tmp_path, prepare=None, peft_config=None, **options):
-    """(parameters, log history) after training from the same start and seed."""
-    torch.manual_seed(0)
-    trainer = cls(
-        model=model_path,
-        reward_funcs=reward,
-        args=config(tmp_path, **options),
-        train_dataset=Dataset.from_dict({"prompt": PROMPTS}),
-        eval_dataset=Dataset.from_dict({"prompt": PROMPTS[:2]}),
-        processing_class=copy.deepcopy(tokenizer),
-        peft_config=peft_config,
-    )
-    if prepare is not None:
-        prepare(trainer)
-    trainer.train()
-    parameters = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
-    return parameters, trainer.state.log_history
-
-
-TIMES = ("step_time", "_runtime", "per_second", "total_flos", "epoch")
+from tests.support.trl_training import COMMON, PROMPTS, TIMES, assert_same_logs, train  # noqa: E402
 
 
 def assert_same_training(model_path, tokenizer, tmp_path, **options):
@@ -134,17 +42,6 @@ def assert_same_training(model_path, tokenizer, tmp_path, **options):
         torch.testing.assert_close(got[name], want[name], rtol=0, atol=1e-6)
     assert_same_logs(our_logs, their_logs)
     return their_logs
-
-
-def assert_same_logs(got, want):
-    """All metrics but times agree, NaN included."""
-    assert len(got) == len(want)
-    for ours, theirs in zip(got, want, strict=True):
-        assert ours.keys() == theirs.keys()
-        for name, value in theirs.items():
-            if any(word in name for word in TIMES):
-                continue
-            assert ours[name] == pytest.approx(value, rel=1e-4, abs=2e-6, nan_ok=True), name
 
 
 LOSS_TYPES = ["grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo"]
@@ -205,7 +102,7 @@ def test_options(options, model_path, tokenizer, tmp_path):
 
 
 def test_resuming_as_trls_trainer_does(model_path, tokenizer, tmp_path):
-    """From a checkpoint, with the state of the entropy controller."""
+    """A run that is resumed from a checkpoint has the state of the entropy controller."""
     options = {
         "save_strategy": "steps",
         "save_steps": 2,
@@ -243,7 +140,7 @@ def test_lora(options, model_path, tokenizer, tmp_path):
     ids=["copy-of-the-head", "prompt"],
 )
 def test_the_reference_of_other_adapters(kind, options, model_path, tokenizer, tmp_path):
-    """With the adapter off the model is the one it came from, head and prompt included."""
+    """The reference is the model without its adapter, head and prompt included."""
     peft = pytest.importorskip("peft", reason="the adapters are PEFT's")
     adapter = getattr(peft, kind)(task_type="CAUSAL_LM", **options)
     logs = assert_same_training(
@@ -318,9 +215,8 @@ def test_trls_other_trainers(kind, passes, model_path, tokenizer, tmp_path, monk
     monkeypatch.setattr(utils, "_ChunkedLogProbFunction", utils._ChunkedLogProbFunction)
     adapter.patch()
     got, logs = run()
-    assert (
-        len(calls) == 2 * passes
-    )  # two steps; policy and reference, of other pairs, too, for KTO's KL
+    # Two steps; policy and reference, and for KTO's KL those of other pairs, too.
+    assert len(calls) == 2 * passes
     for name in want:
         torch.testing.assert_close(got[name], want[name], rtol=0, atol=1e-6)
     for ours, theirs in zip(logs, their_logs, strict=True):

@@ -1,4 +1,4 @@
-"""The older minor version of TRL: some of the other files' tests against it, in a process of its own."""
+"""The older minor version of TRL: some of the other files' tests run with it, in a process of their own."""
 
 import os
 import subprocess
@@ -32,7 +32,13 @@ CASES = [
 
 @pytest.mark.skipif(not FOLDER.is_dir(), reason=f"no TRL {SUPPORTED[0]} in {FOLDER} (make setup)")
 def test_the_older_version():
-    arguments = ["-q", "--color=no", "-p", "no:cacheprovider", *(f"tests/{case}" for case in CASES)]
+    arguments = [
+        "-q",
+        "--color=no",
+        "-p",
+        "no:cacheprovider",
+        *(f"tests/integrations/{case}" for case in CASES),
+    ]
     code = (
         "import sys, trl, pytest\n"
         f"assert trl.__version__.startswith('{SUPPORTED[0]}.'), trl.__version__\n"

@@ -1,9 +1,9 @@
-"""verl's own policy losses, KL penalties and averages, in float64, as oracles of adapter and presets."""
+"""verl's own policy losses, KL penalties and averages, in float64, against the adapter and the presets."""
 
 import importlib
 import importlib.metadata
 import sys
-from types import MappingProxyType, ModuleType, SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 
 import pytest
 import torch
@@ -15,85 +15,10 @@ from grpo_fast.integrations.verl import losses
 from grpo_fast.loss import policy_loss
 from grpo_fast.presets import GUARDED_K3
 from grpo_fast.testing import assert_as_accurate
-from tests.support.hosts import assert_adapter_only_scales
+from grpo_fast.weights import clip_cov, geometric_mean
+from tests.support.hosts import FRACTIONS
 from tests.support.oracles import verl_core_algos
-
-B, T = 5, 6
-AGGREGATIONS = (
-    "token-mean",
-    "token-sum",
-    "seq-mean-token-sum",
-    "seq-mean-token-sum-norm",
-    "seq-mean-token-mean",
-)
-MODES = tuple(losses.POLICY_LOSSES)
-GLOBAL = {"dp_size": 2, "batch_num_tokens": 53, "global_batch_size": 9, "loss_scale_factor": 11}
-
-
-def configuration(**options):
-    """What the losses read of verl's ActorConfig, of verl's own type, with verl's defaults."""
-    base = verl_core_algos().ActorConfig
-
-    class Config(base):
-        def get(self, name, default=None):
-            return getattr(self, name, default)
-
-    config = Config()
-    policy = {
-        "clip_cov_ratio": 1.0,  # all candidates, so that nothing depends on the draw
-        "clip_cov_lb": 0.0,
-        "clip_cov_ub": 5.0,
-        "kl_cov_ratio": 0.3,
-        "ppo_kl_coef": 0.1,
-        "dro_beta": 0.3,
-    }
-    vars(config).update(
-        {
-            "clip_ratio": 0.2,
-            "clip_ratio_low": 0.2,
-            "clip_ratio_high": 0.28,
-            "clip_ratio_c": 3.0,
-            "tau_pos": 1.0,
-            "tau_neg": 1.05,
-            "global_batch_info": {},
-            "policy_loss": SimpleNamespace(**policy),
-        }
-        | options
-    )
-    return config
-
-
-def batch(device, per_token=True):
-    """Ragged, one row empty; ratios from far below to far above every bound; one row without an advantage."""
-    torch.manual_seed(7)
-    mask = torch.arange(T) < torch.tensor([6, 0, 3, 5, 1])[:, None]
-    logp = -2 * torch.rand(B, T) - 0.05
-    logp[3, 0] = -0.1
-    old = (logp - 0.5 * torch.randn(B, T)).clamp(max=-0.01)  # a log-prob: below 0
-    old[0, 0], old[0, 1], old[3, 0] = logp[0, 0] - 21, logp[0, 1] - 1.5, logp[3, 0] - 2.5
-    advantages = torch.randn(B, T) if per_token else torch.randn(B, 1).expand(B, T).clone()
-    advantages[2] = 0
-    advantages[0, 0], advantages[3, 0] = -0.5, 1.0
-    weights = 2 * torch.rand(B, T)
-    return tuple(x.to(device) for x in (old, logp, advantages, weights, mask))
-
-
-def run(fn, x, old, advantages, mask, aggregation, config, weights):
-    """(loss, gradient, metrics) with an upstream gradient other than 1."""
-    x = x.detach().clone().requires_grad_()
-    loss, metrics = fn(
-        old_log_prob=old,
-        log_prob=x,
-        advantages=advantages,
-        response_mask=mask,
-        loss_agg_mode=aggregation,
-        config=config,
-        rollout_is_weights=weights,
-    )
-    if fn in losses.POLICY_LOSSES.values():
-        assert_adapter_only_scales(loss)
-    (grad,) = torch.autograd.grad(0.7 * loss, x)
-    return loss, grad, metrics
+from tests.support.verl import AGGREGATIONS, GLOBAL, MODES, B, T, batch, configuration, run
 
 
 def compare(mode, aggregation, config, device, weighted, per_token=True):
@@ -270,57 +195,29 @@ def test_bad_configurations(device):
         losses.POLICY_LOSSES["sapo"](old, logp, advantages, mask, "token-mean", {"clip_ratio": 0.2})
 
 
-@pytest.fixture
-def installed(monkeypatch):
-    """verl's core_algos where `import verl` finds it, with a version."""
-    core = verl_core_algos()
-    monkeypatch.setattr(core, "POLICY_LOSS_REGISTRY", dict(core.POLICY_LOSS_REGISTRY))
-    tools, engine = ModuleType("verl.utils.torch_functional"), ModuleType("verl.workers.engine")
-    tools.logprobs_from_logits = engine.logprobs_from_logits = lambda logits, labels: None
-    fused = ModuleType("verl.utils.kernel.linear_cross_entropy")
-    fused.linear_cross_entropy = engine.linear_cross_entropy = lambda *arguments: None
-    for name, module in {
-        "verl": ModuleType("verl"),
-        "verl.trainer": ModuleType("verl.trainer"),
-        "verl.trainer.ppo": ModuleType("verl.trainer.ppo"),
-        "verl.trainer.ppo.core_algos": core,
-        "verl.utils": ModuleType("verl.utils"),
-        "verl.utils.torch_functional": tools,
-        "verl.utils.kernel": ModuleType("verl.utils.kernel"),
-        "verl.utils.kernel.linear_cross_entropy": fused,
-        "verl.workers": ModuleType("verl.workers"),
-        "verl.workers.engine": engine,
-    }.items():
-        monkeypatch.setitem(sys.modules, name, module)
-    version = SimpleNamespace(found="0.9.1")
-    find = importlib.metadata.version
-    monkeypatch.setattr(
-        importlib.metadata, "version", lambda name: version.found if name == "verl" else find(name)
-    )
-    return SimpleNamespace(core=core, tools=tools, engine=engine, version=version)
-
-
-def test_importing_registers(installed):
-    own = dict(installed.core.POLICY_LOSS_REGISTRY)
+def test_importing_registers(verl_installed):
+    own = dict(verl_installed.core.POLICY_LOSS_REGISTRY)
     module = importlib.reload(verl)
     for mode, loss in module.POLICY_LOSSES.items():
-        assert installed.core.get_policy_loss_fn(mode) is loss is not own[mode]
-    assert installed.core.get_policy_loss_fn("bypass_mode") is own["bypass_mode"]
+        assert verl_installed.core.get_policy_loss_fn(mode) is loss is not own[mode]
+    assert verl_installed.core.get_policy_loss_fn("bypass_mode") is own["bypass_mode"]
 
 
-def test_a_verl_that_cannot_be_imported_leaves_the_losses(installed, monkeypatch, caplog, tmp_path):
+def test_a_verl_that_cannot_be_imported_leaves_the_losses(
+    verl_installed, monkeypatch, caplog, tmp_path
+):
     """One that is too old, or without what it needs; a folder of that name is none at all."""
     (tmp_path / "verl").mkdir()
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "verl")
-    installed.version.found = "0.7.0"
+    verl_installed.version.found = "0.7.0"
     (tmp_path / "verl" / "__init__.py").touch()
     importlib.invalidate_caches()
     assert importlib.reload(verl).POLICY_LOSSES
     assert "nothing is registered with verl: this needs verl >= 0.9.1" in caplog.text
 
 
-def test_a_checkout_says_its_version_itself(installed, monkeypatch):
+def test_a_checkout_says_its_version_itself(verl_installed, monkeypatch):
     def missing(name):
         raise importlib.metadata.PackageNotFoundError(name)
 
@@ -332,8 +229,8 @@ def test_a_checkout_says_its_version_itself(installed, monkeypatch):
 
 
 @pytest.mark.parametrize("found", ["0.7.0", "0.10.0", "1.0"])
-def test_another_verl_is_refused(found, installed):
-    installed.version.found = found
+def test_another_verl_is_refused(found, verl_installed):
+    verl_installed.version.found = found
     for patch in (verl.register, verl.patch_logprobs):
         with pytest.raises(
             ImportError, match=rf"verl >= 0\.9\.1, < 0\.10; verl {found} is installed"
@@ -343,16 +240,18 @@ def test_another_verl_is_refused(found, installed):
         packages.require("nosuchhost", "1.0")
 
 
-def test_patching_log_probs(installed, backend, device):
+def test_patching_log_probs(verl_installed, backend, device):
     sys.modules.pop("grpo_fast.integrations.verl_logprobs", None)
     importlib.import_module("grpo_fast.integrations.verl_logprobs")
-    assert installed.tools.logprobs_from_logits is verl.logprobs_from_logits
-    assert installed.engine.logprobs_from_logits is verl.logprobs_from_logits
+    assert verl_installed.tools.logprobs_from_logits is verl.logprobs_from_logits
+    assert verl_installed.engine.logprobs_from_logits is verl.logprobs_from_logits
     logits = torch.randn(2, 3, 7, device=device)
     labels = torch.randint(7, (2, 3), device=device)
     for shape in ((2, 3), (6,)):
         x = logits.view(*shape, 7).requires_grad_()
-        got = installed.engine.logprobs_from_logits(x, labels.view(shape), inplace_backward=True)
+        got = verl_installed.engine.logprobs_from_logits(
+            x, labels.view(shape), inplace_backward=True
+        )
         want = x.log_softmax(-1).gather(-1, labels.view(shape)[..., None]).squeeze(-1)
         torch.testing.assert_close(got, want)
         upstream = torch.randn(shape, device=device)
@@ -360,7 +259,7 @@ def test_patching_log_probs(installed, backend, device):
             torch.testing.assert_close(a, b)
 
 
-def test_patching_the_fused_head(installed, backend, device):
+def test_patching_the_fused_head(verl_installed, backend, device):
     """verl's call: (1, N, D) hidden states, (N,) log-probs and entropies."""
     verl.patch_logprobs()
     hidden = torch.randn(1, 6, 8, device=device, requires_grad=True)
@@ -368,7 +267,7 @@ def test_patching_the_fused_head(installed, backend, device):
     labels = torch.randint(13, (1, 6), device=device)
     logp = (hidden @ weight.T / 0.7).log_softmax(-1)
     want = logp.gather(-1, labels[..., None]).flatten(), -(logp.exp() * logp).sum(-1).flatten()
-    fused = installed.engine.linear_cross_entropy
+    fused = verl_installed.engine.linear_cross_entropy
     got = fused(hidden, weight, labels, 0.7, "none")
     for ours, theirs in zip(got, want, strict=True):
         torch.testing.assert_close(ours, theirs)
@@ -381,3 +280,59 @@ def test_patching_the_fused_head(installed, backend, device):
         torch.testing.assert_close(ours, getattr(want[0], reduction)())
     with pytest.raises(ValueError, match="reduction='max'"):
         fused(hidden, weight, labels, 0.7, "max")
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.parametrize("info", [{}, GLOBAL], ids=["", "global"])
+def test_a_mask_of_fractions_weighs(mode, aggregation, info, device):
+    old, logp, advantages, weights, _ = batch(device)
+    fractions, theirs = FRACTIONS.to(device), verl_core_algos().get_policy_loss_fn(mode)
+    live, config = fractions != 0, configuration(global_batch_info=info)
+    results = []
+    for fn, dtype, fill in (
+        (losses.POLICY_LOSSES[mode], torch.float32, torch.nan),
+        (theirs, torch.float32, 0),
+        (theirs, torch.float64, 0),
+    ):
+        x, o, a, w = (
+            torch.where(live, y, fill).to(dtype) for y in (logp, old, advantages, weights)
+        )
+        results.append(run(fn, x, o, a, fractions.to(dtype), aggregation, config, w))
+    ours, plain, truth = results
+    assert_as_accurate(ours[0], plain[0], truth[0], name="loss")
+    assert_as_accurate(*(torch.where(live, grad, 0) for _, grad, _ in results), name="gradient")
+    assert ours[2] == pytest.approx(truth[2], rel=1e-5, abs=1e-6)
+
+
+def test_the_weights_that_verl_averages(device):
+    """geo_mean's weights of a sequence, by the mask's; none where a sequence has no token."""
+    weights, fractions = 2 * torch.rand(5, 6, device=device), FRACTIONS.to(device)
+    got = geometric_mean(torch.where(fractions != 0, weights, torch.nan), mask=fractions, eps=1e-10)
+    logs = ((weights.double() + 1e-10).log() * fractions).sum(1, keepdim=True)
+    want = (logs / fractions.sum(1, keepdim=True).clamp(min=1)).exp()
+    torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=1e-7)
+    packed_live = fractions != 0
+    cu_seqlens = torch.nn.functional.pad(packed_live.sum(1).cumsum(0), (1, 0))
+    flat = geometric_mean(
+        weights[packed_live], mask=fractions[packed_live], cu_seqlens=cu_seqlens, eps=1e-10
+    )
+    torch.testing.assert_close(flat, got[:, 0])
+
+
+def test_clip_cov_counts_by_the_mask(device):
+    """Means and the number of tokens drawn, as verl computes them."""
+    _, logp, advantages, _, _ = batch(device)
+    fractions = FRACTIONS.to(device)
+    live = fractions != 0
+    A, x = (
+        y.double() - (y * fractions).sum().double() / fractions.sum() for y in (advantages, logp)
+    )
+    within = live & (A * x > 0) & (A * x < 5)
+    unweighed = (advantages - advantages[live].mean()) * (logp - logp[live].mean())
+    assert (within != (live & (unweighed > 0) & (unweighed < 5))).any()
+    options = {"mask": fractions, "low": 0.0, "high": 5.0}
+    kept = clip_cov(logp, logp, advantages, fraction=1.0, **options)
+    assert ((kept == 0) == (within | ~live)).all()
+    kept = clip_cov(logp, logp, advantages, fraction=0.25, **options)
+    assert ((kept == 0) & live).sum() == int(0.25 * fractions.sum()) != int(0.25 * live.sum())

@@ -1,4 +1,4 @@
-"""verl's fused head with a vocabulary shared by ranks, by the convention of verl's own kernel."""
+"""verl's fused head with a vocabulary that ranks share, by the convention of verl's own kernel."""
 
 import pytest
 import torch

@@ -12,11 +12,9 @@ import torch
 
 from grpo_fast.integrations import verl
 from grpo_fast.integrations.verl import losses
-from tests.integrations.test_verl import GLOBAL, B, T, batch, configuration, installed, run
 from tests.support.hosts import mean
 from tests.support.oracles import verl_core_algos
-
-assert installed  # the fixture: pytest takes it by its name
+from tests.support.verl import GLOBAL, B, T, batch, configuration, run
 
 CLIP = ("clip_ratio_low", "clip_ratio_high", "clip_ratio")
 READS = {
@@ -77,7 +75,7 @@ def test_each_has_verls_metrics(mode):
 
 @pytest.mark.parametrize("mode", READS)
 def test_an_option_is_read_where_verl_reads_it(mode):
-    """Another value of each changes verl's loss, gradient or metrics, and ours in the same way."""
+    """A change of each option changes verl's loss, gradient or metrics, and ours in the same way."""
     old, logp, advantages, weights, mask = batch("cpu")
     old[3], logp[3], advantages[3] = -0.1, -0.6, -1.0  # less probable, within some bounds
     old[2, 0], logp[2, 0], advantages[2, 0] = -0.7, -0.1, 1.0  # and more
@@ -132,7 +130,7 @@ def test_clip_ratio_c_where_there_is_none(mode, default):
     ],
 )
 def test_selections_where_an_option_is_none(mode, names):
-    """Of 15 tokens 0.0002 is one; covariances from 1 to 5."""
+    """A fraction of 0.0002 is one of 15 tokens, and the covariances are from 1 to 5."""
     old, logp, advantages, weights, mask = batch("cpu")
     logp[0, :3], old[0, :3] = torch.tensor([-0.1, -9.0, -5.0]), torch.tensor([-0.15, -9.05, -5.05])
     advantages[0, :3] = torch.tensor([2.0, -1.0, -0.8])  # covariances of 5 and more, and less
@@ -168,7 +166,7 @@ def test_selections_where_an_option_is_none(mode, names):
 
 
 def test_how_many_of_many_tokens():
-    """Where the fraction is None, 0.0002 of 10,000 tokens are two, in verl and here."""
+    """A fraction of None is 0.0002: two of 10,000 tokens, in verl and here."""
     torch.manual_seed(0)
     logp, advantages = -torch.rand(1, 10_000) - 1, torch.randn(1, 10_000)
     old, mask = logp - 0.1, torch.ones(1, 10_000, dtype=torch.bool)
@@ -243,7 +241,7 @@ def test_averages(aggregation, where, kind):
 
 @pytest.mark.parametrize("kind", [float, torch.tensor])
 def test_a_global_batch_of_less_than_one_token(kind):
-    """As masks of fractions can sum to: verl's denominator as it is."""
+    """Masks of fractions can sum to less than 1: verl's denominator is not changed."""
     for aggregation, name in (
         ("token-mean", "batch_num_tokens"),
         ("seq-mean-token-sum", "global_batch_size"),
@@ -256,13 +254,13 @@ def test_a_global_batch_of_less_than_one_token(kind):
 def test_losses_that_average_in_their_own_way(mode):
     """sapo over the sequences with a token, geo_mean over all of them, whatever is asked for."""
     old, logp, advantages, _, mask = batch("cpu")
-    losses = {
+    found = {
         aggregation: losses.POLICY_LOSSES[mode](
             old, logp, advantages, mask, aggregation, configuration()
         )
         for aggregation in ("token-mean", "token-sum", "seq-mean-token-sum-norm")
     }
-    assert len({loss.item() for loss, _ in losses.values()}) == 1
+    assert len({loss.item() for loss, _ in found.values()}) == 1
     in_parts = configuration(global_batch_info={"dp_size": 1})
     assert_same(both(mode, in_parts))
     several = configuration(global_batch_info=GLOBAL)
@@ -388,14 +386,14 @@ def test_clip_covs_weights_multiply_the_selection():
     assert results[1][2][PG[0]] > 0
 
 
-def test_every_loss_is_registered(installed, monkeypatch):
+def test_every_loss_is_registered(verl_installed, monkeypatch):
     """And nothing else, by the names that verl's configuration has."""
     registered = {}
 
     def register_policy_loss(name):
         return lambda fn: registered.setdefault(name, fn)
 
-    monkeypatch.setattr(installed.core, "register_policy_loss", register_policy_loss)
+    monkeypatch.setattr(verl_installed.core, "register_policy_loss", register_policy_loss)
     verl.register()
     assert registered == losses.POLICY_LOSSES
 

@@ -12,7 +12,7 @@ from grpo_fast.ops.logprob import read_rows, write_rows
 from grpo_fast.records import Rewards, SoftCap, Targets, Tokens
 from grpo_fast.testing import assert_as_accurate
 from grpo_fast.torch_kernels import rows
-from tests.support.cases import batch, in_double, loss_and_grad
+from tests.support.cases import batch, held, in_double, loss_and_grad
 
 # Nothing but edges; edges and a few units; a tile and a rest; several programs.
 SIZES = [1, 7, 8, 9, 23, 2051, 33_003]
@@ -25,15 +25,6 @@ by_size = pytest.mark.parametrize("V", SIZES)
 
 def places(V):
     return PLACES[: {8: 2, 23: 3}.get(V, 1)]
-
-
-def held(x, before, gap):
-    """x, (B, T, V), with `gap` entries between its rows, and `before` before the first; all these NaN."""
-    B, T, V = x.shape
-    stride_t = V + gap
-    stride_b = T * stride_t + gap
-    storage = x.new_full((before + B * stride_b + 3,), torch.nan)
-    return storage.as_strided(x.shape, (stride_b, stride_t, 1), before).copy_(x)
 
 
 def small_batch(V, device):
@@ -94,7 +85,7 @@ def test_where_the_gradient_is_written(V, cap, device, monkeypatch):
     dlogp = torch.where(mask, torch.randn(len(ids), device=device), 0)
     targets, softcap = Targets(ids, mask, None, operand(1.0)), SoftCap(*cap) if cap else None
     tokens = Tokens(ones, ones, *[None] * 6)
-    given = Arguments(targets, tokens, Rewards(None, 1, None), False, Objective().terms)
+    given = Arguments(targets, tokens, Rewards(), False, Objective().terms)
     monkeypatch.setenv("GRPO_FAST_BACKEND", "triton")
 
     def both(source, *gradients):
@@ -128,7 +119,7 @@ def test_a_last_segment_that_holds_edges_alone(device, monkeypatch):
 
     def of_other_rows(self, *given):
         found = meeting_point(self, *given)
-        found["partial_ptr"].fill_(5.0)
+        found.partial.fill_(5.0)
         return found
 
     monkeypatch.setattr(schedules.Reading, "meeting_point", of_other_rows)

@@ -13,8 +13,9 @@ pytest.importorskip("triton", reason="the kernels need Triton")
 from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder
 
 from grpo_fast import reference
-from grpo_fast.kernels import grpo, logprob, scale_rows, schedules
+from grpo_fast.kernels import grpo, logprob, scaling, schedules
 from grpo_fast.objective import Objective
+from grpo_fast.records import Rewards, Targets, Tokens
 from tests.support.guards import unguarded
 
 LARGE = (53_800, 40_000)  # rows, V: 2.15e9 elements, each row shared by programs
@@ -71,7 +72,7 @@ def some_programs(monkeypatch, shape):
         (logprob, "_logprob_fwd_kernel", read),
         (logprob, "_logprob_bwd_kernel", write),
         (grpo, "_grpo_kernel", read),
-        (scale_rows, "_scale_rows_kernel", 1),  # of many rows, one program each
+        (scaling, "_scale_rows_kernel", 1),  # of many rows, one program each
     ):
         kernel = SomePrograms(getattr(module, name), shape, monkeypatch, parts)
         monkeypatch.setattr(module, name, kernel)
@@ -96,7 +97,8 @@ def test_large_tensors_pass_int32(shape):
 def test_logprob(shape, lazily, some_programs, device):
     logits, ids, x, y = large_logits(shape, device)
     some = chosen(shape[0])
-    logp, entropy, m, s = logprob.logprob_fwd(logits, ids, None, None, 1.0, True)
+    statistics = logprob.logprob_fwd(logits, Targets(ids), True)
+    logp, entropy = statistics.logp, statistics.entropy
     x = x.double().requires_grad_()
     expected = reference.logprob(x, y)
     torch.testing.assert_close(logp[some].double(), expected, rtol=1e-5, atol=1e-5)
@@ -104,7 +106,8 @@ def test_logprob(shape, lazily, some_programs, device):
     torch.testing.assert_close(entropy[some].double(), expected_entropy, rtol=1e-5, atol=1e-5)
     dlogp = torch.ones_like(logp)
     dlogits = torch.empty_like(logits)
-    logprob.logprob_bwd(dlogp, None, logits, ids, None, None, 1.0, logp, None, m, s, dlogits)
+    statistics = statistics._replace(entropy=None)
+    logprob.logprob_bwd(dlogp, None, logits, Targets(ids), statistics, dlogits)
     (dx,) = torch.autograd.grad(expected.sum(), x)
     torch.testing.assert_close(dlogits[0, some].double(), dx, rtol=2e-3, atol=1e-6)
 
@@ -114,14 +117,12 @@ def test_grpo_and_scale_rows(shape, lazily, some_programs, device):
     logits, ids, x, y = large_logits(shape, device)
     N, some = shape[0], chosen(shape[0])
     ones = torch.ones(N, device=device)
-    out = grpo.grpo_fwd_bwd(
-        *(logits, ids, None, ones, ones, None, 1, *[None] * 8),
-        *(1.0, False, Objective(), logits),
-    )
+    given = (logits, Targets(ids), Tokens(ones, ones), Rewards(), False, Objective(), logits)
+    out = grpo.grpo_fwd_bwd(*given)
     x = x.double().requires_grad_()
     expected = reference.logprob(x, y)
-    torch.testing.assert_close(out[1][some].double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(out.logp[some].double(), expected, rtol=1e-5, atol=1e-5)
     (dx,) = torch.autograd.grad(-expected.sum(), x)
     torch.testing.assert_close(logits[0, some].double(), dx, rtol=2e-3, atol=1e-6)
-    scale_rows.scale_rows(torch.full((), 2.0, device=device).expand(N), logits)
+    scaling.scale_rows(torch.full((), 2.0, device=device).expand(N), logits)
     torch.testing.assert_close(logits[0, some].double(), 2 * dx, rtol=2e-3, atol=1e-6)

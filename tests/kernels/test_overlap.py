@@ -7,15 +7,16 @@ pytest.importorskip("triton", reason="the kernels need Triton")
 
 from grpo_fast.kernels import grpo, logprob, schedules
 from grpo_fast.objective import Objective
+from grpo_fast.records import Rewards, RowStatistics, SoftCap, Targets, Tokens
 
-CAP = (5.0, 0.5)
+CAP = SoftCap(5.0, 0.5)
 # V, soft cap, entropy, dtype of the gradient: one column, one tile and strips, tiles and strips of one
 # program, segments of several programs with the last of them not full.
 CASES = [
-    (1, (), False, torch.bfloat16),
+    (1, None, False, torch.bfloat16),
     (1031, CAP, True, torch.float16),
-    (9001, (), True, torch.bfloat16),
-    (41_001, (), False, torch.float16),
+    (9001, None, True, torch.bfloat16),
+    (41_001, None, False, torch.float16),
 ]
 
 by_case = pytest.mark.parametrize(("V", "cap", "entropy", "half"), CASES)
@@ -54,10 +55,8 @@ def test_grpo(V, cap, entropy, half, device):
     found = []
     for logits, gradient in both(work, V, half):
         assert schedules.overlaps(logits, gradient) == (len(found) == 1)
-        out = grpo.grpo_fwd_bwd(
-            *(logits, ids, mask, weight, weight, None, 1, *[None] * 8),
-            *(0.7, entropy, objective, gradient, *cap),
-        )
+        given = (logits, Targets(ids, mask, None, 0.7), Tokens(weight, weight), Rewards())
+        out = grpo.grpo_fwd_bwd(*given, entropy, objective, gradient, cap)
         found.append([*(x for x in out if x is not None), gradient.clone()])
     assert_same(found)
     assert found[0][-1][0, 3:5].abs().max() == 0
@@ -69,12 +68,11 @@ def test_logprob(V, cap, entropy, half, device):
     work, ids, mask, dlogp = batch(V, device)
     found = []
     for logits, gradient in both(work, V, half):
-        logp, H, m, s = logprob.logprob_fwd(logits, ids, mask, None, 0.7, entropy, *cap)
+        targets = Targets(ids, mask, None, 0.7)
+        statistics = logprob.logprob_fwd(logits, targets, entropy, cap)
         dentropy = -dlogp if entropy else None
-        logprob.logprob_bwd(
-            *(dlogp, dentropy, logits, ids, mask, None, 0.7, logp, H, m, s, gradient), *cap
-        )
-        found.append([logp, gradient.clone()])
+        logprob.logprob_bwd(dlogp, dentropy, logits, targets, statistics, gradient, cap)
+        found.append([statistics.logp, gradient.clone()])
     assert_same(found)
     assert found[0][-1][0, 3:5].abs().max() == 0
     assert V == 1 or found[0][-1][0, :3].abs().amax(1).min() > 0
@@ -112,10 +110,10 @@ def test_any_other_overlap_is_refused(kernel, other, device):
     ids = torch.zeros(8, dtype=torch.int64, device=device)
     ones = torch.ones(8, device=device)
     if kernel == "grpo":
-        given = (x, ids, None, ones, ones, None, 1, *[None] * 8, 1.0, False, Objective(), wrong)
+        given = (x, Targets(ids), Tokens(ones, ones), Rewards(), False, Objective(), wrong)
         launcher = grpo.grpo_fwd_bwd
     else:
-        given = (ones, None, x, ids, None, None, 1.0, ones, None, ones, ones, wrong)
+        given = (ones, None, x, Targets(ids), RowStatistics(ones, None, ones, ones), wrong)
         launcher = logprob.logprob_bwd
     with pytest.raises(ValueError, match=r"dlogits shares memory with logits: .*offset"):
         launcher(*given)

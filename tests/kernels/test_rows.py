@@ -7,6 +7,7 @@ pytest.importorskip("triton", reason="the kernels need Triton")
 
 from grpo_fast.kernels import grpo, logprob, schedules
 from grpo_fast.objective import Objective
+from grpo_fast.records import Rewards, Targets, Tokens
 
 # Full segments and tiles, an end inside a tile, an end inside a strip, one segment of a second program.
 SIZES = [32_784, 40_001, 40_960, 65_536, 73_744]
@@ -30,17 +31,15 @@ def launch(logits, ids, side, monkeypatch):
     )
     ones = torch.ones(len(ids), device=logits.device)
     out = torch.empty_like(logits)
-    loss, logp, *_ = grpo.grpo_fwd_bwd(
-        *(logits, ids, None, ones, ones, None, 1, *[None] * 8),
-        *(1.0, False, Objective(), out),
-    )
+    given = (logits, Targets(ids), Tokens(ones, ones), Rewards(), False, Objective(), out)
+    loss, logp, *_ = grpo.grpo_fwd_bwd(*given)
     return loss, logp, out
 
 
 @pytest.mark.parametrize("V", SIZES)
 def test_segments_side_by_side_change_no_bit(V, device, monkeypatch):
     logits, ids = batch(V, device)
-    alone = logprob.logprob_fwd(logits, ids, None, None, 1.0, False)[0]
+    alone = logprob.logprob_fwd(logits, Targets(ids), False).logp
     assert alone[:-1].isfinite().all()
     assert alone[-1].isnan()
     results = [launch(logits, ids, side, monkeypatch) for side in SIDES]

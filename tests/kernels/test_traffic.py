@@ -3,8 +3,6 @@
 import pytest
 import torch
 
-from grpo_fast.ops import scaling
-
 pytest.importorskip("triton", reason="the kernels need Triton")
 if torch.cuda.is_available():
     pytest.skip("counts what the interpreter does", allow_module_level=True)
@@ -15,17 +13,28 @@ from grpo_fast.kernels import (
     edges,
     group_advantage,
     grpo,
-    linear_grpo,
-    linear_logprob,
     logprob,
     on_chip,
     policy_loss,
     reduction_weights,
-    scale_rows,
+    scaling,
     schedules,
     sequence_loss,
 )
 from grpo_fast.objective import Objective
+from grpo_fast.records import (
+    Grouping,
+    Incoming,
+    Outgoing,
+    Outputs,
+    Rewards,
+    Sequences,
+    SoftCap,
+    Standardization,
+    Targets,
+    Tokens,
+    Weighing,
+)
 from tests.support.interpreted import counted
 
 ID, FLAG, FLOAT = 8, 1, 4  # bytes of an id, of an entry of a mask, of anything else per token
@@ -80,7 +89,7 @@ def test_logprob_forward(V, dtype, entropy):
     logits, ids, mask = batch(V, dtype)
     N, live, w = len(ids), int(mask.sum()), logits.element_size()
     with counted() as traffic:
-        logp, *_ = logprob.logprob_fwd(logits, ids, mask, None, 1.0, entropy)
+        logp = logprob.logprob_fwd(logits, Targets(ids, mask), entropy).logp
     parts = schedules.reading(V, w).parts
     size, visited = traffic.read(logits)
     expected = visits(mask, logits.shape, 1)
@@ -100,13 +109,14 @@ def test_logprob_forward(V, dtype, entropy):
 def test_logprob_backward(V, dtype, entropy):
     logits, ids, mask = batch(V, dtype)
     N, w = len(ids), logits.element_size()
-    logp, H, m, s = logprob.logprob_fwd(logits, ids, mask, None, 1.0, entropy)
+    targets = Targets(ids, mask)
+    statistics = logprob.logprob_fwd(logits, targets, entropy)
     dlogp = torch.ones(N)
     dlogp[0] = 0
     dentropy = torch.zeros(N) if entropy else None
     dlogits = torch.empty(logits.shape, dtype=dtype)
     with counted() as traffic:
-        logprob.logprob_bwd(dlogp, dentropy, logits, ids, mask, None, 1.0, logp, H, m, s, dlogits)
+        logprob.logprob_bwd(dlogp, dentropy, logits, targets, statistics, dlogits)
     live = mask & (dlogp != 0)
     parts, n = schedules.schedule(V).parts, int(live.sum())
     size, visited = traffic.read(logits)
@@ -134,10 +144,9 @@ def test_grpo(V, dtype, entropy, inplace):
     dlogits = logits if inplace else torch.empty(logits.shape, dtype=dtype)
     objective = Objective(beta=0.1, entropy_coef=0.1 if entropy else 0.0)
     with counted() as traffic:
-        grpo.grpo_fwd_bwd(
-            *(logits, ids, mask, weight, advantages, None, 1, None, old, ref, *[None] * 5),
-            *(1.0, False, objective, dlogits),
-        )
+        tokens = Tokens(weight, advantages, old, ref)
+        given = (logits, Targets(ids, mask), tokens, Rewards(), entropy, objective, dlogits)
+        grpo.grpo_fwd_bwd(*given)
     parts = schedules.reading(V, w).parts
     moving = mask & (weight != 0)
     size, visited = traffic.read(logits)
@@ -166,10 +175,9 @@ def test_grpo_on_chip_reads_a_row_once(V, coef):
     weight[0] = 0  # c = e = 0
     objective = Objective(beta=0.1, entropy_coef=coef)
     with counted() as traffic:
-        on_chip.grpo_fwd_bwd(
-            *(logits, ids, mask, weight, advantages, None, 1, None, old, ref, *[None] * 5),
-            *(1.0, False, objective, logits),
-        )
+        tokens = Tokens(weight, advantages, old, ref)
+        given = (logits, Targets(ids, mask), tokens, Rewards(), coef > 0, objective, logits)
+        on_chip.grpo_fwd_bwd(*given)
     moving = mask & (weight != 0)
     expected = visits(mask, logits.shape, 1)
     expected.view(N, V)[mask, ids[mask]] += 1
@@ -188,10 +196,8 @@ def test_grpo_with_rewards_reads_the_group_per_token(V):
     N, live, G = len(ids), int(mask.sum()), 2
     rewards = torch.tensor([0.0, 1.0])
     with counted() as traffic:
-        grpo.grpo_fwd_bwd(
-            *(logits, ids, mask, torch.ones(N), None, rewards, G, *[None] * 8),
-            *(1.0, False, Objective(), logits),
-        )
+        given = (logits, Targets(ids, mask), Tokens(torch.ones(N)), Rewards(rewards, G))
+        grpo.grpo_fwd_bwd(*given, False, Objective(), logits)
     assert traffic.read(rewards)[0] == live * (3 * G + 1) * FLOAT
 
 
@@ -203,13 +209,13 @@ def test_scale_rows(V, dtype):
     parts = schedules.schedule(V).parts
     one = torch.ones(()).expand(N)
     with counted() as traffic:
-        scale_rows.scale_rows(one, x)
+        scaling.scale_rows(one, x)
     assert traffic.total(traffic.loads) == N * parts * FLOAT
     assert traffic.total(traffic.stores) == 0
     factor = torch.ones(N)
     factor[[0, 5]] = 0.5
     with counted() as traffic:
-        scale_rows.scale_rows(factor, x)
+        scaling.scale_rows(factor, x)
     size, visited = traffic.read(x)
     assert size == 2 * V * w
     assert_visits(visited, visits(factor != 1, x.shape, 1))
@@ -227,16 +233,14 @@ def token_vectors(N):
 def test_policy_loss(N):
     mask, live, (logp, weight, advantages, old, ref, importance, _) = token_vectors(N)
     with counted() as traffic:
-        policy_loss.policy_loss_fwd(
-            logp, mask | True, weight, advantages, old, ref, None, None, Objective(beta=0.1)
-        )
+        tokens = Tokens(weight, advantages, old, ref)
+        policy_loss.policy_loss_fwd(logp, mask | True, tokens, Objective(beta=0.1))
     documented = formulas.policy_loss(N)
     assert traffic.total(traffic.loads) == documented.read
     assert traffic.total(traffic.stores) == documented.written
     with counted() as traffic:
-        policy_loss.policy_loss_fwd(
-            logp, mask, weight, advantages, old, ref, importance, None, Objective(beta=0.1)
-        )
+        tokens = Tokens(weight, advantages, old, ref, importance)
+        policy_loss.policy_loss_fwd(logp, mask, tokens, Objective(beta=0.1))
     assert traffic.read(mask)[0] == N * FLAG
     for x in (logp, weight, advantages, old, ref, importance):
         assert_visits(traffic.read(x)[1], mask.long())
@@ -251,9 +255,8 @@ def test_sequence_loss(T):
     mask = torch.ones(N, dtype=torch.bool)
     objective = Objective.preset("gspo", beta=0.1)
     with counted() as traffic:
-        sequence_loss.sequence_loss_fwd(
-            *(logp, mask, weight, advantages, old, ref, None, None, None, None, None, T, objective)
-        )
+        tokens, sequences = Tokens(weight, advantages, old, ref), Sequences(T_len=T)
+        sequence_loss.sequence_loss_fwd(logp, mask, tokens, sequences, objective)
     documented = formulas.sequence_loss(N)
     assert traffic.total(traffic.loads) == documented.read + documented.reread
     assert traffic.total(traffic.stores) == documented.written
@@ -264,7 +267,8 @@ def test_token_statistics(N):
     mask, live, (loss, logp, old, importance, kl, entropy, _) = token_vectors(N)
     clip = torch.ones(N, dtype=torch.int8)
     with counted() as traffic:
-        policy_loss.token_statistics_fwd(mask, None, loss, logp, old, importance, kl, entropy, clip)
+        outputs = Outputs(loss, logp, entropy, kl, clip)
+        policy_loss.token_statistics_fwd(outputs, mask, None, old, importance)
     for x in (loss, logp, old, importance, kl, entropy, clip):
         assert_visits(traffic.read(x)[1], mask.long())
     programs = -(-N // policy_loss.BLOCK)
@@ -281,9 +285,8 @@ def test_token_statistics(N):
 def test_reduction_weights(T, reduction):
     mask, live, (token_weights, *_) = token_vectors(2 * T)
     with counted() as traffic:
-        reduction_weights.reduction_weights_fwd(
-            mask.view(2, T), mask, None, token_weights, None, None, 1.0, reduction, 0, False
-        )
+        weighing = Weighing(mask, None, token_weights, loss_scale=1.0)
+        reduction_weights.reduction_weights_fwd(mask.view(2, T), weighing, reduction, 0, False)
     N, BLOCK = 2 * T, reduction_weights.BLOCK
     assert_visits(traffic.read(token_weights)[1], mask.long())
     blocks = {"sequence_mean": -(-T // BLOCK), "token_mean": -(-N // BLOCK), "sequence_sum": 0}
@@ -297,9 +300,8 @@ def test_reduction_weights_of_packed_sequences():
     mask, *_ = token_vectors(2500)
     boundaries = torch.tensor([0, 0, 7, 2200, 2500], dtype=torch.int32)
     with counted() as traffic:
-        reduction_weights.reduction_weights_fwd(
-            mask, mask, None, None, boundaries, None, 1.0, "sequence_mean", 0, False
-        )
+        weighing = Weighing(mask, boundaries=boundaries, loss_scale=1.0)
+        reduction_weights.reduction_weights_fwd(mask, weighing, "sequence_mean", 0, False)
     assert traffic.read(mask)[0] == 2 * 2500 * FLAG
     assert traffic.total(traffic.stores) == 2500 * (FLOAT + ID)
 
@@ -319,7 +321,8 @@ def test_group_advantage(B, G, scale, labels, per_sequence, monkeypatch):
     rewards = torch.randn(B)
     ids = torch.arange(B) // G if labels else None
     with counted() as traffic:
-        advantages = group_advantage.group_advantage_fwd(rewards, G, ids, scale, 1e-4, True)
+        grouping, how = Grouping(G, ids), Standardization(scale, 1e-4)
+        advantages = group_advantage.group_advantage_fwd(rewards, grouping, how)
     assert traffic.read(rewards)[0] == B * per_sequence(B, G) * FLOAT
     if labels:
         assert traffic.read(ids)[0] == B * per_sequence(B, G) * ID
@@ -334,9 +337,8 @@ def test_combine_rewards(labels, normalize):
     rewards, weights = torch.randn(B, K), torch.ones(K, dtype=torch.float64)
     ids = torch.arange(B) // G if labels else None
     with counted() as traffic:
-        combined = group_advantage.combine_rewards_fwd(
-            rewards, weights, G, ids, normalize, "group", 1e-4, True
-        )
+        given = (rewards, weights, Grouping(G, ids), normalize, Standardization("group", 1e-4))
+        combined = group_advantage.combine_rewards_fwd(*given)
     members = 3 * (B if labels else G) if normalize else 0
     assert traffic.read(rewards)[0] == B * K * (members + 1) * FLOAT
     assert traffic.read(weights)[0] == B * K * 2 * FLOAT
@@ -353,10 +355,8 @@ def test_capped_rows_move_the_same_bytes(V):
     dlogits = torch.empty(logits.shape, dtype=torch.float16)
     ones = torch.ones(N)
     with counted() as traffic:
-        grpo.grpo_fwd_bwd(
-            *(logits, ids, None, ones, ones, None, 1, *[None] * 8),
-            *(1.0, False, Objective(), dlogits, 5.0, 0.5),
-        )
+        given = (logits, Targets(ids), Tokens(ones, ones), Rewards(), False, Objective())
+        grpo.grpo_fwd_bwd(*given, dlogits, SoftCap(5.0, 0.5))
     assert traffic.read(logits)[0] == (2 * N * V + N) * FLOAT
     assert traffic.written(dlogits)[0] == (N * V + N) * 2
 
@@ -365,14 +365,14 @@ def test_capped_rows_move_the_same_bytes(V):
 def test_scale_of_the_linear_head(n):
     x, y = torch.randn(n), torch.empty(n, dtype=torch.float16)
     one, two = torch.tensor(1.0), torch.tensor(2.0)
-    programs = -(-n // linear_grpo.BLOCK)
+    programs = -(-n // scaling.ELEMENTS)
     with counted() as traffic:
-        linear_grpo.scale(x, one, x)
+        scaling.scale(x, one, x)
     assert traffic.total(traffic.loads) == programs * FLOAT
     assert traffic.total(traffic.stores) == 0
     for out, width in ((x, FLOAT), (y, 2)):
         with counted() as traffic:
-            linear_grpo.scale(x, two, out)
+            scaling.scale(x, two, out)
         assert traffic.total(traffic.loads) == n * FLOAT + programs * FLOAT
         assert traffic.total(traffic.stores) == traffic.written(out)[0] == n * width
 
@@ -384,7 +384,11 @@ def test_move_rows(D):
     dhidden, h, rows = hidden.half(), hidden[:5].clone(), torch.tensor([3, 0, 8, 1])
     live = torch.tensor([True, False, True, True])
     with counted() as traffic:
-        chunks.move_rows(stage, dhidden, rows[:3], 3, hidden, rows, live, 4, h)
+        outgoing, incoming = (
+            Outgoing(stage, dhidden, rows[:3], 3),
+            Incoming(hidden, rows, live, 4, h),
+        )
+        chunks.move_rows(outgoing, incoming)
     blocks = -(-D // chunks.BLOCK)
     assert traffic.read(stage)[0] == 3 * D * FLOAT
     assert traffic.read(hidden)[0] == 3 * D * FLOAT
@@ -400,7 +404,7 @@ def test_weigh_rows(D):
     y = torch.empty_like(x)
     with counted() as traffic:
         scaling.weigh_rows(x, c, y)
-    blocks = -(-D // linear_logprob.BLOCK)
+    blocks = -(-D // scaling.COLUMNS)
     size, visited = traffic.read(x)
     assert size == 3 * D * FLOAT
     assert_visits(visited, (c != 0).long()[:, None].expand(5, D))

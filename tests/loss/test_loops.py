@@ -14,8 +14,8 @@ import torch
 from grpo_fast import Objective
 from grpo_fast.trainer.cli import main
 from grpo_fast.trainer.model import character_tokenizer
-from tests.project.test_examples import load
 from tests.support import loops
+from tests.support.examples import load
 
 pytest.importorskip("transformers", reason="the loops are for its models")
 
@@ -179,7 +179,7 @@ def test_the_import_for_trl_in_the_readme_works():
 
 
 def test_data_reward_and_commands_of_the_readme(tmp_path, monkeypatch, capsys):
-    """As they stand, but for the model, which has to be downloaded, and the number of steps."""
+    """They run unchanged, except the model, which has to be downloaded, and the number of steps."""
     text = (loops.ROOT / "README.md").read_text()
     rows = re.search(r"```json\n(.*?)```", text, re.DOTALL)[1]
     (tmp_path / "problems.jsonl").write_text(rows * 2)

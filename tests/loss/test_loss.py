@@ -16,12 +16,12 @@ from grpo_fast.loss import (
     policy_loss,
 )
 from grpo_fast.ops import linear_logprob, logprob
-from tests.ops.test_grpo import OBJECTIVES, by_objective
 from tests.support.cases import batch, loss_and_grad
+from tests.support.objectives import OBJECTIVES, by_objective
 
 
 def pack(logits, ids, arguments, lengths):
-    """The same sequences end to end; logits (B, T, V) -> (N, V) and `cu_seqlens`."""
+    """Pack the sequences end to end: logits (B, T, V) become (N, V), with `cu_seqlens`."""
     keep = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
     packed = {
         name: x[keep] if isinstance(x, torch.Tensor) and x.shape == ids.shape else x
@@ -238,10 +238,10 @@ def test_legal_empties(objective, shape, backend, device):
     assert all(value.isfinite() for value in out.metrics.values())
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
+@by_objective
 @pytest.mark.parametrize("layout", ["padded", "packed"])
 def test_no_value_leaves_the_device(objective, layout):
-    """On meta tensors there is nothing to read: `.item()` or a branch on a value would raise."""
+    """Meta tensors have no values: `.item()` or a branch on a value would raise."""
     with torch.device("meta"):
         logits = torch.empty(4, 6, 50, requires_grad=True)
         ids = torch.empty(4, 6, dtype=torch.int64)
@@ -338,7 +338,7 @@ def test_a_constant_that_requires_grad_is_refused(which):
 
 
 def test_log_probs_of_other_policies_are_constants():
-    """Also where they come with a graph: `old_logps=logps`, or a reference scored without no_grad."""
+    """They are constants even with a graph: `old_logps=logps`, or a reference scored without no_grad."""
     head = torch.randn(5, 2, requires_grad=True)
     other = torch.randn(5, 2, requires_grad=True)
     hidden, ids = torch.randn(4, 3, 2), torch.randint(5, (4, 3))

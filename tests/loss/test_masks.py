@@ -1,4 +1,4 @@
-"""Masks that weigh: sum m l / sum m, in every reduction, mean over a sequence, and metric."""
+"""Masks as weights: sum m l / sum m, in every reduction, mean over a sequence, and metric."""
 
 import pytest
 import torch
@@ -9,10 +9,9 @@ from grpo_fast.loss import grpo_loss, linear_grpo_loss, policy_loss
 from grpo_fast.ops import logprob
 from grpo_fast.testing import assert_as_accurate
 from grpo_fast.weights import importance_weights
-from tests.ops.test_grpo import OBJECTIVES
 from tests.support.cases import batch, in_double, loss_and_grad, packed
+from tests.support.objectives import OBJECTIVES, by_objective
 
-by_objective = pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
 # In the interpreter, what tells the kernels apart; the losses on log-probs run all objectives there, too.
 SOME = ["default", "entropy by tokens", "gspo", "gmpo", "vespo", "everything"]
 

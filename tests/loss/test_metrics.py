@@ -67,7 +67,7 @@ def test_what_may_be_absent(name):
 
 
 def test_the_formulas():
-    """Of a batch that is large enough to tell them apart, by hand."""
+    """Each formula, by hand, on a batch that is large enough to tell them apart."""
     d, w = torch.tensor([[0.5, -0.3, 0.1], [-0.6, 0.4, 0.0]]), torch.tensor([3.0, 0.25])
     out = policy_loss(OLD + d, advantages=A, old_logps=OLD, ref_logps=OLD, importance_weights=w)
     r, rho = d.exp(), d.exp() * w[:, None]

@@ -1,4 +1,4 @@
-"""A NaN that decides comes out: no comparison hides that a number is missing."""
+"""A NaN that decides a comparison reaches the result: a missing number is never hidden."""
 
 import sys
 
@@ -11,8 +11,8 @@ from grpo_fast.loss import grpo_loss, policy_loss
 from grpo_fast.metrics import STATISTICS
 from grpo_fast.ops.policy_loss import token_statistics
 from grpo_fast.records import Outputs
-from tests.ops.test_grpo import by_objective
 from tests.support.cases import batch, loss_and_grad
+from tests.support.objectives import by_objective
 
 # Surrogates whose factors are of other things than the old log-probs.
 WITHOUT_OLD = ("reinforce",)
@@ -149,7 +149,7 @@ def test_extremes_of_ratios_with_a_nan(backend, device):
 
 
 def test_diagnostics_show_the_nan_that_decides(device):
-    """Its whole sequence, where its tokens would be dropped or not."""
+    """The diagnostics are NaN in the whole sequence if the NaN decides whether its tokens are dropped."""
     logps = torch.full((2, 3), -1.0, device=device)
     old = logps + 0.1
     old[0, 1] = torch.nan
@@ -175,7 +175,7 @@ def test_kpop_takes_a_log_prob_just_above_0_for_0(device):
 
 
 def test_groups_with_a_nan_that_nobody_looked_for(device, monkeypatch):
-    """On a GPU values are not looked at: a missing reward must not pass for one that does not differ."""
+    """Nobody looks at values on a GPU: a missing reward must not count as an equal one."""
     # By name: `grpo_fast.ops` has a function of the module's name.
     module = sys.modules["grpo_fast.ops.group_advantage"]
     monkeypatch.setattr(module, "check_values", lambda x: False)

@@ -1,4 +1,4 @@
-"""Options that meet rarely: clamps of the KL on policy, weights of packed sequences, banned tokens."""
+"""Rare combinations of options: clamps of the KL on policy, weights of packed sequences, banned tokens."""
 
 import dataclasses
 
@@ -9,9 +9,8 @@ from grpo_fast import Objective, reference
 from grpo_fast.loss import grpo_loss, linear_grpo_loss, policy_loss
 from grpo_fast.ops import group_advantage, logprob
 from grpo_fast.testing import assert_as_accurate
-from tests.ops import test_linear_grpo as from_hidden
-from tests.ops.test_grpo import check
-from tests.support.cases import batch, in_double, loss_and_grad
+from tests.support import hidden_cases as from_hidden
+from tests.support.cases import batch, check, in_double, loss_and_grad
 
 KLS = {
     "k1, gradient of k2": {"kl": "k1", "kl_gradient": "k2"},
@@ -35,7 +34,7 @@ ON_SEQUENCES = {
 @pytest.mark.parametrize("options", ON_SEQUENCES.values(), ids=ON_SEQUENCES)
 @pytest.mark.parametrize("start", ["logits", "hidden"])
 def test_the_kl_on_policy_keeps_its_clamps_and_gradient(start, options, kl, backend, device):
-    """Where the surrogate's coefficient is known beforehand, a launch computes the KL by itself."""
+    """A launch computes the KL by itself if the coefficient of the surrogate is known before."""
     objective = Objective(beta=0.7, entropy_coef=0.05, **options, **kl)
     make, compare = (batch, check) if start == "logits" else (from_hidden.batch, from_hidden.check)
     *given, arguments = make(3, 5, 12, device)
@@ -63,7 +62,7 @@ def reference_gap(start, given, arguments):
 )
 @pytest.mark.parametrize("policy", ["on", "off"])
 def test_vespo_takes_a_weight_per_packed_sequence_once(policy, boundaries, backend, device):
-    """From the first sequence on, also where empty ones lie between."""
+    """Each sequence has its own weight, also if empty sequences lie between."""
     logits, ids, arguments = batch(1, 7, 12, device, garbage=False)
     packed = {name: x[0] for name, x in arguments.items() if name in ("old_logps", "ref_logps")}
     if policy == "on":
@@ -174,7 +173,7 @@ def test_entropy_of_a_row_whose_scored_token_is_banned(V, backend, device):
 @pytest.mark.parametrize("policy", ["on", "off"])
 @pytest.mark.parametrize("objective", [Objective(), Objective(ratio="sequence_token")], ids=repr)
 def test_a_banned_token_leaves_the_entropy_bonus_finite(objective, policy, backend, device):
-    """Of a weight or an advantage of 0: its surrogate is left out, the bonus of its row is not."""
+    """With a weight or an advantage of 0 its surrogate is left out, and the bonus of its row is not."""
     logits, ids, arguments = batch(3, 4, 20, device, garbage=False)
     del arguments["ref_logps"]
     logits[0, 0, ids[0, 0]] = -torch.inf

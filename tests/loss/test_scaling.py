@@ -1,4 +1,4 @@
-"""docs/scaling.md: the blocks, run as they stand there, give the loss and gradient of the whole batch."""
+"""The code blocks of docs/scaling.md give the loss and the gradient of the whole batch."""
 
 import re
 from pathlib import Path
@@ -113,7 +113,7 @@ def test_grad_scaler():
 
 
 def test_the_mean_of_means_is_another():
-    """What the page warns of."""
+    """The page warns of this mistake."""
     wrong = TOKENS.replace(", num_items=num_items", "")
     found = step(wrong, RAGGED, whole_batch())[0] / len(RAGGED)
     assert (found - in_one_go(objective_of("token_mean"), whole_batch())[0]).abs() > 0.01

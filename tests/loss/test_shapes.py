@@ -118,7 +118,7 @@ def test_additive_masks_are_refused(name, value):
 @pytest.mark.parametrize("reduction", ["sequence_mean", "token_mean", "sequence_sum"])
 @pytest.mark.parametrize("value", ADDITIVE.values(), ids=ADDITIVE)
 def test_where_nobody_looks_an_additive_mask_gives_nan(value, reduction, backend, monkeypatch):
-    """As on a GPU, where a look at values would be a host sync."""
+    """Nobody looks at values on a GPU, where this would be a host sync."""
     monkeypatch.setattr(checks, "check_values", lambda x: False)
     mask = torch.zeros(B, T)
     mask[1, 2] = value

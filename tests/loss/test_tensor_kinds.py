@@ -37,7 +37,7 @@ def of_tokens():
 
 
 def of_packed_tokens():
-    """The same where sequences are packed, for `cu_seqlens`."""
+    """Return the arguments for packed sequences, with `cu_seqlens`."""
     flat = {name: x.view(-1) for name, x in of_tokens().items() if name in PER_TOKEN}
     return of_tokens() | flat | {"cu_seqlens": torch.tensor([0, 2, B * T])}
 
@@ -200,7 +200,7 @@ def mesh():
 
 
 def test_the_calls_hold_every_tensor_argument():
-    """Of every public function: one that is added has to be added above."""
+    """An argument that is added to a public function has to be added above."""
     handed = {}
     for make in CALLS.values():
         function, given = make()

@@ -1,4 +1,4 @@
-"""As many packed sequences as tokens: what is per sequence, and what per token."""
+"""Batches with as many packed sequences as tokens: arguments per sequence and per token are told apart."""
 
 import pytest
 import torch

@@ -46,7 +46,7 @@ def far_apart(dtype):
 
 
 def exact(rewards, size, scale, baseline, eps):
-    """By 60 digits."""
+    """Compute the advantages with 60 digits."""
     values = [mpmath.mpf(float(x)) for x in rewards]
     found = []
 
@@ -149,7 +149,7 @@ def test_rewards_of_a_loss(fused, dtype, backend, device):
 
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
 def test_a_nan_among_equal_rewards_comes_out(scale, backend, device):
-    """On a GPU values are not looked at: its group must not pass for one that does not differ."""
+    """Nobody looks at values on a GPU: its group must not count as one of equal rewards."""
     rewards = torch.tensor([1.0, torch.nan, 1.0, 1.0, 2.0, 3.0], device=device)
     found = group_advantage_fwd(rewards, Grouping(3, None), Standardization(scale, 1e-4))
     assert found[:3].isnan().all()

@@ -10,7 +10,7 @@ from grpo_fast.ops import group_advantage, linear_logprob, logprob
 from grpo_fast.ops.group_advantage import combine_rewards_op, group_advantage_op
 from grpo_fast.ops.grpo import grpo, grpo_
 from grpo_fast.ops.head.arguments import Needs, Options, Parameters
-from grpo_fast.ops.linear_grpo import Call, linear_grpo
+from grpo_fast.ops.linear_grpo import LinearArguments, linear_grpo
 from grpo_fast.ops.linear_logprob import linear_logprob_bwd, linear_logprob_fwd
 from grpo_fast.ops.logprob import logprob_bwd, logprob_fwd
 from grpo_fast.ops.policy_loss import policy_loss_op, token_statistics_op
@@ -208,7 +208,7 @@ def test_opcheck(backend, device):
     warm, unit = operand(0.9), operand(1.0)
     targets = Targets(ids, mask, None, warm)
     tokens = Tokens(x, x, x, x, None, None, None, None)
-    shared = flat(targets, tokens, Rewards(None, 1, None), True, terms)
+    shared = flat(targets, tokens, Rewards(), True, terms)
     tests = ("test_schema", "test_faketensor")
     autograd = (*tests, "test_autograd_registration")
 
@@ -255,7 +255,17 @@ def test_opcheck_of_the_linear_head(backend, device):
     ids = torch.randint(V, (N,), device=device)
     x = torch.rand(N, device=device)
     mask = torch.tensor([1, 1, 0, 1, 1, 1], device=device).bool()
-    options = Options(operand(1.0), operand(5.0), operand(0.5), True, V, 4, "", 0, V)
+    options = Options(
+        lora_scaling=operand(1.0),
+        softcap=operand(5.0),
+        logit_scale=operand(0.5),
+        fp32_logits=True,
+        vocab_size=V,
+        chunk_size=4,
+        tp_group="",
+        first_row=0,
+        widest=V,
+    )
     targets = Targets(ids, mask, None, operand(0.9))
     tokens = Tokens(x, x, x, x, None, None, None, None)
     tests = ("test_schema", "test_faketensor")
@@ -273,7 +283,18 @@ def test_opcheck_of_the_linear_head(backend, device):
     given = (frozen, targets, mask, RowStatistics(-x, x, x, x + 1), needs, options)
     check(linear_logprob_bwd, x, x, hidden, *given)
     terms, sequences = Objective(beta=0.1, entropy_coef=0.1).terms, Sequences(None, 3, x, None)
-    given = Call(head, targets, tokens, True, terms, mask, sequences, options, needs, None)
+    given = LinearArguments(
+        head,
+        targets,
+        tokens,
+        True,
+        terms,
+        mask,
+        sequences,
+        options=options,
+        needs=needs,
+        dw_out=None,
+    )
     check(linear_grpo, graded, *given, tests=autograd)
     check(weigh_rows, hidden, x)
     check(scale_, hidden.clone(), x[0])

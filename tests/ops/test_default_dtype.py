@@ -1,13 +1,13 @@
-"""`torch.set_default_dtype` is of no account: the same bits, in the same dtypes."""
+"""`torch.set_default_dtype` has no effect: the results are the same bits, in the same dtypes."""
 
 import pytest
 import torch
 
 from grpo_fast import reference, weights
 from grpo_fast.loss import grpo_loss, linear_grpo_loss, policy_loss
-from tests.ops.test_grpo import OBJECTIVES
-from tests.ops.test_strides import CALLS, DIFFERENTIABLE, outputs, tensors
+from tests.support.calls import CALLS, DIFFERENTIABLE, outputs, tensors
 from tests.support.cases import batch, in_double, loss_and_grad
+from tests.support.objectives import by_objective
 
 
 @pytest.fixture(params=[torch.float64, torch.bfloat16], ids=str)
@@ -23,7 +23,7 @@ def same(got, want):
         torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
+@by_objective
 @pytest.mark.parametrize("backend", ["torch"], indirect=True)  # kernels have no default dtype
 def test_objectives(objective, changed, backend, device):
     logits, ids, arguments = batch(4, 5, 30, device)

@@ -27,7 +27,7 @@ def test_uniform_groups(group_size, unbiased, scale, backend, device):
 
 @by_scale
 def test_rewards_alone_in_their_groups(scale, backend, device):
-    """By labels they are 0, as documented; a size of 1 is a mistake, unless "raw" is asked for."""
+    """Their advantage is 0 with labels, as documented. A size of 1 is an error, unless "raw" is given."""
     rewards = torch.randn(3, device=device)
     labels = torch.arange(3, device=device)
     assert group_advantage(rewards, group_ids=labels, scale=scale).eq(0).all()

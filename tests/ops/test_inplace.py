@@ -1,4 +1,4 @@
-"""Logits that were overwritten with their gradient: whatever shares their memory is refused."""
+"""Logits that were overwritten with their gradient: a tensor that shares their memory is refused."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The KL terms where their parts cancel or overflow, against 120 digits."""
+"""The KL terms where their parts cancel or overflow, against arithmetic with 120 digits."""
 
 import math
 
@@ -203,7 +203,7 @@ def test_a_ratio_that_underflows_where_the_gap_overflows(backend, device):
 
 
 def test_infinite_tokens_beside_finite_ones(backend, device):
-    """In the mean of a sequence: infinite gradients of the right sign, and no NaN."""
+    """The mean of a sequence has infinite gradients of the right sign, and no NaN."""
     x = [y.to(device) for y in sequence([95.0, 0.5], [0.0, 0.0])]
     loss, grad = kl_and_grad(
         policy_loss, *x, objective_of({"ratio": "sequence"}), torch.ones(1, 2, device=device)

@@ -1,4 +1,4 @@
-"""Any mixture of dtypes of hidden states and head: what it means, and how accurate it is."""
+"""Hidden states and a head of any dtypes: the meaning of each mixture, and its accuracy."""
 
 import itertools
 import warnings
@@ -10,7 +10,6 @@ from grpo_fast import Objective, reference
 from grpo_fast.loss import linear_grpo_loss
 from grpo_fast.ops import linear_logprob
 from grpo_fast.ops.head import chunked, products
-from grpo_fast.ops.head.arguments import Options
 from grpo_fast.testing import assert_as_accurate
 from tests.support.ranks import run
 
@@ -77,7 +76,7 @@ PLAIN = (reference.linear_grpo, reference.linear_logprob)
     ("hidden_dtype", "head_dtype"), itertools.product(SINGLE, SINGLE), ids=name
 )
 def test_products_are_of_the_dtype_of_hidden(hidden_dtype, head_dtype, backend, device):
-    """As accurate as plain PyTorch on operands of one dtype; every gradient of its own dtype."""
+    """They are as accurate as plain PyTorch with operands of one dtype. Every gradient has its own dtype."""
     if backend == "triton" and device == "cpu" and torch.bfloat16 in (hidden_dtype, head_dtype):
         pytest.skip("Triton's interpreter truncates to bfloat16 where hardware rounds")
     leaves, ids, given = inputs(hidden_dtype, head_dtype, device)
@@ -222,8 +221,6 @@ def test_float64_with_a_shared_vocabulary_is_refused():
 
 class TestWithoutMixedProducts:
     """ROCm before PyTorch 2.10: `mm` of halves with a float32 result raises."""
-
-    OPTIONS = Options(1.0, 0.0, 1.0, True, V, 4, "", 0, V)
 
     @pytest.fixture
     def rocm(self, monkeypatch):

@@ -1,4 +1,4 @@
-"""The fused head where it is used unusually: no tokens at all, under autocast, packed without padding."""
+"""Unusual uses of the fused head: no tokens at all, autocast, packed sequences without padding."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from grpo_fast import Objective
 from grpo_fast.loss import linear_grpo_loss
 from grpo_fast.ops import linear_logprob
 from grpo_fast.ops.head.chunk_length import TILE_ROWS, chunk_rows
-from tests.ops.test_linear_grpo import batch, check, ways_taken
+from tests.support.hidden_cases import batch, check, ways_taken
 
 B, T, D, V = 3, 4, 8, 20
 GSPO = Objective(ratio="sequence")
@@ -43,7 +43,7 @@ def test_sequences_of_one_token(objective, masked, backend, device):
 
 
 def test_the_gradient_of_a_bias_is_summed_in_float32(backend, device):
-    """Of halves, over chunks: each of 257 rows adds 1/4 or -3/4, which bfloat16 could not add up."""
+    """Each of 257 rows, in chunks of halves, adds 1/4 or -3/4: bfloat16 could not add that up."""
     N = 257
     hidden = torch.zeros(1, N, D, device=device, dtype=torch.bfloat16)
     weight = torch.zeros(4, D, device=device, dtype=torch.bfloat16)
@@ -70,7 +70,7 @@ def test_chunks_hold_no_more_rows_than_there_is_memory_for(most, processors):
 
 @pytest.mark.parametrize("objective", [Objective(), GSPO], ids=["token", "sequence"])
 def test_autocast_changes_nothing(objective, backend, device):
-    """The same bits, the adapter's products included: what is computed in which dtype is decided here."""
+    """The bits are the same, also of the adapter's products: autocast does not choose the dtypes here."""
     ids = torch.randint(V, (B, T), device=device)
     old, advantages = torch.full((B, T), -3.0, device=device), torch.randn(B, device=device)
     tensors = {"hidden": (B, T, D), "weight": (V, D), "A": (2, D), "B": (V, 2)}
@@ -123,7 +123,7 @@ def test_no_host_sync_where_the_host_knows_what_counts(compact):
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_packed_sequences_take_one_phase(masked, backend, device, monkeypatch):
-    """Where the host may wait for their ends; with nothing to leave out, no rows are gathered."""
+    """The host may wait for their ends. If no row is left out, no rows are gathered."""
     hidden = torch.randn(B * T, D, device=device, requires_grad=True)
     weight = torch.randn(V, D, device=device, requires_grad=True)
     ids, old = torch.randint(V, (B * T,), device=device), torch.full((B * T,), -3.0, device=device)

@@ -1,4 +1,4 @@
-"""What `linear_grpo_loss` and `linear_logprob` refuse, and that the message names it."""
+"""The arguments that `linear_grpo_loss` and `linear_logprob` refuse; the message names the argument."""
 
 import pytest
 import torch

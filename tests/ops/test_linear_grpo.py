@@ -5,66 +5,15 @@ import torch
 
 from grpo_fast import Objective, reference
 from grpo_fast.loss import grpo_loss, linear_grpo_loss
-from grpo_fast.ops import linear_grpo, linear_logprob
+from grpo_fast.ops import linear_logprob
 from grpo_fast.ops.head import chunk_length
-from grpo_fast.testing import assert_as_accurate
-from tests.ops.test_grpo import OBJECTIVES
-from tests.ops.test_linear_logprob import HEADS, call, graded, make
 from tests.support.cases import in_double
+from tests.support.heads import HEADS, call, graded
+from tests.support.hidden_cases import batch, check, loss_and_grads, packed, ways_taken
+from tests.support.objectives import OBJECTIVES, by_objective
 from tests.support.properties import given, settings, st
 
-by_objective = pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
 by_head = pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
-
-
-def batch(B, T, V, device, head=HEADS["plain"], D=8, drift=0.3, dtype=torch.float32):
-    """(head tensors, head options, ids, loss arguments): row 1 is empty, row 0 without advantage."""
-    tensors, options = make(B * T, D, V, device, head, dtype)
-    tensors["hidden"] = tensors["hidden"].view(B, T, D)
-    lengths = torch.randint(1, T + 1, (B,)).to(device)
-    if B > 1:
-        lengths[1] = 0
-    mask = torch.arange(T, device=device) < lengths[:, None]
-    ids = torch.randint(options.get("vocab_size", V), (B, T)).to(device)
-    floats = {k: x.float() for k, x in tensors.items()}
-    logp = call(reference.linear_logprob, floats, options, ids)
-    old, ref = (logp + drift * torch.randn(B, T).to(device) for _ in range(2))
-    advantages = torch.randn(B).to(device)
-    if B > 1:
-        advantages[0] = 0
-    tensors["hidden"] = torch.where(mask[..., None], tensors["hidden"], torch.nan)
-    arguments = {
-        "mask": mask,
-        "advantages": advantages,
-        "old_logps": torch.where(mask, old, torch.nan),
-        "ref_logps": torch.where(mask, ref, torch.nan),
-    }
-    return tensors, options, ids.where(mask, -100), arguments
-
-
-def loss_and_grads(fn, tensors, options, ids, arguments, upstream=1.0, frozen=(), **kwargs):
-    """{name: the loss, and `upstream` times its gradients}."""
-    leaves = graded(tensors, frozen=frozen)
-    out = call(fn, leaves, options, ids, **arguments, **kwargs)
-    loss = getattr(out, "loss", out)
-    leaves = {k: x for k, x in leaves.items() if x.requires_grad}
-    grads = torch.autograd.grad(upstream * loss, list(leaves.values()))
-    return {"loss": loss} | {f"d{k}": g for k, g in zip(leaves, grads, strict=True)}
-
-
-def check(tensors, options, ids, arguments, upstream=1.0, frozen=(), **kwargs):
-    actual = loss_and_grads(
-        linear_grpo_loss, tensors, options, ids, arguments, upstream, frozen, **kwargs
-    )
-    oracle = (reference.linear_grpo, options, ids)
-    baseline = loss_and_grads(oracle[0], tensors, *oracle[1:], arguments, upstream, frozen)
-    doubled = {k: x.double() for k, x in tensors.items()}
-    truth = loss_and_grads(oracle[0], doubled, *oracle[1:], in_double(arguments), upstream, frozen)
-    assert actual.keys() == truth.keys()
-    for name in truth:
-        scale = 0.1 if name == "loss" else 0.0  # its terms are of the size of 1, and cancel
-        assert_as_accurate(actual[name], baseline[name], truth[name], name=name, scale=scale)
-    return actual
 
 
 @by_objective
@@ -106,9 +55,7 @@ def test_long_rows(V, backend, device):
 
 @settings(max_examples=25)
 @given(
-    B=st.integers(1, 4),
-    T=st.integers(1, 5),
-    V=st.integers(2, 300),
+    shape=st.tuples(st.integers(1, 4), st.integers(1, 5), st.integers(2, 300)),
     chunk_size=st.sampled_from([None, 1, 6, 32]),
     compact=st.booleans(),
     drift=st.floats(0, 2),
@@ -117,22 +64,12 @@ def test_long_rows(V, backend, device):
     seed=st.integers(0, 2**16),
 )
 def test_any_shape(
-    B, T, V, chunk_size, compact, drift, temperature, objective, seed, backend, device
+    shape, chunk_size, compact, drift, temperature, objective, seed, backend, device
 ):
     torch.manual_seed(seed)
-    tensors, options, ids, arguments = batch(B, T, V, device, drift=drift)
+    tensors, options, ids, arguments = batch(*shape, device, drift=drift)
     arguments |= {"objective": objective, "temperature": temperature}
     check(tensors, options, ids, arguments, chunk_size=chunk_size, compact=compact)
-
-
-def packed(tensors, ids, arguments):
-    """The same batch without its padding: tokens end to end, one advantage for each."""
-    mask = arguments["mask"]
-    lengths = mask.sum(1)
-    flat = {k: x[mask] for k, x in arguments.items() if k in ("old_logps", "ref_logps")}
-    flat["cu_seqlens"] = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
-    flat["advantages"] = arguments["advantages"]
-    return {**tensors, "hidden": tensors["hidden"][mask]}, ids[mask], flat
 
 
 @pytest.mark.parametrize("chunk_size", [None, 4])
@@ -193,7 +130,7 @@ COMPACTABLE = {
 @pytest.mark.parametrize("objective", COMPACTABLE.values(), ids=COMPACTABLE)
 @pytest.mark.parametrize("per_token", [False, True])
 def test_compaction_changes_nothing(objective, per_token, backend, device):
-    """With and without it: loss and gradients to 1e-6, and only what cannot have a gradient is left out."""
+    """Loss and gradients agree to 1e-6, and only rows that cannot have a gradient are left out."""
     tensors, options, ids, arguments = batch(8, 6, 80, device)
     arguments["advantages"][3:5] = 0
     if per_token:
@@ -244,18 +181,6 @@ def test_a_batch_with_nothing_live(objective, backend, device):
         out.loss.backward()
         assert all(x.grad.eq(0).all() for x in leaves.values())
         assert all(x.isfinite() for x in out.metrics.values())
-
-
-def ways_taken(monkeypatch, limit=None):
-    taken = []
-    plan = linear_grpo.plan
-
-    def recorded(*args):
-        taken.append(plan(*args))
-        return taken[-1]
-
-    monkeypatch.setattr(linear_grpo, "plan", recorded)
-    return taken
 
 
 @pytest.mark.parametrize("compact", [True, False])
@@ -318,7 +243,7 @@ def test_on_policy_one_phase_is_enough(name, backend, device, monkeypatch):
 
 
 def test_the_same_log_probs_as_linear_logprob(backend, device):
-    """To the bit, at the same rows and chunk length; so the ratio is 1 on policy, old given or not."""
+    """The bits are the same at equal rows and chunk length, so on policy the ratio is exactly 1."""
     tensors, options, ids, arguments = batch(5, 6, 400, device, HEADS["everything"])
     arguments["objective"] = Objective(entropy_coef=0.1)
     for size in (None, 7):
@@ -396,7 +321,7 @@ def test_half_operands_accumulate_dweight_in_float32(backend, device):
 
 
 def test_the_same_weight_twice_in_one_step_accumulates(backend, device):
-    """As with tied embeddings, or two micro-batches."""
+    """Tied embeddings and several micro-batches need this."""
     tensors, options, ids, arguments = batch(4, 5, 60, device)
     want = loss_and_grads(linear_grpo_loss, tensors, options, ids, arguments)
     leaves = graded(tensors)

@@ -6,103 +6,29 @@ import torch
 from grpo_fast import reference
 from grpo_fast.ops import linear_logprob, logprob
 from grpo_fast.ops.head import chunk_length, chunked, products
-from grpo_fast.testing import assert_as_accurate
 from tests.support.cases import in_other_company
+from tests.support.heads import (
+    HEADS,
+    by_head,
+    call,
+    check_log_probs,
+    graded,
+    make,
+    targets,
+    values_and_grads,
+)
 from tests.support.properties import given, settings, st
-
-HEADS = {
-    "plain": {},
-    "bias": {"bias": True},
-    "softcap": {"softcap": 3.0},
-    "logit_scale": {"logit_scale": 0.4},
-    "padded vocabulary": {"vocab_size": 90},
-    "lora": {"lora": 0.7},
-    "everything": {
-        "bias": True,
-        "softcap": 4.0,
-        "logit_scale": 1.7,
-        "vocab_size": 90,
-        "lora": 2.0,
-    },
-}
-by_head = pytest.mark.parametrize("options", HEADS.values(), ids=HEADS)
-
-
-def make(N, D, V, device, options=HEADS["plain"], dtype=torch.float32, rank=3, scale=1.0):
-    """(tensors by name: hidden, weight, and those the options ask for; the other options)."""
-    options = dict(options)
-
-    def normal(*shape):  # on the CPU: see tests/support/cases.py
-        return torch.randn(*shape).to(device, dtype)
-
-    tensors = {"hidden": normal(N, D), "weight": scale * normal(V, D) / D**0.5}
-    if options.pop("bias", None):
-        tensors["bias"] = normal(V)
-    if "lora" in options:
-        tensors["A"], tensors["B"] = normal(rank, D) / D**0.5, normal(V, rank)
-    return tensors, options
-
-
-def call(fn, tensors, options, *args, **kwargs):
-    """`fn` on the head that the tensors and options describe."""
-    options = dict(options)
-    if "lora" in options:
-        options["lora"] = (tensors["A"], tensors["B"], options["lora"])
-    if "bias" in tensors:
-        options["bias"] = tensors["bias"]
-    return fn(tensors["hidden"], tensors["weight"], *args, **options, **kwargs)
-
-
-def graded(tensors, dtype=None, frozen=()):
-    return {
-        k: x.detach().to(dtype or x.dtype).requires_grad_(k not in frozen)
-        for k, x in tensors.items()
-    }
-
-
-def values_and_grads(fn, tensors, options, upstream, *args, frozen=(), **kwargs):
-    """{name: value or gradient} for upstream gradients of (log-probs, entropy)."""
-    tensors = graded(tensors, frozen=frozen)
-    outputs = call(fn, tensors, options, *args, return_entropy=True, **kwargs)
-    found = dict(zip(("logp", "entropy"), outputs, strict=True))
-    # Where a token is masked, values are unspecified.
-    masked = upstream[0] == 0
-    found = {k: x.masked_fill(masked, 0) for k, x in found.items()}
-    total = sum((x * u.to(x)).sum() for x, u in zip(found.values(), upstream, strict=True))
-    leaves = {k: x for k, x in tensors.items() if x.requires_grad}
-    grads = torch.autograd.grad(total, list(leaves.values()))
-    return found | {f"d{k}": g for k, g in zip(leaves, grads, strict=True)}
-
-
-def check(tensors, options, ids, upstream, frozen=(), mask=None, temperature=1.0, **kwargs):
-    same = {"frozen": frozen, "mask": mask, "temperature": temperature}
-    fn, oracle = linear_logprob, reference.linear_logprob
-    actual = values_and_grads(fn, tensors, options, upstream, ids, **same, **kwargs)
-    baseline = values_and_grads(oracle, tensors, options, upstream, ids, **same)
-    doubled = {k: x.double() for k, x in tensors.items()}
-    if isinstance(temperature, torch.Tensor):
-        same["temperature"] = temperature.double()
-    truth = values_and_grads(oracle, doubled, options, upstream, ids, **same)
-    assert actual.keys() == truth.keys()
-    for name in truth:
-        assert_as_accurate(actual[name], baseline[name], truth[name], name=name)
-
-
-def batch(N, V, device):
-    """(ids, mask, upstream gradients, 0 where masked)."""
-    ids = torch.randint(V, (N,))
-    mask = torch.rand(N) < 0.7
-    upstream = torch.randn(2, N) * mask
-    return ids.where(mask, -100).to(device), mask.to(device), upstream.to(device)
 
 
 @by_head
 @pytest.mark.parametrize("compact, chunk_size", [(True, None), (False, 4), (True, 64)])
 def test_matches_reference(options, chunk_size, compact, backend, device):
     tensors, options = make(21, 8, 101, device, options)
-    ids, mask, upstream = batch(21, 90, device)
+    ids, mask, upstream = targets(21, 90, device)
     tensors["hidden"][~mask] = torch.nan
-    check(tensors, options, ids, upstream, mask=mask, chunk_size=chunk_size, compact=compact)
+    check_log_probs(
+        tensors, options, ids, upstream, mask=mask, chunk_size=chunk_size, compact=compact
+    )
 
 
 @pytest.mark.parametrize("V", [1500, 40_000])
@@ -111,9 +37,11 @@ def test_long_rows(V, options, backend, device):
     """Several tiles per row, and rows shared by several programs; rows of no aligned length."""
     options = {k: x for k, x in options.items() if k != "vocab_size"}
     tensors, options = make(5, 8, V + 1, device, options | {"vocab_size": V})
-    ids, mask, upstream = batch(5, V, device)
+    ids, mask, upstream = targets(5, V, device)
     temperature = 0.5 + torch.rand(5, device=device)
-    check(tensors, options, ids, upstream, mask=mask, temperature=temperature, chunk_size=3)
+    check_log_probs(
+        tensors, options, ids, upstream, mask=mask, temperature=temperature, chunk_size=3
+    )
 
 
 @settings(max_examples=20)
@@ -130,8 +58,8 @@ def test_long_rows(V, options, backend, device):
 def test_any_shape(N, D, V, head, chunk_size, frozen, temperature, seed, backend, device):
     torch.manual_seed(seed)
     tensors, options = make(N, D, V, device, HEADS[head])
-    ids, mask, upstream = batch(N, V, device)
-    check(
+    ids, mask, upstream = targets(N, V, device)
+    check_log_probs(
         tensors,
         options,
         ids,
@@ -147,7 +75,7 @@ def test_any_shape(N, D, V, head, chunk_size, frozen, temperature, seed, backend
 def test_frozen_head_scales_stored_rows(options, backend, device):
     """Only `hidden` wants a gradient: one pass over the logits, whatever gradient comes later."""
     tensors, options = make(21, 8, 101, device, options)
-    ids, mask, (upstream, _) = batch(21, 90, device)
+    ids, mask, (upstream, _) = targets(21, 90, device)
     grads = []
     for dtype, fn in ((torch.float64, reference.linear_logprob), (None, linear_logprob)):
         leaves = graded(tensors, dtype, frozen=set(tensors) - {"hidden"})
@@ -285,7 +213,7 @@ def test_rows_hardly_depend_on_the_batch_by_default(limit, monkeypatch, backend,
 
 def test_run_to_run_the_same_bits(backend, device):
     tensors, options = make(33, 16, 300, device, HEADS["everything"])
-    ids, mask, upstream = batch(33, 90, device)
+    ids, mask, upstream = targets(33, 90, device)
     runs = [
         values_and_grads(linear_logprob, tensors, options, upstream, ids, mask=mask, chunk_size=8)
         for _ in range(2)
@@ -300,7 +228,7 @@ def test_half_operands(logits_dtype, backend, device):
     tensors, options = make(24, 16, 200, device, dtype=torch.float16)
     ids = torch.randint(200, (24,), device=device)
     upstream = torch.randn(2, 24, device=device)
-    check(tensors, options, ids, upstream, logits_dtype=logits_dtype)
+    check_log_probs(tensors, options, ids, upstream, logits_dtype=logits_dtype)
     if logits_dtype == "fp32":
         logp = linear_logprob(tensors["hidden"], tensors["weight"], ids)
         truth = reference.linear_logprob(

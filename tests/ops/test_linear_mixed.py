@@ -9,11 +9,9 @@ from grpo_fast.ops import linear_logprob
 from grpo_fast.ops.head import chunk_length, chunked
 from grpo_fast.ops.head.arguments import Needs
 from grpo_fast.testing import assert_as_accurate
-from tests.ops.test_linear_grpo import batch, check, loss_and_grads
-from tests.ops.test_linear_logprob import HEADS, make
-from tests.ops.test_linear_logprob import batch as rows_of
-from tests.ops.test_linear_logprob import check as check_log_probs
 from tests.support.cases import in_double
+from tests.support.heads import HEADS, check_log_probs, make, targets
+from tests.support.hidden_cases import batch, check, loss_and_grads
 from tests.support.mixed import mixed_products
 
 HALVES = [torch.float16, torch.bfloat16]
@@ -79,7 +77,7 @@ def test_ways(objective, frozen, dtype, mixed, backend, device):
 @pytest.mark.parametrize("compact", [False, True])
 def test_log_probs(head, dtype, compact, mixed, backend, device):
     tensors, options = make(10, 8, 101, device, head, dtype)
-    ids, mask, upstream = rows_of(10, 90, device)
+    ids, mask, upstream = targets(10, 90, device)
     tensors["hidden"][~mask] = torch.nan
     given = {"mask": mask, "compact": compact, "chunk_size": 4}
     check_log_probs(tensors, options, ids, upstream, **given)
@@ -108,7 +106,17 @@ def head_of(dtype=torch.bfloat16, needs=(True, True, False, False, False), fp32=
 
 def _head_options(V=100, fp32=True, chunk_size=8):
     one = torch.ones((), dtype=torch.float64)
-    return chunked.Options(one, None, one, fp32, V, chunk_size, "", 0, V)
+    return chunked.Options(
+        lora_scaling=one,
+        softcap=None,
+        logit_scale=one,
+        fp32_logits=fp32,
+        vocab_size=V,
+        chunk_size=chunk_size,
+        tp_group="",
+        first_row=0,
+        widest=V,
+    )
 
 
 def test_gradient_lies_over_the_logits(mixed):

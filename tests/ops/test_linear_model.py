@@ -91,7 +91,7 @@ def shard_of(batch, rank, ranks):
 
 
 def train_sharded():
-    """What each process of the test below runs."""
+    """Run the test below in one of its processes."""
     import torch.distributed as dist
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor
@@ -127,7 +127,7 @@ def test_fsdp_on_two_processes():
 
 @pytest.mark.parametrize("loss", [True, False], ids=["loss", "log-probs"])
 def test_a_float32_head_under_half_precision_states(loss, backend, device):
-    """As autocast has it: products of halves, but a gradient of the weight that is not rounded."""
+    """Products are of halves, as under autocast, but the gradient of the weight is not rounded."""
     hidden = torch.randn(2, 5, 16, device=device).half()
     weight = torch.randn(33, 16, device=device)
     ids = torch.randint(33, (2, 5), device=device)

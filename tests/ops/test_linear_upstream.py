@@ -1,4 +1,4 @@
-"""What `linear_grpo_loss` makes of the upstream gradient, which comes when its own are long computed."""
+"""The upstream gradient of `linear_grpo_loss`, which comes after its own gradients are computed."""
 
 import dataclasses
 
@@ -8,10 +8,10 @@ import torch
 from grpo_fast import reference
 from grpo_fast.loss import grpo_loss, linear_grpo_loss
 from grpo_fast.testing import assert_as_accurate
-from tests.ops.test_grpo import OBJECTIVES
-from tests.ops.test_linear_grpo import batch, loss_and_grads
-from tests.ops.test_linear_logprob import call, graded
 from tests.support.cases import in_double
+from tests.support.heads import call, graded
+from tests.support.hidden_cases import batch, loss_and_grads
+from tests.support.objectives import OBJECTIVES
 
 UNDERFLOWING = {
     "token": ("default", ()),
@@ -35,7 +35,7 @@ def test_a_loss_scale_keeps_float16_from_underflow(way, logits_dtype, backend, d
     rest = (2.0**16, frozen)
 
     def plain(hidden, weight, ids, **given):
-        """As trainers have it: a head in half precision, the loss of its logits in float32 or above."""
+        """Compute the loss as trainers do: a head in half precision, and its logits in float32 or above."""
         logits = hidden @ weight.T
         if logits.dtype == torch.float16:
             logits = logits.float()
@@ -94,7 +94,7 @@ def test_two_losses_share_a_main_gradient_in_one_backward(backend, device):
 @pytest.mark.parametrize("upstream", [0.0, float("inf"), float("nan")], ids=str)
 @pytest.mark.parametrize("spoilt", [False, True])
 def test_dw_out_takes_what_autograd_would(upstream, spoilt, backend, device):
-    """Where the forward or the factor overflowed: 0 times inf is NaN, as by the chain rule."""
+    """After an overflow of the forward or of the factor, 0 times inf is NaN, as by the chain rule."""
     tensors, options, ids, arguments = batch(4, 5, 60, device)
     if spoilt:
         tensors["hidden"][2, 0] = torch.inf

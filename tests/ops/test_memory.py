@@ -1,4 +1,4 @@
-"""The memory that the losses take on the CPU, against eager PyTorch, at N = 4096, V = 32000, float32."""
+"""The memory of the losses on a CPU, against eager PyTorch, at N = 4096, V = 32000, float32."""
 
 import json
 import os

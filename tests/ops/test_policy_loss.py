@@ -12,8 +12,8 @@ from grpo_fast.ops.policy_loss import token_statistics
 from grpo_fast.ops.top_entropy import top_entropy_mask
 from grpo_fast.records import Outputs
 from grpo_fast.testing import assert_as_accurate
-from tests.ops.test_grpo import OBJECTIVES, by_objective
 from tests.support.cases import batch, in_double, loss_and_grad
+from tests.support.objectives import OBJECTIVES, by_objective
 from tests.support.properties import given, settings, st
 
 # The loss of a token depends on that token alone. Not "k3_unbiased": its KL term takes the ratio, unweighted.
@@ -118,7 +118,7 @@ def test_rewards_are_the_scores_of_topr(backend, device):
 
 
 def test_a_weight_of_zero_leaves_out_an_infinite_ratio(backend, device):
-    """What a mask on the mismatch is for: the token whose ratio overflows."""
+    """A mask on the mismatch is for such a token, whose ratio overflows."""
     logps = torch.tensor([[-1.0, -1.0]], device=device)
     arguments = {
         "old_logps": torch.tensor([[-200.0, -1.0]], device=device),
@@ -195,7 +195,7 @@ def test_top_entropy_is_the_quantile_of_the_live_tokens(N, quantile, device):
 
 
 def test_a_top_entropy_quantile_of_0_is_the_highest(backend, device):
-    """Its surrogate alone counts, in the mean over all tokens; so does its entropy, as a mean of its own."""
+    """Only the surrogate of this token counts, in the mean over all tokens, and only its entropy."""
     entropy = torch.tensor([[1.0, 3.0, 2.0], [0.5, 9.0, 0.1]], device=device)
     chosen = Objective(
         top_entropy_quantile=0.0,
@@ -321,9 +321,10 @@ def test_metrics_at_the_edges(N, case, backend, device):
     if case == "no importance":
         importance = None
     clip = torch.randint(0, 8, (N,), dtype=torch.int8, device=device)
-    entropy = None if case == "weighed" else new()
-    given = (mask, share, new(), logp, torch.zeros_like(logp), importance, new(), entropy, clip)
-    statistics, metrics, total = token_statistics(*given)
+    entropy = new()[:0] if case == "weighed" else new()
+    outputs = Outputs(loss=new(), logp=logp, entropy=entropy, kl=new(), clip=clip)
+    old = torch.zeros_like(logp)
+    statistics, metrics, total = token_statistics(outputs, mask, share, old, importance)
     check_metrics(statistics, metrics, total)
     if case != "nan":
         assert metrics.isfinite().all() or case == "rho of inf"

@@ -1,4 +1,4 @@
-"""What tokens weigh in a loss, against the specification in float64, and the factor on all of it."""
+"""The weight of each token in a loss, against the specification in float64."""
 
 import math
 
@@ -13,8 +13,8 @@ from grpo_fast.ops import reduction_weights
 from grpo_fast.ops.reduction_weights import weights_of
 from grpo_fast.records import Weighing
 from grpo_fast.testing import assert_as_accurate
-from tests.ops.test_grpo import OBJECTIVES
 from tests.support.cases import batch, in_double, loss_and_grad, packed
+from tests.support.objectives import OBJECTIVES
 
 REDUCTIONS = {"sequence_mean": None, "token_mean": None, "sequence_sum": None, "fixed_length": 7}
 by_reduction = pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -89,7 +89,7 @@ def test_weights_of_packed_sequences(dtype, mask, reduction, backend, device):
 
 
 def test_boundaries_that_are_wrong_make_weights_nan(device, monkeypatch):
-    """On a GPU nobody looks at them: what they leave out must not hold what memory held."""
+    """Nobody looks at them on a GPU: tokens that they leave out must not keep old memory."""
     pytest.importorskip("triton", reason="the kernels need Triton")
     monkeypatch.setenv("GRPO_FAST_BACKEND", "triton")
     tokens = torch.zeros(9, device=device)
@@ -172,7 +172,7 @@ def call_of(name, device, mask="bool", layout="padded", **options):
 @by_reduction
 @pytest.mark.parametrize(("layout", "mask"), [("padded", "bool"), ("packed", "floating")])
 def test_loss_scale_is_a_factor_on_the_loss(layout, mask, reduction, name, backend, device):
-    """On surrogate, KL and entropy bonus alike; the other statistics and the metrics do not change."""
+    """It multiplies surrogate, KL and entropy bonus. The other statistics and the metrics do not change."""
     if backend == "triton" and name == "linear_grpo_loss" and reduction != "token_mean":
         pytest.skip("its kernels are those of grpo_loss")
     options = {"reduction": reduction, "max_length": REDUCTIONS[reduction]}

@@ -5,8 +5,8 @@ import torch
 
 from grpo_fast import Objective, reference
 from grpo_fast.loss import grpo_loss, policy_loss
-from tests.ops.test_grpo import OBJECTIVES, check
-from tests.support.cases import batch, in_double, loss_and_grad
+from tests.support.cases import batch, check, in_double, loss_and_grad
+from tests.support.objectives import OBJECTIVES
 
 SEQUENCES = [x for x in OBJECTIVES.values() if x.needs_sequences]
 
@@ -43,7 +43,7 @@ def test_an_unbiased_kl_beyond_the_bound_of_its_ratio(backend, device):
 @pytest.mark.parametrize("far", [20.5, 21.0, 30.0])
 @pytest.mark.parametrize("sign", [1, -1])
 def test_vespo_bounds_the_log_ratio_of_a_token(sign, far, backend, device):
-    """By 20 either way, before they are added up."""
+    """The bounds are -20 and 20, before the log-ratios are added up."""
     logps = torch.full((1, 3), -30.0, device=device)
     old = logps - sign * torch.tensor([[far, -12.0, -8.0]], device=device)
     arguments = {"old_logps": old, "advantages": torch.ones(1, device=device)}
@@ -62,7 +62,7 @@ def test_on_policy_takes_one_launch(objective, backend, device, monkeypatch):
     def read(*_):
         raise AssertionError("the logits were read for their log-probs alone")
 
-    monkeypatch.setattr("grpo_fast.loss.logprob_fwd", read)
+    monkeypatch.setattr("grpo_fast.loss.from_logits.logprob_fwd", read)
     logits, ids, arguments = batch(3, 5, 20, device)
     arguments["objective"] = objective
     if objective.off_policy_threshold is not None:

@@ -1,4 +1,4 @@
-"""A head whose vocabulary is spread over processes, against one process that has all of it."""
+"""A head whose vocabulary is spread over processes, against one process with the whole vocabulary."""
 
 from types import SimpleNamespace
 
@@ -9,10 +9,12 @@ from grpo_fast import Objective, reference
 from grpo_fast.loss import linear_grpo_loss
 from grpo_fast.ops import linear_logprob
 from grpo_fast.ops.head.vocab_parallel import Shard, combine, read_shared_rows
+from grpo_fast.records import Targets
 from grpo_fast.testing import assert_as_accurate
-from tests.ops.test_grpo import OBJECTIVES
-from tests.ops.test_linear_grpo import HEADS, batch, call, graded
 from tests.support.cases import in_double
+from tests.support.heads import HEADS, call, graded
+from tests.support.hidden_cases import batch
+from tests.support.objectives import OBJECTIVES
 from tests.support.ranks import needs_gloo, needs_interpreter, run
 
 V = 101
@@ -88,7 +90,7 @@ def close(a, b, name, tolerance=1e-6):
 
 
 def check_ranks(uneven, step=1):
-    """What each process of the tests below runs: every `step`-th case."""
+    """Run every `step`-th case in one of the processes."""
     import torch.distributed as dist
 
     dist.init_process_group("gloo")
@@ -182,7 +184,7 @@ def test_processes_agree_with_one_in_the_kernels():
 
 
 def check_processes_without_rows(sizes):
-    """What each process of the tests below runs."""
+    """Run the test below in one of its processes."""
     import torch.distributed as dist
 
     dist.init_process_group("gloo")
@@ -259,8 +261,8 @@ def test_who_has_no_columns_sends_float32(monkeypatch):
     )
     shard = Shard(SimpleNamespace(size=lambda: 1), 10)
     logits = torch.empty(1, 3, 0, dtype=torch.bfloat16)
-    ids, rest = torch.zeros(3, dtype=torch.int64), (None, None, torch.tensor(1.0), True, None)
-    found = read_shared_rows(logits, ids, *rest, shard)
+    targets = Targets(torch.zeros(3, dtype=torch.int64), None, None, torch.tensor(1.0))
+    found = read_shared_rows(logits, targets, True, None, shard)
     assert all(x.dtype == torch.float32 for x in found)
     assert found[0].isnan().all()
 

@@ -25,6 +25,7 @@ from grpo_fast.weights import importance
 from tests.support import accuracy
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
+PAGES = [*DOCS.glob("*.md"), *DOCS.parent.glob("*.md"), DOCS.parent / "kernels" / "README.md"]
 TEXT = (DOCS / "objectives.md").read_text()
 
 
@@ -134,3 +135,11 @@ def test_every_adapter_is_documented_by_names_that_exist():
     assert files - elsewhere <= {module for module, _ in named}
     for losses in (verl.POLICY_LOSSES, skyrl.POLICY_LOSSES):
         assert all(f"`{name}`" in text for name in losses)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.relative_to(DOCS.parent).as_posix())
+def test_prose_wraps(page):
+    """At 100 columns, but for tables, code and links."""
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    lines = [x for x in text.splitlines() if len(x) > 100 and "|" not in x and "http" not in x]
+    assert not [x for x in lines if not x.startswith("`")], lines[:3]

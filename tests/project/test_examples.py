@@ -1,14 +1,11 @@
 """The examples run, and their models learn."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
 
 from tests.support import ranks
+from tests.support.examples import EXAMPLES, load
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the libraries the examples use
 
 
@@ -19,13 +16,6 @@ def fast(monkeypatch):
     torch.set_num_threads(1)  # the models are tiny
     yield
     torch.set_num_threads(threads)
-
-
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def assert_learnt(history):

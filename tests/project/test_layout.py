@@ -11,7 +11,7 @@ from grpo_fast import records, reference
 ROOT = Path(__file__).resolve().parents[2]
 # Bottom to top; a module imports from its own layer or from one below.
 LAYERS = [
-    {"presets", "spelling", "testing"},
+    {"presets", "spelling", "surrogates", "testing"},
     {"operands", "overwritten"},
     {"objective", "records"},
     {"checks", "sequences", "metrics", "reference"},
@@ -21,9 +21,17 @@ LAYERS = [
     {"integrations", "hub"},
     {"trainer"},
 ]
-ALLOWED_IN_KERNELS = {"torch", "triton", "functools", "dataclasses", "typing", "grpo_fast"}
+ALLOWED_IN_KERNELS = {
+    "torch",
+    "triton",
+    "collections",
+    "functools",
+    "dataclasses",
+    "typing",
+    "grpo_fast",
+}
 # Files of kernels/ that no operator has the name of: what kernels share, and a second way to run `grpo`.
-SHARED = {"tiles", "terms", "scoring", "edges", "rows", "schedules", "on_chip", "chunks"}
+SHARED = {"tiles", "terms", "scalars", "scoring", "edges", "rows", "schedules", "on_chip", "chunks"}
 # Kernels whose time is in that of others, and those that the specification has under another name or not.
 WITHOUT_BENCHMARK = {"reduction_weights", "scaling"}
 REFERENCE = {"grpo": "grpo_loss", "sequence_loss": "policy_terms", "scaling": None}

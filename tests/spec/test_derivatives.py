@@ -1,4 +1,4 @@
-"""Derivatives that the functions do not have are refused, never silently 0."""
+"""Derivatives that the functions do not have raise an error; they are never silently 0."""
 
 import pytest
 import torch

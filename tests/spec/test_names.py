@@ -1,4 +1,4 @@
-"""Names that are wrong, or another library's: the error says what is meant."""
+"""Errors for wrong names, and for names of other libraries: the message suggests ours."""
 
 import inspect
 from typing import get_args
@@ -122,7 +122,7 @@ def test_the_tables_hold_names_that_exist():
 
 
 def test_signatures_survive():
-    """What help, type checkers and compilers see is the function itself."""
+    """Help, type checkers and compilers see the function itself."""
     assert list(inspect.signature(Objective).parameters) == list(OPTIONS)
     assert inspect.signature(Objective).parameters["beta"].default == 0.0
     assert grpo_fast.grpo_loss.__name__ == "grpo_loss"

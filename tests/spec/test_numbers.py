@@ -1,4 +1,4 @@
-"""Numbers and objects that cannot be taken: an error that names the argument and the value."""
+"""Numbers and objects that are not accepted: the error names the argument and the value."""
 
 import pytest
 import torch

@@ -1,8 +1,12 @@
 """`Objective` refuses what it does not know, and options that would have no effect."""
 
+import dataclasses
+from typing import get_args
+
 import pytest
 
 from grpo_fast import Objective
+from grpo_fast.surrogates import SURROGATES, Surrogate
 
 OBJECTIVE_CASES = {
     "unknown surrogate": (
@@ -170,3 +174,9 @@ def test_objective_is_frozen_and_keyword_only():
         Objective.preset("verl/vanilla", delta=2.0)
     with pytest.raises(ValueError, match="preset 'gprp' is unknown; did you mean 'grpo'"):
         Objective.preset("gprp")
+
+
+def test_every_surrogate_has_a_row():
+    assert tuple(SURROGATES) == get_args(Surrogate)
+    fields = {field.name for field in dataclasses.fields(Objective)}
+    assert {option for row in SURROGATES.values() for option in row.options} <= fields

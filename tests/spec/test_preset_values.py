@@ -196,7 +196,7 @@ def test_the_releases_that_were_read():
 
 
 def test_what_else_a_preset_asks_for():
-    """Of the caller: what is not an option, for these presets and no other."""
+    """Some presets also need something of the caller that is no option; these, and no others."""
     items = {f"trl/{x}{y}" for x in ("dapo", "cispo", "vespo") for y in ("", "/sequence")}
     assert {
         name for name, remark in CALLER.items() if "`num_items` from the whole" in remark

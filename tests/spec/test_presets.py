@@ -278,7 +278,7 @@ def test_dppo_takes_a_detached_capped_ratio(name, batch, backend):
 
 @pytest.mark.parametrize("name", ["skyrl/dppo_tv", "skyrl/dppo_kl", "prime_rl/default"])
 def test_dppo_takes_the_plain_ratio(name, batch, backend):
-    """Another loss value than verl's, and no cap; clamped in SkyRL, with a quadratic term in prime-rl."""
+    """Its loss value is not verl's, and has no cap. SkyRL clamps it; prime-rl adds a quadratic term."""
     logps, arguments = batch
     arguments["old_logps"][0, :3] -= 2.0
     arguments["old_logps"][0, 0] -= 20.0
@@ -302,7 +302,7 @@ def test_dppo_takes_the_plain_ratio(name, batch, backend):
 
 
 def test_nemo_rls_kl_goes_through_the_sampling_probability(batch, backend):
-    """Its k3 is weighed by exp(x - sg(x)), of value 1, inside both clamps."""
+    """NeMo-RL multiplies k3 by exp(x - sg(x)), which is 1, inside both clamps."""
     logps, arguments = batch
     arguments["advantages"] *= 0
     arguments["ref_logps"][0, :3] = logps[0, :3] + torch.tensor([3.0, 21.0, -21.0]).to(logps)
@@ -383,3 +383,26 @@ def test_importance_weights_leave_the_kl_alone(name, batch, backend):
         return token_mean(loss + 0.3 * kl, mask)
 
     agrees(objective, formula, logps, arguments | {"importance_weights": weights})
+
+
+@pytest.mark.parametrize("name", ["trl/dapo", "trl/cispo", "trl/vespo", "verl/vanilla", "dapo"])
+@pytest.mark.parametrize("zero", [0, 0.0, torch.tensor(0.0), torch.tensor(0)], ids=repr)
+def test_no_items_are_counted_as_one(name, zero, batch, backend):
+    """TRL's max(num_items, 1): a sum, neither an infinity nor, without a live token, a NaN."""
+    logps, arguments = batch
+    del arguments["ref_logps"]
+    objective = preset(name, beta=0.0)
+    one, grad_of_one = loss_and_grad(
+        policy_loss, logps, objective=objective, num_items=1, **arguments
+    )
+    if isinstance(zero, torch.Tensor):
+        zero = zero.to(logps.device)
+    for fn in (policy_loss, reference.policy_loss):
+        loss, grad = loss_and_grad(fn, logps, objective=objective, num_items=zero, **arguments)
+        torch.testing.assert_close(loss, one)
+        mask = arguments["mask"]
+        torch.testing.assert_close(grad[mask], grad_of_one[mask])
+    nothing = arguments | {"mask": torch.zeros_like(arguments["mask"])}
+    loss, grad = loss_and_grad(policy_loss, logps, objective=objective, num_items=zero, **nothing)
+    assert loss == 0
+    assert (grad == 0).all()

@@ -7,8 +7,8 @@ import torch
 
 from grpo_fast import Objective, reference, sequences
 from grpo_fast.reference import kl_estimate
-from tests.ops.test_grpo import OBJECTIVES
 from tests.support.cases import batch, in_double
+from tests.support.objectives import OBJECTIVES
 
 STOPS_GRADIENTS = ("cispo", "dppo_tv", "dppo_kl", "rollout_is", "vespo", "topr")
 CHECKED = {  # finite differences see through sg()

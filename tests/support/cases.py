@@ -1,4 +1,4 @@
-"""Batches for the tests: ragged, one row empty, NaN in the padding, old and reference policies.
+"""Batches of logits: ragged, one row empty, NaN in the padding, with old and reference policies.
 
 Drawn on the CPU: the same batch on every device, and what a test needs of its numbers holds on all of them.
 """
@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from grpo_fast import reference
+from grpo_fast.loss import grpo_loss
+from grpo_fast.testing import assert_as_accurate
 
 # Triton's interpreter truncates to bfloat16 where the hardware rounds: its accuracy is tested on a GPU.
 HALVES = [torch.float16] + [torch.bfloat16] * torch.cuda.is_available()
@@ -41,7 +43,7 @@ def batch(B, T, V, device, dtype=torch.float32, spread=3.0, drift=0.3, garbage=T
 
 
 def in_double(arguments):
-    """The same arguments with floating tensors in float64."""
+    """Return the arguments with floating tensors in float64."""
     return {
         name: x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
         for name, x in arguments.items()
@@ -85,3 +87,22 @@ def packed(mask, *tensors):
     )
     boundaries = torch.nn.functional.pad(keep.sum(1).cumsum(0), (1, 0))
     return boundaries, mask[keep], *(x[keep] for x in tensors)
+
+
+def check(logits, ids, arguments, upstream=1.0):
+    actual = loss_and_grad(grpo_loss, logits, ids, upstream=upstream, **arguments)
+    baseline = loss_and_grad(reference.grpo_loss, logits, ids, upstream=upstream, **arguments)
+    truth = loss_and_grad(
+        reference.grpo_loss, logits.double(), ids, upstream=upstream, **in_double(arguments)
+    )
+    for name, a, b, t in zip(("loss", "dlogits"), actual, baseline, truth, strict=True):
+        assert_as_accurate(a, b, t, name=name)
+
+
+def held(x, before, gap):
+    """x, (B, T, V), with `gap` entries between its rows, and `before` before the first; all these NaN."""
+    B, T, V = x.shape
+    stride_t = V + gap
+    stride_b = T * stride_t + gap
+    storage = x.new_full((before + B * stride_b + 3,), torch.nan)
+    return storage.as_strided(x.shape, (stride_b, stride_t, 1), before).copy_(x)

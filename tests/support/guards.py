@@ -73,7 +73,7 @@ class _Guarded:
 
 
 def _once(x: Tensor) -> Tensor:
-    """x without the repetitions of an expanded dimension."""
+    """Return x without the repetitions of an expanded dimension."""
     for dimension, stride in enumerate(x.stride()):
         if stride == 0 and x.shape[dimension] > 1:
             x = x.narrow(dimension, 0, 1)
@@ -81,7 +81,7 @@ def _once(x: Tensor) -> Tensor:
 
 
 def _extent(x: Tensor) -> int:
-    """Elements from the first to the last of x."""
+    """Count the elements from the first to the last of x."""
     if not x.numel():
         return 0
     return 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
@@ -103,7 +103,7 @@ def _members(values: Iterable[Any]) -> Iterator[Any]:
 
 
 def _moved(x: Tensor, n: int) -> Tensor:
-    """x, n entries further on in its storage."""
+    """Return x, moved by n entries in its storage."""
     return x.as_strided(x.shape, x.stride(), x.storage_offset() + n)
 
 

@@ -1,4 +1,4 @@
-"""What the adapters' tests share: a batch, and the comparison with a host's formula."""
+"""A batch for the tests of the adapters, and the comparison of an adapter with its host's formula."""
 
 import inspect
 from types import SimpleNamespace
@@ -23,6 +23,31 @@ def host_batch(device):
     rollout = old + 0.4 * torch.randn(B, T)
     tensors = {"logp": logp, "old": old, "A": advantages, "rollout": rollout, "mask": mask}
     return SimpleNamespace(**{name: x.to(device) for name, x in tensors.items()})
+
+
+# A mask of fractions. A row that has any sums to 1 at least: below that, trainers differ.
+FRACTIONS = torch.tensor(
+    [
+        [1.0, 0.5, 0.25, 2.0, 0.0, 0.75],
+        [0.0] * 6,
+        [0.5, 0.5, 0.75, 0.0, 0.0, 0.0],
+        [0.3, 0.9, 0.0, 0.6, 0.2, 0.0],
+        [1.0, 0.0, 0.0, 0.0, 0.0, 0.0],
+    ]
+)
+
+
+def fractional_batch(device):
+    """`host_batch` with `weights`, a mask of fractions, and with `mask` where it is not 0."""
+    b = host_batch(device)
+    b.weights = FRACTIONS.to(device)
+    b.mask = b.weights != 0
+    return b
+
+
+def with_fractions(formula):
+    """`formula(x, batch)` with the mask of fractions in the place of the mask."""
+    return lambda x, b: formula(x, SimpleNamespace(**vars(b) | {"mask": b.weights}))
 
 
 # How autograd's nodes of this library begin, and those of what is linear in one tensor.

@@ -1,4 +1,4 @@
-"""A ragged, left-padded batch for a small language model, and what it gives without padding."""
+"""A ragged, left-padded batch for a small language model, and its results without padding."""
 
 import re
 from pathlib import Path
@@ -93,7 +93,7 @@ def assert_same_gradients(got, want, tolerance=1e-5):
 
 
 class Recorder:
-    """In the place of an optimizer: keeps the gradients of each step and changes nothing."""
+    """A replacement of an optimizer that keeps the gradients of each step and changes nothing."""
 
     def __init__(self, model):
         self.model, self.steps = model, []

@@ -1,4 +1,4 @@
-"""CPU tensors that pass for a GPU's: halves are multiplied with a float32 result, as `mm` does it there."""
+"""CPU tensors that take the path of a GPU: halves are multiplied with a float32 result."""
 
 import contextlib
 

@@ -29,7 +29,7 @@ SLOW_TO_IMPORT = ("pytest", "torch._dynamo", "triton.language", "triton.runtime.
 
 
 def run(tree, name, ready):
-    """In a process of its own: the tests of `name` in `tree`; exit code 0 if they pass."""
+    """Run the tests of `name` in `tree`, in a process of their own; exit code 0 if they pass."""
     os.setsid()
     os.chdir(tree)
     sys.path[:] = [str(tree), *(x for x in sys.path if x and Path(x).resolve() != ROOT)]

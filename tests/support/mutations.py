@@ -1,4 +1,4 @@
-"""The changes that `mutants.py` makes, the tests that see them, and those that no test can see."""
+"""The changes that `mutants.py` makes, the tests that cover each file, and changes that no test can see."""
 
 import ast
 import re
@@ -77,16 +77,19 @@ COVERS: dict[str, tuple[str, str]] = {
     "grpo_fast/ops/reduction_weights.py": ("reduction_weights masks loss", TORCH),
     "grpo_fast/ops/policy_loss.py": ("policy_loss errors loss rare_options masks", TORCH),
     "grpo_fast/ops/sequence_loss.py": ("sequence_loss policy_loss loss masks nan kl", TORCH),
-    "grpo_fast/weights.py": ("weights selection nan", f"{TORCH} and not trl_modes"),
+    "grpo_fast/weights/importance.py": ("weights nan", TORCH),
+    "grpo_fast/weights/selection.py": ("selection weights nan", f"{TORCH} and not trl_modes"),
     "grpo_fast/presets.py": ("preset_values presets preset_edges verl", TORCH),
-    "grpo_fast/integrations/trl.py": ("trl_loss trl", TORCH),
-    "grpo_fast/integrations/verl.py": ("verl verl_options integrations_masks", TORCH),
+    "grpo_fast/integrations/trl/options.py": ("trl trl_loss", TORCH),
+    "grpo_fast/integrations/trl/metrics.py": ("trl_loss", TORCH),
+    "grpo_fast/integrations/verl/losses.py": ("verl verl_options", TORCH),
+    "grpo_fast/integrations/shared/options.py": ("shared verl_options", TORCH),
     "kernels/edges.py": (
         "edges overlap linear_mixed",
         "(triton and (23 or 8-)) or (where_the and (8- or 9-)) or kernels or overlap or "
         "(test_loss and triton and all)",
     ),
-    "kernels/scale_rows.py": ("scale_rows traffic", "scale_rows"),
+    "kernels/scaling.py": ("scaling traffic", "scale_rows or no_rows"),
     "kernels/chunks.py": ("chunks traffic", "move_rows"),
     "kernels/tiles.py": (
         "tiles policy_loss logprob extreme_rows group_advantage nan rows",
@@ -143,16 +146,20 @@ SAME = {
     ("kernels/chunks.py", "row = tl.load(to_ptr", "1"): "of rows that do not leave",
     ("kernels/chunks.py", "x = tl.load(", "1.0"): "of columns that are not stored",
     ("kernels/chunks.py", "stride_n, stride_d = (0, 0)", "1"): "of hidden states that are absent",
-    ("kernels/scale_rows.py", "x = tl.load(ptr", "1.0"): "of entries that are not stored",
+    (
+        "kernels/scaling.py",
+        "tl.store(ptr, scaled(tl.load(ptr",
+        "1.0",
+    ): "of entries that are not stored",
     ("kernels/grpo.py", "BACKWARDS: tl.constexpr", ""): "the order of the tiles, for the cache",
     ("kernels/grpo.py", "if over and softcap", ""): "the length of a tile, for the registers",
     ("kernels/grpo.py", "write_K = min(write_K", ""): "the length of a tile, for the registers",
     ("kernels/grpo.py", "side = 4 if entropy is None", ""): "another schedule, the same numbers",
     ("kernels/grpo.py", "reading(V", "softcap is None"): "another schedule, the same numbers",
-    ("kernels/scale_rows.py", "replace(plan, parts=1, columns=V)", "plan, columns"): (
+    ("kernels/scaling.py", "replace(plan, parts=1, columns=V)", "plan, columns"): (
         "programs that find no columns of theirs cost time alone"
     ),
-    ("kernels/scale_rows.py", "replace(plan, parts=1, columns=V)", "2"): (
+    ("kernels/scaling.py", "replace(plan, parts=1, columns=V)", "2"): (
         "programs that find no columns of theirs cost time alone"
     ),
     ("kernels/edges.py", '    if ROWS == "units"', ""): "a hint to the compiler, true of all rows",
@@ -175,70 +182,71 @@ SAME = {
         "between the thresholds both ways give the same bits: differences are 0, or underflow"
     ),
     ("kernels/tiles.py", "series = 1.0 + w2", "8"): "below half a unit in the last place",
-    ("ops/_autograd.py", "if not (sources and", "((sources) or"): (
+    ("ops/autograd.py", "if not (sources and", "((sources) or"): (
         "without sources, or without gradients, the wrapped result is the constant itself"
     ),
-    ("ops/_chunks.py", "UNIT = Objective(", "Objective()"): (
+    ("ops/head/passes.py", "UNIT = Objective(", "Objective()"): (
         "on policy the gradient of the clipped surrogate is the same"
     ),
-    ("ops/_chunks.py", ".clamp(-100, 100)", "101"): "2^101 is as far inside float32's range",
-    ("ops/_chunks.py", '"advantages": -weight, "group_size": 1', "2"): "without rewards, no groups",
-    ("ops/_head.py", "if fresh and alpha == 1", ""): "slabs of halves, on a GPU",
-    ("ops/_head.py", "h = torch.where(self.live[part, None], h, 0)", "1"): (
-        "any finite number does: what comes of it has no gradient"
-    ),
-    ("ops/_head_arguments.py", "widest=max(sizes)", "min(sizes)"): (
+    ("ops/head/passes.py", ".clamp(-100, 100)", "101"): "2^101 is as far inside float32's range",
+    ("ops/head/products.py", "if fresh and alpha == 1", ""): "slabs of halves, on a GPU",
+    ("ops/head/arguments.py", "widest=max(sizes)", "min(sizes)"): (
         "equal on all processes, too: the chunks are others, the numbers are not"
     ),
     (
-        "ops/_metrics.py",
+        "grpo_fast/metrics.py",
         "count = torch.where(empty, 1, tokens)",
         "2",
     ): "0 divided by any other number is 0",
-    ("ops/_metrics.py", ".clamp(min=1e-30)", "e-30"): "keeps from a division by 0 that is not used",
-    ("ops/_phases.py", "tokens = tokens._replace(", "advantages=nothing"): (
+    (
+        "grpo_fast/metrics.py",
+        ".clamp(min=1e-30)",
+        "e-30",
+    ): "keeps from a division by 0 that is not used",
+    ("ops/coefficients.py", "tokens = tokens._replace(", "advantages=nothing"): (
         "without a surrogate nobody reads what goes into its terms: leaving it out saves the reads"
     ),
-    ("ops/_rows.py", "BLOCK_ELEMENTS = 1 << 21", ""): "speed and memory",
-    ("ops/_rows.py", "together = max(1, step", "2"): "speed alone",
-    ("ops/_rows.py", "step = max(1, BLOCK", "2"): "speed and memory",
-    ("ops/policy_loss.py", "x.sum(dtype=torch.float32)", "x.sum()"): "of numbers that are float32",
-    ("ops/_head.py", "    return min(", "max("): "other chunks, no longer than they may be",
-    ("ops/_rows.py", "if together > 1 and", "2"): "speed alone",
-    ("ops/_rows.py", "nothing = (dentropy == 0) |", "1"): "0 times a finite number is 0",
-    ("ops/group_advantage.py", "exponent - 1)", "+ (1)"): "another power of two as the unit",
+    ("torch_kernels/rows.py", "BLOCK_ELEMENTS = 1 << 21", ""): "speed and memory",
+    ("torch_kernels/rows.py", "together = max(1, step", "2"): "speed alone",
+    ("torch_kernels/rows.py", "step = max(1, BLOCK", "2"): "speed and memory",
     (
-        "ops/group_advantage.py",
-        'whole, None, "group"',
-        "group_",
-    ): "a scale that is neither 'batch' nor 'none' is 'group'",
+        "torch_kernels/policy_loss.py",
+        "x.sum(dtype=torch.float32)",
+        "x.sum()",
+    ): "of numbers that are float32",
+    (
+        "ops/head/chunk_length.py",
+        "    return min(",
+        "max(",
+    ): "other chunks, no longer than they may be",
+    ("torch_kernels/rows.py", "if together > 1 and", "2"): "speed alone",
+    ("torch_kernels/rows.py", "nothing = (dentropy == 0) |", "1"): "0 times a finite number is 0",
+    (
+        "torch_kernels/group_advantage.py",
+        "exponent - 1)",
+        "+ (1)",
+    ): "another power of two as the unit",
     ("ops/policy_loss.py", "mark_non_differentiable(*output[1:])", "2"): (
         "the rest never leaves the operator"
     ),
-    ("ops/_rows.py", "x.expand(2, -1).sum(1", "3"): "two rows or three, of which one is kept",
-    ("ops/_vocab_parallel.py", "NOBODY = 1.0", "1.5"): "any number above 0",
-    ("ops/_vocab_parallel.py", "LOWEST = ", ""): (
+    (
+        "torch_kernels/rows.py",
+        "x.expand(2, -1).sum(1",
+        "3",
+    ): "two rows or three, of which one is kept",
+    ("ops/head/vocab_parallel.py", "NOBODY = 1.0", "1.5"): "any number above 0",
+    ("ops/head/vocab_parallel.py", "LOWEST = ", ""): (
         "the maximum of no columns, whose sum of 0 says that it does not count"
     ),
-    ("ops/_vocab_parallel.py", "scale.double() * LN2", "((scale.double()) /"): (
-        "large numbers beside others: they are further up, or further down, with either unit"
-    ),
-    ("ops/group_advantage.py", "size, added = group_size or 1", "2"): "labels take its place",
-    (
-        "ops/grpo.py",
-        'None, "group", operand(SCORE_EPS)',
-        "group_",
-    ): "a scale that is neither 'batch' nor 'none' is 'group'",
     ("ops/linear_grpo.py", "elif x.dtype == dtype", ""): "a copy instead of work in place",
-    ("ops/linear_grpo.py", "x.new_zeros(n + 1)", "2"): "the entries beyond n are cut off",
-    ("ops/linear_grpo.py", 'if head.shard and way in ("token"', "((head.shard) or"): (
+    ("ops/head/gradients.py", "x.new_zeros(n + 1)", "2"): "the entries beyond n are cut off",
+    ("ops/head/gradients.py", 'if head.shard and way in ("token"', "((head.shard) or"): (
         "without a shard the way for shards is slower, and the same"
     ),
     ("ops/linear_logprob.py", "mark_non_differentiable(*output[2:])", "3"): (
         "the rest never leaves the operator"
     ),
-    ("ops/sequence_loss.py", "total = rows.sum(-1", "(1)"): "the last of two dimensions",
-    ("ops/sequence_loss.py", "count.where(count != 0, 1)", "1"): (
+    ("torch_kernels/sequence_loss.py", "count.where(count != 0, 1)", "1"): (
         "of sequences without a live token nothing is used"
     ),
 }

@@ -1,4 +1,4 @@
-"""Other trainers' own code, as oracles: parts of TRL's methods, verl's `core_algos`."""
+"""Code of other trainers that tests compare with: statements of TRL's methods, verl's `core_algos`."""
 
 import ast
 import functools
@@ -52,7 +52,7 @@ def masked_mean(x, mask, axis=None):
 
 
 def masked_whiten(x, mask):
-    """What verl whitens with: unbiased over the live tokens, 1e-8 under the root."""
+    """Whiten as verl does: the variance is unbiased over the live tokens, with 1e-8 under the root."""
     live = x[mask.bool()]
     return (x - live.mean()) * torch.rsqrt(live.var() + 1e-8)
 
@@ -89,7 +89,7 @@ def _load_verl(path):
 
 
 def verl_folder():
-    """Where verl's sources are: the installed package, or the copy `make` puts beside the environment.
+    """Find verl's sources: the installed package, or the copy that `make` puts beside the environment.
 
     It is kept off the path: verl's wheel brings a top-level package `tests`, which would hide ours.
     """

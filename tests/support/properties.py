@@ -1,4 +1,4 @@
-"""hypothesis where it is installed; where it is not (a bare GPU machine), its tests are skipped by name."""
+"""The names of hypothesis that tests use. Without hypothesis (a bare GPU machine) these tests are skipped."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Results of benchmarks that nobody measured, for the tests of what is published."""
+"""Invented benchmark results, for the tests of the pages that publish results."""
 
 import json
 import statistics

@@ -1,4 +1,4 @@
-"""The smallest runs of the reference trainer, for the tests of it."""
+"""The smallest runs of the included trainer, for its tests."""
 
 import json
 import os

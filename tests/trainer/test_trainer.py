@@ -1,4 +1,4 @@
-"""The reference trainer: its pieces, and short real runs through its command line."""
+"""The included trainer: its pieces, and short real runs through its command line."""
 
 import dataclasses
 import json

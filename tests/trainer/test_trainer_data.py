@@ -1,4 +1,4 @@
-"""Data sets of the reference trainer: JSON Lines as they are, and errors that name the line."""
+"""Datasets of the included trainer: JSON Lines are read unchanged, and errors name the line."""
 
 import json
 import re
@@ -142,7 +142,7 @@ def test_help_shows_both_defaults(capsys):
     with pytest.raises(SystemExit):
         main(["train", "--help"])
     shown = " ".join(capsys.readouterr().out.split())
-    assert "peak of the schedule (default: 0.001; with model 1e-06)" in shown
+    assert "highest learning rate of the schedule (default: 0.001; with model 1e-06)" in shown
     assert "optimiser steps per batch of completions (default: 2; with model 1)" in shown
     assert "default: None" not in shown
 

@@ -1,4 +1,4 @@
-"""What the reference trainer writes: whole at every moment, by one process, also where writing fails."""
+"""The files of the included trainer: complete at every moment, and written by one process."""
 
 import contextlib
 import errno

@@ -1,4 +1,4 @@
-"""Models that are given to the reference trainer: which are refused and why, and how they are trained."""
+"""Models given to the included trainer: which are refused and why, and how the others are trained."""
 
 import json
 import math

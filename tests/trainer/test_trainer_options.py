@@ -1,4 +1,4 @@
-"""The reference trainer's options, rewards and tasks: what is accepted, and what errors say."""
+"""The options, rewards and tasks of the included trainer: which values are accepted, and the errors."""
 
 import dataclasses
 import importlib.metadata

@@ -1,4 +1,4 @@
-"""Reward functions of the reference trainer: what they may return, and what happens where they fail."""
+"""Reward functions of the included trainer: the values they may return, and what happens when they fail."""
 
 import math
 import multiprocessing

@@ -10,8 +10,8 @@ import torch
 from grpo_fast import Objective, reference
 from grpo_fast.diagnostics import kl_estimate, token_diagnostics
 from grpo_fast.loss import policy_loss
-from tests.ops.test_grpo import OBJECTIVES
 from tests.support.hosts import clipped, host_batch
+from tests.support.objectives import OBJECTIVES
 
 
 def logs(*x):
@@ -145,7 +145,7 @@ def test_agrees_with_the_loss_and_its_metrics(name, backend, device):
 
 
 def test_kl_estimates():
-    """By hand: k1, k2, k3, and the clamps of k3 as the objectives have them."""
+    """k1, k2, k3, and the clamps of k3 that objectives have, by hand."""
     p, q = logs(0.5, 0.1), logs(0.25, 0.8)
     gap = torch.tensor([math.log(0.5), math.log(8)])
     for kind, wanted in (("k1", -gap), ("k2", gap**2 / 2), ("k3", gap.exp() - gap - 1)):

@@ -98,7 +98,7 @@ def quantile_of_ranks():
 
 
 def test_values_are_found_by_their_bits(device, monkeypatch):
-    """As over processes, here with one: neighbours in float32, both signs, zeros, infinities."""
+    """The search over processes, with one process: neighbours in float32, both signs, zeros, infinities."""
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda x, group: x)
     x = torch.tensor([0.0, 1.0, 1e-38, 3.0e38, 255.0, 2.0**-24], device=device)
     near = [x, torch.nextafter(x, x + 1), torch.nextafter(x, -x - 1), x]
@@ -182,7 +182,7 @@ UNCLIPPED = {"epsilon_low": 1.0, "epsilon_high": 1e9, "reduction": "token_mean"}
 
 
 def kl_cov_loss(logps, old, advantages, mask, k, fraction):
-    """As the docs say to do it."""
+    """Compute the loss as the docs say."""
     selected = weights.kl_cov(logps, advantages, mask=mask, fraction=fraction)
     return policy_loss(
         logps,
@@ -224,7 +224,7 @@ def verl_config(**options):
 
 
 def verl_arguments(old, advantages, mask):
-    """As verl wants them: something finite in the padding, advantages per token."""
+    """Return verl's arguments: finite numbers in the padding, and advantages per token."""
     dense = torch.where(mask, old, 0).double()
     return dense, advantages[:, None].expand_as(old).double().contiguous(), mask.double()
 
@@ -246,7 +246,7 @@ def test_verl_kl_cov(fraction, backend, device):
 
 
 def test_verl_clip_cov(backend, device):
-    """With a share of 1 verl drops every candidate, whatever it draws."""
+    """With a share of 1 verl drops every candidate, so the draw does not matter."""
     algorithm = verl_core_algos().compute_policy_loss_clip_cov
     logps, old, advantages, mask = policy(device)
     config = verl_config(clip_cov_ratio=1.0, clip_cov_lb=0.5, clip_cov_ub=4.0)

@@ -264,7 +264,7 @@ def test_nothing_waits_for_the_gpu(function):
 @by_level
 @pytest.mark.parametrize("surrogate", ["clip", "vespo"])
 def test_as_importance_weights(surrogate, level, backend, device):
-    """What comes out goes in, padded and packed, and means what the reference says."""
+    """The results are valid `importance_weights`, padded and packed, with the meaning of the reference."""
     old, sampling, mask = tokens(device)
     logits = torch.randn(6, 9, 20, device=device)
     ids = torch.randint(20, (6, 9), device=device)

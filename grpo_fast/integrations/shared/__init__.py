@@ -1,1 +1,6 @@
-"""What the adapters share: a call of a loss in a host's terms, options, packages, the model's head."""
+"""Code that several adapters use.
+
+`call` computes a host's loss and metrics, `options` reads its configuration, `packages` its version,
+`responses` its lists of responses, and `model_head` the head of its model. A host is the trainer that an
+adapter serves.
+"""

@@ -1,4 +1,4 @@
-"""One call of a host's policy loss in this library's terms: tensors, objective, average; what comes of it."""
+"""`LossCall`: one call of a host's policy loss, its average and its metrics, in this library's terms."""
 
 import dataclasses
 import functools
@@ -10,16 +10,16 @@ from torch import Tensor
 
 from grpo_fast import weights
 from grpo_fast.diagnostics import TokenDiagnostics, token_diagnostics
-from grpo_fast.integrations.shared.options import At, objective_of
+from grpo_fast.integrations.shared.options import Entry, objective_of
 from grpo_fast.loss import LossOutput, policy_loss
 from grpo_fast.objective import Objective
 from grpo_fast.sequences import sum_over_sequence
 
 
 class Average(NamedTuple):
-    """How a host averages, as a reduction and its denominator, and a factor on the loss."""
+    """The way a host averages: a reduction, its denominator, and a factor on the loss."""
 
-    reduction: dict[str, Any]
+    reduction: dict[str, Any]  # options of `Objective`
     num_items: float | Tensor | None
     scale: float | Tensor
 
@@ -28,7 +28,7 @@ SUM = Average({"reduction": "token_mean"}, 1.0, 1.0)
 
 
 def token_average(num_items: float | Tensor | None = None, scale: float = 1.0) -> Average:
-    """The mean over live tokens, or by the `num_items` of the global batch, which may be below 1."""
+    """Divide the sum by the live tokens, or by `num_items`, those of the global batch (may be below 1)."""
     if num_items is None:
         return Average({"reduction": "token_mean"}, None, scale)
     return SUM._replace(scale=scale / _not_zero(num_items))
@@ -37,7 +37,7 @@ def token_average(num_items: float | Tensor | None = None, scale: float = 1.0) -
 def sequence_average(
     reduction: str, mask: Tensor, global_batch_size: float | Tensor | None, dp_size: float
 ) -> Average:
-    """The mean over the sequences that have a live token, here or in the global batch."""
+    """Divide the sum over sequences by those with a live token, here or in the global batch."""
     if global_batch_size is None:
         global_batch_size = (mask != 0).any(-1).sum()
     # The reduction counts every sequence at hand.
@@ -50,16 +50,16 @@ def _not_zero(count: Tensor) -> Tensor: ...
 @overload
 def _not_zero(count: float | Tensor) -> float | Tensor: ...
 def _not_zero(count: float | Tensor) -> float | Tensor:
-    """A denominator, 1 in place of 0: without a live token the loss is 0, not NaN."""
+    """Return the denominator, and 1 in place of 0: without a live token the loss is 0, not NaN."""
     return count.where(count != 0, 1) if isinstance(count, Tensor) else count or 1.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Call:
-    """Arguments of `policy_loss`, tensors (B, T) or packed; loss and diagnostics when they are asked for."""
+class LossCall:
+    """The arguments of one `policy_loss`, (B, T) or packed; loss and diagnostics are computed when read."""
 
     preset: str
-    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # over the preset's
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # override the preset
     average: Average
     logps: Tensor
     old_logps: Tensor | None
@@ -69,11 +69,14 @@ class Call:
     importance_weights: Tensor | None = None
     token_weights: Tensor | None = None
     cu_seqlens: Tensor | None = None
-    kept: Tensor | None = None  # by Clip-Cov, as weights
-    config: Any = None  # the host's
-    names: Mapping[str, At] = dataclasses.field(default_factory=dict)  # of the options there
+    kept: Tensor | None = None  # Clip-Cov: 1 for tokens that are kept, 0 for others
+    config: Any = None  # the host's configuration
+    names: Mapping[str, Entry] = dataclasses.field(
+        default_factory=dict
+    )  # where the host has each option
 
-    def but(self, **changes: Any) -> "Call":
+    def replace(self, **changes: Any) -> "LossCall":
+        """Return a call with other arguments."""
         return dataclasses.replace(self, **changes)
 
     @functools.cached_property
@@ -100,7 +103,7 @@ class Call:
 
     @functools.cached_property
     def token(self) -> TokenDiagnostics:
-        """What the same objective makes of each token."""
+        """The ratio, the KL and the clip flags of each token, by the same objective."""
         return token_diagnostics(
             self.logps,
             self.old_logps,
@@ -119,20 +122,21 @@ class Call:
 
     @property
     def change(self) -> Tensor:
-        """log pi - log pi_old of each token, as it is; 0 on policy."""
+        """log pi - log pi_old of each token, without a clamp; 0 on policy."""
         old = self.logps if self.old_logps is None else self.old_logps
         return (self.logps - old).detach()
 
     def mean(self, x: Tensor) -> Tensor:
+        """Return the mean of x over live tokens."""
         return masked_mean(x, self.mask)
 
     def extremes(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Least and greatest over live tokens, inf and -inf without any."""
+        """Return the smallest and the largest x of a live token; inf and -inf if there is none."""
         live = self.mask != 0
         return x.where(live, torch.inf).amin(), x.where(live, -torch.inf).amax()
 
-    def clip_cov(self, **options: Any) -> "Call":
-        """The same with the tokens that Clip-Cov drops weighing nothing."""
+    def clip_cov(self, **options: Any) -> "LossCall":
+        """Return the call in which the tokens that Clip-Cov drops have the weight 0."""
         given = self.importance_weights
         kept = weights.clip_cov(
             self.logps.detach(),
@@ -142,26 +146,29 @@ class Call:
             **self.options,
             **options,
         )
-        return self.but(kept=kept, importance_weights=kept if given is None else kept * given)
+        return self.replace(kept=kept, importance_weights=kept if given is None else kept * given)
 
-    def kl_cov(self, fraction: float) -> "Call":
-        """The same with a reference: where the covariance is highest the old policy, else itself."""
+    def kl_cov(self, fraction: float) -> "LossCall":
+        """Return the call with KL-Cov's penalty: the tokens of the highest covariance have a KL.
+
+        Their reference is the old policy. That of the other tokens is the policy itself, so their KL is 0.
+        """
         logps = self.logps.detach()
         chosen = weights.kl_cov(logps, self.advantages, mask=self.mask, fraction=fraction)
-        return self.but(ref_logps=torch.where(chosen, self.old, logps))
+        return self.replace(ref_logps=torch.where(chosen, self.old, logps))
 
     def report(self, metrics: Mapping[str, "Metric"]) -> dict[str, float]:
-        """The host's metrics, by its names."""
+        """Compute the host's metrics, by its names."""
         return as_floats({name: metric(self) for name, metric in metrics.items()})
 
 
-Metric = Callable[[Call], Tensor | float]
+Metric = Callable[[LossCall], Tensor | float]
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """The mean of x, floating or bool, over live tokens, detached; 0 without any.
+    """Return the mean of x over live tokens, detached; 0 if there are none.
 
-    A floating mask weighs, in the sum and in the count.
+    x is floating or bool. A floating mask is a weight, in the sum and in the count.
     """
     live = mask != 0
     weight = mask if mask.is_floating_point() else live
@@ -170,48 +177,53 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def sequence_mean(x: Tensor, mask: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-    """Per token: the mean of x over the live tokens of its sequence, 0 without any; fractions weigh."""
+    """Give each token the mean of x over its sequence's live tokens; 0 if there are none.
+
+    A floating mask is a weight.
+    """
     live, weight = mask != 0, mask.to(x.dtype)
     total = sum_over_sequence(x * weight, live, cu_seqlens)
     return total / _not_zero(sum_over_sequence(weight, live, cu_seqlens))
 
 
-def clip_fraction(call: Call) -> Tensor:
-    """The share of tokens whose ratio is out of the range on the side that their advantage bounds."""
+def clip_fraction(call: LossCall) -> Tensor:
+    """Return the share of tokens whose ratio is out of range on the side that the advantage bounds."""
     return call.out.metrics["clip_fraction_low"] + call.out.metrics["clip_fraction_high"]
 
 
-def dual_fraction(call: Call) -> Tensor:
+def dual_fraction(call: LossCall) -> Tensor:
+    """Return the share of tokens that the dual clip bounds."""
     return call.out.metrics["clip_fraction_dual"]
 
 
-def outside(call: Call) -> Tensor:
-    """The share beyond what the surrogate bounds, whatever the advantage."""
+def outside(call: LossCall) -> Tensor:
+    """Return the share of tokens beyond the bounds of the surrogate, whatever their advantage."""
     return call.mean(call.token.outside)
 
 
 def changed_by_clamp(token: TokenDiagnostics) -> Tensor:
-    """Where a clamp to the bounds changes the ratio, or the ratio is NaN: `clamped != ratio` of a host."""
+    """Return where a host finds `clamped != ratio`: the ratio is out of bounds, or NaN."""
     return token.outside | token.ratio.isnan()
 
 
-def changed_fraction(call: Call) -> Tensor:
-    """The share of tokens whose ratio the bounds change."""
+def changed_fraction(call: LossCall) -> Tensor:
+    """Return the share of tokens whose ratio the bounds change."""
     return call.mean(changed_by_clamp(call.token))
 
 
-def dropped_fraction(call: Call) -> Tensor:
-    """The share that Clip-Cov drops."""
+def dropped_fraction(call: LossCall) -> Tensor:
+    """Return the share of tokens that Clip-Cov drops."""
     assert call.kept is not None
     return call.mean(call.kept == 0)
 
 
-def nothing(call: Call) -> float:
+def nothing(call: LossCall) -> float:
+    """Return 0: hosts log it where nothing is clipped."""
     return 0.0
 
 
 def as_floats(metrics: dict[str, Tensor | float]) -> dict[str, float]:
-    """The same as Python numbers, for hosts that want them: one host sync for all."""
+    """Return metrics as Python numbers, with one host sync for all of them."""
     tensors = [torch.as_tensor(x, dtype=torch.float32) for x in metrics.values()]
     if not tensors:
         return {}

@@ -1,7 +1,7 @@
-"""The head of a causal LM: found inside what wraps it, read, and called within all of their forwards.
+"""The head of a causal LM: find it inside its wrappers, read it, and run a function in its place.
 
-A head may be wrapped on its own: by PEFT (a trainable copy), FSDP, `torch.compile`, accelerate. Their hooks
-and forwards run as ever; the forward of the linear layer inside is replaced for one call.
+A head may have wrappers of its own: PEFT (a trainable copy), FSDP, `torch.compile`, accelerate. Their hooks
+and forwards run as usual. The forward of the linear layer inside them is replaced for one call.
 """
 
 import contextlib
@@ -19,11 +19,13 @@ from grpo_fast.ops.head.vocab_parallel import rows_of_all
 
 T = TypeVar("T")
 
-# What configurations call the factor of the logits, and their cap; the first that is set counts.
+# The names that configurations have for the factor of the logits, and for their cap. The first that is set
+# counts.
 SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier")
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
-# Where wrappers hold what they wrap. The forward of the first two is passed over, that of FSDP's runs.
+# The attributes in which wrappers hold what they wrap. The forwards of the first two wrappers are left out;
+# that of FSDP runs.
 COMPILED = "_orig_mod"
 PASSED_OVER = (COMPILED, "_checkpoint_wrapped_module")
 WRAPPED = "_fsdp_wrapped_module"
@@ -37,14 +39,14 @@ INSTEAD_OF_QUANTISED = (
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Head:
-    """What turns hidden states into logits: `softcap(logit_scale * (hidden @ weight.T + bias))`.
+    """The head of a language model: logits are `softcap(logit_scale * (hidden @ weight.T + bias))`.
 
     Attributes:
         weight: (V, D), the model's own parameter (tied or not): gradients reach it. Under tensor parallelism
-            this process's rows of it.
+            it has the rows of this process.
         bias: (V,) or None.
-        softcap: c of c tanh(x / c), or None.
-        logit_scale: factor of the logits, before the cap.
+        softcap: the c in c tanh(x / c), or None.
+        logit_scale: the factor of the logits, before the cap.
         tp_group: the processes that share the rows, or None.
     """
 
@@ -65,9 +67,10 @@ class Head:
         }
 
     def dtype_for(self, hidden: Tensor) -> torch.dtype:
-        """In which dtype the model's own head takes hidden states: autocast's, or that of the weight.
+        """Return the dtype in which the model's own head takes hidden states: autocast's, or the weight's.
 
-        A linear layer wants both alike: a model whose states are wider (Mamba) or narrower converts them.
+        A linear layer needs operands of one dtype. A model whose hidden states have another dtype (Mamba)
+        converts them.
         """
         wide = torch.float64 in (hidden.dtype, self.weight.dtype)  # autocast leaves float64 alone
         if torch.is_autocast_enabled(hidden.device.type) and not wide:
@@ -75,7 +78,7 @@ class Head:
         return self.weight.dtype
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(..., D) -> (..., V): what the model itself computes. Materialises the logits."""
+        """Compute the logits (..., V) of hidden states (..., D) as the model does, all of them in memory."""
         hidden = hidden.to(self.dtype_for(hidden))
         if self.tp_group is None:
             logits = nn.functional.linear(hidden, self.weight, self.bias)
@@ -91,7 +94,10 @@ class Head:
 def _gathered_logits(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, group: dist.ProcessGroup
 ) -> Tensor:
-    """`linear(hidden, weight, bias)` of the rows of all processes; hidden gets the whole gradient."""
+    """Compute `linear(hidden, weight, bias)` with the rows of all processes.
+
+    hidden gets the whole gradient.
+    """
     mesh = DeviceMesh.from_group(group, hidden.device.type)
     rows = sum(rows_of_all(len(weight), group, weight.device))
     shape = (rows, weight.shape[1])
@@ -111,10 +117,10 @@ def _gathered_logits(
 
 
 def head_path(lm: Any) -> list[nn.Module]:
-    """The output embeddings of a causal LM and what is inside them, down to the linear layer.
+    """Return the output embeddings of a causal LM and the modules inside, down to the linear layer.
 
     Raises:
-        TypeError: what is inside is not a plain linear layer.
+        TypeError: the innermost module is not a plain linear layer.
     """
     name = type(lm).__name__
     module = lm.get_output_embeddings()
@@ -128,7 +134,10 @@ def head_path(lm: Any) -> list[nn.Module]:
 
 
 def _inside(name: str, module: nn.Module) -> nn.Module | None:
-    """What a wrapper wraps, or None. Wrappers pass attributes on: only what they own says what they are."""
+    """Return the module inside a wrapper, or None.
+
+    Wrappers pass attributes on, so only the attributes of their own tell what they are.
+    """
     for key in (*PASSED_OVER, WRAPPED):
         if key in module._modules:
             return module._modules[key]
@@ -147,7 +156,7 @@ def _inside(name: str, module: nn.Module) -> nn.Module | None:
 
 
 def _check_linear(module: nn.Module) -> None:
-    """A linear layer whose output is `hidden @ weight.T + bias` with a weight that can be read."""
+    """Check that the output of a module is `hidden @ weight.T + bias`, with a weight that can be read."""
     kind = f"{type(module).__module__}.{type(module).__qualname__}"
     if not isinstance(module, nn.Linear):
         raise TypeError(
@@ -176,11 +185,11 @@ def _check_linear(module: nn.Module) -> None:
 
 
 def read_head(linear: Any, config: Any, inside: bool) -> Head:
-    """The head that a linear layer is at the moment.
+    """Read the head from a linear layer, with the weight that it has at the moment.
 
     Args:
-        config: of the language model.
-        inside: whether the forwards of everything around the layer are running.
+        config: the configuration of the language model.
+        inside: True while the forwards of all modules around the layer run.
     """
     weight, bias, group = linear.weight, linear.bias, None
     if isinstance(weight, DTensor) and _is_tensor_parallel(linear, weight):
@@ -208,7 +217,7 @@ def read_head(linear: Any, config: Any, inside: bool) -> Head:
 
 
 def _is_tensor_parallel(linear: Any, weight: DTensor) -> bool:
-    """Whether the processes share the rows for good: transformers' plan, or a mesh that is called so."""
+    """Tell whether each process keeps its rows: by transformers' plan, or on a mesh named "tp"."""
     mesh = weight.device_mesh
     planned = getattr(linear, "_is_hooked", False) or "tp" in (mesh.mesh_dim_names or ())
     return bool(planned) and mesh.ndim == 1
@@ -226,7 +235,7 @@ def _logit_scale(config: Any) -> float:
 
 
 def _first(config: Any, names: tuple[str, ...]) -> float | None:
-    """The first of these attributes that is there and not None."""
+    """Return the first of these attributes that exists and is not None."""
     values = (getattr(config, name, None) for name in names)
     return next((value for value in values if value is not None), None)
 
@@ -238,10 +247,10 @@ def call_head(
     function: Callable[[Tensor, Head], T],
     dtype: torch.dtype | None = None,
 ) -> T:
-    """`function(hidden, head)` in the place of the head's own forward, within those of what wraps it.
+    """Run `function(hidden, head)` in place of the head's own forward, inside those of its wrappers.
 
     Args:
-        dtype: of the hidden states; None for that in which the model's own head takes them.
+        dtype: the dtype of the hidden states; None for that in which the model's own head takes them.
     """
     path = head_path(lm)
 
@@ -264,7 +273,10 @@ def call_head(
 
 @contextlib.contextmanager
 def forward_as(module: nn.Module, function: Callable[..., Any]) -> Iterator[None]:
-    """`module(...)` calls `function`, within the module's hooks; its own forward is back when it does."""
+    """Let the next `module(...)` call `function`, inside the module's hooks.
+
+    The module has its own forward again when `function` runs.
+    """
     # Accelerate's hooks (a model spread over devices) are in `forward`; what they wrap is `_old_forward`.
     name = "_old_forward" if hasattr(module, "_hf_hook") else "forward"
     own = name in vars(module)
@@ -289,9 +301,9 @@ def forward_as(module: nn.Module, function: Callable[..., Any]) -> Iterator[None
 
 @contextlib.contextmanager
 def uncompiled(module: nn.Module) -> Iterator[None]:
-    """`module(...)` runs what it wraps, hooks included, but not what `torch.compile` made of it.
+    """Let `module(...)` run the code that `torch.compile` has compiled, with its hooks, uncompiled.
 
-    A compiled forward would be that of the module as it is, or would be compiled anew for each replacement.
+    A compiled forward would ignore the replacement, or would be compiled again for each one.
     """
     inner = next((module._modules[key] for key in PASSED_OVER if key in module._modules), None)
     changed: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""What the adapters share: a host's configuration, its version, its modules, numbers for its logs."""
+"""Options of `Objective` read from a host's configuration, by a table of their names there."""
 
 import re
 from collections.abc import Mapping
@@ -10,10 +10,10 @@ REQUIRED: Any = object()
 
 
 def read(config: Any, path: str, default: Any = REQUIRED) -> Any:
-    """`config.a.b` for the path "a.b": of objects, mappings and OmegaConf nodes alike.
+    """Return `config.a.b` for the path "a.b"; config may be an object, a mapping or an OmegaConf node.
 
     Raises:
-        AttributeError: nothing of that name and no default.
+        AttributeError: there is nothing of that name, and no default.
     """
     for name in path.split("."):
         # A dict has methods of its own; a configuration class may be a mapping as well as an object.
@@ -30,23 +30,24 @@ def read(config: Any, path: str, default: Any = REQUIRED) -> Any:
     return config
 
 
-class At(NamedTuple):
-    """Where a host's configuration has an option: the first of these paths that is not None."""
+class Entry(NamedTuple):
+    """The place of an option in a host's configuration: the first of `paths` that is not None."""
 
     paths: tuple[str, ...]
-    missing: Any = REQUIRED  # what stands in for a last path that does not exist
-    none: Any = None  # and for one that is None
+    missing: Any = REQUIRED  # the value where the last path does not exist
+    none: Any = None  # the value where it is None
 
 
-def at(*paths: str, missing: Any = REQUIRED, none: Any = None) -> At:
-    return At(paths, missing, none)
+def entry(*paths: str, missing: Any = REQUIRED, none: Any = None) -> Entry:
+    """Return an `Entry`; see there for `missing` and `none`."""
+    return Entry(paths, missing, none)
 
 
-def options(config: Any, table: Mapping[str, At]) -> dict[str, Any]:
-    """What a configuration has for each option of `Objective`.
+def read_options(config: Any, table: Mapping[str, Entry]) -> dict[str, Any]:
+    """Read the options of a table: {option of `Objective`: its value in the configuration}.
 
     Raises:
-        AttributeError: a path that does not exist, nor anything that stands in for it.
+        AttributeError: a path does not exist, and its entry has no value for that.
     """
     found = {}
     for option, (paths, missing, none) in table.items():
@@ -58,11 +59,11 @@ def options(config: Any, table: Mapping[str, At]) -> dict[str, Any]:
     return found
 
 
-def objective_of(preset: str, chosen: Mapping[str, Any], names: Mapping[str, At]) -> Objective:
-    """`Objective.preset`, whose errors also say what the host calls the option.
+def objective_of(preset: str, chosen: Mapping[str, Any], names: Mapping[str, Entry]) -> Objective:
+    """Return `Objective.preset(preset, **chosen)`; its errors also have the host's name of the option.
 
     Args:
-        names: where the host's configuration has each option, as for `options`.
+        names: where the host's configuration has each option, as for `read_options`.
     """
     try:
         return Objective.preset(preset, **chosen)

@@ -1,4 +1,4 @@
-"""Packages of a host: which version is installed, and where its functions have been imported."""
+"""A host's package: its installed version, and the modules that have imported its functions."""
 
 import importlib.metadata
 import re
@@ -22,7 +22,7 @@ def require(package: str, at_least: str, below: str | None = None) -> None:
 
 
 def replace(package: str, theirs: Any, ours: Any) -> None:
-    """Put `ours` wherever a loaded module of the package has the name of `theirs` bound to it."""
+    """Replace `theirs` by `ours` in every loaded module of the package that has a name for it."""
     for name, module in list(sys.modules.items()):
         if name == package or name.startswith(f"{package}."):
             for key, value in list(vars(module).items()):
@@ -31,7 +31,7 @@ def replace(package: str, theirs: Any, ours: Any) -> None:
 
 
 def found_version(package: str) -> str | None:
-    """The version of a package, installed or a checkout on the path; None where neither says it."""
+    """Return the version of a package, installed or a checkout on the path; None if it is unknown."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:  # a checkout on the path says it itself
@@ -39,7 +39,7 @@ def found_version(package: str) -> str | None:
 
 
 def is_between(version: str, at_least: str, below: str | None = None) -> bool:
-    """Whether a version is at least one and less than another, by their first three numbers."""
+    """Tell whether at_least <= version < below, by their first three numbers."""
 
     def numbers(text: str) -> list[int]:
         found = [int(n) for n in re.findall(r"\d+", text.partition("+")[0])[:3]]
@@ -50,6 +50,5 @@ def is_between(version: str, at_least: str, below: str | None = None) -> bool:
     )
 
 
-TRANSFORMERS = (
-    "5.17"  # the oldest that the models are tested with; pyproject.toml asks pip for the same
-)
+# The oldest version that the models are tested with; pyproject.toml asks pip for the same.
+TRANSFORMERS = "5.17"

@@ -1,4 +1,7 @@
-"""A micro-batch of responses as slime and miles hold it: lists of tensors, all sequences end to end."""
+"""The losses of a micro-batch of responses in the form of slime and miles.
+
+The batch has lists with one tensor per response. All sequences lie end to end, prompts included.
+"""
 
 from typing import Any
 
@@ -17,7 +20,10 @@ def from_logits(
     tokens: dict[str, Any],
     with_entropy: bool,
 ) -> LossOutput:
-    """One pass over (1, T, V) logits: prompts are masked rows, a response's scores begin one before it."""
+    """Compute the loss in one pass over (1, T, V) logits.
+
+    Rows of prompts are masked. A token of a response is scored by the row before it.
+    """
     T, device = logits.shape[1], logits.device
     where, ids = scored_entries(batch, device)
 
@@ -40,7 +46,7 @@ def from_logits(
 
 
 def scored_entries(batch: dict[str, Any], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Which rows of the logits score the responses' tokens, and the ids of those."""
+    """Return the rows of the logits that score the responses' tokens, and the ids of these tokens."""
     rows, start = [], 0
     for total, response in zip(batch["total_lengths"], batch["response_lengths"], strict=True):
         rows.append(torch.arange(start + total - response - 1, start + total - 1))
@@ -53,7 +59,7 @@ def scored_entries(batch: dict[str, Any], device: torch.device) -> tuple[Tensor,
 def from_log_probs(
     scored: dict[str, list[Tensor]], logits: Tensor, objective: Objective, tokens: dict[str, Any]
 ) -> LossOutput:
-    """From the host's own log-probs and entropies, a tensor per response."""
+    """Compute the loss from the host's own log-probs and entropies, one tensor per response."""
     logps = torch.cat(scored["log_probs"])
     entropy = torch.cat(scored["entropy"]) if "entropy" in scored else None
     out = policy_loss(
@@ -69,12 +75,12 @@ def from_log_probs(
 
 
 def boundaries(lengths: list[int], device: torch.device) -> Tensor:
-    """`cu_seqlens` of sequences end to end."""
+    """Return the `cu_seqlens` of sequences of these lengths, end to end."""
     return torch.tensor([0, *lengths]).cumsum(0).to(device, non_blocking=True)
 
 
 def reducer_weights(reduce: Any, like: Tensor) -> Tensor:
-    """What a reducer, which is linear, multiplies each token with."""
+    """Return the factor by which a reducer multiplies each token; a reducer is linear."""
     with torch.enable_grad():
         probe = torch.zeros_like(like, dtype=torch.float32, requires_grad=True)
         (weights,) = torch.autograd.grad(reduce(probe), probe, materialize_grads=True)

@@ -1,7 +1,7 @@
-"""TRL 1.15 and 1.16: `from grpo_fast.integrations.trl import GRPOTrainer` is the whole migration.
+"""The adapter of TRL 1.15 and 1.16: `from grpo_fast.integrations.trl import GRPOTrainer`.
 
-`GRPOTrainer` is TRL's with head and loss fused. `objective` translates the loss options of a `GRPOConfig`; it
-needs no TRL. `patch` replaces the head of TRL's other trainers (RLOO, asynchronous GRPO, ...).
+`GRPOTrainer` is TRL's trainer with the head and the loss fused. `objective` translates the loss options of
+a `GRPOConfig` and works without TRL. `patch` replaces the head in TRL's other trainers (RLOO, DPO, ...).
 """
 
 from typing import TYPE_CHECKING, Any
@@ -10,7 +10,7 @@ from grpo_fast.integrations.shared.packages import TRANSFORMERS, require
 from grpo_fast.integrations.trl.head import FusedLogProb
 from grpo_fast.integrations.trl.options import objective
 
-if TYPE_CHECKING:  # at run time `__getattr__` imports it, so that the rest works without TRL
+if TYPE_CHECKING:  # `__getattr__` imports it at run time: the rest works without TRL
     from grpo_fast.integrations.trl.trainer import GRPOTrainer
 
 __all__ = ["GRPOTrainer", "objective", "patch"]
@@ -22,13 +22,12 @@ SUPPORTED = ("1.15", "1.17")
 def patch() -> None:
     """Give TRL's other trainers (RLOO, asynchronous GRPO, DPO, ...) the fused head, for the whole process.
 
-    Where they ask it for more than log-probs and entropy (DPO, SFT, KTO: statistics for their metrics), TRL's
-    own adds that without gradient, which costs one more product with the head: policy and reference are
-    scored by the same operator. Under ZeRO-3, and with 8-bit weights, TRL's head runs, and a warning says so
-    once.
+    The metrics of DPO, SFT and KTO need more than log-probs and entropy. TRL's own head computes the rest
+    without a gradient, which costs one more product with the head. One operator scores policy and
+    reference. Under ZeRO-3, and with 8-bit weights, TRL's head runs, and a warning says so once.
 
     Raises:
-        ImportError: no TRL, or another version than 1.15 and 1.16.
+        ImportError: TRL is not installed, or has another version than 1.15 and 1.16.
     """
     require("trl", *SUPPORTED)
     from trl.trainer import utils
@@ -37,7 +36,7 @@ def patch() -> None:
 
 
 def __getattr__(name: str) -> Any:
-    """`GRPOTrainer`, imported when it is first asked for: `objective` has to work without TRL."""
+    """Import `GRPOTrainer` when it is first used: `objective` has to work without TRL."""
     if name == "GRPOTrainer":
         require("trl", *SUPPORTED)
         require("transformers", TRANSFORMERS)

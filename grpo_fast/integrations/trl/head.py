@@ -1,4 +1,4 @@
-"""The fused language-model head in the place of TRL's."""
+"""The fused language-model head that replaces TRL's."""
 
 import contextlib
 import warnings
@@ -13,7 +13,7 @@ from grpo_fast.ops.head.arguments import HEAD_DTYPES
 
 
 class FusedLogProb:
-    """What `trl.trainer.utils._ChunkedLogProbFunction` is to TRL: something with an `apply`."""
+    """A replacement of `trl.trainer.utils._ChunkedLogProbFunction`, of which TRL calls `apply`."""
 
     @staticmethod
     def apply(
@@ -27,18 +27,18 @@ class FusedLogProb:
         logit_scale: float = 1.0,
         outputs: tuple[str, ...] = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1"),
     ) -> tuple[Tensor | None, ...]:
-        """(log-probs, entropy, log_sum_sq_probs, mean_logits, is_top1) of hidden (N, D), weight (V, D).
+        """Return (log-probs, entropy, log_sum_sq_probs, mean_logits, is_top1) of each row.
 
-        What is not in `outputs` is None. `chunk_size` is that of TRL's kernel; ours has its own.
+        An output whose name is not in `outputs` is None. hidden is (N, D), weight (V, D). `chunk_size` is for
+        TRL's kernel; ours chooses its own.
         """
 
         def theirs(wanted: tuple[str, ...]) -> tuple[Tensor | None, ...]:
             from trl.kernels import ChunkedLogProbFunction  # TRL 1.15's needs Triton
 
-            return ChunkedLogProbFunction.apply(
-                *(hidden, weight, bias, targets, temperature, chunk_size),
-                *(final_logit_softcapping, logit_scale, wanted),
-            )
+            operands = (hidden, weight, bias, targets)
+            options = (temperature, chunk_size, final_logit_softcapping, logit_scale)
+            return ChunkedLogProbFunction.apply(*operands, *options, wanted)
 
         reason = None
         if hasattr(weight, "ds_id"):
@@ -74,7 +74,7 @@ def log_probs(
     with_entropy: bool,
     mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """`linear_logprob` with a `Head`: (log-probs, entropy if wanted)."""
+    """Call `linear_logprob` with a `Head`: (log-probs, entropy or None)."""
     options = {"temperature": temperature, "mask": mask, **head.options}
     if with_entropy:
         return linear_logprob(hidden, head.weight, ids, return_entropy=True, **options)
@@ -83,9 +83,9 @@ def log_probs(
 
 @contextlib.contextmanager
 def without_autocast(hidden: Tensor) -> Iterator[Tensor]:
-    """`with without_autocast(hidden) as hidden`: of the dtype autocast would give it, and autocast off.
+    """Turn autocast off, and convert hidden to the dtype that autocast would give it.
 
-    Float64 stays what it is, as under autocast.
+    Float64 stays float64, as under autocast.
     """
     kind = hidden.device.type
     cast = torch.is_autocast_enabled(kind) and hidden.dtype != torch.float64
@@ -98,6 +98,7 @@ _WARNED: set[str] = set()
 
 
 def warn_once(message: str) -> None:
+    """Warn, unless the same warning has been given before."""
     if message not in _WARNED:
         _WARNED.add(message)
         warnings.warn(message, stacklevel=3)

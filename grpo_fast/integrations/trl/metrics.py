@@ -1,4 +1,4 @@
-"""TRL's metrics of a micro-batch: the same names and meanings, from one collective and one host sync."""
+"""TRL's metrics of a micro-batch, with the same names and meanings."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -11,10 +11,10 @@ from grpo_fast.diagnostics import token_diagnostics
 
 
 class Scored(NamedTuple):
-    """A micro-batch after its loss, detached but for `loss`."""
+    """The results of the loss of a micro-batch; all but `loss` are detached."""
 
-    loss: Tensor  # TRL's
-    policy_loss: Tensor  # the same without the entropy bonus, and but for gradient accumulation
+    loss: Tensor  # the loss that TRL returns
+    policy_loss: Tensor  # without the entropy bonus, and not divided by the accumulation steps
     logps: Tensor
     entropy: Tensor
     kl: Tensor | None  # its mean over live tokens
@@ -22,13 +22,13 @@ class Scored(NamedTuple):
 
 
 def report(trainer: Any, mode: str, inputs: dict[str, Any], mask: Tensor, scored: Scored) -> None:
-    """TRL's metrics, from one collective and one host sync."""
+    """Add the metrics to `trainer._metrics[mode]`, with one collective and one host sync."""
     tokens = mask.sum().float()
     rows = torch.full_like(tokens, len(mask))
     sums: dict[str, tuple[Tensor, Tensor]] = {}  # name -> (sum, count)
 
     def add(name: str, x: Tensor) -> None:
-        # TRL: one value per sequence where there is one column, else one per live token.
+        # As in TRL: one column has a value per sequence, several a value per live token.
         if x.shape[1] == 1:
             sums[name] = x.sum().float(), rows
         else:
@@ -61,26 +61,26 @@ def report(trainer: Any, mode: str, inputs: dict[str, Any], mask: Tensor, scored
     flat = [x.float() for pair in packed for x in pair] + list(extremes.values())
     gathered = trainer.accelerator.gather(torch.stack(flat)[None])  # (devices, values)
     totals = gathered.double().sum(0)
-    at = 2 * len(packed)
-    ends = [nanmin(gathered[:, at : at + 1]), nanmax(gathered[:, at + 1 :])] if extremes else []
+    end = 2 * len(packed)  # of the sums; then come the extremes
+    ends = [nanmin(gathered[:, end : end + 1]), nanmax(gathered[:, end + 1 :])] if extremes else []
     means = gathered[:, 2 * len(sums)].double().nanmean()
-    values = torch.stack([*totals[:at], means, *(x.double() for x in ends)]).tolist()
+    values = torch.stack([*totals[:end], means, *(x.double() for x in ends)]).tolist()
 
     metrics = trainer._metrics[mode]
     for i, name in enumerate(sums):
         metrics[name].append(values[2 * i] / max(values[2 * i + 1], 1.0))
-    for name, value in zip(extremes, values[at + 1 :], strict=True):
+    for name, value in zip(extremes, values[end + 1 :], strict=True):
         metrics[name].append(value)
     if trainer._entropy_bonus_enabled:
-        metrics["policy_loss"].append(values[at])
+        metrics["policy_loss"].append(values[end])
         if mode == "train" and trainer.accelerator.sync_gradients:
             if trainer.use_adaptive_entropy:
-                adapt_entropy(trainer, values[at - 2] / max(values[at - 1], 1.0))
+                adapt_entropy(trainer, values[end - 2] / max(values[end - 1], 1.0))
             metrics["entropy_coef"].append(trainer.entropy_coef)
 
 
 def adapt_entropy(trainer: Any, world_entropy: float) -> None:
-    """TRL's controller: moves the coefficient once, at the end of an optimiser step."""
+    """Move the entropy coefficient as TRL's controller does, once for each optimiser step."""
     args = trainer.args
     if world_entropy <= args.entropy_target:
         raised = trainer.entropy_coef + args.entropy_coef_delta
@@ -95,10 +95,10 @@ def adapt_entropy(trainer: Any, world_entropy: float) -> None:
 def clipped(
     trainer: Any, inputs: dict[str, Any], mask: Tensor, logps: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """TRL's flags of tokens, or sequences, clipped below and above.
+    """Return TRL's flags of the tokens, or sequences, that are clipped below and above.
 
-    Not those of `token_diagnostics`: TRL's come after its clamp to `delta`, and a sequence without a live
-    token has one, too.
+    They are not those of `token_diagnostics`: TRL sets its flags after the clamp to `delta`, and a sequence
+    without a live token has one, too.
     """
     old, advantages = inputs.get("old_per_token_logps"), per_row(inputs["advantages"])
     own = dataclasses.replace(trainer.current_objective(), beta=0.0)
@@ -116,7 +116,7 @@ def clipped(
 
 
 def phi(trainer: Any, inputs: dict[str, Any], mask: Tensor, logps: Tensor) -> Tensor:
-    """VESPO's weights, by TRL's own formula: the metric alone, the loss has its own."""
+    """Compute VESPO's weights by TRL's own formula, for the metric; the loss computes its own."""
     old = inputs.get("old_per_token_logps")
     args = trainer.args
     return trainer.get_gamma_weights(
@@ -132,12 +132,12 @@ def phi(trainer: Any, inputs: dict[str, Any], mask: Tensor, logps: Tensor) -> Te
 
 
 def per_row(advantages: Tensor) -> Tensor:
-    """(B,) -> (B, 1); (B, T) as it is."""
+    """Return (B,) advantages as (B, 1), and others unchanged."""
     return advantages[:, None] if advantages.ndim == 1 else advantages
 
 
 def row_means(x: Tensor, mask: Tensor) -> Tensor:
-    """(B,) means over live tokens, NaN for rows without any."""
+    """Return the mean of each row over its live tokens, (B,); NaN for a row without any."""
     if x.shape[1] == 1:
         return x.squeeze(1)
     return torch.where(mask, x, 0).sum(1) / mask.sum(1)

@@ -1,4 +1,4 @@
-"""TRL's loss options as an `Objective`; needs no TRL."""
+"""The translation of TRL's loss options into an `Objective`; it works without TRL."""
 
 from typing import Any
 
@@ -7,11 +7,8 @@ from grpo_fast.integrations.shared.options import read
 from grpo_fast.objective import Objective
 
 LOSS_TYPES = tuple(name for name in presets.TRL if "/" not in name)
-
-
-# Normalised by num_items_in_batch, the others over the micro-batch.
+# The loss types that TRL divides by num_items_in_batch; the others are means over the micro-batch.
 BY_ITEMS = ("dapo", "cispo", "vespo")
-
 
 # TRL's defaults of the options that `objective` reads.
 DEFAULTS: dict[str, Any] = {
@@ -34,21 +31,20 @@ DEFAULTS: dict[str, Any] = {
     "entropy_coef": 0.0,
 }
 
-
 SMALLEST_LAMBDA = 1e-4  # TRL's
 
 
 def objective(args: Any) -> Objective:
-    """What TRL optimises, given a `GRPOConfig` or any object with its attributes.
+    """Return what TRL optimises, given a `GRPOConfig` or any object with its attributes.
 
-    An attribute that is not there has TRL's default. The normaliser is not part of the objective: where
-    `args.loss_type` is in `BY_ITEMS`, TRL's loss is that of `num_items`; for the others it is divided by the
-    gradient accumulation steps. An adaptive entropy coefficient changes during training; here it is the one
-    that training starts with.
+    A missing attribute has TRL's default. The denominator is not part of the objective. Where
+    `args.loss_type` is in `BY_ITEMS`, pass it to the loss as `num_items`. TRL divides the other losses by the
+    gradient accumulation steps. An adaptive entropy coefficient changes during training; the objective has
+    the one at the start.
 
     Raises:
-        ValueError: an unknown loss type or level, a negative `beta`, or an option that the loss type does not
-            use.
+        ValueError: the loss type or the level is unknown, `beta` is negative, or the loss type does not use
+            an option.
     """
     given = {name: read(args, name, default) for name, default in DEFAULTS.items()}
     loss_type, level = given["loss_type"], given["importance_sampling_level"]

@@ -1,6 +1,6 @@
-"""`GRPOTrainer`: TRL's, with its head and its loss computed by grpo_fast.
+"""`GRPOTrainer`: TRL's trainer with the head and the loss of grpo_fast.
 
-TRL 1.15 and 1.16 differ in nothing that is used here: their loss, its options and its metrics are the same.
+TRL 1.15 and 1.16 have the same loss, options and metrics; nothing here depends on which of them is installed.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from grpo_fast.loss import linear_grpo_loss, policy_loss
 from grpo_fast.objective import Objective
 from grpo_fast.ops.backend import use_triton, why_no_triton
 
-# Inputs of a model that is not fed with text alone.
+# The inputs of a batch that is not text alone.
 MULTIMODAL = (
     "pixel_values",
     "image_grid_thw",
@@ -36,7 +36,7 @@ MULTIMODAL = (
     "image_position_ids",
 )
 
-# Options that TRL's loss reads off the trainer; the others, off its arguments.
+# The options that TRL's loss reads from the trainer; it reads the others from its arguments.
 HELD = (
     "beta",
     "entropy_coef",
@@ -67,19 +67,19 @@ class GRPOTrainer(trl.GRPOTrainer):
             head (`check_head`).
     """
 
-    # TRL's, which checkpoints them.
+    # Attributes of TRL's trainer, which saves them with checkpoints.
     entropy_coef: float
     _last_world_entropy: float
     _entropy_window_stats: Tensor | None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.current_objective()  # refuses what it must here
+        self.current_objective()  # raises where an option cannot be translated
         self._head_is_checked = False
         self._said: set[str] = set()
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """TRL's, after one line that says what is fused."""
+        """Print one line that says what is fused, and train."""
         reason = self._why_not_fused({})
         self._say(f"not fused, TRL's own loss runs: {reason}" if reason else self._what_is_fused())
         return super().train(*args, **kwargs)
@@ -91,6 +91,7 @@ class GRPOTrainer(trl.GRPOTrainer):
         self._said.add(line)
 
     def _what_is_fused(self) -> str:
+        """Return the line that `train` prints where the loss is fused."""
         kind = type(causal_lm(self.model)).__name__
         fused = f"({kind}, {self.loss_type}, {implementation(self.accelerator.device)})"
         parts = "head and loss"
@@ -105,14 +106,14 @@ class GRPOTrainer(trl.GRPOTrainer):
         return line
 
     def current_objective(self) -> Objective:
-        """The objective of this loss: callbacks may change what TRL reads anew each time."""
+        """Return the objective of this step: callbacks may change the options, which TRL reads each time."""
         options = {name: getattr(self.args, name) for name in DEFAULTS}
         options |= {name: getattr(self, name) for name in HELD}
         options |= {"epsilon": self.epsilon_low, "epsilon_high": self.epsilon_high}
         return objective(options)
 
     def _why_not_fused(self, inputs: Mapping[str, Any]) -> str | None:
-        """Why TRL's own loss has to run on these inputs, and what to change; None where ours can."""
+        """Say why TRL's own loss has to run on these inputs, and what to change; None where ours can run."""
         if self.aux_loss_enabled:
             return (
                 f"router_aux_loss_coef={self.router_aux_loss_coef} adds the auxiliary loss of a mixture of "
@@ -130,13 +131,14 @@ class GRPOTrainer(trl.GRPOTrainer):
         return None
 
     def _overrides(self, name: str) -> bool:
+        """Tell whether a subclass or this object has a method of its own of this name."""
         return name in vars(self) or getattr(type(self), name) is not getattr(GRPOTrainer, name)
 
     def _agreed(self, reason: str | None) -> str | None:
-        """The same answer on every process, where only some of them may have images.
+        """Return one answer on every process, also where only some of them have images.
 
-        Both losses gather metrics, but not the same number of times: processes that disagree would wait for
-        each other forever.
+        Both losses gather metrics, but not the same number of times. Processes with different answers would
+        wait for each other forever.
         """
         if not self._is_vlm or self.accelerator.num_processes == 1:
             return reason
@@ -157,7 +159,7 @@ class GRPOTrainer(trl.GRPOTrainer):
         compute_aux_loss: bool = False,
         **inputs: Any,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Old and reference log-probs, by the operator that also scores the policy."""
+        """Compute old and reference log-probs by the operator that also scores the policy."""
         if self._why_not_fused(inputs) is not None:
             return super()._get_per_token_logps_and_entropies(
                 model,
@@ -179,7 +181,7 @@ class GRPOTrainer(trl.GRPOTrainer):
     def _log_probs(
         self, model: Any, input_ids: Tensor, attention_mask: Tensor, T: int, with_entropy: bool
     ) -> tuple[Tensor, Tensor]:
-        """(B, T) log-probs and entropy of the last T tokens, 0 where there is no attention."""
+        """Compute log-probs and entropy of the last T tokens, (B, T); 0 where there is no attention."""
         ids, mask = input_ids[:, -T:], attention_mask[:, -T:].bool()
 
         def score(hidden: Tensor, head: Head) -> tuple[Tensor, Tensor]:
@@ -201,12 +203,12 @@ class GRPOTrainer(trl.GRPOTrainer):
             )
 
     def _head_dtype(self) -> torch.dtype | None:
-        """Of the products with the head, where it is not that of the model's own."""
+        """Return the dtype of the products with the head; None for that of the model's own head."""
         return torch.float32 if self.args.cast_lm_head_to_fp32 else None
 
     @staticmethod
     def _as_given(hidden: Tensor) -> AbstractContextManager[Any]:
-        """Without autocast, which has had its say in the dtype of the hidden states."""
+        """Turn autocast off: the hidden states have its dtype already."""
         return torch.autocast(hidden.device.type, enabled=False)
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
@@ -215,8 +217,8 @@ class GRPOTrainer(trl.GRPOTrainer):
             self._say(f"not fused, TRL's own loss runs: {reason}", again=False)
             return super()._compute_loss(model, inputs)
         if not self._head_is_checked:
-            # Not before: now the model is where, and wrapped as, it will be used. Four tokens are not worth
-            # a compilation.
+            # Only now the model has its final device and its wrappers. A compilation would not pay for four
+            # tokens.
             with self.accelerator.autocast(), torch.compiler.set_stance("force_eager"):
                 check_head(model)
             self._head_is_checked = True
@@ -225,8 +227,8 @@ class GRPOTrainer(trl.GRPOTrainer):
         if "tool_mask" in inputs:
             mask = mask & inputs["tool_mask"].bool()
         steps = self.current_gradient_accumulation_steps if mode == "train" else 1
-        # Where TRL normalises by the tokens of all devices and of all micro-batches of a generation, our loss
-        # times `unit` is normalised by a device's share of those of one optimiser step.
+        # TRL divides by the tokens of all devices and of all micro-batches of a generation. Our loss times
+        # `unit` is divided by one device's share of the tokens of one optimiser step.
         unit, num_items = 1.0, None
         if self.loss_type in BY_ITEMS:
             num_items = inputs["num_items_in_batch"].clamp(min=1)
@@ -241,19 +243,20 @@ class GRPOTrainer(trl.GRPOTrainer):
         }
         compute = self._log_probs_first if self._masks_by_log_probs(inputs) else self._at_once
         scored = compute(model, inputs, arguments, unit, steps)
-        if self.loss_type in BY_ITEMS:  # TRL reports it so
+        if self.loss_type in BY_ITEMS:  # as TRL reports it
             scored = scored._replace(policy_loss=scored.policy_loss / steps)
         metrics.report(self, mode, inputs, mask, scored)
         return scored.loss
 
     def _masks_by_log_probs(self, inputs: dict[str, Any]) -> bool:
-        """Whether tokens drop out by what only the log-probs tell, beyond what the objective knows."""
+        """Tell whether a mask depends on log-probs, in a way that the objective does not cover."""
         by_sampler = self.off_policy_mask_threshold is not None and (
             "sampling_per_token_logps" in inputs
         )
         return by_sampler or self.top_entropy_quantile < 1
 
     def _importance_weights(self, inputs: dict[str, Any]) -> Tensor | None:
+        """Return the weights of vLLM's correction, and those of VESPO, where TRL uses them."""
         if self.loss_type == "vespo":
             return inputs.get("importance_sampling_ratio")
         if self.use_vllm and self.vllm_importance_sampling_correction:
@@ -261,7 +264,7 @@ class GRPOTrainer(trl.GRPOTrainer):
         return None
 
     def _bonus_coefficient(self) -> float:
-        """The entropy coefficient of this optimiser step."""
+        """Return the entropy coefficient of this optimiser step."""
         if self.use_adaptive_entropy and self._last_world_entropy > self.args.entropy_target:
             return 0.0
         return self.entropy_coef
@@ -269,11 +272,11 @@ class GRPOTrainer(trl.GRPOTrainer):
     def _terms(
         self, inputs: dict[str, Any], mask: Tensor, logps: Tensor
     ) -> tuple[Objective, Tensor]:
-        """(the objective without what depends on the step or on all devices, its advantages).
+        """Return the objective without entropy bonus, and its advantages.
 
-        The advantages are 0 where TRL's off-policy mask drops a token for a distance that is not the one to
-        the old policy, which the objective knows: that to the sampler, or none, on policy. Such a token has
-        no policy term, and keeps its KL.
+        The objective has an off-policy mask by the distance to the old policy. TRL may use the distance to
+        the sampler, or none, on policy. Then the advantages are 0 where TRL's mask drops a token: it has no
+        policy term, and keeps its KL.
         """
         chosen = dataclasses.replace(
             self.current_objective(),
@@ -306,10 +309,10 @@ class GRPOTrainer(trl.GRPOTrainer):
         unit: float,
         steps: int,
     ) -> Scored:
-        """Loss and gradient in one pass over the head."""
+        """Compute loss and gradient in one pass over the head."""
         input_ids, attention_mask = _sequences(inputs)
         ids, mask = inputs["completion_ids"], arguments["mask"]
-        # Where TRL's mask asks for the log-probs here, it is on policy, and any will do.
+        # If TRL's mask needs log-probs here, it is on policy, and their values do not matter.
         chosen, advantages = self._terms(inputs, mask, torch.zeros_like(mask, dtype=torch.float32))
         coefficient = self._bonus_coefficient()
         if coefficient:
@@ -341,7 +344,7 @@ class GRPOTrainer(trl.GRPOTrainer):
                 last=ids.shape[1],
                 dtype=self._head_dtype(),
             )
-        # One pass has one loss; TRL reports it without what the bonus took off.
+        # TRL reports the loss without the bonus; the pass has subtracted it.
         without_bonus = steps * loss.detach() + coefficient * mean_entropy
         return Scored(loss, without_bonus, logps, entropy, kl[0] if kl else None, mask)
 
@@ -353,13 +356,13 @@ class GRPOTrainer(trl.GRPOTrainer):
         unit: float,
         steps: int,
     ) -> Scored:
-        """Log-probs and entropy, then the loss: for masks over all devices or the sampler's log-probs."""
+        """Compute log-probs and entropy first, and then the loss: masks by log-probs need them."""
         input_ids, attention_mask = _sequences(inputs)
         ids, mask = inputs["completion_ids"], arguments["mask"]
         logps, entropy = self._log_probs(model, input_ids, attention_mask, ids.shape[1], True)
         chosen, advantages = self._terms(inputs, mask, logps)
         bonus_mask = mask
-        if self.top_entropy_quantile < 1:  # of all devices' tokens
+        if self.top_entropy_quantile < 1:  # a quantile over the tokens of all devices
             bonus_mask = self.get_high_entropy_mask(
                 entropy.detach(), mask, 1 - self.top_entropy_quantile
             )
@@ -372,7 +375,7 @@ class GRPOTrainer(trl.GRPOTrainer):
         return Scored(total, out.loss.detach(), out.logps, entropy.detach(), kl, bonus_mask)
 
     def _entropy_bonus(self, entropy: Tensor, mask: Tensor) -> Tensor:
-        """The bonus of some tokens as a loss: the mean over them, whatever normalises the policy's."""
+        """Return the entropy bonus as a loss: a mean over the tokens of `mask`, for every loss type."""
         bonus = Objective(
             surrogate="reinforce", reduction="token_mean", entropy_coef=self._bonus_coefficient()
         )
@@ -383,7 +386,7 @@ class GRPOTrainer(trl.GRPOTrainer):
 
 
 def implementation(device: torch.device) -> str:
-    """Which implementation runs on a device; where it is not the kernels, why."""
+    """Name the implementation that runs on a device, with the reason where it is not the kernels."""
     if use_triton(torch.empty(0, device=device)):
         return "Triton kernels" if device.type == "cuda" else "Triton's interpreter"
     if os.environ.get("GRPO_FAST_BACKEND"):
@@ -394,7 +397,7 @@ def implementation(device: torch.device) -> str:
 
 
 def _sequences(inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Prompts and completions in one: ids and attention mask, (B, P + T)."""
+    """Join prompts and completions: ids and attention mask, (B, P + T)."""
     ids, attention = (
         torch.cat([inputs[f"prompt_{name}"], inputs[f"completion_{name}"]], dim=1)
         for name in ("ids", "mask")

@@ -1,9 +1,9 @@
-"""verl 0.9.1: its policy losses and log-probs, by this library.
+"""The adapter of verl 0.9.1: its policy losses and its log-probs.
 
 `VERL_USE_EXTERNAL_MODULES=grpo_fast.integrations.verl` makes every verl process import this module, which
-replaces verl's policy losses of the same `actor.policy_loss.loss_mode` by those of `POLICY_LOSSES`: the same
-signature, configuration, losses, gradients and metrics. "bypass_mode", which calls verl's own functions by
-name, stays verl's. `patch_logprobs()` replaces verl's log-prob functions.
+replaces verl's policy losses by those of `POLICY_LOSSES`. They have the same `actor.policy_loss.loss_mode`,
+signature, configuration, losses, gradients and metrics. "bypass_mode" stays verl's: it calls verl's own
+functions by name. `patch_logprobs()` replaces verl's log-prob functions.
 """
 
 import importlib
@@ -31,7 +31,7 @@ def register() -> None:
     """Replace verl's policy losses by `POLICY_LOSSES`, in this process.
 
     Raises:
-        ImportError: verl is not installed, or in another version.
+        ImportError: verl is not installed, or has another version.
     """
     require("verl", *SUPPORTED)
     core_algos = importlib.import_module("verl.trainer.ppo.core_algos")
@@ -40,10 +40,12 @@ def register() -> None:
 
 
 def patch_logprobs() -> None:
-    """Replace verl's two functions above, in this process, also where verl has already imported them.
+    """Replace verl's `logprobs_from_logits` and `linear_cross_entropy`, in this process.
+
+    They are also replaced in the modules of verl that have already imported them.
 
     Raises:
-        ImportError: verl is not installed, or in another version.
+        ImportError: verl is not installed, or has another version.
     """
     require("verl", *SUPPORTED)
     home = importlib.import_module("verl.utils.torch_functional")
@@ -54,9 +56,8 @@ def patch_logprobs() -> None:
 
 def _is_installed() -> bool:
     spec = importlib.util.find_spec("verl")
-    return (
-        spec is not None and spec.origin is not None
-    )  # not a folder that happens to have its name
+    # Any folder of that name is found as well; it has no origin.
+    return spec is not None and spec.origin is not None
 
 
 if "verl" in sys.modules:
@@ -64,5 +65,5 @@ if "verl" in sys.modules:
 elif _is_installed():
     try:
         register()
-    except ImportError as reason:  # the losses themselves work without verl
+    except ImportError as reason:  # the losses work without verl
         logging.getLogger(__name__).warning("nothing is registered with verl: %s", reason)

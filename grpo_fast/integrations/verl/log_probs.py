@@ -1,4 +1,4 @@
-"""verl's log-prob functions, by this library; `verl.patch_logprobs()` puts them in place."""
+"""Replacements of verl's log-prob functions; `grpo_fast.integrations.verl.patch_logprobs()` installs them."""
 
 from typing import Any
 
@@ -11,15 +11,15 @@ from grpo_fast.overwritten import check_not_overwritten
 
 
 def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool = True) -> Tensor:
-    """verl's function of the same name: log-probs of `labels`, float32 whatever the dtype of `logits`.
+    """Compute the log-probs of `labels` like verl's function of this name, float32 for logits of any dtype.
 
     Equivalent to `logits.float().log_softmax(-1).gather(-1, labels[..., None]).squeeze(-1)`.
 
     Args:
         logits: (..., V).
         labels: (...).
-        inplace_backward: accepted since verl passes it; the gradient gets memory of its own either way,
-            and the logits stay what they are.
+        inplace_backward: accepted because verl passes it, and ignored: the gradient has memory of its own,
+            and the logits are not changed.
     """
     check_not_overwritten("logprobs_from_logits", logits)  # before `reshape`, which may copy
     V = logits.shape[-1]
@@ -34,7 +34,7 @@ def linear_cross_entropy(
     reduction: str = "none",
     dist_process_group: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """verl's function of the same name: log-probs of `labels` and entropies, without the logits in memory.
+    """Compute log-probs of `labels` and entropies like verl's function, without the logits in memory.
 
     Equivalent to `logprob((hidden @ weight.T).view(-1, V), labels.view(-1), temperature=temperature,
     return_entropy=True)`, differentiable in both outputs.
@@ -43,17 +43,18 @@ def linear_cross_entropy(
         hidden: (..., D).
         weight: (V, D), or this rank's rows of it.
         labels: (...), ids of the whole vocabulary.
-        reduction: of the log-probs: "none", "sum" or "mean".
-        dist_process_group: ranks that share the vocabulary, each with its rows of `weight`, consecutive in
-            the order of the ranks, and everything else alike. All get the same results. As with verl's
-            kernel, the gradients of `hidden` are to be summed over the ranks by the caller (Megatron does,
-            where it gathers `hidden` from sequence-parallel ranks): each rank returns an equal share.
+        reduction: "none", "sum" or "mean": what to do with the log-probs.
+        dist_process_group: the ranks that share the vocabulary. Each has its rows of `weight`, consecutive in
+            the order of the ranks; all other arguments are equal. All ranks get the same results. As with
+            verl's kernel, the caller sums the gradients of `hidden` over the ranks (Megatron does so where it
+            gathers `hidden` from sequence-parallel ranks): each rank returns an equal share.
 
     Returns:
         (log-probs, float32 (N,) or 0-dim; entropies, float32 (N,) in nats).
 
     Raises:
-        ValueError: an unknown reduction. TypeError: a group that is none.
+        ValueError: the reduction is unknown.
+        TypeError: dist_process_group is not a process group.
     """
     if reduction.lower() not in ("none", "sum", "mean"):
         raise ValueError(f"reduction={reduction!r} is unknown; choose from none, sum, mean")
@@ -77,9 +78,10 @@ def linear_cross_entropy(
 
 
 class _ShareGradient(torch.autograd.Function):
-    """`_ShareGradient.apply(x, n)` is x; of its gradient each of n ranks keeps an n-th, for a sum outside.
+    """`_ShareGradient.apply(x, n)` returns x, and in the backward the gradient divided by n.
 
-    `linear_logprob` hands the whole gradient to each rank. A caller that sums would count it n times.
+    `linear_logprob` gives each of n ranks the whole gradient. A caller that sums over the ranks would count
+    it n times.
     """
 
     @staticmethod

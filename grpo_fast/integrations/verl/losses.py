@@ -1,4 +1,4 @@
-"""verl's policy losses, computed by this library."""
+"""Replacements of verl's policy losses: one table each of options, metrics and averages."""
 
 import math
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from torch import Tensor
 from grpo_fast.integrations.shared.call import (
     SUM,
     Average,
-    Call,
+    LossCall,
     Metric,
     changed_fraction,
     clip_fraction,
@@ -19,61 +19,57 @@ from grpo_fast.integrations.shared.call import (
     sequence_average,
     token_average,
 )
-from grpo_fast.integrations.shared.options import At, at, options, read
+from grpo_fast.integrations.shared.options import Entry, entry, read, read_options
 from grpo_fast.weights import geometric_mean
 
-_CLIP: dict[str, At] = {
-    "epsilon_low": at("clip_ratio_low", "clip_ratio"),
-    "epsilon_high": at("clip_ratio_high", "clip_ratio"),
+_CLIP: dict[str, Entry] = {
+    "epsilon_low": entry("clip_ratio_low", "clip_ratio"),
+    "epsilon_high": entry("clip_ratio_high", "clip_ratio"),
 }
 
-
-_DPPO = _CLIP | {"ratio_cap": at("clip_ratio_c", missing=20.0)}
-
+_DPPO = _CLIP | {"ratio_cap": entry("clip_ratio_c", missing=20.0)}
 
 # The options of each preset, and where verl's actor configuration has them.
-OPTIONS: dict[str, dict[str, At]] = {
-    "vanilla": _CLIP | {"dual_clip": at("clip_ratio_c", missing=3.0)},
+OPTIONS: dict[str, dict[str, Entry]] = {
+    "vanilla": _CLIP | {"dual_clip": entry("clip_ratio_c", missing=3.0)},
     "gspo": _CLIP,
-    "sapo": {"tau_pos": at("tau_pos"), "tau_neg": at("tau_neg")},
+    "sapo": {"tau_pos": entry("tau_pos"), "tau_neg": entry("tau_neg")},
     "gpg": {},
     "cispo": _CLIP,
-    "dro": {"quadratic_coef": at("policy_loss.dro_beta", missing=None)},
+    "dro": {"quadratic_coef": entry("policy_loss.dro_beta", missing=None)},
     "geo_mean": _CLIP,
     "dppo_tv": _DPPO,
     "dppo_kl": _DPPO,
     "clip_cov": _CLIP,
-    "kl_cov": {"beta": at("policy_loss.ppo_kl_coef", none=1.0)},
+    "kl_cov": {"beta": entry("policy_loss.ppo_kl_coef", none=1.0)},
 }
 
-
-# Of the two selections.
+# The options of `weights.clip_cov` and `weights.kl_cov`.
 _CLIP_COV = {
-    "fraction": at("policy_loss.clip_cov_ratio", none=0.0002),
-    "low": at("policy_loss.clip_cov_lb", none=1.0),
-    "high": at("policy_loss.clip_cov_ub", none=5.0),
+    "fraction": entry("policy_loss.clip_cov_ratio", none=0.0002),
+    "low": entry("policy_loss.clip_cov_lb", none=1.0),
+    "high": entry("policy_loss.clip_cov_ub", none=5.0),
 }
 
-
-_KL_COV = {"fraction": at("policy_loss.kl_cov_ratio", none=0.0002)}
+_KL_COV = {"fraction": entry("policy_loss.kl_cov_ratio", none=0.0002)}
 
 
 def _kl(clamp: float = math.inf) -> dict[str, Metric]:
-    """E[old - new] of log-ratios within verl's clamp, which is not always that of the loss."""
+    """Return verl's metric E[old - new], with its own clamp of the log-ratio."""
     return {"actor/ppo_kl": lambda call: call.mean((-call.change).clamp(-clamp, clamp))}
 
 
 def _clip(clipped: Metric, lower: Metric = nothing) -> dict[str, Metric]:
+    """Return verl's two metrics of clipping."""
     return {"actor/pg_clipfrac": clipped, "actor/pg_clipfrac_lower": lower}
 
 
-def _moved(call: Call) -> Tensor:
-    """Where geo_mean's clamp changes a token's own log-ratio, or that is NaN."""
+def _moved(call: LossCall) -> Tensor:
+    """Return where the clamp of geo_mean changes a token's own log-ratio, or this is NaN."""
     return call.token.outside | call.change.isnan()
 
 
 _DPPO_METRICS = _kl(20) | _clip(changed_fraction, lambda call: call.mean(call.token.capped))
-
 
 METRICS: dict[str, dict[str, Metric]] = {
     "vanilla": _kl(20) | _clip(clip_fraction, dual_fraction),
@@ -95,10 +91,10 @@ METRICS: dict[str, dict[str, Metric]] = {
 
 
 def average(loss_agg_mode: str, mask: Tensor, config: Any) -> Average:
-    """verl's `agg_loss` with the configuration's global batch.
+    """Return the average of verl's `agg_loss`, with the global batch of the configuration.
 
     Raises:
-        ValueError: an unknown mode, or a denominator that several ranks need and that is missing.
+        ValueError: the mode is unknown, or several ranks need a denominator that is missing.
     """
     info = read(config, "global_batch_info", {})
     dp_size = read(info, "dp_size", 1)
@@ -132,48 +128,47 @@ def average(loss_agg_mode: str, mask: Tensor, config: Any) -> Average:
     return result
 
 
-def _dro(call: Call) -> Call:
+def _dro(call: LossCall) -> LossCall:
     beta = call.options["quadratic_coef"]
     if beta is None or beta <= 0:
         raise ValueError(f"policy_loss.dro_beta: want a positive number, got {beta}")
     return call
 
 
-def _geo_mean(call: Call) -> Call:
+def _geo_mean(call: LossCall) -> LossCall:
     weights = call.importance_weights
-    if weights is not None:  # one per sequence: their geometric mean
+    if weights is not None:  # one weight per sequence: the geometric mean
         weights = geometric_mean(weights, mask=call.mask, eps=1e-10)
-    return call.but(importance_weights=weights)
+    return call.replace(importance_weights=weights)
 
 
-def _clip_cov(call: Call) -> Call:
-    return call.clip_cov(**options(call.config, _CLIP_COV))
+def _clip_cov(call: LossCall) -> LossCall:
+    return call.clip_cov(**read_options(call.config, _CLIP_COV))
 
 
-def _kl_cov(call: Call) -> Call:
-    # verl's weights are on the penalty, too.
-    call = call.but(importance_weights=None, token_weights=call.importance_weights)
-    return call.kl_cov(**options(call.config, _KL_COV))
+def _kl_cov(call: LossCall) -> LossCall:
+    # In verl the weights multiply the penalty as well.
+    call = call.replace(importance_weights=None, token_weights=call.importance_weights)
+    return call.kl_cov(**read_options(call.config, _KL_COV))
 
 
-# What the table of options does not say.
-_PREPARE: dict[str, Callable[[Call], Call]] = {
+# What a loss needs besides its options.
+_PREPARE: dict[str, Callable[[LossCall], LossCall]] = {
     "dro": _dro,
     "geo_mean": _geo_mean,
     "clip_cov": _clip_cov,
     "kl_cov": _kl_cov,
 }
 
-
-# The losses that average in their own way, whatever `loss_agg_mode` is.
+# Losses that ignore `loss_agg_mode`.
 _AVERAGES: dict[str, Callable[[Tensor, Any], Average]] = {
     "sapo": lambda mask, config: average("seq-mean-token-mean", mask, config),
-    "geo_mean": lambda mask, config: Average({}, None, 1.0),  # all sequences, empty ones too
+    "geo_mean": lambda mask, config: Average({}, None, 1.0),  # all sequences, also empty ones
 }
 
 
 def _policy_loss(mode: str) -> Callable[..., tuple[Tensor, dict[str, float]]]:
-    """verl's policy loss: the loss and its metrics as Python numbers; all tensors (B, T)."""
+    """Return a policy loss for verl: (loss, metrics as Python numbers) of (B, T) tensors."""
 
     def policy_loss(
         old_log_prob: Tensor | None,
@@ -189,9 +184,9 @@ def _policy_loss(mode: str) -> Callable[..., tuple[Tensor, dict[str, float]]]:
         if old_log_prob is None and mode != "gpg":
             raise ValueError(f"{mode}: old_log_prob: needed")
         own = _AVERAGES.get(mode, lambda mask, config: average(loss_agg_mode, mask, config))
-        call = Call(
+        call = LossCall(
             preset=f"verl/{mode}",
-            options=options(config, OPTIONS[mode]),
+            options=read_options(config, OPTIONS[mode]),
             names=OPTIONS[mode],
             average=own(response_mask, config),
             logps=log_prob,

@@ -84,7 +84,7 @@ class Head:
         self._dlogits = rows.view(self.dtype)[:, :V]
         self._counters: Tensor | None = None
         self._waiting: slice | None = None  # the part whose gradient is still in the stage
-        self._taken: Tensor | None = None  # `move_rows` writes hidden states here
+        self._loaded: Tensor | None = None  # `move_rows` writes hidden states here
         if needs.hidden or needs.parameters:
             self._new_gradients()
 
@@ -138,7 +138,7 @@ class Head:
             self._counters = self.hidden.new_zeros(self.N, dtype=torch.int32)
         return self._counters[part]
 
-    def _take(self, part: slice) -> Tensor:
+    def _load(self, part: slice) -> Tensor:
         """Return the hidden states of a part, (C, D).
 
         They are 0 after the end of the part and in rows that do not count.
@@ -148,22 +148,22 @@ class Head:
         if plain and self.hidden.dtype == self.dtype:
             self._move(None)
             return self.hidden[part]
-        if self._taken is None:
-            self._taken = self.hidden.new_empty(self.C, self.hidden.shape[1], dtype=self.dtype)
+        if self._loaded is None:
+            self._loaded = self.hidden.new_empty(self.C, self.hidden.shape[1], dtype=self.dtype)
         self._move(part)
-        return self._taken
+        return self._loaded
 
     def _move(self, part: slice | None) -> None:
-        """Move the waiting gradient to its place, and hidden states of a part to `_taken`, in one launch."""
+        """Move the waiting gradient to its place, and hidden states of a part to `_loaded`, in one launch."""
         waiting, self._waiting = self._waiting, None
         outgoing, incoming = None, None
         if waiting is not None:
             outgoing = Outgoing(self._stage, *self._places(self.dhidden, waiting))
         if part is not None:
-            assert self._taken is not None
+            assert self._loaded is not None
             hidden, rows, n = self._places(self.hidden, part)
             live = None if self.live is None else self.live[part]
-            incoming = Incoming(hidden, rows, live, n, self._taken)
+            incoming = Incoming(hidden, rows, live, n, self._loaded)
         if outgoing is not None or incoming is not None:
             run("chunks.move_rows", self.hidden, outgoing, incoming)
 
@@ -183,7 +183,7 @@ class Head:
         Both share memory: the gradient overwrites the logits (`schedules.overlaps`).
         """
         n = part.stop - part.start
-        self._h = self._take(part)
+        self._h = self._load(part)
         if self.bias is None:
             product(self._h, self.weight.T, self._work)
         elif self.bias.dtype == self._h.dtype:  # it may fuse the bias, which saves a pass

@@ -28,22 +28,19 @@ from grpo_fast.ops.grpo import Arguments
 from grpo_fast.ops.head.arguments import Needs
 from grpo_fast.ops.head.chunked import Head
 from grpo_fast.ops.head.passes import (
-    NO_REWARDS,
     fill_parts,
     kept_rows,
     new_statistics,
     read_all,
     read_part,
     read_with_unit_gradient,
+    scatter_rows,
     select_rows,
-    spread_rows,
     write_all,
     write_part,
 )
 from grpo_fast.ops.scaling import weigh_rows
-from grpo_fast.records import Outputs, RowStatistics, Sequences, Targets, select
-
-NO_SEQUENCES = Sequences(None, 0, None, None)
+from grpo_fast.records import Outputs, Rewards, RowStatistics, Sequences, Targets, select
 
 
 class Rows(NamedTuple):
@@ -176,7 +173,7 @@ def by_shared_token(head: Head, a: Arguments, c: Tensor | None) -> RowStatistics
     def coefficients(part: slice, logp: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor | None]:
         these = select(tokens, part)
         mask = None if a.targets.mask is None else a.targets.mask[part]
-        found = values(logp, entropy, Batch(mask, these, NO_REWARDS, NO_SEQUENCES), terms)
+        found = values(logp, entropy, Batch(mask, these, Rewards(), Sequences()), terms)
         dlogp = found.dlogp if c is None else found.dlogp + c[part]
         return dlogp, entropy_gradient(these, terms, found)
 
@@ -194,7 +191,7 @@ def by_sequence(head: Head, a: Arguments, sequences: Sequences, ends: list[int])
             boundaries = boundaries[first : last + 1] - ends[first]
         mine = select(sequences._replace(boundaries=None), part)._replace(boundaries=boundaries)
         these = select_rows(a, part)
-        batch = Batch(these.targets.mask, these.tokens, NO_REWARDS, mine)
+        batch = Batch(these.targets.mask, these.tokens, Rewards(), mine)
         found = values(logp, entropy, batch, a.terms)
         return found.dlogp, entropy_gradient(these.tokens, a.terms, found)
 
@@ -234,7 +231,7 @@ def by_phases(way: str, head: Head, given: Rows) -> Outputs:
         logp, entropy = statistics.logp, statistics.entropy
     found = values(logp, entropy, batch, terms)
     if way == "late":
-        c = spread_rows(found.dlogp, head.rows, len(head.hidden))
+        c = scatter_rows(found.dlogp, head.rows, len(head.hidden))
         head.dhidden = weigh_rows(head.hidden_gradient(), c)
     elif way == "two_phase":
         dentropy = entropy_gradient(a.tokens, terms, found)

@@ -12,7 +12,6 @@ from grpo_fast.ops.logprob import read_rows, write_rows
 from grpo_fast.records import Outputs, Rewards, RowStatistics, Targets, Tokens, select
 
 NO_GRADIENT = Needs(False, False, False, False, False)
-NO_REWARDS = Rewards(None, 1, None)
 # With A = -1 the loss -A log p has the gradient of log p itself.
 UNIT = Objective(surrogate="reinforce").terms
 # `lifted` scales the largest weight to at most this. A factor of 4000 is then left for advantage
@@ -42,7 +41,7 @@ def kept_rows(keep: Tensor | None, like: Tensor) -> Tensor | None:
     return None if len(rows) == len(keep) else rows.to(like.device, non_blocking=True)
 
 
-def spread_rows(
+def scatter_rows(
     x: Tensor, rows: Tensor | None, N: int, default: float = 0.0, computed: bool = True
 ) -> Tensor:
     """Return values of the rows that took part as (N,), `default` elsewhere; unchanged if not computed."""
@@ -126,8 +125,8 @@ def read_with_unit_gradient(
     The gradient is `head.hidden_gradient()`.
     """
     weight = head.hidden.new_ones(head.N, dtype=torch.float32)
-    tokens = Tokens(weight, -weight, *(None,) * (len(Tokens._fields) - 2))
-    out = fill_parts(head, Arguments(targets, tokens, NO_REWARDS, with_entropy, UNIT))
+    tokens = Tokens(weight, -weight)
+    out = fill_parts(head, Arguments(targets, tokens, Rewards(), with_entropy, UNIT))
     return out.logp, out.entropy
 
 

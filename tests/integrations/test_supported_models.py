@@ -1,4 +1,4 @@
-"""docs/models.md, on some of the models that it lists."""
+"""Some of the models that docs/models.md lists: the head is exact, or refused."""
 
 import re
 
@@ -9,7 +9,7 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore"
 )  # of sizes that transformers would not have chosen
 
-from tests import models  # noqa: E402
+from tests.support import models  # noqa: E402
 
 EXACT = ["deepseek_v3", "gemma2", "gpt2", "jamba", "llama", "llama4_text", "mixtral", "qwen3_next"]
 REFUSED = {"roberta": "check_head|not those of its last hidden states", "electra": "layers between"}

@@ -1,205 +1,24 @@
-"""The adapters of prime-rl, AReaL, xtuner: calling conventions, and the hosts' formulas in float64.
-
-The formulas are written out from the sources of the release that docs/integrations.md names.
-"""
+"""AReaL's adapter: its calling convention, and its formulas in float64, from its sources."""
 
 import os
 import subprocess
 import sys
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 
 from grpo_fast import Objective, reference
-from grpo_fast.integrations import areal, prime_rl, xtuner
-from tests.support.hosts import agrees, clipped, host_batch, mean, parameters, sequence_mean
-
-
-@pytest.fixture
-def batch(device):
-    return host_batch(device)
-
-
-@dataclass
-class LossInputs:
-    """As prime-rl's: tensors (n,) of one sequence."""
-
-    trainer_logprobs: torch.Tensor
-    inference_logprobs: torch.Tensor
-    ref_logprobs: torch.Tensor | None
-    advantages: torch.Tensor
-    loss_mask: torch.Tensor
-    loss_weights: torch.Tensor | None = field(default=None)
-
-
-@dataclass
-class LossOutputs:
-    loss: torch.Tensor
-    metrics: dict[str, Any]
-
-
-def row(b, i=0):
-    return SimpleNamespace(**{name: x[i] for name, x in vars(b).items()})
-
-
-def prime_inputs(x, b, weights=None):
-    weights = None if weights is None else weights.to(x.dtype)
-    return LossInputs(x, b.rollout, b.old, b.A, b.mask, weights)
-
-
-def prime_formula(keep, kl_tau, adv_tau, weights=None):
-    def formula(x, b):
-        d = x - b.rollout
-        moved = x.detach().exp() - b.rollout.exp()
-        loss = -adv_tau * b.A * d.exp() * keep(moved, b.A) + kl_tau * d**2
-        return (loss * b.mask * (1 if weights is None else weights.to(x.dtype))).sum()
-
-    return formula
-
-
-@pytest.mark.parametrize("weighted", [False, True])
-def test_prime_rl_ipo(weighted, batch, backend):
-    b = row(batch)
-    weights = torch.rand(6, device=b.A.device) if weighted else None
-
-    def ours(x, b):
-        inputs = prime_inputs(x, b, weights)
-        out = prime_rl.ipo_loss(inputs, ipo_threshold=0.15, adv_tau=0.7, kl_tau=0.02)
-        assert type(out) is LossOutputs
-        return out.loss, out.metrics
-
-    formula = prime_formula(lambda moved, A: moved.abs() <= 0.15, 0.02, 0.7, weights)
-    (metrics,) = agrees(ours, formula, b)
-    moved = b.logp.exp() - b.rollout.exp()
-    d = b.logp - b.rollout
-    assert metrics["is_masked"].item() == pytest.approx(mean(moved.abs() > 0.15, b.mask))
-    kept = b.mask & (moved.abs() <= 0.15)
-    want = mean(d.exp() - d - 1, kept)
-    assert metrics["unmasked_mismatch_kl"].item() == pytest.approx(want, rel=1e-5)
-
-
-def test_prime_rl_default(batch, backend):
-    b = SimpleNamespace(**{name: x.reshape(-1) for name, x in vars(batch).items()})
-
-    def ours(x, b):
-        out = prime_rl.default_loss(
-            prime_inputs(x, b), dppo_mask_low=0.05, dppo_mask_high=0.1, adv_tau=0.7, kl_tau=0.02
-        )
-        return out.loss, out.metrics
-
-    def keep(moved, A):
-        return torch.where(A > 0, moved <= 0.1, moved >= -0.05)
-
-    (metrics,) = agrees(ours, prime_formula(keep, 0.02, 0.7), b)
-    moved = b.logp.exp() - b.rollout.exp()
-    dropped = ~keep(moved, b.A)
-    for name, x, mask in (
-        ("is_masked", dropped, b.mask),
-        ("is_masked_high", (b.A > 0) & (moved > 0.1), b.mask),
-        ("is_masked_low", (b.A < 0) & (moved < -0.05), b.mask),
-        ("masked_advantage_positive", b.A > 0, b.mask & dropped),
-    ):
-        assert metrics[name].item() == pytest.approx(mean(x, mask))
-    assert metrics["is_masked"] > 0
-
-
-def test_prime_rl_any_objective(batch):
-    """A preset by name, summed; the ratio is to the sampler, the KL to the reference."""
-    b = row(batch)
-    options = {"beta": 0.1, "kl": "k2", "epsilon_high": 0.3}
-
-    def formula(x, b):
-        loss = clipped(x - b.rollout, 2 * b.A, 0.2, 0.3) + 0.1 * (x - b.old) ** 2 / 2
-        return (loss * b.mask).sum()
-
-    def ours(x, b):
-        return prime_rl.loss(prime_inputs(x, b), preset="bnpo", adv_tau=2.0, **options).loss
-
-    agrees(ours, formula, b)
-    with pytest.raises(ValueError, match="'nothing' is unknown"):
-        prime_rl.loss(prime_inputs(b.logp, b), preset="nothing")
-    assert parameters(prime_rl.ipo_loss)[0] == parameters(prime_rl.loss)[0] == "inputs"
-
-
-XTUNER = {"loss_type": "vanilla", "cliprange_low": 0.2, "cliprange_high": 0.28}
-
-
-@pytest.mark.parametrize(
-    "changes", [{}, {"clip_ratio_c": 1.5}, {"log_prob_diff_min": -1.0, "log_prob_diff_max": 1.0}]
+from grpo_fast.integrations import areal
+from tests.support.hosts import (
+    agrees,
+    clipped,
+    fractional_batch,
+    parameters,
+    sequence_mean,
+    with_fractions,
 )
-def test_xtuner(changes, batch, backend):
-    config = XTUNER | changes
-    share = torch.where(batch.mask, torch.rand_like(batch.A), 0)
-    high = config.get("log_prob_diff_max", 20.0)
-
-    def flat(x):
-        return x.reshape(1, -1)
-
-    def formula(x, b):
-        d = (x - b.old).clamp(-high, high)
-        loss = clipped(d, b.A, 0.2, 0.28, config.get("clip_ratio_c", 3.0))
-        return (loss * share.to(x.dtype)).sum()
-
-    def ours(x, b):
-        return xtuner.policy_loss(*map(flat, (x, b.old, b.A, share)), config)
-
-    agrees(ours, formula, batch)
-    assert xtuner.policy_loss(*map(flat, (batch.logp, batch.old, batch.A, share)), config).ndim == 0
-
-
-def test_xtuner_conventions(batch):
-    assert parameters(xtuner.policy_loss) == [
-        "log_prob",
-        "old_log_prob",
-        "advantages",
-        "loss_weights",
-        "policy_loss_cfg",
-    ]
-    tensors = (batch.logp, batch.old, batch.A, batch.mask.float())
-    with pytest.raises(ValueError, match="'cliprange_high' is missing"):
-        xtuner.policy_loss(*tensors, {"cliprange_low": 0.2})
-    inf = torch.inf
-    for low, high in (
-        (-3.0, 20.0),
-        (-20.0, inf),
-        (inf, inf),
-        (-inf, -inf),
-        (-inf, -1.0),
-        (0.0, 0.0),
-    ):
-        clamp = {"log_prob_diff_min": low, "log_prob_diff_max": high}
-        with pytest.raises(
-            ValueError, match=f"log_prob_diff_min={low}, log_prob_diff_max={high}: want"
-        ):
-            xtuner.policy_loss(*tensors, XTUNER | clamp)
-    above = XTUNER | {"log_prob_diff_min": -inf}
-    torch.testing.assert_close(
-        xtuner.policy_loss(*tensors, above), xtuner.policy_loss(*tensors, XTUNER)
-    )
-    with pytest.raises(
-        ValueError, match=r"dual_clip: .*0\.5 \(xtuner/vanilla: dual_clip is clip_ratio_c"
-    ):
-        xtuner.policy_loss(*tensors, XTUNER | {"clip_ratio_c": 0.5})
-
-
-@pytest.mark.parametrize("bounds", [(-torch.inf, torch.inf), (None, torch.inf), (-torch.inf, 25.0)])
-def test_an_xtuner_clamp_without_a_bound(bounds, batch):
-    """No clamp at all, or one from above: ratios far below e^-20 and above e^20 are what they are."""
-    low, high = bounds
-    config = XTUNER | {"log_prob_diff_min": low, "log_prob_diff_max": high, "clip_ratio_c": 1e12}
-    batch.old[0, 0], batch.old[3, 0] = batch.logp[0, 0] - 23, batch.logp[3, 0] + 23
-    batch.A[0, 0], batch.A[3, 0] = -0.5, 1.0
-    weights = batch.mask.float()
-
-    def formula(x, b):
-        d = (x - b.old).clamp(-torch.inf, torch.inf if high is None else high)
-        return (clipped(d, b.A, 0.2, 0.28, 1e12) * b.mask).sum()
-
-    agrees(lambda x, b: xtuner.policy_loss(x, b.old, b.A, weights, config), formula, batch)
 
 
 def areal_terms(x, old, b, level):
@@ -255,17 +74,11 @@ def test_areal_ppo(level, c_clip, batch, backend):
     # Packed, the same: the loss, and each statistic's live tokens.
     flat, cu_seqlens = packed(batch)
     loss, stat_packed = areal.ppo_actor_loss_fn(
-        flat.logp,
-        flat.old,
-        flat.rollout,
-        flat.A,
-        0.2,
-        flat.mask,
-        0.28,
-        c_clip,
-        None,
-        level,
-        cu_seqlens,
+        *(flat.logp, flat.old, flat.rollout, flat.A, 0.2, flat.mask),
+        eps_clip_higher=0.28,
+        c_clip=c_clip,
+        importance_sampling_level=level,
+        cu_seqlens=cu_seqlens,
     )
     torch.testing.assert_close(loss, ours(batch.logp, batch)[0])
     torch.testing.assert_close(stat_packed["loss"], stat["loss"][batch.mask])
@@ -393,7 +206,7 @@ def test_areal_conventions(batch, monkeypatch):
 
 
 def test_areal_workers_start_with_our_losses(tmp_path):
-    """On a stand-in for AReaL: the server has its arguments, and the actor our functions."""
+    """The server of a stand-in for AReaL has its arguments, and the actor has our functions."""
     server = (
         "import sys\nfrom areal.trainer.ppo import actor\n"
         "print(__name__, sys.argv[1:], actor.ppo_actor_loss_fn.__module__, actor.sapo_loss_fn.__module__)"
@@ -417,7 +230,7 @@ def test_areal_workers_start_with_our_losses(tmp_path):
 
 
 def test_presets_are_what_the_adapters_compute(batch):
-    """The same names in `Objective.preset`: no adapter has options of its own."""
+    """`Objective.preset` has the same names: no adapter has options of its own."""
     loss = reference.policy_loss(
         batch.logp,
         advantages=batch.A,
@@ -429,3 +242,35 @@ def test_presets_are_what_the_adapters_compute(batch):
         batch.logp, batch.old, batch.rollout, batch.A, 0.2, batch.mask
     )
     torch.testing.assert_close(ours, loss)
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_a_mask_of_fractions_weighs(level, device):
+    """AReaL's own functions take bools. Here a floating mask is one of weights."""
+    batch = fractional_batch(device)
+
+    def formula(x, b):
+        d, A, w = x - b.old, b.A, b.mask
+        if level == "sequence":
+            count = w.sum(1, keepdim=True).clamp(min=1e-9)
+            d, A = ((y * w).sum(1, keepdim=True) / count for y in (d, A))
+        return (clipped(d, A, 0.2, 0.2) * w).sum() / w.sum()
+
+    def ours(x, b):
+        options = {"importance_sampling_level": level}
+        return areal.ppo_actor_loss_fn(x, b.old, b.rollout, b.A, 0.2, batch.weights, **options)
+
+    (stat,) = agrees(ours, with_fractions(formula), batch)
+    assert stat["n_valid_tokens"] == batch.mask.sum()
+    flat, cu_seqlens = packed(batch)
+    loss, _ = areal.ppo_actor_loss_fn(
+        flat.logp,
+        flat.old,
+        flat.rollout,
+        flat.A,
+        0.2,
+        flat.weights,
+        importance_sampling_level=level,
+        cu_seqlens=cu_seqlens,
+    )
+    torch.testing.assert_close(loss, ours(batch.logp, batch)[0])

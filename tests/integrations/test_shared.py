@@ -1,4 +1,4 @@
-"""What the adapters share: where a configuration has an option, and what they may do to a loss."""
+"""Code that the adapters share: how options are read, and what adapters may do to a loss."""
 
 from types import SimpleNamespace
 
@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from grpo_fast import Objective
-from grpo_fast.integrations.shared.call import Call, token_average
-from grpo_fast.integrations.shared.options import at, options, read
+from grpo_fast.integrations.shared.call import LossCall, token_average
+from grpo_fast.integrations.shared.options import entry, read, read_options
 from grpo_fast.loss import policy_loss
 from tests.support.hosts import assert_adapter_only_scales
 
@@ -17,29 +17,33 @@ from tests.support.hosts import assert_adapter_only_scales
 @pytest.mark.parametrize(
     ("where", "given", "want"),
     [
-        (at("a"), {"a": 0.0}, 0.0),
-        (at("a"), {"a": None}, None),
-        (at("a", "b"), {"a": 0, "b": 2}, 0),
-        (at("a", "b"), {"a": None, "b": 2}, 2),
-        (at("a", "b"), {"b": 2}, 2),
-        (at("a", missing=3), {}, 3),
-        (at("a", missing=3), {"a": None}, None),  # the host's way to turn it off, not its default
-        (at("a", missing=None), {}, None),
-        (at("a", none=4), {"a": None}, 4),
-        (at("a", none=4), {"a": False}, False),
+        (entry("a"), {"a": 0.0}, 0.0),
+        (entry("a"), {"a": None}, None),
+        (entry("a", "b"), {"a": 0, "b": 2}, 0),
+        (entry("a", "b"), {"a": None, "b": 2}, 2),
+        (entry("a", "b"), {"b": 2}, 2),
+        (entry("a", missing=3), {}, 3),
+        (
+            entry("a", missing=3),
+            {"a": None},
+            None,
+        ),  # the host's way to turn it off, not its default
+        (entry("a", missing=None), {}, None),
+        (entry("a", none=4), {"a": None}, 4),
+        (entry("a", none=4), {"a": False}, False),
     ],
 )
 def test_where_an_option_is(kind, where, given, want):
-    found = options(kind(**given), {"option": where})["option"]
+    found = read_options(kind(**given), {"option": where})["option"]
     assert found == want
     assert type(found) is type(want)
 
 
-@pytest.mark.parametrize("where", [at("a"), at("b", "a"), at("a", none=4)])
+@pytest.mark.parametrize("where", [entry("a"), entry("b", "a"), entry("a", none=4)])
 def test_an_option_that_is_nowhere(where):
     secret = SimpleNamespace(api_key="123")
     with pytest.raises(AttributeError, match="has no 'a'") as error:
-        options(secret, {"option": where})
+        read_options(secret, {"option": where})
     assert "123" not in str(error.value)
     with pytest.raises(AttributeError, match=r"has no 'a\.b': a SimpleNamespace has no 'b'"):
         read(SimpleNamespace(a=secret), "a.b")
@@ -62,7 +66,7 @@ def test_denominators_of_any_kind(count):
     logps = torch.randn(2, 3)
     given = {"logps": logps, "advantages": torch.randn(2, 3), "mask": torch.ones(2, 3)}
     one, other = (
-        Call(preset="verl/gpg", average=token_average(n, 2.0), old_logps=None, **given).out.loss
+        LossCall(preset="verl/gpg", average=token_average(n, 2.0), old_logps=None, **given).out.loss
         for n in (1.0, count)
     )
     torch.testing.assert_close(3 * other, one)

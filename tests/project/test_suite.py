@@ -1,0 +1,26 @@
+"""The test files themselves: lists that name them are right, and none imports another."""
+
+import re
+from pathlib import Path
+
+from tests import conftest
+from tests.support.mutations import COVERS
+
+ROOT = Path(__file__).resolve().parents[2]
+TESTS = sorted((ROOT / "tests").glob("*/test_*.py"))
+
+
+def test_lists_of_test_files():
+    fast = re.search(r"^FAST := (.*?)\n\n", (ROOT / "Makefile").read_text(), re.S | re.M)[1]
+    for name in (*conftest.SLOW, *conftest.LONG, *fast.replace("\\\n", " ").split()):
+        assert (ROOT / "tests" / name).is_file(), name
+    for covered, (stems, _) in COVERS.items():
+        assert (ROOT / covered).is_file(), covered
+        for stem in stems.split():
+            assert any(path.stem == f"test_{stem}" for path in TESTS), f"{covered}: {stem}"
+
+
+def test_what_files_share_is_in_support():
+    for path in TESTS:
+        found = re.search(r"^from tests\.\S*(test_| import test_).*", path.read_text(), re.M)
+        assert found is None, f"{path}: {found[0]}"
