@@ -260,4 +260,4 @@ def test_results_name_the_switch_that_another_kernel_ran_by(monkeypatch):
         ("1", "GRPO_FAST_ON_CHIP=1 benchmarks/run_all"),
     ):
         monkeypatch.setenv("GRPO_FAST_ON_CHIP", value)
-        assert machine.describe_without_roofs()["command"] == command
+        assert machine.describe(roofs=False)["command"] == command
