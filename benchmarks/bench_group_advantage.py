@@ -1,11 +1,8 @@
 """Time advantages from rewards: a few kilobytes, so launches are all that costs."""
 
-from typing import Any
-
 from benchmarks.inputs import shapes
-from benchmarks.measuring.measure import Case, cases, measure
+from benchmarks.measuring.measure import cases
 
-
-@cases("group_advantage", [(shape, "full") for shape in shapes.TOKENS])
-def bench_forward(benchmark: Any, case: Case) -> None:
-    measure(benchmark, case, backward=False)
+bench_forward = cases(
+    "group_advantage", [(shape, "full") for shape in shapes.TOKENS], backward=False
+)

@@ -1,18 +1,8 @@
 """Time log-probs from logits: the forward pass reads them once; with the backward pass, twice."""
 
-from typing import Any
-
 from benchmarks.inputs import shapes
-from benchmarks.measuring.measure import Case, cases, measure
+from benchmarks.measuring.measure import cases
 
 CASES = [(shape, "full") for shape in shapes.logits_shapes()]
-
-
-@cases("logprob", CASES)
-def bench_forward(benchmark: Any, case: Case) -> None:
-    measure(benchmark, case, backward=False)
-
-
-@cases("logprob", CASES)
-def bench_forward_backward(benchmark: Any, case: Case) -> None:
-    measure(benchmark, case)
+bench_forward = cases("logprob", CASES, backward=False)
+bench_forward_backward = cases("logprob", CASES)

@@ -1,11 +1,6 @@
 """Time the objective on log-probs, with its gradient: launches cost most."""
 
-from typing import Any
-
 from benchmarks.inputs import shapes
-from benchmarks.measuring.measure import Case, cases, measure
+from benchmarks.measuring.measure import cases
 
-
-@cases("policy_loss", [(shape, "full") for shape in shapes.TOKENS])
-def bench_forward_backward(benchmark: Any, case: Case) -> None:
-    measure(benchmark, case)
+bench_forward_backward = cases("policy_loss", [(shape, "full") for shape in shapes.TOKENS])

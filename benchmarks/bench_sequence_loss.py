@@ -1,11 +1,6 @@
 """Time the objective on log-probs where the ratio is a sequence's (GSPO), with its gradient."""
 
-from typing import Any
-
 from benchmarks.inputs import shapes
-from benchmarks.measuring.measure import Case, cases, measure
+from benchmarks.measuring.measure import cases
 
-
-@cases("sequence_loss", [(shape, "gspo") for shape in shapes.TOKENS])
-def bench_forward_backward(benchmark: Any, case: Case) -> None:
-    measure(benchmark, case)
+bench_forward_backward = cases("sequence_loss", [(shape, "gspo") for shape in shapes.TOKENS])

@@ -166,7 +166,7 @@ class Objective:
         check_choice("kl_gradient", self.kl_gradient, get_args(KLGradient))
         check_choice("dppo_value", self.dppo_value, get_args(DppoValue))
         check_choice("entropy_reduction", self.entropy_reduction, get_args(EntropyReduction))
-        for name in ("epsilon_low", "quadratic_coef", "beta", "topr_weight_pos", "topr_weight_neg"):
+        for name in NOT_NEGATIVE:
             _check_number(name, getattr(self, name), low=0.0)
         # CISPO's upper bound may lie below 1: TRL's default is 0.2, an epsilon_high of -0.8.
         low = -1.0 if self.surrogate == "cispo" else 0.0
@@ -388,6 +388,9 @@ def _rebuild(cls: type[Objective], options: dict[str, Any]) -> Objective:
     return cls(**options)
 
 
+# The ranges of the numbers; one that is in none of these tuples may be any finite number.
+NOT_NEGATIVE = ("epsilon_low", "quadratic_coef", "beta", "topr_weight_pos", "topr_weight_neg")
+POSITIVE = ("tau_pos", "tau_neg", "vespo_lambda_pos", "vespo_lambda_neg")
 POSITIVE_OR_NONE = (
     "delta",
     "dual_clip",
@@ -407,7 +410,6 @@ NOT_FLOATS = (
     "kl_gradient",
     "entropy_reduction",
 )
-POSITIVE = ("tau_pos", "tau_neg", "vespo_lambda_pos", "vespo_lambda_neg")
 # Surrogates that take a sequence ratio: they are functions of the ratio alone.
 TAKES_RATIO = tuple(name for name, row in SURROGATES.items() if row.takes_sequence_ratio)
 # The surrogates that an option belongs to.

@@ -638,8 +638,10 @@ def surrogate_loss(
             weight = torch.where(scores.isnan(), scores, weight)
     elif surrogate == "cispo":
         weight = ratio.clamp(1 - low, 1 + high)
-    else:
+    elif surrogate == "rollout_is":
         weight = ratio * ((ratio > 1 - low) & (ratio < 1 + high))
+    else:
+        raise NotImplementedError(f"surrogate_loss has no formula for surrogate={surrogate!r}")
     return -weight.detach() * advantages * logps
 
 

@@ -30,6 +30,8 @@ class Row(NamedTuple):
     uses_log_ratio: bool = True  # `log_ratio_clip` and `log_ratio_max` act on it
     by_sequence: bool = False  # a token's loss depends on its whole sequence
     has_quadratic: bool = False  # it has a term in d^2, which acts where the advantage is 0
+    takes_scores: bool = False  # it takes the argument `scores`
+    needs_old_logps: bool = False  # it makes no sense on policy
 
 
 RANGE = ("epsilon_low", "epsilon_high")
@@ -44,10 +46,10 @@ SURROGATES: dict[str, Row] = {
     "dppo_kl": Row(DPPO),
     "ipo": Row((*RANGE, "quadratic_coef"), has_quadratic=True),
     "dro": Row(("quadratic_coef",), uses_log_ratio=False, has_quadratic=True),
-    "rollout_is": Row(RANGE, takes_sequence_ratio=True),
+    "rollout_is": Row(RANGE, takes_sequence_ratio=True, needs_old_logps=True),
     "vespo": Row(VESPO, uses_log_ratio=False, by_sequence=True),
     "gmpo": Row(RANGE, uses_log_ratio=False, by_sequence=True),
-    "topr": Row(("topr_weight_pos", "topr_weight_neg")),
+    "topr": Row(("topr_weight_pos", "topr_weight_neg"), takes_scores=True),
 }
 
 

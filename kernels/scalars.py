@@ -104,6 +104,7 @@ class Modes(NamedTuple):
     SURROGATE: str
     KL: str
     KL_GRADIENT: str
+    QUADRATIC: bool  # the surrogate has a term in d^2
 
 
 def scalars_of(objective) -> Scalars:
@@ -122,7 +123,9 @@ def scalars_of(objective) -> Scalars:
 
 def modes_of(objective) -> Modes:
     """The modes of a `grpo_fast.Objective`."""
-    return Modes(objective.variant, objective.kl, objective.kl_gradient)
+    return Modes(
+        objective.variant, objective.kl, objective.kl_gradient, bool(objective.has_quadratic)
+    )
 
 
 def _surrogate_scalars(o):

@@ -130,6 +130,10 @@ def weight_of_logp(token, ratio, log_w, scalars, SURROGATE: tl.constexpr):
         weight = tl.where(score > 0, scalars.weight_pos, scalars.weight_neg * lesser(ratio, 1.0))
         weight = tl.where(score == score, weight, score)  # a NaN that decides comes out
     else:
+        tl.static_assert(
+            SURROGATE == "dppo_tv" or SURROGATE == "dppo_kl",
+            "surrogate_terms has no formula for this surrogate",
+        )
         out = divergence_drops(token, scalars, SURROGATE)
         weight = tl.where(out, 0.0, lesser(ratio, scalars.ratio_cap))
     return weight
@@ -293,12 +297,7 @@ def policy_terms(token, ratio_values, scalars, MODES: tl.constexpr):
         MODES: `Modes`.
     """
     SURROGATE: tl.constexpr = MODES.SURROGATE
-    QUADRATIC: tl.constexpr = (
-        SURROGATE == "dro"
-        or SURROGATE == "ipo"
-        or SURROGATE == "dppo_tv_ratio"
-        or SURROGATE == "dppo_kl_ratio"
-    )
+    QUADRATIC: tl.constexpr = MODES.QUADRATIC
     log_ratio = ratio_values.log_ratio
     ratio = tl.exp(log_ratio)
     loss, by_ratio, by_logp = surrogate_terms(

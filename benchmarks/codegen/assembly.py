@@ -3,12 +3,13 @@
 Read from NVIDIA's SASS (Triton ships the disassembler) and from AMD's assembly.
 """
 
+import collections
 import dataclasses
 import json
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import triton
@@ -79,10 +80,8 @@ def own_code(text: str, kernel: str) -> str:
 
 
 WIDTHS = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128, "256": 256}
-AMD_WIDTHS = {"ubyte": 8, "byte": 8, "ushort": 16, "short": 16, "dword": 32, "dwordx2": 64} | {
-    "dwordx3": 96,
-    "dwordx4": 128,
-}
+AMD_WIDTHS = {"ubyte": 8, "byte": 8, "ushort": 16, "short": 16, "dword": 32}
+AMD_WIDTHS |= {"dwordx2": 64, "dwordx3": 96, "dwordx4": 128}
 
 
 def width(op: str) -> int:
@@ -95,26 +94,37 @@ def width(op: str) -> int:
 LOAD = r"LDG\b|(global|buffer|flat)_load"
 STORE = r"STG\b|(global|buffer|flat)_store"
 BARRIER = r"BAR\b|s_barrier"
+CLUSTER_BARRIER = r"UCGABAR_ARV"
 SHUFFLE = r"SHFL|LDS\b|STS\b|ds_|v_permlane|v_readlane|.* dpp"
 RELOAD = r"scalar_reload"
 EXP = r"MUFU\.EX2|v_exp_f32"
 
 
-def read_loop(body: list[Instruction]) -> Loop:
-    def count(pattern: str) -> int:
-        return sum(bool(re.match(pattern, x.op)) for x in body)
+def matching(pattern: str, listing: Iterable[str | Instruction]) -> list[str]:
+    """List the operations that match, labels left out."""
+    return [x.op for x in listing if isinstance(x, Instruction) and re.match(pattern, x.op)]
 
-    loads = sorted(width(x.op) for x in body if re.match(LOAD, x.op))
-    stores = sorted(width(x.op) for x in body if re.match(STORE, x.op))
+
+def count(pattern: str, listing: Iterable[str | Instruction]) -> int:
+    return len(matching(pattern, listing))
+
+
+def widths(pattern: str, listing: Iterable[str | Instruction]) -> dict[str, int]:
+    """Count loads or stores by the bits that each moves for one thread."""
+    return dict(collections.Counter(str(width(op)) for op in matching(pattern, listing)))
+
+
+def read_loop(body: list[Instruction]) -> Loop:
+    loads, stores = (sorted(map(width, matching(x, body))) for x in (LOAD, STORE))
     kinds = {
         (True, False, True): "read",
         (True, True, True): "write",
         (False, True, False): "zeros",
         (True, True, False): "scale",
     }
-    kind = kinds.get((bool(loads), bool(stores), count(EXP) > 0), "other")
-    exchanges = count(BARRIER), count(SHUFFLE), count(RELOAD)
-    return Loop(kind, len(body), *exchanges, loads, stores)
+    kind = kinds.get((bool(loads), bool(stores), count(EXP, body) > 0), "other")
+    barriers, shuffles, reloads = (count(x, body) for x in (BARRIER, SHUFFLE, RELOAD))
+    return Loop(kind, len(body), barriers, shuffles, reloads, loads, stores)
 
 
 UNCONDITIONAL = r"s_branch|s_endpgm|s_setpc|EXIT$"
@@ -159,10 +169,6 @@ def read_loops(listing: Listing) -> list[Loop]:
     return loops
 
 
-def count_barriers(listing: Listing) -> int:
-    return sum(isinstance(x, Instruction) and bool(re.match(BARRIER, x.op)) for x in listing)
-
-
 def number(pattern: str, text: str) -> int:
     found = re.search(pattern, text)
     if not found:
@@ -171,7 +177,7 @@ def number(pattern: str, text: str) -> int:
 
 
 def read_nvidia(kernel: Any) -> tuple[int, int, Listing]:
-    """(registers, stack, listing) of a compiled kernel."""
+    """Return (registers, stack, listing) of a compiled kernel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
@@ -188,6 +194,25 @@ def read_amd(kernel: Any) -> tuple[int, int, Listing]:
     registers = number(r"\.vgpr_count:\s+(\d+)", text)
     stack = number(r"\.private_segment_fixed_size: (\d+)", text)
     return registers, stack, list(read_amdgcn(own_code(text, kernel.metadata.name)))
+
+
+def offsets_of(ttir: str) -> dict[str, list[str]]:
+    """Find the types of the offsets that a kernel adds to each of its pointers.
+
+    The pointers are arguments, or members of a tuple that is one: the compiler calls those by the
+    name of the tuple and a number.
+    """
+    (kernel,) = re.findall(r"tt\.func public .*?^  }", ttir, re.DOTALL | re.MULTILINE)
+    arguments = re.findall(r"%(\w+): !tt\.ptr", kernel.splitlines()[0])
+    origin = {name: name for name in arguments}
+    splats = re.findall(r"%(\w+) = tt\.splat %(\w+) :", kernel)  # a pointer for each lane
+    origin |= {copy: name for copy, name in splats if name in arguments}
+    added = r"tt\.addptr %(\w+), %\w+ : .*, (?:tensor<[\dx]+x)?(i\d+)>?(?: loc.*)?$"
+    found = collections.defaultdict(set)
+    for base, kind in re.findall(added, kernel, re.MULTILINE):
+        if base in origin:
+            found[origin[base]].add(kind)
+    return {name: sorted(kinds) for name, kinds in sorted(found.items())}
 
 
 def lane_orders(ttgir: str, T: int) -> list[str]:

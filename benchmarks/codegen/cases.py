@@ -55,17 +55,17 @@ def targets(mask: bool, temperature: bool) -> Targets:
 
 
 def tokens(**given: bool) -> Tokens:
-    """With a weight; of the others those that are given."""
+    """Make `Tokens` with a weight, and with those of the other fields that are given."""
     return Tokens(**{name: vector(given.get(name, name == "weight")) for name in Tokens._fields})
 
 
 def logits(V: int, dtype: torch.dtype, stride: int = 0) -> torch.Tensor:
-    """Rows that Triton knows to be aligned, as 16 divides their stride, or with a stride as it comes."""
+    """Make logits with this stride, else with one that 16 divides: Triton knows such rows to be aligned."""
     return tensor(B, T_LEN, stride or triton.cdiv(V, 16) * 16, dtype=dtype)[..., :V]
 
 
 def overlapping(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A gradient of smaller elements over the logits, as the head has it (`schedules.overlaps`)."""
+    """Make a gradient of smaller elements that lies over the logits (`schedules.overlaps`)."""
     return x.view(dtype)[..., : x.shape[-1]]
 
 
@@ -85,20 +85,15 @@ def launch_logprob_bwd(
     dtype: torch.dtype = torch.bfloat16,
     entropy: bool = False,
     extras: bool = False,
-    cap: SoftCap | None = None,
-    stride: int = 0,
     over: torch.dtype | None = None,
+    **more: Any,
 ) -> None:
-    x = logits(V, dtype, stride)
-    logprob.logprob_bwd(
-        vector(),
-        vector(entropy),
-        x,
-        targets(extras, extras),
-        RowStatistics(vector(), vector(entropy), vector(), vector()),
-        x if over is None else overlapping(x, over),
-        cap,
-    )
+    """Launch `logprob_bwd`; `more` may be cap and stride."""
+    x = logits(V, dtype, more.get("stride", 0))
+    dlogits = x if over is None else overlapping(x, over)
+    statistics = RowStatistics(vector(), vector(entropy), vector(), vector())
+    upstream = vector(), vector(entropy)
+    logprob.logprob_bwd(*upstream, x, targets(extras, extras), statistics, dlogits, more.get("cap"))
 
 
 def launch_grpo(
@@ -110,24 +105,25 @@ def launch_grpo(
     over: torch.dtype | None = None,
     cap: SoftCap | None = None,
     objective: Objective | None = None,
+    launcher: Callable[..., Any] = grpo.grpo_fwd_bwd,
     **given: bool,
 ) -> None:
-    """`given`: entropy, rewards, packed, extras."""
-    entropy, rewards, packed, extras = map(
-        given.get, ("entropy", "rewards", "packed", "extras"), [False] * 4
+    """Launch `grpo`; `given` may be entropy (in the loss), returned (entropy), rewards, packed, extras."""
+    entropy, rewards, packed, extras = (
+        given.get(name, False) for name in ("entropy", "rewards", "packed", "extras")
     )
     x = logits(V, dtype, stride)
     written = x if out is None else logits(V, out)
     rest = ("importance", "score", "entropy_weight", "coefficient")
-    grpo.grpo_fwd_bwd(
+    launcher(
         x,
         targets(True, extras),
         tokens(advantages=not rewards, old_logp=True, ref_logp=True, **dict.fromkeys(rest, extras)),
         Rewards(tensor(B) if rewards else None, 2, vector(packed, torch.int64)),
-        return_entropy=False,
+        return_entropy=given.get("returned", False),
         objective=objective or Objective(beta=0.04, entropy_coef=0.01 if entropy else 0.0),
         dlogits=written if over is None else overlapping(x, over),
-        softcap=cap,
+        **({} if cap is None else {"softcap": cap}),
     )
 
 
@@ -204,16 +200,9 @@ def grouping(labels: bool) -> Grouping:
     return Grouping(16, tensor(256, dtype=torch.int64) if labels else None)
 
 
-def launch_group_advantage(scale: str = "group", labels: bool = False) -> None:
-    group_advantage.group_advantage_fwd(tensor(256), grouping(labels), Standardization(scale, 1e-4))
-
-
-def launch_group_advantage_variants(labels: bool = False) -> None:
-    group_advantage.group_advantage_fwd(
-        tensor(256),
-        grouping(labels),
-        Standardization("group", 1e-4, leave_one_out=True, skip_nan=True, raw_singletons=True),
-    )
+def launch_group_advantage(scale: str = "group", labels: bool = False, **more: bool) -> None:
+    standardization = Standardization(scale, 1e-4, **more)
+    group_advantage.group_advantage_fwd(tensor(256), grouping(labels), standardization)
 
 
 def launch_combine_rewards(normalize: bool, labels: bool = False) -> None:
@@ -229,121 +218,99 @@ OBJECTIVES = {
     **{x: Objective(kl=x, beta=0.04) for x in get_args(KL) if x != "k3"},
     "k3+": Objective(beta=0.04, kl_gradient="k2"),
     "k3 where not clamped": Objective(beta=0.04, kl_value_clip=10.0, kl_gradient="k2_clipped"),
-    **{
-        f"{x} ratio": Objective(surrogate=x, beta=0.04, dppo_value="ratio")
-        for x in ("dppo_tv", "dppo_kl")
-    },
+    "dppo_tv ratio": Objective(surrogate="dppo_tv", beta=0.04, dppo_value="ratio"),
+    "dppo_kl ratio": Objective(surrogate="dppo_kl", beta=0.04, dppo_value="ratio"),
 }
-BY_TOKEN = {x: o for x, o in OBJECTIVES.items() if not o.needs_sequences and x != "clip"}
+BY_TOKEN = {
+    x: {"objective": o} for x, o in OBJECTIVES.items() if not o.needs_sequences and x != "clip"
+}
 BY_SEQUENCE = {
     "gspo": Objective(ratio="sequence", beta=0.04, kl="k3_unbiased"),
     "gspo_token": Objective(ratio="sequence_token", beta=0.04),
     "off_policy_mask": Objective(off_policy_threshold=0.1, beta=0.04),
     **{x: o for x, o in OBJECTIVES.items() if o.needs_sequences},
 }
-OVERLAPS: dict[str, dict[str, Any]] = {
-    "": {},
-    " entropy": {"entropy": True},
-    " capped": {"cap": CAP},
-    " 151665": {"V": 151_665},
+Options = dict[str, Any]
+FP32: Options = {"dtype": torch.float32}
+SPLIT: Options = {"V": V_SPLIT}
+OVER: Options = {**SPLIT, **FP32, "over": torch.bfloat16}
+TO_BF16: Options = {**SPLIT, **FP32, "out": torch.bfloat16}
+# What a word in the name of a case says of the launch, unless the case has options of its own.
+WORDS: dict[str, Options] = {
+    **{word: {word: True} for word in ("entropy", "extras", "rewards", "packed", "labels")},
+    **{scale: {"scale": scale} for scale in ("batch", "none")},
+    **{"split": SPLIT, "fp32": FP32, "overlap": OVER, "capped": {"cap": CAP}},
+    **{"small": {"V": V_SMALL}, "padded": {"V": 50_257}, "151665": {"V": 151_665}},
+    "variants": {"leave_one_out": True, "skip_nan": True, "raw_singletons": True},
+    "bare": {"extras": False},
 }
+OVERLAPS = ("overlap", "overlap entropy", "overlap capped", "overlap 151665")
+
+
+def cases(
+    kernel: str, launch: Callable[..., None], *names: str, **more: Options
+) -> dict[str, Callable[[], None]]:
+    """Name launches by their kernel and what is special about them; `more` have options as well."""
+    found: dict[str, Callable[[], None]] = {}
+    for name in (*names, *more):
+        options: Options = {}
+        for word in name.split():
+            options |= WORDS.get(word, {})
+        found[f"{kernel} {name}".strip()] = partial(launch, **(options | more.get(name, {})))
+    return found
+
+
 # Rows one after the other that do not all start at 16 bytes (GPT-2's vocabulary, Qwen2.5's without
-# padding), or do so although 16 does not divide their stride (Llama 3's with 8 more). First the case that
-# each is like.
+# padding), or do so although 16 does not divide their stride (Llama 3's with 8 more). First the
+# case that each is like.
+EVEN: dict[str, tuple[Callable[..., None], Options]] = {
+    "grpo": (launch_grpo, {}),
+    "grpo fp16": (launch_grpo, {"dtype": torch.float16}),
+    "grpo fp32": (launch_grpo, FP32),
+    "logprob_fwd": (launch_logprob_fwd, {}),
+    "logprob_bwd": (launch_logprob_bwd, {}),
+    "scale_rows": (launch_scale_rows, {}),
+    "logprob_fwd fp32 split": (launch_logprob_fwd, FP32),
+    "grpo fp32 split entropy": (launch_grpo, {**FP32, "entropy": True}),
+}
 UNEVEN = {
-    f"{case} {V}": (case, partial(launch, V, dtype, stride=V))
+    f"{case} {V}": (case, partial(launch, V, stride=V, **options))
     for V in (50_257, 151_665, 128_264)
-    for case, launch, dtype in (
-        ("grpo", launch_grpo, torch.bfloat16),
-        ("grpo fp16", launch_grpo, torch.float16),
-        ("grpo fp32", launch_grpo, torch.float32),
-        *(
-            (
-                ("logprob_fwd", launch_logprob_fwd, torch.bfloat16),
-                ("logprob_bwd", launch_logprob_bwd, torch.bfloat16),
-                ("scale_rows", launch_scale_rows, torch.bfloat16),
-                ("logprob_fwd fp32 split", launch_logprob_fwd, torch.float32),
-                (
-                    "grpo fp32 split entropy",
-                    partial(launch_grpo, entropy=True),
-                    torch.float32,
-                ),
-            )
-            if V == 151_665
-            else ()
-        ),
-    )
+    for case, (launch, options) in list(EVEN.items())[: None if V == 151_665 else 3]
 }
 # Clip, k3, old and reference log-probs, bfloat16: what most runs launch.
 COMMON = ("grpo", "grpo split")
 CASES: dict[str, Callable[[], None]] = {
-    "logprob_fwd": launch_logprob_fwd,
-    "logprob_fwd entropy": partial(launch_logprob_fwd, entropy=True),
-    "logprob_fwd split": partial(launch_logprob_fwd, V_SPLIT),
-    "logprob_fwd split entropy extras": partial(
-        launch_logprob_fwd, V_SPLIT, entropy=True, extras=True
-    ),
-    "logprob_fwd fp32 split": partial(launch_logprob_fwd, V_SPLIT, torch.float32),
-    "logprob_fwd fp32 split entropy": partial(
-        launch_logprob_fwd, V_SPLIT, torch.float32, entropy=True
-    ),
-    "logprob_bwd": launch_logprob_bwd,
-    "logprob_bwd entropy": partial(launch_logprob_bwd, entropy=True),
-    "logprob_bwd split entropy extras": partial(
-        launch_logprob_bwd, V_SPLIT, entropy=True, extras=True
-    ),
-    "grpo": launch_grpo,
-    "grpo split": partial(launch_grpo, V_SPLIT),
-    "grpo entropy": partial(launch_grpo, entropy=True),
-    "grpo split entropy extras": partial(launch_grpo, V_SPLIT, entropy=True, extras=True),
-    "grpo small": partial(launch_grpo, V_SMALL),
-    "grpo padded": partial(launch_grpo, 50_257),
-    "grpo rewards": partial(launch_grpo, rewards=True),
-    "grpo rewards packed": partial(launch_grpo, V_SPLIT, rewards=True, packed=True),
-    "grpo fp16": partial(launch_grpo, V_SPLIT, torch.float16),
-    "grpo fp32": partial(launch_grpo, V_SPLIT, torch.float32),
-    "grpo fp32 split entropy": partial(launch_grpo, V_SPLIT, torch.float32, entropy=True),
-    "grpo fp32 entropy": partial(launch_grpo, V_ROW, torch.float32, entropy=True),
-    "grpo fp32 to bf16": partial(launch_grpo, V_SPLIT, torch.float32, out=torch.bfloat16),
-    **{
-        f"{kernel} overlap{name}": partial(
-            launch, **{"V": V_SPLIT, "dtype": torch.float32, "over": torch.bfloat16, **x}
-        )
-        for kernel, launch in (("grpo", launch_grpo), ("logprob_bwd", launch_logprob_bwd))
-        for name, x in OVERLAPS.items()
-    },
-    "grpo capped": partial(launch_grpo, V_SPLIT, torch.float32, out=torch.bfloat16, cap=CAP),
-    "grpo capped entropy": partial(launch_grpo, entropy=True, cap=CAP),
-    "logprob_fwd capped": partial(launch_logprob_fwd, V_SPLIT, torch.float32, cap=CAP),
-    "logprob_bwd capped": partial(launch_logprob_bwd, V_SPLIT, entropy=True, cap=CAP),
-    **{f"grpo {name}": partial(launch_grpo, objective=x) for name, x in BY_TOKEN.items()},
+    **cases("logprob_fwd", launch_logprob_fwd, "", "entropy", "split", "split entropy extras"),
+    **cases("logprob_fwd", launch_logprob_fwd, "fp32 split", "fp32 split entropy"),
+    **cases("logprob_bwd", launch_logprob_bwd, "", "entropy", "split entropy extras"),
+    **cases("grpo", launch_grpo, "", "split", "entropy", "split entropy extras", "small", "padded"),
+    **cases("grpo", launch_grpo, "rewards", **{"rewards packed": SPLIT}),
+    **cases("grpo", launch_grpo, fp16=SPLIT | {"dtype": torch.float16}, fp32=SPLIT),
+    **cases("grpo", launch_grpo, "fp32 split entropy", "fp32 entropy", **{"fp32 to bf16": TO_BF16}),
+    **cases("grpo", launch_grpo, *OVERLAPS),
+    **cases("logprob_bwd", launch_logprob_bwd, *OVERLAPS),
+    **cases("grpo", launch_grpo, capped=TO_BF16),
+    **cases("grpo", launch_grpo, "capped entropy"),
+    **cases("logprob_fwd", launch_logprob_fwd, capped=SPLIT | FP32),
+    **cases("logprob_bwd", launch_logprob_bwd, capped=SPLIT | {"entropy": True}),
+    **cases("grpo", launch_grpo, **BY_TOKEN),
     **{name: launch for name, (_, launch) in UNEVEN.items()},
-    "scale_rows": launch_scale_rows,
-    "scale_rows split fp32": partial(launch_scale_rows, V_SPLIT, torch.float32),
+    **cases("scale_rows", launch_scale_rows, "", "split fp32"),
     "linear_grpo scale": launch_scale,
     "linear_grpo scale to bf16": partial(launch_scale, torch.bfloat16),
     "linear_logprob weigh_rows": launch_weigh_rows,
     "linear move_rows": launch_move_rows,
-    "policy_loss": launch_policy_loss,
-    "policy_loss bare": partial(launch_policy_loss, extras=False),
-    **{
-        f"policy_loss {name}": partial(launch_policy_loss, objective=x)
-        for name, x in BY_TOKEN.items()
-    },
+    **cases("policy_loss", launch_policy_loss, "", "bare", **BY_TOKEN),
     **{
         f"sequence_loss {name}": partial(launch_sequence_loss, x, packed=name == "gspo")
         for name, x in BY_SEQUENCE.items()
     },
-    "token_statistics": launch_token_statistics,
-    "token_statistics bare": partial(launch_token_statistics, extras=False),
+    **cases("token_statistics", launch_token_statistics, "", "bare"),
     "reduction_weights": launch_reduction_weights,
     "reduction_weights packed": partial(launch_reduction_weights, "token_mean", packed=True),
-    "group_advantage": launch_group_advantage,
-    "group_advantage labels": partial(launch_group_advantage, labels=True),
-    "group_advantage batch": partial(launch_group_advantage, "batch"),
-    "group_advantage none": partial(launch_group_advantage, "none"),
-    "group_advantage variants": launch_group_advantage_variants,
-    "group_advantage variants labels": partial(launch_group_advantage_variants, labels=True),
+    **cases("group_advantage", launch_group_advantage, "", "labels", "batch", "none"),
+    **cases("group_advantage", launch_group_advantage, "variants", "variants labels"),
     "combine_rewards": partial(launch_combine_rewards, False),
     "combine_rewards normalize": partial(launch_combine_rewards, True),
     "combine_rewards normalize labels": partial(launch_combine_rewards, True, labels=True),

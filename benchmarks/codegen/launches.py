@@ -17,7 +17,7 @@ class Launch(NamedTuple):
     arguments: dict[str, Any]  # compile options included
 
 
-def record(case: Callable[[], None]) -> Launch:
+def record(case: Callable[[], object]) -> Launch:
     """Return the one launch that `case` makes, instead of making it."""
     launches = []
 
@@ -57,9 +57,9 @@ def specialise(launch: Launch) -> Specialisation:
 
 
 def _specialise_one(value: Any, path: tuple[int, ...], special: bool, found: Specialisation) -> Any:
-    """The type of an argument, or of each member of a tuple; constants and divisors go into `found`."""
+    """Return the type of an argument, for a tuple those of its members; the rest goes into `found`."""
     if isinstance(value, tuple):
-        # As Triton 3.4 does it, all members are specialised.
+        # All members are specialised, as Triton 3.4 does it.
         types = [_specialise_one(x, (*path, i), True, found) for i, x in enumerate(value)]
         return type(value)(*types) if hasattr(value, "_fields") else tuple(types)
     number = type(value) is int

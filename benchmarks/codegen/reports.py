@@ -3,14 +3,15 @@
 The launchers run on tensors without storage (device "meta"), and each launch is compiled with the
 specialisation that Triton would choose at run time; then the assembly is read.
 
-    python -m benchmarks.codegen [--save] [--json] [sm_80 sm_90 sm_100 gfx942]
+    python -m benchmarks.codegen [--save | --on-chip] [sm_80 sm_90 sm_100 gfx942]
+    python -m benchmarks.codegen sm_90 --case "policy_loss topr" --case "grpo topr"    # seconds
 
 `--save` writes `codegen.json`, from which RESULTS.md and the cost model take their numbers.
+`--on-chip` compiles `kernels/on_chip.py` alone, which needs Triton 3.8.
 """
 
-import argparse
-import collections
 import dataclasses
+import difflib
 import json
 import os
 import re
@@ -25,18 +26,13 @@ from unittest import mock
 import triton
 from triton.backends.compiler import GPUTarget
 
-from benchmarks import ROOT
+from benchmarks import ROOT, command_line
+from benchmarks.codegen import assembly
 from benchmarks.codegen import saved as compiled
-from benchmarks.codegen.assembly import (
-    Loop,
-    count_barriers,
-    lane_orders,
-    read_amd,
-    read_loops,
-    read_nvidia,
-)
+from benchmarks.codegen.assembly import Loop
 from benchmarks.codegen.cases import CASES
 from benchmarks.codegen.launches import compile_launch, record
+from benchmarks.on_chip import cases as on_chip_cases
 from grpo_fast.kernels import schedules
 
 TARGETS = {
@@ -45,6 +41,7 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+ACCESSES = {"loads": assembly.LOAD, "stores": assembly.STORE}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,9 +58,11 @@ class Report:
     shared: int
     barriers: int
     loops: list[Loop]
-    offsets: dict[str, list[str]]  # pointer argument -> types of the offsets added to it
+    offsets: dict[str, list[str]]  # as `assembly.offsets_of` finds them
     hide_nan: int  # minima and maxima that return the other operand
     lanes: list[str]  # in which orders the lanes of a tile are added up
+    cluster_barriers: int
+    accesses: dict[str, dict[str, int]]  # "loads" and "stores": bits of an access -> how many
 
     def row_loops(self) -> list[Loop]:
         return [loop for loop in self.loops if loop.kind != "other"]
@@ -82,16 +81,15 @@ class Report:
         return 65_536 // (-(-self.registers // 8) * 8 * self.threads)
 
 
-def inspect(case: str, target: str) -> Report:
+def inspect(case: str, target: str, on_chip: bool = False) -> Report:
     gpu = TARGETS[target]
     with mock.patch.object(schedules, "WARP_SIZE", gpu.warp_size):
-        launch = record(CASES[case])
+        launch = record(cases_of(on_chip)[case])
     kernel = compile_launch(launch, gpu)
-    registers, stack, listing = (read_nvidia if gpu.backend == "cuda" else read_amd)(kernel)
+    read = assembly.read_nvidia if gpu.backend == "cuda" else assembly.read_amd
+    registers, stack, listing = read(kernel)
     ttir = kernel.asm["ttir"]
-    offsets = collections.defaultdict(set)
-    for name, kind in re.findall(r"tt\.addptr %(\w+_ptr), %\w+ : !tt\.ptr<\w+>, (i\d+)", ttir):
-        offsets[name].add(kind)
+    T = getattr(launch.arguments.get("TILES"), "T", 0)
     big = launch.arguments.get("logits_ptr", launch.arguments.get("x_ptr"))
     return Report(
         case=case,
@@ -102,20 +100,33 @@ def inspect(case: str, target: str) -> Report:
         registers=registers,
         stack=stack,
         shared=kernel.metadata.shared,
-        barriers=count_barriers(listing),
-        loops=[] if big is None else read_loops(listing),
-        offsets={name: sorted(kinds) for name, kinds in sorted(offsets.items())},
-        lanes=lane_orders(kernel.asm["ttgir"], getattr(launch.arguments.get("TILES"), "T", 0)),
+        barriers=assembly.count(assembly.BARRIER, listing),
+        loops=[] if big is None else assembly.read_loops(listing),
+        offsets=assembly.offsets_of(ttir),
+        lanes=assembly.lane_orders(kernel.asm["ttgir"], T),
         hide_nan=len(re.findall(r"arith\.(?:min|max)numf", ttir)),
+        cluster_barriers=assembly.count(assembly.CLUSTER_BARRIER, listing),
+        accesses={name: assembly.widths(pattern, listing) for name, pattern in ACCESSES.items()},
     )
 
 
-def collect(targets: Iterable[str] = TARGETS, jobs: int = 2) -> list[Report]:
-    """Report all cases on all targets, compiled in processes that do not interpret Triton."""
+def cases_of(on_chip: bool) -> dict[str, Any]:
+    """Return the launches to compile, by name: of `kernels/on_chip.py`, or of the other kernels."""
+    return on_chip_cases.CASES if on_chip else CASES
+
+
+def collect(
+    targets: Iterable[str] = TARGETS,
+    jobs: int = 2,
+    on_chip: bool = False,
+    cases: Iterable[str] = (),
+) -> list[Report]:
+    """Report cases, all by default, compiled in processes that do not interpret Triton."""
     environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
 
     def run(target: str) -> list[Report]:
         command = [sys.executable, "-m", "benchmarks.codegen", "--json", target]
+        command += ["--on-chip"] * on_chip + [f"--case={case}" for case in cases]
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
@@ -148,17 +159,30 @@ def save(reports: list[Report], path: Path = compiled.SAVED) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("targets", nargs="*", help="all by default")
+    parser = command_line(__doc__, "python -m benchmarks.codegen")
+    parser.add_argument("targets", nargs="*", metavar="target", help=f"of {', '.join(TARGETS)}")
+    parser.add_argument("--case", action="append", help="only this case of `CASES`; repeatable")
     parser.add_argument("--json", action="store_true", help="for programs")
-    parser.add_argument("--save", action="store_true", help=f"write {compiled.SAVED.name}")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--save", action="store_true", help=f"write {compiled.SAVED.name}")
+    which.add_argument("--on-chip", action="store_true", help="kernels/on_chip.py instead")
     args = parser.parse_args()
-    targets = args.targets or list(TARGETS)
+    known, known_cases = on_chip_cases.TARGETS if args.on_chip else TARGETS, cases_of(args.on_chip)
+    targets, cases = args.targets or list(known), args.case or ()
+    for target in set(targets) - {*known}:
+        parser.error(f"target {target!r} is unknown; choose from {', '.join(known)}")
+    for case in set(cases) - known_cases.keys():
+        near = ", ".join(difflib.get_close_matches(case, known_cases))
+        hint = f"; there are {near}" if near else ""
+        parser.error(f"--case {case!r} is unknown{hint}; `CASES` in cases.py has the list")
+    if args.save and (args.targets or args.case):
+        parser.error("--save writes all targets and cases: leave targets and --case out")
     if args.json:
-        reports = [inspect(case, target) for target in targets for case in CASES]
+        chosen = cases or known_cases
+        reports = [inspect(case, target, args.on_chip) for target in targets for case in chosen]
         json.dump([dataclasses.asdict(x) for x in reports], sys.stdout)
-    else:
-        reports = collect(targets)
-        print(compiled.table(map(summary, reports)))
-        if args.save:
-            save(reports)
+        return
+    reports = collect(targets, on_chip=args.on_chip, cases=cases)
+    print(compiled.table(map(summary, reports)))
+    if args.save:
+        save(reports)

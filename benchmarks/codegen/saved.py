@@ -5,6 +5,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.report import markdown
+
 SAVED = Path(__file__).resolve().parent / "codegen.json"
 
 
@@ -15,14 +17,11 @@ def load(path: Path = SAVED) -> dict[str, Any]:
 
 def table(rows: Iterable[dict[str, Any]]) -> str:
     """Write the rows as a Markdown table."""
-    lines = [
-        "| target | launch | registers | resident programs | stack | shared memory | barriers "
-        "| instructions / element | bits per access |",
-        "|---|---|--:|--:|--:|--:|--:|---|---|",
-    ]
+    head = ["target", "launch", "registers", "resident programs", "stack", "shared memory"]
+    head += ["barriers", "instructions / element", "bits per access"]
+    lines = []
     for row in rows:
         work = ", ".join(f"{k} {x:.1f}" for k, x in row["per_element"].items())
         numbers = [v for k, v in row.items() if k not in ("per_element", "bits")]
-        cells = (*numbers, work, ", ".join(map(str, row["bits"])))
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join(lines)
+        lines.append([*numbers, work, ", ".join(map(str, row["bits"]))])
+    return markdown.table(head, lines, left=(0, 1, 7, 8))

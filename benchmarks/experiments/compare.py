@@ -10,7 +10,6 @@ that are equal that happens to one benchmark in 126 by chance with 5 rounds of e
 with 3.
 """
 
-import argparse
 import contextlib
 import json
 import statistics
@@ -20,8 +19,9 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from benchmarks import ROOT
+from benchmarks import ROOT, command_line
 from benchmarks.measuring import machine
+from benchmarks.report import markdown
 
 WORKING_TREE = "."
 ROUNDS = 5
@@ -68,7 +68,7 @@ def measure(folder: Path, arguments: Sequence[str], out: Path) -> Times:
 def alternate(
     base: Path, head: Path, arguments: Sequence[str], rounds: int, out: Path
 ) -> tuple[list[Times], list[Times]]:
-    """Measure both in turns."""
+    """Measure both trees in turns."""
     times: dict[str, list[Times]] = {"base": [], "head": []}
     for i in range(rounds):
         order = [("base", base), ("head", head)][:: 1 if i % 2 == 0 else -1]
@@ -78,27 +78,25 @@ def alternate(
     return times["base"], times["head"]
 
 
-def table(base: list[Times], head: list[Times]) -> Iterator[str]:
-    yield "| benchmark | base, ms | head, ms | base / head | range of the rounds | |"
-    yield "|---|--:|--:|--:|--:|---|"
+def table(base: list[Times], head: list[Times]) -> str:
+    rows = []
     for name in sorted(set().union(*base, *head)):
         a, b = ([times[name] for times in rounds if name in times] for rounds in (base, head))
         if not a or not b:
-            yield f"| {name} | | | | | only in {'head' if b else 'base'} |"
+            rows.append([name, *[""] * 4, f"only in {'head' if b else 'base'}"])
             continue
+        one, two = statistics.median(a), statistics.median(b)
         apart = min(a) > max(b) or max(a) < min(b)
-        ratio = statistics.median(a) / statistics.median(b)
-        verdict = ("faster" if ratio > 1 else "slower") if apart else "no difference"
-        yield (
-            f"| {name} | {statistics.median(a) * 1e3:.3f} | {statistics.median(b) * 1e3:.3f} "
-            f"| {ratio:.3f} | {min(a) / max(b):.3f} to {max(a) / min(b):.3f} | {verdict} |"
-        )
+        verdict = ("faster" if one > two else "slower") if apart else "no difference"
+        spread = f"{min(a) / max(b):.3f} to {max(a) / min(b):.3f}"
+        times = [f"{x * 1e3:.3f}" for x in (one, two)]
+        rows.append([name, *times, f"{one / two:.3f}", spread, verdict])
+    columns = ["benchmark", "base, ms", "head, ms", "base / head", "range of the rounds", ""]
+    return markdown.table(columns, rows, left=(0, 5))
 
 
 def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__)
     parser.add_argument("base", help="a commit")
     parser.add_argument("head", help="a commit, or . for the working tree")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"of both (default: {ROUNDS})")
@@ -111,7 +109,7 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
         tree(options.head, root, Path(temporary, "head")) as head,
     ):
         results = alternate(base, head, rest, options.rounds, Path(temporary))
-    print("\n".join(table(*results)))
+    print(table(*results))
     return 0
 
 

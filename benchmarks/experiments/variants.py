@@ -1,17 +1,15 @@
 """Time variants of a kernel side by side on the same inputs: the experiments of NOTES.md.
 
     python -m benchmarks.experiments.variants grpo --out FILE  # times, in place, at S0
-    python -m benchmarks.experiments.variants grpo --compile   # no times: fills Triton's cache
-    python -m benchmarks.experiments.variants grpo --once      # one launch of each, for a profiler
+    python -m benchmarks.experiments.variants grpo --once      # one launch of each, no times
     python -m benchmarks.experiments.variants vocabularies | logprob | head
 
-A variant is this project's `kernels/` with some text replaced (`VARIANTS`), or another folder of
-kernels (`--folder NAME=PATH`), imported under a name of its own. Every variant is held against
-float64 on some rows before it is timed, by events on the device; the inputs are new in every round.
+A variant is this project's `kernels/` with some text replaced (`VARIANTS`), imported under a name
+of its own; or a kernel that `python -m benchmarks.on_chip` compiled (`--cubins FOLDER`). Every
+variant is held against float64 on some rows before it is timed, by events on the device, on new
+inputs in every round. Compiled kernels come last, as the most likely to lose the GPU.
 """
 
-import argparse
-import dataclasses
 import functools
 import importlib
 import statistics
@@ -24,25 +22,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import ROOT
+from benchmarks import ROOT, command_line
 from benchmarks.inputs import shapes
 from benchmarks.inputs.batches import Batch, make_batch
 from benchmarks.measuring import gate, machine, recorder
 from grpo_fast import Objective, reference
 from grpo_fast.loss import linear_grpo_loss
+from grpo_fast.records import Rewards, Targets, Tokens
 
 KERNELS = ROOT / "kernels"
 ROUNDS, WARMUP = 20, 3
 S0 = shapes.get("qwen2.5-7b-16k")
 
 Edit = tuple[str, str, str]  # file, text, what stands there instead
-
-
-def _side(n: int) -> Edit:
-    """Change how many segments of a float32 row are read at a time."""
-    return ("grpo.py", "side = 4 if entropy", f"side = {n} if entropy")
-
-
 # Segments of one tile for halves too: two at a time in `grpo`, two one after the other in
 # `logprob`.
 T_STEPS = "T, steps = 16 // itemsize * threads, "
@@ -51,25 +43,27 @@ SIDE_BY_SIDE: list[Edit] = [
     ("schedules.py", f"{T_STEPS}2", f"{T_STEPS}1"),
     ("schedules.py", "\nSEGMENTS = 4 ", "\nSEGMENTS = 2 "),
 ]
-# What waits for a GPU. Parts, stages, tiles, threads and cache hints were measured: NOTES.md.
+# What waits for a GPU. Parts, stages, tiles, threads, cache hints, and the segments of float32 were
+# measured: NOTES.md.
 VARIANTS: dict[str, list[Edit]] = {
     "as it is": [],
-    "two segments side by side": [*SIDE_BY_SIDE, _side(2)],
-    "float32: 2 segments at a time": [_side(2)],
-    "float32: 1 segment at a time": [_side(1)],
+    "two segments side by side": [
+        *SIDE_BY_SIDE,
+        ("grpo.py", "side = 4 if out.entropy", "side = 2 if out.entropy"),
+    ],
 }
 ON_CHIP = "on chip"  # what GRPO_FAST_ON_CHIP=1 runs, where it can
 LOGPROB: dict[str, list[Edit]] = {"as it is": [], "two segments one after the other": SIDE_BY_SIDE}
 
 
-def load(name: str, edits: list[Edit], folder: Path | None = None) -> Callable[[str], Any]:
+def load(name: str, edits: list[Edit]) -> Callable[[str], Any]:
     """Import kernels as a package of their own; return a function from a file's name to its module."""
     package = "variant_" + "".join(c if c.isalnum() else "_" for c in name)
     root = Path(tempfile.gettempdir()) / "grpo_fast_variants"  # the same path: Triton's cache holds
     target = root / package
     target.mkdir(parents=True, exist_ok=True)
     (target / "__init__.py").write_text("")
-    sources = {path.name: path.read_text() for path in (folder or KERNELS).glob("*.py")}
+    sources = {path.name: path.read_text() for path in KERNELS.glob("*.py")}
     for file, old, new in edits:
         assert old in sources[file], f"{name}: {file} holds no {old!r}"
         sources[file] = sources[file].replace(old, new)
@@ -81,11 +75,10 @@ def load(name: str, edits: list[Edit], folder: Path | None = None) -> Callable[[
     return lambda stem: importlib.import_module(f"{package}.{stem}")
 
 
-def make(shape: shapes.Shape, dtype: torch.dtype, padded: int = 0) -> Batch:
+def make(shape: shapes.Shape, padded: int = 0) -> Batch:
     """Make a batch on the GPU, the rows of its logits `padded` apart."""
-    batch = make_batch(shape, "full", torch.device("cuda"), dtype)
+    batch = make_batch(shape, "full", torch.device("cuda"), torch.bfloat16)
     if padded:
-        assert batch.logits is not None
         wide = torch.nn.functional.pad(batch.logits, (0, padded - shape.V))
         batch.logits = wide[..., : shape.V]
     return batch
@@ -93,16 +86,27 @@ def make(shape: shapes.Shape, dtype: torch.dtype, padded: int = 0) -> Batch:
 
 def launch(module: Any, batch: Batch, work: Tensor, out: Tensor) -> Tensor:
     """Call `grpo_fwd_bwd` of a variant's kernels on `work`; return the loss of each token."""
-    shape, tokens = batch.shape, batch.arguments
-    given: dict[str, Any] = dict.fromkeys(
-        ("mask", "rewards", "sequence", "importance", "score", "coefficient", "entropy_weight")
+    shape, given = batch.shape, batch.arguments
+    rest = dict.fromkeys(("importance", "score", "entropy_weight", "coefficient"))
+    tokens = Tokens(
+        weight=torch.full((shape.N,), 1 / shape.N, device=work.device),
+        advantages=given["advantages"].repeat_interleave(shape.T),
+        old_logp=given["old_logps"].flatten(),
+        ref_logp=given["ref_logps"].flatten(),
+        **rest,
     )
-    given |= {"temperature": None, "inv_temperature": 1.0, "return_entropy": False}
-    given |= {"group_size": shape.G, "objective": batch.objective, "ids": batch.ids.flatten()}
-    given["weight"] = torch.full((shape.N,), 1 / shape.N, device=work.device)
-    given["advantages"] = tokens["advantages"].repeat_interleave(shape.T)
-    given |= {"old_logp": tokens["old_logps"].flatten(), "ref_logp": tokens["ref_logps"].flatten()}
-    return module.grpo_fwd_bwd(work, dlogits=out, **given)[0]
+    rewards = Rewards(None, shape.G, None)
+    results = module.grpo_fwd_bwd(
+        *(work, targets_of(batch), tokens, rewards),
+        return_entropy=False,
+        objective=batch.objective,
+        dlogits=out,
+    )
+    return results.loss
+
+
+def targets_of(batch: Batch) -> Targets:
+    return Targets(batch.ids.flatten(), mask=None, temperature=None, inv_temperature=1.0)
 
 
 def timed(run: Callable[[], object], before: Callable[[], object], rounds: int = ROUNDS) -> dict:
@@ -117,92 +121,79 @@ def timed(run: Callable[[], object], before: Callable[[], object], rounds: int =
     return {"median": middle, "iqr": high - low, "min": min(seconds), "rounds": rounds}
 
 
-class Sheet:
-    """Rows of results, written after each."""
+class Sheet(recorder.Sheet):
+    """The rows of a suite, written after each."""
 
     def __init__(self, out: Path | None, suite: str) -> None:
-        self.out = out
-        self.document: dict[str, Any] = {"experiment": suite, "rows": []}
-        if out:
-            info = machine.describe() | {"absent": {}}
-            self.document |= {"machine_info": info, "benchmarks": []}
+        super().__init__(out, "rows", experiment=suite)
 
     def attempt(self, about: dict[str, Any], run: Callable[[], dict[str, Any]]) -> None:
         """Add a row, or why there is none; end where an error took the GPU from this process."""
         try:
-            row = about | run()
+            self.append(about | run())
         except Exception as error:
-            message = next(iter(str(error).splitlines()), "")
-            row = about | {"failed": f"{type(error).__name__}: {message}"}
-        self.document["rows"].append(row)
-        print(row, flush=True)
-        if self.out:
-            recorder.write(self.out, self.document)
+            self.append(about | {"failed": recorder.reason_of(error)})
         if machine.lost():
             raise SystemExit(1)
 
 
 def grpo_modules(options: Any) -> dict[str, Any]:
+    """Import every variant that was asked for; say why one cannot be."""
     found = {}
-    chosen: dict[str, tuple[list[Edit], Path | None]] = {k: (v, None) for k, v in VARIANTS.items()}
-    chosen[ON_CHIP] = ([], None)
-    chosen |= {name: ([], Path(path)) for name, path in (x.split("=", 1) for x in options.folder)}
-    for name, (edits, folder) in chosen.items():
-        if options.only and not any(word in name for word in options.only):
+    for name, edits in (VARIANTS | {ON_CHIP: []}).items():
+        if not _wanted(name, options):
             continue
         try:
-            module = load(name, edits, folder)
-            why = name == ON_CHIP and module("on_chip").unavailable(torch.device("cuda"))
-            if why or (name == ON_CHIP and options.float32):
-                print(f"{name}: {why or 'it takes halves'}")
-                continue
-            found[name] = module("on_chip" if name == ON_CHIP else "grpo")
+            module = load(name, edits)("on_chip" if name == ON_CHIP else "grpo")
+            if name == ON_CHIP and (why := module.unavailable(torch.device("cuda"))):
+                raise RuntimeError(why)
+            found[name] = module
         except Exception as error:
-            print(f"{name}: {type(error).__name__}: {error}")
+            print(f"{name}: {recorder.reason_of(error)}")
+    if options.cubins:
+        from benchmarks.on_chip import driver
+
+        kernels = driver.load(options.cubins)
+        found |= {name: kernel for name, kernel in kernels.items() if _wanted(name, options)}
     return found
 
 
-def compared(module: Any, x: Batch, dtype: torch.dtype, rounds: int = ROUNDS) -> dict[str, Any]:
-    """Check a variant with a gradient in `dtype`, then time it."""
-    assert x.logits is not None
-    work, out = buffers(x, dtype)
-    loss = launch(module, x, work, out)
-    error = gate.check("grpo", x, loss.sum(), (out,))["gradient"]
-    found = timed(
-        lambda: launch(module, x, work, out), functools.partial(work.copy_, x.logits), rounds
-    )
-    moved = x.shape.N * x.shape.V * (work.element_size() + out.element_size())
+def _wanted(name: str, options: Any) -> bool:
+    return not options.only or any(word in name for word in options.only)
+
+
+def compared(module: Any, x: Batch, rounds: int = ROUNDS) -> dict[str, Any]:
+    """Check a variant in place, then time it."""
+    work = like(x.logits)
+    loss = launch(module, x, work, work).sum()
+    error = gate.check("grpo", x, loss, (work,))["gradient"]
+    run = functools.partial(launch, module, x, work, work)
+    found = timed(run, functools.partial(work.copy_, x.logits), rounds)
+    moved = 2 * x.shape.N * x.shape.V * work.element_size()
     return {"error": error, **found, "bytes_per_second": moved / found["median"]}
 
 
-def buffers(x: Batch, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Copy the logits, and make the buffer of their gradient: the same where they have one dtype."""
-    assert x.logits is not None
-    work = torch.empty_strided(
-        x.logits.shape, x.logits.stride(), dtype=x.logits.dtype, device=x.logits.device
-    ).copy_(x.logits)
-    return work, work if dtype == work.dtype else torch.empty_like(work, dtype=dtype)
+def like(x: Tensor) -> Tensor:
+    """Copy a tensor with its strides."""
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(x)
 
 
 def suite_grpo(options: Any) -> None:
-    """Time `grpo` in place at S0; `--compile` on a few rows, `--once` one launch each."""
-    shape, dtype = S0, torch.bfloat16  # float32 logits have a bfloat16 gradient, as in the head
-    if options.float32:
-        shape, dtype = shapes.get("qwen2.5-7b-4k"), torch.float32
-    if options.compile:
-        shape = dataclasses.replace(shape, B=1, T=64)
-    x = make(shape, dtype)
-    sheet = Sheet(options.out, f"grpo {dtype}")
+    """Time `grpo` in place at S0."""
+    x = make(S0)
+    sheet = Sheet(options.out, f"grpo {x.logits.dtype}")
 
     def row(module: Any) -> dict[str, Any]:
-        if not (options.compile or options.once):
-            return compared(module, x, torch.bfloat16)
-        launch(module, x, *buffers(x, torch.bfloat16))
+        if not options.once:
+            return compared(module, x)
+        work = like(x.logits)
+        launch(module, x, work, work)
         torch.cuda.synchronize()
         return {}
 
     for name, module in grpo_modules(options).items():
-        about = {"variant": name, "shape": [shape.B, shape.T, shape.V], "dtype": str(dtype)}
+        about: dict[str, Any] = {"variant": name, "shape": [*x.logits.shape], "dtype": "bfloat16"}
+        about |= module.about() if name.startswith("cubin") else {}
         sheet.attempt(about, functools.partial(row, module))
 
 
@@ -215,26 +206,24 @@ def suite_vocabularies(options: Any) -> None:
         *((151_665, 0), (151_665, 151_680), (32_000, 0), (262_144, 0)),
     ):
         shape = shapes.Shape(B=8, T=1024, V=V, G=4)
-        x = make(shape, torch.bfloat16, padded)
+        x = make(shape, padded)
         about = {"V": V, "stride": padded or V, "rows": shape.N}
-        sheet.attempt(about, functools.partial(compared, base, x, torch.bfloat16, 10))
+        sheet.attempt(about, functools.partial(compared, base, x, 10))
         del x
 
 
 def suite_logprob(options: Any) -> None:
     """Time the forward pass of `logprob` at S0."""
-    x = make(dataclasses.replace(S0, B=1, T=64) if options.compile else S0, torch.bfloat16)
+    x = make(S0)
     sheet = Sheet(options.out, "logprob forward")
-    ids = x.ids.flatten()
-    assert x.logits is not None
-    truth, nbytes = reference.logprob(x.logits[0, :64].double(), ids[:64]), x.logits.nbytes
+    truth, nbytes = reference.logprob(x.logits[0, :64].double(), x.ids[0, :64]), x.logits.nbytes
 
     def row(module: Any) -> dict[str, Any]:
         def run() -> Tensor:
-            return module.logprob_fwd(x.logits, ids, None, None, 1.0, False)[0]
+            return module.logprob_fwd(x.logits, targets_of(x), with_entropy=False).logp
 
         assert (run()[:64].double() - truth).abs().max() < 1e-4
-        if options.compile:
+        if options.once:
             return {}
         found = timed(run, lambda: None)
         return {**found, "bytes_per_second": nbytes / found["median"]}
@@ -255,20 +244,16 @@ def suite_head(options: Any) -> None:
     given |= {"old_logps": torch.full((B, T), -12.0, device="cuda"), "objective": Objective()}
     sheet = Sheet(options.out, "head by chunk length")
 
-    def row(rows: int, dtype: Any) -> dict[str, Any]:
-        def step() -> None:
-            out = linear_grpo_loss(
-                hidden, weight, ids, chunk_size=rows, logits_dtype=dtype, **given
-            )
-            torch.autograd.grad(out.loss, (hidden, weight))
+    def step(**how: Any) -> None:
+        out = linear_grpo_loss(hidden, weight, ids, **how, **given)
+        torch.autograd.grad(out.loss, (hidden, weight))
 
-        return timed(step, lambda: None, 3)
-
-    for dtype, most in (("bf16", 5504), ("fp32", 4096)):
-        for rows in (2048, 2944, 3328, 3584, 4096, 5504):
-            if rows <= most:
-                about = {"logits": dtype, "chunk": rows}
-                sheet.attempt(about, functools.partial(row, rows, dtype))
+    lengths = (2048, 2944, 3328, 3584, 4096, 5504)
+    for dtype, chunks in (("bf16", lengths), ("fp32", lengths[:-1])):
+        for rows in chunks:
+            run = functools.partial(step, chunk_size=rows, logits_dtype=dtype)
+            row = functools.partial(timed, run, lambda: None, 3)
+            sheet.attempt({"logits": dtype, "chunk": rows}, row)
 
 
 SUITES = {
@@ -280,18 +265,16 @@ SUITES = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__)
     add = parser.add_argument
     add("suite", choices=SUITES)
     add("--out", type=Path, help="JSON file, written anew after each row")
-    add("--compile", action="store_true", help="on a few rows, without a time")
-    add("--once", action="store_true", help="one launch each, without a time")
-    add("--float32", action="store_true", help="float32 logits, 4,096 tokens")
+    add("--once", action="store_true", help="no times: for a profiler, or to fill Triton's cache")
     add("--only", action="append", help="variants whose name holds this")
-    add("--folder", action="append", default=[], metavar="NAME=PATH", help="other kernels")
+    add("--cubins", type=Path, help="folder that `python -m benchmarks.on_chip` wrote")
     options = parser.parse_args()
+    if options.cubins and options.suite != "grpo":
+        parser.error(f"--cubins {options.cubins}: for the suite `grpo`, not `{options.suite}`")
     SUITES[options.suite](options)
 
 

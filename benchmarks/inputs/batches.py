@@ -10,6 +10,7 @@ from torch import Tensor
 
 from benchmarks.inputs import hidden as hidden_states
 from benchmarks.inputs.shapes import DEAD, REALISTIC, Shape
+from benchmarks.providers import eager
 from grpo_fast import Objective
 
 SPREAD = 2.0  # standard deviation of the logits but the scored one
@@ -29,15 +30,15 @@ class Batch:
     """The inputs of all benchmarks. Per-token tensors are (B, T)."""
 
     shape: Shape
-    logits: Tensor | None  # (B, T, V), where the benchmark starts from logits
+    logits: Any  # (B, T, V); None where the benchmark starts from hidden states
     logps: Tensor
     ids: Tensor
     rewards: Tensor  # (B,)
     upstream: Tensor  # a gradient to send back through log-probs
     objective: Objective
     arguments: dict[str, Any]  # of a loss: mask, advantages, old_logps, ref_logps
-    hidden: Tensor | None = None  # (B, T, D), where the benchmark starts from hidden states
-    weight: Tensor | None = None  # (V, D)
+    hidden: Any = None  # (B, T, D); None where the benchmark starts from logits
+    weight: Any = None  # (V, D); likewise
     # What the reference makes of it, by stem, once somebody asked (`gate`).
     expected: dict[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -102,7 +103,7 @@ def make_batch(
         objective=Objective.preset(PRESETS.get(variant, "grpo"), **options),
         arguments={
             "mask": _mask(shape, variant, device, generator),
-            "advantages": _scores(rewards, shape.G),
+            "advantages": eager.group_advantage(rewards, shape.G),
             "old_logps": logps + 0.05 * normal(B, T),
             "ref_logps": logps + 0.1 * normal(B, T),
         },
@@ -146,12 +147,6 @@ def _rewards(shape: Shape, variant: str, device: torch.device) -> Tensor:
     group = sequence // G
     equal = torch.ceil((group + 1) * share - 1e-9) > torch.ceil(group * share - 1e-9)
     return torch.where(equal, 1.0, rewards)
-
-
-def _scores(rewards: Tensor, G: int) -> Tensor:
-    groups = rewards.view(-1, G)
-    score = (groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)
-    return score.flatten()
 
 
 @functools.lru_cache(maxsize=1)  # one at a time: a batch may fill a third of the device

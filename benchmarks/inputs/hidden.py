@@ -129,23 +129,20 @@ def describe(hidden: Tensor, weight: Tensor, tokens: int = 1024) -> dict[str, fl
     D = hidden.shape[-1]
     rows = hidden.detach().reshape(-1, D)[:tokens]
     rows = rows[: len(rows) // BLOCK * BLOCK] if len(rows) >= BLOCK else rows
-    low = high = entries = kept = blocks = 0
-    V = len(weight)
+    low = high = kept = blocks = 0
     for part in rows.split(BLOCK):
         logp = torch.log_softmax((part @ weight.detach().mT).float(), -1)
         p = logp.exp()
         h = -(p * logp).sum(1)
         low += int((h < ENTROPY[1][1]).sum())
         high += int((h > ENTROPY[2][1]).sum())
-        large = p > SMALL
-        entries += int(large.sum())
-        columns = torch.nn.functional.pad(large.any(0), (0, -V % BLOCK)).view(-1, BLOCK)
+        large = (p > SMALL).any(0)
+        columns = torch.nn.functional.pad(large, (0, -len(large) % BLOCK)).view(-1, BLOCK)
         kept += int(columns.any(1).sum())
         blocks += len(columns)
     n = len(rows)
     return {
         "entropy_below_0.01": low / n,
         "entropy_above_0.672": high / n,
-        "entries_above_2^-12": entries / (n * V),
         "blocks_kept": kept / blocks,
     }

@@ -28,8 +28,6 @@ def prepare(stem: str, provider: str, batch: Batch) -> Call:
     keywords = {"objective": batch.objective, **batch.arguments} if stem in LOSSES else {}
     upstream = batch.upstream if stem in ("logprob", "linear_logprob") else None
     if stem in providers.HIDDEN_PROVIDERS:
-        assert batch.hidden is not None
-        assert batch.weight is not None
         leaves = batch.hidden.requires_grad_(), batch.weight.requires_grad_()
         return Call((*leaves, batch.ids), keywords, leaves, upstream)
     if stem in ("policy_loss", "sequence_loss"):
@@ -41,7 +39,6 @@ def prepare(stem: str, provider: str, batch: Batch) -> Call:
 
 def _logits(batch: Batch, provider: str) -> tuple[Tensor, Tensor]:
     """Return (leaf, logits that depend on it): a copy where they may be overwritten."""
-    assert batch.logits is not None
     leaf = batch.logits.detach()
     if provider in providers.EXTRA_ROW:
         return (leaf := torch.nn.functional.pad(leaf, (0, 0, 0, 1)).requires_grad_()), leaf
@@ -71,8 +68,6 @@ def work(stem: str, batch: Batch, backward: bool) -> dict[str, Any]:
     """
     N, live, moving = batch.shape.N, batch.live, batch.moving
     if stem in providers.HIDDEN_PROVIDERS:
-        assert batch.hidden is not None
-        assert batch.weight is not None
         rows = moving if stem == "linear_grpo" else N
         flops = (6 if backward else 2) * rows * batch.shape.D * batch.shape.V
         nbytes = (2 if backward else 1) * (batch.hidden.nbytes + batch.weight.nbytes)
@@ -84,7 +79,6 @@ def work(stem: str, batch: Batch, backward: bool) -> dict[str, Any]:
     elif stem == "sequence_loss":
         moved = traffic.sequence_loss(N).most + traffic.policy_loss_backward(N).least
     else:
-        assert batch.logits is not None
         row = batch.shape.V, batch.logits.element_size()
         if stem == "grpo":
             moved = traffic.grpo(N, live, moving, *row).least

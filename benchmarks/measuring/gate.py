@@ -26,6 +26,10 @@ FACTOR, FACTOR_OF_PEERS = 2.0, 10.0
 Results = dict[str, Tensor]  # "value", then "gradient", or "dhidden" and "dweight"
 
 
+class WrongError(AssertionError):
+    """A result that is further from the truth than it may be."""
+
+
 def factor_of(provider: str) -> float:
     return FACTOR if providers.library(provider) in providers.OWN else FACTOR_OF_PEERS
 
@@ -38,17 +42,20 @@ def check(
     Returns:
         The errors in units of the largest true entry, by name.
     Raises:
-        AssertionError: the result is wrong, and must not be timed.
+        WrongError: the result must not be timed.
     """
     if stem not in batch.expected:
         plain = torch.float32 if batch.hidden is None else batch.hidden.dtype
         batch.expected[stem] = [expected(stem, batch, t) for t in (torch.float64, plain)]
     truth, baseline = batch.expected[stem]
-    errors = {}
+    errors, size = {}, batch.arguments["advantages"].abs().mean()
     for name, actual in {"value": value, **_selected(batch, grads)}.items():
         plain = baseline[name] if name == "value" else baseline[name].to(actual.dtype)
-        a, p, t = (with_scale(x, batch) for x in (actual, plain, truth[name]))
-        assert_as_accurate(a, p, t, factor, name=f"{stem}: {name}")
+        a, p, t = (with_scale(x, size) for x in (actual, plain, truth[name]))
+        try:
+            assert_as_accurate(a, p, t, factor, name=f"{stem}: {name}")
+        except AssertionError as error:
+            raise WrongError(*error.args) from None
         errors[name] = relative_error(a, t)
     return errors
 
@@ -63,7 +70,6 @@ def expected(stem: str, batch: Batch, dtype: torch.dtype) -> Results:
         return {"value": value, "gradient": grad}
     if batch.hidden is not None:
         return _from_hidden(stem, batch, dtype)
-    assert batch.logits is not None
     logits, ids, rows = batch.logits.detach().flatten(0, 1), batch.ids.flatten(), some_rows(batch)
     parts = [reference.logprob(logits[c].to(dtype), ids[c]) for c in _chunks(*logits.shape)]
     value, dlogp = _loss(stem, batch, torch.cat(parts).view_as(batch.ids))
@@ -75,8 +81,6 @@ def expected(stem: str, batch: Batch, dtype: torch.dtype) -> Results:
 
 def _from_hidden(stem: str, batch: Batch, dtype: torch.dtype) -> Results:
     """Compute in float64, or as plain PyTorch: products round to `dtype`, the rest is float32."""
-    assert batch.hidden is not None
-    assert batch.weight is not None
     hidden, ids = batch.hidden.detach().flatten(0, 1), batch.ids.flatten()
     weight, entries = batch.weight.detach().to(dtype), some_entries(batch)
     inner = torch.float64 if dtype == torch.float64 else torch.float32
@@ -113,13 +117,18 @@ def _loss(stem: str, batch: Batch, logps: Tensor) -> tuple[Tensor, Tensor]:
 
 def loss_and_grad(batch: Batch, logps: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     logps = logps.detach().to(dtype).requires_grad_()
-    arguments = {
-        name: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
-        for name, x in batch.arguments.items()
-    }
+    arguments = in_dtype(batch.arguments, dtype)
     loss = reference.policy_loss(logps, objective=batch.objective, **arguments)
     (grad,) = torch.autograd.grad(loss, logps)
     return loss.detach(), grad
+
+
+def in_dtype(arguments: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """Convert the floating-point tensors among the arguments."""
+    return {
+        name: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
+        for name, x in arguments.items()
+    }
 
 
 def _selected(batch: Batch, grads: Sequence[Tensor]) -> Results:
@@ -151,12 +160,9 @@ def _chunks(N: int, V: int) -> list[slice]:
     return [slice(start, start + step) for start in range(0, N, step)]
 
 
-def with_scale(value: Tensor, batch: Batch) -> Tensor:
+def with_scale(value: Tensor, size: Tensor) -> Tensor:
     """Put a loss next to the size of its terms, which cancel: its own size is no measure."""
-    if value.ndim:
-        return value
-    scale = batch.arguments["advantages"].abs().mean()
-    return torch.stack([value.detach(), scale.to(value)])
+    return value if value.ndim else torch.stack([value.detach(), size.to(value)])
 
 
 def relative_error(actual: Tensor, truth: Tensor) -> float:

@@ -130,13 +130,8 @@ def slug() -> str:
     return re.sub(r"[^a-z0-9]+", "-", name().lower()).strip("-")
 
 
-def describe() -> dict[str, Any]:
-    """Describe machine, software, code and roofs: a result is worthless without them."""
-    return describe_without_roofs() | calibration()
-
-
-def describe_without_roofs() -> dict[str, Any]:
-    """Say which machine, software and code this is; nothing is measured."""
+def describe(roofs: bool = True) -> dict[str, Any]:
+    """Describe the machine, its software, the code and, if wanted, the measured roofs."""
     cuda = torch.cuda.is_available()
     code = commit()
     command = os.environ.get(COMMAND_VARIABLE, "pytest benchmarks")
@@ -154,6 +149,7 @@ def describe_without_roofs() -> dict[str, Any]:
         "commit": code,
         "dirty": not is_clean(code),
         "command": command,
+        **(calibration() if roofs else {}),
     }
 
 

@@ -13,8 +13,7 @@ import torch
 from benchmarks import providers
 from benchmarks.inputs import batches, hidden, shapes
 from benchmarks.inputs.batches import Batch
-from benchmarks.measuring import calls, gate, machine, memory
-from benchmarks.measuring.recorder import Recorder
+from benchmarks.measuring import calls, gate, machine, memory, recorder
 
 TIME_BUDGET = {"cuda": 0.6, "cpu": 1.0}  # seconds of timed rounds of one case
 ROUNDS = (5, 200)
@@ -22,18 +21,14 @@ WARMUP_ROUNDS = 2
 # A call of this many seconds gets fewer rounds and no more warming up: it has run three times by
 # then.
 SLOW, SLOW_ROUNDS = 1.0, 3
-# Of shorter calls the time on the device alone is recorded as well: launches are a part of them.
+# Shorter calls have the time on the device alone as well: launches are a part of the other one.
 LAUNCHES_COUNT = 20e-3
 DEVICE_ROUNDS = 10
 AHEAD = 1 << 23  # cycles, about 5 ms, that the device spends while a call is being launched
 
 
-class WrongError(AssertionError):
-    """A result that is further from the truth than it may be."""
-
-
 ABSENT: dict[str, str] = {}  # "stem provider" -> why there is no number
-RECORDER: list[Recorder] = []  # the one that `--results` asked for
+RECORDER: list[recorder.Recorder] = []  # the one that `--results` asked for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,19 +44,26 @@ class Case:
         return f"{self.shape}-{self.variant}-{self.provider}"
 
 
-def cases(stem: str, inputs: list[tuple[str, str]]) -> pytest.MarkDecorator:
-    """Parametrize a benchmark by `case`, from (shape, variant); the provider varies fastest.
+def cases(stem: str, inputs: list[tuple[str, str]], backward: bool = True) -> Callable[..., None]:
+    """Make a benchmark of all providers of a stem on (shape, variant); the provider varies fastest.
 
     torch.compile takes part in the first case only: elsewhere compiling it would take most of the
     time.
     """
+    if stem not in providers.PROVIDERS:
+        raise ValueError(f"{stem!r} has no providers: enter it in benchmarks/providers/__init__.py")
     made = [
         Case(stem, *where, provider)
         for where in inputs
         for provider in providers.PROVIDERS[stem]
         if provider != "compile" or where == inputs[0]
     ]
-    return pytest.mark.parametrize("case", made, ids=str)
+
+    @pytest.mark.parametrize("case", made, ids=str)
+    def bench(benchmark: Any, case: Case) -> None:
+        measure(benchmark, case, backward)
+
+    return bench
 
 
 def measure(benchmark: Any, case: Case, backward: bool = True) -> None:
@@ -74,7 +76,8 @@ def measure(benchmark: Any, case: Case, backward: bool = True) -> None:
         turns = batches.rotation(shape, case.variant, device, dtype, from_hidden)
         prepare = functools.partial(calls.prepare, case.stem, case.provider)
         run = functools.partial(calls.forward_backward if backward else calls.forward, fn)
-        errors = _check(case, turns[0], *run(prepare(turns[0])))
+        factor = gate.factor_of(case.provider)
+        errors = gate.check(case.stem, turns[0], *run(prepare(turns[0])), factor)
         extra = memory.peak_extra_bytes(functools.partial(run, prepare(turns[0])))
         rounds, warmup_rounds = _rounds(functools.partial(run, prepare(turns[0])))
         benchmark.extra_info |= {
@@ -95,12 +98,12 @@ def measure(benchmark: Any, case: Case, backward: bool = True) -> None:
         absent(case.stem, f"{case.provider} {case.shape}", "out of memory")
     except providers.UnavailableError as reason:
         absent(case.stem, case.provider, str(reason))
-    except WrongError as error:
-        note(case.stem, case.provider, f"wrong result: {_first_line(error)}")
+    except gate.WrongError as error:
+        note(case.stem, case.provider, f"wrong result: {str(error).splitlines()[0]}")
         raise
     except Exception as error:
         who = f"{case.provider} {case.shape} {case.variant}"
-        note(case.stem, who, f"{type(error).__name__}: {_first_line(error)}")
+        note(case.stem, who, recorder.reason_of(error))
         raise
 
 
@@ -143,17 +146,6 @@ def absent(stem: str, provider: str, reason: str) -> None:
     pytest.skip(f"{provider}: {reason}")
 
 
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), "")
-
-
-def _check(case: Case, batch: Batch, value: Any, grads: Any) -> dict[str, float]:
-    try:
-        return gate.check(case.stem, batch, value, grads, gate.factor_of(case.provider))
-    except AssertionError as error:
-        raise WrongError(*error.args) from None
-
-
 @functools.lru_cache(maxsize=4)
 def _bare_gemms(N: int, D: int, V: int, device: torch.device, dtype: torch.dtype) -> float:
     """Time the three matrix multiplications of a head with gradients, in chunks, nothing else."""
@@ -170,8 +162,6 @@ def _bare_gemms(N: int, D: int, V: int, device: torch.device, dtype: torch.dtype
 
 
 def _about_the_head(batch: Batch) -> dict[str, Any]:
-    assert batch.hidden is not None
-    assert batch.weight is not None
     shape, h = batch.shape, batch.hidden
     if "about" not in batch.expected:
         batch.expected["about"] = hidden.describe(h, batch.weight)
@@ -197,9 +187,8 @@ def _add_event_time(benchmark: Any, run: Callable[[Any], object], setup: Callabl
     The device is busy while the call is launched, so that it waits for no launch, unless the call
     itself waits for the device. `setup` takes the inputs in turns: none is found in the cache.
     """
-    if not torch.cuda.is_available() or benchmark.stats is None:
-        return
-    if benchmark.stats.stats.median >= LAUNCHES_COUNT:
+    stats = benchmark.stats if torch.cuda.is_available() else None
+    if stats is None or stats.stats.median >= LAUNCHES_COUNT:
         return
     seconds = []
     for _ in range(DEVICE_ROUNDS):

@@ -29,9 +29,6 @@ class Recorder:
             self.absent = self.document["machine_info"]["absent"]
             del self.document["machine_info"]  # of the process that died
 
-    def finished(self) -> list[str]:
-        return self.document["finished"]
-
     def start(self, key: str) -> None:
         self.document["running"] = key
         self.write()
@@ -56,6 +53,25 @@ class Recorder:
             self.document["machine_info"] = machine.describe()
         self.document["machine_info"]["absent"] = self.absent
         write(self.path, self.document)
+
+
+class Sheet:
+    """A file of rows, written after each; they are `kind` of its document."""
+
+    def __init__(self, out: Path | None, kind: str, **document: Any) -> None:
+        self.out = out
+        self.rows: list[dict[str, Any]] = []
+        info = (machine.describe() if out else {}) | {"absent": {}}
+        self.document = {"machine_info": info, "benchmarks": [], kind: self.rows, **document}
+
+    def append(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+        print(row, flush=True)
+        self.write()
+
+    def write(self) -> None:
+        if self.out:
+            write(self.out, self.document)
 
 
 def write(path: Path, document: dict[str, Any]) -> None:
@@ -84,3 +100,8 @@ def note_end(path: Path, why: str) -> str | None:
         document["running"] = None
         write(path, document)
     return running
+
+
+def reason_of(error: Exception) -> str:
+    """Name an error in one line, for results."""
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"

@@ -6,6 +6,8 @@ per token is left out next to rows of logits.
 
 import dataclasses
 
+from benchmarks.report import markdown
+
 FLAG, ID, FLOAT = 1, 8, 4
 
 
@@ -79,5 +81,5 @@ FORMULAS = {
 
 
 def table() -> str:
-    lines = ["| launch | read | read again, from the cache | written |", "|---|---|---|---|"]
-    return "\n".join([*lines, *(f"| {x} | {' | '.join(row)} |" for x, row in FORMULAS.items())])
+    head = ["launch", "read", "read again, from the cache", "written"]
+    return markdown.table(head, [(x, *row) for x, row in FORMULAS.items()], left=range(4))

@@ -1,1 +1,1 @@
-"""A kernel that keeps a row of logits on the chip, built and launched without Triton."""
+"""Compile the kernel that keeps a row of logits on the chip, and launch it without Triton."""

@@ -1,15 +1,20 @@
-"""Kernels compiled elsewhere, launched without Triton, through the CUDA driver's own interface."""
+"""Launch kernels that were compiled elsewhere through the CUDA driver's own interface, without Triton."""
 
 import ctypes
 import functools
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
-# What Triton 3.9 appends (`backends/nvidia/driver.c`): two pointers, null where nothing is asked for.
+from grpo_fast.kernels import on_chip
+
+MANIFEST = "manifest.json"  # of a folder of cubins
+# Triton 3.9 appends two pointers, null where nothing is asked for (`backends/nvidia/driver.c`).
 HIDDEN = ("global_scratch", "profile_scratch")
 C_TYPES: dict[str, Any] = {"u64": ctypes.c_uint64, "u32": ctypes.c_int32, "f32": ctypes.c_float}
 
@@ -41,8 +46,15 @@ PORTABLE_CLUSTER = 8
 STATIC_LIMIT = 48 << 10  # bytes of shared memory that need not be asked for
 
 
+def load(folder: Path) -> "dict[str, Kernel]":
+    """Load all variants of a folder that `benchmarks.on_chip` wrote, by name."""
+    manifest = json.loads((folder / MANIFEST).read_text())
+    torch.zeros(1, device="cuda")  # makes the context current
+    return {f"cubin {entry['name']}": Kernel(folder, entry) for entry in manifest["variants"]}
+
+
 class Kernel:
-    """A variant, loaded into the current CUDA context."""
+    """A variant, loaded into the current CUDA context; it stands in for the module `on_chip`."""
 
     def __init__(self, folder: Path, entry: dict[str, Any]) -> None:
         self.entry = entry
@@ -52,10 +64,10 @@ class Kernel:
         self.call("cuModuleLoadData", ctypes.byref(self.module), self.image)
         name = entry["kernel"].encode()
         self.call("cuModuleGetFunction", ctypes.byref(self.function), self.module, name)
-        if entry["shared"] > STATIC_LIMIT:
-            self.allow(DYNAMIC_SHARED, entry["shared"])
-        if entry["num_ctas"] > PORTABLE_CLUSTER:
-            self.allow(NON_PORTABLE_CLUSTER, 1)
+        wanted = {DYNAMIC_SHARED: entry["shared"]} if entry["shared"] > STATIC_LIMIT else {}
+        wanted |= {NON_PORTABLE_CLUSTER: 1} if entry["num_ctas"] > PORTABLE_CLUSTER else {}
+        for attribute, value in wanted.items():
+            self.call("cuFuncSetAttribute", self.function, attribute, value)
 
     def call(self, function: str, *arguments: Any) -> None:
         status = getattr(self.driver, function)(*arguments)
@@ -64,11 +76,8 @@ class Kernel:
             self.driver.cuGetErrorString(status, ctypes.byref(text))
             raise RuntimeError(f"{function}: {status}, {(text.value or b'?').decode()}")
 
-    def allow(self, attribute: int, value: int) -> None:
-        self.call("cuFuncSetAttribute", self.function, attribute, value)
-
     def config(self, programs: int) -> LaunchConfig:
-        """The launch configuration of `programs` clusters; its grid counts thread blocks."""
+        """Return the launch configuration of `programs` clusters; its grid counts thread blocks."""
         ctas = self.entry["num_ctas"]
         attributes = (LaunchAttribute * 2)()
         attributes[0].id = CLUSTER_DIMENSION
@@ -84,8 +93,17 @@ class Kernel:
             count=len(attributes),
         )
 
+    def grpo_fwd_bwd(self, *arguments: Any, **more: Any) -> Any:
+        """Launch this kernel as `on_chip.grpo_fwd_bwd` launches Triton's."""
+        with mock.patch.object(on_chip, "_on_chip_kernel", self):
+            return on_chip.grpo_fwd_bwd(*arguments, **more)
+
+    def about(self) -> dict[str, int]:
+        """Return the registers of a thread, and how many rows are in flight at once."""
+        return {"registers": self.entry["registers"], "rows_in_flight": self.clusters()}
+
     def clusters(self) -> int:
-        """How many rows are in flight at once."""
+        """Count the clusters that the GPU holds at once."""
         count = ctypes.c_int()
         config = ctypes.byref(self.config(1024))
         function = "cuOccupancyMaxActiveClusters"
@@ -93,11 +111,11 @@ class Kernel:
         return count.value
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        """Launch as a kernel of Triton is: this object may stand in for one."""
+        """Return a function that launches `grid` programs, as a kernel of Triton does."""
         return functools.partial(self.launch, grid[0])
 
     def launch(self, programs: int, **arguments: Any) -> None:
-        """Of the arguments those that the kernel takes; the others are constants in it."""
+        """Launch with those arguments that the kernel takes; the others are constants in it."""
         values = []
         for name, kind in self.entry["parameters"]:
             first, *fields = name.split(".")  # `targets.ids`: a member of a named tuple

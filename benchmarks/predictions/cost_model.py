@@ -9,23 +9,24 @@ there. Ceilings are measured ones of that GPU where a result holds them, else th
 an assumed share. Each line says which. A prediction stays next to the measurement that comes later.
 """
 
-import argparse
 import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 
+from benchmarks import command_line
 from benchmarks.codegen import saved as compiled
 from benchmarks.inputs import shapes
 from benchmarks.measuring import traffic
+from benchmarks.report import markdown
 from benchmarks.report.committed import Run
 from grpo_fast.ops.head import chunk_length
 
-# Of the data sheet, reached by a plain copy and by a large bfloat16 multiplication: assumed, not
-# measured.
+# The share of the data sheet that a plain copy and a large bfloat16 multiplication reach: assumed,
+# not measured.
 SHARE_OF_BANDWIDTH, SHARE_OF_GEMM = 0.90, 0.80
 LAUNCH = 5e-6
 EXPONENTIALS = {"read": 1.25, "write": 1.0}  # per element: the fold rescales once in K = 4
@@ -175,44 +176,45 @@ def _linear_grpo(
     )
 
 
+def _example(
+    stem: str, shape_name: str, case: str = "forward_backward", provider: str = OWN
+) -> tuple[str, Launch]:
+    shape = shapes.get(shape_name)
+    return shape_name, Launch(stem, case, dataclasses.asdict(shape), shape.N, shape.N, provider)
+
+
 EXAMPLES = (
-    ("logprob", "forward", OWN, "qwen2.5-7b-16k"),
-    ("logprob", "forward_backward", OWN, "qwen2.5-7b-16k"),
-    ("grpo", "forward_backward", OWN, "qwen2.5-7b-16k"),
-    ("grpo", "forward_backward", OWN, "llama3-8b-16k"),
-    ("grpo", "forward_backward", OWN, "gpt2-16k"),
-    ("linear_grpo", "forward_backward", OWN, "qwen2.5-7b-16k"),
-    ("linear_grpo", "forward_backward", BF16, "qwen2.5-7b-16k"),
+    _example("logprob", "qwen2.5-7b-16k", "forward"),
+    _example("logprob", "qwen2.5-7b-16k"),
+    *(_example("grpo", shape) for shape in ("qwen2.5-7b-16k", "llama3-8b-16k", "gpt2-16k")),
+    *(_example("linear_grpo", "qwen2.5-7b-16k", provider=who) for who in (OWN, BF16)),
 )
 
 
-def _example(stem: str, case: str, provider: str, shape_name: str) -> Launch:
-    shape = shapes.get(shape_name)
-    return Launch(stem, case, dataclasses.asdict(shape), shape.N, shape.N, provider)
-
-
-def table() -> Iterator[str]:
+def table() -> str:
     """Predict for GPUs that nothing was measured on."""
-    yield f"| launch | provider | shape | {' | '.join(f'{name}, ms' for name in GPUS)} | set by |"
-    yield f"|---|---|---|{'--:|' * len(GPUS)}---|"
-    for example in EXAMPLES:
-        launch = _example(*example)
+    rows = []
+    for shape, launch in EXAMPLES:
         made = [predict(launch, name, ceilings(name)) for name in GPUS]
         bounds = ", ".join(dict.fromkeys(p.bound for p in made if p))
-        yield f"| {launch} | `{example[-1]}` | {' | '.join(map(str, made))} | {bounds} |"
+        rows.append([launch, f"`{shape}`", *made, bounds])
+    names = (f"{name}, ms" for name in GPUS)
+    head = ["launch", "provider", "shape", *names, "set by"]
+    # A launch names its provider in a cell of its own.
+    return markdown.table(head, rows, left=(0, 1, 2, len(head) - 1))
 
 
 def of_products(name: str) -> Iterator[str]:
     """Divide the predictions from hidden states by the time of their three products alone."""
     top = ceilings(name)
-    for launch in (_example(*example) for example in EXAMPLES if example[0] == "linear_grpo"):
+    for launch in (x for _, x in EXAMPLES if x.stem == "linear_grpo"):
         made = predict(launch, name, top)
         assert made
         bare = 6 * launch.moving * launch.sizes["D"] * launch.sizes["V"] / top.gemm
         yield f"{launch.provider} {made.low / bare:.2f} to {made.high / bare:.2f}"
 
 
-def comparison(run: Run) -> Iterator[str]:
+def comparison(run: Run) -> Iterator[list[Any]]:
     """Put predictions next to measurements, for a run on a GPU that the model knows."""
     name = gpu_of(run.device)
     for e in run.entries if name else ():
@@ -226,21 +228,21 @@ def comparison(run: Run) -> Iterator[str]:
             predict(launch, str(name), ceilings(str(name), x)) for x in (None, e["roofs"])
         )
         if sheet and roofs:
-            yield (
-                f"| {launch} | `{e['shape']}`, {e['variant']} | {sheet} | {roofs} "
-                f"| {e['median'] * 1e3:.2f} | {e['median'] / roofs.low:.2f} |"
-            )
+            times = f"{e['median'] * 1e3:.2f}", f"{e['median'] / roofs.low:.2f}"
+            yield [launch, f"`{e['shape']}`, {e['variant']}", sheet, roofs, *times]
 
 
-COMPARISON_HEADER = (
-    "| launch | provider | case | predicted by the data sheet, ms | by the measured roofs, ms "
-    "| measured, ms | measured / lower |\n|---|---|---|--:|--:|--:|--:|"
-)
+def comparison_table(runs: Iterable[Run]) -> str:
+    """Write the comparison of all runs as a table; "" where there is none."""
+    rows = [row for run in runs for row in comparison(run)]
+    head = ["launch", "provider", "case", "predicted by the data sheet, ms"]
+    head += ["by the measured roofs, ms", "measured, ms", "measured / lower"]
+    return markdown.table(head, rows, left=(0, 1, 2)) if rows else ""
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__).parse_args()
-    print("\n".join(table()))
+    command_line(__doc__).parse_args()
+    print(table())
     print(f"\nTimes the bare products: H100, {', '.join(of_products('H100'))}.")
     print(f"Ceilings: {ceilings('H200').origin}.")
 

@@ -11,7 +11,6 @@ PyTorch's limit too), and holes between blocks. Predictions are put next to the 
 GPU in RESULTS.md.
 """
 
-import argparse
 import bisect
 import contextlib
 import functools
@@ -30,6 +29,7 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from benchmarks import command_line
 from benchmarks.step_7b import decoder
 from benchmarks.step_7b import step as step_7b
 from grpo_fast.ops.head import passes
@@ -189,7 +189,7 @@ def load(path: Path = SAVED) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = command_line(__doc__)
     parser.add_argument("--save", action="store_true", help=f"write {SAVED.name} anew")
     options = parser.parse_args()
     rows = []

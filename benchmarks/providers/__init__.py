@@ -14,6 +14,7 @@ that imports its library and returns such a function, and enter it below. A load
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,9 +28,7 @@ from grpo_fast.ops import group_advantage, linear_logprob, logprob
 
 INPLACE = "grpo_fast-inplace"
 OVERWRITES = {INPLACE, "liger"}  # the logits: these get a copy of their own each time
-EXTRA_ROW = {
-    "liger"
-}  # wants the logits of one position more per sequence, as the model returns them
+EXTRA_ROW = {"liger"}  # the logits of one position more per sequence, as the model returns them
 Loader = Callable[[], Function]
 
 
@@ -63,7 +62,7 @@ def _own(fn: Callable[..., Any], **options: Any) -> Loader:
 
 
 def _own_cross_entropy(hidden: Tensor, weight: Tensor, ids: Tensor) -> Any:
-    """The mean of -log-prob is the REINFORCE loss with an advantage of 1."""
+    """Compute the mean of -log-prob: it is the REINFORCE loss with an advantage of 1."""
     return linear_grpo_loss(
         hidden,
         weight,
@@ -81,11 +80,6 @@ PROVIDERS: dict[str, dict[str, Loader]] = {
         "trl": trl.policy_loss,
         "grpo_fast": _own(policy_loss),
     },
-    "sequence_loss": {
-        **_pytorch(eager.policy_loss),
-        "trl": trl.policy_loss,
-        "grpo_fast": _own(policy_loss),
-    },
     "grpo": {
         **_pytorch(eager.grpo),
         "trl": trl.grpo,
@@ -98,26 +92,29 @@ PROVIDERS: dict[str, dict[str, Loader]] = {
         "grpo_fast": _own(lambda rewards, G: group_advantage(rewards, group_size=G)),
     },
 }
+# Log-probs from hidden states.
+TORCH = partial(heads.torch_head, "none")
+CCE, CCE_EXACT = (partial(heads.cce, exact, "none") for exact in (False, True))
 HIDDEN_PROVIDERS: dict[str, dict[str, Loader]] = {
     "linear_logprob": {
         **_pytorch(eager.linear_logprob),
-        "torch-lce": heads.torch_logprob,
+        "torch-lce": TORCH,
         "trl": trl.linear_logprob,
         "liger-scaled-ce": liger.linear_logprob,
-        "cce": heads.cce_logprob(exact=False),
-        "cce-exact": heads.cce_logprob(exact=True),
+        "cce": CCE,
+        "cce-exact": CCE_EXACT,
         "verl": heads.verl_logprob,
         "grpo_fast": _own(linear_logprob),
         "grpo_fast-bf16": _own(linear_logprob, logits_dtype="bf16"),
     },
     "linear_grpo": {
         **_pytorch(eager.linear_grpo),
-        "torch-lce": heads.with_eager_loss(heads.torch_logprob),
+        "torch-lce": heads.with_eager_loss(TORCH),
         "trl": trl.linear_grpo,
         "liger-chunked": liger.linear_grpo,
         "liger-scaled-ce": heads.with_eager_loss(liger.linear_logprob),
-        "cce": heads.with_eager_loss(heads.cce_logprob(exact=False)),
-        "cce-exact": heads.with_eager_loss(heads.cce_logprob(exact=True)),
+        "cce": heads.with_eager_loss(CCE),
+        "cce-exact": heads.with_eager_loss(CCE_EXACT),
         "verl": heads.with_eager_loss(heads.verl_logprob, ignores=False),
         "grpo_fast": _own(linear_grpo_loss),
         "grpo_fast-bf16": _own(linear_grpo_loss, logits_dtype="bf16"),
@@ -125,15 +122,15 @@ HIDDEN_PROVIDERS: dict[str, dict[str, Loader]] = {
     },
     "linear_cross_entropy": {
         **_pytorch(eager.linear_cross_entropy),
-        "torch-lce": heads.torch_cross_entropy,
+        "torch-lce": partial(heads.torch_head, "mean"),
         "liger-flce": liger.cross_entropy,
-        "cce": heads.cce_cross_entropy(exact=False),
-        "cce-exact": heads.cce_cross_entropy(exact=True),
+        "cce": partial(heads.cce, False, "mean"),
+        "cce-exact": partial(heads.cce, True, "mean"),
         "quack": heads.quack_cross_entropy,
         "grpo_fast": _own(_own_cross_entropy),
     },
 }
-PROVIDERS |= HIDDEN_PROVIDERS
+PROVIDERS |= {"sequence_loss": dict(PROVIDERS["policy_loss"]), **HIDDEN_PROVIDERS}
 OWN = ("eager", "compile", "torch", "grpo_fast")
 
 

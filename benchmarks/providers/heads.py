@@ -4,6 +4,7 @@ import importlib.util
 import sys
 import types
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +37,13 @@ def with_eager_loss(head: Callable[[], Function], ignores: bool = True) -> Calla
     return load
 
 
-def _negated(head: Function) -> Function:
+def _per_token(head: Function) -> Function:
     """Turn a cross-entropy per token into log-probs."""
     return lambda hidden, weight, ids: -head(hidden, weight, ids).view_as(ids)
 
 
-def _torch_head(reduction: str) -> Function:
+def torch_head(reduction: str) -> Function:
+    """Load PyTorch's `linear_cross_entropy` in chunks; without a reduction it gives log-probs."""
     if not hasattr(F, "linear_cross_entropy"):
         raise UnavailableError(f"torch {torch.__version__} has no linear_cross_entropy")
     options = torch.nn.LinearCrossEntropyOptions()
@@ -51,35 +53,18 @@ def _torch_head(reduction: str) -> Function:
             hidden.flatten(0, 1), weight, ids.flatten(), reduction=reduction, options=options
         )
 
-    return call
+    return _per_token(call) if reduction == "none" else call
 
 
-def torch_logprob() -> Function:
-    """Load `torch.nn.functional.linear_cross_entropy` in chunks, per token."""
-    return _negated(_torch_head("none"))
-
-
-def torch_cross_entropy() -> Function:
-    return _torch_head("mean")
-
-
-def _cce(exact: bool, reduction: str) -> Function:
+def cce(exact: bool, reduction: str) -> Function:
+    """Load cut-cross-entropy; without a reduction it gives log-probs."""
     need_gpu("cut-cross-entropy")  # its locks: the interpreter won't do
     from cut_cross_entropy import linear_cross_entropy
 
     # Its default leaves out blocks of the gradient whose entries are all small.
     options = {"filter_eps": None} if exact else {}
-    return lambda hidden, weight, ids: linear_cross_entropy(
-        hidden, weight, ids, reduction=reduction, **options
-    )
-
-
-def cce_logprob(exact: bool) -> Callable[[], Function]:
-    return lambda: _negated(_cce(exact, "none"))
-
-
-def cce_cross_entropy(exact: bool) -> Callable[[], Function]:
-    return lambda: _cce(exact, "mean")
+    call = partial(linear_cross_entropy, reduction=reduction, **options)
+    return _per_token(call) if reduction == "none" else call
 
 
 def quack_cross_entropy() -> Function:

@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.measuring.machine import is_clean
 
-# Of the tables: what a trainer calls first, then its parts.
+# The order of the tables: what a trainer calls first, then its parts.
 STEMS = (
     *("grpo", "linear_grpo", "trl_step", "logprob", "linear_logprob", "linear_cross_entropy"),
     *("policy_loss", "sequence_loss", "group_advantage"),
@@ -108,15 +108,15 @@ def load(results: Path) -> list[Run]:
         known = newest.get((device, stem))
         if run.entries and (known is None or _has_own(run) or not _has_own(known)):
             newest[device, stem] = run
-    return sorted(newest.values(), key=lambda run: (not run.cuda, run.device, _place(run.stem)))
+    place = {stem: i for i, stem in enumerate(STEMS)}  # stems of other commits come last
+    return sorted(
+        newest.values(),
+        key=lambda run: (not run.cuda, run.device, place.get(run.stem, len(place)), run.stem),
+    )
 
 
 def _has_own(run: Run) -> bool:
     return any(entry["provider"].startswith(OWN) for entry in run.entries)
-
-
-def _place(stem: str) -> tuple[int, str]:
-    return (STEMS.index(stem) if stem in STEMS else len(STEMS)), stem
 
 
 def _stems(document: dict[str, Any]) -> list[str]:
@@ -128,7 +128,7 @@ def _stems(document: dict[str, Any]) -> list[str]:
 def newest(results: Path, kind: str) -> list[dict[str, Any]]:
     """Return the newest document on each machine that holds `kind`.
 
-    Of experiments, the newest of each name, in the order of names.
+    Experiments count by name: the newest of each, in the order of names.
     """
     found = {
         (d["machine_info"]["device"], str(d[kind]) if kind == "experiment" else ""): d
@@ -139,7 +139,5 @@ def newest(results: Path, kind: str) -> list[dict[str, Any]]:
 
 
 def steps(results: Path) -> list[dict[str, Any]]:
-    """Return the newest document of `step_7b` on each machine, GPUs first, without tiny models."""
-    found = [d for d in documents(results) if d.get("step") and d["step"][0]["model"] != "tiny"]
-    by_device = {d["machine_info"]["device"]: d for d in found}
-    return sorted(by_device.values(), key=lambda d: d["machine_info"]["device_type"] != "cuda")
+    """Return the newest document of `step_7b` on each machine, without tiny models."""
+    return [d for d in newest(results, "step") if d["step"] and d["step"][0]["model"] != "tiny"]

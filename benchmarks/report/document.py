@@ -1,13 +1,12 @@
 """Write RESULTS.md and the README's numbers from results/*/*.json."""
 
-import argparse
 import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import FOLDER, ROOT
+from benchmarks import FOLDER, ROOT, command_line
 from benchmarks.codegen import saved as compiled
 from benchmarks.measuring import traffic
 from benchmarks.predictions import cost_model, memory_model
@@ -115,11 +114,10 @@ def _device(
     yield from experiments.section(
         here(newest(results, "experiment")), here(newest(results, "variants"))
     )
-    rows = [row for run in mine for row in cost_model.comparison(run)]
-    if rows:
+    if comparison := cost_model.comparison_table(mine):
         yield "#### Prediction and measurement\n"
         yield PREDICTIONS_MET
-        yield "\n".join([cost_model.COMPARISON_HEADER, *rows, ""])
+        yield comparison + "\n"
 
 
 def _without_gpu() -> Iterator[str]:
@@ -137,7 +135,7 @@ def _without_gpu() -> Iterator[str]:
     yield traffic.table()
     products = ", ".join(cost_model.of_products("H100"))
     yield PREDICTED.format(origin=cost_model.ceilings("H200").origin, products=products)
-    yield "\n".join(cost_model.table()) + "\n"
+    yield cost_model.table() + "\n"
     memory = memory_model.load()
     yield PREDICTED_MEMORY.format(torch=memory["torch"], processors=memory_model.PROCESSORS)
     yield from tables.step_tables(memory["step"], [])
@@ -157,7 +155,7 @@ def with_headline(readme: str, text: str) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = command_line(__doc__)
     parser.add_argument("--results", type=Path, default=FOLDER / "results")
     parser.add_argument("--output", type=Path, default=FOLDER / "RESULTS.md")
     parser.add_argument("--readme", type=Path, help="default: the repository's, with --output's")

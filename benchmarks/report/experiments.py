@@ -3,12 +3,12 @@
 from collections.abc import Iterator
 from typing import Any
 
-from benchmarks.report.tables import share_text, time_text
+from benchmarks.report.markdown import share_text, table, time_text
 
 NAMED = 5  # failed tests whose names are shown
 WIDEST = 120  # characters of an error's message
-# Of a row of `variants`: how a time was measured. Other floats are times, and what is left names
-# the row.
+# These keys of a row of `variants` say how its time was measured. Other floats are times, and what
+# is left names the row.
 STATISTICS = ("median", "iqr", "min", "rounds", "error", "bytes_per_second", "failed")
 COLUMNS = {"gemms": "multiplications alone", "gemm_after": "a multiplication after it"}
 # Experiments whose bytes are read, and nothing of that size is written.
@@ -64,14 +64,13 @@ def right_line(document: dict[str, Any]) -> str:
 
 def _tests_text(tests: dict[str, Any]) -> str:
     failed, ended = tests["failed"], tests["ended"]
-    if failed:
-        names = ", ".join(f"`{name}`" for name in failed[:NAMED])
-        more = f" and {len(failed) - NAMED} more" if len(failed) > NAMED else ""
-        early = "" if ended == "not right" else f", then {ended}"
-        return f"Tests of the kernels: {len(failed)} failed{early}: {names}{more}."
-    if ended == "right":
-        return "Tests of the kernels: all passed."
-    return f"Tests of the kernels: {ended}; none is known to have failed."
+    if not failed:
+        known = "all passed" if ended == "right" else f"{ended}; none is known to have failed"
+        return f"Tests of the kernels: {known}."
+    names = ", ".join(f"`{name}`" for name in failed[:NAMED])
+    more = f" and {len(failed) - NAMED} more" if len(failed) > NAMED else ""
+    early = "" if ended == "not right" else f", then {ended}"
+    return f"Tests of the kernels: {len(failed)} failed{early}: {names}{more}."
 
 
 def _line(message: str) -> str:
@@ -96,23 +95,21 @@ def experiment_table(document: dict[str, Any]) -> str:
     head = [*about, "time", "±", *(["GB/s", f"of a {roof}"] if rated else [])]
     head += [COLUMNS.get(key, key.replace("_", " ")) for key in times]
     fixed = "".join(f", {key} {texts[key][0]}" for key in same)
-    lines = [
-        f"**{name}**{fixed} ({when(document)})\n",
-        f"| {' | '.join(head)} |",
-        "|---" * len(about) + "|" + "--:|" * (len(head) - len(about)),
-    ]
+    lines = []
     for i, row in enumerate(rows):
-        cells = [texts[key][i] for key in about]
-        if "median" in row:
-            cells += [time_text(row["median"]), f"{50 * row['iqr'] / row['median']:.1f} %"]
-        else:
-            cells += [f"failed: {_line(row.get('failed', 'no time'))}", ""]
+        cells = [*(texts[key][i] for key in about), *_time_cells(row)]
         if rated:
             rate = row.get("bytes_per_second")
             cells += [f"{rate / 1e9:,.1f}" if rate else "", share_text(rate, top)]
-        cells += [time_text(row[key]) if key in row else "" for key in times]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, ""])
+        lines.append([*cells, *(time_text(row[key]) if key in row else "" for key in times)])
+    text = table(head, lines, left=range(len(about)))
+    return f"**{name}**{fixed} ({when(document)})\n\n{text}\n"
+
+
+def _time_cells(row: dict[str, Any]) -> list[str]:
+    if "median" in row:
+        return [time_text(row["median"]), f"{50 * row['iqr'] / row['median']:.1f} %"]
+    return [f"failed: {_line(row.get('failed', 'no time'))}", ""]
 
 
 def _is_about(key: str, value: Any) -> bool:
@@ -132,28 +129,29 @@ def _text(value: Any) -> str:
 
 
 def on_chip_table(document: dict[str, Any]) -> str:
-    """Write the rows of `on_chip`, each next to the kernel that was measured in turns with it."""
-    lines = [
-        f"**Rows that stay on the chip**, [on_chip](on_chip/__main__.py), Triton {document['triton']}, "
-        f"ptxas {document['ptxas']}, V {document['V']:,} ({when(document)})\n",
-        "| variant | registers | rows in flight | right | time | ± | GB/s | of a copy "
-        "| grpo_fast, in turns | times faster |",
-        "|---|--:|--:|---|--:|--:|--:|--:|--:|--:|",
-    ]
+    """Write the rows that `on_chip` measured before it was a part of `variants`.
+
+    Each stands next to the kernel that was measured in turns with it.
+    """
+    rows = []
     for x in document["variants"]:
-        right = {True: "yes", False: "no", None: ""}[x.get("check", {}).get("right")]
-        cells = [x["name"], *(str(x.get(key, "")) for key in ("registers", "rows_in_flight"))]
-        cells.append(right)
-        if "time" in x:
-            ours, own = x["time"]["on_chip"], x["time"]["grpo_fast"]
-            cells += [time_text(ours["ms"] / 1e3), f"{50 * ours['iqr_ms'] / ours['ms']:.1f} %"]
-            cells += [f"{ours['bytes_per_s'] / 1e9:,.1f}", f"{100 * ours['of_copy']:.0f} %"]
-            cells += [time_text(own["ms"] / 1e3), f"{own['ms'] / ours['ms']:.2f}x"]
-        else:
-            reason = x.get("error", "no time").strip().splitlines()[-1:]
-            cells += [f"failed: {_line(''.join(reason))}", *[""] * 5]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, ""])
+        ours, own = x["time"]["on_chip"], x["time"]["grpo_fast"]
+        rows.append(
+            [
+                *(x["name"], x["registers"], x["rows_in_flight"]),
+                "yes" if x["check"]["right"] else "no",
+                *_time_cells({"median": ours["ms"] / 1e3, "iqr": ours["iqr_ms"] / 1e3}),
+                *(f"{ours['bytes_per_s'] / 1e9:,.1f}", f"{100 * ours['of_copy']:.0f} %"),
+                *(time_text(own["ms"] / 1e3), f"{own['ms'] / ours['ms']:.2f}x"),
+            ]
+        )
+    head = ["variant", "registers", "rows in flight", "right", "time", "±", "GB/s", "of a copy"]
+    head += ["grpo_fast, in turns", "times faster"]
+    return (
+        f"**Rows that stay on the chip**, [on_chip](on_chip/build.py), Triton {document['triton']}, "
+        f"ptxas {document['ptxas']}, V {document['V']:,} ({when(document)})\n\n"
+        f"{table(head, rows, left=(0, 3))}\n"
+    )
 
 
 def section(experiments: list[dict[str, Any]], on_chip: list[dict[str, Any]]) -> Iterator[str]:
@@ -161,8 +159,8 @@ def section(experiments: list[dict[str, Any]], on_chip: list[dict[str, Any]]) ->
         return
     yield "#### Experiments\n"
     yield (
-        "`python -m benchmarks.experiments.variants` and `python -m benchmarks.on_chip`: "
-        "one launch between two events on the device. What was expected of each: [NOTES.md](NOTES.md).\n"
+        "`python -m benchmarks.experiments.variants`: one launch between two events on the device. "
+        "What was expected of each: [NOTES.md](NOTES.md).\n"
     )
     yield from map(experiment_table, experiments)
     yield from map(on_chip_table, on_chip)

@@ -11,6 +11,7 @@ from typing import Any
 
 from benchmarks.report import experiments, tables
 from benchmarks.report.committed import OWN, Run, documents, load, newest, steps
+from benchmarks.report.markdown import memory_text, table, time_text
 
 WITHOUT = """\
 **No GPU has run the benchmarks yet.** What is known of the GPU path comes from compiling every kernel for
@@ -23,9 +24,6 @@ beside eager PyTorch, grpo_fast is slower than it; all of them are in
 [RESULTS.md](benchmarks/RESULTS.md#cpu)."""
 OTHERS = """\
 The other operations on the same device, with their default options. Below 1.00x grpo_fast is slower."""
-STEP = """\
-A GRPO update of a whole model ({model}, {dtype}, {mode}) on {batch} tokens: {device},
-commit {commit}, {date}"""
 CASES = {
     "logprob": "log-probs from logits",
     "linear_logprob": "log-probs from hidden states",
@@ -102,10 +100,9 @@ def _entries(run: Run | None, variant: str) -> list[dict[str, Any]]:
 
 
 def _sentences(device: str, runs: dict[str, Run], smoke: list[dict[str, Any]]) -> Iterator[str]:
-    """Write sentences about the loss, the head, a step of TRL and the checks, where measured."""
+    """Write sentences about the loss, the head and the checks, where measured."""
     first = ""
-    sentences = {"grpo": _of_logits, "linear_grpo": _of_hidden, "trl_step": _of_trl}
-    for stem, sentence in sentences.items():
+    for stem, sentence in {"grpo": _of_logits, "linear_grpo": _of_hidden}.items():
         text = sentence(runs[stem]) if stem in runs else ""
         if not text:
             continue
@@ -140,10 +137,10 @@ def _others(entries: list[dict[str, Any]]) -> str:
     other = next((e for e in entries if not e["provider"].startswith((OWN, *PYTORCH))), None)
     said = []
     if eager:
-        said.append(f"eager PyTorch takes {tables.time_text(eager['median'])}")
+        said.append(f"eager PyTorch takes {time_text(eager['median'])}")
     if other:
         what = f"the fastest other library ({other['provider']})"
-        said.append(f"{what}{'' if eager else ' takes'} {tables.time_text(other['median'])}")
+        said.append(f"{what}{'' if eager else ' takes'} {time_text(other['median'])}")
     return "; " + ", ".join(said) if said else ""
 
 
@@ -155,7 +152,7 @@ def _of_logits(run: Run) -> str:
     place = " in place" if own["provider"] == INPLACE else ""
     return (
         f"loss and gradients from {_size(own)} {own['dtype']} logits take "
-        f"{tables.time_text(own['median'])}{place}, {tables.roof_share(own)} of the rate of a plain "
+        f"{time_text(own['median'])}{place}, {tables.roof_share(own)} of the rate of a plain "
         f"{own['roof']}{_others(entries)}"
     )
 
@@ -164,54 +161,37 @@ def _of_hidden(run: Run) -> str:
     said = []
     for variant, what in (
         ("full", "the same loss from hidden states, the head's products included, takes"),
-        ("realistic", "on a realistic batch"),
+        ("realistic", "on a realistic batch it takes"),
     ):
         entries = _entries(run, variant)
         own = _own(entries)
-        if own is None:
-            continue
-        more = ""
-        if variant == "full" and own.get("bare_gemms_seconds"):
-            times = own["median"] / own["bare_gemms_seconds"]
-            more = f", {times:.2f} times its three matrix multiplications alone"
-        takes = "" if variant == "full" else " it takes"
-        said.append(f"{what}{takes} {tables.time_text(own['median'])}{more}{_others(entries)}")
+        if own:
+            bare = own.get("bare_gemms_seconds") if variant == "full" else None
+            times = f"{own['median'] / bare:.2f}" if bare else ""
+            more = f", {times} times its three matrix multiplications alone" if bare else ""
+            said.append(f"{what} {time_text(own['median'])}{more}{_others(entries)}")
     return ". ".join(_capital(text) if i else text for i, text in enumerate(said))
-
-
-def _of_trl(run: Run) -> str:
-    """Write a sentence about the largest model that was stepped with both trainers."""
-    for entries in reversed(list(run.cases())):
-        own, trl = _own(entries), next((e for e in entries if e["provider"] == "trl"), None)
-        if own and trl:
-            return (
-                f"a step of TRL's trainer after generation ({own['shape']}) takes "
-                f"{tables.time_text(own['median'])} instead of {tables.time_text(trl['median'])}"
-            )
-    return ""
 
 
 def _table(run: Run, variant: str, more: str) -> str:
     entries = _entries(run, variant)
     eager = tables.eager_of(entries)
-    N, V = (
-        f"{x:,}"
-        for x in (entries[0]["sizes"]["B"] * entries[0]["sizes"]["T"], entries[0]["sizes"]["V"])
+    sizes = entries[0]["sizes"]
+    title = (
+        f"{STEMS[run.stem]}, {sizes['B'] * sizes['T']:,} tokens x {sizes['V']:,} entries, "
+        f"{entries[0]['dtype']}{more}: {run.device}, commit {run.info['commit']}, {run.date[:10]}"
     )
-    what = f"{N} tokens x {V} entries, {entries[0]['dtype']}{more}"
-    lines = [
-        _wrapped(
-            f"{STEMS[run.stem]}, {what}: {run.device}, commit {run.info['commit']}, {run.date[:10]}"
-        ),
-        "",
-        "| | time | faster than eager | extra memory |",
-        "|---|--:|--:|--:|",
+    rows = [
+        [
+            e["provider"],
+            time_text(e["median"]),
+            f"{eager['median'] / e['median']:.2f}x" if eager else "",
+            memory_text(e["peak_extra_bytes"]),
+        ]
+        for e in entries
     ]
-    for e in entries:
-        faster = f"{eager['median'] / e['median']:.2f}x" if eager else ""
-        time, memory = tables.time_text(e["median"]), tables.memory_text(e["peak_extra_bytes"])
-        lines.append(f"| {e['provider']} | {time} | {faster} | {memory} |")
-    return "\n".join(lines)
+    text = table(["", "time", "faster than eager", "extra memory"], rows)
+    return f"{_wrapped(title)}\n\n{text}"
 
 
 def _pair(entries: list[dict[str, Any]]) -> tuple[Any, Any]:
@@ -231,26 +211,23 @@ def _rows(runs: list[Run]) -> list[tuple[Run, list[dict[str, Any]]]]:
 
 def _comparison(rows: list[tuple[Run, list[dict[str, Any]]]], machine: bool = False) -> str:
     """Write a table of operations: this project beside eager PyTorch and the fastest other."""
-    lines = [
-        f"| | on | grpo_fast | eager | | fastest other | |{' machine, commit |' if machine else ''}",
-        f"|---|---|--:|--:|--:|--:|--:|{'---|' if machine else ''}",
-    ]
+    lines = []
     for run, entries in rows:
         own, eager = _pair(entries)
         rest = [e for e in entries if not e["provider"].startswith((OWN, "eager"))]
         other = min(rest, key=lambda e: e["median"], default=None)
-        cells = [_operation(run, own), _size(own), tables.time_text(own["median"])]
+        cells = [_operation(run, own), _size(own), time_text(own["median"])]
         cells += [*_against(own, eager), *_against(own, other, named=True)]
-        cells += [f"{run.device}, {run.info['commit']}"] if machine else []
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append(cells + [f"{run.device}, {run.info['commit']}"] * machine)
+    head = ["", "on", "grpo_fast", "eager", "", "fastest other", ""]
+    return table(head + ["machine, commit"] * machine, lines, left=(0, 1, 7))
 
 
 def _against(own: dict[str, Any], other: dict[str, Any] | None, named: bool = False) -> list[str]:
     """Write another's time, and how many times faster this project is."""
     if other is None:
         return ["", ""]
-    time = tables.time_text(other["median"]) + (f" ({other['provider']})" if named else "")
+    time = time_text(other["median"]) + (f" ({other['provider']})" if named else "")
     return [time, f"{other['median'] / own['median']:.2f}x"]
 
 
@@ -274,11 +251,12 @@ def _step(document: dict[str, Any]) -> str:
     if not rows:
         return ""
     first, info = rows[0], document["machine_info"]
-    about = {name: first[name] for name in ("model", "dtype", "mode")}
-    about |= {"batch": f"{first['B']} x ({first['P']} + {first['T']})", "device": info["device"]}
-    about |= {"commit": info["commit"], "date": document["datetime"][:10]}
-    lines = [_wrapped(STEP.format(**about)), "", "| head | time | peak memory |", "|---|--:|--:|"]
-    for row in rows:
-        time, memory = tables.time_text(row["seconds"]), tables.memory_text(row["peak_bytes"])
-        lines.append(f"| {row['provider']} | {time} | {memory} |")
-    return "\n".join(lines)
+    title = (
+        f"A GRPO update of a whole model ({first['model']}, {first['dtype']}, {first['mode']}) on "
+        f"{first['B']} x ({first['P']} + {first['T']}) tokens: {info['device']}, "
+        f"commit {info['commit']}, {document['datetime'][:10]}"
+    )
+    texts = [
+        [row["provider"], time_text(row["seconds"]), memory_text(row["peak_bytes"])] for row in rows
+    ]
+    return f"{_wrapped(title)}\n\n{table(['head', 'time', 'peak memory'], texts)}"

@@ -4,9 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from benchmarks.report.committed import Run
-
-# Less than this is below what the measurement can tell apart (pages, allocator blocks).
-SMALLEST_MEMORY = 1 << 20
+from benchmarks.report.markdown import SMALLEST_MEMORY, memory_text, share_text, table, time_text
 
 
 def run_section(run: Run) -> Iterator[str]:
@@ -32,17 +30,16 @@ def eager_of(entries: list[dict[str, Any]]) -> dict[str, Any] | None:
 
 
 def case_table(entries: list[dict[str, Any]]) -> str:
+    """Write a table of the providers of one case."""
     first = entries[0]
     sizes = ", ".join(f"{name} {size:,}" for name, size in first["sizes"].items() if size)
     heads, rated = first["roof"] == "gemm", first["roof"] is not None
     eager = eager_of(entries)
-    lines = [f"{title(first)}: {sizes}, {first['dtype']}{_about(first)}\n"]
-    speed = f"{'TFLOP/s' if heads else 'GB/s'} | of {first['roof']} | " if rated else ""
-    columns = f"| provider | time | ± | vs eager | {speed}{'x bare GEMMs | ' if heads else ''}"
-    columns += "extra memory | vs eager | error |"
-    lines += [columns, "|---|" + "---:|" * (columns.count("|") - 2)]
-    for e in entries:
-        cells = [
+    head = ["provider", "time", "±", "vs eager"]
+    head += ["TFLOP/s" if heads else "GB/s", f"of {first['roof']}"] if rated else []
+    head += [*["x bare GEMMs"] * heads, "extra memory", "vs eager", "error"]
+    rows = [
+        [
             e["provider"],
             time_text(e["median"]) + _event_time(e),
             f"{50 * e['iqr'] / e['median']:.0f} %",
@@ -51,14 +48,12 @@ def case_table(entries: list[dict[str, Any]]) -> str:
             *([f"{e['median'] / e['bare_gemms_seconds']:.2f}"] if heads else []),
             memory_text(e["peak_extra_bytes"]),
             memory_ratio(e, eager),
-            _errors(e),
+            ", ".join(f"{name} {x:.0e}" for name, x in e.get("errors", {}).items()),
         ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, ""])
-
-
-def title(entry: dict[str, Any]) -> str:
-    return f"{entry['case'].replace('_', ' + ')}, `{entry['shape']}`, {entry['variant']}"
+        for e in entries
+    ]
+    title = f"{first['case'].replace('_', ' + ')}, `{first['shape']}`, {first['variant']}"
+    return f"{title}: {sizes}, {first['dtype']}{_about(first)}\n\n{table(head, rows)}\n"
 
 
 def _about(entry: dict[str, Any]) -> str:
@@ -82,27 +77,9 @@ def roof_share(entry: dict[str, Any]) -> str:
     return share_text(entry[work] / entry["median"], top)
 
 
-def share_text(rate: float | None, top: float | None) -> str:
-    return f"{100 * rate / top:.0f} %" if rate is not None and top else ""
-
-
-def _errors(entry: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {x:.0e}" for name, x in entry.get("errors", {}).items())
-
-
-def time_text(seconds: float) -> str:
-    return f"{seconds * 1e3:,.2f} ms" if seconds >= 1e-3 else f"{seconds * 1e6:,.1f} µs"
-
-
 def _event_time(entry: dict[str, Any]) -> str:
     seconds = entry.get("event_seconds")
     return "" if seconds is None else f" ({time_text(seconds)} on the device)"
-
-
-def memory_text(extra: int | None) -> str:
-    if extra is None:
-        return ""
-    return "< 1 MiB" if extra < SMALLEST_MEMORY else f"{extra / 2**20:,.0f} MiB"
 
 
 def memory_ratio(entry: dict[str, Any], eager: dict[str, Any] | None) -> str:
@@ -111,13 +88,6 @@ def memory_ratio(entry: dict[str, Any], eager: dict[str, Any] | None) -> str:
     if not own or not base or base < 16 * SMALLEST_MEMORY:
         return ""
     return f"{own / base:.3f}"
-
-
-def markdown(rows: list[dict[str, Any]]) -> str:
-    """Write a table with a column for each key."""
-    lines = [f"| {' | '.join(rows[0])} |", f"|{'--:|' * len(rows[0])}"]
-    lines += [f"| {' | '.join(map(str, row.values()))} |" for row in rows]
-    return "\n".join([*lines, ""])
 
 
 def listed(title: str, lines: list[str]) -> Iterator[str]:
@@ -148,7 +118,7 @@ def step_tables(rows: list[dict[str, Any]], predicted: list[dict[str, Any]]) -> 
     for kind in ("headline", "batch", "longest"):
         chosen = [_columns(row, predicted) for row in rows if row["kind"] == kind]
         if chosen:
-            yield markdown(chosen)
+            yield table(list(chosen[0]), [row.values() for row in chosen], left=()) + "\n"
 
 
 def _columns(r: dict[str, Any], predicted: list[dict[str, Any]]) -> dict[str, Any]:

@@ -7,39 +7,29 @@ written after every measurement: an end at any time loses one. After a crash a n
 behind the benchmark that crashed, which the results name.
 """
 
-import argparse
 import dataclasses
 import json
-import os
 import signal
 import subprocess
 import sys
-import tarfile
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import FOLDER, ROOT, conftest, providers
+from benchmarks import FOLDER, ROOT, command_line, conftest, providers
 from benchmarks.measuring import machine, recorder
 from benchmarks.run import failures, smoke
 from benchmarks.step_7b import rows
 
-FIRST_TESTS = (
-    *("test_grpo", "test_logprob", "test_linear_grpo", "test_linear_logprob"),
-    *("test_policy_loss", "test_sequence_loss", "test_group_advantage"),
-)
-# Tests of files, wheels and processes say nothing about a device.
-OFF_DEVICE = (
-    *("test_benchmarks", "test_benchmark_peers", "test_compare", "test_cost_model", "test_layout"),
-    *("test_memory", "test_on_chip_build", "test_packaging", "test_report", "test_runner"),
-    *("test_smoke", "test_step_7b", "test_trl_step", "test_variants"),
-)
+OFF_DEVICE = ("test_memory", "test_trl_step")  # they say nothing about a device, as those of:
+OTHER_ROOMS = ("benchmarks", "project")
 # All in one process, as far as none crashes: they share inputs, and what float64 makes of them.
 STEMS = (
     *("grpo", "logprob", "linear_grpo", "linear_cross_entropy", "linear_logprob"),
     *("policy_loss", "sequence_loss", "group_advantage"),
 )
+FIRST_TESTS = tuple(f"test_{stem}" for stem in STEMS if stem != "linear_cross_entropy")
 GRACE = 4.0  # seconds to stop in after an interrupt: what was measured is on disk by then
 RESTARTS = 8  # after crashes of one piece
 CASE_SHARE = 4  # one benchmark may take this part of the time of its piece
@@ -51,7 +41,7 @@ OUT_OF_TIME = "out of time"
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """A process, and its part of the time that is left against the pieces after it."""
+    """A process, and its weight as the time that is left is shared with the pieces after it."""
 
     name: str
     arguments: tuple[str, ...]  # of the module
@@ -93,12 +83,8 @@ def plan(out: Path, commit: str, tests: bool = True) -> list[Piece]:
     if not tests:
         return measured
     files = {path.stem: path for path in sorted((ROOT / "tests").rglob("test_*.py"))}
-    rest = [
-        stem
-        for stem, path in files.items()
-        if stem not in FIRST_TESTS + OFF_DEVICE
-        and path.parent.name not in ("benchmarks", "project")
-    ]
+    rest = [stem for stem, path in files.items() if path.parent.name not in OTHER_ROOMS]
+    rest = [stem for stem in rest if stem not in FIRST_TESTS + OFF_DEVICE]
 
     def pieces(stems: Sequence[str], weight: float) -> list[Piece]:
         paths = [(stem, str(files[stem].relative_to(ROOT))) for stem in stems if stem in files]
@@ -168,12 +154,7 @@ def _wait(process: subprocess.Popen, seconds: float) -> int | None:
     try:
         return process.wait(seconds)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGINT)
-    try:
-        process.wait(GRACE)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        failures.stop([process], GRACE)
     return None
 
 
@@ -213,19 +194,12 @@ def run(pieces: Sequence[Piece], seconds: float, commit: str, out: Path) -> dict
 
 
 def keep(out: Path, commit: str, outcomes: dict[str, str]) -> None:
-    """Write the outcomes next to those of an earlier part, and all files of the commit into one.
-
-    One file is for machines that give few back.
-    """
-    path, temporary = out / f"outcome-{commit}.txt", out / "results.part"
+    """Write the outcomes next to those of an earlier part."""
+    path = out / f"outcome-{commit}.txt"
     known = {}
     if path.exists():
         known = dict(line.split(": ", 1) for line in path.read_text().splitlines())
     path.write_text("".join(f"{name}: {text}\n" for name, text in (known | outcomes).items()))
-    with tarfile.open(temporary, "w:gz") as archive:
-        for file in sorted(out.glob(f"*-{commit}.*")):
-            archive.add(file, file.name)
-    os.replace(temporary, out / "results.tar.gz")
 
 
 def exit_code(outcomes: dict[str, Outcome]) -> int:
@@ -236,7 +210,7 @@ def exit_code(outcomes: dict[str, Outcome]) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="benchmarks/run_all", description=__doc__)
+    parser = command_line(__doc__, prog="benchmarks/run_all")
     add = parser.add_argument
     add("--out", type=Path, help="folder of the JSON files (default: benchmarks/results/<device>)")
     add("--minutes", type=float, default=8.8, help="for everything (default: 8.8)")

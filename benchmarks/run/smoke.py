@@ -8,7 +8,6 @@ check that raises, or is wrong, costs its own line. A check that hangs, or takes
 is named by the file that the process leaves behind.
 """
 
-import argparse
 import importlib.util
 import json
 import os
@@ -22,7 +21,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import ROOT
+from benchmarks import ROOT, command_line
 from benchmarks.measuring import machine, recorder
 from benchmarks.run import failures
 from benchmarks.run.smoke_checks import GROUPS
@@ -38,14 +37,13 @@ SECONDS = 170.0  # for everything, at most
 GRACE = 6.0  # seconds to stop in after an interrupt
 
 
-def run_group(name: str, out: Path | None) -> int:
-    """Run all checks of a group, the file written before and after each; how many are not right."""
+def run_group(name: str, out: Path) -> int:
+    """Run all checks of a group, writing the file around each; return how many are not right."""
     document: dict[str, Any] = {"group": name, "checks": [], "running": None}
     failed = 0
     for case, check in GROUPS[name]():
         document["running"] = case
-        if out:
-            recorder.write(out, document)
+        recorder.write(out, document)
         start = time.monotonic()
         row: dict[str, Any] = {"case": case}
         try:
@@ -64,13 +62,12 @@ def run_group(name: str, out: Path | None) -> int:
             break
     else:
         document["running"] = None
-    if out:
-        recorder.write(out, document)
+    recorder.write(out, document)
     return failed
 
 
 def run(out: Path, commit: str, seconds: float) -> int:
-    """Run all groups and the tests of kernels at the same time; 1 if anything is not right."""
+    """Run all groups and the tests of kernels at the same time; return 1 if any is not right."""
     folder = out / f"smoke-{commit}"
     folder.mkdir(parents=True, exist_ok=True)
     failed = folder / "failures.txt"
@@ -88,7 +85,7 @@ def run(out: Path, commit: str, seconds: float) -> int:
                 start_new_session=True,
             )
     ended = _wait(running, seconds)
-    info = machine.describe_without_roofs() | {"command": COMMAND, "absent": {}}
+    info = machine.describe(roofs=False) | {"command": COMMAND, "absent": {}}
     groups = {name: _ended(name, folder / f"{name}.json", ended[name]) for name in GROUPS}
     names = failed.read_text().splitlines() if failed.exists() else []
     groups["tests"] = {"ended": ended["tests"], "failed": names}
@@ -109,17 +106,8 @@ def _wait(running: dict[str, subprocess.Popen], seconds: float) -> dict[str, str
                 print(f"smoke: {name}: {ended[name]} after {time.monotonic() - start:.0f} s")
                 del running[name]
         time.sleep(0.2)
-    for process in running.values():
-        os.killpg(process.pid, signal.SIGINT)  # pytest then says what it has seen
-    until = time.monotonic() + GRACE
-    for name, process in running.items():
-        try:
-            process.wait(max(0.0, until - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-        ended[name] = "out of time"
-    return ended
+    failures.stop(running.values(), GRACE)
+    return ended | dict.fromkeys(running, "out of time")
 
 
 def _group(name: str, path: Path) -> list[str]:
@@ -149,9 +137,9 @@ def _ended(name: str, path: Path, ended: str) -> dict[str, Any]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = command_line(__doc__)
     parser.add_argument("group", choices=GROUPS)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     return int(run_group(options.group, options.out) > 0)
 

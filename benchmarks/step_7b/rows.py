@@ -10,7 +10,7 @@ exit code is 1 if it is one of this project's. What was not done, because time w
 was killed, is "not_reached".
 """
 
-import argparse
+import itertools
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,8 +18,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks import providers
-from benchmarks.measuring import machine, memory, recorder
+from benchmarks import command_line, providers
+from benchmarks.inputs import shapes
+from benchmarks.measuring import gate, memory, recorder
 from benchmarks.step_7b import decoder, step
 from benchmarks.step_7b.longest import capped, longest
 
@@ -53,36 +54,32 @@ def planned(
         for who in HEADLINE_PROVIDERS
         if mode in modes and who in chosen and cap in caps
     ]
-    batch, searched = step.BATCH[device], step.SEARCHED[device]
-    batches = [Row("batch", mode, who, 0.0, batch) for mode in modes for who in chosen]
-    return [*headlines, *batches] + [
-        Row("longest", mode, who, cap, searched)
-        for mode in modes
-        for cap in caps
-        for who in reversed(chosen)
+    batches = itertools.product(modes, chosen)
+    searches = itertools.product(modes, caps, reversed(chosen))
+    return [
+        *headlines,
+        *(Row("batch", mode, who, 0.0, step.BATCH[device]) for mode, who in batches),
+        *(Row("longest", mode, who, cap, step.SEARCHED[device]) for mode, cap, who in searches),
     ]
 
 
-class Sheet:
-    """The rows, written after each."""
+class Sheet(recorder.Sheet):
+    """The rows of a plan; those that are still to be measured are `not_reached`."""
 
     def __init__(self, out: Path | None, about: dict[str, Any], rows: Sequence[Row]) -> None:
-        self.out, self.about = out, about
-        info = machine.describe() | {"absent": {}}
-        self.document: dict[str, Any] = {"machine_info": info, "benchmarks": [], "step": []}
-        self.document["not_reached"] = [str(row) for row in rows]
+        super().__init__(out, "step", not_reached=[str(row) for row in rows])
+        self.about = about
+        self.absent: dict[str, str] = self.document["machine_info"]["absent"]
         self.write()
 
     def add(self, row: Row, **found: Any) -> None:
-        about = row._asdict() | row.size._asdict() | {"cap_bytes": row.cap}
-        dropped = ("size", "cap", *["cap_bytes"] * (not row.cap))
-        about = {name: x for name, x in about.items() if name not in dropped}
-        self.document["step"].append(self.about | about | found)
-        print(self.document["step"][-1], flush=True)
+        about = {"kind": row.kind, "mode": row.mode, "provider": row.provider}
+        cap = {"cap_bytes": row.cap} if row.cap else {}
+        self.append(self.about | about | row.size._asdict() | cap | found)
         self.drop(row)
 
     def skip(self, row: Row, why: str) -> None:
-        self.document["machine_info"]["absent"][str(row)] = why
+        self.absent[str(row)] = why
         print(f"{row}: {why}", flush=True)
         self.drop(row)
 
@@ -90,10 +87,6 @@ class Sheet:
         """Take a row off the list of what is still to be done."""
         self.document["not_reached"].remove(str(row))
         self.write()
-
-    def write(self) -> None:
-        if self.out:
-            recorder.write(self.out, self.document)
 
 
 class Run:
@@ -126,51 +119,43 @@ class Run:
     def one(self, row: Row, trained: step.Trained, until: float) -> bool:
         """Measure a row; False if its provider can do no other with this way to train."""
         try:
-            {"batch": self._batch, "headline": self._headline, "longest": self._longest}[row.kind](
-                row, trained, until
-            )
+            (self._batch if row.kind == "batch" else self._under_cap)(row, trained, until)
         except torch.OutOfMemoryError:
             self.sheet.skip(row, f"out of memory at {row.size}")  # a shorter completion may fit
         except Exception as error:  # of a library: it costs its own row
-            reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
-            known = isinstance(error, (providers.UnavailableError, WrongError))
-            self.sheet.skip(row, str(error) if known else f"failed: {reason}")
+            known = isinstance(error, (providers.UnavailableError, gate.WrongError))
+            why = str(error) if known else f"failed: {recorder.reason_of(error)}"
+            self.sheet.skip(row, why)
             return row.kind != "batch"
         finally:
             if trained is not None:
                 step.clear(trained.model)
         return True
 
-    def _headline(self, row: Row, trained: step.Trained, until: float) -> None:
-        with capped(row.cap):
-            self.sheet.add(row, peak_bytes=step.peak_at(trained, row.size, row.provider))
-
     def _batch(self, row: Row, trained: step.Trained, until: float) -> None:
         found = step.measure(trained, row.size, row.provider)
         if row.provider == "eager":
             self.eager[row.mode] = found
-        if row.mode in self.eager:
-            wrong = step.disagreement(found, self.eager[row.mode], self.dtype)
-            if wrong:
-                raise WrongError(wrong)
+        eager = self.eager.get(row.mode)
+        if eager and (wrong := step.disagreement(found, eager, self.dtype)):
+            raise gate.WrongError(wrong)
         self.sheet.add(row, **found)
 
-    def _longest(self, row: Row, trained: step.Trained, until: float) -> None:
+    def _under_cap(self, row: Row, trained: step.Trained, until: float) -> None:
         def peak(length: int) -> int | None:
             return step.peak_at(trained, row.size._replace(T=length), row.provider)
 
         with capped(row.cap):
+            if row.kind == "headline":
+                self.sheet.add(row, peak_bytes=peak(row.size.T))
+                return
             fits, fails = longest(peak, row.cap, row.size.T, until, step.STEP_OF_LENGTH)
         if (fits, fails) != (0, None):  # else no length was tried
             self.sheet.add(row, fits=fits, fails=fails)
 
 
-class WrongError(Exception):
-    """A provider's update is not eager's."""
-
-
 def own_failures(document: dict[str, Any]) -> list[str]:
-    """List whom of this project's providers is wrong, or raised."""
+    """List the rows whose provider is this project's and was wrong, or raised."""
     return [
         who
         for who, why in document["machine_info"]["absent"].items()
@@ -182,34 +167,24 @@ def own_failures(document: dict[str, Any]) -> list[str]:
 def run(rows: Sequence[Row], seconds: float, out: Path | None = None) -> dict[str, Any]:
     """Measure rows, with a 7B model on a GPU and a tiny one on a CPU."""
     end = time.monotonic() + seconds
-    cuda = torch.cuda.is_available()
-    config, dtype = (decoder.QWEN_7B if cuda else decoder.TINY), torch.bfloat16
-    if not cuda:
-        dtype = torch.float32
-    about = {"model": "qwen2.5-7b" if cuda else "tiny", "dtype": str(dtype).split(".")[1]}
-    sheet = Sheet(out, about, rows)
-    Run(config, torch.device("cuda" if cuda else "cpu"), dtype, sheet).all(rows, end)
+    name, config, dtype = "tiny", decoder.TINY, torch.float32
+    if torch.cuda.is_available():
+        name, config, dtype = "qwen2.5-7b", decoder.QWEN_7B, torch.bfloat16
+    sheet = Sheet(out, {"model": name, "dtype": str(dtype).split(".")[1]}, rows)
+    Run(config, shapes.device(), dtype, sheet).all(rows, end)
     return sheet.document
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__)
     add = parser.add_argument
     add("--seconds", type=float, default=540.0, help="for everything (default: 540)")
     add("--until", type=float, help="instead: when to end, of Python's time.time()")
     add("--out", type=Path, help="JSON file, written anew after each row")
-    add("--provider", action="append", choices=step.PROVIDERS, help="repeatable")
-    add("--mode", action="append", choices=step.MODES, help="repeatable")
-    add("--cap", action="append", type=float, help="GB; repeatable")
     options = parser.parse_args(arguments)
-    caps: list[float] = []
-    if torch.cuda.is_available():
-        total = torch.cuda.get_device_properties(0).total_memory
-        caps = [cap * 1e9 for cap in options.cap] if options.cap else list(step.CAPS)
-        caps = [cap for cap in caps if cap <= 1.02 * total]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    rows = planned(options.mode or step.MODES, options.provider or step.PROVIDERS, caps, device)
+    cuda = torch.cuda.is_available()
+    total = torch.cuda.get_device_properties(0).total_memory if cuda else 0
+    caps = [cap for cap in step.CAPS if cap <= 1.02 * total]
+    rows = planned(step.MODES, step.PROVIDERS, caps, "cuda" if cuda else "cpu")
     seconds = options.seconds if options.until is None else options.until - time.time()
     return 1 if own_failures(run(rows, seconds, options.out)) else 0

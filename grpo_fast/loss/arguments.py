@@ -15,6 +15,7 @@ from grpo_fast.ops.group_advantage import check_rewards
 from grpo_fast.ops.reduction_weights import weights_of
 from grpo_fast.records import Rewards, Sequences, Tokens, Weighing
 from grpo_fast.sequences import first_of_sequence, one_per_sequence, spread_argument
+from grpo_fast.surrogates import SURROGATES
 
 
 class LossArguments(NamedTuple):
@@ -92,7 +93,7 @@ def check_batch(
         return per_token(op, name, x, like, dtype)
 
     scores = given.scores
-    if rewards is not None and scores is None and objective.surrogate == "topr":
+    if rewards is not None and scores is None and SURROGATES[objective.surrogate].takes_scores:
         scores = rewards[:, None]  # (B, 1) is per sequence even where B equals the number of tokens
     importance = spread("importance_weights", given.importance_weights)
     log_importance = None
@@ -174,14 +175,16 @@ def _check_needed(op: str, given: LossArguments) -> None:
     scores, modes = given.scores, objective.terms.modes
     if modes.has_kl and ref_logps is None:
         raise ValueError(f"{op}: ref_logps: needed, since objective.beta={objective.beta}")
-    if scores is not None and objective.surrogate != "topr":
+    row = SURROGATES[objective.surrogate]
+    if scores is not None and not row.takes_scores:
+        users = ", ".join(repr(name) for name, row in SURROGATES.items() if row.takes_scores)
         raise ValueError(
-            f"{op}: scores have no effect with surrogate={objective.surrogate!r}; they belong to 'topr'"
+            f"{op}: scores have no effect with surrogate={objective.surrogate!r}; they belong to {users}"
         )
     reason = None
     if modes.drops_stale:
         reason = "off_policy_threshold"
-    elif modes.surrogate == "rollout_is":
+    elif row.needs_old_logps:
         reason = "surrogate"
     elif modes.has_penalty:
         reason = "quadratic_coef"

@@ -135,9 +135,11 @@ def surrogate_terms(
         weight = ratio.clamp(low, high)
     elif surrogate == "rollout_is":
         weight = torch.where((ratio <= low) | (ratio >= high), 0, ratio)
-    else:
+    elif surrogate in ("dppo_tv", "dppo_kl"):
         assert below is not None
         weight = torch.where(below, 0, ratio.clamp(max=cap))
+    else:
+        raise NotImplementedError(f"surrogate_terms has no formula for surrogate={surrogate!r}")
     return -weight * advantage * logp, zero, -weight * advantage, flags
 
 

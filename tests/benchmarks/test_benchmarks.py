@@ -126,6 +126,11 @@ def unavailable(stem, provider):
     raise providers.UnavailableError("not now")
 
 
+def test_a_stem_without_providers_is_an_error():
+    with pytest.raises(ValueError, match=r"'mine' has no providers: enter it in benchmarks/prov"):
+        measure.cases("mine", [("micro-batch", "full")])
+
+
 def test_a_missing_library_is_a_reason(monkeypatch):
     def load():
         import no_such_library_at_all  # noqa: F401
@@ -255,4 +260,4 @@ def test_results_name_the_switch_that_another_kernel_ran_by(monkeypatch):
         ("1", "GRPO_FAST_ON_CHIP=1 benchmarks/run_all"),
     ):
         monkeypatch.setenv("GRPO_FAST_ON_CHIP", value)
-        assert machine.describe_without_roofs()["command"] == command
+        assert machine.describe(roofs=False)["command"] == command

@@ -56,26 +56,6 @@ def test_the_headline_names_another_commit(gpu_results):
     assert "(measured 2026-02-02 at commit bbbbbbb)." in said
 
 
-def test_the_headline_takes_the_step_of_the_largest_model_that_both_did(gpu_results):
-    made = [
-        ("grpo_fast", "small"),
-        ("trl", "small"),
-        ("grpo_fast", "7b"),
-        ("trl", "7b"),
-        ("trl", "x"),
-    ]
-    about = {"stem": "trl_step", "case": "step", "roof": None, "bytes": 0}
-    steps = [entry(who, shape, median=len(who) + len(shape), **about) for who, shape in made]
-    for step in steps:
-        del step["extra_info"]["moving_tokens"]
-    write(gpu_results, "trl_step", steps)
-    said = " ".join(report.headline(gpu_results).split())
-    assert (
-        "A step of TRL's trainer after generation (7b) takes 11,000.00 ms instead of 5,000.00"
-        in said
-    )
-
-
 def test_without_a_gpu_the_headline_says_so(tmp_path):
     write_result(tmp_path)
     text = report.headline(tmp_path)

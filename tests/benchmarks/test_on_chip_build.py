@@ -1,6 +1,7 @@
 """The kernel that keeps rows on the chip: what it compiles to, and its launch without Triton."""
 
 import ctypes
+import json
 import os
 from types import SimpleNamespace
 
@@ -10,11 +11,14 @@ import torch
 pytest.importorskip("triton", reason="the kernel needs Triton")
 import triton
 
-from benchmarks.codegen.launches import specialise
+from benchmarks.codegen import reports as codegen
+from benchmarks.codegen.launches import record
+from benchmarks.experiments import variants
 from benchmarks.inputs import shapes
+from benchmarks.inputs.batches import make_batch
+from benchmarks.measuring import gate
 from benchmarks.on_chip import build as on_chip_build
-from benchmarks.on_chip import check as on_chip_check
-from benchmarks.on_chip import codegen as on_chip_codegen
+from benchmarks.on_chip import cases as on_chip_cases
 from benchmarks.on_chip import driver
 from grpo_fast.kernels import on_chip
 
@@ -28,37 +32,42 @@ FEW = 30
 def reports():
     if OLD:
         pytest.skip(f"Triton {triton.__version__} has no reductions over a cluster: 3.8 has")
-    return on_chip_codegen.collect()
+    return codegen.collect(on_chip_cases.TARGETS, on_chip=True)
+
+
+def spread(case):
+    """How the launch of a case spreads a row."""
+    return record(on_chip_cases.CASES[case]).arguments["SPREAD"]
 
 
 def test_nothing_spills(reports):
-    assert len(reports) == len(on_chip_codegen.CASES) * len(on_chip_codegen.TARGETS)
+    assert len(reports) == len(on_chip_cases.CASES) * len(on_chip_cases.TARGETS)
     assert {(x.case, x.target): x.stack for x in reports if x.stack} == {}
 
 
 def test_two_thread_blocks_are_resident(reports):
     """Half the multiprocessor waits for its cluster while the other half moves bytes."""
-    assert {(x.case, x.target): x.registers for x in reports if x.thread_blocks() < 2} == {}
+    few = {(x.case, x.target): x.registers for x in reports if x.resident_programs() < 2}
+    assert few == {}
 
 
 def test_rows_are_moved_16_bytes_at_once(reports):
     for x in reports:
-        assert x.loads["128"] >= x.strips, x
-        assert x.stores["128"] >= x.strips, x
-        assert sum(n for bits, n in x.loads.items() if bits != "128") < FEW, x
-        assert sum(n for bits, n in x.stores.items() if bits != "128") < FEW, x
+        for moved in x.accesses.values():
+            assert moved["128"] >= spread(x.case).STRIPS, x
+            assert sum(n for bits, n in moved.items() if bits != "128") < FEW, x
 
 
 def test_a_single_thread_block_waits_for_no_cluster(reports):
     for x in reports:
-        assert bool(x.cluster_barriers) == (x.ctas > 1), x
+        assert bool(x.cluster_barriers) == (spread(x.case).CTAS > 1), x
 
 
-@pytest.mark.parametrize("case", on_chip_codegen.CASES)
+@pytest.mark.parametrize("case", on_chip_cases.CASES)
 def test_a_launch_asks_for_its_cluster_and_for_fused_products(case):
-    arguments = on_chip_codegen.CASES[case].launch().arguments
-    assert arguments["num_ctas"] == arguments["CTAS"]
-    assert arguments["num_warps"] * 32 == arguments["THREADS"]
+    arguments = record(on_chip_cases.CASES[case]).arguments
+    assert arguments["num_ctas"] == arguments["SPREAD"].CTAS
+    assert arguments["num_warps"] * 32 == arguments["SPREAD"].THREADS
     assert arguments["enable_fp_fusion"] is True
 
 
@@ -101,22 +110,12 @@ def test_a_launch_hands_the_driver_the_values_in_order(monkeypatch):
 
 
 def test_variants():
-    names = "8x8-e 8x8-e-relaxed 8x16-e-r64 8x16-bits-r64 16x4-e 16x8-e-r64 4x16-e"
-    assert [variant.name for variant in on_chip_build.VARIANTS] == names.split()
-    shape = shapes.CUDA[on_chip_build.SHAPE]
-    assert on_chip_build.VARIANTS[0].plan == on_chip.plan(shape.V, bonus=False)
-
-
-def test_what_is_checked_and_timed_is_what_was_compiled():
-    """The driver launches one specialisation: constants, types and divisors of both shapes are the same."""
-    plan = on_chip_build.VARIANTS[0].plan
-    shape = shapes.CUDA[on_chip_build.SHAPE]
-    timed, checked = (on_chip_build.launch_of(x, plan) for x in (shape, on_chip_check.CHECKED))
-    kernel = on_chip._on_chip_kernel
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        kernel = triton.JITFunction(kernel.fn, do_not_specialize=["T_len"])
-    one, two = (specialise(x._replace(fn=kernel)) for x in (timed, checked))
-    assert one == two
+    first, *_ = on_chip_build.VARIANTS.values()
+    assert first == on_chip.plan(variants.S0.V, bonus=False)
+    for name, plan in on_chip_build.VARIANTS.items():
+        most = [f"r{plan.registers}"] * bool(plan.registers)
+        parts = "-".join([f"{plan.ctas}x{plan.warps}", plan.keep, *most])
+        assert name.removesuffix(on_chip_build.RELAXED) == parts
 
 
 def test_only_the_last_barrier_is_relaxed():
@@ -128,23 +127,36 @@ def test_only_the_last_barrier_is_relaxed():
         on_chip_build.relax_exit(f"{arrive}\nst.global")
 
 
+def test_a_folder_of_compiled_kernels_is_loaded_by_name(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(driver, "Kernel", lambda *given: made.append(given) or "kernel")
+    monkeypatch.setattr(torch, "zeros", lambda *_, device: None)
+    entry = {"name": "8x8-e", "cubin": "8x8-e.cubin"}
+    (tmp_path / driver.MANIFEST).write_text(json.dumps({"variants": [entry]}))
+    assert driver.load(tmp_path) == {"cubin 8x8-e": "kernel"}
+    assert made == [(tmp_path, entry)]
+
+
 @pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") != "1", reason="on a GPU `benchmarks.on_chip run` checks it"
+    os.environ.get("TRITON_INTERPRET") != "1", reason="on a GPU `variants --cubins` checks it"
 )
 @pytest.mark.parametrize("keep", ["e", "bits"])
 def test_the_check_of_the_benchmark(keep, monkeypatch):
     """The kernel in the interpreter in place of the driver's: both ways to keep a row, in several strips."""
-    plan = on_chip.Plan(2, 1, keep)
-    monkeypatch.setattr(on_chip, "plan", lambda V, bonus: plan)
-    rows = on_chip_check.Rows.make(shapes.Shape(B=2, T=4, V=1000, G=2), "padded", CPU)
-    assert 0 < rows.mask.sum() < len(rows.mask)
-    rows.logits[~rows.mask] = torch.nan
-    gradient = torch.full_like(rows.logits, torch.nan)
-    result = {**rows.run(on_chip._on_chip_kernel, rows.logits, gradient), "gradient": gradient}
-    for name, error in on_chip_check.errors(rows, {"kernel": result}).items():
-        # The interpreter's bfloat16 is truncated, hardware's is rounded.
-        factor = (
-            2 * on_chip_check.FACTOR if name in ("gradient", "scored") else on_chip_check.FACTOR
-        )
-        bound = factor * error["plain"] + on_chip_check.FLOOR * error["largest"]
-        assert error["kernel"] <= bound, name
+    monkeypatch.setattr(on_chip, "plan", lambda V, bonus: on_chip.Plan(2, 1, keep))
+    batch = make_batch(shapes.Shape(B=2, T=4, V=1000, G=2), "full", CPU, torch.float16)
+    launched = []
+
+    class Kernel(driver.Kernel):
+        def __init__(self):
+            pass
+
+        def __getitem__(self, grid):
+            launched.append(grid)
+            return interpreted[grid]
+
+    interpreted = on_chip._on_chip_kernel
+    gradient = torch.full_like(batch.logits, torch.nan)
+    loss = variants.launch(Kernel(), batch, batch.logits.clone(), gradient)
+    gate.check("grpo", batch, loss.sum(), (gradient,))
+    assert launched == [(8,)]

@@ -201,9 +201,8 @@ def on_chip(**more):
 
     good = {"name": "8x8-e", "registers": 128, "rows_in_flight": 30, "check": {"right": True}}
     good |= {"device": "NVIDIA H200", "time": {"on_chip": time(4.0), "grpo_fast": time(5.0)}}
-    bad = {"name": "4x32-e", "registers": 64, "error": "Traceback\nRuntimeError: 701"}
     document = {"triton": "3.9.0", "ptxas": "12.9", "V": 152_064, "commit": "19274bf"}
-    return document | {"variants": [good, bad]} | more
+    return document | {"variants": [good]} | more
 
 
 def test_rows_kept_on_the_chip_have_a_table(tmp_path):
@@ -215,7 +214,6 @@ def test_rows_kept_on_the_chip_have_a_table(tmp_path):
     assert "ptxas 12.9, V 152,064 (commit 19274bf)" in text
     row = "| 8x8-e | 128 | 30 | yes | 4.00 ms | 0.1 % | 2,000.0 | 66 % | 5.00 ms | 1.25x |"
     assert row in text
-    assert "| 4x32-e | 64 |  |  | failed: RuntimeError: 701 |  |  |  |  |  |" in text
     assert report.headline(tmp_path).startswith("Experiments have run on one NVIDIA H200")
     path.write_text(json.dumps(on_chip(commit="19274bf-dirty")))
     with pytest.raises(committed.ResultError, match="clean"):

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import tarfile
 import textwrap
 
 import pytest
@@ -13,6 +12,7 @@ from benchmarks import providers
 from benchmarks.conftest import limited
 from benchmarks.inputs import shapes
 from benchmarks.measuring import machine
+from benchmarks.report import committed, headline
 from benchmarks.run import runner
 
 CRASHING = """
@@ -20,7 +20,7 @@ import os
 
 from benchmarks import providers
 from benchmarks.measuring import machine
-from benchmarks.measuring.measure import Case, cases, measure
+from benchmarks.measuring.measure import cases
 
 TABLE = providers.PROVIDERS["group_advantage"]
 TABLE["crashing"] = lambda: lambda *args: os.abort()
@@ -28,11 +28,7 @@ for name in list(TABLE):
     if name not in ("eager", "crashing", "grpo_fast"):
         del TABLE[name]
 TABLE["grpo_fast"] = TABLE.pop("grpo_fast")  # behind the one that crashes
-
-
-@cases("group_advantage", [("micro-batch", "full")])
-def bench_forward(benchmark, case):
-    measure(benchmark, case, backward=False)
+bench_forward = cases("group_advantage", [("micro-batch", "full")], backward=False)
 """
 WHO = "crash bench_forward[micro-batch-full-crashing]"
 ROOFS = json.dumps({"bandwidth": {"copy": 1e10, "read": 1e10}, "gemm": {"float32": 1e11}})
@@ -210,7 +206,10 @@ def test_the_plan(tmp_path):
     pieces = {piece.name: piece for piece in runner.plan(tmp_path, "19274bf")}
     names = list(pieces)
     assert sum(piece.weight for piece in pieces.values()) == pytest.approx(100)
-    assert set(runner.STEMS) == set(providers.PROVIDERS)
+    stems = set(providers.PROVIDERS)
+    assert set(runner.STEMS) == stems
+    assert stems <= set(committed.STEMS)
+    assert stems <= {*headline.STEMS, *headline.CASES}
     assert len(runner.STEMS) == len(set(runner.STEMS))
     order = ("test test_logprob", "benchmarks", "7B step", "TRL step", "benchmarks, the rest")
     places = [names.index(name) for name in order]
@@ -302,16 +301,6 @@ def test_code_of_an_unknown_commit_is_not_measured(tmp_path, monkeypatch, capsys
     assert runner.main([*arguments, "--list"]) == 0
     assert runner.main([*arguments, "--allow-unknown"]) == 0
     assert "commit unknown" in capsys.readouterr().out
-
-
-def test_one_file_holds_all_of_a_commit(tmp_path, monkeypatch):
-    (tmp_path / "grpo-19274bf.json").write_text("{}")
-    (tmp_path / "grpo-0000000.json").write_text("{}")
-    monkeypatch.setattr(runner, "run_piece", lambda *_: runner.Outcome("passed"))
-    runner.run([runner.Piece("a", ())], 5, "19274bf", tmp_path)
-    with tarfile.open(tmp_path / "results.tar.gz") as archive:
-        assert archive.getnames() == ["grpo-19274bf.json", "outcome-19274bf.txt"]
-        assert archive.extractfile("outcome-19274bf.txt").read() == b"a: passed\n"
 
 
 def test_the_exit_code():

@@ -47,11 +47,6 @@ def test_a_group_says_what_is_right_wrong_and_raises(tmp_path, monkeypatch, caps
     assert "good" not in out
 
 
-def test_a_group_without_a_file_only_counts(monkeypatch):
-    monkeypatch.setitem(smoke.GROUPS, "tiny", lambda: iter([("bad", wrong)]))
-    assert smoke.run_group("tiny", None) == 1
-
-
 def test_a_group_stops_where_the_gpu_is_lost(tmp_path, monkeypatch):
     """Every later call would fail: those are not the kernels' faults."""
     monkeypatch.setitem(smoke.GROUPS, "tiny", lambda: iter([("fatal", raised), ("after", dict)]))

@@ -17,7 +17,7 @@ from benchmarks import bench_trl_step as bench  # noqa: E402
 from benchmarks.measuring import measure, recorder  # noqa: E402
 from tests.support.results import Benchmark  # noqa: E402
 
-SHAPE = bench.Model(V=50, D=16, layers=1, heads=2, kv_heads=1, ffn=32, B=2, T=6, checked=6)
+SHAPE = bench.Model(V=50, D=16, layers=1, heads=2, kv_heads=1, ffn=32, B=2, T=6)
 CPU = torch.device("cpu")
 
 

@@ -30,6 +30,28 @@ def test_links_to_a_section_lead_to_a_heading():
             assert section in anchors, f"{path.name} links to {target}#{section}"
 
 
+def test_modules_that_documents_run_exist():
+    """The changelog and the results name those of other commits."""
+    for path, text in documents():
+        for name in re.findall(r"python -m ((?:benchmarks|tests|grpo_fast)[\w.]*\w)", text):
+            found = ROOT / name.replace(".", "/")
+            runs = found.with_suffix(".py").is_file() or (found / "__main__.py").is_file()
+            assert runs or path.name in ("CHANGELOG.md", "RESULTS.md"), f"{path.name}: {name}"
+
+
+def test_names_in_the_guide_exist():
+    """Files, folders, and the tables in capitals that a contributor is told to edit."""
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    folders = [ROOT, *(ROOT / x for x in ("grpo_fast", "kernels", "tests", "benchmarks"))]
+    code = [path for folder in folders[1:] for path in folder.glob("**/*.py")]
+    names = {path.name for path in code} | {f"{path.parent.name}/" for path in code}
+    for name in re.findall(r"`([\w./]+(?:\.py|/))`", text):
+        assert name in names or any((x / name).exists() for x in folders), name
+    source = "".join(path.read_text() for path in [*code, ROOT / "Makefile"])
+    for name in re.findall(r"`([A-Z][A-Z_]+)`", text):
+        assert re.search(rf"^ *{name}\b", source, re.MULTILINE), f"nothing defines {name}"
+
+
 def test_the_extras_that_documents_name_exist():
     for path, text in documents():
         for names in re.findall(r"(?:grpo-fast|grpo_fast\S*whl|'\.)\[(\w[\w,]*)\]", text):

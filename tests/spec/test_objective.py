@@ -4,9 +4,12 @@ import dataclasses
 from typing import get_args
 
 import pytest
+import torch
 
-from grpo_fast import Objective
-from grpo_fast.surrogates import SURROGATES, Surrogate
+from grpo_fast import Objective, reference
+from grpo_fast.ops.backend import run
+from grpo_fast.records import Tokens
+from grpo_fast.surrogates import SURROGATES, Row, Surrogate
 
 OBJECTIVE_CASES = {
     "unknown surrogate": (
@@ -174,6 +177,20 @@ def test_objective_is_frozen_and_keyword_only():
         Objective.preset("verl/vanilla", delta=2.0)
     with pytest.raises(ValueError, match="preset 'gprp' is unknown; did you mean 'grpo'"):
         Objective.preset("gprp")
+
+
+def test_a_surrogate_without_a_formula_is_an_error(monkeypatch, backend, device):
+    """A new row is not enough: no formula of another surrogate may take its place."""
+    monkeypatch.setitem(SURROGATES, "mine", Row())
+    objective = Objective()
+    modes = objective.terms.modes._replace(surrogate="mine")
+    object.__setattr__(objective, "surrogate", "mine")
+    object.__setattr__(objective, "terms", objective.terms._replace(modes=modes))
+    x = torch.zeros(2, device=device)
+    with pytest.raises(NotImplementedError, match="no formula for surrogate='mine'"):
+        reference.surrogate_loss(x, x, x + 1, x + 1, objective)
+    with pytest.raises(Exception, match="surrogate_terms has no formula for"):
+        run("policy_loss.policy_loss_fwd", x, x, None, Tokens(x + 1, x + 1), objective)
 
 
 def test_every_surrogate_has_a_row():

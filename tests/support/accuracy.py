@@ -2,12 +2,16 @@
 
     python -m tests.support.accuracy                                              # prints the rows
     TRITON_INTERPRET=1 GRPO_FAST_BACKEND=triton python -m tests.support.accuracy  # of the kernels
+    python -m tests.support.accuracy topr "kl='k3'"                               # these rows alone
+
+The numbers are twice the errors, rounded to one digit.
 
 Of the loss: abs(error) / abs(truth). Of the gradient: the largest error of an element over the largest
 element of the truth. float32 logits, ragged rows, one of them empty; per-token advantages, all of one sign in
 a batch, since a loss whose terms cancel has no relative error; the worst of several batches.
 """
 
+import sys
 from typing import get_args
 
 import torch
@@ -75,9 +79,13 @@ def ceiling(x: float) -> float:
 
 def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    names = sys.argv[1:] or list(CASES)
+    for name in names:
+        if name not in CASES:
+            sys.exit(f"accuracy: {name!r} is unknown; choose from {', '.join(CASES)}")
     print("| objective | loss | gradient |\n|---|---|---|")
-    for name, objective in CASES.items():
-        loss, grad = (ceiling(x) for x in errors(objective, device))
+    for name in names:
+        loss, grad = (ceiling(x) for x in errors(CASES[name], device))
         print(f"| `{name}` | {loss:.0e} | {grad:.0e} |")
 
 
