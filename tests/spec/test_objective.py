@@ -70,6 +70,11 @@ OBJECTIVE_CASES = {
         "ratio='sequence' has no effect with surrogate='dro'",
     ),
     "vespo's option with clip": ({"vespo_k_pos": 1.0}, ValueError, "vespo_k_pos=1.0 has no effect"),
+    "vespo's k is no number": (
+        {"surrogate": "vespo", "vespo_k_neg": float("nan")},
+        ValueError,
+        "vespo_k_neg: want a finite number, got nan",
+    ),
     "vespo's log W has its own clamp": (
         {"surrogate": "vespo", "log_ratio_clip": 5.0},
         ValueError,
