@@ -212,18 +212,30 @@ def flat(*records: Any) -> list[Any]:
 
 
 def unflatten(arguments: Sequence[Any], *kinds: Any) -> list[Any]:
-    """Return the records that have these fields; `kinds` are the types that `schema` takes."""
-    found: list[Any] = []
-    start = 0
+    """Return the records whose fields these are; `kinds` are the types that `schema` takes."""
+    layout, total = _layout(kinds)
+    assert total == len(arguments)
+    return [make(*arguments[start:stop]) for make, start, stop in layout]
+
+
+@functools.cache
+def _layout(kinds: tuple[Any, ...]) -> tuple[list[tuple[Any, int, int]], int]:
+    """How each record is made, and of which arguments; and how many arguments there are in all."""
+    found, start = [], 0
     for kind in kinds:
-        piece = arguments[start : start + len(_fields(kind))]
-        if kind is Terms:
-            found.append(Terms(Modes.of(piece[0]), piece[1]))
-        else:
-            found.append(kind(*piece) if hasattr(kind, "_fields") else piece[0])
-        start += len(piece)
-    assert start == len(arguments)
-    return found
+        stop = start + len(_fields(kind))
+        make = _terms if kind is Terms else kind if hasattr(kind, "_fields") else _itself
+        found.append((make, start, stop))
+        start = stop
+    return found, start
+
+
+def _terms(modes: str, numbers: Tensor) -> Terms:
+    return Terms(Modes.of(modes), numbers)
+
+
+def _itself(x: Any) -> Any:
+    return x
 
 
 def select(record: Any, rows: Tensor | slice | None) -> Any:

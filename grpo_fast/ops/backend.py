@@ -111,16 +111,26 @@ def run(function: str, like: Tensor, *args: Any, by_pytorch: bool = False, **kwa
         by_pytorch: whether to use PyTorch's operators on any device, for float64 or where there is
             nothing to launch on.
     """
-    stem, name = function.split(".")
     if by_pytorch or not use_triton(like):
-        twin = getattr(importlib.import_module(f"..torch_kernels.{stem}", __package__), name)
+        twin = _function(f"..torch_kernels.{function}")
         return twin(*(x.vector if isinstance(x, Strided) else x for x in args), **kwargs)
-    launcher = getattr(importlib.import_module(f"..kernels.{stem}", __package__), name)
+    launcher = _function(f"..kernels.{function}")
     args = tuple(_dense(value) for value in args)
     kwargs = {key: _dense(value) for key, value in kwargs.items()}
     # Triton launches on the current GPU.
     with torch.cuda.device(like.device) if like.is_cuda else contextlib.nullcontext():
         return launcher(*args, **kwargs)
+
+
+def _function(path: str) -> Any:
+    """The function at the end of a path that is relative to this package."""
+    module, _, name = path.rpartition(".")
+    return getattr(_module(module), name)
+
+
+@functools.cache
+def _module(path: str) -> Any:
+    return importlib.import_module(path, __package__)
 
 
 class Strided(NamedTuple):

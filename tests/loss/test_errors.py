@@ -1,6 +1,5 @@
 """Bad input: an error that names the argument and the offending value."""
 
-import importlib
 import re
 import subprocess
 import sys
@@ -386,7 +385,7 @@ def test_launchers_get_vectors_without_gaps(monkeypatch):
     """Matrices keep their strides, and so do vectors whose launcher asks for that."""
     monkeypatch.setattr(backend, "use_triton", lambda x: True)
     launcher = SimpleNamespace(launch=lambda *args, **kwargs: (args, kwargs))
-    monkeypatch.setattr(backend.importlib, "import_module", lambda *names: launcher)
+    monkeypatch.setattr(backend, "_module", lambda path: launcher)
     sliced, expanded = torch.arange(8.0)[::2], torch.ones(()).expand(4)
     matrix = torch.arange(12.0).view(3, 4).T
     record = Grouping(3, sliced)
@@ -411,10 +410,8 @@ def test_launchers_get_vectors_without_gaps(monkeypatch):
 def test_the_pytorch_path_launches_no_kernel(monkeypatch):
     """Not one module of kernels is asked for, and those of PyTorch are."""
     monkeypatch.setenv("GRPO_FAST_BACKEND", "torch")
-    asked, load = [], importlib.import_module
-    monkeypatch.setattr(
-        backend.importlib, "import_module", lambda *names: asked.append(names[0]) or load(*names)
-    )
+    asked, load = [], backend._module
+    monkeypatch.setattr(backend, "_module", lambda path: asked.append(path) or load(path))
     rewards = torch.tensor([0.0, 1.0, 3.0, 2.0])
     for objective in (Objective(), Objective(ratio="sequence")):
         out = grpo_loss(

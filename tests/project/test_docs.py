@@ -1,4 +1,4 @@
-"""docs/objectives.md and docs/weights.md say what the code does."""
+"""The pages in docs/ say what the code does, and their prose wraps."""
 
 import dataclasses
 import importlib
