@@ -68,7 +68,7 @@ def test_examples_run(name, backend, device):
     report = []
     flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
     with torch.device(device):
-        doctest.DocTestRunner(optionflags=flags).run(test, out=report.append)
+        doctest.DocTestRunner(verbose=False, optionflags=flags).run(test, out=report.append)
     assert not report, "".join(report)
 
 
