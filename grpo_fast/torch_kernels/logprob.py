@@ -1,5 +1,7 @@
 """Log-probs and entropies of rows of logits, and their gradient: the twin of `kernels/logprob.py`."""
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -33,11 +35,14 @@ def logprob_fwd(
     """
     ids, mask = targets.ids, targets.mask
     if out is None:
-        new = [logits.new_empty(ids.numel(), dtype=torch.float32) for _ in range(4)]
-        out = RowStatistics(*new)
-    for x, default in zip(out, (0, 0, 0, 1), strict=True):
-        if x is not None:
-            x.fill_(default)  # masked rows keep this value
+        N = ids.numel()
+        zeros = functools.partial(logits.new_zeros, N, dtype=torch.float32)
+        ones = logits.new_ones(N, dtype=torch.float32)
+        out = RowStatistics(zeros(), zeros() if with_entropy else None, zeros(), ones)
+    else:
+        for x, default in zip(out, (0, 0, 0, 1), strict=True):
+            if x is not None:
+                x.fill_(default)  # the values of rows that do not count
     for rows, (block,) in row_blocks(logits):
         live = live_rows(mask, rows)
         z = block if live is None else block[live]
