@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from grpo_fast.records import SoftCap
+
 BACKENDS = ("triton", "torch")
 OLDEST_TORCH, OLDEST_TRITON = (2, 8), (3, 4)  # pyproject.toml asks pip for the same
 
@@ -98,6 +100,22 @@ def warn_not_on_chip(why: str) -> None:
         f"grpo_fast: GRPO_FAST_ON_CHIP=1 has no effect here: {why}. The results are the same without it",
         stacklevel=4,
     )
+
+
+def grpo_kernel(logits: Tensor, dlogits: Tensor, softcap: SoftCap | None) -> str:
+    """Choose the kernel that turns logits into their gradient, for `run`.
+
+    It is the one on the chip where GRPO_FAST_ON_CHIP=1 asks for it. If that cannot run, a warning says why.
+    """
+    if wants_rows_on_chip():
+        why = "PyTorch's operators run in place of the kernels"
+        if use_triton(logits):
+            on_chip = _module("..kernels.on_chip")
+            why = on_chip.unsupported(logits, dlogits, softcap.softcap if softcap else None)
+        if not why:
+            return "on_chip.grpo_fwd_bwd"
+        warn_not_on_chip(why)
+    return "grpo.grpo_fwd_bwd"
 
 
 def run(function: str, like: Tensor, *args: Any, by_pytorch: bool = False, **kwargs: Any) -> Any:

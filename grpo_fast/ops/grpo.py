@@ -9,7 +9,7 @@ from torch import Tensor
 from grpo_fast.objective import Objective
 from grpo_fast.operands import Terms
 from grpo_fast.ops.autograd import without_graph
-from grpo_fast.ops.backend import run, use_triton, wants_rows_on_chip, warn_not_on_chip
+from grpo_fast.ops.backend import grpo_kernel, run
 from grpo_fast.ops.scaling import scale_rows_
 from grpo_fast.overwritten import DESTROYED, mark_again
 from grpo_fast.records import Outputs, Rewards, SoftCap, Targets, Tokens, schema, unflatten
@@ -54,23 +54,6 @@ def new_outputs(a: Arguments, empty: bool = False) -> Outputs:
     )
 
 
-def _kernel(logits: Tensor, dlogits: Tensor, softcap: SoftCap | None) -> str:
-    """Return the name of the kernel that runs: `grpo`, or `on_chip` if GRPO_FAST_ON_CHIP=1 asks for it.
-
-    If that is not possible, a warning says why.
-    """
-    if wants_rows_on_chip():
-        why = "PyTorch's operators run in place of the kernels"
-        if use_triton(logits):
-            from grpo_fast.kernels import on_chip
-
-            why = on_chip.unsupported(logits, dlogits, softcap.softcap if softcap else None)
-        if not why:
-            return "on_chip.grpo_fwd_bwd"
-        warn_not_on_chip(why)
-    return "grpo.grpo_fwd_bwd"
-
-
 def fill(
     logits: Tensor,
     a: Arguments,
@@ -92,7 +75,7 @@ def fill(
         entropy=out.entropy if a.with_entropy else None,
         kl=None if a.tokens.ref_logp is None else out.kl,
     )
-    kernel = _kernel(logits, dlogits, softcap)
+    kernel = grpo_kernel(logits, dlogits, softcap)
     cap: dict[str, Any] = (
         {} if kernel.startswith("on_chip") else {"softcap": softcap}
     )  # no cap there

@@ -1,12 +1,15 @@
 """The names outside checks call, what importing them costs, and where Triton does not exist."""
 
 import ast
+import importlib
 import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import grpo_fast.loss
 import grpo_fast.ops
@@ -98,6 +101,61 @@ def test_names():
     assert grpo_fast.ops.__all__ == ["group_advantage", "linear_logprob", "logprob"]
     assert grpo_fast.loss.LossOutput._fields[:4] == ("loss", "logps", "entropy", "metrics")
     assert callable(Objective.preset)
+
+
+# The modules that outside code imports, and the names it finds there.
+MODULES = {
+    "grpo_fast.diagnostics": ["TokenDiagnostics", "kl_estimate", "token_diagnostics"],
+    "grpo_fast.integrations.areal": ["cispo_loss_fn", "patch", "ppo_actor_loss_fn", "sapo_loss_fn"],
+    "grpo_fast.integrations.miles": ["policy_loss"],
+    "grpo_fast.integrations.nemo_rl": ["clipped_pg_loss", "patch"],
+    "grpo_fast.integrations.openrlhf": ["PolicyLoss", "patch"],
+    "grpo_fast.integrations.prime_rl": ["default_loss", "ipo_loss", "loss"],
+    "grpo_fast.integrations.skyrl": ["POLICY_LOSSES", "register"],
+    "grpo_fast.integrations.slime": ["policy_loss"],
+    "grpo_fast.integrations.transformers": ["check_head", "head_of", "hidden_states", "with_head"],
+    "grpo_fast.integrations.trl": ["objective", "patch"],  # and GRPOTrainer, with TRL
+    "grpo_fast.integrations.verl": ["POLICY_LOSSES", "patch_logprobs", "register"],
+    "grpo_fast.integrations.xtuner": ["policy_loss"],
+    "grpo_fast.objective": ["KL", "Objective", "Surrogate"],
+    "grpo_fast.presets": ["PRESETS"],
+    "grpo_fast.reference": [
+        "grpo_loss",
+        "group_advantage",
+        "linear_grpo",
+        "logprob",
+        "policy_loss",
+    ],
+    "grpo_fast.testing": ["assert_as_accurate"],
+    "grpo_fast.weights": [
+        *("binary_divergence", "clip_cov", "geometric_mean", "icepop", "importance_weights"),
+        *("kl_cov", "kpop", "m2po", "top_entropy", "truncated_importance", "varied_groups"),
+    ],
+}
+OPERATORS = [
+    *("combine_rewards", "group_advantage", "grpo", "grpo_", "linear_grpo", "linear_logprob_bwd"),
+    *("linear_logprob_fwd", "logprob_bwd", "logprob_fwd", "policy_loss", "reduction_weights"),
+    *("scale_", "scale_rows_", "scaled_to", "sequence_loss", "token_statistics", "weigh_rows"),
+]
+KERNELS = [
+    *("combine_rewards", "group_advantage", "grpo", "logprob_bwd", "logprob_fwd", "move_rows"),
+    *("on_chip", "policy_loss", "reduction_weights", "scale", "scale_rows", "sequence_loss"),
+    *("token_statistics", "weigh_rows"),
+]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_modules(module):
+    found = importlib.import_module(module)
+    assert all(hasattr(found, name) for name in MODULES[module])
+
+
+def test_operators_and_kernels():
+    for name in OPERATORS:
+        assert hasattr(torch.ops.grpo_fast, name), name
+    text = "".join(path.read_text() for path in ROOT.glob("kernels/*.py"))
+    assert sorted(re.findall(r"^def _(\w+)_kernel\(", text, re.MULTILINE)) == sorted(KERNELS)
+    assert not (ROOT / "kernels" / "__init__.py").exists()
 
 
 def run(code: str) -> None:
