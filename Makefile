@@ -72,7 +72,7 @@ check: $(READY) lint
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) -k "not triton" $(FAST:%=tests/%) $(ARGS)
 
 mutants: $(READY)
-	$(PY) tests/support/mutants.py --jobs $(JOBS) $(ARGS)
+	$(PY) -m tests.support.mutants --jobs $(JOBS) $(ARGS)
 
 bench: $(READY)
 	$(PY) -m pytest benchmarks $(ARGS)

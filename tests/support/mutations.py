@@ -84,6 +84,43 @@ COVERS: dict[str, tuple[str, str]] = {
     "grpo_fast/integrations/trl/metrics.py": ("trl_loss", TORCH),
     "grpo_fast/integrations/verl/losses.py": ("verl verl_options", TORCH),
     "grpo_fast/integrations/shared/options.py": ("shared verl_options", TORCH),
+    "grpo_fast/records.py": ("compile linear_grpo grpo loss", TORCH),
+    "grpo_fast/sequences.py": ("loss told_apart shapes errors sequence_loss selection", TORCH),
+    "grpo_fast/loss/from_logits.py": ("grpo inplace loss errors rare_options", TORCH),
+    "grpo_fast/loss/from_hidden.py": (
+        "linear_grpo linear_edges linear_errors linear_upstream rare_options",
+        SHARED,
+    ),
+    "grpo_fast/loss/from_log_probs.py": ("policy_loss loss errors", TORCH),
+    "grpo_fast/loss/compaction.py": ("linear_grpo linear_edges rare_options", TORCH),
+    "grpo_fast/ops/head/chunk_length.py": ("linear_logprob linear_grpo linear_edges", TORCH),
+    "grpo_fast/ops/head/products.py": (
+        "linear_logprob linear_grpo linear_mixed linear_edges linear_dtypes",
+        TORCH,
+    ),
+    "grpo_fast/ops/head/gradients.py": (
+        "linear_grpo linear_edges linear_upstream rare_options vocab_parallel",
+        SHARED,
+    ),
+    "grpo_fast/torch_kernels/chunks.py": ("chunks", TORCH),
+    "grpo_fast/torch_kernels/group_advantage.py": (
+        "group_advantage rare_options errors advantage_precision shapes",
+        TORCH,
+    ),
+    "grpo_fast/torch_kernels/grpo.py": ("grpo inplace rare_options nan", TORCH),
+    "grpo_fast/torch_kernels/logprob.py": ("logprob linear_logprob", TORCH),
+    "grpo_fast/torch_kernels/policy_loss.py": ("policy_loss metrics loss nan masks", TORCH),
+    "grpo_fast/torch_kernels/reduction_weights.py": ("reduction_weights masks loss", TORCH),
+    "grpo_fast/torch_kernels/scaling.py": ("grpo linear_upstream", TORCH),
+    "grpo_fast/torch_kernels/sequence_loss.py": (
+        "sequence_loss policy_loss loss masks nan kl",
+        TORCH,
+    ),
+    "kernels/scoring.py": (
+        "extreme_rows logprob grpo nan masks",
+        "triton and (banned or offset or tiny_temp or among_large or uniform or large_numbers or "
+        "masked or missing_number or reference)",
+    ),
     "kernels/edges.py": (
         "edges overlap linear_mixed",
         "(triton and (23 or 8-)) or (where_the and (8- or 9-)) or kernels or overlap or "
@@ -140,12 +177,15 @@ SAME = {
         "of no live token: nothing is divided by it"
     ),
     ("kernels/reduction_weights.py", "live = there & (tl.load(mask_ptr", "1"): "of no token",
-    ("kernels/reduction_weights.py", "num_items=1.0 if num_items is None", "1.5"): "is not used",
     ("kernels/reduction_weights.py", "total = tl.sum(", "counts)"): "of one dimension",
     ("kernels/reduction_weights.py", "total = tl.sum(", "weighed)"): "of one dimension",
-    ("kernels/chunks.py", "row = tl.load(to_ptr", "1"): "of rows that do not leave",
+    ("kernels/chunks.py", "row = tl.load(outgoing.rows", "1"): "of rows that do not leave",
     ("kernels/chunks.py", "x = tl.load(", "1.0"): "of columns that are not stored",
-    ("kernels/chunks.py", "stride_n, stride_d = (0, 0)", "1"): "of hidden states that are absent",
+    (
+        "kernels/chunks.py",
+        "n_out = n_in = stride_n = stride_d",
+        "1",
+    ): "of hidden states that are absent",
     (
         "kernels/scaling.py",
         "tl.store(ptr, scaled(tl.load(ptr",
@@ -153,8 +193,16 @@ SAME = {
     ): "of entries that are not stored",
     ("kernels/grpo.py", "BACKWARDS: tl.constexpr", ""): "the order of the tiles, for the cache",
     ("kernels/grpo.py", "if over and softcap", ""): "the length of a tile, for the registers",
-    ("kernels/grpo.py", "write_K = min(write_K", ""): "the length of a tile, for the registers",
-    ("kernels/grpo.py", "side = 4 if entropy is None", ""): "another schedule, the same numbers",
+    (
+        "kernels/grpo.py",
+        "write_tile._replace(K=min(",
+        "",
+    ): "the length of a tile, for the registers",
+    (
+        "kernels/grpo.py",
+        "side = 4 if out.entropy is None",
+        "",
+    ): "another schedule, the same numbers",
     ("kernels/grpo.py", "reading(V", "softcap is None"): "another schedule, the same numbers",
     ("kernels/scaling.py", "replace(plan, parts=1, columns=V)", "plan, columns"): (
         "programs that find no columns of theirs cost time alone"
@@ -166,14 +214,14 @@ SAME = {
     ("kernels/edges.py", 'body = V // UNIT * UNIT if ROWS == "units"', "units"): (
         "a hint to the compiler: UNIT divides V there"
     ),
-    ("kernels/edges.py", "z = tl.load(row_ptr + column, mask=there", "mask=there)"): (
+    ("kernels/edges.py", "z = tl.load(row.ptr + column, mask=there", "mask=there)"): (
         "what stands where nothing is read is replaced, or not stored"
     ),
-    ("kernels/edges.py", "z = tl.load(row_ptr + column, mask=there", "(float('inf'))"): (
+    ("kernels/edges.py", "z = tl.load(row.ptr + column, mask=there", "(float('inf'))"): (
         "what stands where nothing is read is replaced, or not stored"
     ),
     ("kernels/edges.py", "OVERLAP", ""): "a barrier: the interpreter runs a program as one thread",
-    ("kernels/grpo.py", "tl.store(kl_ptr + row, 0.0)", "1.0"): (
+    ("kernels/scoring.py", "tl.store(outputs.kl + row, 0.0)", "1.0"): (
         "of a masked token, which statistics leave out"
     ),
     ("kernels/tiles.py", "series = 1.0 + w2", "10"): "below half a unit in the last place",
