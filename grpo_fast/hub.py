@@ -91,6 +91,7 @@ def build(folder: Path) -> Path:
 
 
 def main() -> None:
+    """Build the package in the folder that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("folder", type=Path)
     print(build(parser.parse_args().folder))

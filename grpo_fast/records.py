@@ -16,6 +16,8 @@ from torch import Tensor
 
 from grpo_fast.operands import Modes, Terms
 
+# What may be missing: None in kernels and in arguments of operators, (0,) in results of operators.
+Missing = Annotated[Any, "Tensor?"]
 SymInt = Annotated[int, "SymInt"]  # a size that may vary in a compiled graph
 
 
@@ -70,8 +72,8 @@ class Outputs(NamedTuple):
 
     loss: Tensor  # fp32, times the token's weight
     logp: Tensor  # fp32
-    entropy: Any  # fp32, in nats
-    kl: Any  # fp32
+    entropy: Missing  # fp32, in nats
+    kl: Missing  # fp32
     clip: Tensor  # int8, bits of the clip flags
 
 
@@ -80,7 +82,7 @@ class PolicyLoss(NamedTuple):
 
     loss: Tensor  # fp32, times the token's weight
     dlogp: Tensor  # fp32, dloss/dlogp
-    kl: Any  # fp32
+    kl: Missing  # fp32
     clip: Tensor  # int8, bits of the clip flags
 
 
@@ -131,7 +133,7 @@ class RowStatistics(NamedTuple):
     """The statistics of rows of logits that the gradient of log-probs needs; (N,) fp32."""
 
     logp: Tensor
-    entropy: Any  # as in `Outputs`
+    entropy: Missing  # as in `Outputs`
     top: Tensor  # the largest logit of the row; in the kernels in log2 units
     total: Tensor  # the sum of exponentials relative to it
 
@@ -165,7 +167,15 @@ SCORE_EPS = 1e-4  # of the z-scores that the losses take of rewards: TRL's and t
 Z_SCORE = Standardization("group", SCORE_EPS)
 
 
-KINDS = {Tensor: "Tensor", Any: "Tensor", int: "int", SymInt: "SymInt", bool: "bool", str: "str"}
+KINDS = {
+    Tensor: "Tensor",
+    Any: "Tensor",
+    int: "int",
+    SymInt: "SymInt",
+    Missing: "Tensor?",
+    bool: "bool",
+    str: "str",
+}
 
 
 def schema(**records: Any) -> str:

@@ -7,23 +7,24 @@ from grpo_fast.loss.arguments import LossArguments
 from grpo_fast.ops.group_advantage import without_rounding, z_scores
 from grpo_fast.sequences import one_per_sequence, sequence_of_token, spread
 
+Given = tuple[Tensor | None, LossArguments]  # a mask, (N,) bool, and checked arguments
 
-def keep_of(
-    ids: Tensor, mask: Tensor | None, live: Tensor | None, given: LossArguments
-) -> Tensor | None:
+
+def keep_of(ids: Tensor, as_given: Given, on_device: Given) -> Tensor | None:
     """Find the tokens that may have a gradient, (N,) bool; return None if all may.
 
     The result is computed on the host if everything it depends on is there: then nobody waits for
     the device.
 
     Args:
-        mask: (N,) bool, on the device of the caller's mask. live: the same on the device of the
-            ids.
+        as_given: the mask and the arguments where the caller has them. on_device: the same on the
+            device of the ids.
     """
+    mask, given = as_given
     deciding = (mask, given.advantages, given.rewards, given.token_weights, given.cu_seqlens)
     if all(x is None or x.is_cpu for x in deciding):
-        return carries_gradient(ids, mask, given)
-    return carries_gradient(ids, live, given.here(ids.device))
+        return carries_gradient(ids, *as_given)
+    return carries_gradient(ids, *on_device)
 
 
 def carries_gradient(like: Tensor, mask: Tensor | None, given: LossArguments) -> Tensor | None:

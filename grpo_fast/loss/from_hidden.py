@@ -216,9 +216,8 @@ def _loss(
     scale = checks.check_temperature(op, temperature, ids, live)
     targets = Targets(flat_ids, live, *scale)
     in_float64 = flat_hidden.dtype == torch.float64
-    batch = check_batch(
-        op, ids, live, given.here(device), flat_hidden.dtype if in_float64 else torch.float32
-    )
+    here = given.here(device)
+    batch = check_batch(op, ids, live, here, torch.float64 if in_float64 else torch.float32)
     with_entropy = return_entropy or objective.needs_entropy
     if in_float64:
         exact = float64.log_probs(flat_hidden, parameters, options, targets, temperature)
@@ -227,11 +226,12 @@ def _loss(
         anchors = anchors_of(hidden, *parameters)
         return result._replace(loss=once_differentiable(op, result.loss, anchors))
     batch = _with_advantages(batch, ids)
-    keep = keep_of(ids, mask, live, given) if compact else None
+    keep = keep_of(ids, (mask, given), (live, here)) if compact else None
     call = _HiddenCall(
         flat_hidden, parameters, options, targets, batch, objective.terms, keep, with_entropy
     )
-    covered = live if keep is None else to_device(keep, device)
+    kept = to_device(keep, device)
+    covered = live if keep is None else kept
     needs = Needs(
         *(
             torch.is_grad_enabled() and x is not None and x.requires_grad
@@ -253,7 +253,7 @@ def _loss(
     result = loss_output(ids, out, batch._replace(mask=covered))
     skipped = torch.zeros((), dtype=torch.float32, device=device)
     if keep is not None and keep.numel():
-        skipped = 1 - to_device(keep, device).float().mean()
+        skipped = 1 - kept.float().mean()
     loss = once_differentiable(op, loss, anchors_of(hidden, *parameters))
     return result._replace(loss=loss, metrics={**result.metrics, "skipped_fraction": skipped})
 

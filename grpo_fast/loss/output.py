@@ -45,16 +45,12 @@ def loss_output(like: Tensor, outputs: Outputs, batch: Batch) -> LossOutput:
         like: a tensor of the shape that the caller knows, (B, T) or (N,).
         outputs: `entropy` is None where it was not computed; `kl` is ignored without a reference.
     """
-    loss, tokens, nothing = outputs.loss, batch.tokens, outputs.logp.new_empty(0)
+    loss, tokens = outputs.loss, batch.tokens
     entropy = None if outputs.entropy is None else outputs.entropy.detach()
     has_ref = tokens.ref_logp is not None
     statistics, values, total = token_statistics(
         Outputs(
-            loss.detach(),
-            outputs.logp,
-            nothing if entropy is None else entropy,
-            outputs.kl if has_ref else nothing,
-            outputs.clip,
+            loss.detach(), outputs.logp, entropy, outputs.kl if has_ref else None, outputs.clip
         ),
         batch.mask,
         batch.sequences.share,

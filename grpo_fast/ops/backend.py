@@ -160,8 +160,8 @@ class Strided(NamedTuple):
 def _dense(value: Any) -> Any:
     """Return a vector, or a record with its vectors, with a stride of 1, which the kernels need.
 
-    A vector with another stride is copied, an expanded one too. Launchers make their own output
-    vectors and handle the strides of everything else.
+    A vector with another stride is copied, an expanded one too: a vector that a launcher is to write
+    (`out`) must be contiguous. Launchers handle the strides of everything else.
     """
     if isinstance(value, Strided):
         return value.vector

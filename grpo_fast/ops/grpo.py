@@ -75,19 +75,17 @@ def fill(
         entropy=out.entropy if a.with_entropy else None,
         kl=None if a.tokens.ref_logp is None else out.kl,
     )
-    kernel = grpo_kernel(logits, dlogits, softcap)
-    cap: dict[str, Any] = (
-        {} if kernel.startswith("on_chip") else {"softcap": softcap}
-    )  # no cap there
+    # The kernel on the chip takes no soft cap.
+    more: dict[str, Any] = {"softcap": softcap} if softcap else {}
     run(
-        kernel,
+        grpo_kernel(logits, dlogits, softcap),
         logits,
         *(logits, targets, a.tokens, a.rewards, a.with_entropy),
         objective=Objective.from_terms(*a.terms),
         dlogits=dlogits,
         out=written,
         arrived=arrived,
-        **cap,
+        **more,
     )
     return out
 

@@ -18,20 +18,9 @@ RESULTS = "(Tensor, Tensor, Tensor, Tensor)"  # the fields of PolicyLoss
 
 def _policy_loss(logp: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     mask, tokens, terms = unflatten(arguments, *ARGUMENTS.values())
-    objective = Objective.from_terms(*terms)
-    by_pytorch = logp.dtype == torch.float64
-    return none_to_empty(
-        run(
-            "policy_loss.policy_loss_fwd",
-            logp,
-            logp,
-            mask,
-            tokens,
-            objective,
-            by_pytorch=by_pytorch,
-        ),
-        logp,
-    )
+    given = (logp, mask, tokens, Objective.from_terms(*terms))
+    exact = logp.dtype == torch.float64
+    return none_to_empty(run("policy_loss.policy_loss_fwd", logp, *given, by_pytorch=exact), logp)
 
 
 def none_to_empty(found: PolicyLoss, logp: Tensor) -> tuple[Tensor, ...]:
@@ -92,11 +81,8 @@ STATISTICS_OF = {
 
 def _token_statistics(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     outputs, *given = unflatten(arguments, *STATISTICS_OF.values())
-    present = {x: getattr(outputs, x) for x in ("entropy", "kl")}
-    absent = {name: None for name, x in present.items() if not x.numel()}
-    outputs = outputs._replace(**absent)
-    on_device = "policy_loss.token_statistics_fwd"
-    return run(on_device, outputs.logp, outputs, *given, by_pytorch=not outputs.logp.numel())
+    function, empty = "policy_loss.token_statistics_fwd", not outputs.logp.numel()
+    return run(function, outputs.logp, outputs, *given, by_pytorch=empty)
 
 
 token_statistics_op = torch.library.custom_op(
@@ -124,6 +110,6 @@ def token_statistics(
     """Compute `STATISTICS` (16,), `METRICS` (14,) and the sum of the losses (), fp32, of (N,) tokens.
 
     Masked tokens do not enter. `share` is the weight of a token in the sums, None for 1; the losses
-    are weighted already. In `outputs`, entropy and kl are (0,) where there are none.
+    are weighted already. In `outputs`, entropy and kl are None where there are none.
     """
     return token_statistics_op(*flat(outputs, mask, share, old_logp, importance))

@@ -49,9 +49,11 @@ def group_scores(rewards: Tensor, grouping: Grouping, standardization: Standardi
         return torch.empty_like(rewards)
     if grouping.labels is None:
         group = torch.arange(len(rewards), device=rewards.device) // grouping.group_size
+        number = -(-len(rewards) // grouping.group_size)
     else:
-        group = grouping.labels.unique(return_inverse=True)[1]
-    shape = (int(group.max()) + 1, *rewards.shape[1:])
+        labels, group = grouping.labels.unique(return_inverse=True)
+        number = len(labels)
+    shape = (number, *rewards.shape[1:])
     present = (
         ~rewards.isnan() if standardization.skip_nan else torch.ones_like(rewards, dtype=torch.bool)
     )

@@ -28,8 +28,9 @@ def reduction_weights_fwd(
     rows = like.shape if like.ndim == 2 else (1, N)
     sequences = rows[0] if boundaries is None else len(boundaries) - 1
     if reduction == "token_mean":
-        items = total_of(weighs, dtype)
-        if num_items is not None:
+        if num_items is None:
+            items = total_of(weighs, dtype)
+        else:
             items = torch.as_tensor(num_items, dtype=dtype, device=device).clamp(min=1)
         each = (1 / items).expand(N)
     elif reduction == "sequence_mean":

@@ -144,8 +144,7 @@ def test_extremes_of_ratios_with_a_nan(backend, device):
     d = 0.1 * torch.randn(N, device=device)
     d[1700] = torch.nan
     zeros, clip = torch.zeros(N, device=device), torch.zeros(N, dtype=torch.int8, device=device)
-    nothing = zeros[:0]
-    outputs = Outputs(zeros, d, nothing, nothing, clip)
+    outputs = Outputs(zeros, d, None, None, clip)
     found, *_ = token_statistics(outputs, None, None, zeros, None)
     found = dict(zip(STATISTICS, found.tolist(), strict=True))
     for name in ("ratio", "k1", "k3", "ratio_min", "ratio_max"):

@@ -82,6 +82,8 @@ class Head:
         # The gradient overwrites the logits from the first byte of each row on. Its elements are
         # smaller where the logits are float32 and the operands are halves.
         self._dlogits = rows.view(self.dtype)[:, :V]
+        # A shard's statistics meet elsewhere (`read_shared_rows`).
+        self._counts_arrivals = not self.shard and run("schedules.counts_arrivals", hidden, V)
         self._counters: Tensor | None = None
         self._waiting: slice | None = None  # the part whose gradient is still in the stage
         self._loaded: Tensor | None = None  # `move_rows` writes hidden states here
@@ -132,7 +134,7 @@ class Head:
 
         Return None where a row has one program.
         """
-        if not run("schedules.counts_arrivals", self.hidden, len(self.weight)):
+        if not self._counts_arrivals:
             return None
         if self._counters is None:
             self._counters = self.hidden.new_zeros(self.N, dtype=torch.int32)

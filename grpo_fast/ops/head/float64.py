@@ -11,7 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 from grpo_fast.ops.head.arguments import Options, Parameters
 from grpo_fast.ops.head.chunk_length import row_limit
-from grpo_fast.records import Z_SCORE, Targets
+from grpo_fast.records import Z_SCORE, Grouping, Targets
+from grpo_fast.torch_kernels.group_advantage import group_scores
 
 
 def log_probs(
@@ -76,12 +77,5 @@ def _score(
 
 
 def z_scores(rewards: Tensor, group_size: int) -> Tensor:
-    """Return the advantages of rewards (B,) in float64.
-
-    `grpo_fast.ops.group_advantage.z_scores` does this in float32.
-    """
-    groups = rewards.double().view(-1, group_size)
-    differ = groups.amax(1, keepdim=True) > groups.amin(1, keepdim=True)
-    centred = groups - groups.mean(1, keepdim=True)
-    squares = centred.square().sum(1, keepdim=True) / max(group_size - 1, 1)
-    return torch.where(differ, centred / (squares.sqrt() + Z_SCORE.eps), 0).view(-1)
+    """Score rewards (B,) in float64, as `grpo_fast.ops.group_advantage.z_scores` does in float32."""
+    return group_scores(rewards.double(), Grouping(group_size), Z_SCORE)
