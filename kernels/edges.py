@@ -171,19 +171,26 @@ def edge_columns(row, V):
 
 
 @triton.jit
-def read_edges(row, target, V, scale, sums, HAS_ENTROPY: tl.constexpr, cap=None):
-    """Add the edges of a row to the statistics `sums` of its body; both leave out column `target`."""
-    m, s, t = sums
+def read_edges(row, target, V, scale, HAS_ENTROPY: tl.constexpr, cap=None):
+    """The statistics of the edges of a row without column `target`."""
     column, there = edge_columns(row, V)
     z = tl.load(row.ptr + column, mask=there, other=-float("inf")).to(tl.float32)
     if cap is not None:
         z, _ = soft_cap(z, cap)
     z = tl.where(there & (column != target), z, -float("inf"))
-    m_edge = tl.maximum(z * scale, LOWEST)
-    u = tl.fma(z, scale, -m_edge)
-    s_edge = tl.exp2(u)
-    t_edge = s_edge * tl.maximum(u, LOG2_ZERO)
-    m_edge, s_edge, t_edge = reduce_softmax(m_edge, s_edge, t_edge, HAS_ENTROPY)
+    m = tl.maximum(z * scale, LOWEST)
+    u = tl.fma(z, scale, -m)
+    s = tl.exp2(u)
+    t = s * tl.maximum(u, LOG2_ZERO)
+    m, s, t = reduce_softmax(m, s, t, HAS_ENTROPY)
+    return Softmax(m, s, t)
+
+
+@triton.jit
+def add_edges(sums, edges, HAS_ENTROPY: tl.constexpr):
+    """The statistics of a row from those of its body and those of its edges."""
+    m, s, t = sums
+    m_edge, s_edge, t_edge = edges
     if HAS_ENTROPY:
         m, s, t = merge_softmax(m, s, t, m_edge, s_edge, t_edge)
     else:

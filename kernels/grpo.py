@@ -27,6 +27,7 @@ from grpo_fast.kernels.edges import (
     gradient_of,
     place_gradient,
     place_row,
+    read_edges,
     rows_of,
     write_edges,
     zero_edges,
@@ -39,7 +40,9 @@ from grpo_fast.kernels.rows import (
     arrive,
     inverse_temperature,
     is_live,
+    load_scored,
     load_target,
+    meet,
     read_row,
     whole_row,
     write_dlogits,
@@ -51,6 +54,7 @@ from grpo_fast.kernels.scoring import (
     RewardGroups,
     load_advantage,
     load_token,
+    reads_again,
     score_row,
     store_no_outputs,
     store_outputs,
@@ -93,7 +97,9 @@ def _grpo_kernel(
     ROWS: tl.constexpr,
     SAME_ROWS: tl.constexpr,
     OVERLAP: tl.constexpr,
+    POLLS: tl.constexpr,
 ):
+    TOGETHER: tl.constexpr = POLLS > 0
     HAS_ENTROPY: tl.constexpr = outputs.entropy is not None
     # A row of one tile has no direction, a capped one is bound by arithmetic: no spills on sm_100 this way.
     BACKWARDS: tl.constexpr = not OVERLAP and ((not TILES.SPLIT and TILES.K > 1) or cap is not None)
@@ -111,26 +117,66 @@ def _grpo_kernel(
         scale = inv_temperature * LOG2E
         slots = Slots(meeting.partial, index, split.segments)
         sums = read_row(row, slots, part, target, scale, split.columns, READER, cap)
-        if arrive(meeting.arrived, index, split.parts, TILES.SPLIT):
-            whole = whole_row(sums, slots, row, target, V, scale, READER=READER, ROWS=ROWS, cap=cap)
-            score = score_row(row.ptr, target, whole, inv_temperature, V, TILES.T, cap)
+        # What another program may write over is read before that can begin.
+        edges = None
+        if ROWS == "anywhere":
+            edges = read_edges(row, target, V, scale, HAS_ENTROPY, cap)
+        z = load_scored(row.ptr, target)
+        if TOGETHER:
+            last, todo = meet(meeting.arrived, index, part, split.parts, POLLS)
+            goes_on = todo != 0
+        else:
+            last = arrive(meeting.arrived, index, split.parts, TILES.SPLIT)
+            goes_on = last
+        if goes_on:
+            whole = whole_row(sums, slots, edges, READER=READER)
+            if TOGETHER:
+                # Such a row is read again: by the last program, before it writes all of it alone.
+                if reads_again(z, whole, scale, cap):
+                    todo = tl.where(last, -1, 0)
+            score = score_row(row.ptr, target, z, whole, inv_temperature, V, TILES.T, cap)
             groups = RewardGroups(rewards_ptr, sequence_ptr, G, score_eps)
             advantage = load_advantage(tokens.advantages, groups, index, T_len, BLOCK_G)
-            dlogp, dentropy = store_loss(
-                outputs, tokens, index, score, advantage, scalars, entropy_coef, MODES=MODES
+            values, dlogp, dentropy = loss_of_row(
+                tokens,
+                index,
+                score,
+                advantage,
+                scalars,
+                entropy_coef,
+                MODES=MODES,
+                BONUS=HAS_ENTROPY,
             )
+            if last:
+                store_outputs(outputs, index, values)
             # In place, the scored logit is overwritten below, after every thread has read it.
             tl.debug_barrier()
             drow = place_gradient(drows, index, T_len, row, ROWS, SAME_ROWS)
-            if (dlogp != 0) | (dentropy != 0):
-                gradient = gradient_of_row(target, score, dlogp, dentropy, inv_temperature)
-                write_dlogits(row, drow, gradient, 0, row.body, WRITER, cap)
-                if ROWS == "anywhere":
-                    write_edges(row, drow, gradient, V, WRITER, cap)
-            else:
-                write_zeros(drow, 0, row.body, WRITE_TILE)
-                if ROWS == "anywhere":
-                    zero_edges(drow, V)
+            first = 0
+            end = 1
+            size = row.body
+            if TOGETHER:
+                alone = todo == 1 << part
+                first = tl.where(alone, part, 0)
+                end = tl.where(alone, part + 1, split.parts)
+                size = split.columns
+            moves = (dlogp != 0) | (dentropy != 0)
+            gradient = gradient_of_row(target, score, dlogp, dentropy, inv_temperature)
+            for i in range(first, end):
+                start = i * size
+                stop = tl.minimum(start + size, row.body)
+                if TOGETHER:
+                    stop = tl.where((todo >> i) & 1 != 0, stop, start)
+                if moves:
+                    write_dlogits(row, drow, gradient, start, stop, WRITER, cap)
+                else:
+                    write_zeros(drow, start, stop, WRITE_TILE)
+            if ROWS == "anywhere":
+                if last:
+                    if moves:
+                        write_edges(row, drow, gradient, V, WRITER, cap)
+                    else:
+                        zero_edges(drow, V)
     else:
         masked = place_gradient(drows, index, T_len, row, ROWS, SAME_ROWS)
         start = part * split.columns
@@ -143,17 +189,24 @@ def _grpo_kernel(
 
 
 @triton.jit
-def store_loss(outputs, tokens, row, score, advantage, scalars, entropy_coef, MODES: tl.constexpr):
-    """Store the outputs of a row. Returns (dlogp, dentropy), the derivatives of its loss."""
-    HAS_ENTROPY: tl.constexpr = outputs.entropy is not None
+def loss_of_row(
+    tokens,
+    row,
+    score,
+    advantage,
+    scalars,
+    entropy_coef,
+    MODES: tl.constexpr,
+    BONUS: tl.constexpr,
+):
+    """(`Outputs` of a row, dlogp, dentropy); the last two are the derivatives of its loss."""
     token = load_token(tokens, row, score.logp, advantage)
     loss, dlogp, kl, clip = token_policy_terms(token, scalars, MODES)
     weight = tl.load(tokens.weight + row)
     loss, dlogp, dentropy = weigh(
-        loss, dlogp, score.entropy, weight, tokens, row, entropy_coef, BONUS=HAS_ENTROPY
+        loss, dlogp, score.entropy, weight, tokens, row, entropy_coef, BONUS=BONUS
     )
-    store_outputs(outputs, row, Outputs(loss, score.logp, score.entropy, kl, clip))
-    return dlogp, dentropy
+    return Outputs(loss, score.logp, score.entropy, kl, clip), dlogp, dentropy
 
 
 @triton.jit
@@ -210,9 +263,9 @@ def grpo_fwd_bwd(
         out = new_outputs(logits, return_entropy or objective.entropy_coef, has_ref)
     # With an entropy a thread holds so much that too few programs would be resident.
     side = 4 if out.entropy is None else 1
-    plan = reading(V, logits.element_size(), softcap is not None, side)
-    write_tile = plan.write_tile
     over = overlaps(logits, dlogits)
+    plan = reading(V, logits.element_size(), softcap is not None, side, together=not over)
+    write_tile = plan.write_tile
     if over and softcap is not None:  # a longer tile forwards would spill on sm_100
         write_tile = write_tile._replace(K=min(write_tile.K, 2))
     if N:
@@ -238,5 +291,6 @@ def grpo_fwd_bwd(
             WRITE_TILE=write_tile,
             BLOCK_G=block_size(rewards.group_size),
             OVERLAP=over,
+            POLLS=plan.polls,
         )
     return out

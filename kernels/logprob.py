@@ -25,6 +25,7 @@ from grpo_fast.kernels.edges import (
     gradient_of,
     place_gradient,
     place_row,
+    read_edges,
     rows_of,
     write_edges,
     zero_edges,
@@ -36,6 +37,7 @@ from grpo_fast.kernels.rows import (
     arrive,
     inverse_temperature,
     is_live,
+    load_scored,
     load_target,
     read_row,
     whole_row,
@@ -88,8 +90,12 @@ def _logprob_fwd_kernel(
         slots = Slots(meeting.partial, index, split.segments)
         sums = read_row(row, slots, part, target, scale, split.columns, READER, cap)
         if arrive(meeting.arrived, index, split.parts, TILES.SPLIT):
-            whole = whole_row(sums, slots, row, target, V, scale, READER=READER, ROWS=ROWS, cap=cap)
-            score = score_row(row.ptr, target, whole, inv_temperature, V, TILES.T, cap)
+            edges = None
+            if ROWS == "anywhere":
+                edges = read_edges(row, target, V, scale, HAS_ENTROPY, cap)
+            whole = whole_row(sums, slots, edges, READER=READER)
+            z = load_scored(row.ptr, target)
+            score = score_row(row.ptr, target, z, whole, inv_temperature, V, TILES.T, cap)
             store_statistics(out, index, score)
     elif part == 0:
         tl.store(out.logp + index, 0.0)

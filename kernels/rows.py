@@ -13,13 +13,17 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from grpo_fast.kernels.edges import capped_dlogits, read_edges
+from grpo_fast.kernels.edges import add_edges, capped_dlogits
 from grpo_fast.kernels.tiles import LOWEST, Softmax, fold_softmax, reduce_softmax, soft_cap
 
 # What each pass over rows tells the cache. Others were measured: benchmarks/NOTES.md.
 FIRST_OF_TWO = tl.constexpr("evict_last")  # the second pass comes back for the row
 ONLY_ONE = tl.constexpr("evict_first")  # nothing is read again
 REWRITE = tl.constexpr("evict_first")  # loads and stores of the second pass
+
+# The counter of a row (`meet`).
+LEFT_BITS = tl.constexpr(8)
+ARRIVED = tl.constexpr(255)
 
 
 class Reader(NamedTuple):
@@ -251,18 +255,17 @@ def read_row(row, slots, part, target, scale, columns, READER: tl.constexpr, cap
 
 
 @triton.jit
-def whole_row(
-    sums, slots, row, target, V, scale, READER: tl.constexpr, ROWS: tl.constexpr, cap=None
-):
+def whole_row(sums, slots, edges, READER: tl.constexpr):
     """The statistics of a whole row without its scored entry, once all programs have read their parts.
 
     Args:
         sums: what `read_row` returned.
+        edges: what `edges.read_edges` returned; None where rows have no edges.
     """
     if READER.TILES.SPLIT:
         sums = combine_segments(slots, READER.TILES.BLOCK_SEGMENTS, READER.HAS_ENTROPY)
-    if ROWS == "anywhere":
-        sums = read_edges(row, target, V, scale, sums, READER.HAS_ENTROPY, cap)
+    if edges is not None:
+        sums = add_edges(sums, edges, READER.HAS_ENTROPY)
     return sums
 
 
@@ -274,6 +277,36 @@ def arrive(arrived_ptr, row, parts, SPLIT: tl.constexpr):
         tl.debug_barrier()  # the stores of all threads come before the counter of one
         last = tl.atomic_add(arrived_ptr + row, 1, sem="acq_rel", scope="gpu") == parts - 1
     return last
+
+
+@triton.jit
+def meet(arrived_ptr, row, part, parts, POLLS: tl.constexpr):
+    """Wait for the other programs of a row, for a limited time.
+
+    The counter of a row holds how many programs have arrived, and above `ARRIVED` one bit for each program
+    that has left before the last one arrived.
+
+    Returns (last, parts to write as bits): the last program writes its own part, and the parts of those that
+    have left. The others write their own, or nothing if they have left. No program depends on when another
+    one runs: so nothing can hang.
+    """
+    place = arrived_ptr + row
+    tl.debug_barrier()  # the stores of all threads come before the counter of one
+    seen = tl.atomic_add(place, 1, sem="acq_rel", scope="gpu") + 1
+    last = (seen & ARRIVED) == parts
+    own = (1 << part).to(tl.int32)
+    todo = own
+    if last:
+        todo = own | (seen >> LEFT_BITS)
+    else:
+        polls = 0
+        while ((seen & ARRIVED) < parts) & (polls < POLLS):
+            seen = tl.atomic_add(place, 0, sem="acquire", scope="gpu")
+            polls += 1
+        if (seen & ARRIVED) < parts:
+            seen = tl.atomic_add(place, own << LEFT_BITS, sem="acq_rel", scope="gpu")
+            todo = tl.where((seen & ARRIVED) < parts, 0, own)
+    return last, todo
 
 
 @triton.jit

@@ -18,6 +18,9 @@ from grpo_fast.kernels.edges import UNIT
 MAX_V_PER_PROGRAM = 32_768
 WARP_SIZE = 64 if torch.version.hip else 32
 PARTS = 16  # how many programs share a long row, at most
+POLLS = 256  # how often a program looks for the others of its row: each time takes about 1 us
+INTERPRETED_POLLS = 1  # the interpreter runs one program after the other
+MOST_TOGETHER = 24  # programs of a row that can wait for each other (`rows.meet`)
 SEGMENTS = 4  # of a long row of float32, how many a program reads
 STATISTICS = 3  # m, s, t
 
@@ -106,6 +109,9 @@ class Reading(Schedule):
     groups: int = 1
     side: int = 1
     steps: int = 1
+    polls: int = (
+        0  # how often a program looks for the others of its row; 0: it leaves the row to the last
+    )
 
     @property
     def split(self) -> bool:
@@ -166,7 +172,9 @@ def schedule(V: int, capped: bool = False) -> Schedule:
     return Schedule(parts=triton.cdiv(V, columns), columns=columns, K=K, T=T, num_warps=warps)
 
 
-def reading(V: int, itemsize: int, capped: bool = False, side: int = 1) -> Reading:
+def reading(
+    V: int, itemsize: int, capped: bool = False, side: int = 1, together: bool = False
+) -> Reading:
     """The schedule for rows of V entries of `itemsize` bytes that are read for their statistics.
 
     Args:
@@ -177,13 +185,20 @@ def reading(V: int, itemsize: int, capped: bool = False, side: int = 1) -> Readi
     plan = schedule(V, capped)
     if plan.parts == 1:
         return Reading(**dataclasses.asdict(plan))
+    together = together and WARP_SIZE == 32  # AMD's GPUs: not measured
+    polls = (INTERPRETED_POLLS if triton.knobs.runtime.interpret else POLLS) if together else 0
     if capped or itemsize < 4 or WARP_SIZE != 32:  # AMD's GPUs: not measured
-        return Reading(**dataclasses.asdict(plan), segments=plan.parts)
+        return Reading(**dataclasses.asdict(plan), segments=plan.parts, polls=polls)
     # Each lane holds 16 bytes, once in a row of the tile: else the order of additions would change.
     threads = plan.num_warps * WARP_SIZE
     T, steps = 16 // itemsize * threads, 2
     segment = steps * plan.K * T
-    columns = SEGMENTS * segment
+    groups = SEGMENTS
+    if together:
+        side = 1
+        groups = triton.cdiv(triton.cdiv(V, segment), MOST_TOGETHER)
+    columns = groups * segment
+    groups //= side
     return Reading(
         parts=triton.cdiv(V, columns),
         columns=columns,
@@ -191,9 +206,10 @@ def reading(V: int, itemsize: int, capped: bool = False, side: int = 1) -> Readi
         T=T,
         num_warps=side * plan.num_warps,
         segments=triton.cdiv(V, segment),
-        groups=SEGMENTS // side,
+        groups=groups,
         side=side,
         steps=steps,
+        polls=polls,
     )
 
 

@@ -11,7 +11,6 @@ import triton
 import triton.language as tl
 
 from grpo_fast.kernels.group_advantage import from_lowest, group_moments
-from grpo_fast.kernels.rows import load_scored
 from grpo_fast.kernels.terms import TokenValues
 from grpo_fast.kernels.tiles import (
     FAR,
@@ -54,6 +53,15 @@ def is_doubtful(m, s, z, scale):
     """Whether the statistics of a row may be wrong: its maximum is large, or that of some lanes is."""
     highest_x = tl.abs(tl.maximum(m, z * scale))
     return (highest_x >= FAR) | ((m <= -FAR) & (s != 0)) | (s != s)
+
+
+@triton.jit
+def reads_again(z, sums, scale, cap=None):
+    """Whether `score_row` reads a row again; z is its scored logit, as it was read."""
+    if cap is not None:
+        z, _ = soft_cap(z, cap)
+    m, s, _ = sums
+    return is_doubtful(m, s, z, scale)
 
 
 @triton.jit
@@ -108,9 +116,12 @@ def load_others(row_ptr, target, column, V, cap=None):
 
 
 @triton.jit
-def score_row(row_ptr, target, sums, inv_temperature, V, T: tl.constexpr, cap=None):
-    """The `Score` of a row, given the statistics `sums` of all but its scored entry."""
-    z = load_scored(row_ptr, target)
+def score_row(row_ptr, target, z, sums, inv_temperature, V, T: tl.constexpr, cap=None):
+    """The `Score` of a row, given the statistics `sums` of all but its scored entry.
+
+    Args:
+        z: the scored logit, as it was read (`rows.load_scored`).
+    """
     slope = 1.0
     if cap is not None:
         z, slope = soft_cap(z, cap)

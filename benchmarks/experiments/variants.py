@@ -2,7 +2,7 @@
 
     python -m benchmarks.experiments.variants grpo --out FILE  # times, in place, at S0
     python -m benchmarks.experiments.variants grpo --once      # one launch of each, no times
-    python -m benchmarks.experiments.variants vocabularies | logprob | head
+    python -m benchmarks.experiments.variants fp32 | vocabularies | logprob | head
 
 A variant is this project's `kernels/` with some text replaced (`VARIANTS`), imported under a name
 of its own; or a kernel that `python -m benchmarks.on_chip` compiled (`--cubins FOLDER`). Every
@@ -45,15 +45,64 @@ SIDE_BY_SIDE: list[Edit] = [
 ]
 # What waits for a GPU. Parts, stages, tiles, threads, cache hints, and the segments of float32 were
 # measured: NOTES.md.
+LAST_ALONE: Edit = ("grpo.py", "together=not over", "together=False")
+THREADS = "threads = 128 if capped else 256"
+TILE = "K, T, warps = 4, 8 * threads"
+HINTS = (("FIRST_OF_TWO", "evict_last"), ("REWRITE", "evict_first"))
 VARIANTS: dict[str, list[Edit]] = {
     "as it is": [],
+    "the last program rewrites a row": [LAST_ALONE],
     "two segments side by side": [
         *SIDE_BY_SIDE,
+        LAST_ALONE,
         ("grpo.py", "side = 4 if out.entropy", "side = 2 if out.entropy"),
+    ],
+    "no hints": [
+        ("rows.py", f'{name} = tl.constexpr("{hint}")', f'{name} = tl.constexpr("")')
+        for name, hint in HINTS
+    ],
+    "evict_first alone": [
+        ("rows.py", 'FIRST_OF_TWO = tl.constexpr("evict_last")', 'FIRST_OF_TWO = tl.constexpr("")')
+    ],
+    "19 parts": [("schedules.py", "\nPARTS = 16 ", "\nPARTS = 24 ")],
+    "7 parts": [("schedules.py", "\nPARTS = 16 ", "\nPARTS = 7 ")],
+    "5 parts": [("schedules.py", "\nPARTS = 16 ", "\nPARTS = 5 ")],
+    "48 registers": [
+        ("schedules.py", "registers = None\n        if", "registers = 48\n        if")
+    ],
+    "512 threads, K 2": [
+        ("schedules.py", THREADS, "threads = 512"),
+        ("schedules.py", TILE, "K, T, warps = 2, 8 * threads"),
+    ],
+    "512 threads, K 4": [("schedules.py", THREADS, "threads = 512")],
+    "128 threads": [("schedules.py", THREADS, "threads = 128")],
+    "128 threads, 19 parts": [
+        ("schedules.py", THREADS, "threads = 128"),
+        ("schedules.py", "\nPARTS = 16 ", "\nPARTS = 19 "),
+    ],
+    "K 2": [("schedules.py", TILE, "K, T, warps = 2, 8 * threads")],
+    "K 8": [
+        ("schedules.py", TILE, "K, T, warps = 8, 8 * threads"),
+        ("schedules.py", "\nPARTS = 16 ", "\nPARTS = 10 "),
     ],
 }
 ON_CHIP = "on chip"  # what GRPO_FAST_ON_CHIP=1 runs, where it can
-LOGPROB: dict[str, list[Edit]] = {"as it is": [], "two segments one after the other": SIDE_BY_SIDE}
+HALVES = "return Reading(**dataclasses.asdict(plan), segments=plan.parts, polls=polls)"
+
+
+def in_turn(groups: int) -> list[Edit]:
+    """Let a program read several segments of halves, one after the other."""
+    plan = f"dict(parts=triton.cdiv(plan.parts, {groups}), columns={groups} * plan.columns, groups={groups})"
+    halves = "return Reading(**(dataclasses.asdict(plan) | {}), segments=plan.parts)"
+    return [("schedules.py", HALVES, halves.format(plan))]
+
+
+LOGPROB: dict[str, list[Edit]] = {
+    "as it is": [],
+    "two segments one after the other": SIDE_BY_SIDE,
+    "four tiles a program": in_turn(2),
+    "eight tiles a program": in_turn(4),
+}
 
 
 def load(name: str, edits: list[Edit]) -> Callable[[str], Any]:
@@ -75,9 +124,9 @@ def load(name: str, edits: list[Edit]) -> Callable[[str], Any]:
     return lambda stem: importlib.import_module(f"{package}.{stem}")
 
 
-def make(shape: shapes.Shape, padded: int = 0) -> Batch:
+def make(shape: shapes.Shape, padded: int = 0, dtype: torch.dtype = torch.bfloat16) -> Batch:
     """Make a batch on the GPU, the rows of its logits `padded` apart."""
-    batch = make_batch(shape, "full", torch.device("cuda"), torch.bfloat16)
+    batch = make_batch(shape, "full", torch.device("cuda"), dtype)
     if padded:
         wide = torch.nn.functional.pad(batch.logits, (0, padded - shape.V))
         batch.logits = wide[..., : shape.V]
@@ -178,9 +227,9 @@ def like(x: Tensor) -> Tensor:
     return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(x)
 
 
-def suite_grpo(options: Any) -> None:
+def suite_grpo(options: Any, x: Batch | None = None) -> None:
     """Time `grpo` in place at S0."""
-    x = make(S0)
+    x = make(S0) if x is None else x
     sheet = Sheet(options.out, f"grpo {x.logits.dtype}")
 
     def row(module: Any) -> dict[str, Any]:
@@ -192,9 +241,15 @@ def suite_grpo(options: Any) -> None:
         return {}
 
     for name, module in grpo_modules(options).items():
-        about: dict[str, Any] = {"variant": name, "shape": [*x.logits.shape], "dtype": "bfloat16"}
+        about: dict[str, Any] = {"variant": name, "shape": [*x.logits.shape]}
+        about |= {"dtype": str(x.logits.dtype).removeprefix("torch.")}
         about |= module.about() if name.startswith("cubin") else {}
         sheet.attempt(about, functools.partial(row, module))
+
+
+def suite_fp32(options: Any) -> None:
+    """Time `grpo` in place on float32 logits, a quarter of S0."""
+    suite_grpo(options, make(shapes.get("qwen2.5-7b-4k"), dtype=torch.float32))
 
 
 def suite_vocabularies(options: Any) -> None:
@@ -258,6 +313,7 @@ def suite_head(options: Any) -> None:
 
 SUITES = {
     "grpo": suite_grpo,
+    "fp32": suite_fp32,
     "vocabularies": suite_vocabularies,
     "logprob": suite_logprob,
     "head": suite_head,

@@ -43,8 +43,9 @@ def logprob(N: int, live: int, V: int, w: int) -> Traffic:
     return Traffic(there.read + back.read, there.reread, back.written, back.rewritten)
 
 
-def grpo(N: int, live: int, moving: int, V: int, w: int) -> Traffic:
-    reread = moving * V * w + live * w
+def grpo(N: int, live: int, moving: int, V: int, w: int, parts: int = 1) -> Traffic:
+    """Count the loss with its gradient; each of `parts` programs of a row reads the scored logit."""
+    reread = moving * V * w + parts * live * w
     return Traffic(read=live * V * w, reread=reread, written=N * V * w, rewritten=moving * w)
 
 
@@ -73,7 +74,7 @@ def group_advantage(B: int) -> Traffic:
 FORMULAS = {
     "logprob, forward": ("live V w", "live w", "-"),
     "logprob, backward": ("live V w", "-", "N V w, live w twice"),
-    "grpo": ("live V w", "moving V w + live w", "N V w, moving w twice"),
+    "grpo": ("live V w", "moving V w + live w for each program", "N V w, moving w twice"),
     "policy_loss": ("21 N", "-", "13 N"),
     "sequence_loss": ("21 N", "14 N", "17 N"),
     "group_advantage": ("4 B", "-", "4 B"),

@@ -11,6 +11,7 @@ is named by the file that the process leaves behind.
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -115,7 +116,8 @@ def _group(name: str, path: Path) -> list[str]:
 
 
 def _tests() -> list[str]:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short"]
+    command = ["nice"] if shutil.which("nice") else []  # the groups come first
+    command += [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short"]
     command += ["-p", "no:benchmark"]  # it warns of xdist, and a warning is an error
     if importlib.util.find_spec("xdist"):
         workers = max(1, (os.cpu_count() or 1) * 3 // 4)

@@ -26,9 +26,10 @@ def batch(V, device):
 
 
 def launch(logits, ids, side, monkeypatch):
-    monkeypatch.setattr(
-        grpo, "reading", lambda V, size, capped, _: schedules.reading(V, size, capped, side)
-    )
+    def reading(V, size, capped, _, together):
+        return schedules.reading(V, size, capped, side, together and side == 1)
+
+    monkeypatch.setattr(grpo, "reading", reading)
     ones = torch.ones(len(ids), device=logits.device)
     out = torch.empty_like(logits)
     given = (logits, Targets(ids), Tokens(ones, ones), Rewards(), False, Objective(), out)
@@ -49,11 +50,56 @@ def test_segments_side_by_side_change_no_bit(V, device, monkeypatch):
         torch.testing.assert_close(out, results[0][2], rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("V", SIZES)
+def test_who_writes_a_row_changes_no_bit(V, dtype, inplace, device, monkeypatch):
+    """The last program of a row writes it alone, or the parts of those that have left; or none has left."""
+    logits, ids = batch(V, device)
+    logits = logits.to(dtype)
+    weight = torch.ones(len(ids), device=device)
+    weight[0] = 0  # no gradient
+    met = []  # the same for all launches, so that the statistics are there before programs arrive
+    meeting_point = schedules.Reading.meeting_point
+
+    def meet(plan, N, device, arrived=None):
+        if not met:
+            met.append(meeting_point(plan, N, device)._replace(arrived=None))
+        start = torch.full((N,), started, dtype=torch.int32, device=device)
+        return met[0]._replace(arrived=start)
+
+    def launch():
+        x = logits.clone()
+        out = x if inplace else torch.full_like(x, 7)
+        given = (x, Targets(ids), Tokens(weight, weight), Rewards(), False, Objective(), out)
+        loss, logp, *_ = grpo.grpo_fwd_bwd(*given)
+        return loss, logp, out
+
+    monkeypatch.setattr(schedules.Reading, "meeting_point", meet)
+    parts = schedules.reading(V, logits.element_size(), together=True).parts
+    assert parts > 1
+    started = 0
+    results = [launch()]
+    # The first program takes itself for the last, and the others find that all have arrived.
+    started = parts - 1
+    if not inplace:
+        results.append(launch())
+    started = 0
+    monkeypatch.setattr(schedules, "POLLS", 0)
+    monkeypatch.setattr(schedules, "INTERPRETED_POLLS", 0)
+    met.clear()
+    results.append(launch())
+    for result in results[1:]:
+        for one, two in zip(results[0], result, strict=True):
+            torch.testing.assert_close(two, one, rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize("V", [1, 1024, 1025, 32_768, *SIZES, 152_064, 262_144, 1_000_003])
 def test_segments_cover_a_row_once(V, itemsize):
-    for side in SIDES:
-        plan = schedules.reading(V, itemsize, side=side)
+    plans = [schedules.reading(V, itemsize, side=side) for side in SIDES]
+    for plan in (*plans, schedules.reading(V, itemsize, together=True)):
+        assert plan.parts <= schedules.MOST_TOGETHER or not plan.polls
         assert (plan.parts - 1) * plan.columns < V <= plan.parts * plan.columns
         if plan.split:
             size = plan.columns // (plan.groups * plan.side)

@@ -54,10 +54,14 @@ def batch(V, dtype, B=2, T=3):
     return logits, ids, mask
 
 
-def meeting(V, live, w):
-    """Bytes loaded, and stored, by the programs that share a row: 3 statistics a segment, a counter each."""
-    plan = schedules.reading(V, w)
-    return live * (3 * plan.segments + plan.parts) * FLOAT if plan.split else 0
+def meeting(V, live, w, together=False):
+    """Bytes loaded, and stored, by the programs that share a row: 3 statistics a segment, a counter each.
+
+    Programs that wait for each other arrive, look once, and leave: the interpreter runs one after the other.
+    """
+    plan = schedules.reading(V, w, together=together)
+    visits = 1 + (3 if together else 1) * (plan.parts - 1)
+    return live * (3 * plan.segments + visits) * FLOAT if plan.split else 0
 
 
 def visits(index, shape, times):
@@ -147,18 +151,18 @@ def test_grpo(V, dtype, entropy, inplace):
         tokens = Tokens(weight, advantages, old, ref)
         given = (logits, Targets(ids, mask), tokens, Rewards(), entropy, objective, dlogits)
         grpo.grpo_fwd_bwd(*given)
-    parts = schedules.reading(V, w).parts
+    parts = schedules.reading(V, w, together=True).parts
     moving = mask & (weight != 0)
     size, visited = traffic.read(logits)
     expected = visits(mask, logits.shape, 1) + visits(moving, logits.shape, 1)
-    expected.view(N, V)[mask, ids[mask]] += 1
-    documented = formulas.grpo(N, live, int(moving.sum()), V, w)
+    expected.view(N, V)[mask, ids[mask]] += parts
+    documented = formulas.grpo(N, live, int(moving.sum()), V, w, parts)
     assert size == documented.read + documented.reread
     assert_visits(visited, expected)
     written, visited = traffic.written(dlogits)
     assert documented.written <= written <= documented.written + documented.rewritten
     assert_visits(visited, written_visits(moving, ids, logits.shape))
-    met = meeting(V, live, w)
+    met = meeting(V, live, w, together=True)
     # Per row: weight, advantage, old and reference log-prob; loss, log-prob, KL (and entropy), clip flags.
     vectors = parts * N * (FLAG + ID) + live * 4 * FLOAT
     assert traffic.total(traffic.loads) == size + vectors + met
@@ -357,7 +361,8 @@ def test_capped_rows_move_the_same_bytes(V):
     with counted() as traffic:
         given = (logits, Targets(ids), Tokens(ones, ones), Rewards(), False, Objective())
         grpo.grpo_fwd_bwd(*given, dlogits, SoftCap(5.0, 0.5))
-    assert traffic.read(logits)[0] == (2 * N * V + N) * FLOAT
+    parts = schedules.reading(V, FLOAT, capped=True, together=True).parts
+    assert traffic.read(logits)[0] == (2 * N * V + parts * N) * FLOAT
     assert traffic.written(dlogits)[0] == (N * V + N) * 2
 
 
