@@ -131,9 +131,8 @@ def _grpo_kernel(
         if goes_on:
             whole = whole_row(sums, slots, edges, READER=READER)
             if TOGETHER:
-                # Such a row is read again: by the last program, before it writes all of it alone.
-                if reads_again(z, whole, scale, cap):
-                    todo = tl.where(last, -1, 0)
+                # A row that is read again: the last program does so, and then writes all of it alone.
+                todo = tl.where(reads_again(z, whole, scale, cap), tl.where(last, -1, 0), todo)
             score = score_row(row.ptr, target, z, whole, inv_temperature, V, TILES.T, cap)
             groups = RewardGroups(rewards_ptr, sequence_ptr, G, score_eps)
             advantage = load_advantage(tokens.advantages, groups, index, T_len, BLOCK_G)
@@ -171,12 +170,11 @@ def _grpo_kernel(
                     write_dlogits(row, drow, gradient, start, stop, WRITER, cap)
                 else:
                     write_zeros(drow, start, stop, WRITE_TILE)
-            if ROWS == "anywhere":
-                if last:
-                    if moves:
-                        write_edges(row, drow, gradient, V, WRITER, cap)
-                    else:
-                        zero_edges(drow, V)
+            if ROWS == "anywhere" and last:
+                if moves:
+                    write_edges(row, drow, gradient, V, WRITER, cap)
+                else:
+                    zero_edges(drow, V)
     else:
         masked = place_gradient(drows, index, T_len, row, ROWS, SAME_ROWS)
         start = part * split.columns

@@ -271,7 +271,7 @@ def check_waiting(dtype: torch.dtype, V: int) -> Errors:
     The programs of a row wait for each other; or look once, so that many leave their part to the
     last; or leave all of it to the last. What is written over the logits is the same, too.
     """
-    N = 8192
+    N = 4096
     generator = torch.Generator("cuda").manual_seed(0)
     logits = torch.empty(N, V, device="cuda", dtype=dtype).normal_(0, 2, generator=generator)
     ids = torch.randint(V, (N,), device="cuda", generator=generator)
@@ -293,7 +293,7 @@ def check_waiting(dtype: torch.dtype, V: int) -> Errors:
     for polls in (schedules.POLLS, 1, 2, 0):
         for inplace in (False, True):
             for x, y in zip(first, run(polls, inplace), strict=True):
-                assert torch.equal(x, y), f"other bits: {polls} polls, in place: {inplace}"
+                assert (x == y).all(), f"other bits: {polls} polls, in place: {inplace}"
     return {}
 
 

@@ -170,6 +170,8 @@ def test_the_process_of_a_group_knows_it(tmp_path):
         "--out",
         str(tmp_path / "heads.json"),
     ]
-    assert {"bfloat16", "float16", "float32", "heads", "objectives", "large"} == smoke.GROUPS.keys()
+    dtypes = ["bfloat16", "float16", "float32"]
+    dtypes += [f"{name}-odd" for name in dtypes]
+    assert {*dtypes, "heads", "objectives", "large"} == smoke.GROUPS.keys()
     found = {path.stem for path in (smoke.ROOT / "tests").rglob("test_*.py")}
     assert set(smoke.TESTS) <= found
