@@ -52,15 +52,15 @@ from grpo_fast.kernels.scalars import modes_of, scalars_of
 from grpo_fast.kernels.schedules import overlaps, reading
 from grpo_fast.kernels.scoring import (
     RewardGroups,
-    load_advantage,
-    load_token,
+    load_or,
     reads_again,
+    score_rewards,
     score_row,
     store_no_outputs,
     store_outputs,
     weigh,
 )
-from grpo_fast.kernels.terms import token_policy_terms
+from grpo_fast.kernels.terms import TokenValues, token_policy_terms
 from grpo_fast.kernels.tiles import LOG2E, RowGradient, cap_of, dlogits_factors, dlogits_target
 from grpo_fast.records import SCORE_EPS, Outputs
 
@@ -116,12 +116,19 @@ def _grpo_kernel(
         inv_temperature = inverse_temperature(targets.temperature, index, inv_temperature)
         scale = inv_temperature * LOG2E
         slots = Slots(meeting.partial, index, split.segments)
+        # Under way while the row is read: programs that wait for each other wait for nothing after that.
+        z = load_scored(row.ptr, target)
+        weight = tl.load(tokens.weight + index)
+        old_logp = load_or(tokens.old_logp, index, None)
+        ref_logp = load_or(tokens.ref_logp, index, None)
+        advantage = 0.0
+        if rewards_ptr is None:
+            advantage = tl.load(tokens.advantages + index).to(tl.float32)
         sums = read_row(row, slots, part, target, scale, split.columns, READER, cap)
         # What another program may write over is read before that can begin.
         edges = None
         if ROWS == "anywhere":
             edges = read_edges(row, target, V, scale, HAS_ENTROPY, cap)
-        z = load_scored(row.ptr, target)
         if TOGETHER:
             last, todo = meet(meeting.arrived, index, part, split.parts, POLLS)
             goes_on = todo != 0
@@ -134,20 +141,31 @@ def _grpo_kernel(
                 # A row that is read again: the last program does so, and then writes all of it alone.
                 todo = tl.where(reads_again(z, whole, scale, cap), tl.where(last, -1, 0), todo)
             score = score_row(row.ptr, target, z, whole, inv_temperature, V, TILES.T, cap)
-            groups = RewardGroups(rewards_ptr, sequence_ptr, G, score_eps)
-            advantage = load_advantage(tokens.advantages, groups, index, T_len, BLOCK_G)
-            values, dlogp, dentropy = loss_of_row(
+            if rewards_ptr is not None:
+                groups = RewardGroups(rewards_ptr, sequence_ptr, G, score_eps)
+                advantage = score_rewards(groups, index, T_len, BLOCK_G)
+            if old_logp is None:
+                old_logp = score.logp
+            token = TokenValues(
+                score.logp,
+                old_logp,
+                ref_logp,
+                advantage,
+                load_or(tokens.score, index, advantage),
+                load_or(tokens.importance, index, 1.0),
+            )
+            dlogp, dentropy = store_loss(
+                outputs,
+                last,
                 tokens,
                 index,
-                score,
-                advantage,
-                scalars,
+                token,
+                weight,
+                score.entropy,
                 entropy_coef,
+                scalars,
                 MODES=MODES,
-                BONUS=HAS_ENTROPY,
             )
-            if last:
-                store_outputs(outputs, index, values)
             # In place, the scored logit is overwritten below, after every thread has read it.
             tl.debug_barrier()
             drow = place_gradient(drows, index, T_len, row, ROWS, SAME_ROWS)
@@ -187,24 +205,24 @@ def _grpo_kernel(
 
 
 @triton.jit
-def loss_of_row(
-    tokens,
-    row,
-    score,
-    advantage,
-    scalars,
-    entropy_coef,
-    MODES: tl.constexpr,
-    BONUS: tl.constexpr,
+def store_loss(
+    outputs, last, tokens, row, token, weight, entropy, entropy_coef, scalars, MODES: tl.constexpr
 ):
-    """(`Outputs` of a row, dlogp, dentropy); the last two are the derivatives of its loss."""
-    token = load_token(tokens, row, score.logp, advantage)
+    """Let the last program of a row store its outputs.
+
+    Returns (dlogp, dentropy), the derivatives of its loss.
+
+    Args:
+        token: `TokenValues`.
+    """
+    HAS_ENTROPY: tl.constexpr = outputs.entropy is not None
     loss, dlogp, kl, clip = token_policy_terms(token, scalars, MODES)
-    weight = tl.load(tokens.weight + row)
     loss, dlogp, dentropy = weigh(
-        loss, dlogp, score.entropy, weight, tokens, row, entropy_coef, BONUS=BONUS
+        loss, dlogp, entropy, weight, tokens, row, entropy_coef, BONUS=HAS_ENTROPY
     )
-    return Outputs(loss, score.logp, score.entropy, kl, clip), dlogp, dentropy
+    if last:
+        store_outputs(outputs, row, Outputs(loss, token.logp, entropy, kl, clip))
+    return dlogp, dentropy
 
 
 @triton.jit

@@ -125,8 +125,9 @@ class Reading(Schedule):
 
     def arguments(self, with_entropy: bool = False) -> dict[str, Any]:
         registers = None
-        if self.groups > 1:  # four programs of 256 threads a multiprocessor, or three
-            registers = 80 if with_entropy else 64
+        if self.K > 1 and self.num_warps <= 8:
+            # Four programs of 256 threads a multiprocessor, or three.
+            registers = 80 if with_entropy or self.num_warps < 8 else 64
         tiles = ReadTiles(
             K=self.K,
             T=self.T,

@@ -11,7 +11,6 @@ import triton
 import triton.language as tl
 
 from grpo_fast.kernels.group_advantage import from_lowest, group_moments
-from grpo_fast.kernels.terms import TokenValues
 from grpo_fast.kernels.tiles import (
     FAR,
     LN2,
@@ -42,7 +41,7 @@ class Score(NamedTuple):
 class RewardGroups(NamedTuple):
     """Rewards of sequences, to be scored within groups of consecutive ones."""
 
-    rewards: Any  # (num_sequences,), or None: tokens have advantages
+    rewards: Any  # (num_sequences,)
     sequence: Any  # (N,): the sequence of a row, or None: row // T_len
     size: Any
     eps: Any
@@ -185,37 +184,18 @@ def sequence_of(sequence_ptr, row, T_len):
 
 
 @triton.jit
-def load_advantage(advantages_ptr, groups, row, T_len, BLOCK_G: tl.constexpr):
-    """The advantage of a row: its own, or the z-score of its sequence's reward in `groups`."""
-    # No early return: Triton compiles the code after a return, even where the condition is a constant.
-    if groups.rewards is None:
-        advantage = tl.load(advantages_ptr + row).to(tl.float32)
-    else:
-        rewards_ptr = groups.rewards
-        G = groups.size
-        sequence = sequence_of(groups.sequence, row, T_len)
-        first = sequence // G * G
-        lowest, _, inverse, mean, squares, count, differ = group_moments(
-            rewards_ptr, None, 0, first, first + G, BLOCK_G
-        )
-        centred = from_lowest(tl.load(rewards_ptr + sequence), lowest, inverse) - mean
-        eps = (0.5 * groups.eps * inverse).to(tl.float32)
-        advantage = standard_score(centred, squares, count, differ, eps, UNBIASED=True)
-    return advantage
-
-
-@triton.jit
-def load_token(tokens, row, logp, advantage):
-    """The `TokenValues` of a row.
-
-    Args:
-        tokens: `grpo_fast.records.Tokens`.
-    """
-    old_logp = load_or(tokens.old_logp, row, logp)
-    ref_logp = load_or(tokens.ref_logp, row, None)
-    score = load_or(tokens.score, row, advantage)
-    importance = load_or(tokens.importance, row, 1.0)
-    return TokenValues(logp, old_logp, ref_logp, advantage, score, importance)
+def score_rewards(groups, row, T_len, BLOCK_G: tl.constexpr):
+    """The advantage of a row: the z-score of its sequence's reward within its group."""
+    rewards_ptr = groups.rewards
+    G = groups.size
+    sequence = sequence_of(groups.sequence, row, T_len)
+    first = sequence // G * G
+    lowest, _, inverse, mean, squares, count, differ = group_moments(
+        rewards_ptr, None, 0, first, first + G, BLOCK_G
+    )
+    centred = from_lowest(tl.load(rewards_ptr + sequence), lowest, inverse) - mean
+    eps = (0.5 * groups.eps * inverse).to(tl.float32)
+    return standard_score(centred, squares, count, differ, eps, UNBIASED=True)
 
 
 @triton.jit

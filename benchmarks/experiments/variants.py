@@ -35,56 +35,44 @@ ROUNDS, WARMUP = 20, 3
 S0 = shapes.get("qwen2.5-7b-16k")
 
 Edit = tuple[str, str, str]  # file, text, what stands there instead
-# Segments of one tile for halves too: two at a time in `grpo`, two one after the other in
-# `logprob`.
-T_STEPS = "T, steps = 16 // itemsize * threads, "
-SIDE_BY_SIDE: list[Edit] = [
-    ("schedules.py", "if capped or itemsize < 4 or", "if capped or"),
-    ("schedules.py", f"{T_STEPS}2", f"{T_STEPS}1"),
-    ("schedules.py", "\nSEGMENTS = 4 ", "\nSEGMENTS = 2 "),
-]
 # What waits for a GPU. Parts, stages, tiles, threads, cache hints, and the segments of float32 were
 # measured: NOTES.md.
 LAST_ALONE: Edit = ("grpo.py", "together=not over", "together=False")
-THREADS = "threads = 128 if capped else 256"
-TILE = "K, T, warps = 4, 8 * threads"
-HINTS = (("FIRST_OF_TWO", "evict_last"), ("REWRITE", "evict_first"))
+STRIPS_IN_TURN: Edit = ("rows.py", "after(loaded[k], top)", "loaded[k].to(tl.float32)")
+
+
+def parts(number: int) -> Edit:
+    return "schedules.py", "\nPARTS = 16 ", f"\nPARTS = {number} "
+
+
+def registers(number: int) -> Edit:
+    return "schedules.py", "self.num_warps < 8 else 64\n", f"self.num_warps < 8 else {number}\n"
+
+
+def hint(name: str, policy: str) -> Edit:
+    return "rows.py", f'{name} = tl.constexpr("")', f'{name} = tl.constexpr("{policy}")'
+
+
+TWO_STRIPS: Edit = ("schedules.py", "K, T, warps = 4, 8 * threads", "K, T, warps = 2, 8 * threads")
+THREADS: Edit = ("schedules.py", "threads = 128 if capped else 256", "threads = 128")
 VARIANTS: dict[str, list[Edit]] = {
     "as it is": [],
+    "strips in turn": [STRIPS_IN_TURN],
+    "strips in turn, 48 registers": [STRIPS_IN_TURN, registers(48)],
+    "48 registers": [registers(48)],
+    "80 registers": [registers(80)],
+    "7 parts": [parts(7)],
+    "7 parts, strips in turn": [parts(7), STRIPS_IN_TURN],
+    "7 parts, 48 registers": [parts(7), registers(48)],
+    "evict_last, then evict_first": [
+        hint("FIRST_OF_TWO", "evict_last"),
+        hint("REWRITE", "evict_first"),
+    ],
+    "evict_first in the second pass": [hint("REWRITE", "evict_first")],
+    "K 2": [TWO_STRIPS],
+    "K 2, strips in turn, 48 registers": [TWO_STRIPS, STRIPS_IN_TURN, registers(48)],
+    "128 threads": [THREADS, ("schedules.py", "or self.num_warps < 8 else", "else")],
     "the last program rewrites a row": [LAST_ALONE],
-    "two segments side by side": [
-        *SIDE_BY_SIDE,
-        LAST_ALONE,
-        ("grpo.py", "side = 4 if out.entropy", "side = 2 if out.entropy"),
-    ],
-    "no hints": [
-        ("rows.py", f'{name} = tl.constexpr("{hint}")', f'{name} = tl.constexpr("")')
-        for name, hint in HINTS
-    ],
-    "evict_first alone": [
-        ("rows.py", 'FIRST_OF_TWO = tl.constexpr("evict_last")', 'FIRST_OF_TWO = tl.constexpr("")')
-    ],
-    "19 parts": [("schedules.py", "\nPARTS = 16 ", "\nPARTS = 24 ")],
-    "7 parts": [("schedules.py", "\nPARTS = 16 ", "\nPARTS = 7 ")],
-    "5 parts": [("schedules.py", "\nPARTS = 16 ", "\nPARTS = 5 ")],
-    "48 registers": [
-        ("schedules.py", "registers = None\n        if", "registers = 48\n        if")
-    ],
-    "512 threads, K 2": [
-        ("schedules.py", THREADS, "threads = 512"),
-        ("schedules.py", TILE, "K, T, warps = 2, 8 * threads"),
-    ],
-    "512 threads, K 4": [("schedules.py", THREADS, "threads = 512")],
-    "128 threads": [("schedules.py", THREADS, "threads = 128")],
-    "128 threads, 19 parts": [
-        ("schedules.py", THREADS, "threads = 128"),
-        ("schedules.py", "\nPARTS = 16 ", "\nPARTS = 19 "),
-    ],
-    "K 2": [("schedules.py", TILE, "K, T, warps = 2, 8 * threads")],
-    "K 8": [
-        ("schedules.py", TILE, "K, T, warps = 8, 8 * threads"),
-        ("schedules.py", "\nPARTS = 16 ", "\nPARTS = 10 "),
-    ],
 }
 ON_CHIP = "on chip"  # what GRPO_FAST_ON_CHIP=1 runs, where it can
 HALVES = "return Reading(**dataclasses.asdict(plan), segments=plan.parts, polls=polls)"
@@ -99,9 +87,9 @@ def in_turn(groups: int) -> list[Edit]:
 
 LOGPROB: dict[str, list[Edit]] = {
     "as it is": [],
-    "two segments one after the other": SIDE_BY_SIDE,
+    "strips in turn, 48 registers": [STRIPS_IN_TURN, registers(48)],
+    "48 registers": [registers(48)],
     "four tiles a program": in_turn(2),
-    "eight tiles a program": in_turn(4),
 }
 
 
@@ -255,15 +243,17 @@ def suite_fp32(options: Any) -> None:
 def suite_vocabularies(options: Any) -> None:
     """Time `grpo` in place where rows start aligned, and where they do not."""
     sheet = Sheet(options.out, "vocabularies")
-    base = load("as it is", [])("grpo")
+    options.only = options.only or ["as it is"]
+    modules = grpo_modules(options)
     for V, padded in (
-        *((50_257, 0), (50_257, 50_304), (128_256, 0), (128_264, 0), (128_264, 128_272)),
-        *((151_665, 0), (151_665, 151_680), (32_000, 0), (262_144, 0)),
+        *((32_000, 0), (50_257, 0), (128_256, 0), (151_665, 0), (262_144, 0)),
+        *((50_257, 50_304), (128_264, 0), (128_264, 128_272), (151_665, 151_680)),
     ):
         shape = shapes.Shape(B=8, T=1024, V=V, G=4)
         x = make(shape, padded)
-        about = {"V": V, "stride": padded or V, "rows": shape.N}
-        sheet.attempt(about, functools.partial(compared, base, x, 10))
+        for name, module in modules.items():
+            about = {"V": V, "stride": padded or V, "rows": shape.N, "variant": name}
+            sheet.attempt(about, functools.partial(compared, module, x, 10))
         del x
 
 

@@ -164,7 +164,7 @@ def test_grpo(V, dtype, entropy, inplace):
     assert_visits(visited, written_visits(moving, ids, logits.shape))
     met = meeting(V, live, w, together=True)
     # Per row: weight, advantage, old and reference log-prob; loss, log-prob, KL (and entropy), clip flags.
-    vectors = parts * N * (FLAG + ID) + live * 4 * FLOAT
+    vectors = parts * (N * (FLAG + ID) + live * 4 * FLOAT)
     assert traffic.total(traffic.loads) == size + vectors + met
     outputs = N * (4 if entropy else 3) * FLOAT + N
     assert traffic.total(traffic.stores) == written + outputs + met
