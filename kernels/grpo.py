@@ -35,6 +35,7 @@ from grpo_fast.kernels.edges import (
 from grpo_fast.kernels.group_advantage import block_size
 from grpo_fast.kernels.rows import (
     FIRST_OF_TWO,
+    FIRST_OF_TWO_SOON,
     Reader,
     Slots,
     arrive,
@@ -103,7 +104,8 @@ def _grpo_kernel(
     HAS_ENTROPY: tl.constexpr = outputs.entropy is not None
     # A row of one tile has no direction, a capped one is bound by arithmetic: no spills on sm_100 this way.
     BACKWARDS: tl.constexpr = not OVERLAP and ((not TILES.SPLIT and TILES.K > 1) or cap is not None)
-    READER: tl.constexpr = Reader(TILES, HAS_ENTROPY, FIRST_OF_TWO)
+    HINT: tl.constexpr = FIRST_OF_TWO_SOON if TOGETHER else FIRST_OF_TWO
+    READER: tl.constexpr = Reader(TILES, HAS_ENTROPY, HINT)
     WRITER: tl.constexpr = Writer(WRITE_TILE, HAS_ENTROPY, BACKWARDS, OVERLAP)
     pid = tl.program_id(0)
     index = (pid // split.parts).to(tl.int64)
@@ -116,31 +118,36 @@ def _grpo_kernel(
         inv_temperature = inverse_temperature(targets.temperature, index, inv_temperature)
         scale = inv_temperature * LOG2E
         slots = Slots(meeting.partial, index, split.segments)
-        # Under way while the row is read: programs that wait for each other wait for nothing after that.
-        z = load_scored(row.ptr, target)
-        weight = tl.load(tokens.weight + index)
-        old_logp = load_or(tokens.old_logp, index, None)
-        ref_logp = load_or(tokens.ref_logp, index, None)
-        advantage = 0.0
-        if rewards_ptr is None:
-            advantage = tl.load(tokens.advantages + index).to(tl.float32)
         sums = read_row(row, slots, part, target, scale, split.columns, READER, cap)
-        # What another program may write over is read before that can begin.
         edges = None
-        if ROWS == "anywhere":
-            edges = read_edges(row, target, V, scale, HAS_ENTROPY, cap)
         if TOGETHER:
+            # What another program may write over is read before that can begin. What is needed after the
+            # meeting is under way before it.
+            if ROWS == "anywhere":
+                edges = read_edges(row, target, V, scale, HAS_ENTROPY, cap)
+            z = load_scored(row.ptr, target)
+            weight, advantage = load_factors(tokens, index)
+            old_logp = load_or(tokens.old_logp, index, None)
+            ref_logp = load_or(tokens.ref_logp, index, None)
             last, todo = meet(meeting.arrived, index, part, split.parts, POLLS)
             goes_on = todo != 0
         else:
             last = arrive(meeting.arrived, index, split.parts, TILES.SPLIT)
             goes_on = last
         if goes_on:
+            if not TOGETHER:
+                z = load_scored(row.ptr, target)
+                if ROWS == "anywhere":
+                    edges = read_edges(row, target, V, scale, HAS_ENTROPY, cap)
             whole = whole_row(sums, slots, edges, READER=READER)
             if TOGETHER:
                 # A row that is read again: the last program does so, and then writes all of it alone.
                 todo = tl.where(reads_again(z, whole, scale, cap), tl.where(last, -1, 0), todo)
             score = score_row(row.ptr, target, z, whole, inv_temperature, V, TILES.T, cap)
+            if not TOGETHER:
+                weight, advantage = load_factors(tokens, index)
+                old_logp = load_or(tokens.old_logp, index, None)
+                ref_logp = load_or(tokens.ref_logp, index, None)
             if rewards_ptr is not None:
                 groups = RewardGroups(rewards_ptr, sequence_ptr, G, score_eps)
                 advantage = score_rewards(groups, index, T_len, BLOCK_G)
@@ -202,6 +209,15 @@ def _grpo_kernel(
             if ROWS == "anywhere":
                 zero_edges(masked, V)
             store_no_outputs(outputs, index)
+
+
+@triton.jit
+def load_factors(tokens, row):
+    """(weight, advantage) of a row; the second is 0 where sequences have rewards instead."""
+    advantage = 0.0
+    if tokens.advantages is not None:
+        advantage = tl.load(tokens.advantages + row).to(tl.float32)
+    return tl.load(tokens.weight + row), advantage
 
 
 @triton.jit

@@ -53,7 +53,6 @@ from grpo_fast.kernels.tiles import (
     LOWEST,
     RowGradient,
     Softmax,
-    after,
     dlogits_factors,
     dlogits_target,
     dlogits_tile,
@@ -63,6 +62,7 @@ from grpo_fast.kernels.tiles import (
 from grpo_fast.records import Z_SCORE, Grouping, Outputs
 
 ELEMENTS = tl.constexpr(8)  # halves of one 128-bit access
+LARGE = tl.constexpr(3.4e38)
 OLDEST_TRITON, OLDEST_CAPABILITY = (3, 8), (9, 0)
 PORTABLE_CTAS, MAX_CTAS = 8, 16  # of a cluster; more than eight where a data center's GPU has them
 ENTRIES = 20_480  # that a thread block keeps without spilling them
@@ -89,6 +89,18 @@ class Kept(NamedTuple):
     x: Any  # a tuple of strips, [CTAS, THREADS, ELEMENTS] each, as they were read
     e: Any  # likewise 2^(x - m), 0 at the target; empty unless they are kept
     m: Any  # [CTAS, THREADS]: the maximum of each thread
+
+
+@triton.jit
+def again(x, value):
+    """The halves x in float32, converted anew once `value` is known.
+
+    Without this, the compiler keeps the first conversion, in twice as many registers. It cannot know that
+    `value` is never LARGE. If it were, the result would not be finite anyway, and the last bit of x would not
+    matter.
+    """
+    bit = tl.where(value > LARGE, 1, 0).to(tl.int16)
+    return (x.to(tl.int16, bitcast=True) ^ bit).to(x.dtype, bitcast=True).to(tl.float32)
 
 
 @triton.jit
@@ -122,7 +134,7 @@ def reduce_row(x, offs, target, scale, HAS_ENTROPY: tl.constexpr, SPREAD: tl.con
         if SPREAD.KEEP == "e":
             y = x[i].to(tl.float32)
         else:
-            y = after(x[i], m_own[:, :, None])
+            y = again(x[i], m_own[:, :, None])
         u = tl.fma(y, scale, -m_own[:, :, None])
         y = tl.where(offs == target - i * STRIP, 0.0, tl.exp2(u))
         s_own += tl.sum(y, axis=2)
@@ -153,7 +165,7 @@ def write_kept(drow, kept, gradient, offs, BONUS: tl.constexpr, SPREAD: tl.const
         if SPREAD.KEEP == "e":
             d = kept.e[i] * k_own
         else:
-            d = dlogits_tile(after(kept.x[i], k0), gradient.scale, m, k0, gradient.k1, BONUS)
+            d = dlogits_tile(again(kept.x[i], k0), gradient.scale, m, k0, gradient.k1, BONUS)
         d = d.to(dtype)
         if i + 1 < STRIPS:
             tl.store(drow.ptr + i * STRIP + offs, d)

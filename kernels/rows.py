@@ -14,12 +14,13 @@ import triton
 import triton.language as tl
 
 from grpo_fast.kernels.edges import add_edges, capped_dlogits
-from grpo_fast.kernels.tiles import LOWEST, Softmax, after, fold_softmax, reduce_softmax, soft_cap
+from grpo_fast.kernels.tiles import LOWEST, Softmax, fold_softmax, reduce_softmax, soft_cap
 
 # What each pass over rows tells the cache. Others were measured: benchmarks/NOTES.md.
-FIRST_OF_TWO = tl.constexpr("")  # the second pass comes back for the row
+FIRST_OF_TWO = tl.constexpr("evict_last")  # the second pass comes back for the row
+FIRST_OF_TWO_SOON = tl.constexpr("")  # likewise, as soon as all programs of the row have read it
 ONLY_ONE = tl.constexpr("evict_first")  # nothing is read again
-REWRITE = tl.constexpr("")  # loads and stores of the second pass
+REWRITE = tl.constexpr("evict_first")  # loads and stores of the second pass
 
 # The counter of a row (`meet`).
 LEFT_BITS = tl.constexpr(8)
@@ -75,28 +76,6 @@ def tile_offsets(K: tl.constexpr, T: tl.constexpr):
 
 
 @triton.jit
-def load_strips(row_ptr, base, stop, K: tl.constexpr, T: tl.constexpr, HINT: tl.constexpr):
-    """The strips [1, T] of the tile that starts at column `base`, in float32; -inf from column `stop` on.
-
-    The compiler would load each strip where it is used. So none is used before all of them are there.
-    """
-    strip = tile_offsets(1, T)
-    loaded = ()
-    top = tl.full([1, T], -float("inf"), tl.float32)
-    for k in tl.static_range(K):
-        keep = strip < stop - base - k * T
-        z = tl.load(
-            row_ptr + base + k * T + strip, mask=keep, other=-float("inf"), eviction_policy=HINT
-        )
-        loaded = loaded + (z,)  # noqa: RUF005 (Triton knows no *x)
-        top = tl.maximum(top, z.to(tl.float32))
-    strips = ()
-    for k in tl.static_range(K):
-        strips = strips + (after(loaded[k], top),)  # noqa: RUF005
-    return strips
-
-
-@triton.jit
 def tile_plan(target, start, stop, BLOCK: tl.constexpr):
     """Which tiles of columns [start, stop) are special: that of the target, and the last if it is not full.
 
@@ -138,15 +117,16 @@ def read_statistics(row_ptr, target, scale, start, stop, READER: tl.constexpr, c
             z, _ = soft_cap(z, cap)
         m, s, t = fold_softmax(m, s, t, z, scale, HAS_ENTROPY)
     for tile in range(skip, count, step):
-        base = start + tile * BLOCK
-        strips = load_strips(row_ptr, base, stop, K, T, HINT)
-        for k in tl.static_range(K):
-            z = strips[k]
+        first = start + tile * BLOCK
+        for base in range(first, tl.minimum(first + BLOCK, stop), T):
+            keep = strip < stop - base  # the target goes after the load, which then stays 128-bit
+            z = tl.load(
+                row_ptr + base + strip, mask=keep, other=-float("inf"), eviction_policy=HINT
+            ).to(tl.float32)
             if cap is not None:
                 z, _ = soft_cap(z, cap)
-                z = tl.where(strip < stop - base - k * T, z, -float("inf"))
-            # The target goes after the load, which then stays 128-bit.
-            z = tl.where(strip == target - base - k * T, -float("inf"), z)
+                z = tl.where(keep, z, -float("inf"))
+            z = tl.where(strip == target - base, -float("inf"), z)
             m, s, t = fold_softmax(m, s, t, z, scale, HAS_ENTROPY)
     return reduce_softmax(m, s, t, HAS_ENTROPY)
 
@@ -383,16 +363,15 @@ def write_dlogits(row, drow, gradient, start, stop, WRITER: tl.constexpr, cap=No
         if OVERLAP:
             tl.debug_barrier()
         tl.store(drow.body_ptr + base + offs, dz, eviction_policy=REWRITE)
-    base = start + full * BLOCK
-    if base < stop:
-        strips = load_strips(row.body_ptr, base, stop, K, T, REWRITE)
-        for k in tl.static_range(K):
-            z = strips[k]
-            dz = capped_dlogits(z, gradient, WRITER.HAS_ENTROPY, cap).to(dtype)
-            drow_ptr = drow.body_ptr + base + k * T
-            tl.store(
-                drow_ptr + strip, dz, mask=strip < stop - base - k * T, eviction_policy=REWRITE
-            )
+    for base in range(start + full * BLOCK, stop, T):
+        keep = strip < stop - base
+        z = tl.load(
+            row.body_ptr + base + strip, mask=keep, other=-float("inf"), eviction_policy=REWRITE
+        ).to(tl.float32)
+        dz = capped_dlogits(z, gradient, WRITER.HAS_ENTROPY, cap).to(dtype)
+        if OVERLAP:
+            tl.debug_barrier()
+        tl.store(drow.body_ptr + base + strip, dz, mask=keep, eviction_policy=REWRITE)
     if (place >= start) & (place < stop):
         tl.debug_barrier()  # one thread writes over what another's loop left there
         tl.store(drow.body_ptr + place, gradient.dtarget.to(dtype))

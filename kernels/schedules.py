@@ -109,9 +109,7 @@ class Reading(Schedule):
     groups: int = 1
     side: int = 1
     steps: int = 1
-    polls: int = (
-        0  # how often a program looks for the others of its row; 0: it leaves the row to the last
-    )
+    polls: int = 0  # how often a program looks for the others of its row; 0: the last one writes it
 
     @property
     def split(self) -> bool:
@@ -125,9 +123,10 @@ class Reading(Schedule):
 
     def arguments(self, with_entropy: bool = False) -> dict[str, Any]:
         registers = None
-        if self.K > 1 and self.num_warps <= 8:
-            # Four programs of 256 threads a multiprocessor, or three.
-            registers = 80 if with_entropy or self.num_warps < 8 else 64
+        if self.groups > 1:  # four programs of 256 threads a multiprocessor, or three
+            registers = 80 if with_entropy else 64
+        elif self.polls and self.num_warps == 4:
+            registers = 88  # a soft cap's programs would spill two on a B200 without a limit
         tiles = ReadTiles(
             K=self.K,
             T=self.T,

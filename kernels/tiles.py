@@ -20,7 +20,6 @@ LN2 = tl.constexpr(0.6931471805599453)
 LOWEST = tl.constexpr(-3.0e38)
 # From here on x = z * scale is too coarse: its last bit is worth 128. See `exact_scale`.
 FAR = tl.constexpr(1073741824.0)  # 2^30
-LARGE = tl.constexpr(3.4e38)
 # 2^-150 is 0 in float32: the cap makes 0 * log2(0) come out as 0 and not as NaN.
 LOG2_ZERO = tl.constexpr(-150.0)
 
@@ -86,18 +85,6 @@ def soft_cap(z, cap):
     capped = cap.softcap * (1.0 - t) * half
     twice = half + half
     return tl.where(z < 0, -capped, capped), cap.logit_scale * t * twice * twice
-
-
-@triton.jit
-def after(x, value):
-    """The numbers x in float32, converted once `value` is known, not before.
-
-    The compiler cannot know that `value` is never LARGE. If it were, the result would not be finite anyway,
-    and the last bit of x would not matter.
-    """
-    BITS: tl.constexpr = tl.int32 if x.dtype.primitive_bitwidth == 32 else tl.int16
-    bit = tl.where(value > LARGE, 1, 0).to(BITS)
-    return (x.to(BITS, bitcast=True) ^ bit).to(x.dtype, bitcast=True).to(tl.float32)
 
 
 @triton.jit

@@ -35,62 +35,14 @@ ROUNDS, WARMUP = 20, 3
 S0 = shapes.get("qwen2.5-7b-16k")
 
 Edit = tuple[str, str, str]  # file, text, what stands there instead
-# What waits for a GPU. Parts, stages, tiles, threads, cache hints, and the segments of float32 were
-# measured: NOTES.md.
-LAST_ALONE: Edit = ("grpo.py", "together=not over", "together=False")
-STRIPS_IN_TURN: Edit = ("rows.py", "after(loaded[k], top)", "loaded[k].to(tl.float32)")
-
-
-def parts(number: int) -> Edit:
-    return "schedules.py", "\nPARTS = 16 ", f"\nPARTS = {number} "
-
-
-def registers(number: int) -> Edit:
-    return "schedules.py", "self.num_warps < 8 else 64\n", f"self.num_warps < 8 else {number}\n"
-
-
-def hint(name: str, policy: str) -> Edit:
-    return "rows.py", f'{name} = tl.constexpr("")', f'{name} = tl.constexpr("{policy}")'
-
-
-TWO_STRIPS: Edit = ("schedules.py", "K, T, warps = 4, 8 * threads", "K, T, warps = 2, 8 * threads")
-THREADS: Edit = ("schedules.py", "threads = 128 if capped else 256", "threads = 128")
+# Parts, stages, tiles, threads, cache hints, segments, and strips of tiles were measured: NOTES.md.
 VARIANTS: dict[str, list[Edit]] = {
     "as it is": [],
-    "strips in turn": [STRIPS_IN_TURN],
-    "strips in turn, 48 registers": [STRIPS_IN_TURN, registers(48)],
-    "48 registers": [registers(48)],
-    "80 registers": [registers(80)],
-    "7 parts": [parts(7)],
-    "7 parts, strips in turn": [parts(7), STRIPS_IN_TURN],
-    "7 parts, 48 registers": [parts(7), registers(48)],
-    "evict_last, then evict_first": [
-        hint("FIRST_OF_TWO", "evict_last"),
-        hint("REWRITE", "evict_first"),
-    ],
-    "evict_first in the second pass": [hint("REWRITE", "evict_first")],
-    "K 2": [TWO_STRIPS],
-    "K 2, strips in turn, 48 registers": [TWO_STRIPS, STRIPS_IN_TURN, registers(48)],
-    "128 threads": [THREADS, ("schedules.py", "or self.num_warps < 8 else", "else")],
-    "the last program rewrites a row": [LAST_ALONE],
+    "the last program rewrites a row": [("grpo.py", "together=not over", "together=False")],
+    "five programs, 48 registers": [("schedules.py", "registers = None", "registers = 48")],
 }
 ON_CHIP = "on chip"  # what GRPO_FAST_ON_CHIP=1 runs, where it can
-HALVES = "return Reading(**dataclasses.asdict(plan), segments=plan.parts, polls=polls)"
-
-
-def in_turn(groups: int) -> list[Edit]:
-    """Let a program read several segments of halves, one after the other."""
-    plan = f"dict(parts=triton.cdiv(plan.parts, {groups}), columns={groups} * plan.columns, groups={groups})"
-    halves = "return Reading(**(dataclasses.asdict(plan) | {}), segments=plan.parts)"
-    return [("schedules.py", HALVES, halves.format(plan))]
-
-
-LOGPROB: dict[str, list[Edit]] = {
-    "as it is": [],
-    "strips in turn, 48 registers": [STRIPS_IN_TURN, registers(48)],
-    "48 registers": [registers(48)],
-    "four tiles a program": in_turn(2),
-}
+LOGPROB: dict[str, list[Edit]] = {"as it is": []}
 
 
 def load(name: str, edits: list[Edit]) -> Callable[[str], Any]:

@@ -215,7 +215,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--out", type=Path, help="folder of the JSON files (default: benchmarks/results/<device>)")
     add("--minutes", type=float, default=8.8, help="for everything (default: 8.8)")
     add("--list", action="store_true", help="print what would run, in order")
-    add("--no-tests", action="store_true", help="only the benchmarks")
+    add(
+        "--no-tests",
+        action="store_true",
+        help="only the benchmarks, or with --smoke only its checks",
+    )
     add("--smoke", action="store_true", help="is every kernel right here? 3 minutes, no times")
     add("--only", action="append", help="pieces whose name holds this; repeatable")
     add("--allow-unknown", action="store_true", help="measure code whose commit is unknown")
@@ -237,7 +241,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     out.mkdir(parents=True, exist_ok=True)
     print(f"commit {commit}, results in {out}", flush=True)
     if options.smoke:
-        return smoke.run(out, commit, min(60 * options.minutes, smoke.SECONDS))
+        seconds = min(60 * options.minutes, smoke.SECONDS)
+        return smoke.run(out, commit, seconds, tests=not options.no_tests)
     outcomes = run(pieces, 60 * options.minutes, commit, out)
     print("\n".join(f"{name}: {x.text}" for name, x in outcomes.items()), flush=True)
     return exit_code(outcomes)
