@@ -108,20 +108,30 @@ def launch_grpo(
     launcher: Callable[..., Any] = grpo.grpo_fwd_bwd,
     **given: bool,
 ) -> None:
-    """Launch `grpo`; `given` may be entropy (in the loss), returned (entropy), rewards, packed, extras."""
+    """Launch `grpo`; `given` may be entropy (in the loss), returned (entropy), rewards, packed, extras.
+
+    If extras is False rather than left out, there is no mask, and there are no old and reference log-probs.
+    """
     entropy, rewards, packed, extras = (
         given.get(name, False) for name in ("entropy", "rewards", "packed", "extras")
     )
+    bare = given.get("extras", True) is False
     x = logits(V, dtype, stride)
     written = x if out is None else logits(V, out)
     rest = ("importance", "score", "entropy_weight", "coefficient")
     launcher(
         x,
-        targets(True, extras),
-        tokens(advantages=not rewards, old_logp=True, ref_logp=True, **dict.fromkeys(rest, extras)),
+        targets(not bare, extras),
+        tokens(
+            advantages=not rewards,
+            old_logp=not bare,
+            ref_logp=not bare,
+            **dict.fromkeys(rest, extras),
+        ),
         Rewards(tensor(B) if rewards else None, 2, vector(packed, torch.int64)),
         return_entropy=given.get("returned", False),
-        objective=objective or Objective(beta=0.04, entropy_coef=0.01 if entropy else 0.0),
+        objective=objective
+        or Objective(beta=0.0 if bare else 0.04, entropy_coef=0.01 if entropy else 0.0),
         dlogits=written if over is None else overlapping(x, over),
         **({} if cap is None else {"softcap": cap}),
     )
@@ -285,7 +295,7 @@ CASES: dict[str, Callable[[], None]] = {
     **cases("logprob_fwd", launch_logprob_fwd, "fp32 split", "fp32 split entropy"),
     **cases("logprob_bwd", launch_logprob_bwd, "", "entropy", "split entropy extras"),
     **cases("grpo", launch_grpo, "", "split", "entropy", "split entropy extras", "small", "padded"),
-    **cases("grpo", launch_grpo, "rewards", **{"rewards packed": SPLIT}),
+    **cases("grpo", launch_grpo, "rewards", "bare", "split bare", **{"rewards packed": SPLIT}),
     **cases("grpo", launch_grpo, fp16=SPLIT | {"dtype": torch.float16}, fp32=SPLIT),
     **cases("grpo", launch_grpo, "fp32 split entropy", "fp32 entropy", **{"fp32 to bf16": TO_BF16}),
     **cases("grpo", launch_grpo, *OVERLAPS),
