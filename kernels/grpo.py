@@ -7,15 +7,17 @@
     dz_v      (c (1[v = y] - p_v) - e p_v (log p_v + H)) / temperature
 
 The coefficient of a row is known as soon as its log-prob is, so the gradient is taken while the row is still
-in the cache. Bytes, at w per logit: N V w read from memory, N V w read again from the cache, N V w written,
-and N w read and written once more for the scored ones; rows with c = e = 0 are read once and written once,
-masked rows are written only.
+in the cache. Bytes, at w per logit: N V w read from memory, N V w read again from the cache, N V w written.
+For the scored ones, N w are read by every program of a row, and written once more. Rows with c = e = 0 are
+read once and written once, masked rows are written only.
 
-A program owns a row, or a part of one until the last part to arrive takes over (`rows`). `dlogits` may be
-`logits`, or lie over it (`schedules.overlaps`): a row is rewritten after all of it has been read.
+A program owns a row, or a part of one. The programs of a row wait for each other before each rewrites its
+part, or the last to arrive rewrites the row (`rows`). `dlogits` may be `logits`, or lie over it
+(`schedules.overlaps`): a row is rewritten after all of it has been read.
 """
 
 import functools
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -66,6 +68,46 @@ from grpo_fast.kernels.tiles import LOG2E, RowGradient, cap_of, dlogits_factors,
 from grpo_fast.records import SCORE_EPS, Outputs
 
 
+class Numbers(NamedTuple):
+    """What is loaded for a row besides its logits."""
+
+    z: Any  # the scored logit
+    weight: Any
+    advantage: Any
+    old_logp: Any  # or None
+    ref_logp: Any  # or None
+
+
+class Loss(NamedTuple):
+    """What the loss of a row is computed from, and where it is stored."""
+
+    tokens: Any  # Tokens
+    groups: Any  # RewardGroups; without rewards where tokens have advantages
+    outputs: Any  # Outputs
+    scalars: Any  # Scalars
+    entropy_coef: Any
+
+
+class How(NamedTuple):
+    """How a row is finished: compile-time constants."""
+
+    READER: Any
+    WRITER: Any
+    MODES: Any
+    BLOCK_G: Any
+    ROWS: Any
+    SAME_ROWS: Any
+    POLLS: Any  # `schedules.Reading.polls`
+
+
+class Share(NamedTuple):
+    """What a program does of a row."""
+
+    part: Any  # which part it has read
+    last: Any  # whether it was the last to arrive
+    todo: Any  # which parts it writes, as bits
+
+
 @triton.jit(do_not_specialize=["before", "dbefore", "T_len", "G"])
 def _grpo_kernel(
     logits_ptr,  # (B, T, V)
@@ -100,11 +142,10 @@ def _grpo_kernel(
     OVERLAP: tl.constexpr,
     POLLS: tl.constexpr,
 ):
-    TOGETHER: tl.constexpr = POLLS > 0
     HAS_ENTROPY: tl.constexpr = outputs.entropy is not None
     # A row of one tile has no direction, a capped one is bound by arithmetic: no spills on sm_100 this way.
     BACKWARDS: tl.constexpr = not OVERLAP and ((not TILES.SPLIT and TILES.K > 1) or cap is not None)
-    HINT: tl.constexpr = FIRST_OF_TWO_SOON if TOGETHER else FIRST_OF_TWO
+    HINT: tl.constexpr = FIRST_OF_TWO_SOON if POLLS > 0 else FIRST_OF_TWO
     READER: tl.constexpr = Reader(TILES, HAS_ENTROPY, HINT)
     WRITER: tl.constexpr = Writer(WRITE_TILE, HAS_ENTROPY, BACKWARDS, OVERLAP)
     pid = tl.program_id(0)
@@ -119,96 +160,187 @@ def _grpo_kernel(
         scale = inv_temperature * LOG2E
         slots = Slots(meeting.partial, index, split.segments)
         sums = read_row(row, slots, part, target, scale, split.columns, READER, cap)
-        edges = None
-        if TOGETHER:
-            # What another program may write over is read before that can begin. What is needed after the
-            # meeting is under way before it.
-            if ROWS == "anywhere":
-                edges = read_edges(row, target, V, scale, HAS_ENTROPY, cap)
-            z = load_scored(row.ptr, target)
-            weight, advantage = load_factors(tokens, index)
-            old_logp = load_or(tokens.old_logp, index, None)
-            ref_logp = load_or(tokens.ref_logp, index, None)
-            last, todo = meet(meeting.arrived, index, part, split.parts, POLLS)
-            goes_on = todo != 0
-        else:
-            last = arrive(meeting.arrived, index, split.parts, TILES.SPLIT)
-            goes_on = last
-        if goes_on:
-            if not TOGETHER:
-                z = load_scored(row.ptr, target)
-                if ROWS == "anywhere":
-                    edges = read_edges(row, target, V, scale, HAS_ENTROPY, cap)
-            whole = whole_row(sums, slots, edges, READER=READER)
-            if TOGETHER:
-                # A row that is read again: the last program does so, and then writes all of it alone.
-                todo = tl.where(reads_again(z, whole, scale, cap), tl.where(last, -1, 0), todo)
-            score = score_row(row.ptr, target, z, whole, inv_temperature, V, TILES.T, cap)
-            if not TOGETHER:
-                weight, advantage = load_factors(tokens, index)
-                old_logp = load_or(tokens.old_logp, index, None)
-                ref_logp = load_or(tokens.ref_logp, index, None)
-            if rewards_ptr is not None:
-                groups = RewardGroups(rewards_ptr, sequence_ptr, G, score_eps)
-                advantage = score_rewards(groups, index, T_len, BLOCK_G)
-            if old_logp is None:
-                old_logp = score.logp
-            token = TokenValues(
-                score.logp,
-                old_logp,
-                ref_logp,
-                advantage,
-                load_or(tokens.score, index, advantage),
-                load_or(tokens.importance, index, 1.0),
-            )
-            dlogp, dentropy = store_loss(
-                outputs,
-                last,
-                tokens,
-                index,
-                token,
-                weight,
-                score.entropy,
-                entropy_coef,
-                scalars,
-                MODES=MODES,
-            )
-            # In place, the scored logit is overwritten below, after every thread has read it.
-            tl.debug_barrier()
-            drow = place_gradient(drows, index, T_len, row, ROWS, SAME_ROWS)
-            first = 0
-            end = 1
-            size = row.body
-            if TOGETHER:
-                alone = todo == 1 << part
-                first = tl.where(alone, part, 0)
-                end = tl.where(alone, part + 1, split.parts)
-                size = split.columns
-            moves = (dlogp != 0) | (dentropy != 0)
-            gradient = gradient_of_row(target, score, dlogp, dentropy, inv_temperature)
-            for i in range(first, end):
-                start = i * size
-                stop = tl.minimum(start + size, row.body)
-                if TOGETHER:
-                    stop = tl.where((todo >> i) & 1 != 0, stop, start)
-                if moves:
-                    write_dlogits(row, drow, gradient, start, stop, WRITER, cap)
-                else:
-                    write_zeros(drow, start, stop, WRITE_TILE)
-            if ROWS == "anywhere" and last:
-                if moves:
-                    write_edges(row, drow, gradient, V, WRITER, cap)
-                else:
-                    zero_edges(drow, V)
+        HOW: tl.constexpr = How(READER, WRITER, MODES, BLOCK_G, ROWS, SAME_ROWS, POLLS)
+        groups = RewardGroups(rewards_ptr, sequence_ptr, G, score_eps)
+        go_on(
+            row,
+            drows,
+            sums,
+            slots=slots,
+            target=target,
+            part=part,
+            split=split,
+            arrived_ptr=meeting.arrived,
+            inv_temperature=inv_temperature,
+            loss=Loss(tokens, groups, outputs, scalars, entropy_coef),
+            T_len=T_len,
+            V=V,
+            cap=cap,
+            HOW=HOW,
+        )
     else:
-        masked = place_gradient(drows, index, T_len, row, ROWS, SAME_ROWS)
+        drow = place_gradient(drows, index, T_len, row, ROWS, SAME_ROWS)
         start = part * split.columns
-        stop = tl.minimum(start + split.columns, row.body)
-        write_zeros(masked, start, stop, WRITE_TILE)
+        write_zeros(drow, start, tl.minimum(start + split.columns, row.body), WRITE_TILE)
         if part == 0:
             if ROWS == "anywhere":
-                zero_edges(masked, V)
+                zero_edges(drow, V)
             store_no_outputs(outputs, index)
+
+
+@triton.jit
+def go_on(
+    row,
+    drows,
+    sums,
+    slots,
+    target,
+    part,
+    split,
+    arrived_ptr,
+    inv_temperature,
+    loss,
+    T_len,
+    V,
+    cap,
+    HOW: tl.constexpr,
+):
+    """Finish a row, or a share of it, once all programs of the row have read their parts."""
+    READER: tl.constexpr = HOW.READER
+    index = slots.row
+    edges = None
+    numbers = None
+    if HOW.POLLS > 0:
+        # What another program may write over is read before that can begin. What is needed after the meeting
+        # is under way before it.
+        if HOW.ROWS == "anywhere":
+            scale = inv_temperature * LOG2E
+            edges = read_edges(row, target, V, scale, READER.HAS_ENTROPY, cap)
+        z = load_scored(row.ptr, target)
+        weight, advantage = load_factors(loss.tokens, index)
+        old_logp = load_or(loss.tokens.old_logp, index, None)
+        ref_logp = load_or(loss.tokens.ref_logp, index, None)
+        numbers = Numbers(z, weight, advantage, old_logp, ref_logp)
+        last, todo = meet(arrived_ptr, index, part, split.parts, HOW.POLLS)
+    else:
+        last = arrive(arrived_ptr, index, split.parts, READER.TILES.SPLIT)
+        todo = last.to(tl.int32) if READER.TILES.SPLIT else 1
+    if todo != 0:
+        finish_row(
+            row,
+            drows,
+            sums,
+            edges,
+            numbers,
+            slots=slots,
+            target=target,
+            share=Share(part, last, todo),
+            split=split,
+            inv_temperature=inv_temperature,
+            loss=loss,
+            T_len=T_len,
+            V=V,
+            cap=cap,
+            HOW=HOW,
+        )
+
+
+@triton.jit
+def finish_row(
+    row,
+    drows,
+    sums,
+    edges,
+    numbers,
+    slots,
+    target,
+    share,
+    split,
+    inv_temperature,
+    loss,
+    T_len,
+    V,
+    cap,
+    HOW: tl.constexpr,
+):
+    """Compute the loss of a row whose parts have all been read, and write its share of the gradient.
+
+    Args:
+        sums, edges, numbers: what was read before. Where programs do not wait for each other, the last two
+            are None, and read here.
+        share, loss, HOW: `Share`, `Loss`, `How`.
+    """
+    READER: tl.constexpr = HOW.READER
+    WRITER: tl.constexpr = HOW.WRITER
+    ROWS: tl.constexpr = HOW.ROWS
+    TOGETHER: tl.constexpr = HOW.POLLS > 0
+    index = slots.row
+    tokens = loss.tokens
+    HAS_ENTROPY: tl.constexpr = READER.HAS_ENTROPY
+    if TOGETHER:
+        z = numbers.z
+    else:
+        z = load_scored(row.ptr, target)
+        if ROWS == "anywhere":
+            edges = read_edges(row, target, V, inv_temperature * LOG2E, HAS_ENTROPY, cap)
+    whole = whole_row(sums, slots, edges, READER=READER)
+    todo = share.todo
+    if TOGETHER:
+        # A row that is read again: the last program does so, and then writes all of it alone.
+        again = reads_again(z, whole, inv_temperature * LOG2E, cap)
+        todo = tl.where(again, tl.where(share.last, -1, 0), todo)
+    score = score_row(row.ptr, target, z, whole, inv_temperature, V, READER.TILES.T, cap)
+    if TOGETHER:
+        weight = numbers.weight
+        advantage = numbers.advantage
+        old_logp = numbers.old_logp
+        ref_logp = numbers.ref_logp
+    else:
+        weight, advantage = load_factors(tokens, index)
+        old_logp = load_or(tokens.old_logp, index, None)
+        ref_logp = load_or(tokens.ref_logp, index, None)
+    if loss.groups.rewards is not None:
+        advantage = score_rewards(loss.groups, index, T_len, HOW.BLOCK_G)
+    if old_logp is None:
+        old_logp = score.logp
+    own_score = load_or(tokens.score, index, advantage)
+    importance = load_or(tokens.importance, index, 1.0)
+    token = TokenValues(score.logp, old_logp, ref_logp, advantage, own_score, importance)
+    dlogp, dentropy = store_loss(
+        loss, share.last, index, token, weight, score.entropy, MODES=HOW.MODES
+    )
+    # In place, the scored logit is overwritten below, after every thread has read it.
+    tl.debug_barrier()
+    drow = place_gradient(drows, index, T_len, row, ROWS, HOW.SAME_ROWS)
+    gradient = gradient_of_row(target, score, dlogp, dentropy, inv_temperature)
+    moves = (dlogp != 0) | (dentropy != 0)
+    if TOGETHER:
+        write_parts(row, drow, gradient, moves, share.part, todo, split, WRITER=WRITER, cap=cap)
+    elif moves:
+        write_dlogits(row, drow, gradient, 0, row.body, WRITER, cap)
+    else:
+        write_zeros(drow, 0, row.body, WRITER.TILE)
+    if ROWS == "anywhere" and share.last:
+        if moves:
+            write_edges(row, drow, gradient, V, WRITER, cap)
+        else:
+            zero_edges(drow, V)
+
+
+@triton.jit
+def write_parts(row, drow, gradient, moves, part, todo, split, WRITER: tl.constexpr, cap=None):
+    """Write some parts of the gradient of a row, the bits of `todo`: usually `part` alone."""
+    alone = todo == 1 << part
+    first = tl.where(alone, part, 0)
+    end = tl.where(alone, part + 1, split.parts)
+    for i in range(first, end):
+        start = i * split.columns
+        stop = tl.minimum(start + split.columns, row.body)
+        stop = tl.where((todo >> i) & 1 != 0, stop, start)
+        if moves:
+            write_dlogits(row, drow, gradient, start, stop, WRITER, cap)
+        else:
+            write_zeros(drow, start, stop, WRITER.TILE)
 
 
 @triton.jit
@@ -221,23 +353,22 @@ def load_factors(tokens, row):
 
 
 @triton.jit
-def store_loss(
-    outputs, last, tokens, row, token, weight, entropy, entropy_coef, scalars, MODES: tl.constexpr
-):
+def store_loss(loss, last, row, token, weight, entropy, MODES: tl.constexpr):
     """Let the last program of a row store its outputs.
 
     Returns (dlogp, dentropy), the derivatives of its loss.
 
     Args:
-        token: `TokenValues`.
+        loss, token: `Loss`, `TokenValues`.
     """
+    outputs = loss.outputs
     HAS_ENTROPY: tl.constexpr = outputs.entropy is not None
-    loss, dlogp, kl, clip = token_policy_terms(token, scalars, MODES)
-    loss, dlogp, dentropy = weigh(
-        loss, dlogp, entropy, weight, tokens, row, entropy_coef, BONUS=HAS_ENTROPY
+    value, dlogp, kl, clip = token_policy_terms(token, loss.scalars, MODES)
+    value, dlogp, dentropy = weigh(
+        value, dlogp, entropy, weight, loss.tokens, row, loss.entropy_coef, BONUS=HAS_ENTROPY
     )
     if last:
-        store_outputs(outputs, row, Outputs(loss, token.logp, entropy, kl, clip))
+        store_outputs(outputs, row, Outputs(value, token.logp, entropy, kl, clip))
     return dlogp, dentropy
 
 

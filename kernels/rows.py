@@ -3,9 +3,9 @@
 A row is read in tiles [K, T] with T = 8 * (threads of a program), 16 bytes of bfloat16 per lane. So the
 softmax fold along K stays in registers: no barrier and no shuffle in the hot loop.
 
-Several programs may share a row (`schedules`). The last program to arrive combines the statistics of all
-segments, in fixed order, and goes on alone. No program waits for another, and the order of arrival does not
-change the result.
+Several programs may share a row (`schedules`). Each leaves the statistics of its segments. Then the last
+program to arrive combines them, in fixed order, and goes on alone (`arrive`); or the programs wait for each
+other, for a limited time, and all of them go on (`meet`). The order of arrival does not change the result.
 """
 
 from typing import Any, NamedTuple

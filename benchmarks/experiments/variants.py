@@ -12,6 +12,7 @@ inputs in every round. Compiled kernels come last, as the most likely to lose th
 
 import functools
 import importlib
+import os
 import statistics
 import sys
 import tempfile
@@ -273,6 +274,9 @@ def main() -> None:
     options = parser.parse_args()
     if options.cubins and options.suite != "grpo":
         parser.error(f"--cubins {options.cubins}: for the suite `grpo`, not `{options.suite}`")
+    os.environ[machine.COMMAND_VARIABLE] = (
+        f"python -m benchmarks.experiments.variants {options.suite}"
+    )
     SUITES[options.suite](options)
 
 

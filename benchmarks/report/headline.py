@@ -181,17 +181,19 @@ def _table(run: Run, variant: str, more: str) -> str:
         f"{STEMS[run.stem]}, {sizes['B'] * sizes['T']:,} tokens x {sizes['V']:,} entries, "
         f"{entries[0]['dtype']}{more}: {run.device}, commit {run.info['commit']}, {run.date[:10]}"
     )
+    busy = any("event_seconds" in e for e in entries)
     rows = [
         [
             e["provider"],
             time_text(e["median"]),
+            *[time_text(e["event_seconds"]) if "event_seconds" in e else ""] * busy,
             f"{eager['median'] / e['median']:.2f}x" if eager else "",
             memory_text(e["peak_extra_bytes"]),
         ]
         for e in entries
     ]
-    text = table(["", "time", "faster than eager", "extra memory"], rows)
-    return f"{_wrapped(title)}\n\n{text}"
+    head = ["", "time", *["on the device"] * busy, "faster than eager", "extra memory"]
+    return f"{_wrapped(title)}\n\n{table(head, rows)}"
 
 
 def _pair(entries: list[dict[str, Any]]) -> tuple[Any, Any]:
@@ -216,7 +218,7 @@ def _comparison(rows: list[tuple[Run, list[dict[str, Any]]]], machine: bool = Fa
         own, eager = _pair(entries)
         rest = [e for e in entries if not e["provider"].startswith((OWN, "eager"))]
         other = min(rest, key=lambda e: e["median"], default=None)
-        cells = [_operation(run, own), _size(own), time_text(own["median"])]
+        cells = [_operation(run, own), _size(own), time_text(own["median"]) + tables.on_device(own)]
         cells += [*_against(own, eager), *_against(own, other, named=True)]
         lines.append(cells + [f"{run.device}, {run.info['commit']}"] * machine)
     head = ["", "on", "grpo_fast", "eager", "", "fastest other", ""]
@@ -227,8 +229,9 @@ def _against(own: dict[str, Any], other: dict[str, Any] | None, named: bool = Fa
     """Write another's time, and how many times faster this project is."""
     if other is None:
         return ["", ""]
-    time = time_text(other["median"]) + (f" ({other['provider']})" if named else "")
-    return [time, f"{other['median'] / own['median']:.2f}x"]
+    busy = tables.on_device(other)
+    who = f" ({other['provider']}){busy}" if named else busy
+    return [time_text(other["median"]) + who, f"{other['median'] / own['median']:.2f}x"]
 
 
 def _operation(run: Run, entry: dict[str, Any]) -> str:

@@ -41,7 +41,7 @@ def case_table(entries: list[dict[str, Any]]) -> str:
     rows = [
         [
             e["provider"],
-            time_text(e["median"]) + _event_time(e),
+            time_text(e["median"]) + on_device(e),
             f"{50 * e['iqr'] / e['median']:.0f} %",
             f"{eager['median'] / e['median']:.2f}x" if eager else "",
             *(_speed(e) if rated else ()),
@@ -77,7 +77,8 @@ def roof_share(entry: dict[str, Any]) -> str:
     return share_text(entry[work] / entry["median"], top)
 
 
-def _event_time(entry: dict[str, Any]) -> str:
+def on_device(entry: dict[str, Any]) -> str:
+    """Say how long a call takes on the device alone, where that was measured."""
     seconds = entry.get("event_seconds")
     return "" if seconds is None else f" ({time_text(seconds)} on the device)"
 

@@ -242,8 +242,8 @@ def test_a_short_call_has_the_time_on_the_device_too(monkeypatch):
     one = ["setup", "wait", "busy", "event", "batch", "event", "wait"]
     assert log == one * measure.DEVICE_ROUNDS
     info = {"median": 1e-4, "event_seconds": 0.05e-3}
-    assert tables._event_time(info) == " (50.0 µs on the device)"
-    assert tables._event_time({"median": 1e-4}) == ""
+    assert tables.on_device(info) == " (50.0 µs on the device)"
+    assert tables.on_device({"median": 1e-4}) == ""
 
 
 def test_peak_memory_sees_what_is_freed_again():

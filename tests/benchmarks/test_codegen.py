@@ -151,7 +151,7 @@ from grpo_fast.kernels import grpo
 with mock.patch.object(grpo, "holds_more_rows", return_value=True):
     report = reports.inspect("grpo split", "sm_90")
 loops = {kind: loop.per_element(report.itemsize) for kind, loop in report.main_loops().items()}
-print([report.registers, report.resident_programs, report.stack, loops])
+print([report.registers, report.resident_programs(), report.stack, loops])
 """
 
 
