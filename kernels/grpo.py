@@ -69,7 +69,7 @@ from grpo_fast.records import SCORE_EPS, Outputs
 
 
 class Numbers(NamedTuple):
-    """What is loaded for a row besides its logits."""
+    """The numbers that are loaded for a row besides its logits."""
 
     z: Any  # the scored logit
     weight: Any
@@ -79,7 +79,7 @@ class Numbers(NamedTuple):
 
 
 class Loss(NamedTuple):
-    """What the loss of a row is computed from, and where it is stored."""
+    """The operands of the loss of a row, and the place where it is stored."""
 
     tokens: Any  # Tokens
     groups: Any  # RewardGroups; without rewards where tokens have advantages
@@ -89,7 +89,7 @@ class Loss(NamedTuple):
 
 
 class How(NamedTuple):
-    """How a row is finished: compile-time constants."""
+    """The compile-time constants of `go_on` and `finish_row`."""
 
     READER: Any
     WRITER: Any
@@ -101,7 +101,7 @@ class How(NamedTuple):
 
 
 class Share(NamedTuple):
-    """What a program does of a row."""
+    """The part of a row that a program has read, and the parts that it writes."""
 
     part: Any  # which part it has read
     last: Any  # whether it was the last to arrive
