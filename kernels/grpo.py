@@ -52,7 +52,7 @@ from grpo_fast.kernels.rows import (
     write_zeros,
 )
 from grpo_fast.kernels.scalars import modes_of, scalars_of
-from grpo_fast.kernels.schedules import holds_more_rows, overlaps, reading
+from grpo_fast.kernels.schedules import overlaps, reading, registers_to_wait
 from grpo_fast.kernels.scoring import (
     RewardGroups,
     load_or,
@@ -433,7 +433,9 @@ def grpo_fwd_bwd(
         write_tile = write_tile._replace(K=min(write_tile.K, 2))
     if N:
         rows = rows_of("logits", logits)
-        five = rows["ROWS"] != "anywhere" and holds_more_rows(logits.device)
+        waiting = registers_to_wait(logits.device)
+        if waiting and rows["ROWS"] == "anywhere":  # fewer would spill ten
+            waiting = max(waiting, 64)
         _grpo_kernel[(N * plan.parts,)](
             **rows,
             **gradient_of(rows, dlogits),
@@ -446,7 +448,7 @@ def grpo_fwd_bwd(
             G=rewards.group_size,
             outputs=out,
             meeting=plan.meeting_point(N, logits.device, arrived),
-            **plan.arguments(out.entropy is not None, five),
+            **plan.arguments(out.entropy is not None, waiting),
             scalars=scalars_of(objective),
             entropy_coef=objective.entropy_coef,
             score_eps=SCORE_EPS,

@@ -46,16 +46,19 @@ def compiled_with(num_warps: int, registers: int | None = None) -> dict[str, int
 
 
 @functools.cache
-def holds_more_rows(device: torch.device) -> bool:
-    """Whether a GPU is an H200 or alike: of compute capability 9.0, with more than 50 MB of L2 cache.
+def registers_to_wait(device: torch.device) -> int | None:
+    """The limit of registers, on a device, of programs that wait for each other; None: there is none.
 
-    There five programs per multiprocessor are 10 % faster than four, though a thread spills two registers. On
-    an H100, whose cache has 50 MB, they are 2 % slower.
+    On an H200, five programs of 48 registers per multiprocessor are 10 % faster than four, though a thread
+    spills two of them. On an H100, whose L2 cache has 50 MB and not 60, they are 2 % slower. Other GPUs were
+    not measured (benchmarks/NOTES.md).
     """
     if device.type != "cuda" or torch.version.hip:
-        return False
+        return None
     found = torch.cuda.get_device_properties(device)
-    return (found.major, found.minor) == (9, 0) and found.L2_cache_size > 55_000_000
+    if (found.major, found.minor) != (9, 0):
+        return None
+    return 48 if found.L2_cache_size > 55_000_000 else 64
 
 
 class Tile(NamedTuple):
@@ -138,19 +141,21 @@ class Reading(Schedule):
         T = 8 * WARP_SIZE * self.num_warps
         return Tile(self.K if self.T == T else 2, T)
 
-    def arguments(self, with_entropy: bool = False, five: bool = False) -> dict[str, Any]:
+    def arguments(self, with_entropy: bool = False, waiting: int | None = None) -> dict[str, Any]:
         """The arguments that tell a kernel of this schedule.
 
         Args:
-            five: whether five programs shall share a multiprocessor where four would (`holds_more_rows`).
+            waiting: the limit of registers of programs that wait for each other (`registers_to_wait`).
         """
         registers = None
         if self.groups > 1:  # four programs of 256 threads a multiprocessor, or three
             registers = 80 if with_entropy else 64
         elif self.polls and self.num_warps == 4:
             registers = 88  # a soft cap's programs would spill two on a B200 without a limit
-        elif self.polls and five and self.steps == 1 and not with_entropy:
-            registers = 48
+        elif self.polls and waiting and not with_entropy:
+            registers = (
+                waiting if self.steps == 1 else max(waiting, 64)
+            )  # of float32, 64 were measured
         tiles = ReadTiles(
             K=self.K,
             T=self.T,

@@ -33,7 +33,7 @@ from benchmarks.codegen.assembly import Loop
 from benchmarks.codegen.cases import CASES
 from benchmarks.codegen.launches import compile_launch, record
 from benchmarks.on_chip import cases as on_chip_cases
-from grpo_fast.kernels import schedules
+from grpo_fast.kernels import grpo, schedules
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -81,13 +81,23 @@ class Report:
         return 65_536 // (-(-self.registers // 8) * 8 * self.threads)
 
 
-def inspect(case: str, target: str, on_chip: bool = False) -> Report:
+def inspect(case: str, target: str, on_chip: bool = False, registers: int = 64) -> Report:
+    """Compile a case for a target.
+
+    Args:
+        registers: the limit of programs that wait for each other, on GPUs of compute capability 9.0: 64 as on
+            an H100, 48 as on an H200.
+    """
     gpu = TARGETS[target]
-    with mock.patch.object(schedules, "WARP_SIZE", gpu.warp_size):
+    hopper = target == "sm_90"
+    with (
+        mock.patch.object(schedules, "WARP_SIZE", gpu.warp_size),
+        mock.patch.object(grpo, "registers_to_wait", return_value=registers if hopper else None),
+    ):
         launch = record(cases_of(on_chip)[case])
     kernel = compile_launch(launch, gpu)
     read = assembly.read_nvidia if gpu.backend == "cuda" else assembly.read_amd
-    registers, stack, listing = read(kernel)
+    used, stack, listing = read(kernel)
     ttir = kernel.asm["ttir"]
     T = getattr(launch.arguments.get("TILES"), "T", 0)
     big = launch.arguments.get("logits_ptr", launch.arguments.get("x_ptr"))
@@ -97,7 +107,7 @@ def inspect(case: str, target: str, on_chip: bool = False) -> Report:
         target=target,
         itemsize=4 if big is None else big.element_size(),
         threads=launch.arguments["num_warps"] * gpu.warp_size,
-        registers=registers,
+        registers=used,
         stack=stack,
         shared=kernel.metadata.shared,
         barriers=assembly.count(assembly.BARRIER, listing),

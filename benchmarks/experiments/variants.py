@@ -40,7 +40,12 @@ Edit = tuple[str, str, str]  # file, text, what stands there instead
 VARIANTS: dict[str, list[Edit]] = {
     "as it is": [],
     "the last program rewrites a row": [("grpo.py", "together=not over", "together=False")],
-    "five programs, 48 registers": [("schedules.py", "registers = None", "registers = 48")],
+    **{
+        f"{number} registers": [
+            ("grpo.py", "waiting = registers_to_wait(logits.device)", f"waiting = {number}")
+        ]
+        for number in (48, 64)
+    },
 }
 ON_CHIP = "on chip"  # what GRPO_FAST_ON_CHIP=1 runs, where it can
 LOGPROB: dict[str, list[Edit]] = {"as it is": []}

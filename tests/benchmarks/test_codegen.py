@@ -145,11 +145,8 @@ def test_threads_of_a_program(streaming, target):
 
 
 ON_AN_H200 = """
-from unittest import mock
 from benchmarks.codegen import reports
-from grpo_fast.kernels import grpo
-with mock.patch.object(grpo, "holds_more_rows", return_value=True):
-    report = reports.inspect("grpo split", "sm_90")
+report = reports.inspect("grpo split", "sm_90", registers=48)
 loops = {kind: loop.per_element(report.itemsize) for kind, loop in report.main_loops().items()}
 print([report.registers, report.resident_programs(), report.stack, loops])
 """

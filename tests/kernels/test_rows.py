@@ -1,5 +1,7 @@
 """Long rows: their statistics are the same bits, however many segments a program reads at a time."""
 
+import types
+
 import pytest
 import torch
 
@@ -107,3 +109,30 @@ def test_segments_cover_a_row_once(V, itemsize):
             assert (plan.segments - 1) * size < V <= plan.segments * size
             if plan.side > 1:
                 assert size == plan.steps * plan.K * plan.T
+
+
+@pytest.mark.parametrize("V", [32_769, 40_960, 50_257, 128_256, 152_064, 262_144])
+def test_a_program_of_a_long_row_reads_two_tiles_or_more(V):
+    """With one tile, a large part of its time would not be spent reading."""
+    plan = schedules.reading(V, 2)
+    assert plan.split
+    assert plan.columns >= 2 * plan.K * plan.T
+
+
+@pytest.mark.parametrize(
+    ("major", "minor", "megabytes", "expected"),
+    [(9, 0, 50, 64), (9, 0, 60, 48), (8, 0, 40, None), (10, 0, 126, None)],
+)
+def test_programs_that_wait_have_the_registers_that_were_measured(
+    major, minor, megabytes, expected, monkeypatch
+):
+    found = types.SimpleNamespace(major=major, minor=minor, L2_cache_size=megabytes << 20)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: found)
+    registers_to_wait = schedules.registers_to_wait.__wrapped__
+    assert registers_to_wait(torch.device("cpu")) is None
+    assert registers_to_wait(torch.device("cuda")) == expected
+    for itemsize, fewest in ((2, 0), (4, 64)):
+        plan = schedules.reading(152_064, itemsize, together=True)
+        limit = plan.arguments(waiting=expected).get("maxnreg")
+        assert limit == (expected and max(expected, fewest))
+        assert "maxnreg" not in schedules.reading(152_064, 2).arguments(waiting=expected)
