@@ -227,7 +227,11 @@ def test_an_output_folder_that_is_a_file_or_cannot_be_made(tmp_path, monkeypatch
 
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no SIGHUP here")
 def test_a_live_run_cannot_be_overwritten_and_a_closed_terminal_saves_it(tmp_path, capsys):
-    process = start(tmp_path, name="run", steps=100_000, save_steps=1)
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup, a child would ignore it
+    try:
+        process = start(tmp_path, name="run", steps=100_000, save_steps=1)
+    finally:
+        signal.signal(signal.SIGHUP, before)
     run = tmp_path / "run"
     try:
         for more in ([], ["--overwrite"]):
