@@ -82,7 +82,7 @@ class Loss(NamedTuple):
     """The operands of the loss of a row, and the place where it is stored."""
 
     tokens: Any  # Tokens
-    groups: Any  # RewardGroups; without rewards where tokens have advantages
+    groups: Any  # RewardGroups
     outputs: Any  # Outputs
     scalars: Any  # Scalars
     entropy_coef: Any

@@ -19,9 +19,7 @@ from grpo_fast.kernels.edges import UNIT
 MAX_V_PER_PROGRAM = 32_768
 WARP_SIZE = 64 if torch.version.hip else 32
 PARTS = 16  # how many programs share a long row, at most
-FEWEST_TILES = (
-    2  # that each of them reads: with one, a large part of a program's time is not spent reading
-)
+FEWEST_TILES = 2  # that each of them reads: with one, it spends most of its time on other things
 POLLS = 256  # how often a program looks for the others of its row: each time takes about 1 us
 INTERPRETED_POLLS = 1  # the interpreter runs one program after the other
 MOST_TOGETHER = 24  # programs of a row that can wait for each other (`rows.meet`)
@@ -153,9 +151,8 @@ class Reading(Schedule):
         elif self.polls and self.num_warps == 4:
             registers = 88  # a soft cap's programs would spill two on a B200 without a limit
         elif self.polls and waiting and not with_entropy:
-            registers = (
-                waiting if self.steps == 1 else max(waiting, 64)
-            )  # of float32, 64 were measured
+            # For rows of float32, 64 were measured.
+            registers = waiting if self.steps == 1 else max(waiting, 64)
         tiles = ReadTiles(
             K=self.K,
             T=self.T,
@@ -210,12 +207,16 @@ def reading(
         side: how many segments a program reads at a time: 1, 2 or 4. It does not change the result. With many
             threads on a row, few rows are between their two passes, so that the cache holds them. This is
             done for float32 alone, where it was measured to be faster (benchmarks/NOTES.md).
+        together: whether the programs of a row wait for each other (`rows.meet`). Each then reads one segment
+            at a time, and `side` has no effect. AMD's GPUs were not measured: there no program waits.
     """
     plan = schedule(V, capped)
     if plan.parts == 1:
         return Reading(**dataclasses.asdict(plan))
-    together = together and WARP_SIZE == 32  # AMD's GPUs: not measured
-    polls = (INTERPRETED_POLLS if triton.knobs.runtime.interpret else POLLS) if together else 0
+    together = together and WARP_SIZE == 32
+    polls = 0
+    if together:
+        polls = INTERPRETED_POLLS if triton.knobs.runtime.interpret else POLLS
     if capped or itemsize < 4 or WARP_SIZE != 32:  # AMD's GPUs: not measured
         return Reading(**dataclasses.asdict(plan), segments=plan.parts, polls=polls)
     # Each lane holds 16 bytes, once in a row of the tile: else the order of additions would change.

@@ -41,7 +41,7 @@ class Score(NamedTuple):
 class RewardGroups(NamedTuple):
     """Rewards of sequences, to be scored within groups of consecutive ones."""
 
-    rewards: Any  # (num_sequences,)
+    rewards: Any  # (num_sequences,), or None: tokens have advantages
     sequence: Any  # (N,): the sequence of a row, or None: row // T_len
     size: Any
     eps: Any

@@ -110,12 +110,11 @@ def launch_grpo(
 ) -> None:
     """Launch `grpo`; `given` may be entropy (in the loss), returned (entropy), rewards, packed, extras.
 
-    If extras is False rather than left out, there is no mask, and there are no old and reference log-probs.
+    It may be bare as well: without a mask, old and reference log-probs.
     """
-    entropy, rewards, packed, extras = (
-        given.get(name, False) for name in ("entropy", "rewards", "packed", "extras")
+    entropy, rewards, packed, extras, bare = (
+        given.get(name, False) for name in ("entropy", "rewards", "packed", "extras", "bare")
     )
-    bare = given.get("extras", True) is False
     x = logits(V, dtype, stride)
     written = x if out is None else logits(V, out)
     rest = ("importance", "score", "entropy_weight", "coefficient")
@@ -130,8 +129,7 @@ def launch_grpo(
         ),
         Rewards(tensor(B) if rewards else None, 2, vector(packed, torch.int64)),
         return_entropy=given.get("returned", False),
-        objective=objective
-        or Objective(beta=0.0 if bare else 0.04, entropy_coef=0.01 if entropy else 0.0),
+        objective=objective or Objective(beta=0.04 * (not bare), entropy_coef=0.01 * entropy),
         dlogits=written if over is None else overlapping(x, over),
         **({} if cap is None else {"softcap": cap}),
     )
@@ -254,6 +252,7 @@ WORDS: dict[str, Options] = {
     "variants": {"leave_one_out": True, "skip_nan": True, "raw_singletons": True},
     "bare": {"extras": False},
 }
+BARE: dict[str, Options] = {"bare": {"bare": True}, "split bare": {"bare": True}}
 OVERLAPS = ("overlap", "overlap entropy", "overlap capped", "overlap 151665")
 
 
@@ -295,7 +294,7 @@ CASES: dict[str, Callable[[], None]] = {
     **cases("logprob_fwd", launch_logprob_fwd, "fp32 split", "fp32 split entropy"),
     **cases("logprob_bwd", launch_logprob_bwd, "", "entropy", "split entropy extras"),
     **cases("grpo", launch_grpo, "", "split", "entropy", "split entropy extras", "small", "padded"),
-    **cases("grpo", launch_grpo, "rewards", "bare", "split bare", **{"rewards packed": SPLIT}),
+    **cases("grpo", launch_grpo, "rewards", **{"rewards packed": SPLIT, **BARE}),
     **cases("grpo", launch_grpo, fp16=SPLIT | {"dtype": torch.float16}, fp32=SPLIT),
     **cases("grpo", launch_grpo, "fp32 split entropy", "fp32 entropy", **{"fp32 to bf16": TO_BF16}),
     **cases("grpo", launch_grpo, *OVERLAPS),
