@@ -47,7 +47,7 @@ def head_of(model: nn.Module) -> Head:
         ValueError: its weight is sharded.
     """
     lm = causal_lm(model)
-    return read_head(head_path(lm)[-1], _text_config(lm), inside=False)
+    return read_head(head_path(lm)[-1], text_config(lm), inside=False)
 
 
 def hidden_states(
@@ -76,6 +76,19 @@ def backbone_output(
     Args:
         compiler: compiles the backbone, if given.
     """
+    backbone = backbone_of(lm)
+    inputs["use_cache"] = False
+    if compiler is not None:
+        backbone = compiler(backbone)
+    return backbone(*args, **inputs).last_hidden_state
+
+
+def backbone_of(lm: Any) -> Any:
+    """Return the part of a bare causal LM that computes the last hidden states.
+
+    Raises:
+        TypeError: the model has no such part.
+    """
     backbone = lm.base_model
     if backbone is lm:  # Llama 4's text models name an attribute that only the multimodal model has
         backbone = getattr(lm, "model", lm)
@@ -84,10 +97,7 @@ def backbone_output(
             f"{type(lm).__name__}: has no backbone apart from itself (base_model_prefix="
             f"{lm.base_model_prefix!r}), so its hidden states cannot be had without its logits"
         )
-    inputs["use_cache"] = False
-    if compiler is not None:
-        backbone = compiler(backbone)
-    return backbone(*args, **inputs).last_hidden_state
+    return backbone
 
 
 def compiler_of(model: nn.Module) -> Callable[[Any], Any] | None:
@@ -156,7 +166,7 @@ def with_head(
                     f"with_head: last={last}: want 1 to {hidden.shape[1] - 1}: the first has none before it"
                 )
             hidden = hidden[:, -last - 1 : -1]
-        return call_head(lm, _text_config(lm), hidden, function, dtype)
+        return call_head(lm, text_config(lm), hidden, function, dtype)
 
     inputs |= {"input_ids": input_ids, "attention_mask": attention_mask}
     return inside_forward(model, forward, **inputs)
@@ -260,6 +270,6 @@ def check_head(model: nn.Module) -> None:
         )
 
 
-def _text_config(lm: Any) -> Any:
+def text_config(lm: Any) -> Any:
     """Return the configuration of the language model, also from a vision-language model."""
     return lm.config.get_text_config()

@@ -18,7 +18,7 @@ LAYERS = [
     {"kernels", "torch_kernels"},
     {"ops"},
     {"loss", "weights", "diagnostics"},
-    {"integrations", "hub"},
+    {"integrations", "hub", "shared_prompt"},
     {"trainer"},
 ]
 ALLOWED_IN_KERNELS = {

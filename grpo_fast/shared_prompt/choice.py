@@ -1,0 +1,230 @@
+"""`choose`: which route a forward takes, and why; and what each route cannot compute exactly."""
+
+import weakref
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from grpo_fast.integrations.transformers import causal_lm, text_config, wrappers
+from grpo_fast.shared_prompt.caches import is_recurrent, new_cache
+from grpo_fast.shared_prompt.masks import BLOCKS, BOOLEAN, FLOAT
+from grpo_fast.shared_prompt.plans import Plan
+from grpo_fast.shared_prompt.recompute import asks_for_recomputation, checkpointed_layers
+from grpo_fast.shared_prompt.routes import ROUTES, parameters_of
+
+SHARING = ("mask", "flex", "fork")  # what "auto" chooses from
+LEAST_GAIN = 1.3  # below, sharing does not pay for its additional work
+LARGEST_MASK = 2**28  # bytes; a dense mask has one for each pair of tokens in a row
+# What the second pass of a fork costs besides its tokens, in tokens of a forward.
+SECOND_PASS = {"cpu": 16, "cuda": 512}
+
+
+# Of each model, the routes that a comparison has shown to be wrong, and how.
+INEXACT: "weakref.WeakKeyDictionary[Any, dict[str, str]]" = weakref.WeakKeyDictionary()
+
+
+class Choice(NamedTuple):
+    """A route and the reason for it, one sentence."""
+
+    route: str
+    reason: str
+
+
+def choose(model: nn.Module, plan: Plan, route: str = "auto") -> Choice:
+    """Return the route that a forward takes.
+
+    "auto" estimates the work of each route that is exact for this model: its tokens, padding included, and
+    its pairs of tokens in attention. It shares prompts if this is less than the work of the padded batch
+    by a factor of at least 1.3.
+
+        >>> lm = tiny_causal_lm()
+        >>> plan = shared_prompt.plan(torch.full((4, 30), 5), torch.full((4, 3), 6))
+        >>> assert shared_prompt.choose(lm, plan).route in ("mask", "fork")
+
+    Args:
+        model: a causal LM of transformers, wrapped (PEFT, DDP, ...) or not.
+        route: "auto", or a route that must be possible.
+
+    Raises:
+        ValueError: there is no such route, or the route that was asked for is not exact for this model and
+            plan; the message says why.
+    """
+    if route != "auto":
+        if route not in ROUTES:
+            raise ValueError(f"shared_prompt: route: want auto, {', '.join(ROUTES)}, got {route!r}")
+        why_not = obstacle(model, plan, route)
+        if why_not:
+            raise ValueError(f"shared_prompt: route={route!r}: {why_not}")
+        return Choice(route, "it was asked for")
+    why_not = shared_obstacle(model, plan)
+    if why_not:
+        return Choice("unshared", why_not)
+    D = text_config(causal_lm(model)).hidden_size
+    padded = work(plan, "unshared", D)
+    if padded / min(work(plan, name, D) for name in SHARING) < LEAST_GAIN:
+        return Choice("unshared", _gain(plan, padded, min(work(plan, x, D) for x in SHARING)))
+    obstacles = {name: obstacle(model, plan, name) for name in SHARING}
+    if not obstacles["mask"] and plan.rows.ids.numel() * plan.rows.ids.shape[1] > LARGEST_MASK:
+        obstacles["mask"] = "its dense mask would be too large"
+    possible = [name for name in SHARING if not obstacles[name]]
+    if not possible:
+        return Choice("unshared", "; ".join(f"{name}: {why}" for name, why in obstacles.items()))
+    best = min(possible, key=lambda name: work(plan, name, D))
+    gain = _gain(plan, padded, work(plan, best, D))
+    if padded / work(plan, best, D) < LEAST_GAIN:
+        return Choice("unshared", gain)
+    others = [f"not {name}: {obstacles[name]}" for name in SHARING if obstacles[name]]
+    return Choice(best, "; ".join([gain, *others]))
+
+
+def _gain(plan: Plan, padded: float, shared: float) -> str:
+    return (
+        f"{plan.tokens_given} tokens padded, {tokens(plan)} different ones; the padded batch is estimated at "
+        f"{padded / shared:.2f} times the work"
+    )
+
+
+def tokens(plan: Plan) -> int:
+    """Return how many different tokens a plan has: of each prompt once, and of all completions."""
+    return int(plan.prompt_lengths.sum() + plan.completion_lengths.sum())
+
+
+def work(plan: Plan, route: str, hidden_size: int) -> float:
+    """Estimate the work of a route, in tokens that pass through the model.
+
+    A pair of tokens in attention costs 4 D multiplications in a layer, and a token about 24 D^2.
+    """
+    pair = 1 / (6 * hidden_size)
+    K, (P, T) = len(plan.prompt_lengths), plan.longest
+    if route == "unshared":
+        S = P + T
+        return len(plan.completion_lengths) * S * (1 + S * pair)
+    if route in ("mask", "flex"):
+        S = plan.rows.ids.shape[1]
+        # FlexAttention skips blocks of pairs that do not see each other.
+        pairs = K * S * S if route == "mask" else len(plan.completion_lengths) * T * (P + T)
+        return K * S + pairs * pair
+    alive = int((plan.completion_lengths > 1).sum())
+    fork = K * P * (1 + P * pair) + alive * (T - 1) * (1 + (P + T) * pair)
+    return fork + SECOND_PASS["cuda" if plan.prompt_ids.is_cuda else "cpu"]
+
+
+def obstacle(model: nn.Module, plan: Plan, route: str) -> str | None:
+    """Say why a route is not exact for a model and a plan, and what to change; None if it is exact."""
+    if route == "unshared":
+        return None
+    shared = shared_obstacle(model, plan)
+    if shared:
+        return shared
+    lm = causal_lm(model)
+    known = INEXACT.get(lm, {}).get("fork" if route == "bounded" else route)
+    if known:
+        return known
+    return (_mask_obstacle if route in ("mask", "flex") else _fork_obstacle)(lm, plan, route)
+
+
+def shared_obstacle(model: nn.Module, plan: Plan) -> str | None:
+    """Say why no route can share the prompts."""
+    lm = causal_lm(model)
+    config = text_config(lm)
+    dropout = active_dropout(model)
+    if dropout:
+        return (
+            f"{dropout}: completions of one prompt would have the same dropout of it; set it to 0, or use "
+            "model.eval()"
+        )
+    if getattr(config, "output_router_logits", False):
+        return (
+            "config.output_router_logits=True: the auxiliary loss of the experts would count each prompt "
+            "once; set it to False"
+        )
+    if lm.config.is_encoder_decoder:
+        return f"{type(lm).__name__} is an encoder-decoder"
+    for module in wrappers(model):
+        peft = getattr(module, "active_peft_config", None)
+        if hasattr(type(module), "get_base_model") and getattr(peft, "is_prompt_learning", False):
+            return f"{type(peft).__name__} puts virtual tokens before the prompt; LoRA does not"
+    limit = getattr(config, "max_position_embeddings", None)
+    most = max(plan.last_positions)
+    if limit is not None and not has_rotary(config) and most >= limit:
+        return f"position {most} is not among the model's {limit} (max_position_embeddings)"
+    return None
+
+
+def has_rotary(config: Any) -> bool:
+    """Tell whether positions are rotations, and not rows of a table."""
+    return getattr(config, "rope_parameters", None) is not None
+
+
+def active_dropout(model: nn.Module) -> str | None:
+    """Name the first module whose dropout, or other noise, is active."""
+    for name, module in model.named_modules():
+        if not module.training:
+            continue
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            if module.p > 0:
+                return f"dropout {module.p} in {name}"
+            continue
+        for key, value in vars(module).items():
+            noise = "dropout" in key or "jitter" in key
+            if noise and isinstance(value, float) and value > 0:
+                return f"{key} {value} in {name or type(module).__name__}"
+    return None
+
+
+def _mask_obstacle(lm: Any, plan: Plan, route: str) -> str | None:
+    config, name = text_config(lm), type(lm).__name__
+    attention = config._attn_implementation
+    missing = {"attention_mask", "position_ids"} - parameters_of(lm)
+    if missing:
+        return f"the backbone of {name} has no argument {missing.pop()}"
+    if recurrent(lm):
+        return f"{name} has layers with a state (convolutions, recurrences), which a mask cannot separate"
+    if route == "flex":
+        if attention not in BLOCKS:
+            return f"it needs attn_implementation='flex_attention', and the model has {attention!r}"
+        if not plan.prompt_ids.is_cuda and torch.is_grad_enabled():
+            return f"FlexAttention has no backward on {plan.prompt_ids.device.type}"
+    elif attention not in BOOLEAN + FLOAT:
+        return (
+            f"the model has attn_implementation={attention!r}, which does not take a mask with a row for "
+            "each token; 'sdpa' and 'eager' do"
+        )
+    return None
+
+
+def recurrent(lm: Any) -> bool:
+    """Tell whether layers of a model keep a state, so that each token depends on the one before it."""
+    return bool(getattr(lm, "_is_stateful", False)) or is_recurrent(new_cache(text_config(lm)))
+
+
+def _fork_obstacle(lm: Any, plan: Plan, route: str) -> str | None:
+    config, name = text_config(lm), type(lm).__name__
+    if "past_key_values" not in parameters_of(lm):
+        return f"the backbone of {name} takes no cache (past_key_values)"
+    if asks_for_recomputation(lm) and not checkpointed_layers(lm):
+        return f"{name} has no layers whose checkpointing works with a cache"
+    return _rotary_obstacle(config, plan)
+
+
+def _rotary_obstacle(config: Any, plan: Plan) -> str | None:
+    """Say why the prompt alone would have other rotations than the prompt with a completion."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    nested = [x for x in parameters.values() if isinstance(x, dict)]
+    for found in nested or [parameters]:
+        kind = found.get("rope_type")
+        if kind not in ("dynamic", "longrope"):
+            continue
+        limit = (
+            found.get("original_max_position_embeddings")
+            or getattr(config, "original_max_position_embeddings", None)
+            or config.max_position_embeddings
+        )
+        P, most = (x + 1 for x in plan.last_positions)
+        if P <= limit < most or (kind == "dynamic" and most > limit):
+            return (
+                f"rotary positions of type {kind!r} change at {limit} tokens: a prompt of {P} would have "
+                f"others than one of {most} with its completion"
+            )
+    return None

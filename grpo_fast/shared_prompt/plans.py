@@ -1,0 +1,415 @@
+"""`plan`: find the prompts that completions share, and where the state is that predicts each token."""
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from grpo_fast.checks import shape_of
+
+OP = "shared_prompt.plan"
+PADDING = -1  # the branch of a position that holds no token
+
+
+class Rows(NamedTuple):
+    """A layout with one row for each prompt: `[prompt | completion 1 | completion 2 | ... | padding]`.
+
+    The last token of a completion is left out: nothing is predicted from it.
+
+    A token sees another if `first[seen] <= first[seeing] <= last[seen]`, up to its own place. So the
+    labels describe a tree: those of a prompt span all of its completions, and each completion has one
+    label of its own.
+    """
+
+    ids: Tensor  # (K, S)
+    positions: Tensor  # (K, S): position ids for the model
+    depth: Tensor  # (K, S): how many tokens come before this one in its own sequence
+    first: Tensor  # (K, S): the interval of labels; PADDING where there is no token
+    last: Tensor  # (K, S)
+    predictors: Tensor  # (N,): index into (K * S) of the state that predicts each target
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Plan:
+    """B completions, the K different prompts before them, and the N tokens that are predicted.
+
+    All tensors are on the device of the completions, except for the lengths, which are on the CPU.
+
+    Attributes:
+        prompt_ids, prompt_mask, prompt_positions: (K, P), padded on the left.
+        completion_ids, completion_mask, completion_positions: (B, T), padded on the right; T is the
+            length of the longest completion.
+        prompt_of: (B,), the prompt before each completion.
+        prompt_lengths, completion_lengths: (K,) and (B,), on the CPU.
+        targets: (N,), the completion tokens, one completion after the other.
+        cu_seqlens: (B + 1,) int32, the first target of each completion, and N.
+        where: (N,), the place of each target in the completions that were given, flattened.
+        given: the shape of the completions that were given.
+        tokens_given: the number of tokens of the padded batch, B * (P + T) as it was given.
+        largest_id: the largest token id.
+        last_positions: the largest position of a prompt, and of a completion.
+    """
+
+    prompt_ids: Tensor
+    prompt_mask: Tensor
+    prompt_positions: Tensor
+    completion_ids: Tensor
+    completion_mask: Tensor
+    completion_positions: Tensor
+    prompt_of: Tensor
+    prompt_lengths: Tensor
+    completion_lengths: Tensor
+    targets: Tensor
+    cu_seqlens: Tensor
+    where: Tensor
+    given: tuple[int, int]
+    tokens_given: int
+    largest_id: int
+    last_positions: tuple[int, int]
+
+    @property
+    def longest(self) -> tuple[int, int]:
+        """Return the numbers of tokens of the longest prompt and of the longest completion."""
+        return self.prompt_ids.shape[1], self.completion_ids.shape[1]
+
+    def padded(self, values: Tensor) -> Tensor:
+        """Put values of the targets, (N, ...), at their places in the completions, (B, T, ...).
+
+        The result has the shape of the completions that were given to `plan`, and zeros elsewhere.
+        """
+        B, T = self.given
+        out = values.new_zeros(B * T, *values.shape[1:])
+        return out.index_copy(0, self.where, values).view(B, T, *values.shape[1:])
+
+    def packed(self, values: Tensor) -> Tensor:
+        """Take the values of the targets, (N, ...), from values of the completions, (B, T, ...)."""
+        if values.shape[:2] != self.given:
+            raise ValueError(
+                f"Plan.packed: values: want {self.given} first, the shape of the completions, got "
+                f"{shape_of(values)}"
+            )
+        return values.flatten(0, 1).index_select(0, self.where)
+
+    def prompt(self, k: int) -> tuple["Plan", Tensor]:
+        """Return the plan of one prompt and its completions, and the indices of these on the CPU."""
+        P, length = self.longest[0], int(self.prompt_lengths[k])
+        chosen = (self.prompt_of.cpu() == k).nonzero()[:, 0]
+        part = self.completions(chosen)
+        names = ("prompt_ids", "prompt_mask", "prompt_positions")
+        prompt = {name: getattr(self, name)[k : k + 1, P - length :] for name in names}
+        return dataclasses.replace(
+            part,
+            prompt_of=torch.zeros_like(part.prompt_of),
+            prompt_lengths=self.prompt_lengths[k : k + 1],
+            **prompt,
+        ), chosen
+
+    def completions(self, chosen: Tensor) -> "Plan":
+        """Return the plan of some completions, with the same prompts.
+
+        Args:
+            chosen: (C,) int64 on the CPU, indices of completions.
+        """
+        device, lengths = self.prompt_of.device, self.completion_lengths[chosen]
+        T, there = _longest(lengths), chosen.to(device)
+        mask = self.completion_mask[there, :T]
+        starts = self.cu_seqlens[:-1][there]
+        tokens = (starts[:, None] + torch.arange(T, device=device))[mask]
+        return dataclasses.replace(
+            self,
+            completion_ids=self.completion_ids[there, :T],
+            completion_mask=mask,
+            completion_positions=self.completion_positions[there, :T],
+            prompt_of=self.prompt_of[there],
+            completion_lengths=lengths,
+            targets=self.targets[tokens],
+            cu_seqlens=_boundaries(lengths).to(device),
+            where=self.where[tokens],
+            tokens_given=self.tokens_given // max(1, self.given[0]) * len(chosen),
+        )
+
+    @functools.cached_property
+    def rows(self) -> Rows:
+        """Lay the prompts and their completions out for a forward with a mask."""
+        device, K = self.prompt_of.device, len(self.prompt_lengths)
+        P, T = self.longest
+        tails = (self.completion_lengths - 1).clamp(min=0)
+        starts, sizes, labels, counts = _starts(self.prompt_of.cpu(), self.prompt_lengths, tails)
+        S = _longest(sizes)
+        row = torch.arange(K) * S
+        length, label, count = (
+            x.to(device)[:, None] for x in (self.prompt_lengths, labels, counts)
+        )
+        # Where the tokens of prompts and completions go.
+        in_prompt = (row + self.prompt_lengths - P).to(device)[:, None] + torch.arange(
+            P, device=device
+        )
+        steps = torch.arange(T, device=device)
+        begin = row.to(device)[self.prompt_of] + starts.to(device)
+        fed = steps < tails.to(device)[:, None]
+        in_completion = begin[:, None] + steps
+        places = torch.cat([in_prompt[self.prompt_mask], in_completion[fed]])
+
+        def lay(of_prompts: Tensor, of_completions: Tensor, empty: Tensor) -> Tensor:
+            values = (
+                of_prompts.expand(K, P)[self.prompt_mask],
+                of_completions.expand(fed.shape)[fed],
+            )
+            return empty.index_copy(0, places, torch.cat(values)).view(K, S)
+
+        nothing = torch.zeros(K * S, dtype=torch.int64, device=device)
+        last_of_prompt = in_prompt[:, -1:][self.prompt_of]
+        predictors = torch.cat([last_of_prompt, in_completion], 1)[:, :T]
+        return Rows(
+            ids=lay(self.prompt_ids, self.completion_ids, nothing),
+            positions=lay(self.prompt_positions, self.completion_positions, nothing),
+            depth=lay(
+                self.prompt_mask.cumsum(1) - 1,
+                length[self.prompt_of] + steps,
+                torch.arange(K * S, device=device),
+            ),
+            first=lay(torch.zeros_like(count), label, nothing + PADDING),
+            last=lay(count, label, nothing + PADDING),
+            predictors=predictors[self.completion_mask],
+        )
+
+
+def _starts(
+    prompt_of: Tensor, lengths: Tensor, tails: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Place completions one after the other in the rows of their prompts.
+
+    Args:
+        prompt_of: (B,), the row of each completion.
+        lengths: (K,), how many tokens the prompts have.
+        tails: (B,), how many tokens of each completion are placed.
+
+    Returns:
+        Where each completion starts in its row, (B,); the size of each row, (K,); the number of each
+        completion among those of its prompt, from 1 on, (B,); and how many each prompt has, (K,).
+    """
+
+    def totals(values: Tensor) -> Tensor:
+        return torch.zeros(len(lengths), dtype=torch.int64).index_add(0, prompt_of, values)
+
+    def before(values: Tensor) -> Tensor:
+        """Return the sum of the values of the earlier completions of the same prompt."""
+        order = prompt_of.argsort(stable=True)
+        sums, whole = values[order].cumsum(0) - values[order], totals(values)
+        found = torch.empty_like(values)
+        found[order] = sums - (whole.cumsum(0) - whole)[prompt_of[order]]
+        return found
+
+    one = torch.ones_like(prompt_of)
+    return (
+        lengths[prompt_of] + before(tails),
+        lengths + totals(tails),
+        before(one) + 1,
+        totals(one),
+    )
+
+
+def plan(
+    prompt_ids: Tensor,
+    completion_ids: Tensor,
+    *,
+    prompt_mask: Tensor | None = None,
+    completion_mask: Tensor | None = None,
+    group_size: int | None = None,
+    prompt_of: Tensor | None = None,
+    prompt_positions: Tensor | None = None,
+) -> Plan:
+    """Return the plan of a forward that computes each different prompt once.
+
+    The lengths and the prompts are compared on the CPU: on a GPU this waits for it once.
+
+        >>> prompts, completions = torch.tensor([[5, 6], [5, 6]]), torch.tensor([[7, 8], [9, 3]])
+        >>> plan = shared_prompt.plan(prompts, completions)
+        >>> torch.testing.assert_close(plan.prompt_ids, torch.tensor([[5, 6]]))
+        >>> torch.testing.assert_close(plan.targets, torch.tensor([7, 8, 9, 3]))
+
+    Args:
+        prompt_ids: (B, P), the prompt of each completion; prompts with the same tokens are computed once.
+            Or (K, P), one row for each prompt, with `group_size` or `prompt_of`.
+        completion_ids: (B, T).
+        prompt_mask, completion_mask: 1 at tokens, 0 at padding, which may be on either side. Default: all 1.
+            The completion mask says which tokens the model reads: a token without a loss is a token. Leave it
+            out of the loss with the loss's own `mask`.
+        group_size: each prompt has this number of consecutive completions.
+        prompt_of: (B,), the row of `prompt_ids` before each completion. For groups of different sizes.
+        prompt_positions: like `prompt_ids`, the position ids. Default: 0, 1, ... from the first token on. A
+            completion goes on from the position of the last prompt token.
+
+    Raises:
+        ValueError: shapes or masks do not fit; the message names the argument and the row.
+    """
+    ids, completions = _matrix("prompt_ids", prompt_ids), _matrix("completion_ids", completion_ids)
+    device = completion_ids.device
+    B, T = completions.shape
+    mask = _mask("prompt_mask", prompt_mask, ids)
+    live = _mask("completion_mask", completion_mask, completions)
+    lengths = mask.sum(1)
+    if not lengths.all():
+        raise ValueError(
+            f"{OP}: prompt_mask: row {int((lengths == 0).nonzero()[0])} has no token: nothing predicts the "
+            "first token of its completions"
+        )
+    if prompt_positions is None:
+        positions = mask.cumsum(1) - 1
+    else:
+        positions = _matrix("prompt_positions", prompt_positions)
+        if positions.shape != ids.shape:
+            raise ValueError(
+                f"{OP}: prompt_positions: want {shape_of(ids)}, as prompt_ids, got {shape_of(positions)}"
+            )
+    largest = max(_largest("prompt_ids", ids, mask), _largest("completion_ids", completions, live))
+    P = _longest(lengths)
+    ids, positions, mask = _aligned(mask, P, True, ids, positions)
+    row = _prompt_of(ids, completions, group_size, prompt_of)
+    ids, positions, mask, lengths, row = _distinct(ids, positions, mask, lengths, row)
+    sizes = live.sum(1)
+    places = torch.arange(B * T).view(B, T)
+    longest = _longest(sizes)
+    targets, where, kept = _aligned(live, longest, False, completions, places)
+    after = positions[:, -1][row, None] + 1 + torch.arange(longest)
+    return Plan(
+        prompt_ids=ids.to(device),
+        prompt_mask=mask.to(device),
+        prompt_positions=positions.to(device),
+        completion_ids=targets.to(device),
+        completion_mask=kept.to(device),
+        completion_positions=after.to(device),
+        prompt_of=row.to(device),
+        prompt_lengths=lengths,
+        completion_lengths=sizes,
+        targets=targets[kept].to(device),
+        cu_seqlens=_boundaries(sizes).to(device),
+        where=where[kept].to(device),
+        given=(B, T),
+        tokens_given=B * (prompt_ids.shape[1] + T),
+        largest_id=largest,
+        last_positions=(_longest(positions.flatten()), _longest(after[kept])),
+    )
+
+
+def _longest(lengths: Tensor) -> int:
+    return int(lengths.max()) if lengths.numel() else 0
+
+
+def _boundaries(lengths: Tensor) -> Tensor:
+    return torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
+
+
+def _largest(name: str, ids: Tensor, mask: Tensor) -> int:
+    """Return the largest token id; refuse negative ones, such as the labels of tokens without a loss."""
+    known = ids[mask]
+    if known.numel() and int(known.min()) < 0:
+        row = int(((ids < 0) & mask).any(1).nonzero()[0])
+        raise ValueError(
+            f"{OP}: {name}: row {row} has a negative id, {int(known.min())}: if it is padding, let the mask "
+            "be 0 there"
+        )
+    return int(known.max()) if known.numel() else 0
+
+
+def _matrix(name: str, x: Tensor) -> Tensor:
+    """Return a matrix of integers as int64 on the CPU."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{OP}: {name}: want a tensor, got {type(x).__name__}")
+    if x.ndim != 2:
+        raise ValueError(f"{OP}: {name}: want two dimensions, got {shape_of(x)}")
+    if x.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{OP}: {name}: want int32 or int64, got {x.dtype}")
+    return x.detach().long().cpu()
+
+
+def _mask(name: str, mask: Tensor | None, ids: Tensor) -> Tensor:
+    """Return a mask as booleans on the CPU, checked: in each row the tokens are consecutive."""
+    if mask is None:
+        return torch.ones_like(ids, dtype=torch.bool)
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"{OP}: {name}: want a tensor, got {type(mask).__name__}")
+    if mask.shape != ids.shape:
+        raise ValueError(f"{OP}: {name}: want {shape_of(ids)}, one per token, got {shape_of(mask)}")
+    known = mask.detach().cpu()
+    if not ((known == 0) | (known == 1)).all():
+        raise ValueError(f"{OP}: {name}: want 0 and 1")
+    known = known.bool()
+    steps = known.int().diff(dim=1, prepend=torch.zeros(len(known), 1, dtype=torch.int32))
+    broken = ((steps == 1).sum(1) > 1).nonzero()
+    if len(broken):
+        raise ValueError(
+            f"{OP}: {name}: row {int(broken[0])} has a 0 between two tokens: padding may only be at its ends"
+        )
+    return known
+
+
+def _aligned(mask: Tensor, width: int, right: bool, *values: Tensor) -> tuple[Tensor, ...]:
+    """Move the tokens of each row to one side of `width` columns, with 0 elsewhere; return the mask, too."""
+    lengths = mask.sum(1, keepdim=True)
+    columns = torch.arange(width)
+    kept = columns >= width - lengths if right else columns < lengths
+    moved = [x.new_zeros(kept.shape).masked_scatter(kept, x[mask]) for x in values]
+    return *moved, kept
+
+
+def _prompt_of(
+    ids: Tensor, completions: Tensor, group_size: int | None, prompt_of: Tensor | None
+) -> Tensor:
+    """Return the row of `prompt_ids` before each completion, (B,) on the CPU."""
+    K, B = len(ids), len(completions)
+    if prompt_of is not None:
+        if group_size is not None:
+            raise ValueError(f"{OP}: group_size={group_size} and prompt_of: want one of them")
+        row = prompt_of.detach().cpu() if isinstance(prompt_of, Tensor) else torch.tensor(prompt_of)
+        if row.shape != (B,) or row.is_floating_point() or row.dtype == torch.bool:
+            raise ValueError(
+                f"{OP}: prompt_of: want ({B},) integers, one per completion, got {shape_of(row)} {row.dtype}"
+            )
+        if B and (int(row.min()) < 0 or int(row.max()) >= K):
+            raise ValueError(
+                f"{OP}: prompt_of: want rows of prompt_ids, 0 to {K - 1}, got {int(row.min())} to "
+                f"{int(row.max())}"
+            )
+        return row.long()
+    if group_size is not None and (isinstance(group_size, bool) or group_size < 1):
+        raise ValueError(f"{OP}: group_size: want a positive integer, got {group_size!r}")
+    if group_size is not None and B % group_size:
+        raise ValueError(f"{OP}: group_size={group_size} does not divide {B} completions")
+    if K == B:
+        if group_size is not None:
+            groups = ids.view(-1, group_size, ids.shape[1])
+            other = (groups != groups[:, :1]).any(2).flatten().nonzero()
+            if len(other):
+                raise ValueError(
+                    f"{OP}: group_size={group_size}, but prompt {int(other[0])} is another than the first of "
+                    "its group"
+                )
+        return torch.arange(B)
+    if group_size is not None and K * group_size == B:
+        return torch.arange(K).repeat_interleave(group_size)
+    raise ValueError(
+        f"{OP}: prompt_ids has {K} rows and completion_ids {B}: want one prompt per completion, or "
+        "group_size or prompt_of"
+    )
+
+
+def _distinct(
+    ids: Tensor, positions: Tensor, mask: Tensor, lengths: Tensor, row: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Keep one of the prompts that have the same tokens at the same positions, in the order of the first."""
+    key = torch.cat([torch.where(mask, ids, -1), torch.where(mask, positions, -1)], 1)[row]
+    if not len(key):
+        return ids[:0], positions[:0], mask[:0], lengths[:0], row
+    _, which = key.unique(dim=0, return_inverse=True)
+    count = int(which.max()) + 1
+    first = torch.full((count,), len(which)).scatter_reduce(
+        0, which, torch.arange(len(which)), "amin"
+    )
+    order = first.argsort()
+    rank = torch.empty_like(order)
+    rank[order] = torch.arange(count)
+    chosen = row[first[order]]
+    return ids[chosen], positions[chosen], mask[chosen], lengths[chosen], rank[which]
