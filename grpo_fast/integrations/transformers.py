@@ -10,7 +10,7 @@ It needs transformers >= 5.17 to build a model, but imports nothing of it. PEFT 
 import contextlib
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -252,14 +252,9 @@ def check_head(model: nn.Module) -> None:
             )
         return head.logits(hidden)
 
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
+    with evaluating(model):
         want = model(input_ids=ids, use_cache=False).logits
         got = with_head(model, logits, ids)
-    finally:
-        for module in training:
-            module.training = True
     tolerance = max(1e-3, 8 * max(torch.finfo(x.dtype).eps for x in (got, want)))
     error = (got.float() - want.float()).abs().max() / want.abs().max().clamp(min=1e-30)
     if not error <= tolerance:
@@ -268,6 +263,18 @@ def check_head(model: nn.Module) -> None:
             f"and configuration (they differ by {error:.1e} of the largest): it cannot be used without its "
             "logits"
         )
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode, and each module back into the mode that it had."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def text_config(lm: Any) -> Any:

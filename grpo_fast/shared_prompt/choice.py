@@ -69,12 +69,15 @@ def choose(model: nn.Module, plan: Plan, route: str = "auto") -> Choice:
         obstacles["mask"] = "its dense mask would be too large"
     possible = [name for name in SHARING if not obstacles[name]]
     if not possible:
-        return Choice("unshared", "; ".join(f"{name}: {why}" for name, why in obstacles.items()))
+        reasons = dict.fromkeys(str(why) for why in obstacles.values())
+        return Choice("unshared", "; ".join(reasons))
     best = min(possible, key=lambda name: work(plan, name, D))
     gain = _gain(plan, padded, work(plan, best, D))
     if padded / work(plan, best, D) < LEAST_GAIN:
         return Choice("unshared", gain)
-    others = [f"not {name}: {obstacles[name]}" for name in SHARING if obstacles[name]]
+    # On a CPU there is no use for FlexAttention, which has no backward there.
+    usual = [name for name in SHARING if name != "flex" or plan.prompt_ids.is_cuda]
+    others = [f"not {name}: {obstacles[name]}" for name in usual if obstacles[name]]
     return Choice(best, "; ".join([gain, *others]))
 
 

@@ -184,7 +184,7 @@ class TestNotFused:
             make(cls, model, tmp_path, router_aux_loss_coef=0.0) for cls in (Stock, GRPOTrainer)
         )
         assert_same(tuple(pair), {"beta": 0.1})
-        assert not capsys.readouterr().out
+        assert "not fused" not in capsys.readouterr().out
 
     def test_multimodal_inputs(self, trainers, monkeypatch, capsys):
         # Any of their names: the model here takes none, so TRL's own forward is stubbed to see it arrive.

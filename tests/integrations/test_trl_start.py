@@ -30,15 +30,20 @@ from tests.support.trl_training import train  # noqa: E402
 NOT = "grpo_fast: not fused, TRL's own loss runs: "
 
 
-def lines_of(capsys):
-    return [line for line in capsys.readouterr().out.splitlines() if line.startswith("grpo_fast:")]
+def lines_of(text):
+    """The lines about the head and the loss; those about prompts are in test_trl_sharing.py."""
+    return [
+        line
+        for line in text.splitlines()
+        if line.startswith("grpo_fast:") and not line.startswith("grpo_fast: prompts ")
+    ]
 
 
 def start(cls, capsys, model_path, tokenizer, tmp_path, **options):
     """The only line that a run of two steps prints."""
     capsys.readouterr()
     train(cls, model_path, tokenizer, tmp_path, **({"max_steps": 2} | options))
-    (line,) = lines_of(capsys)
+    (line,) = lines_of(capsys.readouterr().out)
     return line
 
 
@@ -95,7 +100,7 @@ def test_every_call_of_train_says_it(capsys, model_path, tokenizer, tmp_path):
     trainers = []
     train(GRPOTrainer, model_path, tokenizer, tmp_path, prepare=trainers.append, max_steps=1)
     trainers[0].train()
-    assert len(lines_of(capsys)) == 2
+    assert len(lines_of(capsys.readouterr().out)) == 2
 
 
 def test_experts(capsys, tokenizer, tmp_path):
@@ -147,7 +152,7 @@ def test_torch_compile(capsys, model_path, tokenizer, tmp_path, monkeypatch):
     want, _ = train(Stock, model_path, tokenizer, tmp_path, max_steps=2)
     capsys.readouterr()
     got, _ = train(GRPOTrainer, model_path, tokenizer, tmp_path, **options)
-    assert lines_of(capsys)[0].startswith(
+    assert lines_of(capsys.readouterr().out)[0].startswith(
         "grpo_fast: head and loss fused (LlamaForCausalLM, dapo, "
     )
     assert graphs == [0]
@@ -190,7 +195,7 @@ def train_with_images_on_one_rank(model_path, output):
         got, _ = train(GRPOTrainer, model_path, tokenizer, Path(output), prepare, **options)
     for name in want:
         torch.testing.assert_close(got[name], want[name], rtol=0, atol=1e-6)
-    lines = [line for line in printed.getvalue().splitlines() if line.startswith("grpo_fast:")]
+    lines = lines_of(printed.getvalue())
     assert len(lines) == (2 if rank == 0 else 0), "the main process speaks, once"
     if rank == 0:
         assert lines[1].startswith(f"{NOT}the inputs of another process are not text alone")
@@ -223,7 +228,10 @@ def test_type_checkers_see_a_class(tmp_path):
     out = subprocess.run(
         command, cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "MYPYPATH": root}
     ).stdout
-    assert 'Revealed type is "def (*args: Any, **kwargs: Any) -> script.Mine"' in out, out
+    assert (
+        'Revealed type is "def (*args: Any, share_prompts: str =, **kwargs: Any) -> script.Mine"'
+        in out
+    ), out
     assert 'Revealed type is "grpo_fast.objective.Objective"' in out, out
 
 

@@ -42,17 +42,25 @@ def config(tmp_path, **options):
     return GRPOConfig(**(COMMON | defaults | options))
 
 
-def train(cls, model_path, tokenizer, tmp_path, prepare=None, peft_config=None, **options):
-    """(parameters, log history) after training from the same start and seed."""
+def train(
+    cls, model_path, tokenizer, tmp_path, prepare=None, peft_config=None, given=None, **options
+):
+    """(parameters, log history) after training from the same start and seed.
+
+    `given` are other arguments of the trainer; its "prompts" replace `PROMPTS`.
+    """
     torch.manual_seed(0)
+    given = dict(given or {})
+    prompts = given.pop("prompts", PROMPTS)
     trainer = cls(
         model=model_path,
         reward_funcs=reward,
         args=config(tmp_path, **options),
-        train_dataset=Dataset.from_dict({"prompt": PROMPTS}),
-        eval_dataset=Dataset.from_dict({"prompt": PROMPTS[:2]}),
+        train_dataset=Dataset.from_dict({"prompt": prompts}),
+        eval_dataset=Dataset.from_dict({"prompt": prompts[:2]}),
         processing_class=copy.deepcopy(tokenizer),
         peft_config=peft_config,
+        **given,
     )
     if prepare is not None:
         prepare(trainer)

@@ -13,11 +13,12 @@ import torch
 import trl
 from torch import Tensor
 
-from grpo_fast.integrations.transformers import Head, causal_lm, check_head, with_head
+from grpo_fast.integrations.transformers import Head, causal_lm, check_head
 from grpo_fast.integrations.trl import metrics
 from grpo_fast.integrations.trl.head import log_probs
 from grpo_fast.integrations.trl.metrics import Scored, per_row
 from grpo_fast.integrations.trl.options import BY_ITEMS, DEFAULTS, objective
+from grpo_fast.integrations.trl.sharing import Sharing
 from grpo_fast.loss import linear_grpo_loss, policy_loss
 from grpo_fast.objective import Objective
 from grpo_fast.ops.backend import use_triton, why_no_triton
@@ -62,6 +63,12 @@ class GRPOTrainer(trl.GRPOTrainer):
     computes the loss of batches with images, the loss with the auxiliary loss of a mixture of experts, and
     that of a subclass with `STEPS` of its own.
 
+    Args:
+        share_prompts: the completions of a micro-batch that have the same prompt share its forward
+            (`grpo_fast.shared_prompt`). "auto" shares where it is exact and pays; "mask", "flex", "fork" or
+            "bounded" is a route that must be possible; "off" gives each completion its own row, as TRL does.
+        args, kwargs: those of TRL's trainer.
+
     Raises:
         ValueError: at the first loss, if the model's logits are not those of its last hidden states and its
             head (`check_head`).
@@ -72,7 +79,8 @@ class GRPOTrainer(trl.GRPOTrainer):
     _last_world_entropy: float
     _entropy_window_stats: Tensor | None
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, share_prompts: str = "auto", **kwargs: Any) -> None:
+        self._sharing = Sharing(share_prompts, self._say)
         super().__init__(*args, **kwargs)
         self.current_objective()  # raises where an option cannot be translated
         self._head_is_checked = False
@@ -198,8 +206,8 @@ class GRPOTrainer(trl.GRPOTrainer):
             return torch.where(mask, logps, 0), torch.where(mask, entropy, 0)
 
         with self.accelerator.autocast():
-            return with_head(
-                model, score, input_ids, attention_mask, last=T, dtype=self._head_dtype()
+            return self._sharing.with_head(
+                model, score, input_ids, attention_mask, T, self._head_dtype()
             )
 
     def _head_dtype(self) -> torch.dtype | None:
@@ -339,10 +347,8 @@ class GRPOTrainer(trl.GRPOTrainer):
             return out.loss, out.logps, out.entropy, *means
 
         with self.accelerator.autocast():
-            loss, logps, entropy, mean_entropy, *kl = with_head(
-                *(model, score, input_ids, attention_mask),
-                last=ids.shape[1],
-                dtype=self._head_dtype(),
+            loss, logps, entropy, mean_entropy, *kl = self._sharing.with_head(
+                model, score, input_ids, attention_mask, ids.shape[1], self._head_dtype()
             )
         # TRL reports the loss without the bonus; the pass has subtracted it.
         without_bonus = steps * loss.detach() + coefficient * mean_entropy

@@ -1,0 +1,190 @@
+"""TRL's trainer with shared prompts: the training of TRL's own."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("trl", "1.15", reason="it is a subclass of TRL's trainer")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),  # of TRL and its libraries
+    pytest.mark.usefixtures("torch_backend"),
+]
+
+from transformers import AutoModelForCausalLM, GPT2Config, OPTConfig  # noqa: E402
+from trl import GRPOTrainer as Stock  # noqa: E402
+
+from grpo_fast import shared_prompt  # noqa: E402
+from grpo_fast.integrations.trl import GRPOTrainer, sharing  # noqa: E402
+from tests.support import ranks  # noqa: E402
+from tests.support.trl_training import assert_same_logs, train  # noqa: E402
+
+PROMPTS = [
+    "abcdeabcdeabcdeabcdeabcde",
+    "bbbbbaaaaaccccceeeee",
+    "edcbaedcbaedcbaedcba",
+    "acacacacacacacacacacacacac",
+    "ddddddddddddddddddddd",
+    "abababababababababababab",
+    "cdecdecdecdecdecdecde",
+    "eeeeabcdeeeeabcdeeee",
+]
+
+
+def shared(monkeypatch):
+    """The routes that the forwards of a run take."""
+    routes, ran = [], shared_prompt.passes.ROUTES
+    for name, route in dict(ran).items():
+
+        def record(*arguments, name=name, route=route, **options):
+            routes.append(name)
+            return route(*arguments, **options)
+
+        monkeypatch.setitem(ran, name, record)
+    return routes
+
+
+RUNS = {
+    "plain": {},
+    "accumulated": {
+        "gradient_accumulation_steps": 2,
+        "num_iterations": 2,
+        "beta": 0.04,
+        "per_device_train_batch_size": 4,
+    },
+    "checkpointed": {"gradient_checkpointing": True, "loss_type": "grpo", "num_iterations": 2},
+    "masked": {"mask_truncated_completions": True},
+    "evaluated": {"eval_strategy": "steps", "eval_steps": 1, "loss_type": "bnpo"},
+}
+
+
+@pytest.mark.parametrize("route", ["auto", "mask", "fork", "bounded"])
+@pytest.mark.parametrize("run", RUNS)
+def test_the_training_is_trls(run, route, model_path, tokenizer, tmp_path, monkeypatch):
+    given = {"prompts": PROMPTS}
+    want, their_logs = train(Stock, model_path, tokenizer, tmp_path, given=given, **RUNS[run])
+    routes = shared(monkeypatch)
+    given = given | {"share_prompts": route}
+    got, logs = train(GRPOTrainer, model_path, tokenizer, tmp_path, given=given, **RUNS[run])
+    assert {"auto": "mask"}.get(route, route) in routes
+    start = AutoModelForCausalLM.from_pretrained(model_path).state_dict()
+    for name, x in got.items():
+        torch.testing.assert_close(x, want[name], rtol=0, atol=1e-6)
+    assert max((x - start[name]).abs().max() for name, x in got.items()) > 1e-2
+    assert_same_logs(logs, their_logs)
+
+
+@pytest.mark.parametrize("route", ["mask", "fork"])
+def test_an_adapter(route, model_path, tokenizer, tmp_path, monkeypatch):
+    """The reference is the base model, without the adapter."""
+    peft = pytest.importorskip("peft", reason="the adapters are PEFT's")
+    adapter = peft.LoraConfig(r=4, lora_alpha=64)
+    options = {"beta": 0.04, "num_iterations": 2, "gradient_accumulation_steps": 2}
+    options |= {"per_device_train_batch_size": 4, "peft_config": adapter}
+    given = {"prompts": PROMPTS}
+    want, their_logs = train(Stock, model_path, tokenizer, tmp_path, given=given, **options)
+    routes = shared(monkeypatch)
+    given = given | {"share_prompts": route}
+    got, logs = train(GRPOTrainer, model_path, tokenizer, tmp_path, given=given, **options)
+    assert route in routes
+    for name, x in got.items():
+        torch.testing.assert_close(x, want[name], rtol=0, atol=1e-6)
+    assert_same_logs(logs, their_logs)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "opt"])
+def test_positions_are_those_that_the_model_counts_by_itself(
+    kind, tokenizer, tmp_path, monkeypatch
+):
+    """GPT-2 counts the padding before a prompt, OPT does not; both have a table of positions."""
+    sizes = {"vocab_size": len(tokenizer), "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
+    config = (
+        GPT2Config(n_embd=16, n_layer=2, n_head=2, n_positions=64, **sizes)
+        if kind == "gpt2"
+        else OPTConfig(
+            hidden_size=16,
+            ffn_dim=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            word_embed_proj_dim=16,
+            max_position_embeddings=64,
+            **sizes,
+        )
+    )
+    for name, value in vars(config).items():
+        if "pdrop" in name or "dropout" in name:
+            setattr(config, name, type(value)(0))
+    torch.manual_seed(0)
+    path = str(tmp_path / kind)
+    AutoModelForCausalLM.from_config(config).save_pretrained(path)
+    given = {"prompts": PROMPTS}
+    want, _ = train(Stock, path, tokenizer, tmp_path, given=given)
+    routes = shared(monkeypatch)
+    got, _ = train(GRPOTrainer, path, tokenizer, tmp_path, given=given)
+    assert "mask" in routes
+    for name, x in got.items():
+        torch.testing.assert_close(x, want[name], rtol=0, atol=1e-6)
+
+
+def test_off(model_path, tokenizer, tmp_path, monkeypatch):
+    """Nothing of shared prompts runs."""
+    monkeypatch.setattr(sharing.shared_prompt, "plan", None)
+    given = {"prompts": PROMPTS, "share_prompts": "off"}
+    train(GRPOTrainer, model_path, tokenizer, tmp_path, given=given, max_steps=1)
+
+
+def test_what_it_prints(model_path, tokenizer, tmp_path, capsys):
+    """One line for each route, not one for each batch."""
+    train(GRPOTrainer, model_path, tokenizer, tmp_path, given={"prompts": PROMPTS})
+    lines = [x for x in capsys.readouterr().out.splitlines() if x.startswith("grpo_fast: prompts")]
+    assert len(lines) == 1
+    assert lines[0].startswith("grpo_fast: prompts shared, route mask: ")
+    assert "times the work" in lines[0]
+
+
+def test_a_model_with_dropout(tokenizer, tmp_path, model_path, capsys):
+    """Its prompts are not shared, a line says why, and a route that was asked for is an error."""
+
+    def prepare(trainer):
+        for layer in trainer.model.model.layers:
+            layer.self_attn.attention_dropout = 0.1
+
+    given = {"prompts": PROMPTS}
+    run = (model_path, tokenizer, tmp_path, prepare)
+    train(GRPOTrainer, *run, given=given, max_steps=1)
+    assert "grpo_fast: prompts not shared: attention_dropout 0.1 in " in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"route='fork': attention_dropout 0\.1 in "):
+        train(GRPOTrainer, *run, given=given | {"share_prompts": "fork"}, max_steps=1)
+
+
+def test_a_wrong_option(model_path, tokenizer, tmp_path):
+    with pytest.raises(ValueError, match=r"share_prompts: want one of auto, off, .*, got True"):
+        train(GRPOTrainer, model_path, tokenizer, tmp_path, given={"share_prompts": True})
+
+
+def train_on_a_rank(path, output, sharded):
+    from torch.distributed.tensor import DTensor
+    from transformers import AutoTokenizer
+
+    from tests.integrations.test_trl_runs import as_fsdp2
+
+    options = {"beta": 0.04, "num_iterations": 2, "max_steps": 2, "per_device_train_batch_size": 4}
+    if sharded:
+        options["prepare"] = as_fsdp2
+    given = {"prompts": PROMPTS}
+    tokens = AutoTokenizer.from_pretrained(path)
+    want, their_logs = train(Stock, path, tokens, Path(output), given=given, **options)
+    for route in ("auto", "fork", "bounded"):
+        own = given | {"share_prompts": route}
+        got, logs = train(GRPOTrainer, path, tokens, Path(output), given=own, **options)
+        for name, x in got.items():
+            both = [y.full_tensor() if isinstance(y, DTensor) else y for y in (x, want[name])]
+            torch.testing.assert_close(*both, rtol=0, atol=1e-6)
+        assert_same_logs(logs, their_logs)
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp2"])
+@ranks.needs_gloo
+def test_two_processes(sharded, model_path, tmp_path):
+    where = "tests.integrations.test_trl_sharing:train_on_a_rank"
+    ranks.run(where, 2, model_path, str(tmp_path), sharded)
