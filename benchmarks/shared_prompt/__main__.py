@@ -1,0 +1,7 @@
+"""Measure shared prompts."""
+
+import sys
+
+from benchmarks.shared_prompt.rows import main
+
+sys.exit(main())
