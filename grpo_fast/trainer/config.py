@@ -109,6 +109,10 @@ class TrainConfig:
     micro_batch_size: int | None = option(
         None, "largest number of completions in one forward pass, also in sampling"
     )
+    share_prompts: Literal["auto", "off", "mask", "flex", "fork", "bounded"] = option(
+        "auto",
+        "how completions share the forward of their prompt; auto: where it is exact and pays",
+    )
     learning_rate: float = option(None, "highest learning rate of the schedule")
     lr_scheduler: str = option(
         "linear", "learning rate schedule, by its name in transformers.get_scheduler"
@@ -221,6 +225,7 @@ _CHOICES = {
     "task": ("arithmetic",),
     "dtype": ("auto", "float32", "bfloat16"),
     "scale_rewards": ("group", "batch", "none"),
+    "share_prompts": ("auto", "off", "mask", "flex", "fork", "bounded"),
     # The schedules that need nothing but the number of steps.
     "lr_scheduler": ("linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt"),
 }

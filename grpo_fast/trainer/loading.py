@@ -1,16 +1,14 @@
 """The model given with --model: load it, and refuse one that is incomplete or no causal language model."""
 
 import sys
-from functools import partial
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 import torch
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
-from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.modeling_layers import GradientCheckpointingLayer
+
+from grpo_fast.shared_prompt.recompute import checkpointed_layers
 
 OLD_BUFFERS = (".masked_bias",)  # constants that transformers once saved with GPT-2
 
@@ -144,27 +142,13 @@ def listed(names: list[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + more
 
 
-def recompute_activations(model: Any) -> None:
-    """Let each layer recompute its activations in the backward pass, in evaluation mode.
-
-    The model's own switch needs training mode, which turns dropout on. Then the policy that is scored would
-    not be the one that sampled.
+def check_layers(model: Any) -> None:
+    """Refuse a model whose activations cannot be recomputed.
 
     Raises:
-        ValueError: the model has no layers for which transformers can do this.
+        ValueError: it has no layers for which transformers can do this.
     """
-    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
-    if not layers:
+    if not checkpointed_layers(model):
         raise ValueError(
             f"gradient_checkpointing: {type(model).__name__} has no layers that can be recomputed"
         )
-    for layer in layers:
-        # A bound method, so that a deep copy of the model calls its own layers.
-        layer.forward = MethodType(_recomputed, layer)
-
-
-def _recomputed(layer: Any, *args: Any, **kwargs: Any) -> Any:
-    forward = type(layer).forward
-    if not torch.is_grad_enabled():
-        return forward(layer, *args, **kwargs)
-    return checkpoint(partial(forward, layer, **kwargs), *args, use_reentrant=False)

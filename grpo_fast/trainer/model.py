@@ -57,7 +57,7 @@ def build(config: TrainConfig, alphabet: str) -> Policy:
     else:
         model, tokenizer = loading.load(config.model)
     if config.gradient_checkpointing:
-        loading.recompute_activations(model)
+        loading.check_layers(model)
     return prepare(model, tokenizer, device, dtype)
 
 

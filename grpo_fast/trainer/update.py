@@ -2,32 +2,17 @@
 
 import copy
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import get_scheduler
 
 from grpo_fast import ops
-from grpo_fast.loss import fold_statistics, grpo_loss, metrics_from
+from grpo_fast.loss import fold_statistics, metrics_from
 from grpo_fast.trainer.config import TrainConfig
+from grpo_fast.trainer.forward import Forward, MicroBatch
 from grpo_fast.trainer.model import Policy
-from grpo_fast.trainer.rollout import Rollout, completion_logits
-
-
-@dataclass
-class MicroBatch:
-    """Completions that pass through the model together.
-
-    Attributes:
-        old_logps, entropy, ref_logps: (B, T); `Learner` fills them in.
-    """
-
-    rollout: Rollout
-    advantages: Tensor
-    old_logps: Tensor | None = None
-    entropy: Tensor | None = None
-    ref_logps: Tensor | None = None
+from grpo_fast.trainer.rollout import Rollout
 
 
 class Learner:
@@ -36,6 +21,7 @@ class Learner:
     def __init__(self, policy: Policy, config: TrainConfig) -> None:
         self.policy, self.config = policy, config
         self.objective = config.to_objective()
+        self.forward = Forward(policy, config, self.objective)
         self.updates = 0  # optimiser steps so far
         self.reference = None
         if self.objective.beta:
@@ -94,12 +80,10 @@ class Learner:
         )
         parts = rollout.parts(config.micro_batch_size)
         scores = advantages.split([len(part.prompts) for part in parts])
-        micro_batches = [MicroBatch(part, s) for part, s in zip(parts, scores, strict=True)]
+        micro_batches = [self.forward.micro_batch(*x) for x in zip(parts, scores, strict=True)]
         if self.reference is not None:
             for batch in micro_batches:
-                with torch.no_grad(), self.policy.autocast():
-                    logits = completion_logits(self.reference, batch.rollout)
-                batch.ref_logps, _ = self.score(logits, batch.rollout)
+                batch.ref_logps = self.forward.log_probs(self.reference, batch)
         return micro_batches
 
     def backward(
@@ -120,38 +104,19 @@ class Learner:
         token_mean = self.objective.reduction == "token_mean"
         losses, statistics = [], []
         for batch in micro_batches:
-            with self.policy.autocast():
-                logits = completion_logits(model, batch.rollout)
-            if batch.entropy is None:  # the first step on these completions
-                logps, batch.entropy = self.score(logits, batch.rollout)
-                batch.old_logps = logps if config.num_iterations > 1 else None
-            out = grpo_loss(
-                logits,
-                batch.rollout.completion_ids,
-                advantages=batch.advantages,
-                mask=batch.rollout.mask,
-                old_logps=batch.old_logps,
-                ref_logps=batch.ref_logps,
+            first = batch.entropy is None  # the first step on these completions
+            out = self.forward.loss(
+                batch,
+                with_entropy=first,
                 num_items=mask.sum() if token_mean else None,
                 # The other reductions are means over sequences.
                 loss_scale=None if token_mean else len(batch.advantages) / len(mask),
-                temperature=config.temperature,
-                objective=self.objective,
-                inplace=True,
             )
+            if first:
+                batch.entropy = out.entropy
+                batch.old_logps = out.logps.detach() if config.num_iterations > 1 else None
             out.loss.backward()
             losses.append(out.loss.detach())
             statistics.append(out.statistics)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
         return torch.stack(losses).sum().item(), norm.item(), torch.stack(statistics)
-
-    @torch.no_grad()
-    def score(self, logits: Tensor, rollout: Rollout) -> tuple[Tensor, Tensor]:
-        """Compute log-probs and entropy of the completions, (B, T)."""
-        return ops.logprob(
-            logits,
-            rollout.completion_ids,
-            temperature=self.config.temperature,
-            mask=rollout.mask,
-            return_entropy=True,
-        )

@@ -9,6 +9,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from grpo_fast import ops
+from grpo_fast.shared_prompt import layers_recomputed
 from grpo_fast.trainer import tasks
 from grpo_fast.trainer.config import TrainConfig
 from grpo_fast.trainer.evaluate import mean_rewards
@@ -43,7 +44,7 @@ def warm_up(policy: Policy, task: Task, config: TrainConfig, stopped: Callable[[
             rows = next(batches)
             shown = [(row["prompt"], task.demonstration(row, rng)) for row in rows]
             optimizer.zero_grad()
-            loss = imitate(policy, demonstrations(policy, shown), config.micro_batch_size)
+            loss = imitate(policy, demonstrations(policy, shown), config)
             norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), config.max_grad_norm)
             if not (math.isfinite(loss) and norm.isfinite()):
                 raise FloatingPointError(f"warm-up, step {step}: loss {loss}, gradient norm {norm}")
@@ -77,16 +78,13 @@ def demonstrations(policy: Policy, shown: list[tuple[Text, str]]) -> Rollout:
     )
 
 
-def imitate(policy: Policy, batch: Rollout, size: int | None) -> float:
-    """Compute the gradients of the mean negative log-prob of a batch's tokens; return this mean.
-
-    Args:
-        size: the number of sequences that pass through the model together; None: all.
-    """
+def imitate(policy: Policy, batch: Rollout, config: TrainConfig) -> float:
+    """Compute the gradients of the mean negative log-prob of a batch's tokens; return this mean."""
     tokens = batch.mask.sum()
     total = 0.0
-    for part in batch.parts(size):
-        with policy.autocast():
+    recompute = config.gradient_checkpointing
+    for part in batch.parts(config.micro_batch_size):
+        with policy.autocast(), layers_recomputed(policy.model, recompute):
             logits = completion_logits(policy.model, part)
         logps = ops.logprob(logits, part.completion_ids, mask=part.mask)
         loss = -logps[part.mask].sum() / tokens

@@ -20,6 +20,7 @@ from grpo_fast.trainer import evaluate, rollout, tasks, warmup
 from grpo_fast.trainer import model as models
 from grpo_fast.trainer.cli import main
 from grpo_fast.trainer.config import TrainConfig
+from grpo_fast.trainer.forward import Forward
 from grpo_fast.trainer.train import train
 from grpo_fast.trainer.update import Learner
 from tests.support.tiny_runs import arguments, metrics, setup, start, tiny, write_rows
@@ -159,18 +160,20 @@ def test_micro_batches_add_up_to_the_batch(tmp_path, reduction):
 def test_micro_batches_of_the_warm_up_add_up_too(tmp_path):
     gradients, losses = [], []
     for size in (None, 3):
-        task, policy = setup(tiny(tmp_path))
+        config = tiny(tmp_path, micro_batch_size=size)
+        task, policy = setup(config)
         shown = [(row["prompt"], row["answer"]) for row in task.train[:8]]
-        losses.append(warmup.imitate(policy, warmup.demonstrations(policy, shown), size))
+        losses.append(warmup.imitate(policy, warmup.demonstrations(policy, shown), config))
         gradients.append([p.grad for p in policy.model.parameters()])
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
 
 
-def test_gradients_are_those_of_the_reference(tmp_path):
+@pytest.mark.parametrize("share", ["auto", "off", "mask", "fork", "bounded"])
+def test_gradients_are_those_of_the_reference(tmp_path, share):
     from grpo_fast import reference
 
-    config = tiny(tmp_path, max_grad_norm=1e9, beta=0.0, temperature=0.7)
+    config = tiny(tmp_path, max_grad_norm=1e9, beta=0.0, temperature=0.7, share_prompts=share)
     task, policy = setup(config)
     answers = batch(config, task, policy)
     learner = Learner(policy, config)
@@ -192,6 +195,52 @@ def test_gradients_are_those_of_the_reference(tmp_path):
     torch.testing.assert_close(
         gradients, [p.grad for p in policy.model.parameters()], rtol=1e-4, atol=1e-6
     )
+
+
+@pytest.mark.parametrize("share", ["mask", "fork"])
+def test_training_with_shared_prompts_is_the_same(tmp_path, share):
+    """Weights and metrics of two steps with a reference and two updates each; groups of one prompt."""
+    found = []
+    for option in ("off", share):
+        config = tiny(
+            tmp_path / option, beta=0.1, num_iterations=2, micro_batch_size=6, share_prompts=option
+        )
+        task, policy = setup(config)
+        learner = Learner(policy, config)
+        torch.manual_seed(1)
+        rows = [row for row in task.train[:4] for _ in range(4)]
+        answers = rollout.sample(policy, [row["prompt"] for row in rows], 6, 1.0)
+        scores = torch.rand(16, generator=torch.Generator().manual_seed(0))
+        steps = [learner.update(answers, scores) for _ in range(2)]
+        found.append((list(policy.model.parameters()), steps))
+    (ours, our_steps), (theirs, their_steps) = found
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+    for one, other in zip(our_steps, their_steps, strict=True):
+        assert one == pytest.approx(other, rel=1e-3, abs=1e-5)
+
+
+def test_losses_from_logits_where_the_head_cannot_be_used(tmp_path, monkeypatch, capsys):
+    """A line says so, and the gradients are the same; a route that was asked for is an error."""
+    from grpo_fast.trainer import forward
+
+    def refuse(model):
+        raise ValueError("layers between hidden states and logits")
+
+    losses, gradients = [], []
+    for check in (forward.check_head, refuse):
+        monkeypatch.setattr(forward, "check_head", check)
+        config = tiny(tmp_path, beta=0.1, max_grad_norm=1e9, gradient_checkpointing=True)
+        task, policy = setup(config)
+        answers = batch(config, task, policy)
+        learner = Learner(policy, config)
+        loss, _, _ = learner.backward(learner.prepare(answers, torch.arange(16.0)), answers.mask)
+        losses.append(loss)
+        gradients.append([p.grad for p in policy.model.parameters()])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+    assert "losses from logits, and no shared prompts: layers between" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="share_prompts='fork': layers between"):
+        Learner(policy, tiny(tmp_path, share_prompts="fork"))
 
 
 def test_completions_are_scored_as_they_were_sampled(tmp_path):
@@ -276,16 +325,16 @@ def test_only_the_newest_checkpoints_stay(tmp_path):
 
 
 def test_non_finite_loss_stops_the_run_and_keeps_the_weights(tmp_path, monkeypatch, capsys):
-    healthy = rollout.completion_logits
+    healthy = Forward.loss
     calls = 0
 
-    def broken(model, answers):
+    def broken(self, *given, **options):
         nonlocal calls
         calls += 1
-        logits = healthy(model, answers)
-        return logits * math.nan if calls > 2 else logits
+        out = healthy(self, *given, **options)
+        return out._replace(loss=out.loss * math.nan) if calls > 2 else out
 
-    monkeypatch.setattr("grpo_fast.trainer.update.completion_logits", broken)
+    monkeypatch.setattr(Forward, "loss", broken)
     assert main(["train", *arguments(tmp_path, beta=0.0)]) == 1
     assert re.search(r"step 2: loss .*nan", capsys.readouterr().err)
     run_dir = tmp_path / "arithmetic"

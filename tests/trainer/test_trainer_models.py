@@ -21,6 +21,7 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from grpo_fast.trainer import loading, rollout, tasks
 from grpo_fast.trainer import model as models
@@ -191,19 +192,21 @@ def test_settings_of_generation_that_transformers_refuses_to_save(given, tmp_pat
     assert json.loads((saved / "generation_config.json").read_text())["temperature"] == 0.6
 
 
+@pytest.mark.parametrize("share", ["off", "fork"])
 @pytest.mark.parametrize("name", TINY_MODELS)
-def test_checkpointing_recomputes_and_leaves_dropout_off(tmp_path, monkeypatch, name):
-    config = tiny(tmp_path, beta=0.1, max_grad_norm=1e9, lr_warmup_steps=0, micro_batch_size=8)
+def test_checkpointing_recomputes_and_leaves_dropout_off(tmp_path, name, share):
+    options = {"beta": 0.1, "max_grad_norm": 1e9, "lr_warmup_steps": 0, "micro_batch_size": 8}
+    config = tiny(tmp_path, share_prompts=share, **options)
     task, new = setup(config)
     gradients = []
     for recompute in (False, True):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(TINY_MODELS[name])
-        if recompute:
-            loading.recompute_activations(model)
+        loading.check_layers(model)
+        config.gradient_checkpointing = recompute
         policy = models.prepare(model, new.tokenizer, torch.device("cpu"), torch.float32)
         learner = Learner(policy, config)
-        layers = [m for m in model.modules() if isinstance(m, loading.GradientCheckpointingLayer)]
+        layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
         calls = 0
 
         def count(*args):
@@ -218,9 +221,12 @@ def test_checkpointing_recomputes_and_leaves_dropout_off(tmp_path, monkeypatch, 
         batches = learner.prepare(
             answers, torch.rand(16, generator=torch.Generator().manual_seed(0))
         )
+        learner.backward(batches, answers.mask)
+        learner.policy.model.zero_grad()
         calls = 0
         learner.backward(batches, answers.mask)
-        assert calls == len(batches) * (2 if recompute else 1)
+        passes = 2 if share == "fork" else 1
+        assert calls == len(batches) * passes * (2 if recompute else 1)
         gradients.append([p.grad for p in model.parameters()])
         first = learner.update(answers, torch.arange(16.0) % 5)
         assert first["kl"] == 0
@@ -233,7 +239,7 @@ def test_checkpointing_recomputes_and_leaves_dropout_off(tmp_path, monkeypatch, 
 
 def test_models_without_such_layers_are_refused():
     with pytest.raises(ValueError, match="gradient_checkpointing: Linear has no layers"):
-        loading.recompute_activations(torch.nn.Linear(2, 2))
+        loading.check_layers(torch.nn.Linear(2, 2))
 
 
 @pytest.mark.parametrize("size", [None, 3])

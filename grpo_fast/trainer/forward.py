@@ -1,0 +1,153 @@
+"""Log-probs and losses of completions, from hidden states and shared prompts, or from logits."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from grpo_fast import ops, shared_prompt
+from grpo_fast.integrations.transformers import Head, check_head
+from grpo_fast.loss import grpo_loss, linear_grpo_loss
+from grpo_fast.objective import Objective
+from grpo_fast.ops.linear_logprob import linear_logprob
+from grpo_fast.shared_prompt import Plan
+from grpo_fast.trainer.config import TrainConfig
+from grpo_fast.trainer.model import Policy
+from grpo_fast.trainer.rollout import Rollout, completion_logits
+
+T = TypeVar("T")
+
+
+@dataclass
+class MicroBatch:
+    """Completions that pass through the model together.
+
+    Attributes:
+        plan: which of them share a prompt; None if the losses come from logits.
+        old_logps, entropy, ref_logps: (B, T); `Learner` fills them in.
+    """
+
+    rollout: Rollout
+    advantages: Tensor
+    plan: Plan | None = None
+    old_logps: Tensor | None = None
+    entropy: Tensor | None = None
+    ref_logps: Tensor | None = None
+
+
+class Scored(NamedTuple):
+    """The loss of a micro-batch, its values per token, (B, T), and the statistics of `LossOutput`."""
+
+    loss: Tensor
+    logps: Tensor
+    entropy: Tensor | None
+    statistics: Tensor
+
+
+class Forward:
+    """The forward of a policy, as a configuration asks for it.
+
+    The logits of a batch are never in memory, unless the model has layers between its last hidden states and
+    its logits: then a line says so, and each completion has its own row.
+    """
+
+    def __init__(self, policy: Policy, config: TrainConfig, objective: Objective) -> None:
+        self.policy, self.config, self.objective = policy, config, objective
+        self.from_logits = False
+        self.route = "unshared" if config.share_prompts == "off" else config.share_prompts
+        self._said: set[str] = set()
+        try:
+            check_head(policy.model)
+        except (TypeError, ValueError) as error:
+            if config.share_prompts not in ("auto", "off"):
+                raise ValueError(f"share_prompts={config.share_prompts!r}: {error}") from error
+            self.from_logits = True
+            tqdm.write(f"losses from logits, and no shared prompts: {error}")
+
+    def micro_batch(self, rollout: Rollout, advantages: Tensor) -> MicroBatch:
+        """Plan the forward of some completions."""
+        if self.from_logits:
+            return MicroBatch(rollout, advantages)
+        plan = shared_prompt.plan(
+            rollout.prompt_ids,
+            rollout.completion_ids,
+            prompt_mask=rollout.prompt_mask,
+            completion_mask=rollout.mask,
+        )
+        choice = shared_prompt.choose(self.policy.model, plan, self.route)
+        if choice.route not in self._said and self.route == "auto":
+            self._said.add(choice.route)
+            done = "not shared" if choice.route == "unshared" else f"shared, route {choice.route}"
+            tqdm.write(f"prompts {done}: {choice.reason}")
+        return MicroBatch(rollout, advantages, plan)
+
+    @torch.no_grad()
+    def log_probs(self, model: Any, batch: MicroBatch) -> Tensor:
+        """Compute the log-probs of the completions, (B, T)."""
+        rollout, plan, temperature = batch.rollout, batch.plan, self.config.temperature
+        if plan is None:
+            logits = self._logits(model, rollout)
+            ids = rollout.completion_ids
+            return ops.logprob(logits, ids, temperature=temperature, mask=rollout.mask)
+
+        def score(hidden: Tensor, head: Head) -> Tensor:
+            return linear_logprob(
+                hidden, head.weight, plan.targets, temperature=temperature, **head.options
+            )
+
+        return plan.padded(self._with_head(model, plan, score))
+
+    def loss(self, batch: MicroBatch, with_entropy: bool, **given: Any) -> Scored:
+        """Compute the loss of a micro-batch.
+
+        Args:
+            with_entropy: compute log-probs and entropy of all tokens.
+            given: `num_items` and `loss_scale` of the losses.
+        """
+        rollout, plan = batch.rollout, batch.plan
+        given |= {
+            "advantages": batch.advantages,
+            "temperature": self.config.temperature,
+            "objective": self.objective,
+            "return_entropy": with_entropy,
+        }
+        values = {"old_logps": batch.old_logps, "ref_logps": batch.ref_logps}
+        if plan is None:
+            logits = self._logits(self.policy.model, rollout)
+            given |= values | {"mask": rollout.mask, "inplace": True}
+            out = grpo_loss(logits, rollout.completion_ids, **given)
+            return Scored(out.loss, out.logps, out.entropy, out.statistics)
+        given |= {name: x if x is None else plan.packed(x) for name, x in values.items()}
+        given["cu_seqlens"] = plan.cu_seqlens
+
+        def score(hidden: Tensor, head: Head) -> tuple[Tensor, ...]:
+            out = linear_grpo_loss(hidden, head.weight, plan.targets, **head.options, **given)
+            entropy = () if out.entropy is None else (out.entropy,)
+            return out.loss, out.statistics, out.logps, *entropy
+
+        loss, statistics, *scores = self._with_head(self.policy.model, plan, score)
+        logps, entropy = [*(plan.padded(x) for x in scores), None][:2]
+        assert logps is not None
+        return Scored(loss, logps, entropy, statistics)
+
+    def _with_head(self, model: Any, plan: Plan, score: Callable[[Tensor, Head], T]) -> T:
+        """Run `score(hidden, head)`, with the hidden states in the dtype of the activations."""
+        kind = self.policy.device.type
+
+        def as_given(hidden: Tensor, head: Head) -> T:
+            with torch.autocast(kind, enabled=False):
+                return score(hidden, head)
+
+        recompute = self.config.gradient_checkpointing
+        with self.policy.autocast():
+            return shared_prompt.with_head(
+                model, plan, as_given, route=self.route, recompute=recompute
+            )
+
+    def _logits(self, model: Any, rollout: Rollout) -> Tensor:
+        recompute = self.config.gradient_checkpointing
+        with self.policy.autocast(), shared_prompt.layers_recomputed(model, recompute):
+            return completion_logits(model, rollout)
