@@ -1,10 +1,11 @@
 """Time a step of TRL's GRPO trainer, generation apart: forward, loss, backward of one micro-batch.
 
 `eager` is TRL's trainer on plain logits (its log-probs come from `model(...).logits`). `trl` is
-TRL's trainer as it is. `grpo_fast` is the one of `grpo_fast.integrations.trl`. They differ in the
-head and the loss. The model is a Qwen2 with random weights: in bfloat16 and checkpointed on a GPU;
-on a CPU it is small, and its vocabulary is not. No bytes are counted: much of a step is the
-model's.
+TRL's trainer as it is. `grpo_fast` is the one of `grpo_fast.integrations.trl`, with a row for each
+completion. They differ in the head and the loss. `grpo_fast-shared` shares prompts, too: it takes
+part in the variant where all completions have one prompt, and a long one. The model is a Qwen2 with
+random weights: in bfloat16 and checkpointed on a GPU; on a CPU it is small, and its vocabulary is
+not. No bytes are counted: much of a step is the model's.
 """
 
 import copy
@@ -23,9 +24,10 @@ from benchmarks.inputs import shapes
 from benchmarks.measuring import gate, measure, memory
 from grpo_fast.testing import assert_as_accurate
 
-PROVIDERS = ("eager", "trl", "grpo_fast")
-VARIANTS = ("on-policy", "off-policy-kl")
-PROMPT = 16
+PROVIDERS = ("eager", "trl", "grpo_fast", "grpo_fast-shared")
+ONE_PROMPT = "one-prompt"
+VARIANTS = ("on-policy", "off-policy-kl", ONE_PROMPT)
+PROMPT, LONG_PROMPT = 16, 512  # tokens
 ROUNDS = 7
 CHECKED_TOKENS = 128  # of a completion that is held against the truth
 CHECKED_ROWS = 4096  # of the head
@@ -61,6 +63,7 @@ DTYPES = {"cpu": (torch.float32, torch.float64), "cuda": (torch.bfloat16, torch.
 CASES = [
     measure.Case("trl_step", *where)
     for where in itertools.product(MODELS[shapes.device().type], VARIANTS, PROVIDERS)
+    if where[1] == ONE_PROMPT or where[2] != "grpo_fast-shared"
 ]
 
 
@@ -230,12 +233,15 @@ def _trainer(provider: str, variant: str, shape: Model, dtype: torch.dtype) -> A
         bf16=False,  # no autocast: the model has the dtype
         gradient_checkpointing=device.type == "cuda",
     )
-    trainer: Any = (GRPOTrainer if provider == "grpo_fast" else Stock)(
+    own = provider.startswith("grpo_fast")
+    shared = {"share_prompts": "auto" if provider == "grpo_fast-shared" else "off"} if own else {}
+    trainer: Any = (GRPOTrainer if own else Stock)(
         model=model,
         reward_funcs=lambda completions, **_: [0.0] * len(completions),
         args=arguments,
         train_dataset=Dataset.from_dict({"prompt": ["a"] * 8}),
         processing_class=tokenizer,
+        **shared,
     )
     trainer.current_gradient_accumulation_steps = 1
     if variant == "off-policy-kl":  # the log-probs are given: TRL would load a reference model
@@ -251,15 +257,17 @@ def _trainer(provider: str, variant: str, shape: Model, dtype: torch.dtype) -> A
 def _inputs(shape: Model, variant: str) -> dict[str, Tensor]:
     """Make completions that end at random places, the first at its last token."""
     generator = torch.Generator().manual_seed(0)
-    B, T = shape.B, shape.T
-    ids = torch.randint(2, shape.V, (B, PROMPT + T), generator=generator)
+    B, T, P = shape.B, shape.T, LONG_PROMPT if variant == ONE_PROMPT else PROMPT
+    ids = torch.randint(2, shape.V, (B, P + T), generator=generator)
+    if variant == ONE_PROMPT:
+        ids[:, :P] = ids[0, :P].clone()
     lengths = torch.randint(T // 3, T + 1, (B,), generator=generator)
     lengths[0] = T
     mask = (torch.arange(T) < lengths[:, None]).long()
     inputs = {
-        "prompt_ids": ids[:, :PROMPT],
-        "prompt_mask": torch.ones(B, PROMPT, dtype=torch.long),
-        "completion_ids": ids[:, PROMPT:],
+        "prompt_ids": ids[:, :P],
+        "prompt_mask": torch.ones(B, P, dtype=torch.long),
+        "completion_ids": ids[:, P:],
         "completion_mask": mask,
         "advantages": torch.randn(B, generator=generator),
         "num_items_in_batch": mask.sum(),

@@ -141,3 +141,22 @@ def newest(results: Path, kind: str) -> list[dict[str, Any]]:
 def steps(results: Path) -> list[dict[str, Any]]:
     """Return the newest document of `step_7b` on each machine, without tiny models."""
     return [d for d in newest(results, "step") if d["step"] and d["step"][0]["model"] != "tiny"]
+
+
+def shared_prompts(results: Path) -> list[dict[str, Any]]:
+    """Return what `shared_prompt` measured on each machine, without tiny models.
+
+    The documents of the newest commit of a machine are joined.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    mine = [d for d in documents(results) if d.get("shared_prompt")]
+    for document in sorted(mine, key=lambda d: d["datetime"]):
+        rows = [row for row in document["shared_prompt"] if row["model"] != "tiny"]
+        info = document["machine_info"]
+        known = found.get(info["device"])
+        if known and known["machine_info"]["commit"] == info["commit"]:
+            known["shared_prompt"] += rows
+            known["machine_info"]["absent"] |= info["absent"]
+        elif rows:
+            found[info["device"]] = {**document, "shared_prompt": list(rows)}
+    return [found[device] for device in sorted(found)]

@@ -11,7 +11,15 @@ from benchmarks.codegen import saved as compiled
 from benchmarks.measuring import traffic
 from benchmarks.predictions import cost_model, memory_model
 from benchmarks.report import experiments, tables
-from benchmarks.report.committed import ResultError, Run, documents, load, newest, steps
+from benchmarks.report.committed import (
+    ResultError,
+    Run,
+    documents,
+    load,
+    newest,
+    shared_prompts,
+    steps,
+)
 from benchmarks.report.headline import headline
 
 HEADER = """\
@@ -108,6 +116,8 @@ def _device(
         yield from tables.run_section(run)
     for document in here(whole):
         yield from tables.step_section(document, memory_model.load()["step"])
+    for document in here(shared_prompts(results)):
+        yield from tables.shared_prompt_section(document)
     for run in mine:
         if run not in main:
             yield from tables.run_section(run)

@@ -147,6 +147,53 @@ def _columns(r: dict[str, Any], predicted: list[dict[str, Any]]) -> dict[str, An
     return cells
 
 
+def shared_prompt_section(document: dict[str, Any]) -> Iterator[str]:
+    """Write updates with shared prompts beside the update with a row for each completion."""
+    info, rows = document["machine_info"], document["shared_prompt"]
+    yield "#### An update with shared prompts\n"
+    yield (
+        f"Commit {info['commit']}, {document['datetime'][:10]}, `{info['command']}`. One group: a "
+        "prompt of P tokens, and G completions of R tokens. Forward, loss and gradients; what each "
+        "provider is: [shared_prompt](shared_prompt/step.py). `operations` is how many times the "
+        "unshared update has the operations of the shared one, its head included. The memory is the "
+        "peak beyond weights and their gradients. Where the unshared batch was forwarded in parts, "
+        "their number is given, and its memory is that of one of them.\n"
+    )
+    for model in dict.fromkeys(row["model"] for row in rows):
+        mine = [row for row in rows if row["model"] == model]
+        head = ["P", "G", "R", "unshared", "memory", "provider", "time", "faster"]
+        head += ["operations", "memory", "less"]
+        lines = [_shared_row(row, mine) for row in mine if row["provider"] != "unshared"]
+        yield f"{model}, {mine[0]['dtype']}\n\n{table(head, lines)}\n"
+    yield from absent(info["absent"])
+
+
+def _shared_row(row: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
+    """Write one provider beside the unshared update of its case."""
+    case = ("P", "G", "R")
+    same = (x for x in rows if all(x[k] == row[k] for k in case) and x["provider"] == "unshared")
+    base = next(same, None)
+    name = row["provider"] + (f" ({row['route']})" if row["route"] else "")
+    sizes = [f"{row[k]:,}" for k in case]
+    own = [time_text(row["median"]), memory_text(row["peak_extra_bytes"])]
+    if base is None:
+        return [*sizes, "", "", name, own[0], "", "", own[1], ""]
+    parts = -(-row["G"] // base["rows"])
+    peaks = base["peak_extra_bytes"], row["peak_extra_bytes"]
+    less = f"{peaks[0] / peaks[1]:.2f}x" if all(peaks) else ""
+    return [
+        *sizes,
+        time_text(base["median"]) + (f" in {parts} parts" if parts > 1 else ""),
+        memory_text(peaks[0]),
+        name,
+        own[0],
+        f"{base['median'] / row['median']:.2f}x",
+        f"{base['flops'] / row['flops']:.2f}x",
+        own[1],
+        less,
+    ]
+
+
 def _twin(
     row: dict[str, Any], rows: list[dict[str, Any]], keys: tuple[str, ...]
 ) -> dict[str, Any] | None:

@@ -1,7 +1,8 @@
 """Run the tests, then every benchmark, within a given time, whatever crashes on the way.
 
 The order: the roofs of this machine; the tests that say most about a device; the benchmarks, the
-first case of each first; the 7B step; a step of TRL's trainer; the other cases; the other tests.
+first case of each first; the 7B step; shared prompts; a step of TRL's trainer; the other cases; the
+other tests.
 What overruns its part of the time is interrupted, and killed if it does not stop. Results are
 written after every measurement: an end at any time loses one. After a crash a new process goes on
 behind the benchmark that crashed, which the results name.
@@ -20,6 +21,7 @@ from pathlib import Path
 from benchmarks import FOLDER, ROOT, command_line, conftest, providers
 from benchmarks.measuring import machine, recorder
 from benchmarks.run import failures, smoke
+from benchmarks.shared_prompt import rows as shared_rows
 from benchmarks.step_7b import rows
 
 OFF_DEVICE = ("test_memory", "test_trl_step")  # they say nothing about a device, as those of:
@@ -36,6 +38,8 @@ CASE_SHARE = 4  # one benchmark may take this part of the time of its piece
 NO_TESTS = 5  # pytest's exit code
 FAILED, UNFINISHED = 1, 2  # ours
 STEP = "benchmarks.step_7b"
+SHARED = "benchmarks.shared_prompt"
+OWN_FAILURES = {STEP: rows.own_failures, SHARED: shared_rows.own_failures}
 OUT_OF_TIME = "out of time"
 
 
@@ -54,7 +58,7 @@ class Piece:
         command = [sys.executable, "-m", self.module]
         if self.module == "pytest":
             command += ["-q", "-p", "no:cacheprovider", "-p", failures.__name__]
-        if self.module == STEP:
+        if self.module in OWN_FAILURES:
             command += ["--until", f"{time.time() + seconds:.0f}"]  # imports count
         if self.results and self.module == "pytest":
             command += ["--full", f"--results={self.results}"] + ["--resume"] * resume
@@ -72,13 +76,29 @@ def plan(out: Path, commit: str, tests: bool = True) -> list[Piece]:
     """List every piece, in order; the weights of all add up to about 100."""
     kernels = tuple(f"benchmarks/bench_{stem}.py" for stem in STEMS)
     trainer = ("benchmarks/bench_trl_step.py",)
-    everything = Piece("benchmarks", kernels, 46, results=out / f"kernels-{commit}.json")
+    everything = Piece("benchmarks", kernels, 42, results=out / f"kernels-{commit}.json")
     step_file = out / f"step_7b-{commit}.json"
+    shared_file = out / f"shared_prompt-{commit}.json"
+    prompts = (
+        *("--prompt", "512", "1024", "2048", "--group=8", "--completion=256"),
+        f"--out={shared_file}",
+        *(
+            "--providers",
+            "unshared",
+            "auto",
+            "mask",
+            "fork",
+            "bounded",
+            "backward",
+            "prefix-grouper",
+        ),
+    )
     measured = [
         everything,
-        Piece("7B step", (f"--out={step_file}",), 19, STEP, step_file),
+        Piece("7B step", (f"--out={step_file}",), 15, STEP, step_file),
+        Piece("shared prompts", prompts, 10, SHARED, shared_file),
         Piece("TRL step", trainer, 12, results=out / f"trl_step-{commit}.json"),
-        dataclasses.replace(everything, name="benchmarks, the rest", weight=10, resume=True),
+        dataclasses.replace(everything, name="benchmarks, the rest", weight=8, resume=True),
     ]
     if not tests:
         return measured
@@ -126,7 +146,7 @@ def _run_once(piece: Piece, seconds: float, environment: dict[str, str], resume:
         names = failed.read_text().splitlines() if failed.exists() else []
     others_only = bool(names) and all(map(_of_another_library, names))
     if code is None:  # pytest's exit code is then that of an interrupt, whatever failed before
-        own = bool(names and not others_only) or _step_failed(piece)
+        own = bool(names and not others_only) or _rows_failed(piece)
         return Outcome(f"failed, then {OUT_OF_TIME}" if own else OUT_OF_TIME, own, late=True)
     if code < 0:
         return Outcome(f"crashed: {signal.Signals(-code).name}", failed=True)
@@ -142,11 +162,12 @@ def _of_another_library(benchmark: str) -> bool:
     return any(f"-{name}]" in benchmark for name in peers)
 
 
-def _step_failed(piece: Piece) -> bool:
-    """Say whether the 7B step has written down a failure of this project's."""
-    if piece.module != STEP or piece.results is None or not piece.results.exists():
+def _rows_failed(piece: Piece) -> bool:
+    """Say whether a program with rows of its own has written down a failure of this project's."""
+    find = OWN_FAILURES.get(piece.module)
+    if find is None or piece.results is None or not piece.results.exists():
         return False
-    return bool(rows.own_failures(json.loads(piece.results.read_text())))
+    return bool(find(json.loads(piece.results.read_text())))
 
 
 def _wait(process: subprocess.Popen, seconds: float) -> int | None:

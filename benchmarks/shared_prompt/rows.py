@@ -1,7 +1,7 @@
 """Measure updates with shared prompts beside the unshared one: time and peak memory.
 
     python -m benchmarks.shared_prompt --model smollm2-135m --out results/shared_prompt.json
-    python -m benchmarks.shared_prompt --model qwen3-4b-lora --prompt 512 1024 2048 --group 8 --completion 256
+    python -m benchmarks.shared_prompt --prompt 512 1024 2048 --group 8 --completion 256    # a GPU's
 
 A case is one group: a prompt of P tokens and G completions of R tokens. The providers of a case run in turns.
 The memory is the peak beyond the weights and their gradients. Where the padded batch has more than `--tokens`
@@ -141,7 +141,7 @@ def own_failures(document: dict[str, Any]) -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = command_line(__doc__)
     add = parser.add_argument
-    add("--model", choices=models.NAMES, default="smollm2-135m")
+    add("--model", choices=models.NAMES, help="default: qwen3-4b-lora on a GPU, tiny on a CPU")
     for name, values in GRID.items():
         add(f"--{name}", type=int, nargs="+", default=values)
     add("--providers", nargs="+", choices=PROVIDERS, default=("unshared", "auto", "backward"))
@@ -156,17 +156,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if shapes.device().type == "cpu":
         torch.set_num_threads(options.threads)
     sheet = Sheet(options.out)
+    name = options.model or ("tiny" if shapes.device().type == "cpu" else "qwen3-4b-lora")
     try:
-        model = models.build(options.model, options.attention)
+        model = models.build(name, options.attention)
     except providers.UnavailableError as reason:
-        sheet.skip(options.model, str(reason))
+        sheet.skip(name, str(reason))
         return 0
     step.update(model, step.inputs(Size(8, 2, 2), 512), "unshared", 2)  # the first call is slow
     sizes = itertools.product(options.prompt, options.group, options.completion)
     cases = sorted((Size(*x) for x in sizes), key=lambda x: x.tokens[0])
     for size in cases:
         if time.time() > end:
-            sheet.skip(f"{options.model} {'x'.join(map(str, size))}", "out of time")
+            sheet.skip(f"{name} {'x'.join(map(str, size))}", "out of time")
             continue
-        measure(model, size, options.providers, options.tokens, sheet, options.model)
+        measure(model, size, options.providers, options.tokens, sheet, name)
     return 1 if own_failures(sheet.document) else 0

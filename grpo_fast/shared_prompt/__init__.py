@@ -8,11 +8,15 @@ forwards on a user's own model and batch. docs/shared_prompts.md says when it pa
 It needs transformers >= 5.17.
 """
 
-from grpo_fast.shared_prompt.checking import Report, check
-from grpo_fast.shared_prompt.choice import Choice, choose
-from grpo_fast.shared_prompt.passes import Part, backward, forward, with_head
-from grpo_fast.shared_prompt.plans import Plan, Rows, plan
-from grpo_fast.shared_prompt.recompute import layers_recomputed
+from grpo_fast.integrations.shared.packages import TRANSFORMERS, require
+
+require("transformers", TRANSFORMERS)
+
+from grpo_fast.shared_prompt.checking import Report, check  # noqa: E402
+from grpo_fast.shared_prompt.choice import Choice, choose  # noqa: E402
+from grpo_fast.shared_prompt.passes import Part, backward, forward, with_head  # noqa: E402
+from grpo_fast.shared_prompt.plans import Plan, Rows, plan  # noqa: E402
+from grpo_fast.shared_prompt.recompute import layers_recomputed  # noqa: E402
 
 __all__ = [
     "Choice",

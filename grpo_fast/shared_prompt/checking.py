@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from grpo_fast.integrations.shared.model_head import Head
 from grpo_fast.integrations.transformers import causal_lm, text_config
 from grpo_fast.ops.linear_logprob import linear_logprob
-from grpo_fast.shared_prompt.choice import choose
+from grpo_fast.shared_prompt.choice import active_dropout, choose
 from grpo_fast.shared_prompt.passes import with_head
 from grpo_fast.shared_prompt.plans import Plan
 
@@ -68,9 +68,12 @@ def check(model: nn.Module, plan: Plan, *, route: str = "auto", verbose: bool = 
         >>> assert shared_prompt.check(lm, plan, verbose=False).exact
 
     Args:
-        model: as in `forward`. Of DDP the model inside is compared.
+        model, plan: as in `forward`. Of DDP the model inside is compared.
         route: as in `forward`.
         verbose: print the report.
+
+    Returns:
+        A `Report`; `exact` says whether both differences are within its tolerance.
 
     Raises:
         TypeError: the weights are sharded (FSDP, ZeRO-3): compare before they are.
@@ -139,6 +142,9 @@ def _alone(lm: nn.Module, plan: Plan, b: int) -> Tensor:
 
 def _cause(lm: Any, report: Report) -> str:
     """Name what is known to make the two forwards differ."""
+    dropout = active_dropout(lm)
+    if dropout:
+        return f"{dropout}: each forward draws another one; use model.eval()"
     config = text_config(lm)
     noise = 4 * report.by_padding
     if report.log_prob <= noise:

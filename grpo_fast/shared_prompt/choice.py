@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from transformers import cache_utils
 
 from grpo_fast.integrations.transformers import causal_lm, text_config, wrappers
 from grpo_fast.shared_prompt.caches import is_recurrent, new_cache
@@ -44,7 +45,11 @@ def choose(model: nn.Module, plan: Plan, route: str = "auto") -> Choice:
 
     Args:
         model: a causal LM of transformers, wrapped (PEFT, DDP, ...) or not.
+        plan: what is to be forwarded.
         route: "auto", or a route that must be possible.
+
+    Returns:
+        The route, and the reason for it in one sentence.
 
     Raises:
         ValueError: there is no such route, or the route that was asked for is not exact for this model and
@@ -58,6 +63,8 @@ def choose(model: nn.Module, plan: Plan, route: str = "auto") -> Choice:
             raise ValueError(f"shared_prompt: route={route!r}: {why_not}")
         return Choice(route, "it was asked for")
     why_not = shared_obstacle(model, plan)
+    if not len(plan.prompt_of):
+        why_not = "there are no completions"
     if why_not:
         return Choice("unshared", why_not)
     D = text_config(causal_lm(model)).hidden_size
@@ -150,7 +157,7 @@ def shared_obstacle(model: nn.Module, plan: Plan) -> str | None:
             return f"{type(peft).__name__} puts virtual tokens before the prompt; LoRA does not"
     limit = getattr(config, "max_position_embeddings", None)
     most = max(plan.last_positions)
-    if limit is not None and not has_rotary(config) and most >= limit:
+    if limit is not None and 0 <= limit <= most and not has_rotary(config):
         return f"position {most} is not among the model's {limit} (max_position_embeddings)"
     return None
 
@@ -184,6 +191,12 @@ def _mask_obstacle(lm: Any, plan: Plan, route: str) -> str | None:
         return f"the backbone of {name} has no argument {missing.pop()}"
     if recurrent(lm):
         return f"{name} has layers with a state (convolutions, recurrences), which a mask cannot separate"
+    own = own_states(lm)
+    if own:
+        return f"{name} has a cache of its own kind ({own}), which may count places in a row"
+    scale = getattr(config, "floor_scale", 0)  # Llama 4
+    if getattr(config, "attn_temperature_tuning", False) and plan.rows.ids.shape[1] >= scale:
+        return f"{name} scales attention by the place in a row from {scale} tokens on (floor_scale)"
     if route == "flex":
         if attention not in BLOCKS:
             return f"it needs attn_implementation='flex_attention', and the model has {attention!r}"
@@ -194,7 +207,7 @@ def _mask_obstacle(lm: Any, plan: Plan, route: str) -> str | None:
             f"the model has attn_implementation={attention!r}, which does not take a mask with a row for "
             "each token; 'sdpa' and 'eager' do"
         )
-    return None
+    return _rotary_obstacle(config, plan, route)
 
 
 def recurrent(lm: Any) -> bool:
@@ -202,17 +215,29 @@ def recurrent(lm: Any) -> bool:
     return bool(getattr(lm, "_is_stateful", False)) or is_recurrent(new_cache(text_config(lm)))
 
 
+def own_states(lm: Any) -> str | None:
+    """Name a class of cache layers that is the model's own, as those of sparse attention can be."""
+    kinds = (type(layer) for layer in new_cache(text_config(lm)).layers)
+    return next((x.__name__ for x in kinds if x.__module__ != cache_utils.__name__), None)
+
+
 def _fork_obstacle(lm: Any, plan: Plan, route: str) -> str | None:
     config, name = text_config(lm), type(lm).__name__
     if "past_key_values" not in parameters_of(lm):
         return f"the backbone of {name} takes no cache (past_key_values)"
+    own = own_states(lm)
+    if own and (plan.prompt_lengths != plan.longest[0]).any():
+        return (
+            f"{name} has a cache of its own kind ({own}), which may count padding: the prompts must have one "
+            "length"
+        )
     if asks_for_recomputation(lm) and not checkpointed_layers(lm):
         return f"{name} has no layers whose checkpointing works with a cache"
-    return _rotary_obstacle(config, plan)
+    return _rotary_obstacle(config, plan, route)
 
 
-def _rotary_obstacle(config: Any, plan: Plan) -> str | None:
-    """Say why the prompt alone would have other rotations than the prompt with a completion."""
+def _rotary_obstacle(config: Any, plan: Plan, route: str) -> str | None:
+    """Say why a route would have other rotations than the padded batch."""
     parameters = getattr(config, "rope_parameters", None) or {}
     nested = [x for x in parameters.values() if isinstance(x, dict)]
     for found in nested or [parameters]:
@@ -225,9 +250,12 @@ def _rotary_obstacle(config: Any, plan: Plan) -> str | None:
             or config.max_position_embeddings
         )
         P, most = (x + 1 for x in plan.last_positions)
-        if P <= limit < most or (kind == "dynamic" and most > limit):
+        # A mask needs no last tokens; the other routes run prompts and completions apart.
+        masked = route in ("mask", "flex")
+        fewer = (masked and most == limit + 1) or (not masked and limit >= P)
+        if most > limit and (kind == "dynamic" or fewer):
             return (
-                f"rotary positions of type {kind!r} change at {limit} tokens: a prompt of {P} would have "
-                f"others than one of {most} with its completion"
+                f"rotary positions of type {kind!r} depend on the number of tokens beyond {limit}: the "
+                f"longest sequence has {most}, and this route does not run it as a whole"
             )
     return None

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeVar
@@ -21,7 +22,7 @@ from grpo_fast.integrations.transformers import (
     wrappers,
 )
 from grpo_fast.shared_prompt.caches import states, with_states
-from grpo_fast.shared_prompt.choice import INEXACT, Choice, choose, obstacle
+from grpo_fast.shared_prompt.choice import INEXACT, Choice, choose, obstacle, own_states
 from grpo_fast.shared_prompt.masks import BLOCKS, BOOLEAN, FLOAT
 from grpo_fast.shared_prompt.plans import Plan, plan
 from grpo_fast.shared_prompt.routes import (
@@ -82,6 +83,9 @@ def forward(
         recompute: recompute the activations of each layer in the backward pass (gradient checkpointing), in
             evaluation mode, too. None: as the model is set.
 
+    Returns:
+        (N, D), in the order of `plan.targets`.
+
     Raises:
         ValueError: the route that was asked for is not exact for this model. A comparison of a few tokens
             with the unshared forward, once for each model, may show that, too.
@@ -110,6 +114,15 @@ def with_head(
         >>> logits = shared_prompt.with_head(lm, plan, lambda hidden, head: head.logits(hidden))
         >>> want = lm(torch.cat([prompt.repeat(2, 1), answers], 1)).logits[:, 2:4].flatten(0, 1)
         >>> torch.testing.assert_close(logits, want, rtol=1e-4, atol=1e-5)
+
+    Args:
+        model, plan, route, micro_batch, recompute: as in `forward`.
+        function: takes the hidden states and the head. Tensors, and tuples, lists and dicts of tensors, pass
+            through the hooks of all wrappers.
+        dtype: the dtype of the hidden states. Default: that in which the model's own head takes them.
+
+    Returns:
+        What `function` returns.
     """
     run = _prepared(model, plan, route, micro_batch, recompute)
 
@@ -133,6 +146,15 @@ def backward(
     The prompts are taken one after the other. The completions of a prompt run in parts, each with its own
     backward, which adds to the gradient of the prompt's states; then one backward goes through the prompt.
     The most that is in memory are the activations of one prompt and of one part. Nothing is computed twice.
+
+        >>> lm, prompt, answers = tiny_causal_lm(), torch.tensor([[5, 6, 7]]), torch.tensor([[8, 9], [3, 4]])
+        >>> plan = shared_prompt.plan(prompt, answers, group_size=2)
+        >>> losses = shared_prompt.backward(lm, plan, lambda h, head, part: head.logits(h).square().sum())
+        >>> grad = lm.lm_head.weight.grad
+        >>> want = lm(torch.cat([prompt.repeat(2, 1), answers], 1)).logits[:, 2:4].square().sum()
+        >>> torch.testing.assert_close(sum(losses), want.detach(), rtol=1e-4, atol=1e-5)
+        >>> (want,) = torch.autograd.grad(want, lm.lm_head.weight)
+        >>> torch.testing.assert_close(grad, want, rtol=1e-3, atol=1e-4)
 
     Args:
         model: a causal LM, bare or with a PEFT adapter. DDP, FSDP and DeepSpeed need one backward for each
@@ -221,6 +243,8 @@ def _prepared(
 ) -> Callable[[Any], Tensor]:
     """Choose the route, and return the forward of the bare causal LM."""
     _check_inputs(causal_lm(model), plan)
+    if not len(plan.prompt_of):
+        raise ValueError("shared_prompt: plan: it has no completions")
     choice = choose(model, plan, route)
     compiler, together = compiler_of(model), is_sharded(model)
     count = len(parts(plan, micro_batch))
@@ -316,7 +340,9 @@ def _try_out(backbone: Backbone, route: str) -> str | None:
     recompute = False if backbone.recompute is None else backbone.recompute
     plain = Backbone(lm, backbone_of(lm), recompute)
     try:
-        with torch.compiler.set_stance("force_eager"), _short_windows(backbone.config):
+        eager = torch.compiler.set_stance("force_eager")
+        with eager, _short_windows(backbone.config), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "flex_attention called without torch.compile")
             small = _small_plan(lm)
             want, got = (ROUTES[name](plain, small).double() for name in ("unshared", route))
             ignored = route == "fork" and _ignores_states(plain, small)
@@ -394,7 +420,7 @@ def _small_plan(lm: Any) -> Plan:
     return plan(
         ids[:2, :5],
         ids[2:],
-        prompt_mask=torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]]),
+        prompt_mask=torch.arange(5) >= torch.tensor([[0 if own_states(lm) else 2], [0]]),
         completion_mask=torch.arange(7) < torch.tensor([[7], [3], [0], [2]]),
         group_size=2,
     )

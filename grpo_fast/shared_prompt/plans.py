@@ -38,9 +38,9 @@ class Plan:
     All tensors are on the device of the completions, except for the lengths, which are on the CPU.
 
     Attributes:
-        prompt_ids, prompt_mask, prompt_positions: (K, P), padded on the left.
-        completion_ids, completion_mask, completion_positions: (B, T), padded on the right; T is the
-            length of the longest completion.
+        prompt_ids, prompt_mask, prompt_positions: (K, P), padded on the left with 0.
+        completion_ids, completion_mask, completion_positions: (B, T), padded on the right with 0; T is
+            the length of the longest completion.
         prompt_of: (B,), the prompt before each completion.
         prompt_lengths, completion_lengths: (K,) and (B,), on the CPU.
         targets: (N,), the completion tokens, one completion after the other.
@@ -49,7 +49,7 @@ class Plan:
         given: the shape of the completions that were given.
         tokens_given: the number of tokens of the padded batch, B * (P + T) as it was given.
         largest_id: the largest token id.
-        last_positions: the largest position of a prompt, and of a completion.
+        last_positions: the smallest last position of a prompt, and the largest position.
     """
 
     prompt_ids: Tensor
@@ -242,6 +242,9 @@ def plan(
         prompt_positions: like `prompt_ids`, the position ids. Default: 0, 1, ... from the first token on. A
             completion goes on from the position of the last prompt token.
 
+    Returns:
+        A `Plan` on the device of `completion_ids`.
+
     Raises:
         ValueError: shapes or masks do not fit; the message names the argument and the row.
     """
@@ -264,16 +267,20 @@ def plan(
             raise ValueError(
                 f"{OP}: prompt_positions: want {shape_of(ids)}, as prompt_ids, got {shape_of(positions)}"
             )
+        _largest("prompt_positions", positions, mask)
     largest = max(_largest("prompt_ids", ids, mask), _largest("completion_ids", completions, live))
     P = _longest(lengths)
     ids, positions, mask = _aligned(mask, P, True, ids, positions)
-    row = _prompt_of(ids, completions, group_size, prompt_of)
-    ids, positions, mask, lengths, row = _distinct(ids, positions, mask, lengths, row)
+    key = torch.cat([torch.where(mask, x, -1) for x in (ids, positions)], 1)
+    row = _prompt_of(key, completions, group_size, prompt_of)
+    chosen, row = _distinct(key, row)
+    ids, positions, mask, lengths = (x[chosen] for x in (ids, positions, mask, lengths))
     sizes = live.sum(1)
     places = torch.arange(B * T).view(B, T)
     longest = _longest(sizes)
     targets, where, kept = _aligned(live, longest, False, completions, places)
-    after = positions[:, -1][row, None] + 1 + torch.arange(longest)
+    after = (positions[row, -1:] + 1 + torch.arange(longest)) * kept
+    ends = positions[:, -1:]
     return Plan(
         prompt_ids=ids.to(device),
         prompt_mask=mask.to(device),
@@ -290,7 +297,7 @@ def plan(
         given=(B, T),
         tokens_given=B * (prompt_ids.shape[1] + T),
         largest_id=largest,
-        last_positions=(_longest(positions.flatten()), _longest(after[kept])),
+        last_positions=(-_longest(-ends), max(map(_longest, (positions, after)))),
     )
 
 
@@ -303,13 +310,13 @@ def _boundaries(lengths: Tensor) -> Tensor:
 
 
 def _largest(name: str, ids: Tensor, mask: Tensor) -> int:
-    """Return the largest token id; refuse negative ones, such as the labels of tokens without a loss."""
+    """Return the largest value of a token; refuse negative ones, such as labels of tokens without a loss."""
     known = ids[mask]
     if known.numel() and int(known.min()) < 0:
         row = int(((ids < 0) & mask).any(1).nonzero()[0])
         raise ValueError(
-            f"{OP}: {name}: row {row} has a negative id, {int(known.min())}: if it is padding, let the mask "
-            "be 0 there"
+            f"{OP}: {name}: row {row} has a negative value, {int(known.min())}: if it is padding, let the "
+            "mask be 0 there"
         )
     return int(known.max()) if known.numel() else 0
 
@@ -356,10 +363,14 @@ def _aligned(mask: Tensor, width: int, right: bool, *values: Tensor) -> tuple[Te
 
 
 def _prompt_of(
-    ids: Tensor, completions: Tensor, group_size: int | None, prompt_of: Tensor | None
+    key: Tensor, completions: Tensor, group_size: int | None, prompt_of: Tensor | None
 ) -> Tensor:
-    """Return the row of `prompt_ids` before each completion, (B,) on the CPU."""
-    K, B = len(ids), len(completions)
+    """Return the row of `prompt_ids` before each completion, (B,) on the CPU.
+
+    Args:
+        key: (K, ...), equal for equal prompts.
+    """
+    K, B = len(key), len(completions)
     if prompt_of is not None:
         if group_size is not None:
             raise ValueError(f"{OP}: group_size={group_size} and prompt_of: want one of them")
@@ -374,13 +385,14 @@ def _prompt_of(
                 f"{int(row.max())}"
             )
         return row.long()
-    if group_size is not None and (isinstance(group_size, bool) or group_size < 1):
+    number = isinstance(group_size, int) and not isinstance(group_size, bool)
+    if group_size is not None and not (number and group_size >= 1):
         raise ValueError(f"{OP}: group_size: want a positive integer, got {group_size!r}")
     if group_size is not None and B % group_size:
         raise ValueError(f"{OP}: group_size={group_size} does not divide {B} completions")
     if K == B:
         if group_size is not None:
-            groups = ids.view(-1, group_size, ids.shape[1])
+            groups = key.view(B // group_size, group_size, key.shape[1])
             other = (groups != groups[:, :1]).any(2).flatten().nonzero()
             if len(other):
                 raise ValueError(
@@ -396,14 +408,16 @@ def _prompt_of(
     )
 
 
-def _distinct(
-    ids: Tensor, positions: Tensor, mask: Tensor, lengths: Tensor, row: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Keep one of the prompts that have the same tokens at the same positions, in the order of the first."""
-    key = torch.cat([torch.where(mask, ids, -1), torch.where(mask, positions, -1)], 1)[row]
-    if not len(key):
-        return ids[:0], positions[:0], mask[:0], lengths[:0], row
-    _, which = key.unique(dim=0, return_inverse=True)
+def _distinct(key: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
+    """Find the prompts that are equal: the row of the first of each, in order, and which of these each is.
+
+    Args:
+        key: (K, ...), equal for prompts with the same tokens at the same positions.
+        row: (B,), the prompt of each completion.
+    """
+    if not len(row):
+        return row, row
+    _, which = key[row].unique(dim=0, return_inverse=True)
     count = int(which.max()) + 1
     first = torch.full((count,), len(which)).scatter_reduce(
         0, which, torch.arange(len(which)), "amin"
@@ -411,5 +425,4 @@ def _distinct(
     order = first.argsort()
     rank = torch.empty_like(order)
     rank[order] = torch.arange(count)
-    chosen = row[first[order]]
-    return ids[chosen], positions[chosen], mask[chosen], lengths[chosen], rank[which]
+    return row[first[order]], rank[which]

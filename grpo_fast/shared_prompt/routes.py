@@ -66,17 +66,18 @@ def parameters_of(lm: Any) -> set[str]:
 
 def unshared(backbone: Backbone, plan: Plan) -> Tensor:
     """Compute the states from one padded row for each completion, with its prompt."""
-    prompts, T = plan.prompt_of, plan.longest[1]
     ids, mask, positions = (
-        torch.cat([prompt[prompts], completion[:, : max(T - 1, 0)]], 1)
+        torch.cat([prompt[plan.prompt_of], completion], 1)
         for prompt, completion in (
             (plan.prompt_ids, plan.completion_ids),
             (plan.prompt_mask.long(), plan.completion_mask.long()),
             (plan.prompt_positions, plan.completion_positions),
         )
     )
+    # The last tokens stay: rotary positions can depend on the number of tokens.
     states = backbone.states(positions, input_ids=ids, attention_mask=mask)
-    return states[:, plan.longest[0] - 1 :][:, :T][plan.completion_mask]
+    P, T = plan.longest
+    return states[:, P - 1 : P - 1 + T][plan.completion_mask]
 
 
 def masked(backbone: Backbone, plan: Plan) -> Tensor:

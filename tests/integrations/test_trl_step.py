@@ -15,6 +15,7 @@ pytestmark = [
 
 from benchmarks import bench_trl_step as bench  # noqa: E402
 from benchmarks.measuring import measure, recorder  # noqa: E402
+from grpo_fast import shared_prompt  # noqa: E402
 from tests.support.results import Benchmark  # noqa: E402
 
 SHAPE = bench.Model(V=50, D=16, layers=1, heads=2, kv_heads=1, ffn=32, B=2, T=6)
@@ -46,7 +47,20 @@ def test_providers_agree(provider, variant):
     loss, gradient = bench._step(trainer, inputs)
     assert loss.isfinite()
     assert gradient.abs().max() > 0
-    assert type(trainer).__module__.startswith("grpo_fast") == (provider == "grpo_fast")
+    assert type(trainer).__module__.startswith("grpo_fast") == provider.startswith("grpo_fast")
+
+
+@pytest.mark.parametrize("provider", ["grpo_fast", "grpo_fast-shared"])
+def test_one_of_them_shares_the_prompt(provider, monkeypatch):
+    ran = []
+    routes = shared_prompt.passes.ROUTES
+    for name, route in dict(routes).items():
+        monkeypatch.setitem(
+            routes, name, lambda *x, name=name, route=route, **y: ran.append(name) or route(*x, **y)
+        )
+    trainer, inputs = setup(provider, bench.ONE_PROMPT)
+    bench._step(trainer, inputs)
+    assert bool({"mask", "fork"} & set(ran)) == (provider == "grpo_fast-shared")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])

@@ -24,6 +24,7 @@ LOOPS = {
     "docs/loop.md": (1, Objective.preset("grpo", beta=0.04)),
     "docs/linear.md": (0, Objective()),
     "docs/transformers.md": (0, Objective()),
+    "docs/shared_prompts.md": (0, Objective()),
 }
 # Pages whose blocks other tests run, and how many each has.
 ELSEWHERE = {
@@ -33,6 +34,7 @@ ELSEWHERE = {
     "docs/integrations.md": 2,  # test_diagnostics, test_hub
     "docs/metrics.md": 1,  # test_metrics
     "docs/scaling.md": 7,  # test_scaling
+    "docs/shared_prompts.md": 1,  # below, the one with a backward for each part
     "docs/trainer.md": 1,  # test_trainer
     "docs/trl.md": 4,  # test_trl_docs
 }
@@ -64,6 +66,8 @@ def test_a_loop_equals_sequences_without_padding(page, name, capsys):
     old_logps, _ = loops.expected(model, *passed, **rewards)
     ref_logps, _ = loops.expected(ref_model, *passed, **rewards)
     live = mask.bool()
+    if "plan" in scope:
+        scope["old_logps"] = scope["plan"].padded(scope["old_logps"])
     torch.testing.assert_close(scope["old_logps"][live], old_logps[live], rtol=0, atol=1e-5)
     if objective.beta:
         torch.testing.assert_close(scope["ref_logps"][live], ref_logps[live], rtol=0, atol=1e-5)
@@ -72,6 +76,53 @@ def test_a_loop_equals_sequences_without_padding(page, name, capsys):
     loops.assert_same_gradients(got, want)
     if page == "docs/loop.md":
         assert "'clip_fraction_low'" in capsys.readouterr().out
+
+
+def test_a_backward_for_each_part_equals_sequences_without_padding():
+    """The second block of the page on shared prompts, on micro-batches of one completion."""
+    batch, model = loops.batch(), loops.llama()
+    advantages = torch.tensor([-1.0, 1.0, 0.5, -0.5])
+    scope, _ = run("docs/shared_prompts.md", model, **batch)
+    mask = batch["completion_mask"]
+    scope |= {"advantages": advantages, "number_of_tokens": mask.sum()}
+    model.zero_grad()
+    code = loops.blocks("docs/shared_prompts.md")[1].replace("micro_batch=4", "micro_batch=1")
+    exec(code, scope)
+    assert len(scope["losses"]) == 4
+    got = loops.gradients(model)
+    passed = [
+        torch.cat([batch[f"{x}_{y}"] for x in ("prompt", "completion")], 1) for y in ("ids", "mask")
+    ]
+    objective = Objective.preset("dapo")
+    _, want = loops.expected(
+        model, *passed, batch["completion_ids"], mask, advantages=advantages, objective=objective
+    )
+    loops.assert_same_gradients(got, want)
+
+
+def test_the_example_with_shared_prompts_equals_sequences_without_padding():
+    example = load("shared_prompts")
+    model = example.build()
+    batch = example.sample(model)
+    plan = batch.plan
+    assert not plan.prompt_mask.all(), "some prompts are padded"
+    passed = [
+        torch.cat([prompt[plan.prompt_of], completion], 1)
+        for prompt, completion in (
+            (plan.prompt_ids, plan.completion_ids),
+            (plan.prompt_mask, plan.completion_mask),
+        )
+    ]
+    passed += [plan.completion_ids, plan.completion_mask]
+    given = {"rewards": batch.rewards, "group_size": example.GROUP}
+    got_old = example.old_log_probs(model, plan)
+    old_logps, _ = loops.expected(model, *passed, **given)
+    torch.testing.assert_close(got_old, old_logps[plan.completion_mask], rtol=0, atol=1e-5)
+    given |= {"old_logps": old_logps, "objective": example.OBJECTIVE}
+    _, want = loops.expected(model, *passed, **given)
+    model.zero_grad()
+    example.loss_of(model, batch, got_old).loss.backward()
+    loops.assert_same_gradients(loops.gradients(model), want)
 
 
 def test_the_plain_example_equals_sequences_without_padding():

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 import grpo_fast
-from grpo_fast import diagnostics, loss, ops, reference, testing, weights
+from grpo_fast import diagnostics, loss, ops, reference, shared_prompt, testing, weights
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -23,6 +24,8 @@ def public() -> dict[str, object]:
         for module in (grpo_fast, diagnostics, loss, ops, weights)
         for name in module.__all__
     }
+    for name in ("backward", "check", "choose", "forward", "plan", "with_head"):
+        found[f"grpo_fast.shared_prompt.{name}"] = getattr(shared_prompt, name)
     found["grpo_fast.Objective.preset"] = grpo_fast.Objective.preset
     found["grpo_fast.testing.assert_as_accurate"] = testing.assert_as_accurate
     for name, x in vars(reference).items():
@@ -51,16 +54,27 @@ FILES = [
 ]
 
 
+def tiny_causal_lm() -> transformers.LlamaForCausalLM:
+    """Make a Llama with random weights and 61 tokens."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=61, **sizes, **heads))
+
+
 def scope(name: str) -> dict[str, object]:
     """The names that an example may use: torch, the package's, and those of its own module."""
     home = importlib.import_module(PUBLIC[name].__module__)
     names = {x: getattr(grpo_fast, x) for x in grpo_fast.__all__}
+    names |= {"shared_prompt": shared_prompt, "tiny_causal_lm": tiny_causal_lm}
     return {"torch": torch, **names, **{x: y for x, y in vars(home).items() if x[0] != "_"}}
 
 
 @pytest.mark.parametrize("name", PUBLIC)
 def test_examples_run(name, backend, device):
-    if backend == "triton" and name.startswith(("grpo_fast.reference.", "grpo_fast.testing.")):
+    if backend == "triton" and name.startswith(
+        ("grpo_fast.reference.", "grpo_fast.testing.", "grpo_fast.shared_prompt.")
+    ):
         pytest.skip("no operators in it")
     text = inspect.getdoc(PUBLIC[name])
     assert ">>>" in text, f"{name}: its docstring has no example"

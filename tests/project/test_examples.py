@@ -27,6 +27,13 @@ def test_plain_loop():
     assert_learnt(load("plain_loop").main())
 
 
+def test_shared_prompts(capsys):
+    assert_learnt(load("shared_prompts").main())
+    printed = capsys.readouterr().out
+    assert "route mask: " in printed
+    assert "within the tolerance" in printed
+
+
 def test_accelerate_loop():
     pytest.importorskip("accelerate", reason="the example is for Accelerate")
     assert_learnt(load("accelerate_loop").main(cpu=True))

@@ -1,0 +1,98 @@
+"""The benchmark of shared prompts: what it counts, and that a wrong provider gets no number."""
+
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", reason="the models are Hugging Face's")
+
+from benchmarks.report import committed, document
+from benchmarks.run import runner
+from benchmarks.shared_prompt import models, rows, step
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the models here are a CPU's")
+OWN = [name for name in rows.OWN if name not in ("auto", "flex")]
+SMALL = ["--model=tiny", "--prompt", "24", "--group", "3", "--completion", "5"]
+
+
+@pytest.fixture(autouse=True)
+def torch_backend(monkeypatch):
+    monkeypatch.setenv("GRPO_FAST_BACKEND", "torch")
+
+
+@pytest.mark.parametrize("provider", OWN)
+def test_providers_agree(provider):
+    """The gradients of all parameters, also where the unshared batch is forwarded in parts."""
+    model = models.build("tiny")
+    given = step.inputs(step.Size(24, 3, 5), 512)
+    found = []
+    for who, most in (("unshared", 3), (provider, 2)):
+        model.zero_grad()
+        loss = step.update(model, given, who, most)
+        found.append((loss, [x.grad for x in model.parameters()]))
+    assert found[1][0] == pytest.approx(found[0][0], abs=1e-6)
+    torch.testing.assert_close(found[1][1], found[0][1], rtol=1e-4, atol=1e-7)
+
+
+def test_a_wrong_provider_gets_no_number(tmp_path, monkeypatch):
+    right = step.update
+    monkeypatch.setattr(
+        step, "update", lambda *x: right(*x) * (1.01 if x[2] == "fork" else 1), raising=True
+    )
+    monkeypatch.setattr(rows.step, "update", step.update)
+    out = tmp_path / "out.json"
+    code = rows.main([*SMALL, "--providers", "unshared", "fork", "mask", "flex", f"--out={out}"])
+    assert code == 1
+    found = json.loads(out.read_text())
+    assert [row["provider"] for row in found["shared_prompt"]] == ["unshared", "mask"]
+    absent = found["machine_info"]["absent"]
+    assert absent["tiny 24x3x5, fork"].startswith("wrong result: loss ")
+    assert absent["tiny 24x3x5, flex"].startswith("it needs attn_implementation='flex_attention'")
+    assert rows.own_failures(found) == ["tiny 24x3x5, fork"]
+    piece = next(x for x in runner.plan(tmp_path, "c") if x.module == runner.SHARED)
+    piece.results.write_text(out.read_text())
+    assert runner._rows_failed(piece)
+
+
+def test_what_is_counted():
+    """The operations of a small Llama by hand: weights and pairs of tokens of each layer, and the head."""
+    model = models.build("tiny")
+    size = step.Size(P=10, G=4, R=6)
+    assert size.tokens == (64, 34)
+    weights = sum(x.numel() for x in model.model.layers.parameters()) + 48  # and the last norm
+    pairs = [4 * (6 * 10 + 6 * 6 / 2) + 10 * 10 / 2 * prompts for prompts in (4, 1)]
+    for shared in (False, True):
+        attention = 12 * pairs[shared] * 48 * 2
+        want = 6 * weights * size.tokens[shared] + attention + 6 * 512 * 48 * 24
+        assert step.flops(model, size, shared) == pytest.approx(want)
+
+
+def test_the_report(tmp_path, monkeypatch):
+    folder = tmp_path / "machine"
+    for group in ("3", "4"):
+        out = folder / f"shared-{group}.json"
+        case = [*SMALL[:3], "--group", group, "--completion", "5", "--tokens", "64"]
+        assert rows.main([*case, "--providers", "unshared", "auto", f"--out={out}"]) == 0
+        known = json.loads(out.read_text())
+        for row in known["shared_prompt"]:
+            row["model"] = "invented"
+        known["machine_info"] |= {"commit": "19274bf", "dirty": False}
+        out.write_text(json.dumps(known))
+    (found,) = committed.shared_prompts(tmp_path)
+    assert len(found["shared_prompt"]) == 4
+    text = document.render(tmp_path)
+    assert "#### An update with shared prompts" in text
+    assert "invented, float32" in text
+    lines = [line for line in text.splitlines() if "| auto (" in line]
+    assert [line.split("|")[1:4] for line in lines] == [
+        [" 24 ", " 3 ", " 5 "],
+        [" 24 ", " 4 ", " 5 "],
+    ]
+    assert all("in 2 parts" in line for line in lines)
+
+
+def test_a_run_without_an_option_is_for_this_machine(tmp_path):
+    piece = next(x for x in runner.plan(tmp_path, "c") if x.module == runner.SHARED)
+    assert "--model" not in " ".join(piece.arguments)
+    assert rows.main([*SMALL[1:], "--providers", "unshared"]) == 0
