@@ -9,6 +9,7 @@ behind the benchmark that crashed, which the results name.
 """
 
 import dataclasses
+import importlib
 import json
 import signal
 import subprocess
@@ -21,8 +22,6 @@ from pathlib import Path
 from benchmarks import FOLDER, ROOT, command_line, conftest, providers
 from benchmarks.measuring import machine, recorder
 from benchmarks.run import failures, smoke
-from benchmarks.shared_prompt import rows as shared_rows
-from benchmarks.step_7b import rows
 
 OFF_DEVICE = ("test_memory", "test_trl_step")  # they say nothing about a device, as those of:
 OTHER_ROOMS = ("benchmarks", "project")
@@ -39,7 +38,7 @@ NO_TESTS = 5  # pytest's exit code
 FAILED, UNFINISHED = 1, 2  # ours
 STEP = "benchmarks.step_7b"
 SHARED = "benchmarks.shared_prompt"
-OWN_FAILURES = {STEP: rows.own_failures, SHARED: shared_rows.own_failures}
+WITH_ROWS = (STEP, SHARED)  # programs that take the time they have, and write rows of their own
 OUT_OF_TIME = "out of time"
 
 
@@ -58,7 +57,7 @@ class Piece:
         command = [sys.executable, "-m", self.module]
         if self.module == "pytest":
             command += ["-q", "-p", "no:cacheprovider", "-p", failures.__name__]
-        if self.module in OWN_FAILURES:
+        if self.module in WITH_ROWS:
             command += ["--until", f"{time.time() + seconds:.0f}"]  # imports count
         if self.results and self.module == "pytest":
             command += ["--full", f"--results={self.results}"] + ["--resume"] * resume
@@ -164,10 +163,11 @@ def _of_another_library(benchmark: str) -> bool:
 
 def _rows_failed(piece: Piece) -> bool:
     """Say whether a program with rows of its own has written down a failure of this project's."""
-    find = OWN_FAILURES.get(piece.module)
-    if find is None or piece.results is None or not piece.results.exists():
+    if piece.module not in WITH_ROWS or piece.results is None or not piece.results.exists():
         return False
-    return bool(find(json.loads(piece.results.read_text())))
+    # Not at the top: shared prompts need transformers, and the rest runs without it.
+    rows = importlib.import_module(f"{piece.module}.rows")
+    return bool(rows.own_failures(json.loads(piece.results.read_text())))
 
 
 def _wait(process: subprocess.Popen, seconds: float) -> int | None:

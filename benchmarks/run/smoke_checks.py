@@ -30,6 +30,35 @@ VOCABULARIES = ALL if CUDA else (100, 9001, 40_000)
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 BY_SEQUENCE = tuple(name for name, row in SURROGATES.items() if row.by_sequence)
 LARGE = (16_384, 152_064)  # more than 2**31 elements
+# Of the tiny models that share prompts. Windows are shorter than the prompts.
+TINY: dict[str, Any] = {
+    **{"vocab_size": 61, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2},
+    **{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "pad_token_id": 0},
+    **{"bos_token_id": 1, "eos_token_id": 2, "max_position_embeddings": 128},
+}
+EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2}
+DELTA = {"linear_num_value_heads": 4, "linear_num_key_heads": 2}
+DELTA |= {"linear_key_head_dim": 16, "linear_value_head_dim": 16}
+PROMPT_MODELS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "gemma3_text": {
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "gpt_oss": {"sliding_window": 8, **EXPERTS},
+    "qwen3_next": {
+        "layer_types": ["linear_attention", "full_attention"],
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 32,
+        **DELTA,
+        **EXPERTS,
+    },
+    "falcon_h1": {
+        **{"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 16},
+        **{"mamba_n_groups": 1, "mamba_chunk_size": 16},
+    },
+}
+RECURRENT = ("qwen3_next", "falcon_h1")
 Errors = dict[str, float]
 Results = tuple[Tensor, ...]
 
@@ -358,8 +387,43 @@ def waiting() -> Group:
             yield f"waiting {V} {name}", partial(check_waiting, dtype, V)
 
 
+def check_prompts(kind: str, attention: str, route: str) -> Errors:
+    """Hold shared prompts against a row for each completion, on a tiny model with random weights."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from grpo_fast import shared_prompt
+
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **TINY, **PROMPT_MODELS[kind])
+    with device():
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    new = partial(torch.randint, 3, 61, device=device())
+    lengths = torch.tensor([6, 1, 0, 4, 5, 2], device=device())
+    plan = shared_prompt.plan(
+        new((2, 40)),
+        new((6, 6)),
+        prompt_mask=torch.arange(40) >= torch.tensor([[0], [13]]),
+        completion_mask=torch.arange(6, device=device()) < lengths[:, None],
+        group_size=3,
+    )
+    report = shared_prompt.check(model.float(), plan, route=route, verbose=False)
+    assert report.exact, str(report)
+    return {"log_prob": report.log_prob, "gradient": report.gradient}
+
+
+def prompts() -> Group:
+    for kind in PROMPT_MODELS:
+        attention = "eager" if kind == "gpt_oss" else "sdpa"
+        routes = ("fork", "bounded") if kind in RECURRENT else ("mask", "fork", "bounded")
+        for route in routes:
+            yield f"{kind} {route}", partial(check_prompts, kind, attention, route)
+    for kind in ("llama", "gemma3_text") if CUDA else ():
+        yield f"{kind} flex", partial(check_prompts, kind, "flex_attention", "flex")
+
+
 GROUPS: dict[str, Callable[[], Group]] = {
     **{name: partial(by_dtype, dtype, odd=False) for name, dtype in DTYPES.items()},
     **{f"{name}-odd": partial(by_dtype, dtype, odd=True) for name, dtype in DTYPES.items()},
     **{"heads": heads, "objectives": objectives, "large": large, "waiting": waiting},
+    "prompts": prompts,
 }

@@ -172,6 +172,6 @@ def test_the_process_of_a_group_knows_it(tmp_path):
     ]
     dtypes = ["bfloat16", "float16", "float32"]
     dtypes += [f"{name}-odd" for name in dtypes]
-    assert {*dtypes, "heads", "objectives", "large", "waiting"} == smoke.GROUPS.keys()
+    assert {*dtypes, "heads", "objectives", "large", "waiting", "prompts"} == smoke.GROUPS.keys()
     found = {path.stem for path in (smoke.ROOT / "tests").rglob("test_*.py")}
     assert set(smoke.TESTS) <= found

@@ -1,9 +1,10 @@
-"""Whether `with_head` is exact on the causal language models of transformers: docs/models.md.
+"""Whether `with_head` and shared prompts are exact on the causal language models of transformers.
 
 Every class that `AutoModelForCausalLM` knows is built in a tiny size. Log-probs and gradients through
 `with_head` and `linear_logprob` are compared with those of the model's own logits, in float32, on two
-sequences of which one is padded on the left. `python -m tests.support.models` prints a line
-for each class; `--save` writes the page.
+sequences of which one is padded on the left. Where they are exact, so are the routes of
+`grpo_fast.shared_prompt` (`tests.support.shared_models`). `python -m tests.support.models` prints a line
+for each class and route; `--save` writes docs/models.md and docs/shared_prompt_models.md.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.measuring import machine
+from tests.support import shared_models
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "models.md"
 TOLERANCE = 1e-5  # of the largest entry
@@ -44,8 +46,12 @@ SIZES = {
 BY_NAME = {name: size for size, names in SIZES.items() for name in names.split()}
 
 
-def tiny(configuration: Any) -> Any:
-    """A configuration of this class with every size that it has made small."""
+def tiny(configuration: Any, **sizes: Any) -> Any:
+    """A configuration of this class with every size that it has made small.
+
+    Args:
+        sizes: other attributes to set, where the class has them.
+    """
     default = configuration()
 
     def settable(name: str) -> bool:
@@ -61,11 +67,12 @@ def tiny(configuration: Any) -> Any:
     kinds = getattr(default, "layer_types", None)
     if kinds and settable("layer_types"):  # the first two kinds, so that a hybrid stays one
         chosen["layer_types"] = (list(dict.fromkeys(kinds)) * 2)[:2]
+    chosen |= {name: size for name, size in sizes.items() if settable(name)}
     return configuration(**chosen)
 
 
-def build(name: str) -> Any:
-    """The tiny model of a model type.
+def build(name: str, **sizes: Any) -> Any:
+    """The tiny model of a model type, with other `sizes` where its configuration has them.
 
     Raises:
         ValueError: some size of it is not small.
@@ -75,7 +82,7 @@ def build(name: str) -> Any:
 
     chosen: Any = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[name]
     model_class = getattr(transformers, chosen if isinstance(chosen, str) else chosen[0])
-    config = tiny(model_class.config_class)
+    config = tiny(model_class.config_class, **sizes)
     with torch.device("meta"):
         size = sum(x.numel() for x in model_class(config).parameters())
     if size > LARGEST:
@@ -161,31 +168,42 @@ def page(found: dict[str, tuple[str, str]]) -> str:
     Args:
         found: of each model type, what `one` returned.
     """
-    import transformers
-
-    about: dict[str, Any] = {"commit": machine.commit(), "transformers": transformers.__version__}
-    about |= {"torch": torch.__version__.split("+")[0], "total": len(found), "tolerance": TOLERANCE}
+    about = versions() | {"total": len(found), "tolerance": TOLERANCE}
     parts = [HEADER.format(**about)]
     for outcome, text in SECTIONS.items():
         names = [name for name, (came, _) in found.items() if came == outcome]
         if names:
             listed = f"{len(names)} model types: {', '.join(f'`{name}`' for name in names)}."
-            parts.append(f"## {text}\n{textwrap.fill(listed, 100, break_on_hyphens=False)}\n\n")
+            parts.append(f"{text}\n{textwrap.fill(listed, 100, break_on_hyphens=False)}\n\n")
     return "".join(parts).rstrip() + "\n"
+
+
+def versions() -> dict[str, Any]:
+    """The commit, and the versions of the packages that a page names."""
+    import transformers
+
+    about = {"commit": machine.commit(), "transformers": transformers.__version__}
+    return about | {"torch": torch.__version__.split("+")[0]}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--save", action="store_true", help="write docs/models.md")
+    parser.add_argument("--save", action="store_true", help="write both pages")
     options = parser.parse_args(arguments)
     quiet()
-    found = {}
+    found, shared = {}, {}
     for name in names():
         found[name] = one(name)
         print(f"{name}: {': '.join(found[name])}", flush=True)
+        if found[name][0] == "exact":
+            shared[name] = shared_models.one(name)
+            for route, (outcome, why) in shared[name].items():
+                print(f"    {route}: {outcome}: {why}", flush=True)
     if options.save:
         PAGE.write_text(page(found))
-    return int(any(outcome == "wrong" for outcome, _ in found.values()))
+        shared_models.PAGE.write_text(shared_models.page(shared, versions()))
+    wrong = [name for name, x in shared.items() if shared_models.section_of(x) == "wrong"]
+    return int(any(outcome == "wrong" for outcome, _ in found.values()) or bool(wrong))
 
 
 def quiet() -> None:
