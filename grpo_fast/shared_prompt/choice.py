@@ -21,8 +21,8 @@ LARGEST_MASK = 2**28  # bytes; a dense mask has one for each pair of tokens in a
 SECOND_PASS = {"cpu": 16, "cuda": 512}
 
 
-# Of each model, the routes that a comparison has shown to be wrong, and how.
-INEXACT: "weakref.WeakKeyDictionary[Any, dict[str, str]]" = weakref.WeakKeyDictionary()
+# Of each model, the routes that a comparison has shown to be wrong, with their attention, and how.
+INEXACT: "weakref.WeakKeyDictionary[Any, dict[tuple[str, str], str]]" = weakref.WeakKeyDictionary()
 
 
 class Choice(NamedTuple):
@@ -128,7 +128,8 @@ def obstacle(model: nn.Module, plan: Plan, route: str) -> str | None:
     if shared:
         return shared
     lm = causal_lm(model)
-    known = INEXACT.get(lm, {}).get("fork" if route == "bounded" else route)
+    attention = text_config(lm)._attn_implementation
+    known = INEXACT.get(lm, {}).get(("fork" if route == "bounded" else route, attention))
     if known:
         return known
     return (_mask_obstacle if route in ("mask", "flex") else _fork_obstacle)(lm, plan, route)

@@ -1,5 +1,6 @@
 """Some of the models that docs/models.md lists: the head is exact, or refused."""
 
+import logging
 import re
 
 import pytest
@@ -23,7 +24,11 @@ def listed(section):
 @pytest.fixture(autouse=True)
 def torch_backend(monkeypatch):
     monkeypatch.setenv("GRPO_FAST_BACKEND", "torch")
+    logger = logging.getLogger("transformers")
+    level = logger.level
     models.quiet()
+    yield
+    logger.setLevel(level)
 
 
 @pytest.mark.parametrize("name", EXACT)

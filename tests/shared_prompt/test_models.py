@@ -1,5 +1,6 @@
 """Models that docs/shared_prompt_models.md lists, one of each kind; and why others are refused."""
 
+import logging
 import re
 
 import pytest
@@ -30,7 +31,11 @@ SECTIONS = {
 @pytest.fixture(autouse=True)
 def torch_backend(monkeypatch):
     monkeypatch.setenv("GRPO_FAST_BACKEND", "torch")
+    logger = logging.getLogger("transformers")
+    level = logger.level
     models.quiet()
+    yield
+    logger.setLevel(level)
 
 
 def small(longest=5, other=None):

@@ -15,6 +15,7 @@ from grpo_fast.integrations.transformers import backbone_of
 from grpo_fast.shared_prompt import backward, caches, check, choose, forward, masks, passes, routes
 from grpo_fast.shared_prompt.plans import plan
 from grpo_fast.shared_prompt.routes import ROUTES, Backbone
+from grpo_fast.shared_prompt.trial import try_out
 from tests.support import shared as support
 
 EXACT, WRONG = 1e-5, 1e-3
@@ -143,12 +144,14 @@ class TestMasks:
 def said_by_transformers():
     """What transformers logs."""
     logger, stream = logging.getLogger("transformers"), io.StringIO()
-    handler = logging.StreamHandler(stream)
+    handler, level = logging.StreamHandler(stream), logger.level
     logger.addHandler(handler)
+    logger.setLevel(logging.WARNING)
     try:
         yield stream
     finally:
         logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 class TestCaches:
@@ -558,7 +561,7 @@ class TestModelsThatDoItOtherwise:
     def test_flex_attention_may_run_uncompiled(self):
         """It says so, but here it is meant to."""
         model = support.build("llama", attn_implementation="flex_attention")
-        assert passes._try_out(Backbone(model, model.model), "flex") is None
+        assert try_out(Backbone(model, model.model), "flex") is None
 
     def test_it_changes_nothing(self, ragged):
         """Not the random numbers, nor gradients, nor the configuration."""
@@ -594,7 +597,7 @@ class TestCheck:
 
     def test_a_wrong_model(self, ragged, monkeypatch, capsys):
         """Where the comparison of a few tokens does not find it."""
-        monkeypatch.setattr(passes, "_try_out", lambda *arguments: None)
+        monkeypatch.setattr(passes, "try_out", lambda *arguments: None)
         report = check(deaf(caches=True), ragged, route="fork")
         assert not report.exact
         assert min(report.log_prob, report.gradient) > WRONG
