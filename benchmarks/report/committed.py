@@ -144,19 +144,23 @@ def steps(results: Path) -> list[dict[str, Any]]:
 
 
 def shared_prompts(results: Path) -> list[dict[str, Any]]:
-    """Return what `shared_prompt` measured on each machine, without tiny models.
+    """Return what `shared_prompt` measured of each model on each machine, without tiny models.
 
-    The documents of the newest commit of a machine are joined.
+    The documents of the newest commit of a model are joined.
     """
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[tuple[str, str], dict[str, Any]] = {}
     mine = [d for d in documents(results) if d.get("shared_prompt")]
     for document in sorted(mine, key=lambda d: d["datetime"]):
-        rows = [row for row in document["shared_prompt"] if row["model"] != "tiny"]
         info = document["machine_info"]
-        known = found.get(info["device"])
-        if known and known["machine_info"]["commit"] == info["commit"]:
-            known["shared_prompt"] += rows
-            known["machine_info"]["absent"] |= info["absent"]
-        elif rows:
-            found[info["device"]] = {**document, "shared_prompt": list(rows)}
-    return [found[device] for device in sorted(found)]
+        for model in dict.fromkeys(row["model"] for row in document["shared_prompt"]):
+            if model == "tiny":
+                continue
+            rows = [row for row in document["shared_prompt"] if row["model"] == model]
+            key = info["device"], model
+            known = found.get(key)
+            if known and known["machine_info"]["commit"] == info["commit"]:
+                known["shared_prompt"] += rows
+                known["machine_info"]["absent"] |= info["absent"]
+            else:
+                found[key] = {**document, "shared_prompt": rows}
+    return [found[key] for key in sorted(found)]

@@ -150,7 +150,7 @@ def _columns(r: dict[str, Any], predicted: list[dict[str, Any]]) -> dict[str, An
 def shared_prompt_section(document: dict[str, Any]) -> Iterator[str]:
     """Write updates with shared prompts beside the update with a row for each completion."""
     info, rows = document["machine_info"], document["shared_prompt"]
-    yield "#### An update with shared prompts\n"
+    yield f"#### An update with shared prompts ({rows[0]['model']}, {rows[0]['dtype']})\n"
     yield (
         f"Commit {info['commit']}, {document['datetime'][:10]}, `{info['command']}`. One group: a "
         "prompt of P tokens, and G completions of R tokens. Forward, loss and gradients; what each "
@@ -159,12 +159,11 @@ def shared_prompt_section(document: dict[str, Any]) -> Iterator[str]:
         "peak beyond weights and their gradients. Where the unshared batch was forwarded in parts, "
         "their number is given, and its memory is that of one of them.\n"
     )
-    for model in dict.fromkeys(row["model"] for row in rows):
-        mine = [row for row in rows if row["model"] == model]
-        head = ["P", "G", "R", "unshared", "memory", "provider", "time", "faster"]
-        head += ["operations", "memory", "less"]
-        lines = [_shared_row(row, mine) for row in mine if row["provider"] != "unshared"]
-        yield f"{model}, {mine[0]['dtype']}\n\n{table(head, lines)}\n"
+    head = ["P", "G", "R", "unshared", "memory", "provider", "time", "faster"]
+    head += ["operations", "memory", "less"]
+    mine = sorted(rows, key=lambda row: [row[key] for key in "PGR"])
+    lines = [_shared_row(row, rows) for row in mine if row["provider"] != "unshared"]
+    yield f"{table(head, lines)}\n"
     yield from absent(info["absent"])
 
 

@@ -1,6 +1,5 @@
 """The models that shared prompts are measured on."""
 
-import contextlib
 import importlib.util
 import os
 from typing import Any
@@ -97,11 +96,10 @@ def _with_weights(dtype: torch.dtype, attention: str) -> Any:
     assert spec.submodule_search_locations is not None
     folder = spec.submodule_search_locations[0]
     (file,) = [x for x in os.listdir(folder) if x.endswith(".gguf")]
-    with contextlib.redirect_stderr(None):
-        return AutoModelForCausalLM.from_pretrained(
-            folder,
-            gguf_file=file,
-            dtype=dtype,
-            attn_implementation=attention,
-            quantization_config=GgufConfig(dequantize=True),
-        )
+    return AutoModelForCausalLM.from_pretrained(
+        folder,
+        gguf_file=file,
+        dtype=dtype,
+        attn_implementation=attention,
+        quantization_config=GgufConfig(dequantize=True),
+    )

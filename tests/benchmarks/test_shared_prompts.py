@@ -82,8 +82,7 @@ def test_the_report(tmp_path, monkeypatch):
     (found,) = committed.shared_prompts(tmp_path)
     assert len(found["shared_prompt"]) == 4
     text = document.render(tmp_path)
-    assert "#### An update with shared prompts" in text
-    assert "invented, float32" in text
+    assert "#### An update with shared prompts (invented, float32)" in text
     lines = [line for line in text.splitlines() if "| auto (" in line]
     assert [line.split("|")[1:4] for line in lines] == [
         [" 24 ", " 3 ", " 5 "],
