@@ -17,7 +17,10 @@ from grpo_fast.shared_prompt.routes import ROUTES, parameters_of
 SHARING = ("mask", "flex", "fork")  # what "auto" chooses from
 LEAST_GAIN = 1.3  # below, sharing does not pay for its additional work
 LARGEST_MASK = 2**28  # bytes; a dense mask has one for each pair of tokens in a row
-# What the second pass of a fork costs besides its tokens, in tokens of a forward.
+# FlexAttention is slower than rows without sharing up to about this length (KempnerForge#207).
+SHORTEST_FLEX = 1024
+# What the second pass of a fork costs besides its tokens, in tokens of a forward: launches, and smaller
+# products. Measured on a CPU with a model of 135M weights; on a GPU a guess.
 SECOND_PASS = {"cpu": 16, "cuda": 512}
 
 
@@ -74,6 +77,8 @@ def choose(model: nn.Module, plan: Plan, route: str = "auto") -> Choice:
     obstacles = {name: obstacle(model, plan, name) for name in SHARING}
     if not obstacles["mask"] and plan.rows.ids.numel() * plan.rows.ids.shape[1] > LARGEST_MASK:
         obstacles["mask"] = "its dense mask would be too large"
+    if not obstacles["flex"] and plan.rows.ids.shape[1] < SHORTEST_FLEX:
+        obstacles["flex"] = f"FlexAttention is slow below {SHORTEST_FLEX} tokens in a row"
     possible = [name for name in SHARING if not obstacles[name]]
     if not possible:
         reasons = dict.fromkeys(str(why) for why in obstacles.values())

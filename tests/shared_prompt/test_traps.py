@@ -445,6 +445,13 @@ class TestAuto:
         monkeypatch.setattr("grpo_fast.shared_prompt.choice.LARGEST_MASK", 100)
         assert choose(model, shared).route != "mask"
 
+    def test_short_rows_do_not_take_flex_attention(self, monkeypatch):
+        model = support.build("llama", attn_implementation="flex_attention")
+        with torch.no_grad():  # it has no backward on a CPU
+            assert choose(model, group()).route == "fork"
+            monkeypatch.setattr("grpo_fast.shared_prompt.choice.SHORTEST_FLEX", 1)
+            assert choose(model, group()).route == "flex"
+
     def test_a_warning_says_once_why_not(self, fresh, caplog):
         model = support.build("llama", attention_dropout=0.1).train()
         with caplog.at_level(logging.INFO, "grpo_fast.shared_prompt"):
