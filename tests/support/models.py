@@ -200,8 +200,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for route, (outcome, why) in shared[name].items():
                 print(f"    {route}: {outcome}: {why}", flush=True)
     if options.save:
-        PAGE.write_text(page(found))
-        shared_models.PAGE.write_text(shared_models.page(shared, versions()))
+        pages = page(found), shared_models.page(shared, versions())  # before the tree has changed
+        PAGE.write_text(pages[0])
+        shared_models.PAGE.write_text(pages[1])
     wrong = [name for name, x in shared.items() if shared_models.section_of(x) == "wrong"]
     return int(any(outcome == "wrong" for outcome, _ in found.values()) or bool(wrong))
 
