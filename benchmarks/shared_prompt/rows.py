@@ -11,7 +11,9 @@ exit code is 1 if it is one of this project's.
 """
 
 import itertools
+import os
 import statistics
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -138,6 +140,15 @@ def own_failures(document: dict[str, Any]) -> list[str]:
     ]
 
 
+def _command(given: Sequence[str]) -> str:
+    """Write the command of a run, without the file that it writes."""
+    kept = [x for x in given if not x.startswith("--out=")]
+    while "--out" in kept:
+        at = kept.index("--out")
+        del kept[at : at + 2]
+    return " ".join(["python -m benchmarks.shared_prompt", *kept])
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = command_line(__doc__)
     add = parser.add_argument
@@ -151,7 +162,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--seconds", type=float, default=3600.0, help="for everything")
     add("--until", type=float, help="instead: when to end, of Python's time.time()")
     add("--out", type=Path, help="JSON file, written anew after each row")
-    options = parser.parse_args(arguments)
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    options = parser.parse_args(given)
+    os.environ.setdefault(machine.COMMAND_VARIABLE, _command(given))
     end = options.until if options.until is not None else time.time() + options.seconds
     if shapes.device().type == "cpu":
         torch.set_num_threads(options.threads)

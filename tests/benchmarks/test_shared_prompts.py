@@ -7,6 +7,7 @@ import torch
 
 pytest.importorskip("transformers", reason="the models are Hugging Face's")
 
+from benchmarks.measuring import machine  # noqa: E402
 from benchmarks.report import committed, document
 from benchmarks.run import runner
 from benchmarks.shared_prompt import models, rows, step
@@ -19,6 +20,7 @@ SMALL = ["--model=tiny", "--prompt", "24", "--group", "3", "--completion", "5"]
 @pytest.fixture(autouse=True)
 def torch_backend(monkeypatch):
     monkeypatch.setenv("GRPO_FAST_BACKEND", "torch")
+    monkeypatch.setenv(machine.COMMAND_VARIABLE, "a test")
 
 
 @pytest.mark.parametrize("provider", OWN)
@@ -89,6 +91,11 @@ def test_the_report(tmp_path, monkeypatch):
         [" 24 ", " 4 ", " 5 "],
     ]
     assert all("in 2 parts" in line for line in lines)
+
+
+def test_the_command_is_written_without_its_file():
+    given = ["--model", "tiny", "--out", "/a/b.json", "--prompt", "4", "--out=c.json"]
+    assert rows._command(given) == "python -m benchmarks.shared_prompt --model tiny --prompt 4"
 
 
 def test_a_run_without_an_option_is_for_this_machine(tmp_path):
