@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("transformers", reason="the models are Hugging Face's")
 
-from benchmarks.measuring import machine  # noqa: E402
+from benchmarks.measuring import machine
 from benchmarks.report import committed, document
 from benchmarks.run import runner
 from benchmarks.shared_prompt import models, rows, step
