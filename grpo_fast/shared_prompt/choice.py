@@ -12,7 +12,7 @@ from grpo_fast.shared_prompt.caches import is_recurrent, new_cache
 from grpo_fast.shared_prompt.masks import BLOCKS, BOOLEAN, FLOAT
 from grpo_fast.shared_prompt.plans import Plan
 from grpo_fast.shared_prompt.recompute import asks_for_recomputation, checkpointed_layers
-from grpo_fast.shared_prompt.routes import ROUTES, parameters_of
+from grpo_fast.shared_prompt.routes import ROUTES, parameters_of, second_pass
 
 SHARING = ("mask", "flex", "fork")  # what "auto" chooses from
 LEAST_GAIN = 1.3  # below, sharing does not pay for its additional work
@@ -70,10 +70,12 @@ def choose(model: nn.Module, plan: Plan, route: str = "auto") -> Choice:
         why_not = "there are no completions"
     if why_not:
         return Choice("unshared", why_not)
-    D = text_config(causal_lm(model)).hidden_size
+    lm = causal_lm(model)
+    D, packs = text_config(lm).hidden_size, can_pack(lm)
     padded = work(plan, "unshared", D)
-    if padded / min(work(plan, name, D) for name in SHARING) < LEAST_GAIN:
-        return Choice("unshared", _gain(plan, padded, min(work(plan, x, D) for x in SHARING)))
+    costs = {name: work(plan, name, D, packs) for name in SHARING}
+    if padded / min(costs.values()) < LEAST_GAIN:
+        return Choice("unshared", _gain(plan, padded, min(costs.values())))
     obstacles = {name: obstacle(model, plan, name) for name in SHARING}
     if not obstacles["mask"] and plan.rows.ids.numel() * plan.rows.ids.shape[1] > LARGEST_MASK:
         obstacles["mask"] = "its dense mask would be too large"
@@ -83,9 +85,9 @@ def choose(model: nn.Module, plan: Plan, route: str = "auto") -> Choice:
     if not possible:
         reasons = dict.fromkeys(str(why) for why in obstacles.values())
         return Choice("unshared", "; ".join(reasons))
-    best = min(possible, key=lambda name: work(plan, name, D))
-    gain = _gain(plan, padded, work(plan, best, D))
-    if padded / work(plan, best, D) < LEAST_GAIN:
+    best = min(possible, key=lambda name: costs[name])
+    gain = _gain(plan, padded, costs[best])
+    if padded / costs[best] < LEAST_GAIN:
         return Choice("unshared", gain)
     # On a CPU there is no use for FlexAttention, which has no backward there.
     usual = [name for name in SHARING if name != "flex" or plan.prompt_ids.is_cuda]
@@ -105,10 +107,11 @@ def tokens(plan: Plan) -> int:
     return int(plan.prompt_lengths.sum() + plan.completion_lengths.sum())
 
 
-def work(plan: Plan, route: str, hidden_size: int) -> float:
-    """Estimate the work of a route, in tokens that pass through the model.
+def work(plan: Plan, route: str, hidden_size: int, packs: bool = False) -> float:
+    """Estimate the work of a route, in tokens that pass through the model, as `second_pass` does.
 
-    A pair of tokens in attention costs 4 D multiplications in a layer, and a token about 24 D^2.
+    Args:
+        packs: the model takes the completions of a prompt in one row behind its cache.
     """
     pair = 1 / (6 * hidden_size)
     K, (P, T) = len(plan.prompt_lengths), plan.longest
@@ -120,9 +123,25 @@ def work(plan: Plan, route: str, hidden_size: int) -> float:
         # FlexAttention skips blocks of pairs that do not see each other.
         pairs = K * S * S if route == "mask" else len(plan.completion_lengths) * T * (P + T)
         return K * S + pairs * pair
-    alive = int((plan.completion_lengths > 1).sum())
-    fork = K * P * (1 + P * pair) + alive * (T - 1) * (1 + (P + T) * pair)
-    return fork + SECOND_PASS["cuda" if plan.prompt_ids.is_cuda else "cpu"]
+    apart, packed = second_pass(plan, hidden_size)
+    second = min(apart, packed) if packs else apart
+    return (
+        K * P * (1 + P * pair) + second + SECOND_PASS["cuda" if plan.prompt_ids.is_cuda else "cpu"]
+    )
+
+
+def can_pack(lm: Any) -> bool:
+    """Tell whether a model takes the completions of a prompt in one row behind its cache."""
+    config = text_config(lm)
+    attention = config._attn_implementation
+    return (
+        attention in BOOLEAN + FLOAT
+        and {"attention_mask", "position_ids", "past_key_values"} <= parameters_of(lm)
+        and not getattr(config, "attn_temperature_tuning", False)  # by the place in a row (Llama 4)
+        and not recurrent(lm)
+        and not own_states(lm)
+        and ("packed", attention) not in INEXACT.get(lm, {})
+    )
 
 
 def obstacle(model: nn.Module, plan: Plan, route: str) -> str | None:

@@ -23,12 +23,13 @@ ROWS: contextvars.ContextVar[Rows] = contextvars.ContextVar("rows")
 BOOLEAN, FLOAT, BLOCKS = ("sdpa",), ("eager",), ("flex_attention",)
 
 
-def masks_for(config: Any, rows: Rows, dtype: torch.dtype) -> Any:
+def masks_for(config: Any, rows: Rows, dtype: torch.dtype, cache: Any = None) -> Any:
     """Return the masks of a model: one, or a dict with one for each kind of layer.
 
     Args:
         config: the configuration of the language model.
         dtype: that of the embeddings.
+        cache: of the prompts, for `Plan.tails`.
     """
     AttentionMaskInterface.register(NAME, _mask)
     own = copy.copy(config)
@@ -38,30 +39,35 @@ def masks_for(config: Any, rows: Rows, dtype: torch.dtype) -> Any:
     token = ROWS.set(rows)
     try:
         # With a mask of padding transformers does not take positions that start again for new sequences.
-        return create_masks_for_generate(
-            own, empty, torch.ones_like(rows.ids), None, rows.positions
-        )
+        padding = torch.ones_like(rows.first)
+        return create_masks_for_generate(own, empty, padding, cache, rows.positions)
     finally:
         ROWS.reset(token)
 
 
 def _mask(
-    batch_size: int,
-    mask_function: Callable[..., Any],
     *,
+    q_length: int,
+    kv_length: int,
+    mask_function: Callable[..., Any],
     config: Any,
+    kv_offset: int = 0,
     dtype: torch.dtype = torch.float32,
     **kwargs: Any,
 ) -> Any:
-    """Make one mask; transformers calls this with the function of one kind of layer."""
+    """Make one mask; transformers calls this with the function of one kind of layer.
+
+    A layer with a window has the last keys of the prompts only, from place `kv_offset` on.
+    """
     rows = ROWS.get()
-    K, S = rows.ids.shape
     if config.grpo_fast_attention in BLOCKS:
         return _block_mask(rows, mask_function)
+    K = len(rows.ids)
     batch, head = torch.arange(K, device=rows.ids.device).view(K, 1, 1, 1), rows.ids.new_zeros(())
-    own = rows.first.view(K, 1, S, 1)
-    seen = (rows.first.view(K, 1, 1, S) <= own) & (own <= rows.last.view(K, 1, 1, S))
-    seen &= mask_function(batch, head, rows.depth.view(K, 1, S, 1), rows.depth.view(K, 1, 1, S))
+    own, depth = (x[:, None, -q_length:, None] for x in (rows.first, rows.depth))
+    keys = (x[:, kv_offset : kv_offset + kv_length] for x in (rows.first, rows.last, rows.depth))
+    first, last, place = (x[:, None, None] for x in keys)
+    seen = (first <= own) & (own <= last) & mask_function(batch, head, depth, place)
     if config.grpo_fast_attention in BOOLEAN:
         return seen
     zero = torch.zeros((), dtype=dtype, device=seen.device)

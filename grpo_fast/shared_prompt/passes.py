@@ -19,7 +19,7 @@ from grpo_fast.integrations.transformers import (
     wrappers,
 )
 from grpo_fast.shared_prompt.caches import states, with_states
-from grpo_fast.shared_prompt.choice import Choice, choose, obstacle
+from grpo_fast.shared_prompt.choice import Choice, can_pack, choose, obstacle
 from grpo_fast.shared_prompt.plans import Plan
 from grpo_fast.shared_prompt.routes import (
     MICRO_BATCH,
@@ -169,8 +169,7 @@ def backward(
     lm = causal_lm(model)
     _check_inputs(lm, plan)
     choose(model, plan, "fork")
-    backbone = Backbone(lm, _call(lm, compiler_of(model)), recompute)
-    wrong = try_out(backbone, "fork")
+    backbone, wrong = _tried(Backbone(lm, _call(lm, compiler_of(model)), recompute), "fork")
     if wrong:
         raise ValueError(f"shared_prompt.backward: {wrong}")
     outputs = []
@@ -243,14 +242,14 @@ def _prepared(
     count = len(parts(plan, micro_batch))
 
     def run(lm: Any) -> Tensor:
-        backbone = Backbone(lm, _call(lm, compiler), recompute)
+        plain = Backbone(lm, _call(lm, compiler), recompute)
         chosen, most = _agreed(model, plan, choice, count) if together else (choice, 0)
-        wrong = try_out(backbone, chosen.route)
+        backbone, wrong = _tried(plain, chosen.route)
         while wrong and route == "auto":
             chosen = choose(model, plan)
             if together:
                 chosen, most = _agreed(model, plan, chosen, count)
-            wrong = try_out(backbone, chosen.route)
+            backbone, wrong = _tried(plain, chosen.route)
         if wrong:
             raise ValueError(f"shared_prompt: route={route!r}: {wrong}")
         if route == "auto":
@@ -263,6 +262,19 @@ def _prepared(
         return ROUTES[chosen.route](backbone, plan, **options)
 
     return run
+
+
+def _tried(backbone: Backbone, route: str) -> tuple[Backbone, str | None]:
+    """Compare a route with the unshared forward, if that was not done; say what is wrong.
+
+    In a fork the completions of a prompt may be in one row, if that is exact for the model, too. The comparison
+    does not depend on the plan: processes that share the weights have to run the same layers.
+    """
+    if route in ("fork", "bounded"):
+        always = backbone._replace(packs="always")
+        packs = can_pack(backbone.lm) and not try_out(always, route)
+        backbone = backbone._replace(packs="auto" if packs else "never")
+    return backbone, try_out(backbone, route)
 
 
 def is_sharded(model: nn.Module) -> bool:

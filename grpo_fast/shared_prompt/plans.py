@@ -16,19 +16,21 @@ PADDING = -1  # the branch of a position that holds no token
 class Rows(NamedTuple):
     """A layout with one row for each prompt: `[prompt | completion 1 | completion 2 | ... | padding]`.
 
-    The last token of a completion is left out: nothing is predicted from it.
+    The last token of a completion is left out: nothing is predicted from it. In `Plan.tails` the prompts,
+    with their padding, are in a cache, and `ids` and `positions` begin after them; the labels do not.
 
     A token sees another if `first[seen] <= first[seeing] <= last[seen]`, up to its own place. So the
     labels describe a tree: those of a prompt span all of its completions, and each completion has one
     label of its own.
     """
 
-    ids: Tensor  # (K, S)
-    positions: Tensor  # (K, S): position ids for the model
+    ids: Tensor  # (K, S), or (K, S - P) in tails
+    positions: Tensor  # like ids: position ids for the model
     depth: Tensor  # (K, S): how many tokens come before this one in its own sequence
     first: Tensor  # (K, S): the interval of labels; PADDING where there is no token
     last: Tensor  # (K, S)
-    predictors: Tensor  # (N,): index into (K * S) of the state that predicts each target
+    # (N,): which state predicts each target. Of the rows, flattened; in tails after K last ones of prompts.
+    predictors: Tensor
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -173,6 +175,55 @@ class Plan:
             first=lay(torch.zeros_like(count), label, nothing + PADDING),
             last=lay(count, label, nothing + PADDING),
             predictors=predictors[self.completion_mask],
+        )
+
+    @functools.cached_property
+    def tails(self) -> Rows:
+        """Lay the completions of each prompt out in one row, behind a cache of the prompts."""
+        device, (K, P) = self.prompt_of.device, self.prompt_mask.shape
+        counted = (self.completion_lengths - 1).clamp(min=0)
+        behind = torch.zeros_like(self.prompt_lengths)
+        starts, sizes, labels, counts = _starts(self.prompt_of.cpu(), behind, counted)
+        C = max(_longest(sizes), 2)  # models have another code for one token after a cache
+        begin = self.prompt_of * C + starts.to(device)
+        steps = torch.arange(self.longest[1], device=device)
+        fed = steps < counted.to(device)[:, None]
+        places = (begin[:, None] + steps)[fed]
+        length, label, count = (
+            x.to(device)[:, None] for x in (self.prompt_lengths, labels, counts)
+        )
+
+        def lay(of_completions: Tensor, empty: Tensor) -> Tensor:
+            return empty.index_copy(0, places, of_completions.expand(fed.shape)[fed]).view(K, C)
+
+        def labelled(of_prompts: Tensor) -> Tensor:
+            own = torch.where(self.prompt_mask, of_prompts, PADDING)
+            return torch.cat([own, lay(label, nothing + PADDING)], 1)
+
+        nothing = torch.zeros(K * C, dtype=torch.int64, device=device)
+        depth = lay(length[self.prompt_of] + steps, P + torch.arange(K * C, device=device))
+        predictors = torch.cat([self.prompt_of[:, None], K + begin[:, None] + steps], 1)
+        return Rows(
+            ids=lay(self.completion_ids, nothing),
+            positions=lay(self.completion_positions, nothing),
+            depth=torch.cat([self.prompt_mask.cumsum(1) - 1, depth], 1),
+            first=labelled(torch.zeros_like(count)),
+            last=labelled(count),
+            predictors=predictors[:, :-1][self.completion_mask],
+        )
+
+    def only(self, prompts: Tensor) -> "Plan":
+        """Return the plan with some of the prompts, which all of its completions go on from.
+
+        Args:
+            prompts: indices in increasing order.
+        """
+        names = ("prompt_ids", "prompt_mask", "prompt_positions")
+        return dataclasses.replace(
+            self,
+            **{name: getattr(self, name)[prompts] for name in names},
+            prompt_of=torch.searchsorted(prompts, self.prompt_of),
+            prompt_lengths=self.prompt_lengths[prompts.cpu()],
         )
 
 

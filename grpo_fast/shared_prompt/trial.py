@@ -4,7 +4,7 @@ import contextlib
 import warnings
 import weakref
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -29,13 +29,15 @@ def try_out(backbone: Backbone, route: str) -> str | None:
     """
     lm = backbone.lm
     route = "fork" if route == "bounded" else route
-    kind = (route, backbone.config._attn_implementation, lm.training, lm.dtype)
+    packs: Literal["always", "never"] = "always" if backbone.packs == "always" else "never"
+    name = "packed" if packs == "always" else route
+    kind = (name, backbone.config._attn_implementation, lm.training, lm.dtype)
     tried = _TRIED.setdefault(lm, set())
     if route == "unshared" or kind in tried or torch.compiler.is_compiling():
         return None
     tried.add(kind)
     recompute = False if backbone.recompute is None else backbone.recompute
-    plain = Backbone(lm, backbone_of(lm), recompute)
+    plain = Backbone(lm, backbone_of(lm), recompute, packs)
     try:
         eager = torch.compiler.set_stance("force_eager")
         with eager, _short_windows(backbone.config), warnings.catch_warnings():
@@ -62,7 +64,7 @@ def try_out(backbone: Backbone, route: str) -> str | None:
                 f"the states of {type(lm).__name__} differ from those of its unshared forward by "
                 f"{error:.1e} of their norm: this route is not exact for it"
             )
-    INEXACT.setdefault(lm, {})[route, backbone.config._attn_implementation] = wrong
+    INEXACT.setdefault(lm, {})[name, backbone.config._attn_implementation] = wrong
     return wrong
 
 

@@ -5,6 +5,7 @@ import functools
 import pytest
 import torch
 
+from grpo_fast.shared_prompt import passes, plan, routes
 from tests.support import shared as support
 
 CASES = [(name, route) for name in support.MODELS for route in support.routes_of(name)]
@@ -197,3 +198,54 @@ def test_flex_attention(name):
     torch.testing.assert_close(got, want.log_probs, rtol=0, atol=1e-5)
     with pytest.raises(ValueError, match="route='flex': FlexAttention has no backward on cpu"):
         support.log_probs(model, shared, "flex")
+
+
+def in_one_row(monkeypatch, always):
+    """Whether a fork puts the completions of a prompt into one row; the calls that do."""
+    calls, packed = [], routes._packed
+    monkeypatch.setattr(routes, "_packed", lambda *x: calls.append(1) or packed(*x))
+    monkeypatch.setattr(routes, "COPY", 1e9)  # copies of keys and values would cost much
+    if not always:
+        monkeypatch.setattr(passes, "can_pack", lambda lm: False)
+    return calls
+
+
+FORKS = [(name, x) for name in support.ATTENTION for x in ("fork", "bounded", "backward")]
+
+
+@pytest.mark.parametrize("name, route", FORKS)
+def test_completions_of_a_prompt_in_one_row(name, route, monkeypatch):
+    """They share the keys and values of the prompt, also where a layer keeps those of a window only."""
+    calls = in_one_row(monkeypatch, always=True)
+    model, shared, want = support.truth(name, torch.float32)
+    support.assert_same(support.through(model, shared, route), want, 1e-5)
+    assert calls
+    with support.in_double():
+        model, shared, want = support.truth(name, torch.float64)
+        support.assert_same(support.through(model, shared, route), want, 1e-10)
+    model, shared, want = support.truth(name, torch.float32)
+    support.assert_same(support.through(model, shared, route, recompute=True), want, 1e-5)
+
+
+@pytest.mark.parametrize("name, route", FORKS)
+def test_completions_of_a_prompt_in_a_row_each(name, route, monkeypatch):
+    calls = in_one_row(monkeypatch, always=False)
+    model, shared, want = support.truth(name, torch.float32)
+    support.assert_same(support.through(model, shared, route), want, 1e-5)
+    assert not calls
+
+
+@pytest.mark.parametrize("name", support.HYBRID)
+def test_recurrent_layers_have_a_row_for_each_completion(name, monkeypatch):
+    calls = in_one_row(monkeypatch, always=True)
+    model, shared, want = support.truth(name, torch.float32)
+    support.assert_same(support.through(model, shared, "fork"), want, 1e-5)
+    assert not calls
+
+
+def test_one_row_where_it_is_less_work():
+    """Long prompts: the copies of keys and values cost more than masked pairs. Long completions: fewer."""
+    for P, T, packs in ((2000, 5, True), (10, 300, False)):
+        shared = plan(torch.full((1, P), 5), torch.full((8, T), 6), group_size=8)
+        apart, packed = routes.second_pass(shared, 64)
+        assert (packed < apart) == packs
