@@ -267,8 +267,8 @@ def _prepared(
 def _tried(backbone: Backbone, route: str) -> tuple[Backbone, str | None]:
     """Compare a route with the unshared forward, if that was not done; say what is wrong.
 
-    In a fork the completions of a prompt may be in one row, if that is exact for the model, too. The comparison
-    does not depend on the plan: processes that share the weights have to run the same layers.
+    In a fork the completions of a prompt may be in one row, if that is exact for the model, too. The
+    comparison does not depend on the plan: processes that share the weights have to run the same layers.
     """
     if route in ("fork", "bounded"):
         always = backbone._replace(packs="always")
