@@ -22,6 +22,7 @@ FAST := spec/test_advantage_oracles.py spec/test_derivatives.py spec/test_names.
 	integrations/test_trl_loss.py integrations/test_verl.py integrations/test_verl_options.py \
 	integrations/test_xtuner.py \
 	trainer/test_trainer_data.py trainer/test_trainer_models.py \
+	shared_prompt/test_plans.py shared_prompt/test_traps.py \
 	project/test_docs.py project/test_layout.py project/test_packaging.py project/test_public_api.py \
 	project/test_readme.py project/test_suite.py
 

@@ -213,7 +213,7 @@ def _mask_obstacle(lm: Any, plan: Plan, route: str) -> str | None:
     attention = config._attn_implementation
     missing = {"attention_mask", "position_ids"} - parameters_of(lm)
     if missing:
-        return f"the backbone of {name} has no argument {missing.pop()}"
+        return f"the backbone of {name} has no argument {' and '.join(sorted(missing))}"
     if recurrent(lm):
         return f"{name} has layers with a state (convolutions, recurrences), which a mask cannot separate"
     own = own_states(lm)
