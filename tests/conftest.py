@@ -26,13 +26,8 @@ SLOW = (
     "ops/test_reduction_weights.py",
     "ops/test_strides.py",
 )
-# And of these one in two, on any path: each trains, compiles, or runs a model.
-LONG = (
-    "ops/test_compile_schedules.py",
-    "integrations/test_trl_dtypes.py",
-    "integrations/test_trl_sharing.py",
-    "shared_prompt/test_exact.py",
-)
+# And of these one in two, on any path: each trains or compiles.
+LONG = ("ops/test_compile_schedules.py", "integrations/test_trl_dtypes.py")
 
 
 def pytest_addoption(parser):

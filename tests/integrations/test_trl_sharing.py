@@ -58,8 +58,11 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize("route", ["auto", "mask", "fork", "bounded"])
-@pytest.mark.parametrize("run", RUNS)
+CASES = [(run, route) for run in RUNS for route in ("auto", "fork")]
+CASES += [("plain", "mask"), ("accumulated", "bounded"), ("checkpointed", "bounded")]
+
+
+@pytest.mark.parametrize("run, route", CASES)
 def test_the_training_is_trls(run, route, model_path, tokenizer, tmp_path, monkeypatch):
     given = {"prompts": PROMPTS}
     want, their_logs = train(Stock, model_path, tokenizer, tmp_path, given=given, **RUNS[run])
