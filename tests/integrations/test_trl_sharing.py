@@ -177,7 +177,7 @@ def train_on_a_rank(path, output, sharded):
     given = {"prompts": PROMPTS}
     tokens = AutoTokenizer.from_pretrained(path)
     want, their_logs = train(Stock, path, tokens, Path(output), given=given, **options)
-    for route in ("auto", "fork", "bounded"):
+    for route in ("auto", "bounded"):
         own = given | {"share_prompts": route}
         got, logs = train(GRPOTrainer, path, tokens, Path(output), given=own, **options)
         for name, x in got.items():

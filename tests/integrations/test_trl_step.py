@@ -26,6 +26,7 @@ CPU = torch.device("cpu")
 def torch_backend(monkeypatch):
     monkeypatch.setenv("GRPO_FAST_BACKEND", "torch")
     monkeypatch.setattr(measure, "ABSENT", {})
+    monkeypatch.setattr(bench, "LONG_PROMPT", 64)
 
 
 @pytest.fixture(autouse=True)
