@@ -34,6 +34,12 @@ class Choice(NamedTuple):
     route: str
     reason: str
 
+    @property
+    def line(self) -> str:
+        """What trainers print of it."""
+        shared = "not shared" if self.route == "unshared" else f"shared, route {self.route}"
+        return f"prompts {shared}: {self.reason}"
+
 
 def choose(model: nn.Module, plan: Plan, route: str = "auto") -> Choice:
     """Return the route that a forward takes.

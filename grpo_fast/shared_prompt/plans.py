@@ -76,6 +76,11 @@ class Plan:
         """Return the numbers of tokens of the longest prompt and of the longest completion."""
         return self.prompt_ids.shape[1], self.completion_ids.shape[1]
 
+    @functools.cached_property
+    def prompt_of_here(self) -> Tensor:
+        """`prompt_of` on the CPU; a GPU is waited for once, not for each estimate and layout."""
+        return self.prompt_of.cpu()
+
     def padded(self, values: Tensor) -> Tensor:
         """Put values of the targets, (N, ...), at their places in the completions, (B, T, ...).
 
@@ -97,7 +102,7 @@ class Plan:
     def prompt(self, k: int) -> tuple["Plan", Tensor]:
         """Return the plan of one prompt and its completions, and the indices of these on the CPU."""
         P, length = self.longest[0], int(self.prompt_lengths[k])
-        chosen = (self.prompt_of.cpu() == k).nonzero()[:, 0]
+        chosen = (self.prompt_of_here == k).nonzero()[:, 0]
         part = self.completions(chosen)
         names = ("prompt_ids", "prompt_mask", "prompt_positions")
         prompt = {name: getattr(self, name)[k : k + 1, P - length :] for name in names}
@@ -138,7 +143,7 @@ class Plan:
         device, K = self.prompt_of.device, len(self.prompt_lengths)
         P, T = self.longest
         tails = (self.completion_lengths - 1).clamp(min=0)
-        starts, sizes, labels, counts = _starts(self.prompt_of.cpu(), self.prompt_lengths, tails)
+        starts, sizes, labels, counts = _starts(self.prompt_of_here, self.prompt_lengths, tails)
         S = _longest(sizes)
         row = torch.arange(K) * S
         length, label, count = (
@@ -183,7 +188,7 @@ class Plan:
         device, (K, P) = self.prompt_of.device, self.prompt_mask.shape
         counted = (self.completion_lengths - 1).clamp(min=0)
         behind = torch.zeros_like(self.prompt_lengths)
-        starts, sizes, labels, counts = _starts(self.prompt_of.cpu(), behind, counted)
+        starts, sizes, labels, counts = _starts(self.prompt_of_here, behind, counted)
         C = max(_longest(sizes), 2)  # models have another code for one token after a cache
         begin = self.prompt_of * C + starts.to(device)
         steps = torch.arange(self.longest[1], device=device)

@@ -155,7 +155,7 @@ def second_pass(plan: Plan, hidden_size: int) -> tuple[float, float]:
     P, T = plan.longest
     alive = int((plan.completion_lengths > 1).sum())
     apart = alive * ((T - 1) * (1 + (P + T) / (6 * hidden_size)) + P * COPY)
-    K = int((plan.prompt_of.cpu().bincount() > 0).sum())
+    K = int((plan.prompt_of_here.bincount() > 0).sum())
     C = plan.tails.ids.shape[1]
     return apart, K * C * (1 + (P + C) / (6 * hidden_size))
 

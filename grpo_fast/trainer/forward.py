@@ -80,8 +80,7 @@ class Forward:
         choice = shared_prompt.choose(self.policy.model, plan, self.route)
         if choice.route not in self._said and self.route == "auto":
             self._said.add(choice.route)
-            done = "not shared" if choice.route == "unshared" else f"shared, route {choice.route}"
-            tqdm.write(f"prompts {done}: {choice.reason}")
+            tqdm.write(choice.line)
         return MicroBatch(rollout, advantages, plan)
 
     @torch.no_grad()

@@ -85,8 +85,7 @@ class Sharing:
             plan, choice = None, Choice("unshared", str(error))
         if choice.route not in self._routes:
             self._routes.add(choice.route)
-            done = "not shared" if choice.route == "unshared" else f"shared, route {choice.route}"
-            self.say(f"prompts {done}: {choice.reason}")
+            self.say(choice.line)
         if choice.route == "unshared" and not is_sharded(model):
             return None  # processes that share the weights have to agree; shared_prompt does that
         return plan
