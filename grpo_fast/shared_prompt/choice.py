@@ -12,7 +12,7 @@ from grpo_fast.shared_prompt.caches import is_recurrent, new_cache
 from grpo_fast.shared_prompt.masks import BLOCKS, BOOLEAN, FLOAT
 from grpo_fast.shared_prompt.plans import Plan
 from grpo_fast.shared_prompt.recompute import asks_for_recomputation, checkpointed_layers
-from grpo_fast.shared_prompt.routes import ROUTES, parameters_of, second_pass
+from grpo_fast.shared_prompt.routes import ROUTES, least_work, parameters_of, second_pass
 
 SHARING = ("mask", "flex", "fork")  # what "auto" chooses from
 LEAST_GAIN = 1.3  # below, sharing does not pay for its additional work
@@ -36,7 +36,7 @@ class Choice(NamedTuple):
 
     @property
     def line(self) -> str:
-        """What trainers print of it."""
+        """Return the line that trainers print."""
         shared = "not shared" if self.route == "unshared" else f"shared, route {self.route}"
         return f"prompts {shared}: {self.reason}"
 
@@ -83,9 +83,9 @@ def choose(model: nn.Module, plan: Plan, route: str = "auto") -> Choice:
     if padded / min(costs.values()) < LEAST_GAIN:
         return Choice("unshared", _gain(plan, padded, min(costs.values())))
     obstacles = {name: obstacle(model, plan, name) for name in SHARING}
-    if not obstacles["mask"] and plan.rows.ids.numel() * plan.rows.ids.shape[1] > LARGEST_MASK:
+    if not obstacles["mask"] and len(plan.prompt_lengths) * plan.row_length**2 > LARGEST_MASK:
         obstacles["mask"] = "its dense mask would be too large"
-    if not obstacles["flex"] and plan.rows.ids.shape[1] < SHORTEST_FLEX:
+    if not obstacles["flex"] and plan.row_length < SHORTEST_FLEX:
         obstacles["flex"] = f"FlexAttention is slow below {SHORTEST_FLEX} tokens in a row"
     possible = [name for name in SHARING if not obstacles[name]]
     if not possible:
@@ -117,7 +117,7 @@ def work(plan: Plan, route: str, hidden_size: int, packs: bool = False) -> float
     """Estimate the work of a route, in tokens that pass through the model, as `second_pass` does.
 
     Args:
-        packs: the model takes the completions of a prompt in one row behind its cache.
+        packs: the model takes several completions of a prompt in one row behind its cache.
     """
     pair = 1 / (6 * hidden_size)
     K, (P, T) = len(plan.prompt_lengths), plan.longest
@@ -125,19 +125,18 @@ def work(plan: Plan, route: str, hidden_size: int, packs: bool = False) -> float
         S = P + T
         return len(plan.completion_lengths) * S * (1 + S * pair)
     if route in ("mask", "flex"):
-        S = plan.rows.ids.shape[1]
+        S = plan.row_length
         # FlexAttention skips blocks of pairs that do not see each other.
         pairs = K * S * S if route == "mask" else len(plan.completion_lengths) * T * (P + T)
         return K * S + pairs * pair
-    apart, packed = second_pass(plan, hidden_size)
-    second = min(apart, packed) if packs else apart
+    second = second_pass(plan, hidden_size, least_work(plan, hidden_size) if packs else 1)
     return (
         K * P * (1 + P * pair) + second + SECOND_PASS["cuda" if plan.prompt_ids.is_cuda else "cpu"]
     )
 
 
 def can_pack(lm: Any) -> bool:
-    """Tell whether a model takes the completions of a prompt in one row behind its cache."""
+    """Tell whether a model takes several completions of a prompt in one row behind its cache."""
     config = text_config(lm)
     attention = config._attn_implementation
     return (
@@ -226,7 +225,7 @@ def _mask_obstacle(lm: Any, plan: Plan, route: str) -> str | None:
     if own:
         return f"{name} has a cache of its own kind ({own}), which may count places in a row"
     scale = getattr(config, "floor_scale", 0)  # Llama 4
-    if getattr(config, "attn_temperature_tuning", False) and plan.rows.ids.shape[1] >= scale:
+    if getattr(config, "attn_temperature_tuning", False) and plan.row_length >= scale:
         return f"{name} scales attention by the place in a row from {scale} tokens on (floor_scale)"
     if route == "flex":
         if attention not in BLOCKS:

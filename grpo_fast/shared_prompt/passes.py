@@ -267,13 +267,13 @@ def _prepared(
 def _tried(backbone: Backbone, route: str) -> tuple[Backbone, str | None]:
     """Compare a route with the unshared forward, if that was not done; say what is wrong.
 
-    In a fork the completions of a prompt may be in one row, if that is exact for the model, too. The
+    In a fork several completions of a prompt may be in one row, if that is exact for the model, too. The
     comparison does not depend on the plan: processes that share the weights have to run the same layers.
     """
     if route in ("fork", "bounded"):
-        always = backbone._replace(packs="always")
-        packs = can_pack(backbone.lm) and not try_out(always, route)
-        backbone = backbone._replace(packs="auto" if packs else "never")
+        several = backbone._replace(per_row=2)
+        packs = can_pack(backbone.lm) and not try_out(several, route)
+        backbone = backbone._replace(per_row=None if packs else 1)
     return backbone, try_out(backbone, route)
 
 

@@ -11,6 +11,8 @@ from grpo_fast.checks import shape_of
 
 OP = "shared_prompt.plan"
 PADDING = -1  # the branch of a position that holds no token
+# Models have another code for one token after a cache, which works in place: there are always two.
+LEAST_TAIL = 2
 
 
 class Rows(NamedTuple):
@@ -81,6 +83,11 @@ class Plan:
         """`prompt_of` on the CPU; a GPU is waited for once, not for each estimate and layout."""
         return self.prompt_of.cpu()
 
+    @functools.cached_property
+    def fed(self) -> Tensor:
+        """How many tokens of each completion the model reads, (B,) on the CPU: all but the last one."""
+        return (self.completion_lengths - 1).clamp(min=0)
+
     def padded(self, values: Tensor) -> Tensor:
         """Put values of the targets, (N, ...), at their places in the completions, (B, T, ...).
 
@@ -142,8 +149,7 @@ class Plan:
         """Lay the prompts and their completions out for a forward with a mask."""
         device, K = self.prompt_of.device, len(self.prompt_lengths)
         P, T = self.longest
-        tails = (self.completion_lengths - 1).clamp(min=0)
-        starts, sizes, labels, counts = _starts(self.prompt_of_here, self.prompt_lengths, tails)
+        starts, sizes, labels, counts = _starts(self.prompt_of_here, self.prompt_lengths, self.fed)
         S = _longest(sizes)
         row = torch.arange(K) * S
         length, label, count = (
@@ -155,7 +161,7 @@ class Plan:
         )
         steps = torch.arange(T, device=device)
         begin = row.to(device)[self.prompt_of] + starts.to(device)
-        fed = steps < tails.to(device)[:, None]
+        fed = steps < self.fed.to(device)[:, None]
         in_completion = begin[:, None] + steps
         places = torch.cat([in_prompt[self.prompt_mask], in_completion[fed]])
 
@@ -186,13 +192,12 @@ class Plan:
     def tails(self) -> Rows:
         """Lay the completions of each prompt out in one row, behind a cache of the prompts."""
         device, (K, P) = self.prompt_of.device, self.prompt_mask.shape
-        counted = (self.completion_lengths - 1).clamp(min=0)
         behind = torch.zeros_like(self.prompt_lengths)
-        starts, sizes, labels, counts = _starts(self.prompt_of_here, behind, counted)
-        C = max(_longest(sizes), 2)  # models have another code for one token after a cache
+        starts, sizes, labels, counts = _starts(self.prompt_of_here, behind, self.fed)
+        C = max(_longest(sizes), LEAST_TAIL)
         begin = self.prompt_of * C + starts.to(device)
         steps = torch.arange(self.longest[1], device=device)
-        fed = steps < counted.to(device)[:, None]
+        fed = steps < self.fed.to(device)[:, None]
         places = (begin[:, None] + steps)[fed]
         length, label, count = (
             x.to(device)[:, None] for x in (self.prompt_lengths, labels, counts)
@@ -217,19 +222,63 @@ class Plan:
             predictors=predictors[:, :-1][self.completion_mask],
         )
 
-    def only(self, prompts: Tensor) -> "Plan":
-        """Return the plan with some of the prompts, which all of its completions go on from.
+    @functools.cached_property
+    def row_length(self) -> int:
+        """Return the number of tokens in the longest of `rows`."""
+        return _longest(self.prompt_lengths.index_add(0, self.prompt_of_here, self.fed))
+
+    def split(self, per_row: int) -> tuple["Plan", Tensor]:
+        """Return a plan that repeats each prompt, so that its `tails` have few completions in each row.
+
+        Prompts without completions are left out.
 
         Args:
-            prompts: indices in increasing order.
+            per_row: the largest number of completions with more than one token in a row of `tails`.
+
+        Returns:
+            The plan, and the index of the prompt of each row, on the CPU.
         """
-        names = ("prompt_ids", "prompt_mask", "prompt_positions")
-        return dataclasses.replace(
-            self,
-            **{name: getattr(self, name)[prompts] for name in names},
-            prompt_of=torch.searchsorted(prompts, self.prompt_of),
-            prompt_lengths=self.prompt_lengths[prompts.cpu()],
-        )
+        if per_row not in self._splits:
+            row, prompts = self._dealt(per_row)
+            there = prompts.to(self.prompt_of.device)
+            names = ("prompt_ids", "prompt_mask", "prompt_positions")
+            repeated = dataclasses.replace(
+                self,
+                **{name: getattr(self, name)[there] for name in names},
+                prompt_of=row.to(there.device),
+                prompt_lengths=self.prompt_lengths[prompts],
+            )
+            self._splits[per_row] = repeated, prompts
+        return self._splits[per_row]
+
+    def split_size(self, per_row: int) -> tuple[int, int]:
+        """Return the numbers of rows and of columns of the `tails` of `split(per_row)`."""
+        row, prompts = self._dealt(per_row)
+        sizes = _totals(self.fed, row, len(prompts))
+        return len(prompts), max(_longest(sizes), LEAST_TAIL)
+
+    @functools.cached_property
+    def _splits(self) -> dict[int, tuple["Plan", Tensor]]:
+        return {}
+
+    def _dealt(self, per_row: int) -> tuple[Tensor, Tensor]:
+        """Deal the completions of each prompt out to rows of about the same length; all on the CPU.
+
+        Returns:
+            The row of each completion, (B,), and the prompt of each row.
+        """
+        prompt_of, lengths = self.prompt_of_here, self.completion_lengths
+        alive = torch.bincount(prompt_of[lengths > 1], minlength=len(self.prompt_lengths))
+        counts = (-(-alive // per_row)).clamp(min=1)[prompt_of]
+        # The longest first, and back and forth: rows 0, 1, 2, 2, 1, 0, 0, ... of a prompt.
+        order = lengths.argsort(descending=True, stable=True)
+        rank = torch.empty_like(order)
+        rank[order] = _before(torch.ones_like(order), prompt_of[order], len(self.prompt_lengths))
+        turn, place = rank // counts, rank % counts
+        place = torch.where(turn % 2 == 1, counts - 1 - place, place)
+        most = len(prompt_of) + 1
+        keys, row = (prompt_of * most + place).unique(return_inverse=True)
+        return row, keys // most
 
 
 def _starts(
@@ -247,24 +296,27 @@ def _starts(
         completion among those of its prompt, from 1 on, (B,); and how many each prompt has, (K,).
     """
 
-    def totals(values: Tensor) -> Tensor:
-        return torch.zeros(len(lengths), dtype=torch.int64).index_add(0, prompt_of, values)
-
-    def before(values: Tensor) -> Tensor:
-        """Return the sum of the values of the earlier completions of the same prompt."""
-        order = prompt_of.argsort(stable=True)
-        sums, whole = values[order].cumsum(0) - values[order], totals(values)
-        found = torch.empty_like(values)
-        found[order] = sums - (whole.cumsum(0) - whole)[prompt_of[order]]
-        return found
-
-    one = torch.ones_like(prompt_of)
+    K, one = len(lengths), torch.ones_like(prompt_of)
     return (
-        lengths[prompt_of] + before(tails),
-        lengths + totals(tails),
-        before(one) + 1,
-        totals(one),
+        lengths[prompt_of] + _before(tails, prompt_of, K),
+        lengths + _totals(tails, prompt_of, K),
+        _before(one, prompt_of, K) + 1,
+        _totals(one, prompt_of, K),
     )
+
+
+def _totals(values: Tensor, prompt_of: Tensor, K: int) -> Tensor:
+    """Return the sum of the values of the completions of each prompt, (K,)."""
+    return torch.zeros(K, dtype=torch.int64).index_add(0, prompt_of, values)
+
+
+def _before(values: Tensor, prompt_of: Tensor, K: int) -> Tensor:
+    """Return, for each completion, the sum of the values of the earlier ones of the same prompt, (B,)."""
+    order = prompt_of.argsort(stable=True)
+    sums, whole = values[order].cumsum(0) - values[order], _totals(values, prompt_of, K)
+    found = torch.empty_like(values)
+    found[order] = sums - (whole.cumsum(0) - whole)[prompt_of[order]]
+    return found
 
 
 def plan(

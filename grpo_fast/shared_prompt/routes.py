@@ -13,7 +13,7 @@ import functools
 import inspect
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,11 +22,11 @@ from torch.utils.checkpoint import checkpoint
 from grpo_fast.integrations.transformers import backbone_of, text_config
 from grpo_fast.shared_prompt.caches import copied, forked, new_cache
 from grpo_fast.shared_prompt.masks import masks_for
-from grpo_fast.shared_prompt.plans import Plan
+from grpo_fast.shared_prompt.plans import LEAST_TAIL, Plan
 from grpo_fast.shared_prompt.recompute import asks_for_recomputation, layers_recomputed
 
 MICRO_BATCH = 4  # completions at a time in the bounded route
-# What a copy of the keys and values of a prompt token, for one completion, costs in tokens of a forward.
+# What a copy of the keys and values of a prompt token, for one row, costs in tokens of a forward.
 # Measured on a CPU with a model of 135M weights; on a GPU a guess.
 COPY = 1 / 64
 
@@ -39,14 +39,14 @@ class Backbone(NamedTuple):
         call: its backbone, compiled or not.
         recompute: recompute the activations of each layer in the backward pass; None: as the model is
             set (`gradient_checkpointing_enable`).
-        packs: whether a fork puts the completions of a prompt into one row, with a mask. Then they share the
-            keys and values of the prompt; otherwise each has a copy of them. "auto": where it is less work.
+        per_row: how many completions of a prompt a fork puts into one row at most. They share the keys and
+            values of the prompt, by a mask; each row has a copy of these. None: what is the least work.
     """
 
     lm: Any
     call: Callable[..., Any]
     recompute: bool | None = None
-    packs: Literal["never", "auto", "always"] = "never"
+    per_row: int | None = 1
 
     def states(self, positions: Tensor, **inputs: Any) -> Tensor:
         """Compute the last hidden states of some tokens, (rows, columns, D)."""
@@ -129,9 +129,9 @@ def completions(
         if always and len(first):
             found = found + 0 * _continued(backbone, plan, cache, alive.new_zeros(1)).sum()
         return found
-    apart, packed = second_pass(plan, backbone.config.hidden_size)
-    if backbone.packs == "always" or (backbone.packs == "auto" and packed < apart):
-        return _packed(backbone, plan, last, cache)
+    per_row = backbone.per_row or least_work(plan, backbone.config.hidden_size)
+    if per_row > 1:
+        return _packed(backbone, plan, last, cache, per_row)
     B, T = plan.completion_mask.shape
     states = _continued(backbone, plan, cache, alive)
     slot = torch.zeros(B, dtype=torch.int64, device=last.device)
@@ -146,25 +146,33 @@ def completions(
     return found.index_select(0, place[plan.completion_mask])
 
 
-def second_pass(plan: Plan, hidden_size: int) -> tuple[float, float]:
-    """Estimate the work of the completions in a fork: in a row each, and in one row for each prompt.
+def least_work(plan: Plan, hidden_size: int) -> int:
+    """Return how many completions of a prompt in a row are the least work in a fork."""
+    largest = int(plan.prompt_of_here.bincount().max())
+    sizes = [
+        2**k for k in range(largest.bit_length())
+    ]  # the last one: more than half of the largest group
+    return min([*sizes, largest], key=lambda n: second_pass(plan, hidden_size, n))
+
+
+def second_pass(plan: Plan, hidden_size: int, per_row: int) -> float:
+    """Estimate the work of the completions in a fork.
 
     The unit is a token that passes through the model. A pair of tokens in attention costs 4 D multiplications
     in a layer, and a token about 24 D^2.
     """
     P, T = plan.longest
-    alive = int((plan.completion_lengths > 1).sum())
-    apart = alive * ((T - 1) * (1 + (P + T) / (6 * hidden_size)) + P * COPY)
-    K = int((plan.prompt_of_here.bincount() > 0).sum())
-    C = plan.tails.ids.shape[1]
-    return apart, K * C * (1 + (P + C) / (6 * hidden_size))
+    apart = int((plan.completion_lengths > 1).sum()), T - 1
+    rows, C = apart if per_row == 1 else plan.split_size(per_row)
+    return rows * (C * (1 + (P + C) / (6 * hidden_size)) + P * COPY)
 
 
-def _packed(backbone: Backbone, plan: Plan, last: Tensor, cache: Any) -> Tensor:
-    """Run the completions of each prompt in one row, from the cache of the prompts."""
-    used = plan.prompt_of.unique()
-    if len(used) < len(last):
-        plan, last, cache = plan.only(used), last.index_select(0, used), forked(cache, used)
+def _packed(backbone: Backbone, plan: Plan, last: Tensor, cache: Any, per_row: int) -> Tensor:
+    """Run the completions in rows of a few of one prompt, from the cache of the prompts."""
+    plan, prompts = plan.split(per_row)
+    if prompts.tolist() != list(range(len(last))):
+        there = prompts.to(last.device)
+        last, cache = last.index_select(0, there), forked(cache, there)
     rows = plan.tails
     dtype = backbone.lm.get_input_embeddings().weight.dtype
     states = backbone.states(
@@ -180,8 +188,7 @@ def _packed(backbone: Backbone, plan: Plan, last: Tensor, cache: Any) -> Tensor:
 def _continued(backbone: Backbone, plan: Plan, cache: Any, chosen: Tensor) -> Tensor:
     """Run some completions from the cache of their prompts, without their last tokens."""
     T, row = plan.longest[1], plan.prompt_of[chosen]
-    # The models have another code for one token after a cache, which works in place: there are always two.
-    width = max(T - 1, 2)
+    width = max(T - 1, LEAST_TAIL)
     ids, mask, positions = (
         _wide(x[chosen, : max(T - 1, 0)], width)
         for x in (plan.completion_ids, plan.completion_mask, plan.completion_positions)

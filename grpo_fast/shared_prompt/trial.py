@@ -4,7 +4,7 @@ import contextlib
 import warnings
 import weakref
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,15 +29,15 @@ def try_out(backbone: Backbone, route: str) -> str | None:
     """
     lm = backbone.lm
     route = "fork" if route == "bounded" else route
-    packs: Literal["always", "never"] = "always" if backbone.packs == "always" else "never"
-    name = "packed" if packs == "always" else route
+    per_row = backbone.per_row or 1
+    name = "packed" if per_row > 1 else route
     kind = (name, backbone.config._attn_implementation, lm.training, lm.dtype)
     tried = _TRIED.setdefault(lm, set())
     if route == "unshared" or kind in tried or torch.compiler.is_compiling():
         return None
     tried.add(kind)
     recompute = False if backbone.recompute is None else backbone.recompute
-    plain = Backbone(lm, backbone_of(lm), recompute, packs)
+    plain = Backbone(lm, backbone_of(lm), recompute, per_row)
     try:
         eager = torch.compiler.set_stance("force_eager")
         with eager, _short_windows(backbone.config), warnings.catch_warnings():

@@ -5,7 +5,7 @@ import functools
 import pytest
 import torch
 
-from grpo_fast.shared_prompt import passes, plan, routes
+from grpo_fast.shared_prompt import plan, routes
 from tests.support import shared as support
 
 CASES = [(name, route) for name in support.MODELS for route in support.routes_of(name)]
@@ -200,13 +200,11 @@ def test_flex_attention(name):
         support.log_probs(model, shared, "flex")
 
 
-def in_one_row(monkeypatch, always):
-    """Whether a fork puts the completions of a prompt into one row; the calls that do."""
+def in_rows(monkeypatch, per_row):
+    """Let a fork put this number of completions into a row; the calls that put several into one."""
     calls, packed = [], routes._packed
     monkeypatch.setattr(routes, "_packed", lambda *x: calls.append(1) or packed(*x))
-    monkeypatch.setattr(routes, "COPY", 1e9)  # copies of keys and values would cost much
-    if not always:
-        monkeypatch.setattr(passes, "can_pack", lambda lm: False)
+    monkeypatch.setattr(routes, "least_work", lambda *_: per_row)
     return calls
 
 
@@ -216,7 +214,7 @@ FORKS = [(name, x) for name in support.ATTENTION for x in ("fork", "bounded", "b
 @pytest.mark.parametrize("name, route", FORKS)
 def test_completions_of_a_prompt_in_one_row(name, route, monkeypatch):
     """They share the keys and values of the prompt, also where a layer keeps those of a window only."""
-    calls = in_one_row(monkeypatch, always=True)
+    calls = in_rows(monkeypatch, 8)
     model, shared, want = support.truth(name, torch.float32)
     support.assert_same(support.through(model, shared, route), want, 1e-5)
     assert calls
@@ -227,25 +225,49 @@ def test_completions_of_a_prompt_in_one_row(name, route, monkeypatch):
     support.assert_same(support.through(model, shared, route, recompute=True), want, 1e-5)
 
 
+@functools.cache
+def twice(name, dtype):
+    """The model, the plan of groups twice as large with other tokens, and what is true."""
+    model, _, _ = support.truth(name, dtype)
+    given = support.batch()
+    other = given | {"completion_ids": given["completion_ids"].flip(0)}
+    given = {key: torch.cat([x, other[key]]) for key, x in given.items()}
+    shared = support.plan(**given)
+    return model, shared, support.graded(model, shared, support.alone(model, given))
+
+
+@pytest.mark.parametrize("name, route", FORKS)
+def test_completions_of_a_prompt_in_rows_of_three(name, route, monkeypatch):
+    """Four completions of the first prompt have more than one token: rows of two, and dead ones there."""
+    calls = in_rows(monkeypatch, 3)
+    model, shared, want = twice(name, torch.float32)
+    assert shared.split(3)[1].tolist() == [0, 0, 1, 1, 2, 3]
+    support.assert_same(support.through(model, shared, route), want, 1e-5)
+    assert calls
+    with support.in_double():
+        model, shared, want = twice(name, torch.float64)
+        support.assert_same(support.through(model, shared, route), want, 1e-10)
+
+
 @pytest.mark.parametrize("name, route", FORKS)
 def test_completions_of_a_prompt_in_a_row_each(name, route, monkeypatch):
-    calls = in_one_row(monkeypatch, always=False)
     model, shared, want = support.truth(name, torch.float32)
+    support.through(model, shared, route)  # the first time tries rows of two as well
+    calls = in_rows(monkeypatch, 1)
     support.assert_same(support.through(model, shared, route), want, 1e-5)
     assert not calls
 
 
 @pytest.mark.parametrize("name", support.HYBRID)
 def test_recurrent_layers_have_a_row_for_each_completion(name, monkeypatch):
-    calls = in_one_row(monkeypatch, always=True)
+    calls = in_rows(monkeypatch, 8)
     model, shared, want = support.truth(name, torch.float32)
     support.assert_same(support.through(model, shared, "fork"), want, 1e-5)
     assert not calls
 
 
-def test_one_row_where_it_is_less_work():
-    """Long prompts: the copies of keys and values cost more than masked pairs. Long completions: fewer."""
-    for P, T, packs in ((2000, 5, True), (10, 300, False)):
+def test_rows_of_the_least_work():
+    """Copies of long prompts cost more than masked pairs; masked pairs of long completions cost more."""
+    for P, T, per_row in ((2000, 5, 8), (2000, 30, 4), (10, 300, 1)):
         shared = plan(torch.full((1, P), 5), torch.full((8, T), 6), group_size=8)
-        apart, packed = routes.second_pass(shared, 64)
-        assert (packed < apart) == packs
+        assert routes.least_work(shared, 64) == per_row

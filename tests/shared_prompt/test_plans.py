@@ -188,6 +188,34 @@ class TestRandomBatches:
         same(shared.cu_seqlens, tensor(ends, dtype=torch.int32))
         assert shared.largest_id == max(x for row in prompts + completions for x in row)
 
+    @pytest.mark.parametrize("per_row", [1, 2, 3])
+    def test_split(self, seed, per_row):
+        """Each row has its own prompt, few completions, and about as many tokens as the others of it."""
+        given, prompts, completions = ragged(seed)
+        shared = plan(**given)
+        split, which = shared.split(per_row)
+        assert shared.split(per_row)[0] is split
+        assert shared.split_size(per_row) == tuple(split.tails.ids.shape)
+        same(which[split.prompt_of], shared.prompt_of)
+        same(split.prompt_ids, shared.prompt_ids[which])
+        same(split.prompt_mask, shared.prompt_mask[which])
+        same(split.prompt_lengths, shared.prompt_lengths[which])
+        fed = [max(0, len(x) - 1) for x in completions]
+        for k in range(len(shared.prompt_lengths)):
+            alive = sum(fed[b] > 0 for b in range(len(prompts)) if shared.prompt_of[b] == k)
+            rows = [r for r in range(len(which)) if which[r] == k]
+            assert len(rows) == max(1, -(-alive // per_row))
+            sums = []
+            for r in rows:
+                own = [fed[b] for b in range(len(prompts)) if split.prompt_of[b] == r]
+                assert sum(x > 0 for x in own) <= per_row
+                sums.append(sum(own))
+            assert max(sums) - min(sums) <= max(fed)
+
+    def test_the_longest_row(self, seed):
+        shared = plan(**ragged(seed)[0])
+        assert shared.row_length == shared.rows.ids.shape[1]
+
     def test_parts(self, seed):
         """The plan of a part is that of the same completions alone, but for where they were."""
         given, prompts, completions = ragged(seed)

@@ -159,8 +159,8 @@ def both_ways(model: Any, given: dict[str, Any], route: str, truths: dict[str, A
     from grpo_fast.shared_prompt import routes
 
     found = []
-    for work in ((0, 1), (1, 0)) if route != "mask" else ((0, 1),):
-        with mock.patch.object(routes, "second_pass", lambda *_, work=work: work):
+    for per_row in (1, 2) if route != "mask" else (1,):
+        with mock.patch.object(routes, "least_work", lambda *_, per_row=per_row: per_row):
             found.append(route_of(model, given, route, truths))
     return next((x for x in found if x.outcome != "exact"), found[-1])
 
