@@ -1,11 +1,17 @@
 """Measure the peak memory of a call beyond what was in use before it."""
 
+import contextlib
 import ctypes
 import gc
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
+
+# Of the C library's mallopt: the parameters, and values that it has by default and that keep memory.
+TRIM_THRESHOLD, MMAP_MAX = -1, -4
+DEFAULT = {TRIM_THRESHOLD: 128 << 10, MMAP_MAX: 65_536}
+KEEP = {TRIM_THRESHOLD: -1, MMAP_MAX: 0}
 
 
 def release() -> None:
@@ -30,6 +36,28 @@ def peak_extra_bytes(run: Callable[[], object]) -> int | None:
     before = _status("VmRSS")
     run()
     return max(_status("VmHWM") - before, 0)
+
+
+@contextlib.contextmanager
+def kept() -> Iterator[None]:
+    """Let the C library keep freed memory for later allocations, as the allocator of a GPU does.
+
+    By default large blocks go back to the system, and every new one waits for its pages: up to a second per
+    GiB in a virtual machine. Does nothing where the C library is not glibc.
+    """
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        _set(KEEP)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError, AttributeError, TypeError):
+            _set(DEFAULT)
+
+
+def _set(parameters: dict[int, int]) -> None:
+    library = ctypes.CDLL(None)
+    for parameter, value in parameters.items():
+        library.mallopt(parameter, value)
 
 
 def _reset_high_water() -> bool:

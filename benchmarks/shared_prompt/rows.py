@@ -4,12 +4,14 @@
     python -m benchmarks.shared_prompt --prompt 512 1024 2048 --group 8 --completion 256    # a GPU's
 
 A case is one group: a prompt of P tokens and G completions of R tokens. The providers of a case run in turns.
-The memory is the peak beyond the weights and their gradients. Where the padded batch has more than `--tokens`
-tokens, the unshared update takes its completions in several forwards, as a trainer would: its memory is that
-of one of them. A provider whose loss or gradient norm is not that of the unshared update gets no number; the
+The memory is the peak beyond the weights and their gradients, in an update of its own before the timed ones.
+Where the padded batch has more than `--tokens` tokens, the unshared update takes its completions in several
+forwards, as a trainer would: its memory is that of one of them. Freed memory is kept for the next update. A
+provider whose loss or gradient norm is not that of the unshared update gets no number; the
 exit code is 1 if it is one of this project's.
 """
 
+import gc
 import itertools
 import os
 import statistics
@@ -58,14 +60,17 @@ def measure(
     lm = causal_lm(model)
     given = step.inputs(size, lm.get_input_embeddings().num_embeddings)
     rows = max(1, most // (size.P + size.R))
-    taken: dict[str, list[tuple[float, int | None]]] = {}
+    taken: dict[str, list[float]] = {}
+    peaks: dict[str, int | None] = {}
     results: dict[str, tuple[float, float]] = {}
     left, rounds = list(chosen), 1
     while rounds <= ROUNDS and left:
         for provider in list(left):
             who = f"{name} {'x'.join(map(str, size))}, {provider}"
             try:
-                seconds, peak, result = _once(model, given, provider, rows)
+                if rounds == 1:
+                    peaks[provider] = _peak(model, given, provider, rows)
+                seconds, result = _once(model, given, provider, rows)
                 _check(result, results.setdefault("unshared", result), lm.dtype)
             except Exception as error:  # of a library or a lack of memory: it costs its own row
                 known = isinstance(error, (providers.UnavailableError, gate.WrongError))
@@ -73,12 +78,10 @@ def measure(
                 left.remove(provider)
                 taken.pop(provider, None)
                 continue
-            taken.setdefault(provider, []).append((seconds, peak))
-        slowest = max((times[-1][0] for times in taken.values()), default=0.0)
+            taken.setdefault(provider, []).append(seconds)
+        slowest = max((times[-1] for times in taken.values()), default=0.0)
         rounds = ROUNDS + 1 if slowest > LONG else rounds + 1
-    for provider, measured in taken.items():
-        times = [seconds for seconds, _ in measured]
-        peaks = [peak for _, peak in measured if peak is not None]
+    for provider, times in taken.items():
         choice = shared_prompt.choose(model, given.plan).route if provider == "auto" else None
         sheet.append(
             {
@@ -92,35 +95,41 @@ def measure(
                 "median": statistics.median(times),
                 "spread": max(times) - min(times),
                 "rounds": len(times),
-                "peak_extra_bytes": max(peaks) if peaks else None,
+                "peak_extra_bytes": peaks[provider],
             }
         )
 
 
-def _once(
-    model: Any, given: step.Inputs, provider: str, rows: int
-) -> tuple[float, int | None, tuple[float, float]]:
-    """Return the time and the peak memory of one update, and its loss and gradient norm."""
+def _peak(model: Any, given: step.Inputs, provider: str, rows: int) -> int | None:
+    """Return the peak memory of an update; of the unshared one, that of its first forward and backward."""
     if provider in ROUTES and provider != "auto":
         why_not = obstacle(model, given.plan, provider)
         if why_not:
             raise providers.UnavailableError(why_not)
+    if provider == "unshared":
+        given = step.first(given, rows)
     memory.release()
+    _clear(model)
+    return memory.peak_extra_bytes(lambda: step.update(model, given, provider, rows))
+
+
+def _once(
+    model: Any, given: step.Inputs, provider: str, rows: int
+) -> tuple[float, tuple[float, float]]:
+    """Return the time of one update, and its loss and gradient norm."""
+    gc.collect()
+    _clear(model)
+    start = machine.synced_time()
+    loss = step.update(model, given, provider, rows)
+    seconds = machine.synced_time() - start
+    return seconds, (loss, step.gradient_norm(model))
+
+
+def _clear(model: Any) -> None:
+    """Set the gradients to zero: they exist already in training, and the peak is beyond them."""
     for x in model.parameters():
-        if (
-            x.requires_grad
-        ):  # they exist already in training: the peak is that of what comes and goes
+        if x.requires_grad:
             x.grad = torch.zeros_like(x)
-    found: list[float] = []
-
-    def run() -> None:
-        start = machine.synced_time()
-        found.append(step.update(model, given, provider, rows))
-        found.append(machine.synced_time() - start)
-
-    peak = memory.peak_extra_bytes(run)
-    loss, seconds = found
-    return seconds, peak, (loss, step.gradient_norm(model))
 
 
 def _check(got: tuple[float, float], want: tuple[float, float], dtype: torch.dtype) -> None:
@@ -179,9 +188,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     step.update(model, step.inputs(Size(8, 2, 2), 512), "unshared", 2)  # the first call is slow
     sizes = itertools.product(options.prompt, options.group, options.completion)
     cases = sorted((Size(*x) for x in sizes), key=lambda x: x.tokens[0])
-    for size in cases:
-        if time.time() > end:
-            sheet.skip(f"{name} {'x'.join(map(str, size))}", "out of time")
-            continue
-        measure(model, size, options.providers, most, sheet, name)
+    with memory.kept():
+        for size in cases:
+            if time.time() > end:
+                sheet.skip(f"{name} {'x'.join(map(str, size))}", "out of time")
+                continue
+            measure(model, size, options.providers, most, sheet, name)
     return 1 if own_failures(sheet.document) else 0

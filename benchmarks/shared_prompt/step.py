@@ -58,7 +58,16 @@ def inputs(size: Size, V: int) -> Inputs:
     prompt, completions, advantages = (
         x.to(shapes.device()) for x in (prompt, completions, advantages)
     )
-    plan = shared_prompt.plan(prompt, completions, group_size=size.G)
+    return _planned(prompt, completions, advantages)
+
+
+def first(given: Inputs, count: int) -> Inputs:
+    """Return the same prompt with its first completions."""
+    return _planned(given.prompt, given.completions[:count], given.advantages[:count])
+
+
+def _planned(prompt: Tensor, completions: Tensor, advantages: Tensor) -> Inputs:
+    plan = shared_prompt.plan(prompt, completions, group_size=len(completions))
     return Inputs(prompt, completions, advantages, plan)
 
 

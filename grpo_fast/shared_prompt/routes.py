@@ -26,9 +26,10 @@ from grpo_fast.shared_prompt.plans import LEAST_TAIL, Plan
 from grpo_fast.shared_prompt.recompute import asks_for_recomputation, layers_recomputed
 
 MICRO_BATCH = 4  # completions at a time in the bounded route
-# What a copy of the keys and values of a prompt token, for one row, costs in tokens of a forward.
-# Measured on a CPU with a model of 135M weights; on a GPU a guess.
-COPY = 1 / 64
+# What a copy of the keys and values of a prompt token, for one row, costs in tokens of a forward. Measured on
+# a CPU with a model of 135M weights: 1/64 of the time, and as much again for pages of new memory. On a GPU
+# a guess.
+COPY = 1 / 32
 
 
 class Backbone(NamedTuple):

@@ -1,13 +1,14 @@
 """The benchmark of shared prompts: what it counts, and that a wrong provider gets no number."""
 
 import json
+import platform
 
 import pytest
 import torch
 
 pytest.importorskip("transformers", reason="the models are Hugging Face's")
 
-from benchmarks.measuring import machine
+from benchmarks.measuring import machine, memory
 from benchmarks.report import committed, document
 from benchmarks.run import runner
 from benchmarks.shared_prompt import models, rows, step
@@ -57,6 +58,35 @@ def test_a_wrong_provider_gets_no_number(tmp_path, monkeypatch):
     piece = next(x for x in runner.plan(tmp_path, "c") if x.module == runner.SHARED)
     piece.results.write_text(out.read_text())
     assert runner._rows_failed(piece)
+
+
+def test_memory_of_the_unshared_update_is_that_of_one_part(monkeypatch):
+    model, seen = models.build("tiny"), []
+    monkeypatch.setattr(step, "update", lambda model, given, *_: seen.append(given))
+    given = step.inputs(step.Size(24, 3, 5), 512)
+    for provider in ("unshared", "fork"):
+        rows._peak(model, given, provider, 2)
+    assert [len(x.completions) for x in seen] == [2, 3]
+    assert seen[0].completions.equal(given.completions[:2])
+    assert seen[0].plan.given == (2, 5)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the allocator of glibc is set")
+def test_freed_memory_is_kept():
+    def left() -> int:
+        """How many bytes of 256 MiB stay with the process after they are freed."""
+        before = memory._status("VmRSS")
+        block = torch.ones(64 << 20)
+        del block
+        return memory._status("VmRSS") - before
+
+    size = 256 << 20
+    assert left() < size / 8
+    with memory.kept():
+        assert left() > size / 2
+        assert left() < size / 8  # the same memory again
+    memory._reset_high_water()
+    assert left() < size / 8
 
 
 def test_what_is_counted():

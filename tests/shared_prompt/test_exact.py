@@ -268,6 +268,6 @@ def test_recurrent_layers_have_a_row_for_each_completion(name, monkeypatch):
 
 def test_rows_of_the_least_work():
     """Copies of long prompts cost more than masked pairs; masked pairs of long completions cost more."""
-    for P, T, per_row in ((2000, 5, 8), (2000, 30, 4), (10, 300, 1)):
+    for P, T, per_row in ((2000, 5, 8), (2000, 100, 2), (10, 300, 1)):
         shared = plan(torch.full((1, P), 5), torch.full((8, T), 6), group_size=8)
         assert routes.least_work(shared, 64) == per_row
