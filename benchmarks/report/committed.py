@@ -146,7 +146,8 @@ def steps(results: Path) -> list[dict[str, Any]]:
 def shared_prompts(results: Path) -> list[dict[str, Any]]:
     """Return what `shared_prompt` measured of each model on each machine, without tiny models.
 
-    The documents of the newest commit of a model are joined.
+    Of each case there are the rows of the newest commit that measured it, each with its `commit`. `runs` are
+    the documents that they come from.
     """
     found: dict[tuple[str, str], dict[str, Any]] = {}
     mine = [d for d in documents(results) if d.get("shared_prompt")]
@@ -155,12 +156,29 @@ def shared_prompts(results: Path) -> list[dict[str, Any]]:
         for model in dict.fromkeys(row["model"] for row in document["shared_prompt"]):
             if model == "tiny":
                 continue
-            rows = [row for row in document["shared_prompt"] if row["model"] == model]
-            key = info["device"], model
-            known = found.get(key)
-            if known and known["machine_info"]["commit"] == info["commit"]:
-                known["shared_prompt"] += rows
-                known["machine_info"]["absent"] |= info["absent"]
-            else:
-                found[key] = {**document, "shared_prompt": rows}
+            new = [
+                row | {"commit": info["commit"]}
+                for row in document["shared_prompt"]
+                if row["model"] == model
+            ]
+            known = found.setdefault((info["device"], model), {"shared_prompt": [], "runs": []})
+            again = {_group(row) for row in new}
+            old = [
+                row
+                for row in known["shared_prompt"]
+                if _group(row) not in again or row["commit"] == info["commit"]
+            ]
+            rows = [*old, *new]
+            commits = {row["commit"] for row in rows}
+            runs = [d for d in known["runs"] if d["machine_info"]["commit"] in commits]
+            found[info["device"], model] = {
+                "machine_info": info,
+                "shared_prompt": rows,
+                "runs": [*runs, document],
+            }
     return [found[key] for key in sorted(found)]
+
+
+def _group(row: dict[str, Any]) -> tuple[int, ...]:
+    """Return the sizes of the group that a row is about."""
+    return tuple(row[key] for key in "PGR")

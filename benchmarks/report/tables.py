@@ -149,10 +149,15 @@ def _columns(r: dict[str, Any], predicted: list[dict[str, Any]]) -> dict[str, An
 
 def shared_prompt_section(document: dict[str, Any]) -> Iterator[str]:
     """Write updates with shared prompts beside the update with a row for each completion."""
-    info, rows = document["machine_info"], document["shared_prompt"]
+    rows, runs = document["shared_prompt"], document["runs"]
     yield f"#### An update with shared prompts ({rows[0]['model']}, {rows[0]['dtype']})\n"
+    said = (
+        f"Commit {run['machine_info']['commit']}, {run['datetime'][:10]}, "
+        f"`{run['machine_info']['command']}`."
+        for run in runs
+    )
     yield (
-        f"Commit {info['commit']}, {document['datetime'][:10]}, `{info['command']}`. One group: a "
+        f"{' '.join(said)} Each case is of the last commit that measured it. One group: a "
         "prompt of P tokens, and G completions of R tokens. Forward, loss and gradients; what each "
         "provider is: [shared_prompt](shared_prompt/step.py). `operations` is how many times the "
         "unshared update has the operations of the shared one, its head included. The memory is the "
@@ -160,11 +165,13 @@ def shared_prompt_section(document: dict[str, Any]) -> Iterator[str]:
         "their number is given, and its memory is that of one of them.\n"
     )
     head = ["P", "G", "R", "unshared", "memory", "provider", "time", "faster"]
-    head += ["operations", "memory", "less"]
+    head += ["operations", "memory", "less", "commit"]
     mine = sorted(rows, key=lambda row: [row[key] for key in "PGR"])
     lines = [_shared_row(row, rows) for row in mine if row["provider"] != "unshared"]
     yield f"{table(head, lines)}\n"
-    yield from absent(info["absent"])
+    yield from absent(
+        {who: why for run in runs for who, why in run["machine_info"]["absent"].items()}
+    )
 
 
 def _shared_row(row: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
@@ -176,7 +183,7 @@ def _shared_row(row: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
     sizes = [f"{row[k]:,}" for k in case]
     own = [time_text(row["median"]), memory_text(row["peak_extra_bytes"])]
     if base is None:
-        return [*sizes, "", "", name, own[0], "", "", own[1], ""]
+        return [*sizes, "", "", name, own[0], "", "", own[1], "", row["commit"]]
     parts = -(-row["G"] // base["rows"])
     peaks = base["peak_extra_bytes"], row["peak_extra_bytes"]
     less = f"{peaks[0] / peaks[1]:.2f}x" if all(peaks) else ""
@@ -190,6 +197,7 @@ def _shared_row(row: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
         f"{base['flops'] / row['flops']:.2f}x",
         own[1],
         less,
+        row["commit"],
     ]
 
 

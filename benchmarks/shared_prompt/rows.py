@@ -37,7 +37,7 @@ OWN = tuple(x for x in PROVIDERS if x != "prefix-grouper")
 # Loss and norm of the gradient beside those of the unshared update.
 AGREEMENT = {torch.float32: 1e-4, torch.bfloat16: 0.05}
 ROUNDS = 3
-LONG = 20.0  # seconds of a round; such a case has one
+LONG = 60.0  # seconds of a round; such a case has one
 
 
 class Sheet(recorder.Sheet):

@@ -104,25 +104,29 @@ def test_what_is_counted():
 
 def test_the_report(tmp_path, monkeypatch):
     folder = tmp_path / "machine"
-    for group in ("3", "4"):
-        out = folder / f"shared-{group}.json"
+    for group, commit in (("3", "19274bf"), ("4", "19274bf"), ("4", "a1b2c3d"), ("5", "a1b2c3d")):
+        out = folder / f"shared-{group}-{commit}.json"
         case = [*SMALL[:3], "--group", group, "--completion", "5", "--tokens", "64"]
         assert rows.main([*case, "--providers", "unshared", "auto", f"--out={out}"]) == 0
         known = json.loads(out.read_text())
         for row in known["shared_prompt"]:
             row["model"] = "invented"
-        known["machine_info"] |= {"commit": "19274bf", "dirty": False}
+        known["machine_info"] |= {"commit": commit, "dirty": False}
         out.write_text(json.dumps(known))
     (found,) = committed.shared_prompts(tmp_path)
-    assert len(found["shared_prompt"]) == 4
+    assert len(found["shared_prompt"]) == 6
     text = document.render(tmp_path)
     assert "#### An update with shared prompts (invented, float32)" in text
     lines = [line for line in text.splitlines() if "| auto (" in line]
-    assert [line.split("|")[1:4] for line in lines] == [
-        [" 24 ", " 3 ", " 5 "],
-        [" 24 ", " 4 ", " 5 "],
+    assert [[x.strip() for x in line.split("|")[1:4]] for line in lines] == [
+        ["24", "3", "5"],
+        ["24", "4", "5"],
+        ["24", "5", "5"],
     ]
-    assert all("in 2 parts" in line for line in lines)
+    commits = [line.split("|")[-2].strip() for line in lines]
+    assert commits == ["19274bf", "a1b2c3d", "a1b2c3d"]  # of each case the newest
+    assert "Commit 19274bf, 20" in text
+    assert all(f"in {n} parts" in line for n, line in zip((2, 2, 3), lines, strict=True))
 
 
 def test_the_command_is_written_without_its_file():
