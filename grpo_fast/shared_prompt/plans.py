@@ -85,7 +85,7 @@ class Plan:
 
     @functools.cached_property
     def fed(self) -> Tensor:
-        """How many tokens of each completion the model reads, (B,) on the CPU: all but the last one."""
+        """Return how many tokens of each completion the model reads: all but the last; (B,), on the CPU."""
         return (self.completion_lengths - 1).clamp(min=0)
 
     def padded(self, values: Tensor) -> Tensor:

@@ -150,10 +150,8 @@ def completions(
 def least_work(plan: Plan, hidden_size: int) -> int:
     """Return how many completions of a prompt in a row are the least work in a fork."""
     largest = int(plan.prompt_of_here.bincount().max())
-    sizes = [
-        2**k for k in range(largest.bit_length())
-    ]  # the last one: more than half of the largest group
-    return min([*sizes, largest], key=lambda n: second_pass(plan, hidden_size, n))
+    powers = (2**k for k in range(largest.bit_length()))
+    return min([*powers, largest], key=lambda n: second_pass(plan, hidden_size, n))
 
 
 def second_pass(plan: Plan, hidden_size: int, per_row: int) -> float:
