@@ -104,15 +104,17 @@ def test_what_is_counted():
 
 def test_the_report(tmp_path, monkeypatch):
     folder = tmp_path / "machine"
-    for group, commit in (("3", "19274bf"), ("4", "19274bf"), ("4", "a1b2c3d"), ("5", "a1b2c3d")):
-        out = folder / f"shared-{group}-{commit}.json"
-        case = [*SMALL[:3], "--group", group, "--completion", "5", "--tokens", "64"]
-        assert rows.main([*case, "--providers", "unshared", "auto", f"--out={out}"]) == 0
-        known = json.loads(out.read_text())
-        for row in known["shared_prompt"]:
-            row["model"] = "invented"
+    out = folder / "measured.json"
+    case = [*SMALL[:3], "--group", "3", "4", "5", "--completion", "5", "--tokens", "64"]
+    assert rows.main([*case, "--providers", "unshared", "auto", f"--out={out}"]) == 0
+    known = json.loads(out.read_text())
+    out.unlink()
+    measured = [row | {"model": "invented"} for row in known["shared_prompt"]]
+    for day, commit, groups in (("1", "19274bf", (3, 4)), ("2", "a1b2c3d", (4, 5))):
+        known["shared_prompt"] = [row for row in measured if row["G"] in groups]
         known["machine_info"] |= {"commit": commit, "dirty": False}
-        out.write_text(json.dumps(known))
+        known["datetime"] = f"2026-01-0{day}T00:00:00"
+        (folder / f"{commit}.json").write_text(json.dumps(known))
     (found,) = committed.shared_prompts(tmp_path)
     assert len(found["shared_prompt"]) == 6
     text = document.render(tmp_path)
@@ -125,7 +127,7 @@ def test_the_report(tmp_path, monkeypatch):
     ]
     commits = [line.split("|")[-2].strip() for line in lines]
     assert commits == ["19274bf", "a1b2c3d", "a1b2c3d"]  # of each case the newest
-    assert "Commit 19274bf, 20" in text
+    assert "Commit 19274bf, 2026-01-01" in text
     assert all(f"in {n} parts" in line for n, line in zip((2, 2, 3), lines, strict=True))
 
 
