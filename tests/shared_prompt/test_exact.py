@@ -237,8 +237,8 @@ def twice(name, dtype):
 
 
 @pytest.mark.parametrize("name, route", FORKS)
-def test_completions_of_a_prompt_in_rows_of_three(name, route, monkeypatch):
-    """Four completions of the first prompt have more than one token: rows of two, and dead ones there."""
+def test_completions_of_a_prompt_in_rows_of_at_most_three(name, route, monkeypatch):
+    """The first prompt has four completions of more than one token: they are in two rows of two."""
     calls = in_rows(monkeypatch, 3)
     model, shared, want = twice(name, torch.float32)
     assert shared.split(3)[1].tolist() == [0, 0, 1, 1, 2, 3]
