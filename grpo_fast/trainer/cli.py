@@ -73,10 +73,15 @@ def fail(command: str, status: int, message: str) -> int:
 
 def train(arguments: Sequence[str]) -> int:
     """Run `grpo-fast train` and print how the run ended."""
-    from grpo_fast.trainer import config
+    from grpo_fast.trainer import config, runs
     from grpo_fast.trainer import train as training
 
-    settings = config.renamed(config.parse(arguments), arguments)
+    settings = config.parse(arguments)
+    if settings.resume:
+        if (run_dir := runs.find(settings)) is not None:
+            settings = config.resumed(settings, run_dir, config.given_in(arguments))
+    else:
+        settings = config.renamed(settings, arguments)
     quiet()
     end = training.train(settings)
     print(

@@ -22,7 +22,8 @@ DEFAULTS: dict[str, tuple[Any, Any]] = {
     "prompts_per_step": (32, 8),
     "max_new_tokens": (8, 256),
     "num_iterations": (2, 1),
-    "micro_batch_size": (None, 8),
+    "micro_batch_tokens": (None, 16384),
+    "sampling_tokens": (None, 65536),
     "learning_rate": (1e-3, 1e-6),
     "lr_warmup_steps": (10, 0),
 }
@@ -58,18 +59,33 @@ class TrainConfig:
     )
     max_operand: int = option(29, "arithmetic: the largest operand; the smallest is 0")
     dataset: str | None = option(
-        None, "JSON Lines file of prompts and answers; default: the built-in task"
+        None,
+        "JSON Lines or Parquet file of prompts and answers, or the name of a dataset of the library "
+        "datasets; default: the built-in task",
     )
+    dataset_split: str = option("train", "split of a dataset that is given by name")
     reward: list[str] = dataclasses.field(
         default_factory=list,
-        metadata={"help": "reward functions, each as module:function; they replace the task's own"},
+        metadata={
+            "help": "reward functions, each as module:function, correct, math_verify, or the folder "
+            "or hub id of a reward model; they replace the task's own"
+        },
     )
     reward_dir: str | None = option(
         None, "folder where the modules of reward are searched first; default: the current folder"
     )
     reward_weights: list[float] = dataclasses.field(
-        default_factory=list, metadata={"help": "one weight per reward function; default: 1 each"}
+        default_factory=list,
+        metadata={"help": "one weight per reward function; default: 1 each"},
     )
+    reward_timeout: float = option(
+        300.0,
+        "seconds after which a call of a reward function is given up; its rewards are missing",
+    )
+    prompt_column: str = option("prompt", "column of the dataset with the prompts")
+    answer_column: str = option("answer", "column of the dataset with the right answers")
+    chat: bool = option(False, "put prompts that are text into a chat message of the user")
+    system_prompt: str | None = option(None, "chat: a system message before that of the user")
     heldout: int = option(None, "number of problems that are kept out of training, for evaluation")
     # The model
     model: str | None = option(
@@ -83,7 +99,27 @@ class TrainConfig:
     )
     dtype: Literal["auto", "float32", "bfloat16"] = option(
         "auto",
-        "precision of the activations (weights stay float32); auto: bfloat16 on cuda if supported",
+        "precision of the activations; auto: bfloat16 on cuda if supported",
+    )
+    weights: Literal["auto", "float32", "bfloat16", "bfloat16_only"] = option(
+        "auto",
+        "precision of the weights; bfloat16 has a float32 copy in the optimizer, bfloat16_only has none; "
+        "auto: that of dtype",
+    )
+    attention: str | None = option(
+        None, "attention of transformers, e.g. sdpa or flash_attention_2; default: the model's"
+    )
+    use_peft: bool = option(False, "train a LoRA adapter (peft) and leave the weights as they are")
+    lora_r: int = option(16, "LoRA: rank of the adapter's matrices")
+    lora_alpha: float = option(32.0, "LoRA: the adapter's product is scaled by lora_alpha / lora_r")
+    lora_target_modules: list[str] = dataclasses.field(
+        default_factory=list,
+        metadata={
+            "help": "LoRA: layers that get an adapter; default: all linear ones but the head"
+        },
+    )
+    quantize: Literal["bnb-4bit", "bnb-8bit", "torchao-int8"] | None = option(
+        None, "LoRA: load the weights in this format of bitsandbytes or torchao"
     )
     gradient_checkpointing: bool = option(
         False, "recompute the activations in the backward pass, which saves memory"
@@ -103,9 +139,26 @@ class TrainConfig:
     group_size: int = option(8, "G, the number of completions per prompt")
     max_new_tokens: int = option(None, "longest completion, in tokens")
     temperature: float = option(1.0, "temperature of the samples, and of the log-probs in the loss")
+    sampling_tokens: int | None = option(
+        None, "largest number of tokens, prompts included, of the completions sampled together"
+    )
+    resample: int = option(
+        0, "largest number of further batches that are sampled to replace groups without signal"
+    )
+    server: str | None = option(
+        None, "URL of an OpenAI-compatible server (vLLM) that samples; default: the model itself"
+    )
+    mismatch: Literal["truncate", "mask", "none"] = option(
+        "truncate",
+        "server: importance weight of a token: truncated at mismatch_cap, 0 above it, or 1",
+    )
+    mismatch_cap: float = option(2.0, "server: largest importance weight of a token")
     # Optimisation
     steps: int = option(200, "number of GRPO steps")
     num_iterations: int = option(None, "mu, the number of optimiser steps per batch of completions")
+    micro_batch_tokens: int | None = option(
+        None, "largest number of tokens in one forward pass, shared prompts counted once"
+    )
     micro_batch_size: int | None = option(
         None, "largest number of completions in one forward pass, also in sampling"
     )
@@ -113,18 +166,25 @@ class TrainConfig:
         "auto",
         "how completions share the forward of their prompt; auto: where it is exact and pays",
     )
+    optim: str = option(
+        "adamw_torch",
+        "optimizer, by its name in transformers, e.g. adamw_torch_8bit (torchao) or "
+        "paged_adamw_8bit (bitsandbytes)",
+    )
     learning_rate: float = option(None, "highest learning rate of the schedule")
     lr_scheduler: str = option(
         "linear", "learning rate schedule, by its name in transformers.get_scheduler"
     )
     lr_warmup_steps: int = option(None, "number of GRPO steps until the learning rate is highest")
-    weight_decay: float = option(0.0, "weight decay of AdamW")
+    weight_decay: float = option(0.0, "weight decay of the optimizer")
     max_grad_norm: float = option(
         1.0, "largest gradient norm; larger gradients are scaled down to it"
     )
     # The objective
     objective: str = option(
-        "grpo", "preset of grpo_fast.Objective; the six options after it override its values"
+        "grpo",
+        "preset of grpo_fast.Objective, or dapo_zv: dapo without the tokens of groups without signal in "
+        "its denominator; the six options after it override its values",
     )
     beta: float | None = option(
         None, "weight of the KL to the policy before GRPO; 0: no reference model"
@@ -145,6 +205,10 @@ class TrainConfig:
         "group",
         "divide advantages by the standard deviation of the group, of the batch, or not at all",
     )
+    # Several processes
+    fsdp: bool = option(
+        False, "share the weights between the processes (FSDP2); default: each has all of them"
+    )
     # The run
     name: str | None = option(
         None,
@@ -152,14 +216,30 @@ class TrainConfig:
     )
     output_dir: str = option("runs", "folder of all runs; this run is in <output_dir>/<name>")
     overwrite: bool = option(False, "replace an existing run of this name")
+    resume: str | None = option(
+        None,
+        "continue a run from its newest checkpoint: its folder, or latest; with its own options",
+    )
+    dry_run: bool = option(
+        False, "take two steps with a tiny model of the same architecture, to try the options"
+    )
     seed: int = option(0, "seed of all random numbers")
     threads: int = option(0, "number of CPU threads; 0: one for a new model, else PyTorch's choice")
     save_steps: int = option(100, "number of GRPO steps between two checkpoints")
     keep_checkpoints: int = option(2, "number of checkpoints to keep, the newest ones")
     samples: int = option(4, "number of completions to print before and after training")
+    completions_steps: int = option(
+        20, "number of GRPO steps between two tables of completions; 0: none"
+    )
+    report_to: list[str] = dataclasses.field(
+        default_factory=list,
+        metadata={
+            "help": "trackers of accelerate, e.g. tensorboard, wandb or trackio; default: none"
+        },
+    )
 
     def __post_init__(self) -> None:
-        for name in ("dataset", "reward_dir", "output_dir"):
+        for name in ("dataset", "reward_dir", "output_dir", "resume"):
             if (getattr(self, name) or "").startswith("~"):
                 setattr(self, name, str(Path(getattr(self, name)).expanduser()))
         for name, defaults in DEFAULTS.items():
@@ -171,7 +251,7 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value >= low):
                 raise ValueError(f"{name}: want a finite number >= {low}, got {value}")
-        for name in ("learning_rate", "warmup_learning_rate", "temperature", "max_grad_norm"):
+        for name in _POSITIVE:
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{name}: want a positive number, got {value}")
@@ -181,7 +261,8 @@ class TrainConfig:
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(
-                    f"{name}={getattr(self, name)!r} is unknown; choose from {', '.join(choices)}"
+                    f"{name}={getattr(self, name)!r} is unknown; choose from "
+                    f"{', '.join(filter(None, choices))}"
                 )
         if self.hidden_size % (2 * self.num_heads):
             raise ValueError(
@@ -198,7 +279,34 @@ class TrainConfig:
             self.name in ("", ".", "..") or Path(self.name).name != self.name
         ):
             raise ValueError(f"name: want the name of a folder in output_dir, got {self.name!r}")
+        self._check_together()
         self.to_objective()
+
+    def _check_together(self) -> None:
+        """Check combinations of options."""
+        if self.quantize and not self.use_peft:
+            raise ValueError(
+                f"quantize={self.quantize!r}: quantised weights cannot be trained; add --use_peft"
+            )
+        if self.use_peft and self.weights == "bfloat16_only":
+            raise ValueError(
+                "weights='bfloat16_only': an adapter is float32; give --weights bfloat16"
+            )
+        if self.use_peft and self.model is None:
+            raise ValueError(
+                "use_peft: a new model has no weights that an adapter could adapt; give --model"
+            )
+        if self.quantize and self.fsdp:
+            raise ValueError(f"fsdp: quantize={self.quantize!r} cannot be shared between processes")
+        if self.fsdp and self.weights == "bfloat16_only":
+            raise ValueError("fsdp: it keeps float32 weights; leave out --weights bfloat16_only")
+        if self.mismatch_cap < 1:
+            raise ValueError(f"mismatch_cap: want a number >= 1, got {self.mismatch_cap}")
+
+    @property
+    def without_silent_groups(self) -> bool:
+        """Tell whether groups without signal are left out of the denominator, too (`dapo_zv`)."""
+        return self.objective == "dapo_zv"
 
     def to_objective(self) -> Objective:
         """Return the preset with the overrides of this configuration.
@@ -208,22 +316,31 @@ class TrainConfig:
         """
         names = ("beta", "kl", "epsilon_low", "epsilon_high", "reduction", "entropy_coef")
         given = {n: getattr(self, n) for n in names if getattr(self, n) is not None}
-        reduction = {**PRESETS.get(self.objective, {}), **given}.get("reduction")
+        preset = "dapo" if self.without_silent_groups else self.objective
+        reduction = {**PRESETS.get(preset, {}), **given}.get("reduction")
         if reduction == "fixed_length":
             given["max_length"] = self.max_new_tokens
-        return Objective.preset(self.objective, **given)
+        return Objective.preset(preset, **given)
 
 
 _AT_LEAST = {
     "max_operand": 3, "heldout": 1, "hidden_size": 2, "num_layers": 1, "num_heads": 1,
     "warmup_steps": 0, "warmup_batch_size": 1, "prompts_per_step": 1, "group_size": 2,
     "max_new_tokens": 1, "steps": 1, "num_iterations": 1, "micro_batch_size": 1,
+    "micro_batch_tokens": 1, "sampling_tokens": 1, "resample": 0, "lora_r": 1,
     "lr_warmup_steps": 0, "weight_decay": 0, "seed": 0, "threads": 0, "save_steps": 1,
-    "keep_checkpoints": 1, "samples": 0,
+    "keep_checkpoints": 1, "samples": 0, "completions_steps": 0,
 }  # fmt: skip
-_CHOICES = {
+_POSITIVE = (
+    "learning_rate", "warmup_learning_rate", "temperature", "max_grad_norm", "reward_timeout",
+    "lora_alpha", "mismatch_cap",
+)  # fmt: skip
+_CHOICES: dict[str, tuple[str | None, ...]] = {
     "task": ("arithmetic",),
     "dtype": ("auto", "float32", "bfloat16"),
+    "weights": ("auto", "float32", "bfloat16", "bfloat16_only"),
+    "quantize": (None, "bnb-4bit", "bnb-8bit", "torchao-int8"),
+    "mismatch": ("truncate", "mask", "none"),
     "scale_rewards": ("group", "batch", "none"),
     "share_prompts": ("auto", "off", "mask", "flex", "fork", "bounded"),
     # The schedules that need nothing but the number of steps.
@@ -239,7 +356,7 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
         SystemExit: after --help, or a value of the wrong type (argparse has printed which).
     """
     arguments = list(arguments)
-    for name in ("reward", "reward_weights"):
+    for name in ("reward", "reward_weights", "lora_target_modules", "report_to"):
         if sum(a.split("=")[0] == f"--{name}" for a in arguments) > 1:
             raise ValueError(f"--{name} is given twice; give all after one: --{name} FIRST SECOND")
     if arguments and not arguments[0].startswith("-"):
@@ -287,6 +404,54 @@ def renamed(config: TrainConfig, arguments: Sequence[str]) -> TrainConfig:
     return dataclasses.replace(config, name=files.free_name(parent, config.name))
 
 
+# What may change when a run goes on. The others would make it another run.
+CHANGEABLE = {
+    "steps", "save_steps", "keep_checkpoints", "samples", "completions_steps", "report_to", "threads",
+    "device", "reward_timeout", "sampling_tokens", "micro_batch_tokens", "micro_batch_size", "server",
+    "gradient_checkpointing", "share_prompts", "attention",
+}  # fmt: skip
+
+
+def resumed(config: TrainConfig, run_dir: Path, given: set[str] | None = None) -> TrainConfig:
+    """Return the options of a run that goes on: its own, and what may change of `config`.
+
+    Args:
+        given: the names of the options that were given; None: those that differ from their defaults.
+
+    Raises:
+        ValueError: an option is given that would make it another run.
+    """
+    saved = parse([str(run_dir / "config.yaml")])
+    new = to_dict(config)
+    if given is None:
+        usual = to_dict(TrainConfig(model=config.model))
+        given = {name for name in new if new[name] != usual[name]}
+    changes = {}
+    for name in sorted(given - {"resume", "name", "output_dir", "overwrite"}):
+        old = getattr(saved, name)
+        if new[name] == old:
+            continue
+        if name not in CHANGEABLE:
+            raise ValueError(
+                f"resume: {name}={new[name]!r} was {old!r}; this would be another run: give it another "
+                "--name, and --model with a checkpoint to start from its weights"
+            )
+        changes[name] = new[name]
+    place = run_dir.resolve()
+    return dataclasses.replace(
+        saved, **changes, resume=str(place), name=place.name, output_dir=str(place.parent)
+    )
+
+
+def given_in(arguments: Sequence[str]) -> set[str]:
+    """Return the names of the options of a command line and of its YAML file."""
+    arguments = list(arguments)
+    if arguments and not arguments[0].startswith("-"):
+        arguments += yaml_arguments(Path(arguments[0]).expanduser())
+    names = (a.split("=")[0].removeprefix("--") for a in arguments if a.startswith("--"))
+    return {name.replace("-", "_").removeprefix("no_") for name in names}
+
+
 def yaml_arguments(path: Path) -> list[str]:
     """Return the keys of a YAML file as command-line arguments, so that both get the same checks.
 
@@ -324,18 +489,24 @@ def _plain(value: Any) -> str:
     return str(value)
 
 
-def save(config: TrainConfig, path: Path) -> None:
-    """Write all options as YAML that `parse` reads back, in any working directory.
+def to_dict(config: TrainConfig) -> dict[str, Any]:
+    """Return all options, with absolute paths, as they are saved.
 
-    `overwrite` is not written: it was a permission for this run, and not for a repetition.
+    `overwrite` and `resume` are permissions for one run, and not for a repetition.
     """
-    options = dataclasses.asdict(config) | {"overwrite": False}
+    options = dataclasses.asdict(config) | {"overwrite": False, "resume": None}
     for name in ("dataset", "model", "output_dir", "reward_dir"):
         if options[name] is not None and (there := Path(options[name]).expanduser()).exists():
             options[name] = str(there.resolve())
+    options["reward"] = [str(Path(r).resolve()) if Path(r).is_dir() else r for r in config.reward]
     if config.reward and config.reward_dir is None:
         options["reward_dir"] = str(Path.cwd())
-    files.write(path, yaml.safe_dump(options, sort_keys=False, allow_unicode=True).encode())
+    return options
+
+
+def save(config: TrainConfig, path: Path) -> None:
+    """Write all options as YAML that `parse` reads back, in any working directory."""
+    files.write(path, yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True).encode())
 
 
 # The names of our options in other trainers.
@@ -357,22 +528,28 @@ _ELSEWHERE = {
     "beta": "kl_coef kl_beta init_kl_coef",
     "entropy_coef": "entropy_coeff",
     "name": "run_name experiment_name",
+    "resume": "resume_from_checkpoint",
+    "use_peft": "lora use_lora",
+    "lora_r": "lora_rank",
+    "server": "vllm_server_base_url use_vllm",
+    "micro_batch_tokens": "ppo_max_token_len_per_gpu max_tokens_per_gpu max_tokens_per_mb",
+    "optim": "optimizer",
+    "attention": "attn_implementation",
+    "resample": "filter_groups dynamic_sampling",
+    "completions_steps": "log_completions",
     "dtype": "bf16 fp16 torch_dtype precision",
     "keep_checkpoints": "save_total_limit",
     "threads": "num_threads",
-    "samples": "num_completions_to_print log_completions",
+    "samples": "num_completions_to_print",
     "max_grad_norm": "clip_grad grad_clip",
 }
 # Names without a counterpart here.
 _NONE_HERE = {
     "logging_steps": "every step is a line of metrics.jsonl",
-    "report_to": "every step is a line of metrics.jsonl",
     "save_strategy": "save_steps sets when checkpoints are written",
     "max_prompt_length": "prompts are never cut",
-    "use_vllm": "completions are sampled by transformers",
     "top_p": "what is sampled must be what is scored, so nothing is cut off",
     "top_k": "what is sampled must be what is scored, so nothing is cut off",
-    "resume_from_checkpoint": "--model <checkpoint> starts a new run from its weights",
 }
 
 
@@ -392,7 +569,7 @@ _NOTES = {
     "num_train_epochs": ", in GRPO steps (an epoch is rows / prompts_per_step of them)",
     "per_device_train_batch_size": ", the completions of a forward pass; prompts_per_step and "
     "group_size set those of a GRPO step",
-    "gradient_accumulation_steps": " x group_size / micro_batch_size forward passes a GRPO step",
+    "gradient_accumulation_steps": "; micro_batch_tokens sets how it is cut into forward passes",
     "batch_size": ", with micro_batch_size completions in a forward pass",
     "warmup_ratio": ", in steps; warmup_steps is the supervised warm-up of a new model",
     "bf16": ", e.g. --dtype bfloat16",

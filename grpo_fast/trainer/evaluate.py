@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
+from grpo_fast.trainer import checkpoints, rollout, tasks
 from grpo_fast.trainer import config as configs
-from grpo_fast.trainer import loading, rollout, tasks
 from grpo_fast.trainer import model as models
 from grpo_fast.trainer.config import TrainConfig
 from grpo_fast.trainer.model import Policy
@@ -26,10 +26,16 @@ def mean_rewards(
         temperature: the temperature of sampling; 0 is greedy.
     """
     prompts = [row["prompt"] for row in rows]
-    size = min(BATCH, config.micro_batch_size or BATCH)
-    answers = rollout.sample(policy, prompts, config.max_new_tokens, temperature, size)
-    total, means = rollout.reward(task, answers, rows)
-    return {"reward": total.nanmean().item(), "accuracy": next(iter(means.values()))}
+    answers = rollout.sample(
+        policy,
+        prompts,
+        config.max_new_tokens,
+        temperature,
+        min(BATCH, config.micro_batch_size or BATCH),
+        batch_tokens=config.sampling_tokens,
+    )
+    scores = rollout.reward(task, answers, rows, config.reward_timeout)
+    return {"reward": scores.total.nanmean().item(), "accuracy": next(iter(scores.means.values()))}
 
 
 def report(policy: Policy, task: Task, config: TrainConfig) -> str:
@@ -52,13 +58,12 @@ def evaluate_run(run_dir: Path, device: str = "auto", seed: int = 0) -> str:
     """
     run_dir = run_dir.expanduser()
     checkpoint = run_dir
-    if not (run_dir / "config.json").is_file():
-        checkpoint = models.latest(run_dir)
+    if not any((run_dir / f"{kind}config.json").is_file() for kind in ("", "adapter_")):
+        checkpoint = checkpoints.latest(run_dir)
     settings = checkpoint.resolve().parent.parent / "config.yaml"
     config = dataclasses.replace(configs.parse([str(settings)]), device=device)
     task = tasks.build(config)
-    device_, dtype = models.placement(config)
-    policy = models.prepare(*loading.load(str(checkpoint.resolve())), device_, dtype)
+    policy = models.build(config, task.alphabet, checkpoint.resolve())
     rollout.check_prompts(policy, task.heldout, config.max_new_tokens)
     torch.manual_seed(seed)
     return f"{checkpoint}: {report(policy, task, config)}"

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from grpo_fast import ops, shared_prompt
 from grpo_fast.integrations.transformers import Head, check_head
@@ -27,7 +26,9 @@ class MicroBatch:
 
     Attributes:
         plan: which of them share a prompt; None if the losses come from logits.
-        old_logps, entropy, ref_logps: (B, T); `Learner` fills them in.
+        old_logps, entropy, ref_logps, importance: (B, T); `Learner` fills them in.
+        mismatch: (tokens,) the policy's log-probs minus those of another engine that sampled.
+        idle: it has no part in the loss; it keeps processes that share the weights in step.
     """
 
     rollout: Rollout
@@ -36,6 +37,9 @@ class MicroBatch:
     old_logps: Tensor | None = None
     entropy: Tensor | None = None
     ref_logps: Tensor | None = None
+    importance: Tensor | None = None
+    mismatch: Tensor | None = None
+    idle: bool = False
 
 
 class Scored(NamedTuple):
@@ -54,8 +58,10 @@ class Forward:
     its logits: then a line says so, and each completion has its own row.
     """
 
-    def __init__(self, policy: Policy, config: TrainConfig, objective: Objective) -> None:
-        self.policy, self.config, self.objective = policy, config, objective
+    def __init__(
+        self, policy: Policy, config: TrainConfig, objective: Objective, shown: bool = True
+    ) -> None:
+        self.policy, self.config, self.objective, self.shown = policy, config, objective, shown
         self.from_logits = False
         self.route = "unshared" if config.share_prompts == "off" else config.share_prompts
         self._said: set[str] = set()
@@ -65,7 +71,8 @@ class Forward:
             if config.share_prompts not in ("auto", "off"):
                 raise ValueError(f"share_prompts={config.share_prompts!r}: {error}") from error
             self.from_logits = True
-            tqdm.write(f"losses from logits, and no shared prompts: {error}")
+            if shown:
+                print(f"losses from logits, and no shared prompts: {error}")
 
     def micro_batch(self, rollout: Rollout, advantages: Tensor) -> MicroBatch:
         """Plan the forward of some completions."""
@@ -78,9 +85,9 @@ class Forward:
             completion_mask=rollout.mask,
         )
         choice = shared_prompt.choose(self.policy.model, plan, self.route)
-        if choice.route not in self._said and self.route == "auto":
+        if choice.route not in self._said and self.route == "auto" and self.shown:
             self._said.add(choice.route)
-            tqdm.write(choice.line)
+            print(choice.line)
         return MicroBatch(rollout, advantages, plan)
 
     @torch.no_grad()
@@ -113,7 +120,11 @@ class Forward:
             "objective": self.objective,
             "return_entropy": with_entropy,
         }
-        values = {"old_logps": batch.old_logps, "ref_logps": batch.ref_logps}
+        values = {
+            "old_logps": batch.old_logps,
+            "ref_logps": batch.ref_logps,
+            "importance_weights": batch.importance,
+        }
         if plan is None:
             logits = self._logits(self.policy.model, rollout)
             given |= values | {"mask": rollout.mask, "inplace": True}

@@ -1,20 +1,24 @@
 """The model given with --model: load it, and refuse one that is incomplete or no causal language model."""
 
+import importlib.util
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TorchAoConfig
 
 from grpo_fast.shared_prompt.recompute import checkpointed_layers
 
 OLD_BUFFERS = (".masked_bias",)  # constants that transformers once saved with GPT-2
 
 
-def load(name: str) -> tuple[Any, Any]:
-    """Load a causal LM in float32, and its tokenizer, from a folder or a hub id.
+def load(name: str, dtype: torch.dtype = torch.float32, **options: Any) -> tuple[Any, Any]:
+    """Load a causal LM and its tokenizer from a folder or a hub id.
+
+    Args:
+        dtype: the precision of the weights. options: further arguments of `from_pretrained`.
 
     Raises:
         ValueError: it cannot be read, is incomplete, not finite, or no causal LM; the message says which.
@@ -26,9 +30,10 @@ def load(name: str) -> tuple[Any, Any]:
             AutoModelForCausalLM,
             where,
             "weights",
-            dtype=torch.float32,
+            dtype=dtype,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # and refused below, by name
+            **options,
         )
         check_loaded(info)
         check_finite(model)
@@ -55,7 +60,9 @@ def locate(name: str) -> str:
     if (folder / "config.json").is_file():
         return str(folder)
     if (folder / "adapter_config.json").is_file():
-        raise ValueError("an adapter; merge it into its model and give the folder of the result")
+        raise ValueError(
+            "an adapter; merge it into its model (peft: merge_and_unload) and give the folder of the result"
+        )
     if (folder / "checkpoints").is_dir():
         raise ValueError("a run; give one of its checkpoints, <run>/checkpoints/step-<n>")
     raise ValueError("a folder without config.json, so no model of transformers")
@@ -114,7 +121,8 @@ def check_finite(model: Any) -> None:
     Raises:
         ValueError: there are some; the message names the tensors.
     """
-    bad = [name for name, p in model.named_parameters() if not p.isfinite().all()]
+    floats = [(n, p) for n, p in model.named_parameters() if p.is_floating_point()]
+    bad = [name for name, p in floats if type(p) is torch.nn.Parameter and not p.isfinite().all()]
     if bad:
         raise ValueError(f"NaN or infinite weights: {listed(bad)}")
 
@@ -130,6 +138,7 @@ def check_causal(model: Any) -> None:
         raise ValueError("an encoder-decoder, not a causal language model")
     ids = torch.tensor([[0, 1, 2], [0, 1, 0]], device=model.device)
     first = model.eval()(input_ids=ids).logits[:, :2].float()
+    # In halves a row's bits depend on the products' shapes, which are the same for both.
     if (first[0] - first[1]).abs().max() > 1e-4 * first.abs().max():
         raise ValueError(
             "its logits depend on later tokens (an encoder like BERT?): not a causal language model"
@@ -152,3 +161,26 @@ def check_layers(model: Any) -> None:
         raise ValueError(
             f"gradient_checkpointing: {type(model).__name__} has no layers that can be recomputed"
         )
+
+
+def quantization(name: str) -> Any:
+    """Return the quantisation of `from_pretrained` for an option of `--quantize`.
+
+    Raises:
+        ValueError: its library is not installed.
+    """
+    package = "torchao" if name.startswith("torchao") else "bitsandbytes"
+    if importlib.util.find_spec(package) is None:
+        raise ValueError(f"quantize={name!r}: {package} is not installed; pip install {package}")
+    if package == "torchao":
+        from torchao.quantization import Int8WeightOnlyConfig
+
+        return TorchAoConfig(Int8WeightOnlyConfig())
+    four = name == "bnb-4bit"
+    return BitsAndBytesConfig(
+        load_in_4bit=four,
+        load_in_8bit=not four,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )

@@ -1,8 +1,8 @@
-"""The policy of a run: a small new model or a given one, its device and precision, and checkpoints."""
+"""The policy of a run: a small new model or a given one, its adapter, its device and its precision."""
 
 import contextlib
-import re
-import sys
+import copy
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from grpo_fast.trainer import files, loading
+from grpo_fast.trainer import loading
 from grpo_fast.trainer.config import TrainConfig
 
 
@@ -25,10 +25,12 @@ class Policy:
     """A causal LM with its tokenizer, ready to sample from and to train.
 
     Attributes:
-        model: its weights are float32.
+        model: bare, with a peft adapter, or with weights that are shared between processes.
+        dtype: the precision of the activations.
         generation_config: the configuration that the model came with; it is saved with the model. During
             training the model has a neutral one, so that samples follow the distribution that is scored.
         eos_ids: the tokens that end a completion.
+        masters: bf16 weights have float32 copies, which the optimizer updates.
     """
 
     model: Any
@@ -37,28 +39,103 @@ class Policy:
     dtype: torch.dtype
     generation_config: GenerationConfig
     eos_ids: list[int]
+    masters: bool = False
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """Compute activations in `dtype`."""
         enabled = self.dtype != torch.float32
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=enabled)
 
+    @property
+    def adapted(self) -> bool:
+        """Tell whether an adapter is trained."""
+        return hasattr(self.model, "disable_adapter")
 
-def build(config: TrainConfig, alphabet: str) -> Policy:
+    @property
+    def trained(self) -> list[torch.nn.Parameter]:
+        """The parameters that are trained."""
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    @contextlib.contextmanager
+    def without_adapter(self) -> Iterator[Any]:
+        """Give the model as it was before its adapter."""
+        with self.model.disable_adapter():
+            yield self.model
+
+
+def build(config: TrainConfig, alphabet: str, checkpoint: Path | None = None) -> Policy:
     """Build the policy of a configuration, on its device.
+
+    Args:
+        checkpoint: the folder of a checkpoint that has its weights, or its adapter.
 
     Raises:
         ValueError: there is no such device, or the model or tokenizer cannot be used; the message says why.
     """
     device, dtype = placement(config)
-    if config.model is None:
+    weights = weights_dtype(config, dtype)
+    source = config.model if checkpoint is None or config.use_peft else str(checkpoint)
+    options: dict[str, Any] = {}
+    if config.attention is not None:
+        options["attn_implementation"] = config.attention
+    if config.quantize:
+        options["quantization_config"] = loading.quantization(config.quantize)
+    if source is None or (config.dry_run and (checkpoint is None or config.use_peft)):
         tokenizer: Any = character_tokenizer(alphabet)
-        model = new_model(config, tokenizer)
+        if config.model is None:
+            model = new_model(config, tokenizer, weights)
+        else:
+            model = tiny_model(config.model, tokenizer, weights, options)
     else:
-        model, tokenizer = loading.load(config.model)
+        model, tokenizer = loading.load(source, weights, **options)
+    if config.use_peft:
+        model = adapted(model, config, checkpoint)
     if config.gradient_checkpointing:
         loading.check_layers(model)
-    return prepare(model, tokenizer, device, dtype)
+    policy = prepare(model, tokenizer, device, dtype)
+    policy.masters = weights == torch.bfloat16 and config.weights != "bfloat16_only"
+    return policy
+
+
+def weights_dtype(config: TrainConfig, dtype: torch.dtype) -> torch.dtype:
+    """Return the precision of the weights; FSDP keeps float32 weights itself, where they are trained."""
+    if config.fsdp and not config.use_peft:
+        return torch.float32
+    if config.weights == "auto":
+        return dtype
+    return torch.float32 if config.weights == "float32" else torch.bfloat16
+
+
+def adapted(model: Any, config: TrainConfig, checkpoint: Path | None) -> Any:
+    """Put a LoRA adapter on a model: a new one, which changes nothing yet, or that of a checkpoint.
+
+    Raises:
+        ValueError: peft is not installed, or the model has no such layers.
+    """
+    try:
+        from peft import LoraConfig, PeftModel, get_peft_model
+    except ImportError as error:
+        raise ValueError("use_peft: peft is not installed; pip install peft") from error
+    if checkpoint is not None:
+        return PeftModel.from_pretrained(model, str(checkpoint), is_trainable=True)
+    settings = LoraConfig(
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # an int is usual, no must
+        target_modules=config.lora_target_modules or "all-linear",
+        lora_dropout=0.0,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        return get_peft_model(model, settings)
+    except ValueError as error:
+        raise ValueError(f"use_peft: {' '.join(str(error).split())}") from error
+
+
+def reference(policy: Policy) -> Any:
+    """Return a frozen copy of the model, for the KL; None with an adapter, whose base is the reference."""
+    if policy.adapted:
+        return None
+    return copy.deepcopy(policy.model).eval().requires_grad_(False)
 
 
 def prepare(model: Any, tokenizer: Any, device: torch.device, dtype: torch.dtype) -> Policy:
@@ -90,7 +167,14 @@ def prepare(model: Any, tokenizer: Any, device: torch.device, dtype: torch.dtype
     model.generation_config = GenerationConfig(
         eos_token_id=eos_ids, pad_token_id=tokenizer.pad_token_id
     )
-    return Policy(model.to(device).eval(), tokenizer, device, dtype, original, eos_ids)
+    return Policy(placed(model, device).eval(), tokenizer, device, dtype, original, eos_ids)
+
+
+def placed(model: Any, device: torch.device) -> Any:
+    """Move a model to a device; one of bitsandbytes is there since it was loaded."""
+    if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
+        return model
+    return model.to(device)
 
 
 def placement(config: TrainConfig) -> tuple[torch.device, torch.dtype]:
@@ -125,7 +209,30 @@ def character_tokenizer(alphabet: str) -> PreTrainedTokenizerFast:
     )
 
 
-def new_model(config: TrainConfig, tokenizer: PreTrainedTokenizerFast) -> Any:
+def tiny_model(
+    name: str, tokenizer: PreTrainedTokenizerFast, dtype: torch.dtype, options: dict[str, Any]
+) -> Any:
+    """Return a model of the same architecture as `name`, with few layers and random weights.
+
+    Raises:
+        ValueError: there is no such model, and its name is unknown here, too.
+    """
+    from grpo_fast.trainer import sizing
+
+    shape = sizing.tiny(sizing.describe(name))
+    text = shape.get_text_config()
+    text.vocab_size = max(len(tokenizer), 64)
+    text.eos_token_id = shape.eos_token_id = tokenizer.eos_token_id
+    text.pad_token_id = shape.pad_token_id = tokenizer.pad_token_id
+    options = {k: v for k, v in options.items() if k != "quantization_config"}
+    model = AutoModelForCausalLM.from_config(shape, dtype=dtype, **options)
+    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id)
+    return model
+
+
+def new_model(
+    config: TrainConfig, tokenizer: PreTrainedTokenizerFast, dtype: torch.dtype = torch.float32
+) -> Any:
     """Return a small Llama with random weights."""
     return AutoModelForCausalLM.from_config(
         LlamaConfig(
@@ -138,77 +245,6 @@ def new_model(config: TrainConfig, tokenizer: PreTrainedTokenizerFast) -> Any:
             bos_token_id=None,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
-        )
+        ),
+        dtype=dtype,
     )
-
-
-def save(policy: Policy, run_dir: Path, step: int, keep: int) -> Path:
-    """Write `checkpoints/step-<step>` completely or not at all, and delete all but the newest `keep`.
-
-    `AutoModelForCausalLM` and `AutoTokenizer` can load it. If the disk is full, the checkpoints that would be
-    deleted afterwards are deleted first, and the write is repeated once. The newest one always stays.
-
-    Raises:
-        OSError: nothing was saved; the message names the folder.
-    """
-    folder = run_dir / "checkpoints"
-    try:
-        final = _write(policy, folder, step)
-    except OSError as error:
-        if error.errno not in files.FULL:
-            raise
-        for spare in checkpoints(run_dir)[: -max(keep - 1, 1)]:
-            files.remove(spare)
-        final = _write(policy, folder, step)
-    try:
-        for old in checkpoints(run_dir)[:-keep]:
-            if old != final:
-                files.remove(old)
-    except OSError as error:
-        print(f"{folder}: could not delete an older checkpoint: {error}", file=sys.stderr)
-    return final
-
-
-def _write(policy: Policy, folder: Path, step: int) -> Path:
-    """Write one checkpoint; nothing of it stays if that fails."""
-    final = folder / f"step-{step:06d}"
-    partial = files.hidden(final, "partial")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        files.tidy(folder)
-        partial.mkdir()
-        policy.model.save_pretrained(partial)
-        policy.tokenizer.save_pretrained(partial)
-        # Not through save_pretrained, which refuses settings that models on the hub have.
-        policy.generation_config.to_json_file(partial / "generation_config.json")
-        files.publish(partial, final)
-    except Exception as error:  # OSError, or the errors of safetensors and tokenizers
-        with contextlib.suppress(OSError):
-            files.tidy(folder)
-        raise files.named(error, final) from error
-    return final
-
-
-def checkpoints(run_dir: Path) -> list[Path]:
-    """Return the complete checkpoints of a run, the oldest first.
-
-    If a process died while it replaced one, the old one counts, which still has its hidden name.
-    """
-    found = {}
-    for path in (run_dir / "checkpoints").glob("*"):
-        name = re.fullmatch(r"step-(\d{6,})|\.step-(\d{6,})\.old", path.name)
-        if name and path.is_dir() and not (name[2] and int(name[2]) in found):
-            found[int(name[1] or name[2])] = path
-    return [found[step] for step in sorted(found)]
-
-
-def latest(run_dir: Path) -> Path:
-    """Return the newest checkpoint of a run.
-
-    Raises:
-        ValueError: there is none.
-    """
-    found = checkpoints(run_dir)
-    if not found:
-        raise ValueError(f"{run_dir}: not a run with a checkpoint")
-    return found[-1]

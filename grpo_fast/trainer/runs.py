@@ -1,4 +1,4 @@
-"""The files of a run: its folder and lock, config.yaml, metrics.jsonl and curve.png."""
+"""The files of a run: its folder and lock, config.yaml, metrics.jsonl, completions.jsonl and curve.png."""
 
 import contextlib
 import io
@@ -13,15 +13,15 @@ from typing import Any
 from filelock import FileLock, Timeout
 from matplotlib.figure import Figure
 
-from grpo_fast.trainer import files
-from grpo_fast.trainer import model as models
+from grpo_fast.trainer import checkpoints, files
 from grpo_fast.trainer.config import TrainConfig
 
 SMOOTHING = 10  # steps of the moving mean
 LOCK, PID = ".lock", ".pid"
 # The names that a run writes, with the hidden names of files.py.
 MADE = re.compile(
-    r"\.lock|\.pid|checkpoints|\.?(config\.yaml|metrics\.jsonl|curve\.png|pid|checkpoints)"
+    r"\.lock|\.pid|grpo_fast|\.?(config\.yaml|metrics\.jsonl|completions\.jsonl|curve\.png|report\.html"
+    r"|pid|checkpoints|reference|server_weights)"
     r"(\.(partial|old|deleted))?"
 )
 
@@ -135,7 +135,7 @@ def _empty(run_dir: Path) -> None:
 
 
 def _what_is_there(path: Path, name: str) -> str:
-    found = models.checkpoints(path)
+    found = checkpoints.checkpoints(path)
     if not found:
         return (
             f"name={name!r}: {path} exists, without a checkpoint; give another --name, or replace it "
@@ -144,17 +144,56 @@ def _what_is_there(path: Path, name: str) -> str:
     step = int(found[-1].name.strip(".").removeprefix("step-").removesuffix(".old"))
     return (
         f"name={name!r}: {path} exists; its newest checkpoint, of step {step}, is {found[-1]}. To go on "
-        f"from it with its options: grpo-fast train {path / 'config.yaml'} --model {found[-1]} "
-        f"--name {files.free_name(path.parent, name)}. (--overwrite deletes the run and its checkpoints.)"
+        f"with it: grpo-fast train --resume {path}. To start another run from its weights: --model "
+        f"{found[-1]} --name {files.free_name(path.parent, name)}. (--overwrite deletes the run and its "
+        "checkpoints.)"
     )
 
 
-class Metrics:
-    """The file metrics.jsonl: one object per step, on disk as soon as it is written."""
+def find(config: TrainConfig) -> Path | None:
+    """Return the folder of the run that `config.resume` names; None: there is none yet.
 
-    def __init__(self, run_dir: Path) -> None:
-        self.path = run_dir / "metrics.jsonl"
+    Raises:
+        ValueError: a path was given, and it is no run.
+    """
+    if config.resume != "latest":
+        path = Path(config.resume or "")
+        if not (path / "config.yaml").is_file():
+            raise ValueError(f"resume={config.resume!r}: not a run, it has no config.yaml")
+        return path
+    parent = Path(config.output_dir)
+    if config.name is not None:
+        path = parent / config.name
+        return path if (path / "config.yaml").is_file() else None
+    runs = [path.parent for path in parent.glob("*/config.yaml")]
+    return max(runs, key=_last_written, default=None)
+
+
+def _last_written(run_dir: Path) -> float:
+    names = ("config.yaml", "metrics.jsonl")
+    return max((run_dir / n).stat().st_mtime for n in names if (run_dir / n).exists())
+
+
+class Lines:
+    """A file of one object per line, on disk as soon as it is written: metrics.jsonl, completions.jsonl.
+
+    Args:
+        steps: keep the rows of the steps before this one, and delete all others.
+    """
+
+    def __init__(self, path: Path, steps: int = 0) -> None:
+        self.path = path
         self.rows: list[dict[str, Any]] = []
+        if not path.exists():
+            return
+        for line in path.read_bytes().split(b"\n"):
+            try:
+                row = json.loads(line)
+            except ValueError:  # the end of a process that was killed
+                continue
+            if row["step"] < steps:
+                self.rows.append(row)
+        files.write(path, b"".join((json.dumps(row) + "\n").encode() for row in self.rows))
 
     def write(self, row: dict[str, Any]) -> None:
         """Append a row. NaN stands for a value that was not measured, and becomes null: JSON has no NaN.

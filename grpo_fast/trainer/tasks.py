@@ -2,6 +2,7 @@
 
 import codecs
 import dataclasses
+import functools
 import json
 import random
 from collections.abc import Callable, Iterator
@@ -42,8 +43,8 @@ def build(config: TrainConfig) -> Task:
         ValueError: the dataset or a reward function cannot be read, or there are too few problems.
     """
     folder = Path(config.reward_dir) if config.reward_dir else None
-    functions = [rewards.load(r, folder) for r in config.reward]
-    task = from_file(config) if config.dataset is not None else arithmetic(config)
+    functions = [rewards.load(r, folder, config.device) for r in config.reward]
+    task = from_dataset(config) if config.dataset is not None else arithmetic(config)
     if not functions:
         return task
     weights = config.reward_weights or [1.0] * len(functions)
@@ -73,39 +74,91 @@ def arithmetic(config: TrainConfig) -> Task:
     return Task(train, heldout, functions, [0.9, 0.1], demonstration, "0123456789+=[]")
 
 
-def from_file(config: TrainConfig) -> Task:
-    """Read the rows of a JSON Lines file; `prompt` is a string or a list of chat messages.
+def from_dataset(config: TrainConfig) -> Task:
+    """Read the rows of a dataset; `prompt` is a string or a list of chat messages.
 
     Raises:
-        ValueError: a line is no such row; the message has its number.
+        ValueError: there is no such dataset, or a row has another form; the message has its number.
     """
-    path = Path(config.dataset or "").expanduser()
-    if not path.is_file():
-        raise ValueError(f"dataset={config.dataset!r}: no such file")
+    name = config.dataset or ""
+    path = Path(name).expanduser()
+    if path.suffix == ".parquet" and path.is_file():
+        read = parquet(path)
+    elif path.is_file():
+        read = json_lines(path)
+    elif path.suffix or name.startswith((".", "/", "~")) or name.count("/") > 1 or not name:
+        raise ValueError(f"dataset={name!r}: no such file")
+    else:
+        read = named(name, config.dataset_split)
     needed = why_answers(config)
     rows: list[Row] = []
-    first = 0
-    # Lines end at \n alone: other line separators of Unicode are part of a string.
-    for number, line in enumerate(path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n"), 1):
-        if not line.strip():
-            continue
+    first = ""
+    for place, found in read:
         try:
-            row = parse_row(line, needed)
+            row = checked(in_columns(found(), config), needed)
             if rows and row.keys() != rows[0].keys():
                 differ = ", ".join(sorted(row.keys() ^ rows[0].keys()))
-                raise ValueError(f"other columns than line {first}: {differ}")
+                raise ValueError(f"other columns than {first}: {differ}")
             if rows and isinstance(row["prompt"], str) != isinstance(rows[0]["prompt"], str):
-                raise ValueError(f"prompt: text and chat messages are mixed, see line {first}")
+                raise ValueError(f"prompt: text and chat messages are mixed, see {first}")
         except ValueError as error:
-            raise ValueError(f"{path}, line {number}: {error}") from error
-        first = first or number
+            raise ValueError(f"{name}, {place}: {error}") from error
+        first = first or place
         rows.append(row)
     if not rows:
-        raise ValueError(f"{path}: no rows")
+        raise ValueError(f"{name}: no rows")
     alphabet = "".join(sorted({c for r in rows for c in f"{r['prompt']}{r.get('answer', '')}"}))
     demonstration = (lambda row, rng: str(row["answer"])) if needed else None
     train, heldout = split(rows, config)
     return Task(train, heldout, [rewards.correct], [1.0], demonstration, alphabet)
+
+
+Read = Iterator[tuple[str, Callable[[], Any]]]  # the place of a row, and the row
+
+
+def json_lines(path: Path) -> Read:
+    """Read a JSON Lines file. Its lines end at \\n alone: other separators of Unicode are part of a text."""
+    lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            yield f"line {number}", functools.partial(parse_line, line)
+
+
+def parquet(path: Path) -> Read:
+    """Read a Parquet file, with pyarrow.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        import pyarrow.parquet
+
+        rows = pyarrow.parquet.read_table(path).to_pylist()
+    except (ImportError, OSError, ValueError) as error:
+        raise ValueError(f"dataset={str(path)!r}: {error}") from error
+    for number, row in enumerate(rows, 1):
+        yield f"row {number}", functools.partial(_itself, row)
+
+
+def named(name: str, split: str) -> Read:
+    """Read a split of a dataset that the library `datasets` finds: on the hub, or in a folder.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    try:
+        import datasets
+
+        found = datasets.load_dataset(name, split=split)
+    except Exception as error:  # of whatever the library's readers raise
+        text = " ".join(str(error).split())
+        raise ValueError(f"dataset={name!r}: no such file, and no dataset: {text}") from error
+    for number, row in enumerate(found, 1):
+        yield f"row {number}", functools.partial(_itself, row)
+
+
+def _itself(row: Any) -> Any:
+    return row
 
 
 def why_answers(config: TrainConfig) -> str:
@@ -117,27 +170,51 @@ def why_answers(config: TrainConfig) -> str:
     return ""
 
 
-def parse_row(line: bytes, needed: str) -> Row:
-    """Parse one line of a dataset.
-
-    Args:
-        needed: says what needs the answer; "" if it may be missing.
+def parse_line(line: bytes) -> Any:
+    """Parse one line of a JSON Lines file.
 
     Raises:
-        ValueError: the message says what is wrong with the line.
+        ValueError: it is not JSON, or not UTF-8.
     """
     try:
         text = line.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8: {error}") from error
     try:
-        row = json.loads(text)
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"not JSON: {error}") from error
+
+
+def in_columns(row: Any, config: TrainConfig) -> Any:
+    """Return a row with its columns under our names, and its prompt as a chat if `config.chat` is set."""
+    if not isinstance(row, dict):
+        return row
+    names = {config.prompt_column: "prompt", config.answer_column: "answer"}
+    row = {names.get(k, k): v for k, v in row.items() if k in names or k not in names.values()}
+    if config.chat and isinstance(row.get("prompt"), str):
+        system = (
+            [{"role": "system", "content": config.system_prompt}] if config.system_prompt else []
+        )
+        row["prompt"] = [*system, {"role": "user", "content": row["prompt"]}]
+    return row
+
+
+def checked(row: Any, needed: str) -> Row:
+    """Return a row of a dataset, if it is one.
+
+    Args:
+        needed: says what needs the answer; "" if it may be missing.
+
+    Raises:
+        ValueError: the message says what is wrong with the row.
+    """
     if not isinstance(row, dict):
         raise ValueError(f'want an object like {{"prompt": ...}}, got {type(row).__name__}')
     if "prompt" not in row:
-        raise ValueError(f"no column prompt; there are: {', '.join(row) or 'none'}")
+        raise ValueError(
+            f"no column prompt; there are: {', '.join(row) or 'none'} (--prompt_column names another)"
+        )
     if needed and "answer" not in row:
         raise ValueError(f"no column answer ({needed})")
     for name in rewards.ARGUMENTS:
@@ -147,12 +224,16 @@ def parse_row(line: bytes, needed: str) -> Row:
             )
     check_prompt(row["prompt"])
     if needed and not isinstance(row["answer"], (str, int, float)):
-        raise ValueError(f"answer: want text or a number, got {json.dumps(row['answer'])[:80]}")
+        raise ValueError(f"answer: want text or a number, got {_short(row['answer'])}")
     try:
-        json.dumps(row, ensure_ascii=False).encode("utf-8")
+        json.dumps(row, ensure_ascii=False, default=str).encode("utf-8")
     except UnicodeEncodeError as error:
         raise ValueError(f"half of a surrogate pair, which is no text: {error}") from error
     return row
+
+
+def _short(value: Any) -> str:
+    return json.dumps(value, default=str)[:80]
 
 
 def check_prompt(prompt: Any) -> None:
@@ -162,7 +243,7 @@ def check_prompt(prompt: Any) -> None:
         ValueError: the message shows the prompt.
     """
     if not isinstance(prompt, (str, list)):
-        raise ValueError(f"prompt: want text or a list of messages, got {json.dumps(prompt)[:80]}")
+        raise ValueError(f"prompt: want text or a list of messages, got {_short(prompt)}")
     if not prompt:
         raise ValueError(f"prompt: empty: {json.dumps(prompt)}")
     for message in [] if isinstance(prompt, str) else prompt:
@@ -170,7 +251,7 @@ def check_prompt(prompt: Any) -> None:
         if not (isinstance(message, dict) and all(isinstance(message.get(k), str) for k in keys)):
             raise ValueError(
                 'prompt: want messages like {"role": "user", "content": "..."}, got '
-                f"{json.dumps(message)[:80]}"
+                f"{_short(message)}"
             )
 
 
@@ -217,3 +298,26 @@ def batches(rows: list[Row], size: int, rng: random.Random) -> Iterator[list[Row
             queue += rng.sample(rows, len(rows))
         batch, queue = queue[:size], queue[size:]
         yield batch
+
+
+class Order:
+    """The rows of the training in their order: all of them, shuffled anew each time.
+
+    It depends on the seed and a position alone, so a run that goes on needs nothing else.
+    """
+
+    def __init__(self, rows: list[Row], seed: int) -> None:
+        self.rows, self.seed = rows, seed
+        self._epoch, self._shuffled = -1, rows
+
+    def at(self, position: int) -> Row:
+        """Return the row of a position: 0, 1, 2, ... without end."""
+        epoch, place = divmod(position, len(self.rows))
+        if epoch != self._epoch:
+            shuffled = random.Random(f"{self.seed}/{epoch}").sample(self.rows, len(self.rows))
+            self._epoch, self._shuffled = epoch, shuffled
+        return self._shuffled[place]
+
+    def take(self, position: int, count: int) -> list[Row]:
+        """Return `count` rows from a position on."""
+        return [self.at(i) for i in range(position, position + count)]

@@ -4,29 +4,35 @@ import contextlib
 import dataclasses
 import math
 import os
-import random
+import shutil
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import set_seed
 
+from grpo_fast import ops
+from grpo_fast.trainer import checkpoints, console, evaluate, files, progress, runs, tasks
 from grpo_fast.trainer import config as configs
-from grpo_fast.trainer import console, evaluate, files, runs, tasks
 from grpo_fast.trainer import model as models
 from grpo_fast.trainer import rollout as rollouts
 from grpo_fast.trainer.config import TrainConfig
 from grpo_fast.trainer.interruption import Interruption, interruptible, undivided
 from grpo_fast.trainer.model import Policy
-from grpo_fast.trainer.rewards import RewardError
-from grpo_fast.trainer.rollout import Rollout
+from grpo_fast.trainer.parallel import Team
+from grpo_fast.trainer.rewards import RewardError, Scores
+from grpo_fast.trainer.rollout import Rollout, Sampler, ServerSampler
 from grpo_fast.trainer.tasks import Task
 from grpo_fast.trainer.update import Learner
 from grpo_fast.trainer.warmup import warm_up
+
+LOGGED = 16  # completions of a step in completions.jsonl, at most
+PRINTED = 4  # completions of a step in a table
 
 
 @dataclass(frozen=True)
@@ -49,68 +55,84 @@ class Summary:
 
 
 def train(config: TrainConfig) -> Summary:
-    """Make a whole run; its folder has `config.yaml`, `metrics.jsonl`, `curve.png` and checkpoints.
+    """Make a whole run, or go on with one; its folder has config.yaml, metrics.jsonl and checkpoints.
 
-    When it ends, also by an error or by SIGINT, SIGTERM or SIGHUP, its weights are saved.
+    When it ends, also by an error or by SIGINT, SIGTERM or SIGHUP, a checkpoint is written. In several
+    processes (torchrun, accelerate launch) all of them call this.
 
     Raises:
         ValueError: a dataset, reward, model or device cannot be used; nothing was written.
         FileExistsError: the run exists, or another process is writing to it.
         FloatingPointError: the loss or the gradient is NaN or infinite; the message names the step.
-        RewardError: a reward function raised, or returned no list of rewards.
-        OSError: something could not be written; the message says what and why.
+        OSError: something could not be written, or a server not reached; the message says what and why.
     """
     with console.lasting():
+        if config.dry_run:
+            with tempfile.TemporaryDirectory() as folder:
+                return _train(shortened(config, folder))
         return _train(config)
+
+
+def shortened(config: TrainConfig, folder: str) -> TrainConfig:
+    """Return the options of a dry run: two steps with few and short completions."""
+    print("dry run: two steps with a tiny model of the same architecture and random weights")
+    team = int(os.environ.get("WORLD_SIZE") or 1)
+    options: dict[str, Any] = {
+        "output_dir": folder, "name": "dry_run", "steps": 2, "warmup_steps": 0, "resume": None,
+        "server": None, "report_to": [], "prompts_per_step": 2 * team, "heldout": 2, "samples": 1,
+        "group_size": min(config.group_size, 4), "max_new_tokens": min(config.max_new_tokens, 8),
+    }  # fmt: skip
+    shorter = dataclasses.replace(config, **options)
+    try:
+        tasks.build(shorter)
+    except ValueError as error:
+        if config.dataset is None or Path(config.dataset).exists():
+            raise
+        print(f"dry run: the built-in task takes the place of the dataset: {error}")
+        shorter = dataclasses.replace(shorter, dataset=None)
+    return shorter
 
 
 def _train(config: TrainConfig) -> Summary:
     started = time.perf_counter()
-    check_alone()
-    runs.check(config)
+    device, _ = models.placement(config)
+    team = Team(device)
+    run_dir = None
+    if config.resume:
+        run_dir = team.on_main(lambda: runs.find(config))
+        if run_dir is None:
+            print(f"resume: there is no run in {config.output_dir} yet; this is the first")
+            config = dataclasses.replace(config, resume=None)
+        else:
+            config = configs.resumed(config, run_dir)
+    check_team(config, team)
+    if run_dir is None:
+        team.on_main(lambda: runs.check(config))
     set_seed(config.seed)
     # For a model as small as the new one threads gain little, and cost much where cores are shared.
     usual = torch.get_num_threads() if config.model else 1
     torch.set_num_threads(config.threads or usual)
-    task = tasks.build(config)
+    # Of several processes each has its own device.
+    here = dataclasses.replace(config, device=str(team.device)) if team.size > 1 else config
+    task = tasks.build(here)
     config = dataclasses.replace(config, heldout=tasks.count(task.heldout))
     check_answers(config, task)
-    policy = models.build(config, task.alphabet)
+    checkpoint = checkpoints.resumable(run_dir)[-1:] if run_dir else []
+    policy = models.build(here, task.alphabet, checkpoint[0] if checkpoint else None)
     rollouts.check_prompts(policy, [*task.train, *task.heldout], config.max_new_tokens)
-    run_dir = runs.create(config)
-    with runs.hold(run_dir), interruptible() as interruption:
-        configs.save(config, run_dir / "config.yaml")
-        if config.model is not None and config.dataset is None:
-            print(f"no --dataset: {config.model} is trained on the built-in task {config.task!r}")
-        print(f"{run_dir}: {len(task.train)} training and {len(task.heldout)} held-out problems")
-        run = _Run(config, task, policy, run_dir, runs.Metrics(run_dir), started)
-        try:
-            if config.model is None and task.demonstration is not None:
-                taken = warm_up(policy, task, config, lambda: bool(interruption.signal))
-                print(f"warm-up: {taken} steps, {time.perf_counter() - started:.0f} s")
-            if not interruption.signal:
-                run.show("before GRPO")
-                run.grpo(interruption)
-            checkpoint = run.save()
-            run.draw()
-        except BaseException as error:
-            run.rescue()
-            if isinstance(error, ValueError) and not isinstance(error, RewardError):
-                # No option is wrong any more: let its traceback be seen.
-                raise RuntimeError(f"step {run.step}: {error}") from error
-            raise
-        if not interruption.signal:
-            run.show("after GRPO")
-        if run.metrics.rows and all(r["groups_without_signal"] == 1 for r in run.metrics.rows):
-            print(
-                "warning: in no group did completions earn different rewards: nothing was learned from them",
-                file=sys.stderr,
-            )
+    if run_dir is None:
+        run_dir = team.on_main(lambda: runs.create(config))
+    lock = runs.hold(run_dir) if team.main else contextlib.nullcontext()
+    with lock, interruptible() as interruption:
+        if team.main and not config.resume:
+            configs.save(config, run_dir / "config.yaml")
+        run = Run(config, task, policy, run_dir, team, started)
+        run.whole(interruption, checkpoint[0] if checkpoint else None)
     rows = run.metrics.rows
     first = rows[0]["reward"] if rows else None
     return Summary(
         run_dir=run_dir,
-        checkpoint=checkpoint,
+        checkpoint=run.saved[1] if run.saved else run_dir,
         steps=run.step,
         first_reward=float("nan") if first is None else first,
         last_reward=run.metrics.recent("reward"),
@@ -119,18 +141,16 @@ def _train(config: TrainConfig) -> Summary:
     )
 
 
-def check_alone() -> None:
-    """Refuse to run as one of several processes: each would train its own copy.
+def check_team(config: TrainConfig, team: Team) -> None:
+    """Refuse options that several processes cannot share.
 
     Raises:
-        ValueError: the variables of torchrun, accelerate or MPI say that there are several.
+        ValueError: the prompts of a step cannot be dealt out evenly.
     """
-    for name in ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"):
-        if os.environ.get(name, "1") not in ("", "0", "1"):
-            raise ValueError(
-                f"{name}={os.environ[name]}: this trainer is one process on one device; for more, use "
-                "this library's losses in TRL or verl (docs/trl.md, docs/integrations.md)"
-            )
+    if config.prompts_per_step % team.size:
+        raise ValueError(
+            f"prompts_per_step={config.prompts_per_step}: want a multiple of the {team.size} processes"
+        )
 
 
 def check_answers(config: TrainConfig, task: Task) -> None:
@@ -150,133 +170,376 @@ def check_answers(config: TrainConfig, task: Task) -> None:
 
 
 @dataclass
-class _Run:
+class Run:
+    """A run: its parts, and how far it is."""
+
     config: TrainConfig
     task: Task
     policy: Policy
     run_dir: Path
-    metrics: runs.Metrics
+    team: Team
     started: float
     step: int = 0
+    position: int = 0  # in the data: how many prompts were taken
+    before: float = 0.0  # seconds of the processes that this one goes on from
     saved: tuple[int, Path] | None = None  # optimiser steps, and where
-    updates: int = 0
     process: int = dataclasses.field(default_factory=os.getpid)
-    warned: bool = False
+
+    def __post_init__(self) -> None:
+        self.learner: Learner | None = None
+        self.sampler = Sampler(self.policy, self.config)
+        self.order = tasks.Order(self.task.train, self.config.seed)
+        self.metrics = runs.Lines(self.run_dir / "metrics.jsonl", NEVER)
+        self.completions = runs.Lines(self.run_dir / "completions.jsonl", NEVER)
+
+    def say(self, text: str) -> None:
+        """Print a line, once for all processes."""
+        if self.team.main:
+            print(text, flush=True)
+
+    def whole(self, interruption: Interruption, checkpoint: Path | None) -> None:
+        """Make all of the run, from its start or from a checkpoint."""
+        config, task = self.config, self.task
+        if config.model is not None and config.dataset is None:
+            self.say(
+                f"no --dataset: {config.model} is trained on the built-in task {config.task!r}"
+            )
+        counts = f"{len(task.train)} training and {len(task.heldout)} held-out problems"
+        self.say(f"{self.run_dir}: {counts}")
+        trackers = None
+        try:
+            self.begin(interruption, checkpoint)
+            trackers = progress.Trackers(config, self.run_dir, self.policy.device)
+            if not self.stop(interruption):
+                if checkpoint is None:
+                    self.show("before GRPO")
+                self.grpo(interruption, trackers)
+            self.save()
+            self.draw()
+        except BaseException as error:
+            self.rescue()
+            if isinstance(error, ValueError) and not isinstance(error, RewardError):
+                if "resume" in str(error) or "report_to" in str(error):
+                    raise
+                # No option is wrong any more: let its traceback be seen.
+                raise RuntimeError(f"step {self.step}: {error}") from error
+            raise
+        finally:
+            if trackers is not None:
+                trackers.end()
+        if not interruption.signal:
+            self.show("after GRPO")
+        if self.metrics.rows and all(r["groups_without_signal"] == 1 for r in self.metrics.rows):
+            print(
+                "warning: in no group did completions earn different rewards: nothing was learned from them",
+                file=sys.stderr,
+            )
+
+    def begin(self, interruption: Interruption, checkpoint: Path | None) -> None:
+        """Warm up a new model, or go on from a checkpoint; make the learner and the sampler."""
+        config, reference = self.config, None
+        frozen = self.run_dir / "reference"
+        if checkpoint is not None:
+            if config.to_objective().beta and not config.use_peft:
+                here = dataclasses.replace(config, device=str(self.policy.device))
+                source = frozen if frozen.is_dir() else None
+                reference = models.build(here, self.task.alphabet, source).model.requires_grad_(
+                    False
+                )
+        elif config.model is None and self.task.demonstration is not None:
+            taken = warm_up(
+                self.policy, self.task, config, lambda: self.stop(interruption), self.team.main
+            )
+            self.say(f"warm-up: {taken} steps, {time.perf_counter() - self.started:.0f} s")
+        self.team.alike(self.policy.trained)
+        if (
+            checkpoint is None
+            and config.to_objective().beta
+            and (config.model is None or config.dry_run)
+        ):
+            self.freeze(frozen)
+        self.learner = Learner(self.policy, config, self.team, reference)
+        if config.server:
+            folder = self.run_dir / "server_weights"
+            self.sampler = ServerSampler(self.policy, config, folder)
+        if checkpoint is not None:
+            state = checkpoints.restore(self.learner, checkpoint)
+            self.step, self.position, self.before = (
+                state[k] for k in ("step", "position", "seconds")
+            )
+            self.saved = self.learner.updates, checkpoint
+            self.say(f"resumed after step {self.step} from {checkpoint}")
+        if self.team.main:
+            self.metrics = runs.Lines(self.metrics.path, self.step)
+            self.completions = runs.Lines(self.completions.path, self.step)
+        self.sampler.update(self.write_weights, self.team)
+
+    def freeze(self, folder: Path) -> None:
+        """Save the model before GRPO, to which the KL is measured: it is found nowhere else."""
+
+        def write() -> None:
+            partial = files.hidden(folder, "partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            checkpoints.write_model(self.policy, partial, Team(self.policy.device, alone=True))
+            files.publish(partial, folder)
+
+        self.team.on_main(write)
+
+    def write_weights(self, folder: Path) -> None:
+        """Write the weights where the server reads them."""
+        partial = files.hidden(folder, "partial")
+
+        def clear() -> None:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+
+        self.team.on_main(clear)
+        checkpoints.write_model(self.policy, partial, self.team)
+        self.team.on_main(lambda: files.publish(partial, folder))
+
+    def stop(self, interruption: Interruption) -> bool:
+        """Tell whether a signal ends the run; all processes agree, and have the signal then."""
+        signals = [s for s in self.team.objects(interruption.signal) if s is not None]
+        if signals:
+            interruption.signal = interruption.signal or signals[0]
+        return bool(signals)
 
     def save(self) -> Path:
         """Write a checkpoint of the current weights, unless there is one, and return it."""
-        if self.saved is None or self.saved[0] != self.updates:
+        updates = self.learner.updates if self.learner else 0
+        if self.saved is None or self.saved[0] != updates:
+            # A step of several updates that failed in between cannot be gone on with.
+            complete = updates == self.step * self.config.num_iterations
+            state = {
+                "position": self.position,
+                "seconds": self.before + time.perf_counter() - self.started,
+            }
             with undivided():
-                path = models.save(
-                    self.policy, self.run_dir, self.step, self.config.keep_checkpoints
+                path = checkpoints.save(
+                    self.policy,
+                    self.run_dir,
+                    self.step,
+                    self.config.keep_checkpoints,
+                    self.learner if complete else None,
+                    state,
                 )
-                self.saved = self.updates, path
+                self.saved = updates, path
         return self.saved[1]
 
     def draw(self) -> None:
-        runs.plot(self.metrics.rows, self.run_dir / "curve.png")
+        if self.team.main:
+            runs.plot(self.metrics.rows, self.run_dir / "curve.png")
 
     def rescue(self) -> None:
         """Save the weights of a run that ends by an exception, and say where they are.
 
-        It does nothing in a child that a reward function has forked: the run itself goes on.
+        It does nothing in a child that a reward function has forked: the run itself goes on. Nor where other
+        processes would have to take part, which may wait elsewhere.
         """
         if os.getpid() != self.process:
+            return
+        found = checkpoints.checkpoints(self.run_dir)
+        newest = f"the newest checkpoint is {found[-1] if found else 'none'}"
+        if self.team.size > 1:
+            self.say(newest)
             return
         with contextlib.suppress(OSError, KeyboardInterrupt), undivided():
             try:
                 print(f"the weights after step {self.step} are in {self.save()}", file=sys.stderr)
             except Exception as error:  # must not hide the one that ended the run
-                found = models.checkpoints(self.run_dir)
                 why = files.reason(error) if isinstance(error, OSError) else error
                 print(
-                    f"the weights after step {self.step} could not be saved: {why}; "
-                    f"the newest checkpoint is {found[-1] if found else 'none'}",
+                    f"the weights after step {self.step} could not be saved: {why}; {newest}",
                     file=sys.stderr,
                 )
             self.draw()
 
-    def grpo(self, interruption: Interruption) -> None:
+    def grpo(self, interruption: Interruption, trackers: progress.Trackers) -> None:
         """Make all GRPO steps. `self.step` counts the finished ones."""
         config = self.config
-        learner = Learner(self.policy, config)
-        batches = tasks.batches(
-            self.task.train, config.prompts_per_step, random.Random(config.seed + 1)
-        )
-        with tqdm(total=config.steps, desc="GRPO", mininterval=0.5) as bar:
-            while self.step < config.steps and not interruption.signal:
-                row = self.grpo_step(learner, next(batches))
-                self.metrics.write(row)
-                bar.update()
-                bar.set_postfix_str(
-                    f"reward {row['reward']:.3f}, "
-                    + (f"kl {row['kl']:.3f}, " if learner.reference is not None else "")
-                    + f"clip {row['clip_fraction']:.3f}, {row['tokens_per_second']:.0f} tokens/s"
-                )
+        with progress.Bar("GRPO", config.steps, self.step, self.team.main) as bar:
+            while self.step < config.steps and not self.stop(interruption):
+                row = self.grpo_step()
+                if self.team.main:
+                    self.metrics.write(row)
+                    trackers.log(row)
+                bar.advance(progress.line_of(row))
                 if self.step % config.save_steps == 0 and self.step < config.steps:
                     self.save()
                     self.draw()
 
-    def grpo_step(self, learner: Learner, problems: list[tasks.Row]) -> dict[str, float]:
+    def grpo_step(self) -> dict[str, float]:
         """Sample `group_size` completions per problem, reward them, update, and return the metrics."""
-        config, begin = self.config, time.perf_counter()
-        rows = [row for row in problems for _ in range(config.group_size)]
-        rollout = self.sample(rows)
-        rewards, means = rollouts.reward(self.task, rollout, rows)
-        if rewards.isnan().any() and not self.warned:
-            self.warned = True
-            tqdm.write(
-                f"step {self.step}: every reward function gave None for "
-                f"{int(rewards.isnan().sum())} completions; such completions have advantage 0",
-                file=sys.stderr,
-            )
+        assert self.learner is not None
+        begin = time.perf_counter()
+        rows, rollout, scores, batches = self.collect()
+        sampled = time.perf_counter()
         step = self.step
         with undivided():  # the weights after a whole step have its name
             try:
-                metrics = learner.update(rollout, rewards)
+                metrics = self.learner.update(rollout, scores.total)
                 self.step += 1
+                self.position += batches * self.config.prompts_per_step
             except FloatingPointError as error:
                 raise FloatingPointError(f"step {step}: {error}; the run ends here") from error
-            finally:
-                self.updates = learner.updates
+        updated = time.perf_counter()
+        self.sampler.update(self.write_weights, self.team)
+        measured = self.measured(rollout, scores)
+        if self.config.completions_steps and step % self.config.completions_steps == 0:
+            self.log_completions(step, rows, rollout, scores)
         seconds = time.perf_counter() - begin
         return {
             "step": step,
+            **measured,
+            **metrics,
+            "batches_sampled": batches,
+            "tokens_per_second": measured["tokens"] / seconds,
+            "sampling_seconds": sampled - begin,
+            "update_seconds": updated - sampled,
+            "step_seconds": seconds,
+            "memory_gib": max(self.team.objects(memory(self.policy.device))),
+            "seconds": self.before + time.perf_counter() - self.started,
+        }
+
+    def collect(self) -> tuple[list[tasks.Row], Rollout, Scores, int]:
+        """Return the problems of a step, their completions and rewards, and how many batches were sampled.
+
+        With `resample`, groups without signal are replaced by groups of further batches, as in DAPO.
+        """
+        config, team = self.config, self.team
+        share = config.prompts_per_step // team.size
+        found: list[tuple[list[tasks.Row], Rollout, Scores]] = []
+        for attempt in range(1 + config.resample):
+            position = self.position + attempt * config.prompts_per_step + team.rank * share
+            problems = self.order.take(position, share)
+            rows = [row for row in problems for _ in range(config.group_size)]
+            first = team.rank * share * config.group_size
+            seeds = [
+                rollouts.seed_of(config.seed, self.step, attempt, first + b)
+                for b in range(len(rows))
+            ]
+            found.append((rows, *team.together(lambda r=rows, s=seeds: self.answered(r, s))))  # type: ignore[misc]
+            totals = torch.cat([scores.total for _, _, scores in found])
+            missing = share - int((~silent(totals, config.group_size)).sum())
+            if not config.resample or team.most(missing) <= 0:
+                break
+        if len(found) == 1:
+            return (*found[0], 1)
+        quiet = silent(totals, config.group_size)
+        groups = sorted([*(~quiet).nonzero()[:, 0], *quiet.nonzero()[:, 0]][:share])
+        G = config.group_size
+        picked = torch.cat([torch.arange(int(g) * G, int(g) * G + G) for g in groups])
+        every = [row for rows, _, _ in found for row in rows]
+        rollout = rollouts.joined([r for _, r, _ in found], self.policy.tokenizer.pad_token_id)
+        scores = Scores(
+            totals[picked],
+            {
+                name: torch.cat([s.each[name] for _, _, s in found])[picked]
+                for name in found[0][2].each
+            },
+            sum(s.failures for _, _, s in found),
+        )
+        return [every[int(b)] for b in picked], rollout[picked], scores, len(found)
+
+    def answered(self, rows: list[tasks.Row], seeds: list[int]) -> tuple[Rollout, Scores]:
+        """Sample one completion for each of `rows`, and reward it."""
+        rollout = self.sampler.sample([row["prompt"] for row in rows], seeds)
+        return rollout, rollouts.reward(self.task, rollout, rows, self.config.reward_timeout)
+
+    def measured(self, rollout: Rollout, scores: Scores) -> dict[str, float]:
+        """Return the metrics of the completions of all processes."""
+        gathered = self.team.objects(
+            (
+                scores.total,
+                scores.each,
+                scores.failures,
+                rollout.mask.sum(1).cpu(),
+                rollout.ended.cpu(),
+            )
+        )
+        totals, each, failures, lengths, ended = zip(*gathered, strict=True)
+        rewards, tokens = torch.cat(totals), torch.cat(lengths).float()
+        means = {name: torch.cat([e[name] for e in each]).nanmean().item() for name in scores.each}
+        return {
             "reward": rewards.nanmean().item(),
             "reward_std": spread(rewards),
             **{f"reward/{name}": mean for name, mean in means.items()},
             "without_reward": rewards.isnan().float().mean().item(),
-            "groups_without_signal": same_reward(rewards, config.group_size),
-            **completion_metrics(rollout),
-            **metrics,
-            "tokens_per_second": rollout.mask.sum().item() / seconds,
-            "step_seconds": seconds,
-            "seconds": time.perf_counter() - self.started,
+            "reward_failures": sum(failures),
+            "groups_without_signal": silent(rewards, self.config.group_size).float().mean().item(),
+            "completion_length": tokens.mean().item(),
+            "completion_length_max": tokens.max().item(),
+            "truncated": 1 - torch.cat(ended).float().mean().item(),
+            "tokens": tokens.sum().item(),
         }
 
-    def sample(self, rows: list[tasks.Row]) -> Rollout:
-        """Sample one completion for each of `rows`."""
-        config, prompts = self.config, [row["prompt"] for row in rows]
-        return rollouts.sample(
-            self.policy,
-            prompts,
-            config.max_new_tokens,
-            config.temperature,
-            config.micro_batch_size,
+    def log_completions(
+        self, step: int, rows: list[tasks.Row], rollout: Rollout, scores: Scores
+    ) -> None:
+        """Print a table of completions, and write more of them to completions.jsonl."""
+        if not self.team.main:
+            return
+        G = self.config.group_size
+        advantages = ops.group_advantage(
+            scores.total, group_size=G, scale=self.config.scale_rewards, nan="skip"
         )
+        lengths = rollout.mask.sum(1).tolist()
+        found = []
+        for b in range(min(len(rows), max(G, LOGGED // G * G))):
+            one = {
+                "step": step,
+                "prompt": rollout.prompts[b],
+                "completion": _text(rollout.completions[b]),
+                "reward": _or_none(scores.total[b]),
+                "advantage": _or_none(advantages[b]),
+                "rewards": {name: _or_none(x[b]) for name, x in scores.each.items()},
+                "tokens": lengths[b],
+                "ended": bool(rollout.ended[b]),
+            }
+            if "answer" in rows[b]:
+                one["answer"] = str(rows[b]["answer"])
+            found.append(one)
+            self.completions.write(one)
+        progress.table(step, found[:PRINTED])
 
     def show(self, when: str) -> None:
         """Print accuracy on the held-out problems and a few answers to them."""
-        print(f"{when}: {evaluate.report(self.policy, self.task, self.config)}")
-        rows = self.task.heldout[: self.config.samples]
+        config = self.config
+        self.say(f"{when}: {evaluate.report(self.policy, self.task, config)}")
+        rows = self.task.heldout[: config.samples]
         if not rows:
             return
-        answers = self.sample(rows)
-        rewards, _ = rollouts.reward(self.task, answers, rows)
+        seeds = [rollouts.seed_of(config.seed, when, b) for b in range(len(rows))]
+        answers = Sampler(self.policy, config).sample([row["prompt"] for row in rows], seeds)
+        scores = rollouts.reward(self.task, answers, rows, config.reward_timeout)
         for prompt, answer, value in zip(
-            answers.prompts, answers.completions, rewards.tolist(), strict=True
+            answers.prompts, answers.completions, scores.total.tolist(), strict=True
         ):
-            print(f"  {prompt!r} -> {answer!r}  reward {value:.2f}")
+            self.say(f"  {prompt!r} -> {answer!r}  reward {value:.2f}")
+
+
+NEVER = 2**62  # keeps the rows of all steps
+
+
+def memory(device: torch.device) -> float:
+    """Return the most memory this process has had, in GiB: on its GPU, else resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    try:
+        import resource
+    except ImportError:  # Windows
+        return math.nan
+    kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kibibytes / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def _text(completion: Any) -> str:
+    return completion if isinstance(completion, str) else completion[-1]["content"]
+
+
+def _or_none(value: Tensor) -> float | None:
+    return None if bool(value.isnan()) else value.item()
 
 
 def spread(rewards: Tensor) -> float:
@@ -285,16 +548,8 @@ def spread(rewards: Tensor) -> float:
     return known.std().item() if len(known) > 1 else math.nan
 
 
-def same_reward(rewards: Tensor, group_size: int) -> float:
-    """Return the share of groups whose rewards are all equal (or missing, NaN): nothing is learned there."""
+def silent(rewards: Tensor, group_size: int) -> Tensor:
+    """Tell which groups have rewards that are all equal (or missing, NaN): nothing is learned there."""
     groups = rewards.view(-1, group_size)
     lowest, highest = groups.nan_to_num(math.inf).amin(1), groups.nan_to_num(-math.inf).amax(1)
-    return (lowest >= highest).float().mean().item()
-
-
-def completion_metrics(rollout: Rollout) -> dict[str, float]:
-    """Return the mean length in tokens, and the share of completions cut off by the length limit."""
-    return {
-        "completion_length": rollout.mask.sum(1).float().mean().item(),
-        "truncated": 1 - rollout.ended.float().mean().item(),
-    }
+    return lowest >= highest

@@ -1,34 +1,126 @@
 """The GRPO update: optimiser steps on a batch of completions and their rewards."""
 
-import copy
+import contextlib
+import functools
 import math
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import get_scheduler
+from torch import Tensor, nn
+from transformers import Trainer, get_scheduler
+from transformers.training_args import OptimizerNames
 
-from grpo_fast import ops
+from grpo_fast import ops, weights
+from grpo_fast.checks import is_dtensor
 from grpo_fast.loss import fold_statistics, metrics_from
+from grpo_fast.metrics import STATISTICS
+from grpo_fast.trainer import model as models
 from grpo_fast.trainer.config import TrainConfig
 from grpo_fast.trainer.forward import Forward, MicroBatch
 from grpo_fast.trainer.model import Policy
+from grpo_fast.trainer.parallel import Team, shard
 from grpo_fast.trainer.rollout import Rollout
 
 
-class Learner:
-    """The optimiser, the schedule and the reference model of a policy."""
+class Masters:
+    """Float32 copies of bfloat16 weights, and their float32 gradients.
 
-    def __init__(self, policy: Policy, config: TrainConfig) -> None:
+    Every backward pass adds to the gradient of the copy. The optimizer changes the copies, and `publish`
+    rounds them to the weights: so no update is lost because it is small beside its weight.
+    """
+
+    def __init__(self, weights: list[nn.Parameter]) -> None:
+        self.weights = weights
+        self.copies = [
+            nn.Parameter(p.detach().float()) if p.dtype == torch.bfloat16 else p for p in weights
+        ]
+        for p, master in zip(weights, self.copies, strict=True):
+            if master is not p:
+                p.register_post_accumulate_grad_hook(functools.partial(_collect, master))
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Round the copies to the weights."""
+        for p, master in zip(self.weights, self.copies, strict=True):
+            if master is not p:
+                p.copy_(master)
+
+
+def _collect(master: nn.Parameter, p: Tensor) -> None:
+    if p.grad is None:
+        return
+    if master.grad is None:
+        master.grad = p.grad.float()
+    else:
+        master.grad += p.grad
+    p.grad = None
+
+
+def optimizer_of(parameters: list[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
+    """Return the optimiser of a configuration: any that transformers knows by a name.
+
+    Raises:
+        ValueError: there is none of this name, or its library is missing.
+    """
+    names = [str(name.value) for name in OptimizerNames]
+    if config.optim not in names:
+        raise ValueError(f"optim={config.optim!r} is unknown; choose from {', '.join(names)}")
+    rounds = config.optim in ("adamw_torch_8bit", "adamw_torch_4bit")
+    bare = config.weights == "bfloat16_only"
+    if bare and not rounds:
+        raise ValueError(
+            f"weights='bfloat16_only': with optim={config.optim!r} small updates would be rounded away; "
+            "adamw_torch_8bit and adamw_torch_4bit (torchao) round them at random, or take --weights bfloat16"
+        )
+    arguments: Any = SimpleNamespace(
+        optim=OptimizerNames(config.optim),
+        optim_args="bf16_stochastic_round=1" if bare else None,
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+        adam_beta1=0.9,
+        adam_beta2=0.999,
+        adam_epsilon=1e-8,
+    )
+    try:
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
+        return kind(parameters, **{"weight_decay": config.weight_decay, **options})
+    except (ImportError, ValueError, TypeError) as error:
+        text = " ".join(str(error).split())
+        raise ValueError(f"optim={config.optim!r}: {text}") from error
+
+
+class Learner:
+    """The optimiser, the schedule and the reference model of a policy.
+
+    Args:
+        reference: the model before GRPO; None: as `policy` is now. It is needed where beta is above 0.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        config: TrainConfig,
+        team: Team | None = None,
+        reference: Any = None,
+    ) -> None:
         self.policy, self.config = policy, config
+        self.team = team or Team(policy.device)
         self.objective = config.to_objective()
-        self.forward = Forward(policy, config, self.objective)
         self.updates = 0  # optimiser steps so far
         self.reference = None
-        if self.objective.beta:
-            self.reference = copy.deepcopy(policy.model).eval().requires_grad_(False)
-        self.optimizer = torch.optim.AdamW(
-            policy.model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
-        )
+        if self.has_reference and not policy.adapted:
+            self.reference = reference or models.reference(policy)
+        self.sharded = config.fsdp and self.team.size > 1
+        if self.sharded:
+            policy.model = shard(policy.model, policy.dtype)
+            if self.reference is not None:
+                self.reference = shard(self.reference, policy.dtype)
+        self.forward = Forward(policy, config, self.objective, self.team.main)
+        self.masters = Masters(policy.trained) if policy.masters else None
+        self.parameters = self.masters.copies if self.masters else policy.trained
+        self.optimizer = optimizer_of(self.parameters, config)
         self.scheduler = get_scheduler(
             config.lr_scheduler,
             self.optimizer,
@@ -36,87 +128,231 @@ class Learner:
             num_training_steps=config.steps * config.num_iterations,
         )
 
+    @property
+    def has_reference(self) -> bool:
+        """Tell whether the loss has a KL to the policy before GRPO."""
+        return bool(self.objective.beta)
+
     def update(self, rollout: Rollout, rewards: Tensor) -> dict[str, float]:
         """Make `config.num_iterations` optimiser steps on one batch; return the metrics over all of them.
 
         Args:
+            rollout: the completions of this process.
             rewards: (B,), groups of `config.group_size` consecutive completions; NaN: without a reward.
 
         Raises:
             FloatingPointError: the loss or a gradient is not finite; this step did not change the weights.
         """
-        micro_batches = self.prepare(rollout, rewards)
-        learning_rate = self.scheduler.get_last_lr()[0]
+        micro_batches, counts = self.prepare(rollout, rewards)
+        learning_rate = float(self.scheduler.get_last_lr()[0])
         steps = []
         for _ in range(self.config.num_iterations):
-            loss, norm, statistics = self.backward(micro_batches, rollout.mask)
+            loss, norm, statistics = self.backward(micro_batches, counts)
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 raise FloatingPointError(f"loss {loss}, gradient norm {norm}")
             self.optimizer.step()
+            if self.masters:
+                self.masters.publish()
             self.scheduler.step()
             self.updates += 1
             steps.append((loss, norm, statistics))
         losses, norms, gathered = zip(*steps, strict=True)
-        folded = metrics_from(fold_statistics(torch.cat(gathered)))
+        folded = metrics_from(fold_statistics(self.team.gathered(torch.cat(gathered))))
         metrics = {name: value.item() for name, value in folded.items() if name != "tokens"}
-        metrics["kl"] = metrics["kl"] if self.reference is not None else math.nan
-        entropy = torch.cat([b.entropy for b in micro_batches if b.entropy is not None])
-        return metrics | {
-            "loss": sum(losses) / len(losses),
-            "entropy": entropy[rollout.mask].mean().item(),
-            "clip_fraction": sum(v for k, v in metrics.items() if k.startswith("clip_fraction_")),
-            "grad_norm": sum(norms) / len(norms),
-            "learning_rate": learning_rate,
-        }
+        metrics["kl"] = metrics["kl"] if self.has_reference else math.nan
+        return (
+            metrics
+            | self.measured(micro_batches, rollout)
+            | {
+                "loss": sum(losses) / len(losses),
+                "clip_fraction": sum(
+                    v for k, v in metrics.items() if k.startswith("clip_fraction_")
+                ),
+                "grad_norm": sum(norms) / len(norms),
+                "learning_rate": learning_rate,
+            }
+        )
 
-    def prepare(self, rollout: Rollout, rewards: Tensor) -> list[MicroBatch]:
-        """Cut a batch into micro-batches, with advantages and reference log-probs."""
-        config = self.config
+    def prepare(
+        self, rollout: Rollout, rewards: Tensor
+    ) -> tuple[list[MicroBatch], dict[str, Tensor | int]]:
+        """Cut a batch into micro-batches, with advantages, reference and old log-probs as needed.
+
+        Returns:
+            The micro-batches, without completions that have no gradient; and the denominators of the loss
+            over all processes: "tokens" and "sequences".
+        """
+        config, team = self.config, self.team
         advantages = ops.group_advantage(
-            rewards.to(self.policy.device),
+            team.gathered(rewards),
             group_size=config.group_size,
             scale=config.scale_rewards,
             nan="skip",
         )
-        parts = rollout.parts(config.micro_batch_size)
-        scores = advantages.split([len(part.prompts) for part in parts])
-        micro_batches = [self.forward.micro_batch(*x) for x in zip(parts, scores, strict=True)]
+        advantages = advantages.view(team.size, -1)[team.rank].to(self.policy.device)
+        counted = torch.ones_like(advantages, dtype=torch.bool)
+        if config.without_silent_groups:
+            groups = (advantages != 0).view(-1, config.group_size)
+            counted = groups.any(1).repeat_interleave(config.group_size)
+        tokens = team.total(rollout.mask[counted].sum())
+        counts: dict[str, Tensor | int] = {
+            "tokens": tokens.clamp(min=1),
+            "sequences": len(advantages) * team.size,
+        }
+        alive = (self.needs_all | (advantages != 0)) & counted
+        chosen = micro_batches_of(rollout, alive, config)
+        missing = team.most(len(chosen)) - len(chosen) if self.sharded else 0
+        chosen += [torch.zeros(1, dtype=torch.long)] * missing
+        micro_batches = []
+        for i, rows in enumerate(chosen):
+            batch = self.forward.micro_batch(rollout[rows], advantages[rows.to(advantages.device)])
+            batch.idle = i >= len(chosen) - missing
+            micro_batches.append(batch)
+        for batch in micro_batches:
+            if self.has_reference:
+                with self.before_grpo() as model:
+                    batch.ref_logps = self.forward.log_probs(model, batch)
+            if batch.rollout.sampling_logps is not None:
+                self.correct(batch)
+        return micro_batches, counts
+
+    @property
+    def needs_all(self) -> bool:
+        """Tell whether completions with an advantage of 0 have a gradient, too."""
+        modes = self.objective.terms.modes
+        return modes.has_kl or modes.has_bonus or modes.has_penalty or modes.by_entropy
+
+    @contextlib.contextmanager
+    def before_grpo(self) -> Iterator[Any]:
+        """Give the model before GRPO."""
         if self.reference is not None:
-            for batch in micro_batches:
-                batch.ref_logps = self.forward.log_probs(self.reference, batch)
-        return micro_batches
+            yield self.reference
+        else:
+            with self.policy.without_adapter() as model:
+                yield model
+
+    def correct(self, batch: MicroBatch) -> None:
+        """Weigh the tokens of another engine by the ratio of the policy to what it sampled from."""
+        config, sampled = self.config, batch.rollout.sampling_logps
+        assert sampled is not None
+        old = self.forward.log_probs(self.policy.model, batch)
+        batch.old_logps = old if config.num_iterations > 1 else None
+        batch.mismatch = (old - sampled)[batch.rollout.mask]
+        if config.mismatch != "none":
+            batch.importance = weights.importance_weights(
+                old,
+                sampled,
+                mask=batch.rollout.mask,
+                level="token",
+                mode=config.mismatch,
+                high=config.mismatch_cap,
+            )
 
     def backward(
-        self, micro_batches: list[MicroBatch], mask: Tensor
+        self, micro_batches: list[MicroBatch], counts: dict[str, Tensor | int]
     ) -> tuple[float, float, Tensor]:
         """Compute the clipped gradients of the loss of the whole batch.
 
         Args:
-            mask: (B, T) of the whole batch.
+            counts: the denominators that `prepare` returns.
 
         Returns:
             The loss, the norm before clipping, and the statistics of `LossOutput`, (micro-batches, 16).
         """
-        model, config = self.policy.model, self.config
+        model, config, team = self.policy.model, self.config, self.team
         # With dropout the policy that is scored would not be the policy that sampled.
         model.eval()
-        self.optimizer.zero_grad()
+        for p in self.parameters:
+            p.grad = None
         token_mean = self.objective.reduction == "token_mean"
-        losses, statistics = [], []
+        total = torch.zeros((), device=self.policy.device)
+        # The first row is that of no tokens, in case there are none.
+        nothing = [0.0] * (len(STATISTICS) - 2) + [math.inf, -math.inf]
+        statistics = torch.tensor([nothing], device=self.policy.device)
         for batch in micro_batches:
             first = batch.entropy is None  # the first step on these completions
             out = self.forward.loss(
                 batch,
                 with_entropy=first,
-                num_items=mask.sum() if token_mean else None,
+                num_items=counts["tokens"] if token_mean else None,
                 # The other reductions are means over sequences.
-                loss_scale=None if token_mean else len(batch.advantages) / len(mask),
+                loss_scale=None if token_mean else len(batch.advantages) / counts["sequences"],
             )
             if first:
                 batch.entropy = out.entropy
-                batch.old_logps = out.logps.detach() if config.num_iterations > 1 else None
-            out.loss.backward()
-            losses.append(out.loss.detach())
-            statistics.append(out.statistics)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-        return torch.stack(losses).sum().item(), norm.item(), torch.stack(statistics)
+                if batch.old_logps is None and config.num_iterations > 1:
+                    batch.old_logps = out.logps.detach()
+            # FSDP2 averages gradients over the processes.
+            share = 0 if batch.idle else team.size if self.sharded else 1
+            (out.loss * share).backward()
+            if not batch.idle:
+                total += out.loss.detach()
+                statistics = torch.cat([statistics, out.statistics[None].to(statistics)])
+        if not self.sharded:
+            team.sum_gradients(self.parameters)
+        if not micro_batches:  # the optimizer takes its step nevertheless, as with gradients of 0
+            for p in self.parameters:
+                p.grad = torch.zeros_like(p)
+        norm: Any = nn.utils.clip_grad_norm_(self.parameters, config.max_grad_norm)
+        norm = norm.full_tensor() if is_dtensor(norm) else norm
+        return team.total(total).item(), norm.item(), statistics
+
+    def measured(self, micro_batches: list[MicroBatch], rollout: Rollout) -> dict[str, float]:
+        """Return the metrics of the completions that passed through the model, over all processes."""
+        batches = [b for b in micro_batches if not b.idle]
+        entropies = [b.entropy[b.rollout.mask] for b in batches if b.entropy is not None]
+        found = {"entropy": _sum_and_count(entropies)}
+        off = [b.mismatch for b in batches if b.mismatch is not None]
+        if rollout.sampling_logps is not None:
+            found["mismatch_kl"] = _sum_and_count([d.exp() - 1 - d for d in off])
+        gathered = self.team.objects(found)
+        metrics = {}
+        for name in found:
+            sums, counts = zip(*(one[name] for one in gathered), strict=True)
+            metrics[name] = sum(sums) / sum(counts) if sum(counts) else math.nan
+        forwarded = sum(self.team.objects(sum(len(b.advantages) for b in batches)))
+        metrics["forwarded"] = forwarded / (len(rollout.prompts) * self.team.size)
+        if rollout.sampling_logps is not None:
+            largest = max([d.max().exp().item() for d in off if len(d)], default=math.nan)
+            metrics["mismatch_ratio_max"] = max(self.team.objects(largest))
+        return metrics
+
+
+def _sum_and_count(values: list[Tensor]) -> tuple[float, int]:
+    return sum(x.double().sum().item() for x in values), sum(x.numel() for x in values)
+
+
+def micro_batches_of(rollout: Rollout, alive: Tensor, config: TrainConfig) -> list[Tensor]:
+    """Put completions into micro-batches: lists of their indices.
+
+    Completions of one prompt stay together as far as possible, and prompts of like length come together, so
+    that little is padded. The tokens of a micro-batch are estimated with this padding.
+
+    Args:
+        alive: (B,) bool; the others have no gradient and are left out.
+    """
+    lengths = rollout.mask.sum(1).tolist()
+    widths = rollout.prompt_mask.sum(1).tolist()
+    shared = config.share_prompts != "off"
+    order = alive.nonzero()[:, 0].tolist()
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for b in order:
+        key = tuple(rollout.prompt_ids[b, len(rollout.prompt_ids[b]) - widths[b] :].tolist())
+        groups.setdefault(key, []).append(b)
+    found: list[list[int]] = []
+    state = (0, 0, 0)  # prompts, the longest one, the longest completion
+    for key, rows in sorted(groups.items(), key=lambda item: len(item[0])):
+        new = True  # the prompt is not in the micro-batch
+        for b in sorted(rows, key=lambda b: lengths[b]):
+            prompts, widest, longest = state
+            prompts, widest = prompts + (new or not shared), max(widest, len(key))
+            longest, count = max(longest, lengths[b]), len(found[-1]) + 1 if found else 1
+            tokens = prompts * widest + count * longest
+            full = config.micro_batch_tokens is not None and tokens > config.micro_batch_tokens
+            full = full or (config.micro_batch_size is not None and count > config.micro_batch_size)
+            if not found or full:
+                found.append([])
+                prompts, widest, longest = 1, len(key), lengths[b]
+            state, new = (prompts, widest, longest), False
+            found[-1].append(b)
+    return [torch.tensor(rows) for rows in found]

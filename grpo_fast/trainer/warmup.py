@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
 
 from grpo_fast import ops
 from grpo_fast.shared_prompt import layers_recomputed
@@ -15,6 +14,7 @@ from grpo_fast.trainer.config import TrainConfig
 from grpo_fast.trainer.evaluate import mean_rewards
 from grpo_fast.trainer.interruption import undivided
 from grpo_fast.trainer.model import Policy
+from grpo_fast.trainer.progress import Bar
 from grpo_fast.trainer.rewards import Text
 from grpo_fast.trainer.rollout import Rollout, completion_logits, encode
 from grpo_fast.trainer.tasks import Task
@@ -23,11 +23,18 @@ CHECK_EVERY = 20
 RAMP = 50  # steps until the full learning rate
 
 
-def warm_up(policy: Policy, task: Task, config: TrainConfig, stopped: Callable[[], bool]) -> int:
+def warm_up(
+    policy: Policy,
+    task: Task,
+    config: TrainConfig,
+    stopped: Callable[[], bool],
+    shown: bool = True,
+) -> int:
     """Imitate demonstrations until sampled answers earn `config.warmup_reward`; return the number of steps.
 
     Args:
         stopped: called before each step; True ends the warm-up.
+        shown: show its progress.
     """
     assert task.demonstration is not None
     rng = random.Random(config.seed)
@@ -37,24 +44,24 @@ def warm_up(policy: Policy, task: Task, config: TrainConfig, stopped: Callable[[
         policy.model.parameters(), lr=config.warmup_learning_rate, weight_decay=0.0
     )
     ramp = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / RAMP))
-    with tqdm(total=config.warmup_steps, desc="warm-up", mininterval=0.5) as bar:
+    with Bar("warm-up", config.warmup_steps, shown=shown) as bar:
+        reward = math.nan
         for step in range(config.warmup_steps):
             if stopped():
                 return step
             rows = next(batches)
-            shown = [(row["prompt"], task.demonstration(row, rng)) for row in rows]
+            pairs = [(row["prompt"], task.demonstration(row, rng)) for row in rows]
             optimizer.zero_grad()
-            loss = imitate(policy, demonstrations(policy, shown), config)
+            loss = imitate(policy, demonstrations(policy, pairs), config)
             norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), config.max_grad_norm)
             if not (math.isfinite(loss) and norm.isfinite()):
                 raise FloatingPointError(f"warm-up, step {step}: loss {loss}, gradient norm {norm}")
             with undivided():
                 optimizer.step()
                 ramp.step()
-            bar.update()
+            bar.advance(f"loss {loss:.3f}, reward {reward:.3f}")
             if (step + 1) % CHECK_EVERY == 0:
                 reward = mean_rewards(policy, task, probe, config, config.temperature)["reward"]
-                bar.set_postfix(loss=f"{loss:.3f}", reward=f"{reward:.3f}")
                 if reward >= config.warmup_reward:
                     return step + 1
     return config.warmup_steps

@@ -26,6 +26,7 @@ TINY = {
     "num_iterations": 1,
     "steps": 3,
     "samples": 2,
+    "completions_steps": 0,
     "device": "cpu",  # also where there is a GPU: in float32, and the same bits from run to run
 }
 
@@ -41,6 +42,16 @@ def arguments(tmp_path: Path, **overrides) -> list[str]:
 
 def metrics(run_dir: Path) -> list[dict]:
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+TIMING = {
+    "seconds", "step_seconds", "sampling_seconds", "update_seconds", "tokens_per_second", "memory_gib",
+}  # fmt: skip
+
+
+def untimed(run_dir: Path) -> list[dict]:
+    """The metrics of a run without those that differ from one repetition to the next."""
+    return [{k: v for k, v in row.items() if k not in TIMING} for row in metrics(run_dir)]
 
 
 def setup(config: TrainConfig) -> tuple[tasks.Task, models.Policy]:

@@ -15,12 +15,11 @@ pytest.importorskip("transformers", reason="the trainer needs grpo-fast[train]")
 
 from transformers import AutoModelForCausalLM
 
+from grpo_fast.trainer import checkpoints, console, files, runs
 from grpo_fast.trainer import config as configs
-from grpo_fast.trainer import console, files, runs
-from grpo_fast.trainer import model as models
 from grpo_fast.trainer.cli import main
 from grpo_fast.trainer.train import train
-from tests.support.tiny_runs import arguments, metrics, setup, start, tiny
+from tests.support.tiny_runs import arguments, metrics, setup, start, tiny, untimed
 
 # How files and folders change on disk, but for what safetensors does in Rust.
 CALLS = [
@@ -70,20 +69,22 @@ def test_wherever_a_save_dies_the_newest_checkpoint_is_whole(tmp_path, monkeypat
         run = tmp_path / f"run-{alive}"
         fill(policy, 1.0)
         if step != 2:  # else there is no other one to fall back on
-            models.save(policy, run, 1, 2)
-        models.save(policy, run, 2, 2)
+            checkpoints.save(policy, run, 1, 2)
+        checkpoints.save(policy, run, 2, 2)
         fill(policy, 3.0)
         with monkeypatch.context() as patch:
             made = dying(patch, alive)
             with contextlib.suppress(Killed):
-                models.save(policy, run, step, keep)
+                checkpoints.save(policy, run, step, keep)
         done = len(made) <= alive
-        assert value_of(models.latest(run)) in ({3.0} if done else {1.0, 3.0}), made
-        for path in models.checkpoints(run):
+        assert value_of(checkpoints.latest(run)) in ({3.0} if done else {1.0, 3.0}), made
+        for path in checkpoints.checkpoints(run):
             assert value_of(path) in (1.0, 3.0), made
-        models.save(policy, run, 4, 2)  # and the next one finds its way, and leaves nothing hidden
-        assert value_of(models.latest(run)) == 3.0
-        assert len(models.checkpoints(run)) == 2
+        checkpoints.save(
+            policy, run, 4, 2
+        )  # and the next one finds its way, and leaves nothing hidden
+        assert value_of(checkpoints.latest(run)) == 3.0
+        assert len(checkpoints.checkpoints(run)) == 2
         assert [p.name for p in (run / "checkpoints").iterdir() if p.name[0] == "."] == []
         alive += 1
     assert alive > 10
@@ -95,7 +96,7 @@ def test_only_whole_checkpoints_are_listed_in_the_order_of_steps(tmp_path):
         (folder / name).mkdir(parents=True)
     for name in (".step-000008.partial", ".step-000009.deleted", "step-12", "notes"):
         (folder / name).mkdir()
-    found = [path.name for path in models.checkpoints(tmp_path)]
+    found = [path.name for path in checkpoints.checkpoints(tmp_path)]
     assert found == [".step-000007.old", "step-999999", "step-1000000"]
 
 
@@ -118,7 +119,7 @@ def test_files_are_replaced_whole(tmp_path, monkeypatch):
 
 def test_a_row_of_metrics_is_written_whole_or_not_at_all(tmp_path):
     resource = pytest.importorskip("resource")
-    log = runs.Metrics(tmp_path)
+    log = runs.Lines(tmp_path / "metrics.jsonl")
     log.write({"step": 0})
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20, limit[1]))
@@ -156,7 +157,7 @@ def test_a_save_that_fails_names_the_folder_and_keeps_the_older_ones(
     assert "step-000003" in shown
     assert os.strerror(code) in shown
     assert "Traceback" not in shown
-    newest = models.latest(tmp_path / "run")
+    newest = checkpoints.latest(tmp_path / "run")
     assert str(newest) in shown  # where the weights are that were saved
     assert newest.name == "step-000002"
     AutoModelForCausalLM.from_pretrained(newest)
@@ -167,13 +168,13 @@ def test_a_save_that_fails_names_the_folder_and_keeps_the_older_ones(
 def test_a_full_disk_costs_the_oldest_checkpoint_not_the_weights(tmp_path, monkeypatch):
     _, policy = setup(tiny(tmp_path))
     for step in (1, 2, 3):
-        models.save(policy, tmp_path, step, 3)
+        checkpoints.save(policy, tmp_path, step, 3)
     full = lambda path: (tmp_path / "checkpoints" / "step-000001").exists()  # noqa: E731
     monkeypatch.setattr(
         "transformers.PreTrainedModel.save_pretrained", failing(errno.ENOSPC, when=full)
     )
-    models.save(policy, tmp_path, 4, 3)
-    steps = [path.name for path in models.checkpoints(tmp_path)]
+    checkpoints.save(policy, tmp_path, 4, 3)
+    steps = [path.name for path in checkpoints.checkpoints(tmp_path)]
     assert steps == ["step-000002", "step-000003", "step-000004"]
 
 
@@ -185,7 +186,7 @@ def test_a_full_disk_as_safetensors_and_tokenizers_tell_it(tmp_path, monkeypatch
     _, policy = setup(tiny(tmp_path))
     monkeypatch.setattr(getattr(policy, where), "save_pretrained", full)
     with pytest.raises(OSError, match="step-000001") as raised:
-        models.save(policy, tmp_path, 1, 1)
+        checkpoints.save(policy, tmp_path, 1, 1)
     assert raised.value.errno == errno.ENOSPC
     assert list((tmp_path / "checkpoints").iterdir()) == []
 
@@ -195,14 +196,14 @@ def test_a_failing_log_or_curve_costs_no_weights(tmp_path, monkeypatch, capsys, 
     def full(*args):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), what)
 
-    name = "Metrics.write" if what == "metrics.jsonl" else "plot"
+    name = "Lines.write" if what == "metrics.jsonl" else "plot"
     monkeypatch.setattr(f"grpo_fast.trainer.runs.{name}", full)
     assert main(["train", *arguments(tmp_path, name="run")]) == 1
     shown = capsys.readouterr().err
     assert f"{what}: No space left" in shown
     step = 1 if what == "metrics.jsonl" else 3
-    assert models.latest(tmp_path / "run").name == f"step-{step:06d}"
-    assert str(models.latest(tmp_path / "run")) in shown
+    assert checkpoints.latest(tmp_path / "run").name == f"step-{step:06d}"
+    assert str(checkpoints.latest(tmp_path / "run")) in shown
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write anywhere")
@@ -244,7 +245,7 @@ def test_a_live_run_cannot_be_overwritten_and_a_closed_terminal_saves_it(tmp_pat
     finally:
         process.kill()
         process.wait()
-    assert models.latest(run).name == f"step-{len(metrics(run)):06d}"
+    assert checkpoints.latest(run).name == f"step-{len(metrics(run)):06d}"
     assert (run / "curve.png").exists()
 
 
@@ -254,12 +255,13 @@ def test_a_name_that_is_taken_says_how_to_go_on_and_a_dead_run_can_be_overwritte
     again = ["train", *arguments(tmp_path, name="run", steps=1)]
     assert main(again) == 2
     shown = capsys.readouterr().err
-    assert f"of step 2, is {models.latest(run)}" in shown
-    assert f"--model {models.latest(run)} --name run-2" in shown
-    assert shown.index("--model") < shown.index("--overwrite")
+    assert f"of step 2, is {checkpoints.latest(run)}" in shown
+    assert f"--resume {run}" in shown
+    assert f"--model {checkpoints.latest(run)} --name run-2" in shown
+    assert shown.index("--resume") < shown.index("--model") < shown.index("--overwrite")
     assert main([*again, "--overwrite"]) == 0
     assert len(metrics(run)) == 1
-    assert [path.name for path in models.checkpoints(run)] == ["step-000001"]
+    assert [path.name for path in checkpoints.checkpoints(run)] == ["step-000001"]
 
 
 @pytest.mark.parametrize(
@@ -295,7 +297,7 @@ def test_an_error_on_the_way_keeps_its_traceback_and_the_weights(tmp_path, monke
     with pytest.raises(RuntimeError, match="step 0: not yours") as raised:
         main(["train", *arguments(tmp_path, name="run")])
     assert isinstance(raised.value.__cause__, ValueError)
-    assert str(models.latest(tmp_path / "run")) in capsys.readouterr().err
+    assert str(checkpoints.latest(tmp_path / "run")) in capsys.readouterr().err
 
 
 def test_a_run_that_died_at_once_can_be_overwritten(tmp_path):
@@ -312,12 +314,7 @@ def test_config_yaml_repeats_the_run_under_a_free_name(tmp_path, capsys):
     written = tmp_path / "run" / "config.yaml"
     assert configs.parse([str(written)]).overwrite is False
     assert main(["train", str(written)]) == 0
-    timing = {"seconds", "step_seconds", "tokens_per_second"}
-    first, second = (
-        [{k: v for k, v in row.items() if k not in timing} for row in metrics(tmp_path / name)]
-        for name in ("run", "run-2")
-    )
-    assert first == second
+    assert untimed(tmp_path / "run") == untimed(tmp_path / "run-2")
     assert main(["train", str(written), "--name", "run"]) == 2  # asked for by name
     assert json.loads(json.dumps(metrics(tmp_path / "run")))  # and still there
 

@@ -23,7 +23,7 @@ from transformers import (
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from grpo_fast.trainer import loading, rollout, tasks
+from grpo_fast.trainer import checkpoints, loading, rollout, tasks
 from grpo_fast.trainer import model as models
 from grpo_fast.trainer.cli import main
 from grpo_fast.trainer.update import Learner
@@ -105,7 +105,7 @@ def test_tied_heads_and_buffers_are_not_missing(given, tmp_path, capsys):
 
 def test_a_checkpoint_of_a_run_that_was_damaged_is_not_evaluated(tmp_path, capsys):
     assert main(["train", *arguments(tmp_path, name="run", steps=1)]) == 0
-    change(models.latest(tmp_path / "run"), lambda weights: weights.pop(NORM))
+    change(checkpoints.latest(tmp_path / "run"), lambda weights: weights.pop(NORM))
     assert main(["eval", str(tmp_path / "run"), "--device", "cpu"]) == 2
     assert f"missing tensors: {NORM}" in capsys.readouterr().err
 
@@ -188,7 +188,7 @@ def test_prompts_that_the_model_cannot_read(given, tmp_path, capsys, prompt, mes
 def test_settings_of_generation_that_transformers_refuses_to_save(given, tmp_path):
     policy = models.build(tiny(tmp_path, model=str(given)), "")
     policy.generation_config.do_sample, policy.generation_config.temperature = False, 0.6
-    saved = models.save(policy, tmp_path, 1, 1)
+    saved = checkpoints.save(policy, tmp_path, 1, 1)
     assert json.loads((saved / "generation_config.json").read_text())["temperature"] == 0.6
 
 
@@ -218,13 +218,13 @@ def test_checkpointing_recomputes_and_leaves_dropout_off(tmp_path, name, share):
         ).register_forward_hook(count)
         rows = [row for row in task.train[:4] for _ in range(4)]
         answers = rollout.sample(policy, [r["prompt"] for r in rows], 6, 1.0)
-        batches = learner.prepare(
+        batches, counts = learner.prepare(
             answers, torch.rand(16, generator=torch.Generator().manual_seed(0))
         )
-        learner.backward(batches, answers.mask)
+        learner.backward(batches, counts)
         learner.policy.model.zero_grad()
         calls = 0
-        learner.backward(batches, answers.mask)
+        learner.backward(batches, counts)
         passes = 2 if share == "fork" else 1
         assert calls == len(batches) * passes * (2 if recompute else 1)
         gradients.append([p.grad for p in model.parameters()])
@@ -268,12 +268,13 @@ def test_sampling_and_evaluation_obey_the_micro_batch_size(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("name", ["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE"])
-def test_more_than_one_process_is_refused(tmp_path, monkeypatch, capsys, name):
+def test_processes_that_do_not_know_each_other_are_refused(tmp_path, monkeypatch, capsys, name):
+    """As MPI starts them, or with a variable that is left from something else."""
     monkeypatch.setenv(name, "2")
     assert main(["train", *arguments(tmp_path / "runs")]) == 2
     shown = capsys.readouterr().err
     assert f"{name}=2" in shown
-    assert "TRL or verl" in shown
+    assert "torchrun or accelerate launch" in shown
     assert not (tmp_path / "runs").exists()
     monkeypatch.setenv(name, "1")
     assert main(["train", *arguments(tmp_path / "runs", steps=1, warmup_steps=0)]) == 0
@@ -297,7 +298,7 @@ def test_eval_works_from_any_directory_and_after_a_move(given, tmp_path, monkeyp
     shutil.move(here / "runs" / "run", there / "moved")
     assert main(["eval", "moved", "--device", "cpu"]) == 0
     assert "accuracy 0.500" in capsys.readouterr().out
-    monkeypatch.chdir(models.latest(there / "moved"))
+    monkeypatch.chdir(checkpoints.latest(there / "moved"))
     assert main(["eval", ".", "--device", "cpu"]) == 0
     (here / "rewards_here.py").unlink()
     sys.modules.pop("rewards_here")

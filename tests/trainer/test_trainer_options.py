@@ -24,22 +24,13 @@ def test_rewards():
     columns = {"answer": answer}
     assert rewards.correct(completions, completions, answer) == [1, 1, 0, 1, 1, 0]
     assert rewards.bracketed_number(completions, completions) == [1, 0, 1, 0, 0, 0]
-    total, means = rewards.score(
+    scores = rewards.score(
         [rewards.correct, rewards.bracketed_number], [0.9, 0.1], completions, completions, columns
     )
-    torch.testing.assert_close(total, torch.tensor([1.0, 0.9, 0.1, 0.9, 0.9, 0.0]))
-    assert means == pytest.approx({"correct": 4 / 6, "bracketed_number": 2 / 6})
+    torch.testing.assert_close(scores.total, torch.tensor([1.0, 0.9, 0.1, 0.9, 0.9, 0.0]))
+    assert scores.means == pytest.approx({"correct": 4 / 6, "bracketed_number": 2 / 6})
     chat = [[{"role": "assistant", "content": "[12]"}]]
     assert rewards.correct(chat, chat, [12]) == [1]
-
-
-@pytest.mark.parametrize("values", [[1.0], [math.nan, 0.0], [math.inf, 0.0]])
-def test_bad_rewards_name_the_function(values):
-    def mine(prompts, completions, **kwargs):
-        return values
-
-    with pytest.raises(ValueError, match=r"reward .*mine: want a list of 2 finite numbers"):
-        rewards.score([mine], [1.0], ["", ""], ["", ""], {})
 
 
 @pytest.mark.parametrize(

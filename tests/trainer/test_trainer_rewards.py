@@ -1,12 +1,15 @@
 """Reward functions of the included trainer: the values they may return, and what happens when they fail."""
 
+import contextlib
 import math
 import multiprocessing
 import os
 import pkgutil
 import signal
+import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,15 +17,16 @@ import torch
 
 pytest.importorskip("transformers", reason="the trainer needs grpo-fast[train]")
 
-from grpo_fast.trainer import evaluate, interruption, rewards
-from grpo_fast.trainer import model as models
+from grpo_fast.trainer import checkpoints, evaluate, interruption, rewards
 from grpo_fast.trainer.cli import main
 from grpo_fast.trainer.config import TrainConfig
 from tests.support.tiny_runs import arguments, metrics, start
 
+ROOT = Path(__file__).parents[2]
+
 
 def score(returned):
-    """The total and the means of two completions, for a function that returns this."""
+    """The rewards of two completions, for a function that returns this."""
 
     def mine(prompts, completions, **kwargs):
         return returned
@@ -33,21 +37,93 @@ def score(returned):
 @pytest.mark.parametrize(
     "returned",
     [
-        None, 1.0, "ab", b"ab", {0: 1.0, 1: 2.0}, [1.0], [1.0, 2.0, 3.0], [math.nan, 1.0],
-        [1.0, math.inf], ["1", "2"], [[1.0], [2.0]], torch.zeros(2, 1), torch.tensor(1.0),
-        np.zeros(3), np.array([1.0, np.nan]), [1j, 1.0], [object(), 1.0],
+        None, 1.0, "ab", b"ab", {0: 1.0, 1: 2.0}, [1.0, 2.0, 3.0], [1.0, math.inf], ["1", "2"],
+        [[1.0], [2.0]], torch.zeros(2, 1), torch.tensor(1.0), np.zeros(3), [1j, 1.0], [object(), 1.0],
     ],
     ids=lambda returned: type(returned).__name__,
 )  # fmt: skip
-def test_what_is_no_list_of_rewards_names_the_function_and_what_it_returned(returned):
-    with pytest.raises(rewards.RewardError) as raised:
-        score(returned)
-    message = str(raised.value)
+def test_what_is_no_list_of_rewards_is_a_failure_that_is_named(returned, capsys, untold):
+    scores = score(returned)
+    assert scores.total.isnan().all()
+    assert scores.failures == 2
+    message = capsys.readouterr().err
     assert message.startswith(
         "reward tests.trainer.test_trainer_rewards:score.<locals>.mine: want a"
     )
     assert f"got {type(returned).__name__}" in message
     assert repr(returned)[:100] in message
+
+
+@pytest.mark.parametrize(
+    "returned", [[math.nan, 1.0], np.array([np.nan, 1.0])], ids=["list", "array"]
+)
+def test_nan_is_a_failure_of_its_completion_alone(returned, capsys, untold):
+    scores = score(returned)
+    torch.testing.assert_close(scores.total, torch.tensor([math.nan, 1.0]), equal_nan=True)
+    assert scores.failures == 1
+    assert "mine returned NaN; its rewards are missing" in capsys.readouterr().err
+
+
+def test_a_completion_that_breaks_a_function_does_not_cost_the_others(capsys, untold):
+    def parses(completions, **_):
+        return [float(c) for c in completions]
+
+    def fair(completions, **_):
+        return [0.5] * len(completions)
+
+    texts = ["1", "two", "3"]
+    scores = rewards.score([parses, fair], [1.0, 1.0], ["p"] * 3, texts, {})
+    # Without its first part the second would have 0.5, fewer than it may deserve.
+    torch.testing.assert_close(scores.total, torch.tensor([1.5, math.nan, 3.5]), equal_nan=True)
+    assert scores.failures == 1
+    assert scores.means == {"parses": 2.0, "fair": 0.5}
+    shown = capsys.readouterr().err
+    assert shown.count("raised ValueError: could not convert string to float: 'two'") == 1
+    rewards.score([parses], [1.0], ["p"] * 3, texts, {})
+    assert capsys.readouterr().err == ""  # said once
+
+
+def test_a_call_that_takes_too_long_is_given_up(capsys, untold):
+    def slow(completions, **_):
+        for text in completions:
+            with contextlib.suppress(Exception):  # as functions often do
+                time.sleep(60 if text == "slow" else 0)
+        return [1.0] * len(completions)
+
+    begin = time.monotonic()
+    scores = rewards.score([slow], [1.0], ["p"] * 3, ["a", "slow", "b"], {}, timeout=0.3)
+    assert time.monotonic() - begin < 10
+    torch.testing.assert_close(scores.total, torch.tensor([1.0, math.nan, 1.0]), equal_nan=True)
+    assert "took longer than 0.3 s for 3 completions" in capsys.readouterr().err
+
+
+def test_a_function_may_use_the_alarm_itself():
+    def alarmed(completions, **_):
+        previous = signal.signal(signal.SIGALRM, lambda *_: None)
+        signal.alarm(5)
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, previous)
+        time.sleep(60)
+        return [1.0] * len(completions)
+
+    scores = rewards.score([alarmed], [1.0], ["p"], ["c"], {}, timeout=0.3)
+    assert scores.failures == 1
+
+
+def test_a_library_that_reacts_to_nothing_ends_the_process_with_its_traceback():
+    """The watchdog needs neither the interpreter nor a signal handler."""
+    code = (
+        "import ctypes, sys\n"
+        "from grpo_fast.trainer import rewards\n"
+        "rewards.STUBBORN = 1.0\n"
+        "def stuck(completions, **_):\n"
+        "    ctypes.PyDLL(None).sleep(60)  # keeps the interpreter's lock\n"
+        "rewards.score([stuck], [1.0], ['p'], ['c'], {}, timeout=0.1)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 1
+    assert "Timeout" in done.stderr
+    assert "in stuck" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -60,9 +136,9 @@ def test_what_is_no_list_of_rewards_names_the_function_and_what_it_returned(retu
     ids=lambda returned: type(returned).__name__,
 )  # fmt: skip
 def test_lists_of_numbers_of_any_kind(returned):
-    total, means = score(returned)
-    torch.testing.assert_close(total, torch.ones(2))
-    assert means == {"mine": 1.0}
+    scores = score(returned)
+    torch.testing.assert_close(scores.total, torch.ones(2))
+    assert scores.means == {"mine": 1.0}
 
 
 def test_none_is_a_reward_that_does_not_apply():
@@ -72,9 +148,10 @@ def test_none_is_a_reward_that_does_not_apply():
     def short(prompts, completions, **kwargs):
         return [None, 3.0, None]
 
-    total, means = rewards.score([right, short], [1.0, 2.0], [""] * 3, [""] * 3, {})
-    torch.testing.assert_close(total, torch.tensor([1.0, 6.0, math.nan]), equal_nan=True)
-    assert means == {"right": 1.0, "short": 3.0}
+    scores = rewards.score([right, short], [1.0, 2.0], [""] * 3, [""] * 3, {})
+    torch.testing.assert_close(scores.total, torch.tensor([1.0, 6.0, math.nan]), equal_nan=True)
+    assert scores.means == {"right": 1.0, "short": 3.0}
+    assert scores.failures == 0
 
 
 def test_functions_of_one_name_are_told_apart():
@@ -90,9 +167,15 @@ def test_functions_of_one_name_are_told_apart():
 
         return mine
 
-    _, means = rewards.score([first(), second()], [1.0, 1.0], [""], [""], {})
+    means = rewards.score([first(), second()], [1.0, 1.0], [""], [""], {}).means
     assert sorted(means.values()) == [1.0, 2.0]
     assert all("mine" in name for name in means)
+
+
+@pytest.fixture
+def untold(monkeypatch):
+    """No failure has been printed before."""
+    monkeypatch.setattr(rewards, "_TOLD", set())
 
 
 MODULE = """
@@ -137,11 +220,13 @@ def module(tmp_path, monkeypatch):
         ("leaves", "SystemExit: 0"),
     ],
 )
-def test_a_reward_that_raises_shows_its_line_and_the_weights_are_saved(
-    module, capsys, function, error
+def test_a_reward_that_raises_shows_its_line_and_the_run_goes_on(
+    module, capsys, function, error, untold
 ):
-    options = arguments(module, name="run", reward=f"my_rewards:{function}", warmup_steps=0)
-    assert main(["train", *options]) == 1
+    options = arguments(
+        module, name="run", reward=f"my_rewards:{function}", warmup_steps=0, steps=2
+    )
+    assert main(["train", *options]) == 0
     shown = capsys.readouterr().err
     assert f"reward my_rewards:{function} raised {error}" in shown
     assert "my_rewards.py" in shown
@@ -149,7 +234,10 @@ def test_a_reward_that_raises_shows_its_line_and_the_weights_are_saved(
     assert "pip install" not in shown
     if function == "value":
         assert "# my own line" in shown
-    assert str(models.latest(module / "run")) in shown
+    for row in metrics(module / "run"):
+        assert (row["reward"], row["without_reward"], row["reward_failures"]) == (None, 1.0, 16)
+        assert row["groups_without_signal"] == 1
+        assert row["forwarded"] == (1.0 if row["kl"] is not None else 0.0)
 
 
 def test_rewards_that_do_not_apply_end_no_run(module, capsys):
@@ -158,7 +246,8 @@ def test_rewards_that_do_not_apply_end_no_run(module, capsys):
     rows = metrics(module / "run")
     assert all(row["without_reward"] == 0.25 for row in rows)
     assert all(math.isfinite(row["loss"] + row["reward"]) for row in rows)
-    assert "gave None for 4 completions" in capsys.readouterr().err
+    assert all(row["reward_failures"] == 0 for row in rows)
+    capsys.readouterr()
 
     assert main(["train", *options, "--name=none", "--reward=my_rewards:none"]) == 0
     assert metrics(module / "none")[-1]["reward"] is None
@@ -213,10 +302,10 @@ def test_what_a_function_does_to_its_arguments_stays_with_it():
         return [float(len(completions))] * 2
 
     prompt = ["a"]
-    total, _ = rewards.score(
+    scores = rewards.score(
         [changes, reads], [1.0, 1.0], [prompt, prompt], ["x", "y"], {"facts": [row, row]}
     )
-    assert total.tolist() == [3.0, 4.0]
+    assert scores.total.tolist() == [3.0, 4.0]
     assert (prompt, row) == (["a"], {"n": 1})
 
 
@@ -224,14 +313,17 @@ def test_functions_that_share_a_name_keep_their_own_means():
     functions = [lambda completions, x=x, **_: [x] * len(completions) for x in (0.25, 0.75)]
     names = rewards.names(functions)
     assert names[1] == f"{names[0]}-2"
-    _, means = rewards.score(functions, [1.0, 1.0], ["p"], ["c"], {})
+    means = rewards.score(functions, [1.0, 1.0], ["p"], ["c"], {}).means
     assert list(means.values()) == [0.25, 0.75]
 
 
 def test_the_first_function_is_the_accuracy_whatever_others_are_called(monkeypatch):
     means = {"right": 0.25, "reward": 0.5, "accuracy": 0.75}
-    monkeypatch.setattr(evaluate.rollout, "sample", lambda *_: None)
-    monkeypatch.setattr(evaluate.rollout, "reward", lambda *_: (torch.tensor([1.5]), means))
+    scores = rewards.Scores(
+        torch.tensor([1.5]), {name: torch.tensor([x]) for name, x in means.items()}, 0
+    )
+    monkeypatch.setattr(evaluate.rollout, "sample", lambda *_, **__: None)
+    monkeypatch.setattr(evaluate.rollout, "reward", lambda *_: scores)
     config = TrainConfig()
     found = evaluate.mean_rewards(None, None, [{"prompt": "p"}], config, 1.0)
     assert found == {"reward": 1.5, "accuracy": 0.25}
@@ -243,18 +335,18 @@ def test_brackets_do_not_matter(text, answer):
     assert rewards.correct(["p"], [text], [answer]) == [1.0]
 
 
-def test_a_generator_that_raises_is_named():
+def test_a_generator_that_raises_is_named(capsys, untold):
     def lazily(completions, **_):
         yield 1.0
         raise FileNotFoundError("tests.json")
 
-    with pytest.raises(rewards.RewardError, match=r"lazily raised FileNotFoundError: tests\.json"):
-        rewards.score([lazily], [1.0], ["p"] * 2, ["c"] * 2, {})
+    assert rewards.score([lazily], [1.0], ["p"] * 2, ["c"] * 2, {}).failures == 2
+    assert "lazily raised FileNotFoundError: tests.json" in capsys.readouterr().err
 
 
-def test_rewards_beyond_float32_are_named():
-    with pytest.raises(rewards.RewardError, match="within float32's range"):
-        rewards.score([lambda **_: [1e39]], [1.0], ["p"], ["c"], {})
+def test_rewards_beyond_float32_are_named(capsys, untold):
+    assert rewards.score([lambda **_: [1e39]], [1.0], ["p"], ["c"], {}).failures == 1
+    assert "within float32's range" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
@@ -286,7 +378,7 @@ def test_a_reward_that_hangs_ends_with_the_second_signal_and_the_weights(module)
         process.kill()
     assert process.returncode == 128 + signal.SIGTERM
     assert "again to save and stop at once" in err
-    newest = models.latest(module / "run")
+    newest = checkpoints.latest(module / "run")
     assert str(newest) in err
     assert newest.name == f"step-{len(metrics(module / 'run')):06d}"
 
@@ -338,4 +430,4 @@ def test_no_update_and_no_save_is_cut_in_two(tmp_path, monkeypatch, capfd, where
     options = arguments(tmp_path, name="run", warmup_steps=0, samples=0)
     assert main(["train", *options]) == 128 + signal.SIGTERM
     assert ended
-    models.latest(tmp_path / "run")
+    checkpoints.latest(tmp_path / "run")

@@ -1,0 +1,208 @@
+"""Count the memory of tensors operator by operator, also of a device that is not there.
+
+`Allocations` counts every storage from the operator that makes it to its last reference, in blocks of
+512 bytes as PyTorch's allocator does. Within `on_paper` tensors of device "meta", which have sizes and
+no contents, take the operators that a GPU or a CPU takes, and this project's operators run their own
+code, for the chunk lengths of that device, without launching kernels.
+
+Not counted: what libraries allocate for themselves (cuBLAS some 10 MB), the CUDA context (outside
+PyTorch's limit too), and holes between blocks.
+"""
+
+import contextlib
+import importlib
+import weakref
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.fx.experimental import _config as assumptions
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from grpo_fast.ops.head import passes
+
+# The packages export functions of these names.
+linear_grpo, linear_logprob = (
+    importlib.import_module(f"grpo_fast.ops.{name}") for name in ("linear_grpo", "linear_logprob")
+)
+META = torch.device("meta")
+BLOCK = 512  # bytes: what the allocator rounds to
+PROCESSORS = 132  # multiprocessors of an H100 or H200: they decide the chunk length
+HALVES = (torch.bfloat16, torch.float16)
+ALIGNED = 16  # elements: to which a GPU's attention pads the rows of a mask
+
+
+class Allocations(TorchDispatchMode):
+    """Count the bytes of the storages that operators make, and of those it is told to `hold`.
+
+    Args:
+        device: count what lies there; None: everything. Operators take numbers in tensors on the
+            CPU.
+    """
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        super().__init__()
+        self.device = device
+        self.live = self.peak = 0
+        self._known: set[int] = set()
+
+    def hold(self, x: Any) -> None:
+        """Count the storage of a tensor as long as it is referenced."""
+        if not isinstance(x, Tensor) or self.device not in (None, x.device):
+            return
+        storage = x.untyped_storage()
+        if storage._cdata in self._known:
+            return
+        nbytes = -(-storage.nbytes() // BLOCK) * BLOCK
+        self._known.add(storage._cdata)
+        self.live += nbytes
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._free, storage._cdata, nbytes).atexit = False
+
+    def peak_since(self) -> int:
+        """Return the peak in bytes since this was asked last, and begin anew from what is live."""
+        found, self.peak = self.peak, self.live
+        return found
+
+    def _free(self, key: int, nbytes: int) -> None:
+        self._known.discard(key)
+        self.live -= nbytes
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        own = OPERATORS.get(str(func)) if _on_meta(args) else None
+        if own:
+            with self:
+                out = own(*args, **kwargs)
+        else:
+            out = func(*args, **kwargs)
+        for x in tree_leaves(out):
+            self.hold(x)
+        return out
+
+
+def _on_meta(args: tuple) -> bool:
+    return any(isinstance(x, Tensor) and x.device == META for x in tree_leaves(args))
+
+
+def _into_out(*args: Any, out: Tensor, **_: Any) -> Tensor:
+    """Write a float32 product of halves into `out`: this operator exists for GPUs alone."""
+    return out
+
+
+OPERATORS: dict[str, Callable[..., Any]] = {
+    "aten._local_scalar_dense.default": lambda x: 1.0,  # a metric on its way to the host
+    "aten.is_nonzero.default": lambda x: True,  # a mask without padding
+    "aten.mm.dtype_out": _into_out,
+    "aten.addmm.dtype_out": _into_out,
+    "grpo_fast.linear_grpo.default": linear_grpo._forward,
+    "grpo_fast.linear_logprob_fwd.default": linear_logprob._forward,
+    "grpo_fast.linear_logprob_bwd.default": linear_logprob._backward_pass,
+    "grpo_fast.scale_.default": lambda x, factor: None,
+}
+
+
+class Casts:
+    """What autocast does to linear layers and attention; PyTorch's own knows no device "meta".
+
+    Autocast keeps the casts of trained float32 weights until its region ends: call `forget` there.
+
+    Args:
+        dtype: of the activations; None: no autocast.
+    """
+
+    def __init__(self, dtype: torch.dtype | None) -> None:
+        self.dtype = dtype
+        self._kept: dict[int, Tensor] | None = {}
+
+    def of(self, x: Tensor) -> Tensor:
+        """Return x in the dtype of the activations."""
+        if self.dtype is None or not x.is_floating_point() or x.dtype == self.dtype:
+            return x
+        if self._kept is None or not (x.requires_grad and x.is_leaf):
+            return x.to(self.dtype)
+        if id(x) not in self._kept:
+            self._kept[id(x)] = x.to(self.dtype)
+        return self._kept[id(x)]
+
+    def forget(self) -> None:
+        """End the region of the forward; the recomputation of a layer keeps nothing beyond itself."""
+        self._kept = None
+
+
+def _gpu_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+    """Run the attention that a GPU chooses: flash for halves without a mask, else memory-efficient."""
+    attend: Any = torch.ops.aten
+    if mask is None and q.dtype in HALVES:
+        return attend._scaled_dot_product_flash_attention(q, k, v, 0.0, causal)[0]
+    if mask is not None:
+        rows, columns = mask.shape[-2:]
+        padded = -(-columns // ALIGNED) * ALIGNED
+        copy = q.new_empty(*mask.shape[:-2], rows, padded)[..., :columns]
+        mask = copy.expand(*q.shape[:2], rows, columns)
+    groups = q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(groups, 1) if groups > 1 else x for x in (k, v))
+    return attend._scaled_dot_product_efficient_attention(q, k, v, mask, True, 0.0, causal)[0]
+
+
+def _cpu_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+    """Run the flash attention of a CPU."""
+    if mask is not None and mask.dtype == torch.bool:
+        mask = q.new_empty(mask.shape)
+    attend: Any = torch.ops.aten
+    return attend._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=mask)[
+        0
+    ]
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    pass
+
+
+@contextlib.contextmanager
+def on_paper(device: str = "cuda", dtype: torch.dtype | None = None) -> Iterator[Casts]:
+    """Treat tensors of device "meta" as those of a GPU or a CPU; kernels write nothing.
+
+    Masks are assumed to be full: indexing with one takes all elements.
+
+    Args:
+        device: "cuda" or "cpu".
+        dtype: of autocast; None: without it.
+    """
+    casts, gpu = Casts(dtype), device == "cuda"
+    plain = functional.linear
+
+    def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return plain(casts.of(x), casts.of(weight), bias if bias is None else casts.of(bias))
+
+    def attention(
+        q: Tensor, k: Tensor, v: Tensor, attn_mask: Any = None, *_: Any, **given: Any
+    ) -> Tensor:
+        q, k, v = (casts.of(x) for x in (q, k, v))
+        run = _gpu_attention if gpu else _cpu_attention
+        return run(q, k, v, attn_mask, given.get("is_causal", False))
+
+    with contextlib.ExitStack() as stack:
+
+        def patch(owner: Any, **names: Any) -> None:
+            for name, x in names.items():
+                stack.enter_context(mock.patch.object(owner, name, x))
+
+        patch(torch, is_autocast_enabled=lambda *_: False)  # it knows no device "meta"
+        patch(functional, scaled_dot_product_attention=attention)
+        patch(assumptions, meta_nonzero_assume_all_nonzero=True)
+        if dtype is not None:
+            patch(functional, linear=linear)
+        if gpu:
+            properties = SimpleNamespace(multi_processor_count=PROCESSORS)
+            patch(torch.Tensor, is_cuda=True)
+            patch(torch.cuda, get_device_properties=lambda _: properties)
+            patch(passes, fill=_nothing, read_rows=_nothing, write_rows=_nothing)
+        yield casts
