@@ -49,6 +49,7 @@ class Allocations(TorchDispatchMode):
         super().__init__()
         self.device = device
         self.live = self.peak = 0
+        self.trace: list[int] = []  # `live` after each operator
         self._known: set[int] = set()
 
     def hold(self, x: Any) -> None:
@@ -64,11 +65,6 @@ class Allocations(TorchDispatchMode):
         self.peak = max(self.peak, self.live)
         weakref.finalize(storage, self._free, storage._cdata, nbytes).atexit = False
 
-    def peak_since(self) -> int:
-        """Return the peak in bytes since this was asked last, and begin anew from what is live."""
-        found, self.peak = self.peak, self.live
-        return found
-
     def _free(self, key: int, nbytes: int) -> None:
         self._known.discard(key)
         self.live -= nbytes
@@ -77,7 +73,7 @@ class Allocations(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        own = OPERATORS.get(str(func)) if _on_meta(args) else None
+        own = INSIDE.get(str(func)) or (STAND_INS.get(str(func)) if _on_meta(args) else None)
         if own:
             with self:
                 out = own(*args, **kwargs)
@@ -85,6 +81,7 @@ class Allocations(TorchDispatchMode):
             out = func(*args, **kwargs)
         for x in tree_leaves(out):
             self.hold(x)
+        self.trace.append(self.live)
         return out
 
 
@@ -97,14 +94,18 @@ def _into_out(*args: Any, out: Tensor, **_: Any) -> Tensor:
     return out
 
 
-OPERATORS: dict[str, Callable[..., Any]] = {
+# Operators of this project: what they allocate inside is counted, too.
+INSIDE: dict[str, Callable[..., Any]] = {
+    "grpo_fast.linear_grpo.default": linear_grpo._forward,
+    "grpo_fast.linear_logprob_fwd.default": linear_logprob._forward,
+    "grpo_fast.linear_logprob_bwd.default": linear_logprob._backward_pass,
+}
+# What takes the place of operators that device "meta" has not.
+STAND_INS: dict[str, Callable[..., Any]] = {
     "aten._local_scalar_dense.default": lambda x: 1.0,  # a metric on its way to the host
     "aten.is_nonzero.default": lambda x: True,  # a mask without padding
     "aten.mm.dtype_out": _into_out,
     "aten.addmm.dtype_out": _into_out,
-    "grpo_fast.linear_grpo.default": linear_grpo._forward,
-    "grpo_fast.linear_logprob_fwd.default": linear_logprob._forward,
-    "grpo_fast.linear_logprob_bwd.default": linear_logprob._backward_pass,
     "grpo_fast.scale_.default": lambda x, factor: None,
 }
 

@@ -191,10 +191,13 @@ def restore(learner: Learner, checkpoint: Path) -> dict[str, Any]:
     if state["processes"] not in (None, team.size) or (
         learner.sharded and state["processes"] is None
     ):
-        before = state["processes"] or "processes that did not share the weights"
+        before = state["processes"]
+        by = (
+            f"by {before} processes that share them" if before else "by a process that has them all"
+        )
         raise ValueError(
-            f"resume: {checkpoint} was written with shared weights by {before}, this run has {team.size}; "
-            "its optimizer state cannot be cut anew. --model takes its weights for a new run"
+            f"resume: the optimizer state of {checkpoint} was written {by}, and this run has {team.size}: it "
+            "cannot be dealt out anew. --model starts a new run from the weights"
         )
     rank = team.rank if learner.sharded else 0
     tensors = load_file(checkpoint / f"{STATE}-{rank:05d}.safetensors")

@@ -1,6 +1,7 @@
-"""The command line: `grpo-fast train [CONFIG.yaml] [--option value]...` and `grpo-fast eval RUN`."""
+"""The command line: `grpo-fast train`, `eval`, `report` and `plan`."""
 
 import argparse
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -12,7 +13,9 @@ from grpo_fast.trainer import console, files
 from grpo_fast.trainer.interruption import Stopped
 from grpo_fast.trainer.rewards import RewardError
 
-EXTRA = ("transformers", "tokenizers", "matplotlib", "yaml", "tqdm", "filelock")
+EXTRA = (
+    "transformers", "tokenizers", "matplotlib", "yaml", "filelock", "accelerate", "rich", "plotly",
+)  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -21,8 +24,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     0: done. 1: failed. 2: an argument cannot be used. 128 + n: signal n ended the run (130: Ctrl-C), and a
     checkpoint was saved.
     """
-    parser = argparse.ArgumentParser(prog="grpo-fast", description=__doc__)
-    parser.add_argument("command", choices=["train", "eval"])
+    parser = argparse.ArgumentParser(
+        prog="grpo-fast",
+        description="GRPO training of a causal language model",
+        epilog="train: make or resume a run; eval: accuracy of a run; report: a page about a run; "
+        "plan: does a run fit a GPU",
+    )
+    parser.add_argument("command", choices=list(COMMANDS))
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="see grpo-fast COMMAND --help")
     chosen = parser.parse_args(arguments)
     with console.lasting():
@@ -37,7 +45,7 @@ def run(command: str, arguments: Sequence[str]) -> int:
         except ImportError as error:
             return fail(command, 1, str(error))
     try:
-        return {"train": train, "eval": evaluate}[command](arguments)
+        return COMMANDS[command](arguments)
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] not in EXTRA:
             raise
@@ -84,6 +92,8 @@ def train(arguments: Sequence[str]) -> int:
         settings = config.renamed(settings, arguments)
     quiet()
     end = training.train(settings)
+    if os.environ.get("RANK", "0") != "0":  # of several processes one speaks
+        return 0 if end.signal is None else 128 + end.signal
     print(
         f"reward {end.first_reward:.3f} -> {end.last_reward:.3f} in {end.steps} GRPO steps, "
         f"{end.seconds:.0f} s in all"
@@ -111,6 +121,46 @@ def evaluate(arguments: Sequence[str]) -> int:
     quiet()
     print(evaluate_run(chosen.run, chosen.device, chosen.seed))
     return 0
+
+
+def report(arguments: Sequence[str]) -> int:
+    """Run `grpo-fast report`: write a page about a run, and print where it is."""
+    parser = argparse.ArgumentParser(
+        prog="grpo-fast report", description="one page about a run, for a browser without network"
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run")
+    parser.add_argument("--out", type=Path, help="file to write; default: RUN/report.html")
+    chosen = parser.parse_args(arguments)
+    from grpo_fast.trainer.report import write
+
+    print(write(chosen.run.expanduser(), chosen.out))
+    return 0
+
+
+def plan(arguments: Sequence[str]) -> int:
+    """Run `grpo-fast plan`: print whether a run fits a GPU."""
+    parser = argparse.ArgumentParser(
+        prog="grpo-fast plan",
+        usage="grpo-fast plan [CONFIG.yaml] --gpu 24GB [--option value]...",
+        description="whether a run fits a GPU, and what to change; all options of grpo-fast train",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--gpu", required=True, help="memory of a GPU, such as 24GB")
+    parser.add_argument("--prompt_tokens", type=int, default=512, help="longest prompt, in tokens")
+    parser.add_argument("--processes", type=int, default=1, help="number of GPUs")
+    chosen, rest = parser.parse_known_args(arguments)
+    from grpo_fast.trainer import config, sizing
+
+    quiet()
+    settings = config.parse(rest)
+    if settings.model is None:
+        raise ValueError("plan: want --model, the name or folder of a model, or its config.json")
+    workload = sizing.workload_of(settings, chosen.prompt_tokens, chosen.processes)
+    print(sizing.table(sizing.describe(settings.model), workload, sizing.parse_size(chosen.gpu)))
+    return 0
+
+
+COMMANDS = {"train": train, "eval": evaluate, "report": report, "plan": plan}
 
 
 def quiet() -> None:

@@ -1,10 +1,15 @@
-"""The dimensions of well-known models, so that plans and dry runs need no download.
+"""The dimensions of well-known models, so that plans and dry runs need no download; and small ones.
 
 They are those of the published config.json files. The number of weights is checked against the published
 one in tests/trainer/test_sizing.py.
 """
 
+import copy
+import re
+from pathlib import Path
 from typing import Any
+
+from transformers import AutoConfig
 
 _QWEN2 = {
     "model_type": "qwen2",
@@ -93,3 +98,56 @@ KNOWN: dict[str, dict[str, Any]] = {
     | _sizes(2048, 8192, 24, 32, 32)
     | {"rope_parameters": {"rope_type": "default", "rope_theta": 130_000.0}},
 }
+
+
+def known_config(name: str) -> Any:
+    """Return the configuration of a well-known model, by its hub id or the last part of it; else None."""
+    short = re.sub(r"-(instruct|base)$", "", name.split("/")[-1], flags=re.IGNORECASE).lower()
+    for known, sizes in KNOWN.items():
+        if known.lower() == short:
+            given = copy.deepcopy(sizes)
+            return AutoConfig.for_model(given.pop("model_type"), **given)
+    return None
+
+
+def describe(model: str) -> Any:
+    """Return the configuration of a model: a folder, its config.json, a well-known name, or a hub id.
+
+    Raises:
+        ValueError: there is none, or the hub cannot be reached; the message lists the known names.
+    """
+    path = Path(model).expanduser()
+    if not path.exists() and (known := known_config(model)) is not None:
+        return known
+    try:
+        return AutoConfig.from_pretrained(str(path) if path.exists() else model)
+    except Exception as error:  # of whatever the hub's client raises
+        why = "cannot be read" if path.exists() else "no such folder, and not found on the hub"
+        detail = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        names = ", ".join(KNOWN)
+        raise ValueError(f"model={model!r}: {why} ({detail}); known without it: {names}") from error
+
+
+def tiny(config: Any) -> Any:
+    """Return the same architecture with two layers, a hidden size of 64 and 512 tokens, for dry runs."""
+    small = copy.deepcopy(config)
+    text = small.get_text_config()
+    heads, kv = text.num_attention_heads, getattr(text, "num_key_value_heads", None)
+    apart = (getattr(text, "head_dim", None) or text.hidden_size // heads) * heads
+    sizes = {
+        "head_dim": 16 if apart == text.hidden_size else 32,
+        "num_key_value_heads": 4 if kv == heads else 2,
+        "intermediate_size": 128, "moe_intermediate_size": 64, "num_hidden_layers": 2,
+        "max_window_layers": 2, "num_attention_heads": 4, "hidden_size": 64, "vocab_size": 512,
+        "num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2,
+    }  # fmt: skip
+    for name, value in sizes.items():
+        if getattr(text, name, None) is not None:
+            setattr(text, name, value)
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:2]
+    for owner in (small, text):
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            if getattr(owner, name, None) is not None:
+                setattr(owner, name, 1)
+    return small

@@ -4,9 +4,11 @@ The real architecture runs at its real size, by the same functions as in trainin
 prompts, recomputed layers, the loss from hidden states. It takes a second or two, whatever the model.
 """
 
+import copy
 import dataclasses
+import itertools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,14 +24,16 @@ from grpo_fast.shared_prompt.plans import Plan
 from grpo_fast.shared_prompt.routes import ROUTES, Backbone
 from grpo_fast.trainer.allocations import META, Allocations, on_paper
 
+T = TypeVar("T", bound="Update | Sampling")
+
 
 class Batch(NamedTuple):
-    """Completions that pass through the model together: `count` of R tokens, after prompts of P tokens."""
+    """Completions that pass through the model together: of R tokens, after prompts of P tokens."""
 
     P: int
     R: int
     group_size: int
-    count: int
+    completions: int
 
 
 class Setting(NamedTuple):
@@ -58,14 +62,21 @@ class Update(NamedTuple):
     Attributes:
         route: how the prompts were shared.
         saved: what the forward of the layers leaves for the backward, casts of the weights included.
-        forward, loss, backward: the most in use in each of them, `saved` included.
+        forward, loss, late, early: the most in use in the forward, in the loss, and in the backward of the
+            last and of the first half of the layers, `saved` included.
     """
 
     route: str
-    saved: int
-    forward: int
-    loss: int
-    backward: int
+    saved: float
+    forward: float
+    loss: float
+    late: float
+    early: float
+
+    @property
+    def backward(self) -> int:
+        """The most in use in the backward."""
+        return int(max(self.late, self.early))
 
 
 class Sampling(NamedTuple):
@@ -77,8 +88,8 @@ class Sampling(NamedTuple):
         per_token: keys and values of a token.
     """
 
-    prefill: int
-    casts: int
+    prefill: float
+    casts: float
     per_token: float
 
 
@@ -104,6 +115,30 @@ def build(config: Any, dtype: torch.dtype, lora: dict[str, Any] | None = None) -
         raise ValueError(f"model: {' '.join(str(error).split())}") from error
 
 
+def shallow(config: Any, layers: int) -> Any:
+    """Return the configuration of the same model with fewer layers."""
+    found = copy.deepcopy(config)
+    text = found.get_text_config()
+    text.num_hidden_layers = layers
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:layers]
+    return found
+
+
+def deepened(shallower: T, deeper: T, layers: tuple[int, int, int]) -> T:
+    """Extrapolate what was counted with few layers to many, linearly.
+
+    Args:
+        shallower, deeper: records of what was counted with layers[0] and layers[1].
+        layers: two small numbers, and the number that is wanted.
+    """
+    few, more, many = layers
+    share = (many - few) / (more - few)
+    pairs: Any = zip(shallower, deeper, strict=True)
+    kind: Any = type(deeper)
+    return kind(*(b if isinstance(b, str) else a + share * (b - a) for a, b in pairs))
+
+
 def plan_of(batch: Batch) -> Plan:
     """Return the plan of a batch, on device "meta"."""
     P, R, group_size, count = batch
@@ -124,14 +159,12 @@ def plan_of(batch: Batch) -> Plan:
 def _without_contents(plan: Plan) -> Plan:
     lengths = ("prompt_lengths", "completion_lengths")
     fields = {f.name: getattr(plan, f.name) for f in dataclasses.fields(plan)}
-    new = dataclasses.replace(
-        plan,
-        **{
-            name: x.to(META)
-            for name, x in fields.items()
-            if isinstance(x, Tensor) and name not in lengths
-        },
-    )
+    moved: dict[str, Any] = {
+        name: x.to(META)
+        for name, x in fields.items()
+        if isinstance(x, Tensor) and name not in lengths
+    }
+    new = dataclasses.replace(plan, **moved)
     cached = {"prompt_of_here": plan.prompt_of_here, "row_length": plan.row_length}
     for name in {"rows", "tails"} & vars(plan).keys():
         cached[name] = type(getattr(plan, name))(*(x.to(META) for x in getattr(plan, name)))
@@ -169,13 +202,16 @@ def update(model: nn.Module, batch: Batch, setting: Setting) -> Update:
             per_row = None if can_pack(lm) else 1
             backbone = Backbone(lm, backbone_of(lm), setting.recompute, per_row)
             hidden = ROUTES[route](backbone, plan)
-            saved, forward = counted.live - held, counted.peak_since() - held
+            saved, ends = counted.live - held, [len(counted.trace)]
             loss = _loss(lm, hidden, plan, setting)
             casts.forget()
             del hidden
-            head = counted.peak_since() - held
+            ends.append(len(counted.trace))
             loss.backward()
-            return Update(route, saved, forward, head, counted.peak_since() - held)
+        last = len(counted.trace)
+        ends += [(ends[-1] + last) // 2, last]
+        peaks = [max(counted.trace[i:j]) - held for i, j in itertools.pairwise([0, *ends])]
+        return Update(route, saved, *peaks)
     finally:
         for handle in handles:
             handle.remove()
@@ -185,13 +221,12 @@ def update(model: nn.Module, batch: Batch, setting: Setting) -> Update:
 
 def _loss(lm: Any, hidden: Tensor, plan: Plan, setting: Setting) -> Tensor:
     head, N = head_of(lm), len(plan.targets)
-    given = {"ref_logps": torch.empty(N, device=META)} if setting.reference else {}
     return linear_grpo_loss(
         hidden.to(setting.autocast or head.weight.dtype),
         head.weight,
         plan.targets,
         **head.options,
-        **given,
+        ref_logps=torch.empty(N, device=META) if setting.reference else None,
         advantages=torch.empty(len(plan.completion_lengths), device=META),
         cu_seqlens=plan.cu_seqlens,
         objective=Objective.preset("grpo", beta=0.04 if setting.reference else 0.0),

@@ -175,25 +175,21 @@ def _last_written(run_dir: Path) -> float:
 
 
 class Lines:
-    """A file of one object per line, on disk as soon as it is written: metrics.jsonl, completions.jsonl.
+    """A file of one object per line, on disk as soon as it is written: metrics.jsonl, completions.jsonl."""
 
-    Args:
-        steps: keep the rows of the steps before this one, and delete all others.
-    """
-
-    def __init__(self, path: Path, steps: int = 0) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
         self.rows: list[dict[str, Any]] = []
-        if not path.exists():
+
+    def go_on(self, step: int) -> None:
+        """Keep the rows of the steps before `step`, and delete all others."""
+        if not self.path.exists():
             return
-        for line in path.read_bytes().split(b"\n"):
-            try:
-                row = json.loads(line)
-            except ValueError:  # the end of a process that was killed
-                continue
-            if row["step"] < steps:
-                self.rows.append(row)
-        files.write(path, b"".join((json.dumps(row) + "\n").encode() for row in self.rows))
+        for line in self.path.read_bytes().split(b"\n"):
+            with contextlib.suppress(ValueError):  # the end of a process that was killed
+                self.rows.append(json.loads(line))
+        self.rows = [row for row in self.rows if row["step"] < step]
+        files.write(self.path, b"".join((json.dumps(row) + "\n").encode() for row in self.rows))
 
     def write(self, row: dict[str, Any]) -> None:
         """Append a row. NaN stands for a value that was not measured, and becomes null: JSON has no NaN.

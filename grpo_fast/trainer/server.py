@@ -348,7 +348,7 @@ class Server:
                 cause = f"HTTP {status}: {_said(answer)}"
             except (OSError, HTTPException) as error:
                 reason = getattr(error, "reason", error)
-                _ = isinstance(reason, ConnectionRefusedError)
+                self._down |= isinstance(reason, ConnectionRefusedError)
                 cause = getattr(reason, "strerror", None) or str(reason) or type(reason).__name__
             if status is not None and status < 500:
                 raise ServerError(f"{asked}: {cause}", status)

@@ -1,4 +1,4 @@
-"""How much memory a run needs: `grpo-fast plan`, and the small models of a dry run.
+"""How much memory a run needs, by part and by phase; `fitting` says what fits.
 
 Nothing is trained and no GPU is needed. Weights, gradients and optimizer state are counted from the
 architecture; activations and the loss are rehearsed on tensors without contents (`rehearsal`). Sizes are in
@@ -9,30 +9,30 @@ update. All prompts and completions have their greatest length.
 """
 
 import contextlib
-import copy
-import dataclasses
 import functools
 import json
-import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch import nn
-from transformers import AutoConfig
+from torch import Tensor, nn
 
 from grpo_fast.integrations.transformers import causal_lm, head_of
 from grpo_fast.trainer import rehearsal
-from grpo_fast.trainer.known_models import KNOWN
-from grpo_fast.trainer.rehearsal import Batch, Setting
+from grpo_fast.trainer.known_models import describe, known_config, tiny
+from grpo_fast.trainer.rehearsal import Batch, Sampling, Setting, Update
+from grpo_fast.trainer.workload import Workload
 
+__all__ = [
+    "Parts", "Workload", "describe", "known_config", "parse_size", "predict", "tiny",
+]  # fmt: skip
 GIB = 1 << 30
 UNITS = {"GB": GIB, "GIB": GIB, "MB": 1 << 20, "MIB": 1 << 20, "": 1}
 RESERVED, SHARE_RESERVED = GIB, 0.04  # see `parse_size`
-STEP = 64  # tokens: `longest` looks at multiples of this
+LAYERS = (4, 6)  # of the models that are rehearsed
+T = TypeVar("T", Update, Sampling)
 # Bytes of optimizer state for each trained element: the first pattern that is found in the name counts.
 # States of 8 and 4 bits have a float32 scale for each block of 256 and 128.
 STATES = (
@@ -46,87 +46,6 @@ STATES = (
 )
 # Bytes of a frozen element of a linear layer: nf4 in blocks of 64 whose scales are quantised, too.
 QUANTISED = {"bnb-4bit": 0.5 + 1 / 64 + 4 / (64 * 256), "bnb-8bit": 1.0, "torchao-int8": 1.0}
-EIGHT_BIT = "adamw_torch_8bit"
-
-
-@dataclass(frozen=True)
-class Workload:
-    """What decides the memory of a run; the names are those of `TrainConfig`, lengths are in tokens.
-
-    Attributes:
-        prompt_tokens, completion_tokens: the greatest lengths.
-        group_size: completions of a prompt.
-        micro_batch_tokens: most tokens of one forward, shared prompts counted once; None: no limit.
-        weights: "float32", "bfloat16" (float32 copies in the optimizer) or "bfloat16_only"; "auto": `dtype`.
-        dtype: of the activations, "float32" or "bfloat16".
-        optim: the optimizer, by its name in transformers.
-        lora_target_modules: names of layers; "all-linear" or none: all linear ones but the head.
-        quantize: "bnb-4bit", "bnb-8bit", "torchao-int8" or None; of the weights under an adapter.
-        beta: weight of the KL. Above 0 and without an adapter a copy of the weights is held.
-        fsdp: whether `world_size` processes share weights, gradients and optimizer state.
-        sampling_tokens: most tokens that are sampled together, prompts included; None: all; 0: a server
-            samples.
-        prompts_per_step: prompts of a process in a step; None: one where nothing else limits a batch.
-        device: "cuda" or "cpu", which choose other attention and chunks.
-    """
-
-    prompt_tokens: int = 512
-    completion_tokens: int = 1024
-    group_size: int = 8
-    micro_batch_tokens: int | None = 16_384
-    gradient_checkpointing: bool = False
-    share_prompts: bool = True
-    weights: str = "auto"
-    dtype: str = "bfloat16"
-    optim: str = "adamw_torch"
-    use_peft: bool = False
-    lora_r: int = 16
-    lora_target_modules: str | tuple[str, ...] = "all-linear"
-    quantize: str | None = None
-    beta: float = 0.0
-    world_size: int = 1
-    fsdp: bool = False
-    sampling_tokens: int | None = 65_536
-    prompts_per_step: int | None = None
-    device: str = "cuda"
-
-    @property
-    def base(self) -> torch.dtype:
-        """The dtype of the model's weights; FSDP gathers trained ones in the dtype of the activations."""
-        name = self.dtype if self.weights == "auto" or self.fsdp else self.weights
-        return torch.float32 if name == "float32" else torch.bfloat16
-
-    @property
-    def masters(self) -> bool:
-        """Whether the optimizer has float32 copies of the trained weights."""
-        half = self.base == torch.bfloat16 and self.weights != "bfloat16_only"
-        return half and not self.use_peft and not self.fsdp
-
-    @property
-    def sharers(self) -> int:
-        """Among how many processes weights, gradients and states are shared."""
-        return self.world_size if self.fsdp else 1
-
-    @property
-    def completions(self) -> int:
-        """How many completions pass through the model together; at least one."""
-        P, R, most = self.prompt_tokens, self.completion_tokens, self.micro_batch_tokens
-        count = self.group_size * (self.prompts_per_step or (1 if most is None else most))
-        if most is None:
-            return count
-        if not self.share_prompts:
-            return min(count, max(1, most // (P + R)))
-        full, left = divmod(most, P + self.group_size * R)
-        return min(count, max(1, full * self.group_size + max(0, (left - P) // R)))
-
-    @property
-    def sampled(self) -> int:
-        """How many completions are sampled together."""
-        tokens, rows = self.sampling_tokens, self.group_size * (self.prompts_per_step or 1)
-        if tokens is None or tokens == 0:
-            return 0 if tokens == 0 else rows
-        fit = max(1, tokens // (self.prompt_tokens + self.completion_tokens))
-        return min(fit, rows) if self.prompts_per_step else fit
 
 
 @dataclass(frozen=True)
@@ -192,59 +111,6 @@ def parse_size(text: str) -> int:
     return max(0, int(size * (1 - SHARE_RESERVED)) - RESERVED)
 
 
-def known_config(name: str) -> Any:
-    """Return the configuration of a well-known model, by its hub id or the last part of it; else None."""
-    short = re.sub(r"-(instruct|base)$", "", name.split("/")[-1], flags=re.IGNORECASE).lower()
-    for known, sizes in KNOWN.items():
-        if known.lower() == short:
-            given = copy.deepcopy(sizes)
-            return AutoConfig.for_model(given.pop("model_type"), **given)
-    return None
-
-
-def describe(model: str) -> Any:
-    """Return the configuration of a model: a folder, its config.json, a well-known name, or a hub id.
-
-    Raises:
-        ValueError: there is none, or the hub cannot be reached; the message lists the known names.
-    """
-    path = Path(model).expanduser()
-    if not path.exists() and (known := known_config(model)) is not None:
-        return known
-    try:
-        return AutoConfig.from_pretrained(str(path) if path.exists() else model)
-    except Exception as error:  # of whatever the hub's client raises
-        why = "cannot be read" if path.exists() else "no such folder, and not found on the hub"
-        detail = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        names = ", ".join(KNOWN)
-        raise ValueError(f"model={model!r}: {why} ({detail}); known without it: {names}") from error
-
-
-def tiny(config: Any) -> Any:
-    """Return the same architecture with two layers, a hidden size of 64 and 512 tokens, for dry runs."""
-    small = copy.deepcopy(config)
-    text = small.get_text_config()
-    heads, kv = text.num_attention_heads, getattr(text, "num_key_value_heads", None)
-    apart = (getattr(text, "head_dim", None) or text.hidden_size // heads) * heads
-    sizes = {
-        "head_dim": 16 if apart == text.hidden_size else 32,
-        "num_key_value_heads": 4 if kv == heads else 2,
-        "intermediate_size": 128, "moe_intermediate_size": 64, "num_hidden_layers": 2,
-        "max_window_layers": 2, "num_attention_heads": 4, "hidden_size": 64, "vocab_size": 512,
-        "num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2,
-    }  # fmt: skip
-    for name, value in sizes.items():
-        if getattr(text, name, None) is not None:
-            setattr(text, name, value)
-    if getattr(text, "layer_types", None):
-        text.layer_types = text.layer_types[:2]
-    for owner in (small, text):
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            if getattr(owner, name, None) is not None:
-                setattr(owner, name, 1)
-    return small
-
-
 def predict(config: Any, workload: Workload, *, compared: bool = True) -> Parts:
     """Predict the memory of a run by part and by phase.
 
@@ -256,53 +122,207 @@ def predict(config: Any, workload: Workload, *, compared: bool = True) -> Parts:
         ValueError: the model cannot be built or rehearsed; the message says why.
     """
     w = workload
-    model = _model(json.dumps(config.to_dict(), default=str), _Config(config), w)
-    autocast = torch.bfloat16 if w.dtype == "bfloat16" else None
+    spec = _spec(config, w)
+    model = _model(spec)
     setting = Setting(
         w.device,
-        autocast,
+        torch.bfloat16 if w.dtype == "bfloat16" else None,
         w.gradient_checkpointing,
         w.share_prompts,
         accumulates=not w.masters and not w.fsdp,
         reference=w.beta > 0,
     )
     batch = Batch(w.prompt_tokens, w.completion_tokens, w.group_size, w.completions)
-    held = _held(model, w)
+    sampling, loss, eager, unshared = Sampling(0, 0, 0), 0, 0, 0
     with _explained(config):
-        found = rehearsal.update(model, batch, setting)
-        sampling = None
+        found = _update(spec, batch, setting)
         if w.sampled:
-            sampling = rehearsal.sampling(model, w.prompt_tokens, w.sampled, setting)
-        N = w.completions * w.completion_tokens
-        loss, eager, unshared = found.loss - found.saved, 0, 0
+            sampling = _sampling(spec, w.prompt_tokens, w.sampled, setting)
         if compared:
-            loss, eager = rehearsal.losses(model, N, setting)
-            whole = rehearsal.update(model, batch, setting._replace(share=False))
-            unshared = whole.saved + _working(whole)
-    P, R, rows = w.prompt_tokens, w.completion_tokens, w.sampled
-    prompts = -(-w.completions // w.group_size) if found.route != "unshared" else w.completions
-    static, extra = sum(held.values()), _transient(model, w)
-    kv = int(sampling.per_token * rows * (P + R)) if sampling else 0
+            loss, eager = rehearsal.losses(model, batch.completions * batch.R, setting)
+            alone = _update(spec, batch, setting._replace(share=False))
+            unshared = int(max(alone.forward, alone.backward))
+    held, extra = _held(model, w), _gathered(model, w)
+    static, kv = sum(held.values()), int(sampling.per_token * w.sampled * (batch.P + batch.R))
     phases = {
-        "forward": static + found.forward + extra,
-        "loss": static + found.loss,
-        "backward": static + found.backward + extra,
+        "forward": static + extra + int(found.forward),
+        "loss": static + extra + int(found.loss),
+        "backward": static + extra + found.backward,
         "optimizer step": static + _in_step(model, w),
     }
-    if sampling:
-        phases["sampling"] = static + _in_sampling(model, config, w, sampling, kv) + extra
+    if w.sampled:
+        phases = {"sampling": static + _in_sampling(model, config, w, sampling, kv)} | phases
+    prompts = (
+        batch.completions
+        if found.route == "unshared"
+        else -(-batch.completions // batch.group_size)
+    )
     return Parts(
-        parameters=sum(p.numel() for p in causal_lm(model).parameters()) - _adapter(model, w),
+        parameters=sum(p.numel() for p in _parameters(model, adapter=False)),
         trained=sum(p.numel() for p in _trained(model)),
         **held,
-        completions=w.completions,
-        tokens=prompts * P + w.completions * R,
+        completions=batch.completions,
+        tokens=prompts * batch.P + batch.completions * batch.R,
         route=found.route,
-        activations=found.saved,
-        working=_working(found) + extra,
+        activations=int(found.saved),
+        working=int(max(found.forward, found.backward) - found.saved) + extra,
         loss=loss,
         eager_loss=eager,
-        unshared=unshared,
+        unshared=unshared + extra if unshared else 0,
         kv_cache=kv,
         phases=phases,
     )
+
+
+@contextlib.contextmanager
+def _explained(config: Any) -> Iterator[None]:
+    """Turn what a model without contents cannot do into one message."""
+    try:
+        yield
+    except (RuntimeError, NotImplementedError, TypeError, AttributeError) as error:
+        detail = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"model: {type(config).__name__}: its memory cannot be predicted: {detail}"
+        ) from error
+
+
+class Spec(NamedTuple):
+    """What a model is built from: class and JSON of its configuration, dtype, rank and layers of LoRA."""
+
+    kind: Any
+    text: str
+    dtype: torch.dtype
+    lora: tuple[int, Any] | None
+
+    @property
+    def config(self) -> Any:
+        """The configuration."""
+        return self.kind.from_dict(json.loads(self.text))
+
+
+def _spec(config: Any, w: Workload) -> Spec:
+    lora = None
+    if w.use_peft:
+        targets = w.lora_target_modules
+        lora = (w.lora_r, targets if isinstance(targets, str) else tuple(targets) or "all-linear")
+    return Spec(type(config), json.dumps(config.to_dict(), default=str), w.base, lora)
+
+
+@functools.lru_cache(maxsize=8)
+def _model(spec: Spec, layers: int | None = None) -> nn.Module:
+    settings, config = None, spec.config
+    if spec.lora:
+        rank, targets = spec.lora
+        settings = {
+            "r": rank,
+            "target_modules": targets if isinstance(targets, str) else [*targets],
+        }
+    if layers is not None:
+        config = rehearsal.shallow(config, layers)
+    return rehearsal.build(config, spec.dtype, settings)
+
+
+def _by_layers(spec: Spec, run: Callable[[nn.Module], T]) -> T:
+    """Rehearse a model with few layers and extrapolate; with all of them where they are not alike."""
+    text = spec.config.get_text_config()
+    kinds = set(getattr(text, "layer_types", None) or ())
+    few, more = LAYERS
+    if text.num_hidden_layers <= more or len(kinds) > 1:
+        return run(_model(spec))
+    shallower, deeper = (run(_model(spec, layers)) for layers in LAYERS)
+    return rehearsal.deepened(shallower, deeper, (few, more, text.num_hidden_layers))
+
+
+@functools.lru_cache(maxsize=256)
+def _update(spec: Spec, batch: Batch, setting: Setting) -> Update:
+    return _by_layers(spec, lambda model: rehearsal.update(model, batch, setting))
+
+
+@functools.lru_cache(maxsize=256)
+def _sampling(spec: Spec, P: int, rows: int, setting: Setting) -> Sampling:
+    return _by_layers(spec, lambda model: rehearsal.sampling(model, P, rows, setting))
+
+
+def _parameters(model: nn.Module, adapter: bool) -> list[Tensor]:
+    """Return the weights of the adapter, or all others."""
+    named = causal_lm(model).named_parameters()
+    return [p for name, p in named if ("lora_" in name) == adapter]
+
+
+def _trained(model: nn.Module) -> list[Tensor]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def _frozen_layers(model: nn.Module) -> list[nn.Linear]:
+    """Return the linear layers that quantisation would convert."""
+    lm = causal_lm(model)
+    head = head_of(lm).weight
+    linear = [m for m in lm.modules() if isinstance(m, nn.Linear)]
+    return [m for m in linear if not m.weight.requires_grad and m.weight is not head]
+
+
+def _nbytes(tensors: list[Tensor]) -> int:
+    return sum(x.numel() * x.element_size() for x in tensors)
+
+
+def _held(model: nn.Module, w: Workload) -> dict[str, int]:
+    """Return the bytes that are held all the time, by the names of `Parts`."""
+    base, trained = _parameters(model, adapter=False), _trained(model)
+    weights, count = _nbytes(base), sum(p.numel() for p in trained)
+    if w.quantize:
+        for layer in _frozen_layers(model):
+            scales = 0 if w.quantize == "bnb-4bit" else 4 * layer.out_features
+            whole = _nbytes([layer.weight])
+            weights += int(layer.weight.numel() * QUANTISED[w.quantize]) + scales - whole
+    float32 = w.masters or w.use_peft or w.fsdp
+    size = 4 if float32 else w.base.itemsize
+    state = next(nbytes for pattern, nbytes in STATES if re.search(pattern, w.optim))
+    if state >= 4 and size == 2:  # PyTorch's optimizers keep states in the dtype of the weights
+        state /= 2
+    reference = weights if w.beta > 0 and not w.use_peft else 0
+    if w.fsdp and not w.use_peft:
+        weights, reference = 4 * count, 4 * count if reference else 0
+    weights += _nbytes(_parameters(model, adapter=True))
+    found = {
+        "weights": weights,
+        "gradients": size * count,
+        "optimizer": int(state * count),
+        "master": 4 * count if w.masters else 0,
+        "reference": reference,
+    }
+    return {name: nbytes // w.sharers for name, nbytes in found.items()}
+
+
+def _gathered(model: nn.Module, w: Workload) -> int:
+    """Return what is unpacked for a moment: a quantised layer, or with FSDP the root and two layers."""
+    extra = 0
+    if w.quantize:
+        extra = 2 * max(layer.weight.numel() for layer in _frozen_layers(model))
+    if w.fsdp:
+        names = set(causal_lm(model)._no_split_modules or ())
+        layers = [m for m in model.modules() if type(m).__name__ in names]
+        inside = [sum(p.numel() for p in layer.parameters()) for layer in layers]
+        root = sum(p.numel() for p in model.parameters()) - sum(inside)
+        largest = max(inside, default=0)
+        # The gradient of a layer is float32 before it is shared out.
+        extra += w.base.itemsize * (root + 2 * largest) + 4 * largest
+    return extra
+
+
+def _in_step(model: nn.Module, w: Workload) -> int:
+    """Return what the optimizer needs for a moment; PyTorch's on a GPU takes all weights at once."""
+    sizes = [4 * p.numel() for p in _trained(model)]
+    if re.search("adamw_torch_(4|8)bit", w.optim):
+        return 3 * max(sizes)
+    if "fused" in w.optim or re.search("bit|bnb|adafactor", w.optim):
+        return 0
+    return sum(sizes) // w.sharers if w.device == "cuda" else 2 * max(sizes)
+
+
+def _in_sampling(model: nn.Module, config: Any, w: Workload, sampling: Sampling, kv: int) -> int:
+    """Return the most that sampling needs: for the prompts, or for the last token."""
+    text = config.get_text_config()
+    logits = 4 * 4 * w.sampled * text.vocab_size  # float32: logits, scores, probabilities, sums
+    one_layer = kv // text.num_hidden_layers  # its keys and values are copied for each token
+    whole = _nbytes(list(model.parameters())) if w.fsdp else _gathered(model, w)
+    return whole + int(max(sampling.prefill, sampling.casts + kv + one_layer + logits))

@@ -189,8 +189,8 @@ class Run:
         self.learner: Learner | None = None
         self.sampler = Sampler(self.policy, self.config)
         self.order = tasks.Order(self.task.train, self.config.seed)
-        self.metrics = runs.Lines(self.run_dir / "metrics.jsonl", NEVER)
-        self.completions = runs.Lines(self.run_dir / "completions.jsonl", NEVER)
+        self.metrics = runs.Lines(self.run_dir / "metrics.jsonl")
+        self.completions = runs.Lines(self.run_dir / "completions.jsonl")
 
     def say(self, text: str) -> None:
         """Print a line, once for all processes."""
@@ -229,7 +229,8 @@ class Run:
                 trackers.end()
         if not interruption.signal:
             self.show("after GRPO")
-        if self.metrics.rows and all(r["groups_without_signal"] == 1 for r in self.metrics.rows):
+        rows = self.metrics.rows if self.team.main else []
+        if rows and all(r["groups_without_signal"] == 1 for r in rows):
             print(
                 "warning: in no group did completions earn different rewards: nothing was learned from them",
                 file=sys.stderr,
@@ -270,8 +271,8 @@ class Run:
             self.saved = self.learner.updates, checkpoint
             self.say(f"resumed after step {self.step} from {checkpoint}")
         if self.team.main:
-            self.metrics = runs.Lines(self.metrics.path, self.step)
-            self.completions = runs.Lines(self.completions.path, self.step)
+            self.metrics.go_on(self.step)
+            self.completions.go_on(self.step)
         self.sampler.update(self.write_weights, self.team)
 
     def freeze(self, folder: Path) -> None:
@@ -517,9 +518,6 @@ class Run:
             answers.prompts, answers.completions, scores.total.tolist(), strict=True
         ):
             self.say(f"  {prompt!r} -> {answer!r}  reward {value:.2f}")
-
-
-NEVER = 2**62  # keeps the rows of all steps
 
 
 def memory(device: torch.device) -> float:

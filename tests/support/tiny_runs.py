@@ -32,7 +32,10 @@ TINY = {
 
 
 def tiny(tmp_path: Path, **overrides) -> TrainConfig:
-    return TrainConfig(**{**TINY, "output_dir": str(tmp_path), **overrides})
+    options = {**TINY, "output_dir": str(tmp_path), **overrides}
+    if isinstance(options.get("reward"), str):
+        options["reward"] = [options["reward"]]
+    return TrainConfig(**options)
 
 
 def arguments(tmp_path: Path, **overrides) -> list[str]:
@@ -58,6 +61,27 @@ def setup(config: TrainConfig) -> tuple[tasks.Task, models.Policy]:
     torch.manual_seed(config.seed)
     task = tasks.build(config)
     return task, models.build(config, task.alphabet)
+
+
+def even_digits(completions: list, **_) -> list[float]:
+    """A reward that differs between the samples of any model: the share of even digits."""
+    texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
+    return [sum(c in "02468" for c in text) / max(len(text), 1) for text in texts]
+
+
+# For runs with `given_model`.
+EVEN = {"reward": "tests.support.tiny_runs:even_digits", "max_new_tokens": 6, "warmup_steps": 0}
+
+
+def given_model(folder: Path) -> Path:
+    """The folder of a small model with random weights, whose samples differ from prompt to prompt."""
+    _, policy = setup(tiny(folder))
+    with torch.no_grad():
+        for parameter in policy.model.parameters():
+            parameter.mul_(3)
+    policy.model.save_pretrained(folder / "given")
+    policy.tokenizer.save_pretrained(folder / "given")
+    return folder / "given"
 
 
 def write_rows(path: Path, rows: list[dict]) -> str:

@@ -21,7 +21,7 @@ from grpo_fast.trainer import server as servers
 from grpo_fast.trainer.server import Server, ServerError
 from tests.support.openai_server import OpenAIServer
 
-V, EOS = 12, [1, 4]
+V, EOS = 12, [4, 7]  # the model itself names 1, which does not end a completion here
 PROMPTS = [[2], [3, 5], [2, 7, 8], [11, 10, 9, 8], [2, 7], [0, 5], [6], [3, 3, 3]]
 SEEDS = [*range(7), 2**63 - 1]
 
@@ -278,6 +278,17 @@ def test_the_first_error_does_not_wait_for_requests_that_hang(served):
     with pytest.raises(ServerError, match="HTTP 400: made to fail"):
         sample(client)
     assert time.monotonic() - start < 5
+
+
+def test_after_an_error_no_more_requests_are_sent(served):
+    client = Server(served.url, parallel=1)
+    client.check()
+    served.requests.clear()
+    served.fail("/v1/completions", 400, *[lambda answer: time.sleep(0.05)] * 7)
+    with pytest.raises(ServerError, match="HTTP 400: made to fail"):
+        sample(client)
+    time.sleep(0.3)
+    assert len(served.requests) <= 2  # the second one may be on its way when the first one fails
 
 
 @pytest.mark.parametrize(

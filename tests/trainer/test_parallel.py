@@ -1,0 +1,136 @@
+"""Several processes: the losses, weights and checkpoints of one process with the same batch."""
+
+import contextlib
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", reason="the trainer needs grpo-fast[train]")
+
+from safetensors.torch import load_file
+from torch import nn
+
+from grpo_fast.trainer import checkpoints, parallel
+from grpo_fast.trainer.cli import main
+from tests.support import ranks
+from tests.support.tiny_runs import EVEN, arguments, given_model, untimed
+
+GIVEN = {**EVEN, "learning_rate": 1e-2, "beta": 0.1, "threads": 1}
+LORA = {**GIVEN, "use_peft": True, "lora_r": 4}
+CASES = {
+    "new": {**EVEN, "num_iterations": 2, "prompts_per_step": 4, "warmup_steps": 20},
+    "full": {**GIVEN, "micro_batch_tokens": 40},
+    "adapter": LORA,
+    "full, shared weights": {**GIVEN, "fsdp": True, "micro_batch_tokens": 40, "num_iterations": 2},
+    "adapter, shared weights": {**LORA, "fsdp": True, "micro_batch_tokens": 40},
+    "batch": {**GIVEN, "scale_rewards": "batch", "objective": "dapo_zv", "beta": 0.0},
+}
+
+
+def make(folder: Path, case: str, *more: str) -> int:
+    options = {"steps": 4, "save_steps": 2, "name": "run", **CASES[case]}
+    if "learning_rate" in options:
+        options["model"] = folder.parent / "given"
+    return main(["train", *arguments(folder / case, **options), *more])
+
+
+def in_each(folder: str, case: str) -> None:
+    """All cases, or one, in one of two processes."""
+    for name in [case] if case else CASES:
+        log = (Path(folder) / f"log-{os.environ['RANK']}").open("a")
+        with log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+            assert make(Path(folder), name) == 0, name
+    if case:
+        run = Path(folder) / case / "run"
+        newest = checkpoints.latest(run)
+        torch.distributed.barrier()
+        if os.environ["RANK"] == "0":
+            newest.rename(run / "taken")
+        torch.distributed.barrier()
+        assert main(["train", "--resume", str(run)]) == 0
+
+
+@ranks.needs_gloo
+def test_two_processes_train_as_one(tmp_path):
+    """All cases in one test: a pair of processes takes ten seconds to start."""
+    (tmp_path / "two").mkdir()
+    given_model(tmp_path)
+    for case in CASES:
+        assert make(tmp_path / "one", case) == 0
+    ranks.run("tests.trainer.test_parallel:in_each", 2, str(tmp_path / "two"), "", seconds=240)
+    for case in CASES:
+        one, two = (untimed(tmp_path / number / case / "run") for number in ("one", "two"))
+        assert [row["step"] for row in one] == [0, 1, 2, 3], case
+        assert any(row["loss"] for row in one), case
+        for row, other in zip(one, two, strict=True):
+            assert row.keys() == other.keys(), case
+            for key, value in row.items():
+                near = value if value is None else pytest.approx(value, rel=1e-5, abs=1e-5)
+                assert other[key] == near, (case, key)
+        first, second = (checkpoints.latest(tmp_path / n / case / "run") for n in ("one", "two"))
+        name = "adapter_model.safetensors" if "adapter" in case else "model.safetensors"
+        torch.testing.assert_close(
+            load_file(first / name), load_file(second / name), rtol=1e-4, atol=1e-5
+        )
+    logs = [(tmp_path / "two" / f"log-{rank}").read_text() for rank in range(2)]
+    assert logs[0].count("after GRPO") == len(CASES)
+    assert "GRPO" not in logs[1]
+
+
+@ranks.needs_gloo
+def test_a_run_with_shared_weights_goes_on_bit_for_bit(tmp_path, capsys):
+    given_model(tmp_path)
+    (tmp_path / "two").mkdir()
+    case = "full, shared weights"
+    ranks.run("tests.trainer.test_parallel:in_each", 2, str(tmp_path / "two"), case, seconds=200)
+    run = tmp_path / "two" / case / "run"
+    names = sorted(p.name for p in (run / "taken").glob("*.safetensors"))
+    assert names == ["model.safetensors", *(f"training_state-{r:05d}.safetensors" for r in (0, 1))]
+    for name in names:
+        now, before = load_file(checkpoints.latest(run) / name), load_file(run / "taken" / name)
+        torch.testing.assert_close(now, before, rtol=0, atol=0)
+    assert main(["train", "--resume", str(run)]) == 2  # in one process
+    assert (
+        "was written by 2 processes that share them, and this run has 1" in capsys.readouterr().err
+    )
+
+
+def fails_in_one(folder: str) -> None:
+    team = parallel.Team(torch.device("cpu"))
+
+    def work() -> int:
+        if team.rank == 1:
+            raise FloatingPointError("in one")
+        return team.rank
+
+    with pytest.raises(FloatingPointError, match="in one"):
+        team.together(work)
+    with pytest.raises(ValueError, match="main alone"):
+        team.on_main(lambda: (_ for _ in ()).throw(ValueError("main alone")))
+    assert team.on_main(lambda: team.rank + 7) == 7
+    weights = [nn.Parameter(torch.full((3,), float(team.rank))) for _ in range(2)]
+    team.alike(weights)
+    assert weights[0].tolist() == [0, 0, 0]
+    weights[0].grad = torch.full((3,), team.rank + 1.0)
+    team.sum_gradients(weights)  # the second one has none
+    assert weights[0].grad.tolist() == [3, 3, 3]
+    Path(folder, f"ok-{team.rank}").write_text(json.dumps(team.objects(team.rank)))
+
+
+@ranks.needs_gloo
+def test_an_error_in_one_process_is_an_error_in_all(tmp_path):
+    ranks.run("tests.trainer.test_parallel:fails_in_one", 2, str(tmp_path))
+    assert [(tmp_path / f"ok-{r}").read_text() for r in range(2)] == ["[0, 1]"] * 2
+
+
+def test_prompts_must_be_dealt_out_evenly(tmp_path):
+    from grpo_fast.trainer.config import TrainConfig
+    from grpo_fast.trainer.train import check_team
+
+    team = parallel.Team(torch.device("cpu"))
+    team.size = 3
+    with pytest.raises(ValueError, match="prompts_per_step=32: want a multiple of the 3 processes"):
+        check_team(TrainConfig(), team)
