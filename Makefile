@@ -49,6 +49,8 @@ system:
 # - Hugging Face's kernels, which loads our hub package in tests/project/test_hub.py. transformers
 #   behaves otherwise if it can import it.
 # - the older TRL that is supported, for tests/integrations/test_trl_versions.py.
+# - torchao and bitsandbytes, for tests/trainer/test_adapters.py. transformers and peft import them
+#   wherever they find them, which takes seconds.
 $(VENV)/.ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit(f"make needs Python 3.11 or newer; $(PYTHON) is {v[0]}.{v[1]}: set PYTHON to another")'
 	$(PYTHON) -m venv $(VENV)
@@ -56,6 +58,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[test]'
 	$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt --no-deps --upgrade --target $(VENV)/oracles verl kernels
 	$(PY) -m pip install -q --disable-pip-version-check --no-deps --upgrade --target $(VENV)/trl-1.15 trl==1.15.0
+	$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt --no-deps --upgrade --target $(VENV)/quantisers torchao bitsandbytes
 	touch $@
 
 train: $(READY)

@@ -73,9 +73,9 @@ def even_digits(completions: list, **_) -> list[float]:
 EVEN = {"reward": "tests.support.tiny_runs:even_digits", "max_new_tokens": 6, "warmup_steps": 0}
 
 
-def given_model(folder: Path) -> Path:
+def given_model(folder: Path, **options) -> Path:
     """The folder of a small model with random weights, whose samples differ from prompt to prompt."""
-    _, policy = setup(tiny(folder))
+    _, policy = setup(tiny(folder, **options))
     with torch.no_grad():
         for parameter in policy.model.parameters():
             parameter.mul_(3)

@@ -33,7 +33,7 @@ PUBLISHED = {  # numbers of weights
     "SmolLM2-1.7B": 1_711_376_384,
 }
 SIZES = {
-    "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 6, "num_attention_heads": 4,
+    "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 3, "num_attention_heads": 4,
     "num_key_value_heads": 2, "vocab_size": 512,
 }  # fmt: skip
 SHORT = Workload(
@@ -63,6 +63,10 @@ CASES = {
     "qwen2, LoRA, recomputed": (
         small("qwen2", hidden_size=256, intermediate_size=1024),
         {"use_peft": True, "gradient_checkpointing": True},
+    ),
+    "qwen3, tied, the end of the backward": (
+        small("qwen3", head_dim=64, hidden_size=256, vocab_size=16_384, tie_word_embeddings=True),
+        {"prompt_tokens": 8, "completion_tokens": 8},
     ),
     "llama, many weights": (
         small("llama", hidden_size=384, intermediate_size=1536),
@@ -124,24 +128,22 @@ def measured_peak(config, workload):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_prediction_is_within_a_tenth_of_a_real_update(name):
+def test_a_prediction_is_the_peak_of_a_real_update(name):
     config, changed = CASES[name]
     workload = dataclasses.replace(SHORT, **changed)
     found = sizing.predict(config, workload, compared=False)
-    assert found.peak == pytest.approx(measured_peak(config, workload), rel=0.1)
+    assert found.peak == pytest.approx(measured_peak(config, workload), rel=0.02)
 
 
 def test_many_layers_are_extrapolated_from_a_few(monkeypatch):
-    config = small("qwen2", num_hidden_layers=14)
-    for changed in ({"use_peft": True, "gradient_checkpointing": True}, {}):
-        workload = dataclasses.replace(SHORT, **changed)
-        found = sizing.predict(config, workload, compared=False)
-        with monkeypatch.context() as patch:
-            patch.setattr(sizing, "LAYERS", (14, 14))
-            sizing._update.cache_clear()
-            whole = sizing.predict(config, workload, compared=False)
-        sizing._update.cache_clear()
-        assert found.peak == pytest.approx(whole.peak, rel=0.01)
+    config = small("qwen2", num_hidden_layers=9)
+    workload = dataclasses.replace(SHORT, use_peft=True, gradient_checkpointing=True)
+    found = sizing.predict(config, workload, compared=False)
+    monkeypatch.setattr(sizing, "LAYERS", (9, 9))
+    sizing._update.cache_clear()
+    whole = sizing.predict(config, workload, compared=False)
+    sizing._update.cache_clear()
+    assert found.peak == pytest.approx(whole.peak, rel=0.01)
 
 
 def test_known_models_have_the_published_numbers_of_weights():
@@ -168,7 +170,7 @@ def test_a_tiny_model_runs(name):
     model(input_ids=torch.tensor([[5, 6, 7]])).logits.sum().backward()
 
 
-def test_describe_reads_a_folder_and_a_file_and_names_what_it_knows(tmp_path, monkeypatch):
+def test_describe_reads_a_folder_and_a_file_and_names_what_it_knows(tmp_path):
     small("llama").save_pretrained(tmp_path)
     for path in (tmp_path, tmp_path / "config.json"):
         assert sizing.describe(str(path)).hidden_size == 128
