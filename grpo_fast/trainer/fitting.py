@@ -63,14 +63,10 @@ def _changes(w: Workload) -> list[tuple[str, dict[str, Any]]]:
         weights="bfloat16_only",
         optim=EIGHT_BIT,
     )
-    adapter = {"use_peft": True, "weights": "auto"}
+    adapter: dict[str, Any] = {} if w.use_peft else {"use_peft": True, "weights": "auto"}
+    text = "--quantize bnb-4bit" if w.use_peft else "--use_peft --quantize bnb-4bit"
     offer(not w.use_peft, "--use_peft", **adapter)
-    offer(
-        not w.quantize and not w.fsdp,
-        "--use_peft --quantize bnb-4bit",
-        quantize="bnb-4bit",
-        **adapter,
-    )
+    offer(not w.quantize and not w.fsdp, text, quantize="bnb-4bit", **adapter)
     offer(w.world_size > 1 and not w.fsdp and not w.quantize, "--fsdp", fsdp=True)
     return found
 

@@ -78,7 +78,7 @@ def build(config: TrainConfig, alphabet: str, checkpoint: Path | None = None) ->
     options: dict[str, Any] = {}
     if config.attention is not None:
         options["attn_implementation"] = config.attention
-    if config.quantize:
+    if config.quantize and not config.dry_run:
         options["quantization_config"] = loading.quantization(config.quantize)
     if source is None or (config.dry_run and (checkpoint is None or config.use_peft)):
         tokenizer: Any = character_tokenizer(alphabet)
@@ -224,7 +224,6 @@ def tiny_model(
     text.vocab_size = max(len(tokenizer), 64)
     text.eos_token_id = shape.eos_token_id = tokenizer.eos_token_id
     text.pad_token_id = shape.pad_token_id = tokenizer.pad_token_id
-    options = {k: v for k, v in options.items() if k != "quantization_config"}
     model = AutoModelForCausalLM.from_config(shape, dtype=dtype, **options)
     model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id)
     return model

@@ -86,7 +86,9 @@ def from_dataset(config: TrainConfig) -> Task:
         read = parquet(path)
     elif path.is_file():
         read = json_lines(path)
-    elif path.suffix or name.startswith((".", "/", "~")) or name.count("/") > 1 or not name:
+    elif not path.is_dir() and (
+        path.suffix or name.startswith((".", "/", "~")) or name.count("/") > 1 or not name
+    ):
         raise ValueError(f"dataset={name!r}: no such file")
     else:
         read = named(name, config.dataset_split)

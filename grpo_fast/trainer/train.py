@@ -75,7 +75,10 @@ def train(config: TrainConfig) -> Summary:
 
 def shortened(config: TrainConfig, folder: str) -> TrainConfig:
     """Return the options of a dry run: two steps with few and short completions."""
-    print("dry run: two steps with a tiny model of the same architecture and random weights")
+    print(
+        "dry run: two steps with a tiny model of the same architecture and random weights"
+        + (", which is not quantised" if config.quantize else "")
+    )
     team = int(os.environ.get("WORLD_SIZE") or 1)
     options: dict[str, Any] = {
         "output_dir": folder, "name": "dry_run", "steps": 2, "warmup_steps": 0, "resume": None,

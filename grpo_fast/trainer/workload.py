@@ -1,5 +1,6 @@
 """`Workload`: what decides the memory of a run."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,7 +38,7 @@ class Workload:
     optim: str = "adamw_torch"
     use_peft: bool = False
     lora_r: int = 16
-    lora_target_modules: str | tuple[str, ...] = "all-linear"
+    lora_target_modules: str | Sequence[str] = "all-linear"
     quantize: str | None = None
     beta: float = 0.0
     world_size: int = 1

@@ -226,3 +226,69 @@ def test_chat_data_train_a_chat_model(tmp_path):
     )  # fmt: skip
     assert main(["train", *options]) == 0
     assert len(metrics(tmp_path / "run")) == 1
+
+
+def test_parquet_and_datasets_are_read_as_json_lines_are(tmp_path):
+    """Of the same rows: with a list of chat messages, a missing value and other columns."""
+    pytest.importorskip("datasets", reason="Parquet and named datasets need it, and its pyarrow")
+    import pyarrow.parquet
+
+    rows = [
+        {"prompt": [{"role": "user", "content": f"{i}?"}], "answer": str(i), "n": i}
+        for i in range(6)
+    ]
+    rows[2]["n"] = None
+    write_rows(tmp_path / "rows.jsonl", rows)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    (tmp_path / "named").mkdir()
+    write_rows(tmp_path / "named" / "train.jsonl", rows)
+    found = []
+    for name in ("rows.jsonl", "rows.parquet", "named"):
+        task = tasks.build(TrainConfig(dataset=str(tmp_path / name), heldout=2, model="m"))
+        found.append((task.train, task.heldout))
+    assert found[0] == found[1] == found[2]
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1")
+    with pytest.raises(ValueError, match=r"dataset='.*bad\.parquet'"):
+        tasks.build(TrainConfig(dataset=str(tmp_path / "bad.parquet")))
+
+
+def test_a_dataset_that_is_nowhere_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match="dataset='nobody/none': no such file, and no dataset: "):
+        tasks.build(TrainConfig(dataset="nobody/none"))
+    for name in ("./none.jsonl", "none.parquet", "/none", "a/b/c"):
+        with pytest.raises(ValueError, match=r"no such file$"):
+            tasks.build(TrainConfig(dataset=name))
+
+
+def test_columns_of_other_names_and_prompts_as_chats(tmp_path):
+    rows = [{"problem": f"{i}?", "solution": i, "answer": "other"} for i in range(4)]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    options = {"prompt_column": "problem", "answer_column": "solution", "heldout": 1, "model": "m"}
+    task = tasks.build(TrainConfig(dataset=path, **options))
+    assert sorted(task.train + task.heldout, key=lambda r: r["answer"])[1] == {
+        "prompt": "1?",
+        "answer": 1,
+    }
+    chat = tasks.build(TrainConfig(dataset=path, chat=True, system_prompt="Be brief.", **options))
+    (row,) = chat.heldout
+    assert row["prompt"][0] == {"role": "system", "content": "Be brief."}
+    assert row["prompt"][1] == {"role": "user", "content": f"{row['answer']}?"}
+    with pytest.raises(
+        ValueError, match=r"no column prompt; there are: .*--prompt_column names another"
+    ):
+        tasks.build(TrainConfig(dataset=path, heldout=1))
+
+
+def test_the_order_depends_on_seed_and_position_alone():
+    rows = [{"prompt": str(i)} for i in range(10)]
+    order = tasks.Order(rows, 3)
+    whole = order.take(0, 35)
+    for epoch in range(3):
+        assert sorted(r["prompt"] for r in whole[10 * epoch : 10 * epoch + 10]) == list(
+            "0123456789"
+        )
+    assert whole[:10] != whole[10:20]
+    assert tasks.Order(rows, 3).take(17, 9) == whole[17:26]
+    assert tasks.Order(rows, 4).take(0, 10) != whole[:10]

@@ -431,3 +431,64 @@ def test_no_update_and_no_save_is_cut_in_two(tmp_path, monkeypatch, capfd, where
     assert main(["train", *options]) == 128 + signal.SIGTERM
     assert ended
     checkpoints.latest(tmp_path / "run")
+
+
+def test_mathematical_answers_are_compared_by_their_value():
+    pytest.importorskip("math_verify", reason="math-verify is not installed")
+    verify = rewards.load("math_verify")
+    completions = [r"So it is $\boxed{\frac{1}{2}}$.", "The answer is 0.5", r"\boxed{3}", "no idea"]
+    assert verify([""] * 4, completions, ["1/2"] * 4) == [1.0, 1.0, 0.0, 0.0]
+    chat = [[{"role": "assistant", "content": r"$x=\boxed{2\sqrt{2}}$"}]]
+    assert verify([""], chat, [r"$\sqrt{8}$"]) == [1.0]
+    assert verify([""], ["4"], [4]) == [1.0]
+    scores = rewards.score([verify], [1.0], ["p"], ["4"], {"answer": ["no number"]}, timeout=60)
+    assert scores.failures == 0
+
+
+@pytest.fixture
+def reward_model(tmp_path):
+    """A model with one score, with its tokenizer."""
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    from grpo_fast.trainer.model import character_tokenizer
+
+    tokenizer = character_tokenizer("0123456789+=")
+    torch.manual_seed(0)
+    model = LlamaForSequenceClassification(
+        LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+            num_attention_heads=2, num_labels=1, pad_token_id=tokenizer.pad_token_id,
+        )
+    )  # fmt: skip
+    model.save_pretrained(tmp_path / "judge")
+    tokenizer.save_pretrained(tmp_path / "judge")
+    return tmp_path / "judge"
+
+
+def test_a_reward_model_scores_prompt_and_completion(reward_model, monkeypatch):
+    judge = rewards.load(str(reward_model), device="cpu")
+    monkeypatch.setattr(rewards.RewardModel, "BATCH", 2)
+    prompts, completions = ["1+2=", "11+22=", "3+3="], ["3", "33", "7"]
+    found = judge(prompts=prompts, completions=completions)
+    for prompt, completion, value in zip(prompts, completions, found, strict=True):
+        ids = judge.tokenizer(prompt + completion, return_tensors="pt")
+        assert value == pytest.approx(judge.model(**ids).logits.item(), abs=1e-5)
+    assert rewards.names([judge]) == ["judge"]
+    judge.tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    chat = judge(
+        prompts=[[{"role": "user", "content": "1+2="}]],
+        completions=[[{"role": "assistant", "content": "3"}]],
+    )
+    assert chat == pytest.approx(found[:1], abs=1e-5)
+
+
+def test_a_reward_model_in_a_run(reward_model, tmp_path, capsys):
+    options = arguments(tmp_path, name="run", steps=1, warmup_steps=0, reward=reward_model)
+    assert main(["train", *options]) == 0
+    row = metrics(tmp_path / "run")[0]
+    assert row["reward"] == pytest.approx(row["reward/judge"])
+    assert row["reward_std"] > 0
+    (tmp_path / "empty").mkdir()
+    options = arguments(tmp_path, name="no", reward=tmp_path / "empty")
+    assert main(["train", *options]) == 2
+    assert "no reward model can be loaded" in capsys.readouterr().err
