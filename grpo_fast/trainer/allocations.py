@@ -111,7 +111,7 @@ STAND_INS: dict[str, Callable[..., Any]] = {
 
 
 class Casts:
-    """What autocast does to linear layers and attention; PyTorch's own knows no device "meta".
+    """The casts of autocast for linear layers and attention on "meta", which PyTorch's own does not know.
 
     Autocast keeps the casts of trained float32 weights until its region ends: call `forget` there.
 

@@ -149,14 +149,15 @@ def plan(arguments: Sequence[str]) -> int:
     parser.add_argument("--prompt_tokens", type=int, default=512, help="longest prompt, in tokens")
     parser.add_argument("--processes", type=int, default=1, help="number of GPUs")
     chosen, rest = parser.parse_known_args(arguments)
-    from grpo_fast.trainer import config, sizing
+    from grpo_fast.trainer import config, fitting, known_models, sizing, workload
 
     quiet()
     settings = config.parse(rest)
     if settings.model is None:
         raise ValueError("plan: want --model, the name or folder of a model, or its config.json")
-    workload = sizing.workload_of(settings, chosen.prompt_tokens, chosen.processes)
-    print(sizing.table(sizing.describe(settings.model), workload, sizing.parse_size(chosen.gpu)))
+    budget = sizing.parse_size(chosen.gpu)
+    work = workload.of(settings, chosen.prompt_tokens, chosen.processes)
+    print(fitting.table(known_models.describe(settings.model), work, budget))
     return 0
 
 

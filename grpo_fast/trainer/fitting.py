@@ -1,4 +1,4 @@
-"""What fits a GPU: the plan of a run as text, the longest completion, and what saves memory."""
+"""The plan of a run as text: its parts, the longest completion that fits a GPU, and how to save memory."""
 
 import dataclasses
 import re

@@ -16,7 +16,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from grpo_fast.trainer import loading
+from grpo_fast.trainer import known_models, loading
 from grpo_fast.trainer.config import TrainConfig
 
 
@@ -217,9 +217,7 @@ def tiny_model(
     Raises:
         ValueError: there is no such model, and its name is unknown here, too.
     """
-    from grpo_fast.trainer import sizing
-
-    shape = sizing.tiny(sizing.describe(name))
+    shape = known_models.tiny(known_models.describe(name))
     text = shape.get_text_config()
     text.vocab_size = max(len(tokenizer), 64)
     text.eos_token_id = shape.eos_token_id = tokenizer.eos_token_id

@@ -1,4 +1,4 @@
-"""What a run shows while it works: its progress, tables of completions, and experiment trackers."""
+"""The display of a run while it works: its progress, tables of completions, and experiment trackers."""
 
 import dataclasses
 import json

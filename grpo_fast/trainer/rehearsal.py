@@ -57,7 +57,7 @@ class Setting(NamedTuple):
 
 
 class Update(NamedTuple):
-    """What the update with a micro-batch takes beyond weights and gradients, in bytes.
+    """The memory of an update with a micro-batch beyond weights and gradients, in bytes.
 
     Attributes:
         route: how the prompts were shared.
@@ -80,7 +80,7 @@ class Update(NamedTuple):
 
 
 class Sampling(NamedTuple):
-    """What sampling takes beyond weights and gradients, in bytes.
+    """The memory of sampling beyond weights and gradients, in bytes.
 
     Attributes:
         prefill: the most in use while the prompts pass through the model.

@@ -17,6 +17,7 @@ from grpo_fast.trainer.config import TrainConfig
 from grpo_fast.trainer.model import Policy
 from grpo_fast.trainer.parallel import Team, whole
 from grpo_fast.trainer.rewards import Text
+from grpo_fast.trainer.server import Server
 from grpo_fast.trainer.tasks import Row, Task
 
 
@@ -235,7 +236,7 @@ def packed(
 
 
 class Sampler:
-    """What samples the completions of a run: the policy itself, with transformers and its KV cache."""
+    """The source of the completions of a run: the policy itself, by `generate` with a KV cache."""
 
     engine_differs = False  # whether log-probs of the engine that samples come with the completions
 
@@ -270,8 +271,6 @@ class ServerSampler(Sampler):
 
     def __init__(self, policy: Policy, config: TrainConfig, folder: Path) -> None:
         super().__init__(policy, config)
-        from grpo_fast.trainer.server import Server
-
         self.server, self.folder = Server(config.server or ""), folder
         self.server.check()
 

@@ -89,7 +89,7 @@ class Parts:
 
     @property
     def held(self) -> int:
-        """What is held all the time."""
+        """The bytes that are held all the time."""
         return self.weights + self.gradients + self.optimizer + self.master + self.reference
 
 
@@ -187,7 +187,7 @@ def _explained(config: Any) -> Iterator[None]:
 
 
 class Spec(NamedTuple):
-    """What a model is built from: class and JSON of its configuration, dtype, rank and layers of LoRA."""
+    """The key of a cached model: class and JSON of its configuration, dtype, rank and layers of LoRA."""
 
     kind: Any
     text: str

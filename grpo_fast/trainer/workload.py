@@ -5,10 +5,12 @@ from dataclasses import dataclass
 
 import torch
 
+from grpo_fast.trainer.config import TrainConfig
+
 
 @dataclass(frozen=True)
 class Workload:
-    """What decides the memory of a run; the names are those of `TrainConfig`, lengths are in tokens.
+    """The settings that decide the memory of a run, named as in `TrainConfig`; lengths are in tokens.
 
     Attributes:
         prompt_tokens, completion_tokens: the greatest lengths.
@@ -84,3 +86,38 @@ class Workload:
             return 0 if tokens == 0 else rows
         fit = max(1, tokens // (self.prompt_tokens + self.completion_tokens))
         return min(fit, rows) if self.prompts_per_step else fit
+
+
+def of(config: TrainConfig, prompt_tokens: int, processes: int = 1) -> Workload:
+    """Return the workload of a run on GPUs.
+
+    Args:
+        prompt_tokens: the longest prompt. processes: the number of GPUs.
+    """
+    size = config.micro_batch_size
+    tokens = config.micro_batch_tokens
+    if size is not None:  # completions of one prompt, or of as many as share it
+        prompts = -(-size // config.group_size)
+        most = prompts * prompt_tokens + size * config.max_new_tokens
+        tokens = most if tokens is None else min(tokens, most)
+    return Workload(
+        prompt_tokens=prompt_tokens,
+        completion_tokens=config.max_new_tokens,
+        group_size=config.group_size,
+        micro_batch_tokens=tokens,
+        gradient_checkpointing=config.gradient_checkpointing,
+        share_prompts=config.share_prompts != "off",
+        weights=config.weights,
+        dtype="bfloat16" if config.dtype == "auto" else config.dtype,
+        optim=config.optim,
+        use_peft=config.use_peft,
+        lora_r=config.lora_r,
+        lora_target_modules=tuple(config.lora_target_modules) or "all-linear",
+        quantize=config.quantize,
+        beta=config.to_objective().beta,
+        world_size=processes,
+        fsdp=config.fsdp,
+        sampling_tokens=0 if config.server else config.sampling_tokens,
+        prompts_per_step=max(1, config.prompts_per_step // processes),
+        device="cpu" if config.device == "cpu" else "cuda",
+    )

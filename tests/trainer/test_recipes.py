@@ -9,6 +9,7 @@ import yaml
 pytest.importorskip("transformers", reason="the trainer needs grpo-fast[train]")
 
 from grpo_fast.trainer.cli import main
+from tests.support.tiny_runs import arguments
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 
@@ -31,3 +32,29 @@ def test_a_recipe_takes_two_steps(path, tmp_path, monkeypatch, capsys):
     if "dataset" in yaml.safe_load(path.read_text()):
         assert "the built-in task takes the place of the dataset" in shown.out
     assert os.listdir(tmp_path) == []  # nothing is left
+
+
+def test_the_recipe_for_24_gb_fits(capsys):
+    recipe = str(RECIPES[3])
+    assert main(["plan", recipe, "--gpu", "24GB"]) == 0
+    shown = capsys.readouterr().out
+    assert "weights (7,615,616,512, bnb-4bit)" in shown
+    assert "Fits: the predicted peak is" in shown
+    assert main(["plan", "--gpu", "24GB"]) == 2
+    assert "plan: want --model" in capsys.readouterr().err
+    assert main(["plan", recipe, "--gpu", "much"]) == 2
+    assert "want a size like 24GB" in capsys.readouterr().err
+
+
+def test_a_report_of_a_run(tmp_path, capsys):
+    options = arguments(tmp_path, name="run", steps=2, warmup_steps=0, completions_steps=1)
+    assert main(["train", *options]) == 0
+    capsys.readouterr()
+    assert main(["report", str(tmp_path / "run")]) == 0
+    page = tmp_path / "run" / "report.html"
+    assert capsys.readouterr().out == f"{page}\n"
+    assert "reward" in page.read_text()
+    assert main(["report", str(tmp_path / "none")]) == 2
+    assert "not a run" in capsys.readouterr().err
+    assert main(["train", *options, "--overwrite"]) == 0  # the page is a run's own
+    assert not page.exists()
