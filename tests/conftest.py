@@ -60,12 +60,13 @@ def interpreter():
     from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle
 
     from tests.support.guards import guarded
+    from tests.support.quick import quick
 
     def create_fma(self, x, y, z):
         exact = x.data.astype("float64") * y.data + z.data
         return TensorHandle(exact.astype(x.data.dtype), z.dtype.scalar)
 
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, quick():
         patch.setattr(InterpreterBuilder, "create_fma", create_fma)
         patch.setattr(GridExecutor, "__call__", guarded(GridExecutor.__call__))
         yield

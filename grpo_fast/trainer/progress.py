@@ -99,12 +99,25 @@ def _short(text: Any) -> str:
     return text if len(text) <= WIDEST else f"{text[:WIDEST]} ..."
 
 
-class Trackers:
-    """The experiment trackers of `--report_to`, through accelerate.
+def check_trackers(config: TrainConfig) -> None:
+    """Refuse a tracker that accelerate does not know, or that is not installed.
 
     Raises:
-        ValueError: accelerate does not know one, or it is not installed.
+        ValueError: the message names those that are.
     """
+    if not config.report_to:
+        return
+    known = trackers()
+    for name in config.report_to:
+        if name not in known:
+            raise ValueError(
+                f"report_to={name!r} is unknown or not installed; installed: "
+                f"{', '.join(sorted(known)) or 'none'}"
+            )
+
+
+class Trackers:
+    """The experiment trackers of `--report_to`, through accelerate."""
 
     def __init__(self, config: TrainConfig, run_dir: Path, device: torch.device) -> None:
         self.accelerator: Any = None
@@ -112,13 +125,6 @@ class Trackers:
             return
         from accelerate import Accelerator
 
-        known = trackers()
-        for name in config.report_to:
-            if name not in known:
-                raise ValueError(
-                    f"report_to={name!r} is unknown or not installed; installed: "
-                    f"{', '.join(sorted(known)) or 'none'}"
-                )
         self.accelerator = Accelerator(
             cpu=device.type == "cpu",
             log_with=config.report_to,

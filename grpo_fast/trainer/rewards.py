@@ -373,7 +373,7 @@ def at_most(seconds: float) -> Iterator[None]:
         faulthandler.cancel_dump_traceback_later()
         timer.cancel()
         timer.join()
-        signal.signal(signal.SIGUSR2, previous)
+        signal.signal(signal.SIGUSR2, previous or signal.SIG_DFL)
 
 
 def names(rewards: Sequence[Reward]) -> list[str]:

@@ -25,10 +25,10 @@ from grpo_fast.trainer.config import TrainConfig
 from grpo_fast.trainer.interruption import Interruption, interruptible, undivided
 from grpo_fast.trainer.model import Policy
 from grpo_fast.trainer.parallel import Team
-from grpo_fast.trainer.rewards import RewardError, Scores
+from grpo_fast.trainer.rewards import Scores
 from grpo_fast.trainer.rollout import Rollout, Sampler, ServerSampler
 from grpo_fast.trainer.tasks import Task
-from grpo_fast.trainer.update import Learner
+from grpo_fast.trainer.update import Learner, check_optimizer
 from grpo_fast.trainer.warmup import warm_up
 
 LOGGED = 16  # completions of a step in completions.jsonl, at most
@@ -109,6 +109,8 @@ def _train(config: TrainConfig) -> Summary:
         else:
             config = configs.resumed(config, run_dir)
     check_team(config, team)
+    progress.check_trackers(config)
+    check_optimizer(config)
     if run_dir is None:
         team.on_main(lambda: runs.check(config))
     set_seed(config.seed)
@@ -187,6 +189,7 @@ class Run:
     before: float = 0.0  # seconds of the processes that this one goes on from
     saved: tuple[int, Path] | None = None  # optimiser steps, and where
     process: int = dataclasses.field(default_factory=os.getpid)
+    ready: bool = False  # the weights are those of `step`, and worth a checkpoint
 
     def __post_init__(self) -> None:
         self.learner: Learner | None = None
@@ -209,9 +212,10 @@ class Run:
             )
         counts = f"{len(task.train)} training and {len(task.heldout)} held-out problems"
         self.say(f"{self.run_dir}: {counts}")
-        trackers = None
+        trackers, self.ready = None, checkpoint is None
         try:
             self.begin(interruption, checkpoint)
+            self.ready = True
             trackers = progress.Trackers(config, self.run_dir, self.policy.device)
             if not self.stop(interruption):
                 if checkpoint is None:
@@ -220,12 +224,11 @@ class Run:
             self.save()
             self.draw()
         except BaseException as error:
-            self.rescue()
-            if isinstance(error, ValueError) and not isinstance(error, RewardError):
-                if "resume" in str(error) or "report_to" in str(error):
-                    raise
-                # No option is wrong any more: let its traceback be seen.
-                raise RuntimeError(f"step {self.step}: {error}") from error
+            if self.ready:
+                self.rescue()
+                if isinstance(error, ValueError):
+                    # No option is wrong any more: let its traceback be seen.
+                    raise RuntimeError(f"step {self.step}: {error}") from error
             raise
         finally:
             if trackers is not None:

@@ -91,6 +91,15 @@ def optimizer_of(parameters: list[nn.Parameter], config: TrainConfig) -> torch.o
         raise ValueError(f"optim={config.optim!r}: {text}") from error
 
 
+def check_optimizer(config: TrainConfig) -> None:
+    """Refuse an optimizer that cannot be made.
+
+    Raises:
+        ValueError: as `optimizer_of`.
+    """
+    optimizer_of([nn.Parameter(torch.zeros(1))], config)
+
+
 class Learner:
     """The optimiser, the schedule and the reference model of a policy.
 

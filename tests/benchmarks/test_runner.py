@@ -1,9 +1,11 @@
 """run_all: its plan, its clock, and what it does about a provider that takes the process down."""
 
+import itertools
 import json
 import subprocess
 import sys
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -42,9 +44,9 @@ def environment(monkeypatch):
     return machine.environment()
 
 
-def crashing_piece(tmp_path, *more):
+def crashing_piece(tmp_path, *more, text=CRASHING):
     path = tmp_path / "bench_crash.py"
-    path.write_text(textwrap.dedent(CRASHING))
+    path.write_text(textwrap.dedent(text))
     config = str(runner.ROOT / "pyproject.toml")
     arguments = ("-c", config, "-p", "benchmarks.conftest", *more, str(path))
     return runner.Piece("crash", arguments, results=tmp_path / "r.json")
@@ -63,16 +65,6 @@ def test_a_crash_loses_one_number(tmp_path, environment):
     assert all(x["stats"]["median"] > 0 for x in document["benchmarks"])
 
 
-def test_what_is_out_of_time_leaves_what_it_has(tmp_path, environment, monkeypatch):
-    monkeypatch.setattr(runner, "GRACE", 2.0)
-    text = CRASHING.replace("os.abort()", "__import__('time').sleep(600)")
-    monkeypatch.setitem(globals(), "CRASHING", text)
-    piece = crashing_piece(tmp_path)
-    assert runner.run_piece(piece, 30, environment) == runner.Outcome("out of time", late=True)
-    document = json.loads(piece.results.read_text())
-    assert [x["extra_info"]["provider"] for x in document["benchmarks"]] == ["eager"]
-
-
 SLOW = """
 import signal, time
 
@@ -85,17 +77,32 @@ def test_takes_long():
 """
 
 
-@pytest.mark.parametrize("sign", ["default_int_handler", "SIG_IGN"], ids=["stops", "is killed"])
-@pytest.mark.parametrize("right", [True, False], ids=["passes", "fails"])
-def test_a_failure_before_the_time_is_out_counts(tmp_path, environment, monkeypatch, right, sign):
-    monkeypatch.setattr(runner, "GRACE", 2.0)
-    path = tmp_path / "test_slow.py"
+def slow_piece(folder, right, sign):
+    folder.mkdir()
+    path = folder / "test_slow.py"
     path.write_text(SLOW.format(right=right, signal=sign))
-    piece = runner.Piece("slow", ("-c", "/dev/null", "--rootdir", str(tmp_path), str(path)))
-    outcome = runner.run_piece(piece, 12, environment)
-    assert outcome.text == ("out of time" if right else "failed, then out of time")
-    code = runner.exit_code({"slow": outcome})
-    assert code == (runner.UNFINISHED if right else runner.FAILED)
+    return runner.Piece("slow", ("-c", "/dev/null", "--rootdir", str(folder), str(path)))
+
+
+def test_what_is_out_of_time_counts(tmp_path, environment, monkeypatch):
+    """It leaves what it has measured, and what failed before; all at once, as each waits for its end."""
+    monkeypatch.setattr(runner, "GRACE", 2.0)
+    text = CRASHING.replace("os.abort()", "__import__('time').sleep(600)")
+    measuring = crashing_piece(tmp_path, text=text)
+    pieces, limits = [measuring], [30]
+    # It stops, or has to be killed.
+    for right, sign in itertools.product((True, False), ("default_int_handler", "SIG_IGN")):
+        pieces.append(slow_piece(tmp_path / f"{right} {sign}", right, sign))
+        limits.append(15)
+    with ThreadPoolExecutor(len(pieces)) as pool:
+        first, *outcomes = pool.map(runner.run_piece, pieces, limits, itertools.repeat(environment))
+    assert first == runner.Outcome("out of time", late=True)
+    document = json.loads(measuring.results.read_text())
+    assert [x["extra_info"]["provider"] for x in document["benchmarks"]] == ["eager"]
+    for outcome, right in zip(outcomes, (True, True, False, False), strict=True):
+        assert outcome.text == ("out of time" if right else "failed, then out of time")
+        code = runner.exit_code({"slow": outcome})
+        assert code == (runner.UNFINISHED if right else runner.FAILED)
 
 
 @pytest.mark.parametrize("who", ["grpo_fast", "trl"])
@@ -128,8 +135,7 @@ def test_a_process_without_its_gpu_gives_way_to_another(tmp_path, environment, m
         'TABLE["crashing"] =', 'machine.lost = lambda: LOST\nLOST = []\nTABLE["crashing"] ='
     )
     text = text.replace("os.abort()", "LOST.append(1)")
-    monkeypatch.setitem(globals(), "CRASHING", text)
-    piece = crashing_piece(tmp_path)
+    piece = crashing_piece(tmp_path, text=text)
     assert runner.run_piece(piece, 300, environment).text == f"crashed in {WHO}"
     document = json.loads(piece.results.read_text())
     measured = [x["extra_info"]["provider"] for x in document["benchmarks"]]

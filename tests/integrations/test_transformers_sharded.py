@@ -1,5 +1,8 @@
 """Heads that several processes share: each held against one process that has all of it."""
 
+import importlib.util
+import itertools
+
 import pytest
 import torch
 
@@ -25,7 +28,7 @@ def train_on_a_rank(kind):
     """Wrapped, in two processes: loss and gradients are those of one process with the whole batch."""
     import torch.distributed as dist
 
-    dist.init_process_group("gloo")
+    ranks.join()
     rank = dist.get_rank()
     torch.manual_seed(0)
     tied = kind.endswith("tied")
@@ -108,13 +111,12 @@ def fsdp1_on_a_rank(kind, model, loss_of, want):
 
 
 @ranks.needs_gloo
-@pytest.mark.parametrize(
-    "kind", ["peft", "compiled", "group", "group tied", "fsdp1", "fsdp1 original"]
-)
-def test_a_unit_of_its_own_over_two_processes(kind):
-    if kind == "peft":
-        pytest.importorskip("peft", reason="the trainable copy is PEFT's")
-    ranks.run("tests.integrations.test_transformers_sharded:train_on_a_rank", 2, kind)
+def test_a_unit_of_its_own_over_two_processes():
+    kinds = ["compiled", "group", "group tied", "fsdp1", "fsdp1 original"]
+    if importlib.util.find_spec("peft"):  # the trainable copy is PEFT's
+        kinds.append("peft")
+    function = "tests.integrations.test_transformers_sharded:train_on_a_rank"
+    ranks.run_each(function, 2, [[kind] for kind in kinds])
 
 
 def tensor_parallel_on_a_rank(path, V, tied, double):
@@ -180,17 +182,18 @@ def assert_same_gradients(got, want):
 
 
 @ranks.needs_gloo
-@pytest.mark.parametrize("double", [False, True], ids=["single", "double"])
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("V", [64, 61])
-def test_tensor_parallelism_over_two_processes(V, tied, double, tmp_path):
-    """Shares of the vocabulary that are equal and not."""
-    config = config_of("Qwen2", {"tie_word_embeddings": tied, "vocab_size": V})
-    model = transformers.AutoModelForCausalLM.from_config(config)
-    spread_out(model)
-    model.save_pretrained(tmp_path)
+def test_tensor_parallelism_over_two_processes(tmp_path):
+    """Shares of the vocabulary that are equal and not, tied and not, in single and double precision."""
+    cases = []
+    for V, tied in itertools.product((64, 61), (False, True)):
+        config = config_of("Qwen2", {"tie_word_embeddings": tied, "vocab_size": V})
+        model = transformers.AutoModelForCausalLM.from_config(config)
+        spread_out(model)
+        path = tmp_path / f"{V} {tied}"
+        model.save_pretrained(path)
+        cases += [[str(path), V, tied, double] for double in (False, True)]
     function = "tests.integrations.test_transformers_sharded:tensor_parallel_on_a_rank"
-    ranks.run(function, 2, str(tmp_path), V, tied, double)
+    ranks.run_each(function, 2, cases)
 
 
 def parallelised_on_a_rank():
@@ -199,7 +202,6 @@ def parallelised_on_a_rank():
     from torch.distributed.tensor import Replicate
     from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
-    dist.init_process_group("gloo")
     torch.manual_seed(0)
     plain, model = (build("Qwen2") for _ in range(2))
     model.load_state_dict(plain.state_dict())
@@ -216,17 +218,11 @@ def parallelised_on_a_rank():
     assert_same_gradients(gradients(model, out.loss), gradients(plain, want))
 
 
-@ranks.needs_gloo
-def test_a_head_that_pytorch_has_spread():
-    ranks.run("tests.integrations.test_transformers_sharded:parallelised_on_a_rank", 2)
-
-
 def distributed_on_a_rank():
     """A weight that is spread for a reason nobody told: the error does not send the caller in circles."""
     import torch.distributed as dist
     from torch.distributed.tensor import Shard, distribute_tensor
 
-    dist.init_process_group("gloo")
     mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
     model = build("Qwen2")
     model.lm_head.weight = torch.nn.Parameter(
@@ -236,6 +232,12 @@ def distributed_on_a_rank():
         fused_loss(model, *batch())
 
 
+def spread_on_a_rank():
+    ranks.join()
+    parallelised_on_a_rank()
+    distributed_on_a_rank()
+
+
 @ranks.needs_gloo
-def test_a_head_that_nobody_gathers():
-    ranks.run("tests.integrations.test_transformers_sharded:distributed_on_a_rank", 2)
+def test_heads_that_pytorch_has_spread():
+    ranks.run("tests.integrations.test_transformers_sharded:spread_on_a_rank", 2)

@@ -1,6 +1,7 @@
 """`GRPOTrainer` in longer runs: sharded by FSDP2, and resumed from a checkpoint, beside TRL's own."""
 
 import copy
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -45,7 +46,8 @@ def sharded_on_a_rank(path, output, lora):
     options = {"beta": 0.04, "num_iterations": 2, "prepare": as_fsdp2}
     options |= {"per_device_train_batch_size": 4, "max_steps": 2}
     if lora:
-        peft = pytest.importorskip("peft", reason="the adapters are PEFT's")
+        import peft
+
         options["peft_config"] = peft.LoraConfig(r=4, lora_alpha=64)
     tokens = AutoTokenizer.from_pretrained(path)
     want, their_logs = train(Stock, path, tokens, Path(output), **options)
@@ -64,12 +66,12 @@ def sharded_on_a_rank(path, output, lora):
     assert_same_logs(logs, their_logs)
 
 
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 @ranks.needs_gloo
-def test_fsdp2_on_two_processes(lora, model_path, tmp_path):
-    ranks.run(
-        "tests.integrations.test_trl_runs:sharded_on_a_rank", 2, model_path, str(tmp_path), lora
-    )
+def test_fsdp2_on_two_processes(model_path, tmp_path):
+    """All parameters, and where PEFT is there those of an adapter."""
+    kinds = (False, True) if importlib.util.find_spec("peft") else (False,)
+    cases = [[model_path, str(tmp_path), lora] for lora in kinds]
+    ranks.run_each("tests.integrations.test_trl_runs:sharded_on_a_rank", 2, cases)
 
 
 def test_resume(model_path, tokenizer, tmp_path):

@@ -58,27 +58,33 @@ RUNS = {
 }
 
 
-CASES = [(run, route) for run in RUNS for route in ("auto", "fork")]
-CASES += [("plain", "mask"), ("accumulated", "bounded"), ("checkpointed", "bounded")]
+ROUTES = {name: ["auto", "fork"] for name in RUNS}
+ROUTES["plain"].append("mask")
+ROUTES["accumulated"].append("bounded")
+ROUTES["checkpointed"].append("bounded")
 
 
-@pytest.mark.parametrize("run, route", CASES)
-def test_the_training_is_trls(run, route, model_path, tokenizer, tmp_path, monkeypatch):
+@pytest.mark.parametrize("run", RUNS)
+def test_the_training_is_trls(run, model_path, tokenizer, tmp_path, monkeypatch):
     given = {"prompts": PROMPTS}
     want, their_logs = train(Stock, model_path, tokenizer, tmp_path, given=given, **RUNS[run])
-    routes = shared(monkeypatch)
-    given = given | {"share_prompts": route}
-    got, logs = train(GRPOTrainer, model_path, tokenizer, tmp_path, given=given, **RUNS[run])
-    assert {"auto": "mask"}.get(route, route) in routes
     start = AutoModelForCausalLM.from_pretrained(model_path).state_dict()
-    for name, x in got.items():
-        torch.testing.assert_close(x, want[name], rtol=0, atol=1e-6)
-    assert max((x - start[name]).abs().max() for name, x in got.items()) > 1e-2
-    assert_same_logs(logs, their_logs)
+    assert max((x - start[name]).abs().max() for name, x in want.items()) > 1e-2
+    for route in ROUTES[run]:
+        own = given | {"share_prompts": route}
+        with monkeypatch.context() as patch:
+            routes = shared(patch)
+            got, logs = train(GRPOTrainer, model_path, tokenizer, tmp_path, given=own, **RUNS[run])
+        assert {"auto": "mask"}.get(route, route) in routes
+        assert got.keys() == want.keys()
+        for name, x in got.items():
+            torch.testing.assert_close(
+                x, want[name], rtol=0, atol=1e-6, msg=lambda text, route=route: f"{route}: {text}"
+            )
+        assert_same_logs(logs, their_logs)
 
 
-@pytest.mark.parametrize("route", ["mask", "fork"])
-def test_an_adapter(route, model_path, tokenizer, tmp_path, monkeypatch):
+def test_an_adapter(model_path, tokenizer, tmp_path, monkeypatch):
     """The reference is the base model, without the adapter."""
     peft = pytest.importorskip("peft", reason="the adapters are PEFT's")
     adapter = peft.LoraConfig(r=4, lora_alpha=64)
@@ -86,13 +92,17 @@ def test_an_adapter(route, model_path, tokenizer, tmp_path, monkeypatch):
     options |= {"per_device_train_batch_size": 4, "peft_config": adapter}
     given = {"prompts": PROMPTS}
     want, their_logs = train(Stock, model_path, tokenizer, tmp_path, given=given, **options)
-    routes = shared(monkeypatch)
-    given = given | {"share_prompts": route}
-    got, logs = train(GRPOTrainer, model_path, tokenizer, tmp_path, given=given, **options)
-    assert route in routes
-    for name, x in got.items():
-        torch.testing.assert_close(x, want[name], rtol=0, atol=1e-6)
-    assert_same_logs(logs, their_logs)
+    for route in ("mask", "fork"):
+        own = given | {"share_prompts": route}
+        with monkeypatch.context() as patch:
+            routes = shared(patch)
+            got, logs = train(GRPOTrainer, model_path, tokenizer, tmp_path, given=own, **options)
+        assert route in routes
+        for name, x in got.items():
+            torch.testing.assert_close(
+                x, want[name], rtol=0, atol=1e-6, msg=lambda text, route=route: f"{route}: {text}"
+            )
+        assert_same_logs(logs, their_logs)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "opt"])
@@ -186,8 +196,9 @@ def train_on_a_rank(path, output, sharded):
         assert_same_logs(logs, their_logs)
 
 
-@pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp2"])
 @ranks.needs_gloo
-def test_two_processes(sharded, model_path, tmp_path):
+def test_two_processes(model_path, tmp_path):
+    """With DDP, then with FSDP2."""
     where = "tests.integrations.test_trl_sharing:train_on_a_rank"
-    ranks.run(where, 2, model_path, str(tmp_path), sharded)
+    cases = [[model_path, str(tmp_path), sharded] for sharded in (False, True)]
+    ranks.run_each(where, 2, cases)

@@ -221,7 +221,7 @@ reveal_type(GRPOTrainer(model="a", reward_funcs=len).current_objective())
 def test_type_checkers_see_a_class(tmp_path):
     pytest.importorskip("mypy", reason="the type checker of this test")
     (tmp_path / "script.py").write_text(CODE)
-    ini = "[mypy]\n[mypy-torch.*,trl.*,grpo_fast.kernels.*]\nfollow_imports = skip\n"
+    ini = "[mypy]\n[mypy-torch.*,transformers.*,trl.*,grpo_fast.kernels.*]\nfollow_imports = skip\n"
     (tmp_path / "mypy.ini").write_text(f"{ini}ignore_missing_imports = true\n")
     command = [sys.executable, "-m", "mypy", "--config-file", "mypy.ini", "script.py"]
     root = str(Path(__file__).resolve().parents[2])

@@ -15,7 +15,7 @@ from tests.support.cases import in_double
 from tests.support.heads import HEADS, call, graded
 from tests.support.hidden_cases import batch
 from tests.support.objectives import OBJECTIVES
-from tests.support.ranks import needs_gloo, needs_interpreter, run
+from tests.support.ranks import join, needs_gloo, needs_interpreter, run, run_each
 
 V = 101
 OFF_POLICY = (
@@ -93,7 +93,7 @@ def check_ranks(uneven, step=1):
     """Run every `step`-th case in one of the processes."""
     import torch.distributed as dist
 
-    dist.init_process_group("gloo")
+    join()
     group, rank, ranks = dist.group.WORLD, dist.get_rank(), dist.get_world_size()
     for name, head, objective, given in list(cases())[::step]:
         torch.manual_seed(0)
@@ -170,10 +170,9 @@ def compare(name, want, got, rows, n, mask):
 
 
 @needs_gloo
-@pytest.mark.parametrize("uneven", [False, True])
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_processes_agree_with_one(ranks, uneven):
-    run("tests.ops.test_vocab_parallel:check_ranks", ranks, uneven, seconds=300)
+def test_processes_agree_with_one(ranks):
+    run_each("tests.ops.test_vocab_parallel:check_ranks", ranks, [[False], [True]], seconds=300)
 
 
 @needs_gloo
@@ -187,7 +186,7 @@ def check_processes_without_rows(sizes):
     """Run the test below in one of its processes."""
     import torch.distributed as dist
 
-    dist.init_process_group("gloo")
+    join()
     group, rank, few = dist.group.WORLD, dist.get_rank(), sum(sizes)
     for head in (HEADS["plain"], {"bias": True, "lora": 0.7, "softcap": 4.0}):
         for name, frozen in (("entropy", ()), ("gspo", ()), ("default", ("weight", "bias"))):
@@ -212,10 +211,10 @@ def check_processes_without_rows(sizes):
 
 
 @needs_gloo
-@pytest.mark.parametrize("sizes", [[2, 2, 1, 0], [0, 3, 0, 2]], ids=str)
-def test_processes_without_rows(sizes):
+def test_processes_without_rows():
     """Few rows in shares of equal size leave none for the last; no rows at all are refused by everyone."""
-    run("tests.ops.test_vocab_parallel:check_processes_without_rows", 4, sizes, seconds=300)
+    test = "tests.ops.test_vocab_parallel:check_processes_without_rows"
+    run_each(test, 4, [[[2, 2, 1, 0]], [[0, 3, 0, 2]]], seconds=300)
 
 
 @needs_gloo

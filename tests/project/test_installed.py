@@ -23,7 +23,12 @@ def versions(monkeypatch):
 
 EVERYTHING = {"torch": "2.13.0", "einops": "0.8.2", "triton": "3.7.1", "transformers": "5.23.0"}
 EVERYTHING |= {"tokenizers": "0.23.3", "matplotlib": "3.11.2", "pyyaml": "6.0.3", "rich": "15.0.0"}
-EVERYTHING |= {"filelock": "4.3.1", "plotly": "7.1.0", "accelerate": "1.15.0", "safetensors": "0.8.0"}
+EVERYTHING |= {
+    "filelock": "4.3.1",
+    "plotly": "7.1.0",
+    "accelerate": "1.15.0",
+    "safetensors": "0.8.0",
+}
 
 
 def test_what_is_missing_is_named_with_the_line_that_installs_it(versions, capsys):

@@ -1,5 +1,6 @@
 """Run a function of a test module in several processes that form a gloo group."""
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import json
@@ -7,7 +8,9 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -33,11 +36,40 @@ needs_interpreter = pytest.mark.skipif(
 )
 
 
+def join() -> None:
+    """Join the group of the processes, in one of them, unless an earlier case has."""
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo")
+
+
+@contextlib.contextmanager
+def quick_kernels() -> Iterator[None]:
+    """In one of the processes: the interpreter without its repetitions, if the kernels run in it."""
+    if (os.environ["GRPO_FAST_BACKEND"], os.environ.get("TRITON_INTERPRET")) != ("triton", "1"):
+        yield
+        return
+    from tests.support.quick import quick
+
+    with quick():
+        yield
+
+
 def run(function: str, number: int, *arguments, seconds: int = 120, **environment: str) -> None:
     """`tests.module:function(*arguments)` in `number` processes with torchrun's environment: all succeed.
 
     The arguments cross as JSON; `environment` is set besides. The group is left behind the function.
     """
+    run_each(function, number, [arguments], seconds, **environment)
+
+
+def run_each(
+    function: str,
+    number: int,
+    cases: Sequence[Sequence[Any]],
+    seconds: int = 240,
+    **environment: str,
+) -> None:
+    """`run` with the arguments of each case in turn, in the same processes: they import and start once."""
     module, name = function.split(":")
     # A wrapped model that is freed after its process group waits for threads that wait for the interpreter:
     # the group is left here, when the function's objects are gone. A library's thread that still runs while
@@ -48,8 +80,12 @@ def run(function: str, number: int, *arguments, seconds: int = 120, **environmen
         f"faulthandler.dump_traceback_later({seconds - 10}, exit=True)\n"
         "import torch.distributed as dist\n"
         f"from {module} import {name} as function\n"
-        "function(*json.loads(sys.argv[1]))\n"
-        "gc.collect()\n"
+        "from tests.support.ranks import quick_kernels\n"
+        "with quick_kernels():\n"
+        "    for case in json.loads(sys.argv[1]):\n"
+        "        print('case', *case, flush=True)\n"
+        "        function(*case)\n"
+        "        gc.collect()\n"
         "if dist.is_initialized(): dist.destroy_process_group()\n"
         "sys.stdout.flush(); sys.stderr.flush(); os._exit(0)"
     )
@@ -71,7 +107,7 @@ def run(function: str, number: int, *arguments, seconds: int = 120, **environmen
             "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
             **environment,
         }
-        command = [sys.executable, "-c", code, json.dumps(arguments)]
+        command = [sys.executable, "-c", code, json.dumps(cases)]
         processes.append(
             subprocess.Popen(
                 command,
