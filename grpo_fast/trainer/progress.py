@@ -1,7 +1,6 @@
 """The display of a run while it works: its progress, tables of completions, and experiment trackers."""
 
 import dataclasses
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -38,6 +37,7 @@ class Bar:
                 TimeRemainingColumn(),
                 TextColumn("{task.fields[text]}"),
                 console=Console(file=sys.stderr),
+                redirect_stdout=sys.stdout.isatty(),  # a file gets what is printed to it
             )
             self.task = self.bar.add_task(name, total=total, completed=done, text="")
 
@@ -91,11 +91,11 @@ def table(step: int, completions: Sequence[dict[str, Any]]) -> None:
         numbers = ["" if one[k] is None else f"{one[k]:.2f}" for k in ("reward", "advantage")]
         texts = [_short(one[k]) for k in ("prompt", "completion")]
         shown.add_row(*texts, *numbers, str(one["tokens"]))
-    Console(file=sys.stdout, markup=False, highlight=False).print(shown)
+    Console(file=sys.stdout, markup=False, emoji=False, highlight=False).print(shown)
 
 
 def _short(text: Any) -> str:
-    text = text if isinstance(text, str) else json.dumps(text, ensure_ascii=False)
+    text = text if isinstance(text, str) else text[-1]["content"]  # of a chat the last message
     return text if len(text) <= WIDEST else f"{text[:WIDEST]} ..."
 
 

@@ -59,7 +59,8 @@ def warm_up(
             with undivided():
                 optimizer.step()
                 ramp.step()
-            bar.advance(f"loss {loss:.3f}, reward {reward:.3f}")
+            known = "" if math.isnan(reward) else f", reward {reward:.3f}"
+            bar.advance(f"loss {loss:.3f}{known}")
             if (step + 1) % CHECK_EVERY == 0:
                 reward = mean_rewards(policy, task, probe, config, config.temperature)["reward"]
                 if reward >= config.warmup_reward:
