@@ -93,7 +93,7 @@ class Draw(LogitsProcessor):
     other rows of the batch nor on the number of processes.
 
     Args:
-        numbers: (B, T) float64, uniform in [0, 1).
+        numbers: (B, T), uniform in [0, 1); float64 for exact sums.
         start: the length of the prompts, with their padding.
     """
 
@@ -102,7 +102,7 @@ class Draw(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         number = self.numbers[:, input_ids.shape[1] - self.start, None]
-        whole = (scores.float() / self.temperature).softmax(-1).double().cumsum(-1)
+        whole = (scores.float() / self.temperature).softmax(-1).to(number).cumsum(-1)
         total = whole[:, -1:]
         if not bool(total.isfinite().all()):
             raise FloatingPointError(
@@ -161,7 +161,10 @@ def sample(
             P = max(lengths[b] for b in rows)
             settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": False}
             if temperature > 0:
-                numbers = uniforms([seeds[b] for b in rows], max_new_tokens).to(policy.device)
+                numbers = uniforms([seeds[b] for b in rows], max_new_tokens)
+                # Apple's GPUs have no float64.
+                exact = torch.float32 if policy.device.type == "mps" else torch.float64
+                numbers = numbers.to(policy.device, exact)
                 draw = Draw(numbers, P, temperature)
                 settings["logits_processor"] = LogitsProcessorList([draw])
             out = policy.model.generate(

@@ -44,9 +44,7 @@ def check(config: TrainConfig) -> None:
     path = parent / (config.name or "")
     if config.name is None or not path.exists():
         return
-    if (path / LOCK).exists():
-        with hold(path):
-            pass
+    check_free(path)
     if not config.overwrite:
         raise FileExistsError(_what_is_there(path, config.name))
     for option in ("model", "dataset", "reward_dir"):
@@ -126,6 +124,17 @@ def hold(run_dir: Path) -> Iterator[None]:
             lock.release()
 
 
+def check_free(run_dir: Path) -> None:
+    """Refuse a run to which a process is writing.
+
+    Raises:
+        FileExistsError: the message names the process.
+    """
+    if (run_dir / LOCK).exists():
+        with hold(run_dir):
+            pass
+
+
 def _empty(run_dir: Path) -> None:
     """Delete a run except its lock. config.yaml, which marks it as a run, is deleted last."""
     last = run_dir / "config.yaml"
@@ -167,6 +176,18 @@ def find(config: TrainConfig) -> Path | None:
         return path if (path / "config.yaml").is_file() else None
     runs = [path.parent for path in parent.glob("*/config.yaml")]
     return max(runs, key=_last_written, default=None)
+
+
+def find_free(config: TrainConfig) -> Path | None:
+    """Return what `find` returns, if no process is writing to it.
+
+    Raises:
+        FileExistsError, ValueError: as `check_free` and `find`.
+    """
+    run_dir = find(config)
+    if run_dir is not None:
+        check_free(run_dir)
+    return run_dir
 
 
 def _last_written(run_dir: Path) -> float:

@@ -100,11 +100,11 @@ def _train(config: TrainConfig) -> Summary:
     started = time.perf_counter()
     device, _ = models.placement(config)
     team = Team(device)
-    run_dir = None
+    run_dir = team.on_main(lambda: runs.find_free(config)) if config.resume else None
     if config.resume:
-        run_dir = team.on_main(lambda: runs.find(config))
         if run_dir is None:
-            print(f"resume: there is no run in {config.output_dir} yet; this is the first")
+            if team.main:
+                print(f"resume: there is no run in {config.output_dir} yet; this is the first")
             config = dataclasses.replace(config, resume=None)
         else:
             config = configs.resumed(config, run_dir)
@@ -129,7 +129,7 @@ def _train(config: TrainConfig) -> Summary:
         run_dir = team.on_main(lambda: runs.create(config))
     lock = runs.hold(run_dir) if team.main else contextlib.nullcontext()
     with lock, interruptible() as interruption:
-        if team.main and not config.resume:
+        if team.main:  # again when it goes on, maybe with more steps
             configs.save(config, run_dir / "config.yaml")
         run = Run(config, task, policy, run_dir, team, started)
         run.whole(interruption, checkpoint[0] if checkpoint else None)

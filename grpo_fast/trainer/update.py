@@ -343,11 +343,10 @@ def micro_batches_of(rollout: Rollout, alive: Tensor, config: TrainConfig) -> li
     lengths = rollout.mask.sum(1).tolist()
     widths = rollout.prompt_mask.sum(1).tolist()
     shared = config.share_prompts != "off"
-    order = alive.nonzero()[:, 0].tolist()
+    ids = rollout.prompt_ids.tolist()
     groups: dict[tuple[int, ...], list[int]] = {}
-    for b in order:
-        key = tuple(rollout.prompt_ids[b, len(rollout.prompt_ids[b]) - widths[b] :].tolist())
-        groups.setdefault(key, []).append(b)
+    for b in alive.nonzero()[:, 0].tolist():
+        groups.setdefault(tuple(ids[b][-widths[b] :]), []).append(b)
     found: list[list[int]] = []
     state = (0, 0, 0)  # prompts, the longest one, the longest completion
     for key, rows in sorted(groups.items(), key=lambda item: len(item[0])):

@@ -86,6 +86,8 @@ def test_a_finished_run_can_be_made_longer_and_only_what_may_change_changes(tmp_
     assert main([*given, "--group_size", "8"]) == 2
     assert "resume: group_size=8 was 4; this would be another run" in capsys.readouterr().err
     assert len(untimed(run)) == 4
+    assert main(["train", "--resume", str(run)]) == 0  # it remembers the new number of steps
+    assert len(untimed(run)) == 4
 
 
 def test_latest_is_the_first_run_where_there_is_none(tmp_path, capsys):
