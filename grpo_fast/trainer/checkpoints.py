@@ -40,7 +40,8 @@ def save(
     """Write `checkpoints/step-<step>` completely or not at all, and delete all but the newest `keep`.
 
     If the disk is full, the checkpoints that would be deleted afterwards are deleted first, and the write is
-    repeated once. The newest one always stays. All processes of a run call it; they share the folder.
+    repeated once. The newest one always stays, and the newest one from which the run can go on. All processes
+    of a run call it; they share the folder.
 
     Args:
         learner: its state is saved, too; None: before GRPO.
@@ -61,11 +62,12 @@ def save(
             raise
         if team.main:
             for spare in checkpoints(run_dir)[: -max(keep - 1, 1)]:
-                files.remove(spare)
+                if spare not in resumable(run_dir)[-1:]:
+                    files.remove(spare)
         final = write()
     try:
         for old in checkpoints(run_dir)[:-keep] if team.main else ():
-            if old != final:
+            if old not in (final, *resumable(run_dir)[-1:]):
                 files.remove(old)
     except OSError as error:
         print(f"{folder}: could not delete an older checkpoint: {error}", file=sys.stderr)

@@ -7,6 +7,7 @@ has all the weights, and the gradients are summed before an optimiser step, or t
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -42,7 +43,8 @@ class Team:
         if alone:
             return
         if int(os.environ.get("WORLD_SIZE") or 1) > 1 and "RANK" in os.environ:
-            state = PartialState(cpu=device.type == "cpu")
+            # Others may have to wait for slow rewards, or for weights that are written.
+            state = PartialState(cpu=device.type == "cpu", timeout=timedelta(hours=3))
             self.rank, self.size, self.device = (
                 state.process_index,
                 state.num_processes,

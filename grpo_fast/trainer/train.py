@@ -190,6 +190,7 @@ class Run:
     saved: tuple[int, Path] | None = None  # optimiser steps, and where
     process: int = dataclasses.field(default_factory=os.getpid)
     ready: bool = False  # the weights are those of `step`, and worth a checkpoint
+    warm: bool = True  # the warm-up was not interrupted
 
     def __post_init__(self) -> None:
         self.learner: Learner | None = None
@@ -258,6 +259,7 @@ class Run:
                 self.policy, self.task, config, lambda: self.stop(interruption), self.team.main
             )
             self.say(f"warm-up: {taken} steps, {time.perf_counter() - self.started:.0f} s")
+            self.warm = not self.stop(interruption)
         self.team.alike(self.policy.trained)
         if (
             checkpoint is None
@@ -316,8 +318,12 @@ class Run:
         """Write a checkpoint of the current weights, unless there is one, and return it."""
         updates = self.learner.updates if self.learner else 0
         if self.saved is None or self.saved[0] != updates:
-            # A step of several updates that failed in between cannot be gone on with.
-            complete = updates == self.step * self.config.num_iterations
+            # A run does not go on from a step that failed in the middle, or has no row of metrics, nor
+            # from a part of the warm-up.
+            complete = self.warm and updates == self.step * self.config.num_iterations
+            if self.team.main:
+                complete = complete and len(self.metrics.rows) == self.step
+            complete = all(self.team.objects(complete))
             state = {
                 "position": self.position,
                 "seconds": self.before + time.perf_counter() - self.started,
@@ -369,7 +375,6 @@ class Run:
             while self.step < config.steps and not self.stop(interruption):
                 row = self.grpo_step()
                 if self.team.main:
-                    self.metrics.write(row)
                     trackers.log(row)
                 bar.advance(progress.line_of(row))
                 if self.step % config.save_steps == 0 and self.step < config.steps:
@@ -377,37 +382,39 @@ class Run:
                     self.draw()
 
     def grpo_step(self) -> dict[str, float]:
-        """Sample `group_size` completions per problem, reward them, update, and return the metrics."""
+        """Sample `group_size` completions per problem, reward them, update; write and return the metrics."""
         assert self.learner is not None
         begin = time.perf_counter()
         rows, rollout, scores, batches = self.collect()
         sampled = time.perf_counter()
         step = self.step
-        with undivided():  # the weights after a whole step have its name
+        with undivided():  # the weights after a whole step have its name, and its row is written
             try:
                 metrics = self.learner.update(rollout, scores.total)
                 self.step += 1
                 self.position += batches * self.config.prompts_per_step
             except FloatingPointError as error:
                 raise FloatingPointError(f"step {step}: {error}; the run ends here") from error
-        updated = time.perf_counter()
+            updated = time.perf_counter()
+            measured = self.measured(rollout, scores)
+            if self.config.completions_steps and step % self.config.completions_steps == 0:
+                self.log_completions(step, rows, rollout, scores)
+            row = {
+                "step": step,
+                **measured,
+                **metrics,
+                "batches_sampled": batches,
+                "tokens_per_second": measured["tokens"] / (updated - begin),
+                "sampling_seconds": sampled - begin,
+                "update_seconds": updated - sampled,
+                "step_seconds": time.perf_counter() - begin,
+                "memory_gib": max(self.team.objects(memory(self.policy.device))),
+                "seconds": self.before + time.perf_counter() - self.started,
+            }
+            if self.team.main:
+                self.metrics.write(row)
         self.sampler.update(self.write_weights, self.team)
-        measured = self.measured(rollout, scores)
-        if self.config.completions_steps and step % self.config.completions_steps == 0:
-            self.log_completions(step, rows, rollout, scores)
-        seconds = time.perf_counter() - begin
-        return {
-            "step": step,
-            **measured,
-            **metrics,
-            "batches_sampled": batches,
-            "tokens_per_second": measured["tokens"] / seconds,
-            "sampling_seconds": sampled - begin,
-            "update_seconds": updated - sampled,
-            "step_seconds": seconds,
-            "memory_gib": max(self.team.objects(memory(self.policy.device))),
-            "seconds": self.before + time.perf_counter() - self.started,
-        }
+        return row
 
     def collect(self) -> tuple[list[tasks.Row], Rollout, Scores, int]:
         """Return the problems of a step, their completions and rewards, and how many batches were sampled.

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ pytest.importorskip("transformers", reason="the trainer needs grpo-fast[train]")
 
 from safetensors.torch import load_file
 
-from grpo_fast.trainer import checkpoints, runs
+from grpo_fast.trainer import checkpoints, runs, warmup
 from grpo_fast.trainer.cli import main
 from grpo_fast.trainer.config import TrainConfig
 from grpo_fast.trainer.train import train
@@ -146,6 +147,66 @@ def test_a_disk_that_is_full_while_the_state_is_written_keeps_the_last_checkpoin
     assert [p.name for p in (run / "checkpoints").iterdir()] == ["step-000001"]
     assert main(["train", "--resume", str(run)]) == 0
     assert [row["step"] for row in untimed(run)] == [0, 1, 2]
+
+
+def test_signals_in_an_update_lose_no_row(tmp_path, monkeypatch):
+    """The second signal comes while weights change: their step has its row, and the run goes on from it."""
+    whole = train(tiny(tmp_path / "whole", name="run", steps=4)).run_dir
+    real, calls = Learner.update, []
+
+    def interrupted(self, *given):
+        calls.append(1)
+        if len(calls) == 2:
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
+        return real(self, *given)
+
+    monkeypatch.setattr(Learner, "update", interrupted)
+    options = arguments(tmp_path / "cut", name="run", steps=4)
+    assert main(["train", *options]) == 128 + signal.SIGTERM
+    run = tmp_path / "cut" / "run"
+    assert [row["step"] for row in untimed(run)] == [0, 1]
+    assert checkpoints.resumable(run)[-1].name == "step-000002"
+    assert main(["train", *options, "--resume", "latest"]) == 0
+    assert untimed(run) == untimed(whole)
+
+
+def test_a_warm_up_that_was_interrupted_starts_again(tmp_path, monkeypatch):
+    whole = train(tiny(tmp_path / "whole", name="run", steps=2)).run_dir
+    real = warmup.imitate
+
+    def interrupted(*given):
+        signal.raise_signal(signal.SIGTERM)
+        return real(*given)
+
+    monkeypatch.setattr(warmup, "imitate", interrupted)
+    options = arguments(tmp_path / "cut", name="run", steps=2)
+    assert main(["train", *options]) == 128 + signal.SIGTERM
+    monkeypatch.undo()
+    assert main(["train", *options, "--resume", "latest"]) == 0
+    assert untimed(tmp_path / "cut" / "run") == untimed(whole)
+
+
+def test_a_row_that_could_not_be_written_is_made_again(tmp_path, monkeypatch):
+    """The newest checkpoint has no row: it stays, and so does the last one that has, though one is kept."""
+    whole = train(tiny(tmp_path / "whole", name="run", steps=4)).run_dir
+    real = runs.Lines.write
+
+    def full(self, row):
+        if row["step"] == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "metrics.jsonl")
+        real(self, row)
+
+    monkeypatch.setattr(runs.Lines, "write", full)
+    options = arguments(tmp_path / "cut", name="run", steps=4, save_steps=1, keep_checkpoints=1)
+    assert main(["train", *options]) == 1
+    run = tmp_path / "cut" / "run"
+    assert [p.name for p in checkpoints.checkpoints(run)] == ["step-000002", "step-000003"]
+    assert [p.name for p in checkpoints.resumable(run)] == ["step-000002"]
+    monkeypatch.undo()
+    assert main(["train", "--resume", str(run)]) == 0
+    assert untimed(run) == untimed(whole)
+    assert [p.name for p in checkpoints.checkpoints(run)] == ["step-000004"]
 
 
 def test_there_is_no_pickle(tmp_path):
