@@ -27,7 +27,7 @@ DTYPES = {
     },
 }
 POINTER = np.dtype(np.uint64)
-ORIGINAL = {name: getattr(interpreter, name) for name in ("_patch_lang", "_get_np_dtype")}
+ORIGINAL = {name: getattr(interpreter, name, None) for name in ("_patch_lang", "_get_np_dtype")}
 Modules = tuple[bool, ...]
 
 
@@ -86,7 +86,7 @@ def patch_lang(original: Callable[[Any], Any]) -> Callable[[Any], Any]:
 def quick() -> Iterator[None]:
     """The interpreter, quicker within; as it is where its version has other parts than those known here."""
     with contextlib.ExitStack() as stack:
-        if hasattr(interpreter, "_LangPatchScope"):
+        if hasattr(interpreter, "_LangPatchScope") and all(ORIGINAL.values()):
             for (name, original), change in zip(
                 ORIGINAL.items(), (patch_lang, numpy_dtype), strict=True
             ):
