@@ -1,6 +1,7 @@
 """The recipes: each builds a tiny model of its architecture and takes two steps."""
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import yaml
 
 pytest.importorskip("transformers", reason="the trainer needs grpo-fast[train]")
 
+from grpo_fast.trainer import config as configs
 from grpo_fast.trainer.cli import main
 from tests.support.tiny_runs import arguments
 
@@ -44,6 +46,19 @@ def test_the_recipe_for_24_gb_fits(capsys):
     assert "plan: want --model" in capsys.readouterr().err
     assert main(["plan", recipe, "--gpu", "much"]) == 2
     assert "want a size like 24GB" in capsys.readouterr().err
+
+
+def test_the_commands_of_the_readme_are_those_of_the_recipe():
+    text = (RECIPES[0].parents[1] / "README.md").read_text()
+    commands = re.findall(r"^grpo-fast (\S+) (.*?)(?:  +#.*)?$", text, re.MULTILINE)
+    named = [rest.split() for _, rest in commands if "recipes/" in rest]
+    assert len(named) == 3
+    recipe = RECIPES[0].parents[1] / named[0][0]
+    assert all(RECIPES[0].parents[1] / words[0] == recipe for words in named)
+    run = f"runs/{yaml.safe_load(recipe.read_text())['name']}"
+    assert {command for command, rest in commands if run in rest} == {"report", "train", "eval"}
+    for words in named[1:]:
+        configs.parse([str(recipe), *words[1:]])
 
 
 def test_a_report_of_a_run(tmp_path, capsys):
