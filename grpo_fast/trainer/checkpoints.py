@@ -60,10 +60,13 @@ def save(
     except OSError as error:
         if error.errno not in files.FULL:
             raise
-        if team.main:
+
+        def make_room() -> None:
             for spare in checkpoints(run_dir)[: -max(keep - 1, 1)]:
                 if spare not in resumable(run_dir)[-1:]:
                     files.remove(spare)
+
+        team.on_main(make_room)
         final = write()
     try:
         for old in checkpoints(run_dir)[:-keep] if team.main else ():
@@ -204,13 +207,16 @@ def restore(learner: Learner, checkpoint: Path) -> dict[str, Any]:
     rank = team.rank if learner.sharded else 0
     tensors = load_file(checkpoint / f"{STATE}-{rank:05d}.safetensors")
     _restore_optimizer(learner, tensors, state["optimizer"])
-    learner.scheduler.load_state_dict(state["scheduler"])
-    rates = learner.scheduler.get_last_lr()
+    schedule: Any = learner.scheduler
+    schedule.load_state_dict(state["scheduler"])
+    # The schedule may be that of another number of steps now.
+    factors = [factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
+    rates = [base * factor for base, factor in zip(schedule.base_lrs, factors, strict=True)]
+    schedule._last_lr = rates
     for group, rate in zip(learner.optimizer.param_groups, rates, strict=True):
         _set_rate(group, rate)
     learner.updates = state["updates"]
-    if rank == team.rank:
-        restore_random(tensors, state["random"])
+    restore_random(tensors, state["random"])
     return state
 
 

@@ -81,17 +81,14 @@ def fail(command: str, status: int, message: str) -> int:
 
 def train(arguments: Sequence[str]) -> int:
     """Run `grpo-fast train` and print how the run ended."""
-    from grpo_fast.trainer import config, runs
+    from grpo_fast.trainer import config
     from grpo_fast.trainer import train as training
 
     settings = config.parse(arguments)
-    if settings.resume:
-        if (run_dir := runs.find(settings)) is not None:
-            settings = config.resumed(settings, run_dir, config.given_in(arguments))
-    else:
+    if not settings.resume:
         settings = config.renamed(settings, arguments)
     quiet()
-    end = training.train(settings)
+    end = training.train(settings, config.given_in(arguments))
     if os.environ.get("RANK", "0") != "0":  # of several processes one speaks
         return 0 if end.signal is None else 128 + end.signal
     print(

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import math
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
@@ -300,6 +301,10 @@ class TrainConfig:
             raise ValueError(f"fsdp: quantize={self.quantize!r} cannot be shared between processes")
         if self.fsdp and self.weights == "bfloat16_only":
             raise ValueError("fsdp: it keeps float32 weights; leave out --weights bfloat16_only")
+        if self.reward_timeout > threading.TIMEOUT_MAX:
+            raise ValueError(
+                f"reward_timeout: want at most {threading.TIMEOUT_MAX:.0f} s, got {self.reward_timeout}"
+            )
         if self.mismatch_cap < 1:
             raise ValueError(f"mismatch_cap: want a number >= 1, got {self.mismatch_cap}")
 

@@ -26,6 +26,7 @@ class MicroBatch:
 
     Attributes:
         plan: which of them share a prompt; None if the losses come from logits.
+        shares_prompts: they share its forward, too.
         old_logps, entropy, ref_logps, importance: (B, T); `Learner` fills them in.
         mismatch: (tokens,) the policy's log-probs minus those of another engine that sampled.
         idle: it has no part in the loss; it keeps processes that share the weights in step.
@@ -34,6 +35,7 @@ class MicroBatch:
     rollout: Rollout
     advantages: Tensor
     plan: Plan | None = None
+    shares_prompts: bool = False
     old_logps: Tensor | None = None
     entropy: Tensor | None = None
     ref_logps: Tensor | None = None
@@ -88,7 +90,12 @@ class Forward:
         if choice.route not in self._said and self.route == "auto" and self.shown:
             self._said.add(choice.route)
             print(choice.line)
-        return MicroBatch(rollout, advantages, plan)
+        return MicroBatch(rollout, advantages, plan, choice.route != "unshared")
+
+    @property
+    def may_share(self) -> bool:
+        """Tell whether completions may share the forward of their prompt."""
+        return not self.from_logits and self.route != "unshared"
 
     @torch.no_grad()
     def log_probs(self, model: Any, batch: MicroBatch) -> Tensor:

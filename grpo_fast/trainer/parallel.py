@@ -28,6 +28,7 @@ class Team:
     Attributes:
         rank, size: the number of this process, from 0, and how many there are.
         device: where its tensors are.
+        agreed: the last error that all of them raised together.
     """
 
     def __init__(self, device: torch.device, alone: bool = False) -> None:
@@ -40,6 +41,7 @@ class Team:
             ValueError: there are several processes, but not as torchrun starts them.
         """
         self.rank, self.size, self.device = 0, 1, device
+        self.agreed: BaseException | None = None
         if alone:
             return
         if int(os.environ.get("WORLD_SIZE") or 1) > 1 and "RANK" in os.environ:
@@ -84,10 +86,9 @@ class Team:
                 raise
             mine = error
         raised = [e for e in self.objects(_portable(mine)) if e is not None]
-        if mine is not None:
-            raise mine
         if raised:
-            raise raised[0]
+            self.agreed = mine or raised[0]
+            raise self.agreed
         return result
 
     def on_main(self, function: Callable[[], T]) -> T:
@@ -144,6 +145,8 @@ def _portable(error: Exception | None) -> Exception | None:
     """Return an error that other processes can read: of the same kind, with its text alone."""
     if error is None:
         return None
+    if isinstance(error, OSError) and error.errno is not None:
+        return OSError(error.errno, error.strerror, error.filename)
     known = (FloatingPointError, FileExistsError, OSError, ValueError)
     kind = next((k for k in known if isinstance(error, k)), RuntimeError)
     return kind(str(error))

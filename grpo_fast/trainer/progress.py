@@ -3,6 +3,7 @@
 import dataclasses
 import sys
 import time
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,11 @@ def table(step: int, completions: Sequence[dict[str, Any]]) -> None:
 
 def _short(text: Any) -> str:
     text = text if isinstance(text, str) else text[-1]["content"]  # of a chat the last message
-    return text if len(text) <= WIDEST else f"{text[:WIDEST]} ..."
+    text = text if len(text) <= WIDEST else f"{text[:WIDEST]} ..."
+    # No text of a model or a dataset commands the terminal.
+    return "".join(
+        c if c == "\n" or unicodedata.category(c) != "Cc" else repr(c)[1:-1] for c in text
+    )
 
 
 def check_trackers(config: TrainConfig) -> None:

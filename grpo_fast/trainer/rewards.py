@@ -137,15 +137,26 @@ class RewardModel:
         self, prompts: list[Text], completions: list[Text], **kwargs: Any
     ) -> list[float | None]:
         texts: list[str] = []
+        special = True  # a chat template has written the special tokens already
         for prompt, completion in zip(prompts, completions, strict=True):
             if isinstance(prompt, str) or isinstance(completion, str):
                 texts.append(f"{prompt}{text_of(completion)}")
             else:
                 chat = [*prompt, *completion]
                 texts.append(str(self.tokenizer.apply_chat_template(chat, tokenize=False)))
+                special = False
         scores: list[float | None] = []
         for i in range(0, len(texts), self.BATCH):
-            inputs = self.tokenizer(texts[i : i + self.BATCH], padding=True, return_tensors="pt")
+            some = texts[i : i + self.BATCH]
+            inputs = self.tokenizer(
+                some, padding=True, return_tensors="pt", add_special_tokens=special
+            )
+            places = getattr(self.model.config, "max_position_embeddings", None)
+            if places is not None and inputs["input_ids"].shape[1] > places:
+                raise ValueError(
+                    f"a text of {inputs['input_ids'].shape[1]} tokens, and {self.__name__} has {places} "
+                    "positions"
+                )
             out = self.model(**inputs.to(self.model.device)).logits[:, 0]
             scores += out.float().tolist()
         return scores
@@ -302,17 +313,20 @@ def _called(
             returned = reward(**{k: [copy.deepcopy(x) for x in v] for k, v in given.items()})
             if isinstance(returned, Iterator):
                 returned = list(returned)
+            numbers = _numbers(returned, count)
+            shown = "" if numbers is not None else _shown(returned)
     except TimeIsUp as error:
         raise RewardError(
             f"reward {place(reward)} took longer than {timeout:g} s for {count} completions", error
         ) from None
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:  # Ctrl-C, or a second signal
+        raise
+    except BaseException as error:  # SystemExit, and what libraries in other languages raise
         raise RewardError(f"reward {place(reward)} raised {_raised(error)}", error) from error
-    numbers = _numbers(returned, count)
     if numbers is None:
         raise RewardError(
             f"reward {place(reward)}: want a list of {count} finite numbers, within "
-            f"float32's range (None where it does not apply), got {_shown(returned)}"
+            f"float32's range (None where it does not apply), got {shown}"
         )
     values, failed = numbers
     if failed.any():

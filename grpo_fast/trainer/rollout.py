@@ -294,7 +294,12 @@ class ServerSampler(Sampler):
 
     def update(self, write: Callable[[Path], None], team: Team) -> None:
         write(self.folder)
-        team.on_main(lambda: self.server.update_weights(self.folder, self.policy.adapted))
+
+        def load() -> Any:
+            self.server.update_weights(self.folder, self.policy.adapted)
+            return self.server.loaded
+
+        self.server.loaded = team.on_main(load)  # one process tells the server, all sample from it
 
 
 def check_prompts(policy: Policy, rows: Sequence[Row], max_new_tokens: int) -> None:

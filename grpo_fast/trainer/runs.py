@@ -45,7 +45,7 @@ def check(config: TrainConfig) -> None:
     if config.name is None or not path.exists():
         return
     check_free(path)
-    if not config.overwrite:
+    if not config.overwrite and not _unused(path):
         raise FileExistsError(_what_is_there(path, config.name))
     for option in ("model", "dataset", "reward_dir"):
         needed = Path(getattr(config, option) or "").expanduser().resolve()
@@ -72,7 +72,7 @@ def create(config: TrainConfig) -> Path:
         FileExistsError, ValueError: as `check`.
     """
     check(config)
-    parent = Path(config.output_dir)
+    parent = Path(config.output_dir).resolve()  # a reward function may change the working directory
     parent.mkdir(parents=True, exist_ok=True)
     if config.name is not None:
         path = parent / config.name
@@ -124,6 +124,12 @@ def hold(run_dir: Path) -> Iterator[None]:
             lock.release()
 
 
+def _unused(path: Path) -> bool:
+    """Tell whether a run died before it wrote anything; its folder is as good as none."""
+    names = {".lock", ".pid", ".pid.partial", ".config.yaml.partial"}
+    return (path / LOCK).exists() and {p.name for p in path.iterdir()} <= names
+
+
 def check_free(run_dir: Path) -> None:
     """Refuse a run to which a process is writing.
 
@@ -169,8 +175,8 @@ def find(config: TrainConfig) -> Path | None:
         path = Path(config.resume or "")
         if not (path / "config.yaml").is_file():
             raise ValueError(f"resume={config.resume!r}: not a run, it has no config.yaml")
-        return path
-    parent = Path(config.output_dir)
+        return path.resolve()
+    parent = Path(config.output_dir).resolve()
     if config.name is not None:
         path = parent / config.name
         return path if (path / "config.yaml").is_file() else None
@@ -229,6 +235,7 @@ class Lines:
                 size = os.fstat(file.fileno()).st_size
                 if file.write(line) < len(line):
                     file.write(line[os.fstat(file.fileno()).st_size - size :])
+                os.fsync(file.fileno())
         except OSError as error:
             if size is not None:
                 with contextlib.suppress(OSError):

@@ -232,6 +232,15 @@ class Server:
             with contextlib.suppress(ServerError):  # one that was restarted has no such adapter
                 self._send("/v1/unload_lora_adapter", {"lora_name": previous})
 
+    @property
+    def loaded(self) -> tuple[str | None, str, tuple[Path, bool] | None]:
+        """The state after an update, for the `Server` objects of other processes."""
+        return self._adapter, self._salt, self._loaded
+
+    @loaded.setter
+    def loaded(self, state: tuple[str | None, str, tuple[Path, bool] | None]) -> None:
+        self._adapter, self._salt, self._loaded = state
+
     def _spread(self, token: int, temperature: float) -> float:
         """Return the difference of the largest and the fifth largest log-prob after a token."""
         asked = {"model": self.model, "prompt": [token], "max_tokens": 1, "seed": 0}

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from transformers import set_seed
 
-from grpo_fast import ops
 from grpo_fast.trainer import checkpoints, console, evaluate, files, progress, runs, tasks
 from grpo_fast.trainer import config as configs
 from grpo_fast.trainer import model as models
@@ -54,11 +53,15 @@ class Summary:
     signal: int | None
 
 
-def train(config: TrainConfig) -> Summary:
+def train(config: TrainConfig, given: set[str] | None = None) -> Summary:
     """Make a whole run, or go on with one; its folder has config.yaml, metrics.jsonl and checkpoints.
 
     When it ends, also by an error or by SIGINT, SIGTERM or SIGHUP, a checkpoint is written. In several
     processes (torchrun, accelerate launch) all of them call this.
+
+    Args:
+        given: with `config.resume`, the names of the options that replace those of the run; None: those that
+            differ from their defaults.
 
     Raises:
         ValueError: a dataset, reward, model or device cannot be used; nothing was written.
@@ -69,8 +72,8 @@ def train(config: TrainConfig) -> Summary:
     with console.lasting():
         if config.dry_run:
             with tempfile.TemporaryDirectory() as folder:
-                return _train(shortened(config, folder))
-        return _train(config)
+                return _train(shortened(config, folder), given)
+        return _train(config, given)
 
 
 def shortened(config: TrainConfig, folder: str) -> TrainConfig:
@@ -82,7 +85,7 @@ def shortened(config: TrainConfig, folder: str) -> TrainConfig:
     team = int(os.environ.get("WORLD_SIZE") or 1)
     options: dict[str, Any] = {
         "output_dir": folder, "name": "dry_run", "steps": 2, "warmup_steps": 0, "resume": None,
-        "server": None, "report_to": [], "prompts_per_step": 2 * team, "heldout": 2, "samples": 1,
+        "server": None, "report_to": [], "prompts_per_step": 2 * team, "heldout": 1, "samples": 1,
         "group_size": min(config.group_size, 4), "max_new_tokens": min(config.max_new_tokens, 8),
     }  # fmt: skip
     shorter = dataclasses.replace(config, **options)
@@ -96,8 +99,10 @@ def shortened(config: TrainConfig, folder: str) -> TrainConfig:
     return shorter
 
 
-def _train(config: TrainConfig) -> Summary:
+def _train(config: TrainConfig, given: set[str] | None) -> Summary:
     started = time.perf_counter()
+    if "LOCAL_RANK" in os.environ and torch.cuda.is_available() and config.device != "cpu":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # before anything is put on a GPU
     device, _ = models.placement(config)
     team = Team(device)
     run_dir = team.on_main(lambda: runs.find_free(config)) if config.resume else None
@@ -107,7 +112,7 @@ def _train(config: TrainConfig) -> Summary:
                 print(f"resume: there is no run in {config.output_dir} yet; this is the first")
             config = dataclasses.replace(config, resume=None)
         else:
-            config = configs.resumed(config, run_dir)
+            config = configs.resumed(config, run_dir, given)
     check_team(config, team)
     progress.check_trackers(config)
     check_optimizer(config)
@@ -119,12 +124,17 @@ def _train(config: TrainConfig) -> Summary:
     torch.set_num_threads(config.threads or usual)
     # Of several processes each has its own device.
     here = dataclasses.replace(config, device=str(team.device)) if team.size > 1 else config
-    task = tasks.build(here)
-    config = dataclasses.replace(config, heldout=tasks.count(task.heldout))
-    check_answers(config, task)
     checkpoint = checkpoints.resumable(run_dir)[-1:] if run_dir else []
-    policy = models.build(here, task.alphabet, checkpoint[0] if checkpoint else None)
-    rollouts.check_prompts(policy, [*task.train, *task.heldout], config.max_new_tokens)
+
+    def load() -> tuple[Task, Policy]:
+        task = tasks.build(here)
+        check_answers(config, task)
+        policy = models.build(here, task.alphabet, checkpoint[0] if checkpoint else None)
+        rollouts.check_prompts(policy, [*task.train, *task.heldout], config.max_new_tokens)
+        return task, policy
+
+    task, policy = team.together(load)  # nothing is written, or deleted, before all have loaded all
+    config = dataclasses.replace(config, heldout=tasks.count(task.heldout))
     if run_dir is None:
         run_dir = team.on_main(lambda: runs.create(config))
     lock = runs.hold(run_dir) if team.main else contextlib.nullcontext()
@@ -142,7 +152,7 @@ def _train(config: TrainConfig) -> Summary:
         first_reward=float("nan") if first is None else first,
         last_reward=run.metrics.recent("reward"),
         seconds=time.perf_counter() - started,
-        signal=interruption.signal,
+        signal=run.signal,
     )
 
 
@@ -165,6 +175,8 @@ def check_answers(config: TrainConfig, task: Task) -> None:
         ValueError: an answer is too long.
     """
     if config.model is not None or config.dataset is None or task.demonstration is None:
+        return
+    if not config.warmup_steps:  # nothing imitates them
         return
     longest = max(len(str(row["answer"])) for row in [*task.train, *task.heldout])
     if longest + 1 > config.max_new_tokens:
@@ -191,6 +203,7 @@ class Run:
     process: int = dataclasses.field(default_factory=os.getpid)
     ready: bool = False  # the weights are those of `step`, and worth a checkpoint
     warm: bool = True  # the warm-up was not interrupted
+    signal: int | None = None  # that ended the run before all its steps
 
     def __post_init__(self) -> None:
         self.learner: Learner | None = None
@@ -224,9 +237,11 @@ class Run:
                 self.grpo(interruption, trackers)
             self.save()
             self.draw()
+            if self.signal is None:
+                self.show("after GRPO")
         except BaseException as error:
             if self.ready:
-                self.rescue()
+                self.rescue(error)
                 if isinstance(error, ValueError):
                     # No option is wrong any more: let its traceback be seen.
                     raise RuntimeError(f"step {self.step}: {error}") from error
@@ -234,8 +249,6 @@ class Run:
         finally:
             if trackers is not None:
                 trackers.end()
-        if not interruption.signal:
-            self.show("after GRPO")
         rows = self.metrics.rows if self.team.main else []
         if rows and all(r["groups_without_signal"] == 1 for r in rows):
             print(
@@ -251,12 +264,16 @@ class Run:
             if config.to_objective().beta and not config.use_peft:
                 here = dataclasses.replace(config, device=str(self.policy.device))
                 source = frozen if frozen.is_dir() else None
+                if source is None and config.model is None:
+                    raise ValueError(
+                        f"resume: {frozen} is gone: it had the model before GRPO, to which the KL is measured"
+                    )
                 reference = models.build(here, self.task.alphabet, source).model.requires_grad_(
                     False
                 )
         elif config.model is None and self.task.demonstration is not None:
             taken = warm_up(
-                self.policy, self.task, config, lambda: self.stop(interruption), self.team.main
+                self.policy, self.task, config, lambda: self.stop(interruption), self.team
             )
             self.say(f"warm-up: {taken} steps, {time.perf_counter() - self.started:.0f} s")
             self.warm = not self.stop(interruption)
@@ -308,10 +325,10 @@ class Run:
         self.team.on_main(lambda: files.publish(partial, folder))
 
     def stop(self, interruption: Interruption) -> bool:
-        """Tell whether a signal ends the run; all processes agree, and have the signal then."""
+        """Tell whether a signal ends the run; all processes agree."""
         signals = [s for s in self.team.objects(interruption.signal) if s is not None]
         if signals:
-            interruption.signal = interruption.signal or signals[0]
+            self.signal = signals[0]
         return bool(signals)
 
     def save(self) -> Path:
@@ -321,9 +338,14 @@ class Run:
             # A run does not go on from a step that failed in the middle, or has no row of metrics, nor
             # from a part of the warm-up.
             complete = self.warm and updates == self.step * self.config.num_iterations
-            if self.team.main:
-                complete = complete and len(self.metrics.rows) == self.step
+            if self.team.main and self.step:
+                rows = self.metrics.rows
+                complete = complete and bool(rows) and rows[-1]["step"] == self.step - 1
             complete = all(self.team.objects(complete))
+            if not complete:
+                self.say(
+                    "the next checkpoint has weights alone; the run goes on from the one before"
+                )
             state = {
                 "position": self.position,
                 "seconds": self.before + time.perf_counter() - self.started,
@@ -344,17 +366,17 @@ class Run:
         if self.team.main:
             runs.plot(self.metrics.rows, self.run_dir / "curve.png")
 
-    def rescue(self) -> None:
+    def rescue(self, error: BaseException) -> None:
         """Save the weights of a run that ends by an exception, and say where they are.
 
-        It does nothing in a child that a reward function has forked: the run itself goes on. Nor where other
-        processes would have to take part, which may wait elsewhere.
+        It does nothing in a child that a reward function has forked: the run itself goes on. Of several
+        processes all have to take part: they do if all have raised the error together.
         """
         if os.getpid() != self.process:
             return
         found = checkpoints.checkpoints(self.run_dir)
         newest = f"the newest checkpoint is {found[-1] if found else 'none'}"
-        if self.team.size > 1:
+        if self.team.size > 1 and error is not self.team.agreed:
             self.say(newest)
             return
         with contextlib.suppress(OSError, KeyboardInterrupt), undivided():
@@ -394,7 +416,9 @@ class Run:
                 self.step += 1
                 self.position += batches * self.config.prompts_per_step
             except FloatingPointError as error:
-                raise FloatingPointError(f"step {step}: {error}; the run ends here") from error
+                # The loss is that of all processes, and so all are here.
+                self.team.agreed = FloatingPointError(f"step {step}: {error}; the run ends here")
+                raise self.team.agreed from error
             updated = time.perf_counter()
             measured = self.measured(rollout, scores)
             if self.config.completions_steps and step % self.config.completions_steps == 0:
@@ -495,9 +519,9 @@ class Run:
         if not self.team.main:
             return
         G = self.config.group_size
-        advantages = ops.group_advantage(
-            scores.total, group_size=G, scale=self.config.scale_rewards, nan="skip"
-        )
+        assert self.learner is not None
+        assert self.learner.advantages is not None
+        advantages = self.learner.advantages
         lengths = rollout.mask.sum(1).tolist()
         found = []
         for b in range(min(len(rows), max(G, LOGGED // G * G))):

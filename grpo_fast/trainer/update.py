@@ -58,15 +58,23 @@ def _collect(master: nn.Parameter, p: Tensor) -> None:
     p.grad = None
 
 
+# Of transformers: those that need neither the model nor a mode of their own, and whose state is in tensors.
+OPTIMIZERS = (
+    "adamw_torch", "adamw_torch_fused", "adamw_torch_8bit", "adamw_torch_4bit", "adafactor", "sgd",
+    "adagrad", "rmsprop", "adamw_8bit", "adamw_bnb_8bit", "paged_adamw_32bit", "paged_adamw_8bit",
+    "lion_32bit", "lion_8bit", "paged_lion_32bit", "paged_lion_8bit", "ademamix", "ademamix_8bit",
+    "paged_ademamix_32bit", "paged_ademamix_8bit", "rmsprop_bnb", "rmsprop_bnb_8bit", "rmsprop_bnb_32bit",
+)  # fmt: skip
+
+
 def optimizer_of(parameters: list[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
-    """Return the optimiser of a configuration: any that transformers knows by a name.
+    """Return the optimiser of a configuration, by its name in transformers.
 
     Raises:
         ValueError: there is none of this name, or its library is missing.
     """
-    names = [str(name.value) for name in OptimizerNames]
-    if config.optim not in names:
-        raise ValueError(f"optim={config.optim!r} is unknown; choose from {', '.join(names)}")
+    if config.optim not in OPTIMIZERS:
+        raise ValueError(f"optim={config.optim!r} is unknown; choose from {', '.join(OPTIMIZERS)}")
     rounds = config.optim in ("adamw_torch_8bit", "adamw_torch_4bit")
     bare = config.weights == "bfloat16_only"
     if bare and not rounds:
@@ -86,7 +94,7 @@ def optimizer_of(parameters: list[nn.Parameter], config: TrainConfig) -> torch.o
     try:
         kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
         return kind(parameters, **{"weight_decay": config.weight_decay, **options})
-    except (ImportError, ValueError, TypeError) as error:
+    except (ImportError, ValueError, TypeError, AttributeError) as error:
         text = " ".join(str(error).split())
         raise ValueError(f"optim={config.optim!r}: {text}") from error
 
@@ -118,6 +126,7 @@ class Learner:
         self.team = team or Team(policy.device)
         self.objective = config.to_objective()
         self.updates = 0  # optimiser steps so far
+        self.advantages: Tensor | None = None  # (B,) of the last batch of this process
         self.reference = None
         if self.has_reference and not policy.adapted:
             self.reference = reference or models.reference(policy)
@@ -206,17 +215,30 @@ class Learner:
         tokens = team.total(rollout.mask[counted].sum())
         counts: dict[str, Tensor | int] = {
             "tokens": tokens.clamp(min=1),
-            "sequences": len(advantages) * team.size,
+            "sequences": max(1, int(team.total(counted.sum()))),
         }
         alive = (self.needs_all | (advantages != 0)) & counted
-        chosen = micro_batches_of(rollout, alive, config)
-        missing = team.most(len(chosen)) - len(chosen) if self.sharded else 0
-        chosen += [torch.zeros(1, dtype=torch.long)] * missing
+        self.advantages = advantages
+
+        def micro_batch(rows: Tensor) -> MicroBatch:
+            return self.forward.micro_batch(rollout[rows], advantages[rows.to(advantages.device)])
+
         micro_batches = []
-        for i, rows in enumerate(chosen):
-            batch = self.forward.micro_batch(rollout[rows], advantages[rows.to(advantages.device)])
-            batch.idle = i >= len(chosen) - missing
+        for rows in micro_batches_of(rollout, alive, config, self.forward.may_share):
+            batch = micro_batch(rows)
+            if self.forward.may_share and not batch.shares_prompts:
+                # Each completion has its prompt for itself, which is more tokens.
+                only = torch.zeros_like(alive)
+                only[rows] = True
+                smaller = micro_batches_of(rollout, only, config, shared=False)
+                if len(smaller) > 1:
+                    micro_batches += [micro_batch(part) for part in smaller]
+                    continue
             micro_batches.append(batch)
+        missing = team.most(len(micro_batches)) - len(micro_batches) if self.sharded else 0
+        for _ in range(missing):
+            micro_batches.append(micro_batch(torch.zeros(1, dtype=torch.long)))
+            micro_batches[-1].idle = True
         for batch in micro_batches:
             if self.has_reference:
                 with self.before_grpo() as model:
@@ -301,7 +323,8 @@ class Learner:
             team.sum_gradients(self.parameters)
         if not micro_batches:  # the optimizer takes its step nevertheless, as with gradients of 0
             for p in self.parameters:
-                p.grad = torch.zeros_like(p)
+                if p.grad is None:  # else other processes have gradients
+                    p.grad = torch.zeros_like(p)
         norm: Any = nn.utils.clip_grad_norm_(self.parameters, config.max_grad_norm)
         norm = norm.full_tensor() if is_dtensor(norm) else norm
         return team.total(total).item(), norm.item(), statistics
@@ -331,7 +354,9 @@ def _sum_and_count(values: list[Tensor]) -> tuple[float, int]:
     return sum(x.double().sum().item() for x in values), sum(x.numel() for x in values)
 
 
-def micro_batches_of(rollout: Rollout, alive: Tensor, config: TrainConfig) -> list[Tensor]:
+def micro_batches_of(
+    rollout: Rollout, alive: Tensor, config: TrainConfig, shared: bool
+) -> list[Tensor]:
     """Put completions into micro-batches: lists of their indices.
 
     Completions of one prompt stay together as far as possible, and prompts of like length come together, so
@@ -339,10 +364,10 @@ def micro_batches_of(rollout: Rollout, alive: Tensor, config: TrainConfig) -> li
 
     Args:
         alive: (B,) bool; the others have no gradient and are left out.
+        shared: completions share the forward of their prompt.
     """
     lengths = rollout.mask.sum(1).tolist()
     widths = rollout.prompt_mask.sum(1).tolist()
-    shared = config.share_prompts != "off"
     ids = rollout.prompt_ids.tolist()
     groups: dict[tuple[int, ...], list[int]] = {}
     for b in alive.nonzero()[:, 0].tolist():

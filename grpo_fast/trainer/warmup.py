@@ -14,6 +14,7 @@ from grpo_fast.trainer.config import TrainConfig
 from grpo_fast.trainer.evaluate import mean_rewards
 from grpo_fast.trainer.interruption import undivided
 from grpo_fast.trainer.model import Policy
+from grpo_fast.trainer.parallel import Team
 from grpo_fast.trainer.progress import Bar
 from grpo_fast.trainer.rewards import Text
 from grpo_fast.trainer.rollout import Rollout, completion_logits, encode
@@ -28,13 +29,13 @@ def warm_up(
     task: Task,
     config: TrainConfig,
     stopped: Callable[[], bool],
-    shown: bool = True,
+    team: Team | None = None,
 ) -> int:
     """Imitate demonstrations until sampled answers earn `config.warmup_reward`; return the number of steps.
 
     Args:
         stopped: called before each step; True ends the warm-up.
-        shown: show its progress.
+        team: the processes, each of which makes the same warm-up; the first one decides on its end.
     """
     assert task.demonstration is not None
     rng = random.Random(config.seed)
@@ -44,7 +45,7 @@ def warm_up(
         policy.model.parameters(), lr=config.warmup_learning_rate, weight_decay=0.0
     )
     ramp = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / RAMP))
-    with Bar("warm-up", config.warmup_steps, shown=shown) as bar:
+    with Bar("warm-up", config.warmup_steps, shown=team is None or team.main) as bar:
         reward = math.nan
         for step in range(config.warmup_steps):
             if stopped():
@@ -63,6 +64,7 @@ def warm_up(
             bar.advance(f"loss {loss:.3f}{known}")
             if (step + 1) % CHECK_EVERY == 0:
                 reward = mean_rewards(policy, task, probe, config, config.temperature)["reward"]
+                reward = team.objects(reward)[0] if team else reward
                 if reward >= config.warmup_reward:
                     return step + 1
     return config.warmup_steps

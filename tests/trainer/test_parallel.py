@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -10,12 +11,13 @@ import torch
 
 pytest.importorskip("transformers", reason="the trainer needs grpo-fast[train]")
 
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from grpo_fast.trainer import checkpoints, parallel
 from grpo_fast.trainer.cli import main
 from tests.support import ranks
+from tests.support.openai_server import OpenAIServer
 from tests.support.tiny_runs import EVEN, arguments, given_model, untimed
 
 GIVEN = {**EVEN, "learning_rate": 1e-2, "beta": 0.1, "threads": 1}
@@ -26,6 +28,8 @@ CASES = {
     "adapter": LORA,
     "full, shared weights": {**GIVEN, "fsdp": True, "micro_batch_tokens": 40, "num_iterations": 2},
     "adapter, shared weights": {**LORA, "fsdp": True, "micro_batch_tokens": 40},
+    # Often one of the two processes has no completion with a gradient.
+    "silent": {**GIVEN, "beta": 0.0, "prompts_per_step": 2, "group_size": 2, "steps": 8},
     "batch": {**GIVEN, "scale_rewards": "batch", "objective": "dapo_zv", "beta": 0.0},
 }
 
@@ -37,11 +41,41 @@ def make(folder: Path, case: str, *more: str) -> int:
     return main(["train", *arguments(folder / case, **options), *more])
 
 
+@contextlib.contextmanager
+def kept(folder: Path):
+    """Save what each process has at the end: all of them must have the same weights."""
+    from grpo_fast.trainer.train import Run
+
+    real, rank = Run.save, os.environ["RANK"]
+
+    def save(self):
+        path = real(self)
+        if self.step == self.config.steps and not self.learner.sharded:
+            from peft import get_peft_model_state_dict
+
+            model = self.policy.model
+            found = get_peft_model_state_dict(model) if self.policy.adapted else model.state_dict()
+            copies = {key: x.clone() for key, x in found.items()}
+            save_file(copies, folder / f"weights-{rank}.safetensors")
+        return path
+
+    Run.save = save
+    try:
+        yield
+    finally:
+        Run.save = real
+
+
 def in_each(folder: str, case: str) -> None:
     """All cases, or one, in one of two processes."""
     for name in [case] if case else CASES:
         log = (Path(folder) / f"log-{os.environ['RANK']}").open("a")
-        with log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+        with (
+            log,
+            contextlib.redirect_stdout(log),
+            contextlib.redirect_stderr(log),
+            kept(Path(folder) / name),
+        ):
             assert make(Path(folder), name) == 0, name
     if case:
         run = Path(folder) / case / "run"
@@ -63,7 +97,9 @@ def test_two_processes_train_as_one(tmp_path):
     ranks.run("tests.trainer.test_parallel:in_each", 2, str(tmp_path / "two"), "", seconds=240)
     for case in CASES:
         one, two = (untimed(tmp_path / number / case / "run") for number in ("one", "two"))
-        assert [row["step"] for row in one] == [0, 1, 2, 3], case
+        assert [row["step"] for row in one] == list(range(CASES[case].get("steps", 4))), case
+        if case == "silent":
+            assert any(row["groups_without_signal"] == 0.5 for row in one)
         assert any(row["loss"] for row in one), case
         for row, other in zip(one, two, strict=True):
             assert row.keys() == other.keys(), case
@@ -75,6 +111,11 @@ def test_two_processes_train_as_one(tmp_path):
         torch.testing.assert_close(
             load_file(first / name), load_file(second / name), rtol=1e-4, atol=1e-5
         )
+        kept_by = (tmp_path / "two" / case).glob("weights-*.safetensors")
+        states = [load_file(path) for path in (second / name, *kept_by)]
+        assert len(states) == (1 if "shared" in case else 3), case
+        for state in states[1:]:
+            torch.testing.assert_close(state, states[0], rtol=0, atol=0)
     logs = [(tmp_path / "two" / f"log-{rank}").read_text() for rank in range(2)]
     assert logs[0].count("after GRPO") == len(CASES)
     assert "GRPO" not in logs[1]
@@ -124,6 +165,57 @@ def fails_in_one(folder: str) -> None:
 def test_an_error_in_one_process_is_an_error_in_all(tmp_path):
     ranks.run("tests.trainer.test_parallel:fails_in_one", 2, str(tmp_path))
     assert [(tmp_path / f"ok-{r}").read_text() for r in range(2)] == ["[0, 1]"] * 2
+
+
+def with_server(folder: str, url: str, adapter: bool) -> None:
+    options = {**EVEN, "model": Path(folder) / "given", "learning_rate": 0.05, "use_peft": adapter}
+    options |= {"server": url, "name": "run", "steps": 3, "beta": 0.0, "samples": 0}
+    assert main(["train", *arguments(Path(folder) / f"server-{adapter}", **options)]) == 0
+
+
+@ranks.needs_gloo
+def test_all_processes_sample_from_the_weights_that_one_has_sent(tmp_path):
+    given = given_model(tmp_path)
+    with OpenAIServer(given, processed=True, dev=True, lora=True) as server:
+        # The adapter first: the server keeps the weights of the last run.
+        cases = [[str(tmp_path), server.url, adapter] for adapter in (True, False)]
+        ranks.run_each("tests.trainer.test_parallel:with_server", 2, cases)
+        asked = [
+            (b["model"], b["cache_salt"])
+            for p, b, _ in server.requests
+            if "completions" in p and "cache_salt" in b
+        ]
+    for adapter in (False, True):
+        for row in untimed(tmp_path / f"server-{adapter}" / "run"):
+            assert row["mismatch_ratio_max"] == pytest.approx(1, abs=1e-4)
+    counts = Counter(asked)
+    assert sorted(n for n in counts.values() if n >= 16) == [16] * 6  # 16 samples after each update
+
+
+def fails_alone(folder: str) -> None:
+    """One process cannot load its reward; another time the loss is not finite, in both."""
+    run = Path(folder) / "run"
+    before = sorted(run.rglob("*"))
+    reward = "tests.support.tiny_runs:even_digits" if os.environ["RANK"] == "0" else "no.such:f"
+    given = arguments(Path(folder), name="run", warmup_steps=0, reward=reward)
+    assert main(["train", *given, "--overwrite"]) == 2
+    assert sorted(run.rglob("*")) == before
+    given = arguments(
+        Path(folder),
+        name="nan",
+        warmup_steps=0,
+        learning_rate=1e30,
+        lr_warmup_steps=0,
+        reward=EVEN["reward"],
+    )
+    assert main(["train", *given]) == 1
+    assert checkpoints.checkpoints(Path(folder) / "nan")
+
+
+@ranks.needs_gloo
+def test_nothing_is_deleted_for_a_run_that_one_process_cannot_make(tmp_path):
+    assert main(["train", *arguments(tmp_path, name="run", steps=1)]) == 0
+    ranks.run("tests.trainer.test_parallel:fails_alone", 2, str(tmp_path))
 
 
 def test_prompts_must_be_dealt_out_evenly(tmp_path):

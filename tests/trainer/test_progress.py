@@ -78,6 +78,15 @@ def test_a_table_shows_completions_as_they_are(capsys):
     assert "0.50" in shown
 
 
+def test_no_text_commands_the_terminal(capsys):
+    one = {"prompt": "p", "completion": "a\x1b]0;owned\x07\x1b[2Jb\nc", "tokens": 3}
+    progress.table(7, [one | {"reward": None, "advantage": None}])
+    shown = capsys.readouterr().out
+    assert "\x1b" not in shown
+    assert "\x07" not in shown
+    assert "\\x1b" in shown
+
+
 def test_completions_are_written_with_their_rewards(tmp_path):
     options = arguments(tmp_path, name="run", steps=3, warmup_steps=0, completions_steps=2)
     assert main(["train", *options]) == 0

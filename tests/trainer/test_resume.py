@@ -16,6 +16,7 @@ pytest.importorskip("transformers", reason="the trainer needs grpo-fast[train]")
 from safetensors.torch import load_file
 
 from grpo_fast.trainer import checkpoints, runs, warmup
+from grpo_fast.trainer import config as configs
 from grpo_fast.trainer.cli import main
 from grpo_fast.trainer.config import TrainConfig
 from grpo_fast.trainer.train import train
@@ -89,6 +90,45 @@ def test_a_finished_run_can_be_made_longer_and_only_what_may_change_changes(tmp_
     assert len(untimed(run)) == 4
     assert main(["train", "--resume", str(run)]) == 0  # it remembers the new number of steps
     assert len(untimed(run)) == 4
+
+
+def test_an_option_that_is_given_counts_though_it_is_the_default(tmp_path):
+    run = train(tiny(tmp_path, name="run", steps=1, save_steps=1, samples=1)).run_dir
+    assert main(["train", "--resume", str(run), "--save_steps", "100", "--samples=4"]) == 0
+    saved = configs.parse([str(run / "config.yaml")])
+    assert (saved.save_steps, saved.samples, saved.steps) == (100, 4, 1)
+
+
+def test_more_steps_have_the_schedule_of_more_steps(tmp_path):
+    run = train(tiny(tmp_path, name="run", steps=2, lr_warmup_steps=0)).run_dir
+    assert main(["train", "--resume", str(run), "--steps", "4"]) == 0
+    rates = [row["learning_rate"] for row in untimed(run)]
+    assert rates == pytest.approx([1e-3, 0.5e-3, 0.5e-3, 0.25e-3])
+
+
+def test_a_reference_that_is_gone_is_named(tmp_path, capsys):
+    run = train(tiny(tmp_path, name="run", steps=1)).run_dir
+    shutil.rmtree(run / "reference")
+    assert main(["train", "--resume", str(run), "--steps", "2"]) == 2
+    assert "reference is gone: it had the model before GRPO" in capsys.readouterr().err
+    assert [p.name for p in checkpoints.resumable(run)] == ["step-000001"]
+
+
+def test_a_row_that_was_lost_costs_no_checkpoint(tmp_path):
+    run = train(tiny(tmp_path, name="run", steps=3)).run_dir
+    log = run / "metrics.jsonl"
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[::2]))
+    assert main(["train", "--resume", str(run), "--steps", "4"]) == 0
+    assert checkpoints.resumable(run)[-1].name == "step-000004"
+
+
+def test_a_folder_that_was_made_before_a_run_died_is_taken(tmp_path):
+    config = tiny(tmp_path, name="run", steps=1)
+    with runs.hold(runs.create(config)):
+        pass
+    given = ["train", *arguments(tmp_path, name="run", steps=1), "--resume", "latest"]
+    assert main(given) == 0
+    assert len(untimed(tmp_path / "run")) == 1
 
 
 def test_latest_is_the_first_run_where_there_is_none(tmp_path, capsys):

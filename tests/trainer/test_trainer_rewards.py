@@ -97,6 +97,47 @@ def test_a_call_that_takes_too_long_is_given_up(capsys, untold):
     assert "took longer than 0.3 s for 3 completions" in capsys.readouterr().err
 
 
+class Panic(BaseException):
+    """As libraries in other languages raise."""
+
+
+@pytest.mark.parametrize("error", [Panic("panic"), SystemExit(3), GeneratorExit()])
+def test_whatever_a_function_raises_is_a_failure(error, capsys, untold):
+    class Odd(list):
+        def __iter__(self):
+            raise error
+
+    def raises(**_):
+        raise error
+
+    def odd(**_):
+        return Odd([1.0])
+
+    for reward in (raises, odd):
+        assert rewards.score([reward], [1.0], ["p"], ["c"], {}).failures == 1
+        assert f"raised {type(error).__name__}" in capsys.readouterr().err
+
+
+def test_ctrl_c_is_no_failure():
+    def interrupted(**_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        rewards.score([interrupted], [1.0], ["p"], ["c"], {})
+
+
+def test_a_reward_that_changes_the_working_directory_moves_no_files(module, monkeypatch):
+    (module / "elsewhere").mkdir()
+    (module / "my_rewards.py").write_text(
+        "import os\ndef moves(completions, **_):\n"
+        "    os.chdir('/')\n    return [float(i) for i in range(len(completions))]\n"
+    )
+    options = arguments("rel", name="run", reward="my_rewards:moves", warmup_steps=0, steps=2)
+    assert main(["train", *options]) == 0
+    assert len(metrics(module / "rel" / "run")) == 2
+    assert checkpoints.latest(module / "rel" / "run").name == "step-000002"
+
+
 def test_a_function_may_use_the_alarm_itself():
     def alarmed(completions, **_):
         previous = signal.signal(signal.SIGALRM, lambda *_: None)
@@ -480,6 +521,9 @@ def test_a_reward_model_scores_prompt_and_completion(reward_model, monkeypatch):
         completions=[[{"role": "assistant", "content": "3"}]],
     )
     assert chat == pytest.approx(found[:1], abs=1e-5)
+    judge.model.config.max_position_embeddings = 4
+    with pytest.raises(ValueError, match="a text of 8 tokens, and judge has 4 positions"):
+        judge(prompts=prompts, completions=completions)
 
 
 def test_a_reward_model_in_a_run(reward_model, tmp_path, capsys):

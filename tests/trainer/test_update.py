@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("transformers", reason="the trainer needs grpo-fast[train]")
 
-from grpo_fast import Objective, reference
+from grpo_fast import Objective, reference, shared_prompt
 from grpo_fast.trainer import rollout
 from grpo_fast.trainer.cli import main
 from grpo_fast.trainer.config import TrainConfig
@@ -94,7 +94,7 @@ def test_micro_batches_have_a_budget_of_tokens(tmp_path, tokens, share):
     answers = answered(config, task, policy)
     alive = torch.ones(16, dtype=torch.bool)
     alive[3] = False
-    parts = micro_batches_of(answers, alive, config)
+    parts = micro_batches_of(answers, alive, config, share != "off")
     assert sorted(torch.cat(parts).tolist()) == [b for b in range(16) if b != 3]
     lengths, widths = answers.mask.sum(1), answers.prompt_mask.sum(1)
     for part in parts:
@@ -108,13 +108,45 @@ def test_micro_batches_have_a_budget_of_tokens(tmp_path, tokens, share):
         assert len(parts) == 15
 
 
+def test_the_budget_holds_where_prompts_are_not_shared_after_all(tmp_path, monkeypatch):
+    """`auto` decides for each micro-batch; without sharing each completion brings its prompt along."""
+    config = tiny(tmp_path, micro_batch_tokens=40)
+    task, policy = setup(config)
+    learner = Learner(policy, config)
+    answers = answered(config, task, policy)
+
+    def largest(batches) -> int:
+        shapes = [(len(b.advantages), b.rollout) for b in batches]
+        return max(n * int((r.prompt_mask.sum(1) + r.mask.sum(1)).max()) for n, r in shapes)
+
+    monkeypatch.setattr(
+        shared_prompt, "choose", lambda *_: shared_prompt.Choice("unshared", "a test")
+    )
+    batches, _ = learner.prepare(answers, REWARDS)
+    assert sum(len(b.advantages) for b in batches) == 16
+    assert largest(batches) <= 40
+    monkeypatch.setattr(shared_prompt, "choose", lambda *_: shared_prompt.Choice("fork", "a test"))
+    together, _ = learner.prepare(answers, REWARDS)
+    assert largest(together) > 40
+    assert len(together) < len(batches)
+
+
+@pytest.mark.parametrize("reduction", ["sequence_mean", "token_mean"])
+def test_dapo_zv_counts_only_groups_with_a_signal_in_any_reduction(tmp_path, reduction):
+    config = tiny(tmp_path, objective="dapo_zv", reduction=reduction, beta=0.0)
+    task, policy = setup(config)
+    answers = answered(config, task, policy)
+    _, counts = Learner(policy, config).prepare(answers, REWARDS)
+    assert counts["sequences"] == 8
+    assert counts["tokens"] == answers.mask[alive()[:, 0]].sum()
+
+
 @pytest.mark.parametrize("size", [None, 3])
 def test_micro_batch_size_is_a_limit_too(tmp_path, size):
     config = tiny(tmp_path, micro_batch_size=size)
     task, policy = setup(config)
-    parts = micro_batches_of(
-        answered(config, task, policy), torch.ones(16, dtype=torch.bool), config
-    )
+    every = torch.ones(16, dtype=torch.bool)
+    parts = micro_batches_of(answered(config, task, policy), every, config, True)
     assert [len(part) for part in parts] == ([16] if size is None else [3, 3, 3, 3, 3, 1])
 
 
