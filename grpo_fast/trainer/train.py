@@ -160,8 +160,12 @@ def check_team(config: TrainConfig, team: Team) -> None:
     """Refuse options that several processes cannot share.
 
     Raises:
-        ValueError: the prompts of a step cannot be dealt out evenly.
+        ValueError: the prompts of a step cannot be dealt out evenly, or accelerate is configured to share
+            weights, which `fsdp` does here.
     """
+    for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
+        if os.environ.get(name, "false").lower() in ("1", "true") and not config.fsdp:
+            raise ValueError(f"{name}: accelerate's settings for it are not used here; give --fsdp")
     if config.prompts_per_step % team.size:
         raise ValueError(
             f"prompts_per_step={config.prompts_per_step}: want a multiple of the {team.size} processes"

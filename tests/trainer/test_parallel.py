@@ -218,6 +218,14 @@ def test_nothing_is_deleted_for_a_run_that_one_process_cannot_make(tmp_path):
     ranks.run("tests.trainer.test_parallel:fails_alone", 2, str(tmp_path))
 
 
+def test_settings_of_accelerate_that_are_not_used_are_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert main(["train", *arguments(tmp_path)]) == 2
+    assert "ACCELERATE_USE_FSDP: accelerate's settings for it are not used here; give --fsdp" in (
+        capsys.readouterr().err
+    )
+
+
 def test_prompts_must_be_dealt_out_evenly(tmp_path):
     from grpo_fast.trainer.config import TrainConfig
     from grpo_fast.trainer.train import check_team
