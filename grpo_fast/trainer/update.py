@@ -354,13 +354,16 @@ def _sum_and_count(values: list[Tensor]) -> tuple[float, int]:
     return sum(x.double().sum().item() for x in values), sum(x.numel() for x in values)
 
 
+BUSY = 4096  # tokens: the products of a forward are large enough then
+
+
 def micro_batches_of(
     rollout: Rollout, alive: Tensor, config: TrainConfig, shared: bool
 ) -> list[Tensor]:
     """Put completions into micro-batches: lists of their indices.
 
-    Completions of one prompt stay together as far as possible, and prompts of like length come together, so
-    that little is padded. The tokens of a micro-batch are estimated with this padding.
+    Completions of one prompt stay together as far as possible, and prompts of like length come together.
+    Where prompts are not shared, completions of like length do. The tokens are counted with padding.
 
     Args:
         alive: (B,) bool; the others have no gradient and are left out.
@@ -368,24 +371,37 @@ def micro_batches_of(
     """
     lengths = rollout.mask.sum(1).tolist()
     widths = rollout.prompt_mask.sum(1).tolist()
-    ids = rollout.prompt_ids.tolist()
-    groups: dict[tuple[int, ...], list[int]] = {}
-    for b in alive.nonzero()[:, 0].tolist():
-        groups.setdefault(tuple(ids[b][-widths[b] :]), []).append(b)
+    some = alive.nonzero()[:, 0].tolist()
+    if shared:
+        ids = rollout.prompt_ids.tolist()
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for b in sorted(some, key=lambda b: lengths[b]):
+            groups.setdefault(tuple(ids[b][-widths[b] :]), []).append(b)
+        found_groups = sorted(groups.values(), key=lambda rows: widths[rows[0]])
+    else:
+        # By length of the completion, up to 15 %, and then of the prompt.
+        found_groups = [
+            [b]
+            for b in sorted(
+                some, key=lambda b: (round(7 * math.log(max(1, lengths[b]))), widths[b])
+            )
+        ]
     found: list[list[int]] = []
     state = (0, 0, 0)  # prompts, the longest one, the longest completion
-    for key, rows in sorted(groups.items(), key=lambda item: len(item[0])):
-        new = True  # the prompt is not in the micro-batch
-        for b in sorted(rows, key=lambda b: lengths[b]):
+    for rows in found_groups:
+        for b in rows:
             prompts, widest, longest = state
-            prompts, widest = prompts + (new or not shared), max(widest, len(key))
+            prompts, widest = prompts + (b == rows[0]), max(widest, widths[b])
             longest, count = max(longest, lengths[b]), len(found[-1]) + 1 if found else 1
             tokens = prompts * widest + count * longest
             full = config.micro_batch_tokens is not None and tokens > config.micro_batch_tokens
             full = full or (config.micro_batch_size is not None and count > config.micro_batch_size)
+            # Prompts side by side are padded: not where fewer keep the device busy.
+            busy = b == rows[0] and state[0] * state[1] + (count - 1) * state[2] >= BUSY
+            full = full or (busy and config.micro_batch_tokens is not None)
             if not found or full:
                 found.append([])
-                prompts, widest, longest = 1, len(key), lengths[b]
-            state, new = (prompts, widest, longest), False
+                prompts, widest, longest = 1, widths[b], lengths[b]
+            state = (prompts, widest, longest)
             found[-1].append(b)
     return [torch.tensor(rows) for rows in found]

@@ -1,6 +1,7 @@
 """The update: what passes through the model, in what parts, with which weights and optimizers."""
 
 import dataclasses
+import random
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 pytest.importorskip("transformers", reason="the trainer needs grpo-fast[train]")
 
 from grpo_fast import Objective, reference, shared_prompt
+from grpo_fast.shared_prompt.routes import least_work
 from grpo_fast.trainer import rollout
 from grpo_fast.trainer.cli import main
 from grpo_fast.trainer.config import TrainConfig
@@ -129,6 +131,46 @@ def test_the_budget_holds_where_prompts_are_not_shared_after_all(tmp_path, monke
     together, _ = learner.prepare(answers, REWARDS)
     assert largest(together) > 40
     assert len(together) < len(batches)
+
+
+@pytest.mark.parametrize("shared, most", [(True, 0.05), (False, 0.15)])
+def test_little_is_padded(shared, most):
+    """Of 32 prompts with 100 to 600 tokens and eight completions each, with 30 to 1,024 tokens."""
+    rng = random.Random(0)
+    widths = [min(600, int(rng.lognormvariate(5.1, 0.45))) for _ in range(32)]
+    lengths = [min(1024, int(rng.lognormvariate(6.2, 0.5))) for _ in range(256)]
+    prompts, completions = torch.zeros(2, 256, max(*widths, *lengths), dtype=torch.long)
+    for b in range(256):
+        prompts[b, -widths[b // 8] :] = b // 8 + 1
+        completions[b, : lengths[b]] = 1
+    answers = rollout.Rollout(
+        prompts,
+        (prompts > 0).long(),
+        completions,
+        completions > 0,
+        torch.ones(256),
+        [""] * 256,
+        [""] * 256,
+    )
+    config = TrainConfig(model="m", micro_batch_tokens=16384)
+    fed = real = 0
+    for rows in micro_batches_of(answers, torch.ones(256, dtype=torch.bool), config, shared):
+        part = answers[rows]
+        plan = shared_prompt.plan(
+            part.prompt_ids,
+            part.completion_ids,
+            prompt_mask=part.prompt_mask,
+            completion_mask=part.mask,
+        )
+        K, (P, T) = len(plan.prompt_lengths), plan.longest
+        if shared:
+            count, length = plan.split_size(least_work(plan, 3584))
+            fed += K * P + count * length
+            real += int(plan.prompt_lengths.sum() + plan.completion_lengths.sum())
+        else:
+            fed += len(rows) * (P + T)
+            real += int(part.prompt_mask.sum() + part.mask.sum())
+    assert real <= fed <= real / (1 - most)
 
 
 @pytest.mark.parametrize("reduction", ["sequence_mean", "token_mean"])
