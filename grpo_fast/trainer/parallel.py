@@ -31,19 +31,14 @@ class Team:
         agreed: the last error that all of them raised together.
     """
 
-    def __init__(self, device: torch.device, alone: bool = False) -> None:
+    def __init__(self, device: torch.device) -> None:
         """Join the other processes.
-
-        Args:
-            alone: do not; what this process does is nothing to the others.
 
         Raises:
             ValueError: there are several processes, but not as torchrun starts them.
         """
         self.rank, self.size, self.device = 0, 1, device
         self.agreed: BaseException | None = None
-        if alone:
-            return
         if int(os.environ.get("WORLD_SIZE") or 1) > 1 and "RANK" in os.environ:
             # Others may have to wait for slow rewards, or for weights that are written.
             state = PartialState(cpu=device.type == "cpu", timeout=timedelta(hours=3))

@@ -202,33 +202,42 @@ def _last_written(run_dir: Path) -> float:
 
 
 class Lines:
-    """A file of one object per line, on disk as soon as it is written: metrics.jsonl, completions.jsonl."""
+    """A file of one object per line, on disk as soon as it is written: metrics.jsonl, completions.jsonl.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    Args:
+        remember: keep the rows in `rows`, too.
+    """
+
+    def __init__(self, path: Path, remember: bool = True) -> None:
+        self.path, self.remember = path, remember
         self.rows: list[dict[str, Any]] = []
 
     def go_on(self, step: int) -> None:
         """Keep the rows of the steps before `step`, and delete all others."""
         if not self.path.exists():
             return
+        rows = []
         for line in self.path.read_bytes().split(b"\n"):
             with contextlib.suppress(ValueError):  # the end of a process that was killed
-                self.rows.append(json.loads(line))
-        self.rows = [row for row in self.rows if row["step"] < step]
-        files.write(self.path, b"".join((json.dumps(row) + "\n").encode() for row in self.rows))
+                rows.append(json.loads(line))
+        rows = [row for row in rows if row["step"] < step]
+        files.write(self.path, b"".join((json.dumps(row) + "\n").encode() for row in rows))
+        self.rows = rows if self.remember else []
 
-    def write(self, row: dict[str, Any]) -> None:
-        """Append a row. NaN stands for a value that was not measured, and becomes null: JSON has no NaN.
+    def write(self, *rows: dict[str, Any]) -> None:
+        """Append rows. NaN stands for a value that was not measured, and becomes null: JSON has no NaN.
 
         Raises:
-            OSError: naming the file, which then ends with the row before.
+            OSError: naming the file, which then ends with the row before, as `rows` does.
         """
-        clean = {
-            k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()
-        }
-        self.rows.append(clean)
-        line = (json.dumps(clean) + "\n").encode()
+        clean = [
+            {
+                k: None if isinstance(v, float) and not math.isfinite(v) else v
+                for k, v in row.items()
+            }
+            for row in rows
+        ]
+        line = "".join(json.dumps(row) + "\n" for row in clean).encode()
         size = None
         try:
             with self.path.open("ab", buffering=0) as file:  # one write, no half lines
@@ -241,6 +250,8 @@ class Lines:
                 with contextlib.suppress(OSError):
                     os.truncate(self.path, size)
             raise files.named(error, self.path) from error
+        if self.remember:
+            self.rows += clean
 
     def recent(self, name: str, steps: int = SMOOTHING) -> float:
         """Return the mean of a metric over the last steps, without those where it is null."""

@@ -214,7 +214,7 @@ class Run:
         self.sampler = Sampler(self.policy, self.config)
         self.order = tasks.Order(self.task.train, self.config.seed)
         self.metrics = runs.Lines(self.run_dir / "metrics.jsonl")
-        self.completions = runs.Lines(self.run_dir / "completions.jsonl")
+        self.completions = runs.Lines(self.run_dir / "completions.jsonl", remember=False)
 
     def say(self, text: str) -> None:
         """Print a line, once for all processes."""
@@ -287,7 +287,7 @@ class Run:
             and config.to_objective().beta
             and (config.model is None or config.dry_run)
         ):
-            self.freeze(frozen)
+            self.write_weights(frozen)  # it is found nowhere else
         self.learner = Learner(self.policy, config, self.team, reference)
         if config.server:
             folder = self.run_dir / "server_weights"
@@ -304,20 +304,8 @@ class Run:
             self.completions.go_on(self.step)
         self.sampler.update(self.write_weights, self.team)
 
-    def freeze(self, folder: Path) -> None:
-        """Save the model before GRPO, to which the KL is measured: it is found nowhere else."""
-
-        def write() -> None:
-            partial = files.hidden(folder, "partial")
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir()
-            checkpoints.write_model(self.policy, partial, Team(self.policy.device, alone=True))
-            files.publish(partial, folder)
-
-        self.team.on_main(write)
-
     def write_weights(self, folder: Path) -> None:
-        """Write the weights where the server reads them."""
+        """Write the model, or the adapter, completely or not at all. All processes call it."""
         partial = files.hidden(folder, "partial")
 
         def clear() -> None:
@@ -525,7 +513,7 @@ class Run:
         G = self.config.group_size
         assert self.learner is not None
         assert self.learner.advantages is not None
-        advantages = self.learner.advantages
+        advantages = self.learner.advantages.cpu()
         lengths = rollout.mask.sum(1).tolist()
         found = []
         for b in range(min(len(rows), max(G, LOGGED // G * G))):
@@ -542,7 +530,7 @@ class Run:
             if "answer" in rows[b]:
                 one["answer"] = str(rows[b]["answer"])
             found.append(one)
-            self.completions.write(one)
+        self.completions.write(*found)
         progress.table(step, found[:PRINTED])
 
     def show(self, when: str) -> None:

@@ -232,10 +232,10 @@ def test_a_row_that_could_not_be_written_is_made_again(tmp_path, monkeypatch):
     whole = train(tiny(tmp_path / "whole", name="run", steps=4)).run_dir
     real = runs.Lines.write
 
-    def full(self, row):
-        if row["step"] == 2:
+    def full(self, *rows):
+        if rows[0]["step"] == 2:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "metrics.jsonl")
-        real(self, row)
+        real(self, *rows)
 
     monkeypatch.setattr(runs.Lines, "write", full)
     options = arguments(tmp_path / "cut", name="run", steps=4, save_steps=1, keep_checkpoints=1)

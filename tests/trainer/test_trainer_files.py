@@ -129,6 +129,7 @@ def test_a_row_of_metrics_is_written_whole_or_not_at_all(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert metrics(tmp_path) == [{"step": 0}]
+    assert log.rows == [{"step": 0}]  # a checkpoint asks whether its step has a row
 
 
 def failing(code: int, when=lambda path: True, times: int = 10**9):
