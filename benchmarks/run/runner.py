@@ -85,6 +85,7 @@ def plan(out: Path, commit: str, tests: bool = True) -> list[Piece]:
             "--providers",
             "unshared",
             "auto",
+            "packed",
             "mask",
             "fork",
             "bounded",

@@ -414,7 +414,8 @@ def check_prompts(kind: str, attention: str, route: str) -> Errors:
 def prompts() -> Group:
     for kind in PROMPT_MODELS:
         attention = "eager" if kind == "gpt_oss" else "sdpa"
-        routes = ("fork", "bounded") if kind in RECURRENT else ("mask", "fork", "bounded")
+        packed = ("packed",) if attention == "sdpa" else ()
+        routes = ("fork", "bounded") if kind in RECURRENT else (*packed, "mask", "fork", "bounded")
         for route in routes:
             yield f"{kind} {route}", partial(check_prompts, kind, attention, route)
     for kind in ("llama", "gemma3_text") if CUDA else ():

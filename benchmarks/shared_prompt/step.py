@@ -3,7 +3,7 @@
 | provider | what runs |
 |---|---|
 | unshared | one padded row for each completion |
-| auto, mask, flex, fork, bounded | the routes of `grpo_fast.shared_prompt` |
+| auto, packed, mask, flex, fork, bounded | the routes of `grpo_fast.shared_prompt` |
 | backward | `grpo_fast.shared_prompt.backward` |
 | prefix-grouper | PrefixGrouper (verl's option): two attention calls in each layer |
 
@@ -24,7 +24,7 @@ from grpo_fast.integrations.transformers import Head, causal_lm, text_config
 from grpo_fast.integrations.transformers import with_head as unshared_with_head
 from grpo_fast.shared_prompt import Part, Plan
 
-ROUTES = ("auto", "mask", "flex", "fork", "bounded")
+ROUTES = ("auto", "packed", "mask", "flex", "fork", "bounded")
 PROVIDERS = ("unshared", *ROUTES, "backward", "prefix-grouper")
 OBJECTIVE = Objective.preset("dapo")
 

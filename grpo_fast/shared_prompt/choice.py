@@ -7,21 +7,27 @@ import torch
 from torch import nn
 from transformers import cache_utils
 
-from grpo_fast.integrations.transformers import causal_lm, text_config, wrappers
+from grpo_fast.integrations.transformers import COMPILED, causal_lm, text_config, wrappers
 from grpo_fast.shared_prompt.caches import is_recurrent, new_cache
 from grpo_fast.shared_prompt.masks import BLOCKS, BOOLEAN, FLOAT
+from grpo_fast.shared_prompt.packing import SDPA
 from grpo_fast.shared_prompt.plans import Plan
 from grpo_fast.shared_prompt.recompute import asks_for_recomputation, checkpointed_layers
 from grpo_fast.shared_prompt.routes import ROUTES, least_work, parameters_of, second_pass
 
-SHARING = ("mask", "flex", "fork")  # what "auto" chooses from
-LEAST_GAIN = 1.3  # below, sharing does not pay for its additional work
+SHARING = ("packed", "mask", "flex", "fork")  # what "auto" chooses from
+SEVERAL = "several in a row"  # a fork with several completions in a row, in `INEXACT`
+# Below, sharing does not pay for its additional work. That of `packed` is in its estimate.
+LEAST_GAIN = {"packed": 1.05, "mask": 1.3, "flex": 1.3, "fork": 1.3}
 LARGEST_MASK = 2**28  # bytes; a dense mask has one for each pair of tokens in a row
 # FlexAttention is slower than rows without sharing up to about this length (KempnerForge#207).
 SHORTEST_FLEX = 1024
 # What the second pass of a fork costs besides its tokens, in tokens of a forward: launches, and smaller
 # products. Measured on a CPU with a model of 135M weights; on a GPU a guess.
 SECOND_PASS = {"cpu": 16, "cuda": 512}
+# What an attention of its own costs a prompt or a completion besides its tokens, in tokens of a forward: its
+# launches. Measured on a CPU with a model of 135M weights; on a GPU a guess.
+OWN_ATTENTION = {"cpu": 1, "cuda": 32}
 
 
 # Of each model, the routes that a comparison has shown to be wrong, with their attention, and how.
@@ -45,12 +51,12 @@ def choose(model: nn.Module, plan: Plan, route: str = "auto") -> Choice:
     """Return the route that a forward takes.
 
     "auto" estimates the work of each route that is exact for this model: its tokens, padding included, and
-    its pairs of tokens in attention. It shares prompts if this is less than the work of the padded batch
-    by a factor of at least 1.3.
+    its pairs of tokens in attention. It shares prompts if the work of the padded batch is at least 1.05
+    times that of `packed`, or 1.3 times that of another route.
 
         >>> lm = tiny_causal_lm()
         >>> plan = shared_prompt.plan(torch.full((4, 30), 5), torch.full((4, 3), 6))
-        >>> assert shared_prompt.choose(lm, plan).route in ("mask", "fork")
+        >>> assert shared_prompt.choose(lm, plan).route in ("packed", "mask")
 
     Args:
         model: a causal LM of transformers, wrapped (PEFT, DDP, ...) or not.
@@ -80,8 +86,10 @@ def choose(model: nn.Module, plan: Plan, route: str = "auto") -> Choice:
     D, packs = text_config(lm).hidden_size, can_pack(lm)
     padded = work(plan, "unshared", D)
     costs = {name: work(plan, name, D, packs) for name in SHARING}
-    if padded / min(costs.values()) < LEAST_GAIN:
-        return Choice("unshared", _gain(plan, padded, min(costs.values())))
+    gains = {name: padded / costs[name] for name in SHARING}
+    paying = [name for name in SHARING if gains[name] >= LEAST_GAIN[name]]
+    if not paying:
+        return Choice("unshared", _gain(plan, max(gains.values())))
     obstacles = {name: obstacle(model, plan, name) for name in SHARING}
     if not obstacles["mask"] and len(plan.prompt_lengths) * plan.row_length**2 > LARGEST_MASK:
         obstacles["mask"] = "its dense mask would be too large"
@@ -91,20 +99,19 @@ def choose(model: nn.Module, plan: Plan, route: str = "auto") -> Choice:
     if not possible:
         reasons = dict.fromkeys(str(why) for why in obstacles.values())
         return Choice("unshared", "; ".join(reasons))
-    best = min(possible, key=lambda name: costs[name])
-    gain = _gain(plan, padded, costs[best])
-    if padded / costs[best] < LEAST_GAIN:
-        return Choice("unshared", gain)
+    best = min((x for x in possible if x in paying), key=lambda name: costs[name], default=None)
+    if best is None:
+        return Choice("unshared", _gain(plan, max(gains[name] for name in possible)))
     # On a CPU there is no use for FlexAttention, which has no backward there.
     usual = [name for name in SHARING if name != "flex" or plan.prompt_ids.is_cuda]
     others = [f"not {name}: {obstacles[name]}" for name in usual if obstacles[name]]
-    return Choice(best, "; ".join([gain, *others]))
+    return Choice(best, "; ".join([_gain(plan, gains[best]), *others]))
 
 
-def _gain(plan: Plan, padded: float, shared: float) -> str:
+def _gain(plan: Plan, gain: float) -> str:
     return (
         f"{plan.tokens_given} tokens padded, {tokens(plan)} different ones; the padded batch is estimated at "
-        f"{padded / shared:.2f} times the work"
+        f"{gain:.2f} times the work"
     )
 
 
@@ -129,10 +136,15 @@ def work(plan: Plan, route: str, hidden_size: int, packs: bool = False) -> float
         # FlexAttention skips blocks of pairs that do not see each other.
         pairs = K * S * S if route == "mask" else len(plan.completion_lengths) * T * (P + T)
         return K * S + pairs * pair
+    device = "cuda" if plan.prompt_ids.is_cuda else "cpu"
+    if route == "packed":
+        prompts, fed = plan.prompt_lengths, plan.fed
+        own = fed * (prompts[plan.prompt_of_here] + fed)
+        # Of prompts without the pairs that are masked.
+        seen = int(prompts.square().sum()) / 2 + int(own.sum())
+        return tokens(plan) + seen * pair + (K + len(fed)) * OWN_ATTENTION[device]
     second = second_pass(plan, hidden_size, least_work(plan, hidden_size) if packs else 1)
-    return (
-        K * P * (1 + P * pair) + second + SECOND_PASS["cuda" if plan.prompt_ids.is_cuda else "cpu"]
-    )
+    return K * P * (1 + P * pair) + second + SECOND_PASS[device]
 
 
 def can_pack(lm: Any) -> bool:
@@ -145,7 +157,7 @@ def can_pack(lm: Any) -> bool:
         and not getattr(config, "attn_temperature_tuning", False)  # by the place in a row (Llama 4)
         and not recurrent(lm)
         and not own_states(lm)
-        and ("packed", attention) not in INEXACT.get(lm, {})
+        and (SEVERAL, attention) not in INEXACT.get(lm, {})
     )
 
 
@@ -161,7 +173,9 @@ def obstacle(model: nn.Module, plan: Plan, route: str) -> str | None:
     known = INEXACT.get(lm, {}).get(("fork" if route == "bounded" else route, attention))
     if known:
         return known
-    return (_mask_obstacle if route in ("mask", "flex") else _fork_obstacle)(lm, plan, route)
+    if route == "packed" and compiled(model):
+        return "the model is compiled: each batch would have other segments, and a graph of its own"
+    return (_fork_obstacle if route in ("fork", "bounded") else _mask_obstacle)(lm, plan, route)
 
 
 def shared_obstacle(model: nn.Module, plan: Plan) -> str | None:
@@ -225,19 +239,33 @@ def _mask_obstacle(lm: Any, plan: Plan, route: str) -> str | None:
     if own:
         return f"{name} has a cache of its own kind ({own}), which may count places in a row"
     scale = getattr(config, "floor_scale", 0)  # Llama 4
-    if getattr(config, "attn_temperature_tuning", False) and plan.row_length >= scale:
+    length = int(plan.prompt_lengths.sum() + plan.fed.sum())
+    length = length if route == "packed" else plan.row_length
+    if getattr(config, "attn_temperature_tuning", False) and length >= scale:
         return f"{name} scales attention by the place in a row from {scale} tokens on (floor_scale)"
     if route == "flex":
         if attention not in BLOCKS:
             return f"it needs attn_implementation='flex_attention', and the model has {attention!r}"
         if not plan.prompt_ids.is_cuda and torch.is_grad_enabled():
             return f"FlexAttention has no backward on {plan.prompt_ids.device.type}"
+    elif route == "packed":
+        if attention != SDPA:
+            return f"it needs attn_implementation={SDPA!r}, and the model has {attention!r}"
     elif attention not in BOOLEAN + FLOAT:
         return (
             f"the model has attn_implementation={attention!r}, which does not take a mask with a row for "
             "each token; 'sdpa' and 'eager' do"
         )
     return _rotary_obstacle(config, plan, route)
+
+
+def compiled(model: nn.Module) -> bool:
+    """Tell whether a model, or a part of it, is compiled by `torch.compile`."""
+    kinds = (
+        vars(x).get("_compiled_call_impl") is not None or COMPILED in x._modules
+        for x in model.modules()
+    )
+    return torch.compiler.is_compiling() or any(kinds)
 
 
 def recurrent(lm: Any) -> bool:
@@ -281,7 +309,7 @@ def _rotary_obstacle(config: Any, plan: Plan, route: str) -> str | None:
         )
         P, most = (x + 1 for x in plan.last_positions)
         # A mask needs no last tokens; the other routes run prompts and completions apart.
-        masked = route in ("mask", "flex")
+        masked = route in ("packed", "mask", "flex")
         fewer = (masked and most == limit + 1) or (not masked and limit >= P)
         if most > limit and (kind == "dynamic" or fewer):
             return (

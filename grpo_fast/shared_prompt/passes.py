@@ -34,6 +34,7 @@ from grpo_fast.shared_prompt.trial import try_out
 T = TypeVar("T")
 log = logging.getLogger("grpo_fast.shared_prompt")
 _SAID: set[str] = set()
+TOGETHER = ("packed", "fork")  # what processes with different batches agree on, the best first
 
 
 class Part(NamedTuple):
@@ -71,7 +72,7 @@ def forward(
     Args:
         model: a causal LM of transformers, wrapped (PEFT, DDP, FSDP, ...) or not.
         plan: of tokens on the device of the model.
-        route: "auto" (`choose`), "unshared", "mask", "flex", "fork" or "bounded".
+        route: "auto" (`choose`), "unshared", "packed", "mask", "flex", "fork" or "bounded".
         micro_batch: for "bounded", how many completions are recomputed together.
         recompute: recompute the activations of each layer in the backward pass (gradient checkpointing), in
             evaluation mode, too. None: as the model is set.
@@ -290,14 +291,15 @@ def _agreed(model: nn.Module, plan: Plan, choice: Choice, parts: int) -> tuple[C
         return choice, 0
     names = list(ROUTES)
     mine = names.index(choice.route)
-    cannot = obstacle(model, plan, "fork") is not None
+    cannot = [int(obstacle(model, plan, name) is not None) for name in TOGETHER]
     device = plan.prompt_ids.device
-    found = torch.tensor([mine, -mine, parts, int(cannot)], device=device)
+    found = torch.tensor([mine, -mine, parts, *cannot], device=device)
     dist.all_reduce(found, dist.ReduceOp.MAX)
-    most, least, count, refused = found.tolist()
+    most, least, count, *refused = found.tolist()
     if most != -least:
-        route = "unshared" if refused else "fork"
-        choice = Choice(route, "the processes have different batches, and share the weights")
+        can = [name for name, no in zip(TOGETHER, refused, strict=True) if not no]
+        reason = "the processes have different batches, and share the weights"
+        choice = Choice([*can, "unshared"][0], reason)
     return choice, count
 
 

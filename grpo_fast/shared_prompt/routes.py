@@ -3,6 +3,7 @@
 | route | what runs |
 |---|---|
 | unshared | one padded row for each completion, with its prompt: what a trainer does without this module |
+| packed | one row for all prompts and their completions, without padding; attention takes it apart |
 | mask | one row for each prompt with all of its completions, and a mask; attention of kind sdpa or eager |
 | flex | the same row with the block mask of FlexAttention |
 | fork | the prompts; then the completions, which go on from the caches of their prompts |
@@ -21,7 +22,8 @@ from torch.utils.checkpoint import checkpoint
 
 from grpo_fast.integrations.transformers import backbone_of, text_config
 from grpo_fast.shared_prompt.caches import copied, forked, new_cache
-from grpo_fast.shared_prompt.masks import masks_for
+from grpo_fast.shared_prompt.masks import masks_by, masks_for
+from grpo_fast.shared_prompt.packing import marked, row_of
 from grpo_fast.shared_prompt.plans import LEAST_TAIL, Plan
 from grpo_fast.shared_prompt.recompute import asks_for_recomputation, layers_recomputed
 
@@ -95,6 +97,21 @@ def masked(backbone: Backbone, plan: Plan) -> Tensor:
     return states.flatten(0, 1).index_select(0, rows.predictors)
 
 
+def packed(backbone: Backbone, plan: Plan) -> Tensor:
+    """Compute the states from one row for all prompts and completions, without padding."""
+    row, dtype = row_of(plan), backbone.lm.get_input_embeddings().weight.dtype
+    masks = masks_by(
+        lambda function, **_: marked(row, function),
+        backbone.config,
+        row.ids,
+        row.positions,
+        dtype,
+        row.ids.shape[1],
+    )
+    states = backbone.states(row.positions, input_ids=row.ids, attention_mask=masks)
+    return states[0].index_select(0, row.predictors)
+
+
 def prompts(backbone: Backbone, plan: Plan) -> tuple[Tensor, Any]:
     """Run the prompts: the last state of each, (K, D), and their cache."""
     cache = new_cache(backbone.config)
@@ -132,7 +149,7 @@ def completions(
         return found
     per_row = backbone.per_row or least_work(plan, backbone.config.hidden_size)
     if per_row > 1:
-        return _packed(backbone, plan, last, cache, per_row)
+        return _several(backbone, plan, last, cache, per_row)
     B, T = plan.completion_mask.shape
     states = _continued(backbone, plan, cache, alive)
     slot = torch.zeros(B, dtype=torch.int64, device=last.device)
@@ -166,7 +183,7 @@ def second_pass(plan: Plan, hidden_size: int, per_row: int) -> float:
     return rows * (C * (1 + (P + C) / (6 * hidden_size)) + P * COPY)
 
 
-def _packed(backbone: Backbone, plan: Plan, last: Tensor, cache: Any, per_row: int) -> Tensor:
+def _several(backbone: Backbone, plan: Plan, last: Tensor, cache: Any, per_row: int) -> Tensor:
     """Run the completions in rows of a few of one prompt, from the cache of the prompts."""
     plan, prompts = plan.split(per_row)
     if prompts.tolist() != list(range(len(last))):
@@ -244,6 +261,7 @@ def parts(plan: Plan, micro_batch: int) -> list[Tensor]:
 
 ROUTES: dict[str, Callable[..., Tensor]] = {
     "unshared": unshared,
+    "packed": packed,
     "mask": masked,
     "flex": masked,
     "fork": fork,

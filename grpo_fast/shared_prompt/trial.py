@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from grpo_fast.integrations.transformers import backbone_of
-from grpo_fast.shared_prompt.choice import INEXACT, own_states
+from grpo_fast.shared_prompt.choice import INEXACT, SEVERAL, own_states
 from grpo_fast.shared_prompt.masks import BLOCKS, BOOLEAN, FLOAT
 from grpo_fast.shared_prompt.plans import Plan, plan
 from grpo_fast.shared_prompt.routes import ROUTES, Backbone, completions, prompts
@@ -30,7 +30,7 @@ def try_out(backbone: Backbone, route: str) -> str | None:
     lm = backbone.lm
     route = "fork" if route == "bounded" else route
     per_row = backbone.per_row or 1
-    name = "packed" if per_row > 1 else route
+    name = SEVERAL if per_row > 1 else route
     kind = (name, backbone.config._attn_implementation, lm.training, lm.dtype)
     tried = _TRIED.setdefault(lm, set())
     if route == "unshared" or kind in tried or torch.compiler.is_compiling():

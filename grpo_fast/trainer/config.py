@@ -163,7 +163,7 @@ class TrainConfig:
     micro_batch_size: int | None = option(
         None, "largest number of completions in one forward pass, also in sampling"
     )
-    share_prompts: Literal["auto", "off", "mask", "flex", "fork", "bounded"] = option(
+    share_prompts: Literal["auto", "off", "packed", "mask", "flex", "fork", "bounded"] = option(
         "auto",
         "how completions share the forward of their prompt; auto: where it is exact and pays",
     )
@@ -347,7 +347,7 @@ _CHOICES: dict[str, tuple[str | None, ...]] = {
     "quantize": (None, "bnb-4bit", "bnb-8bit", "torchao-int8"),
     "mismatch": ("truncate", "mask", "none"),
     "scale_rewards": ("group", "batch", "none"),
-    "share_prompts": ("auto", "off", "mask", "flex", "fork", "bounded"),
+    "share_prompts": ("auto", "off", "packed", "mask", "flex", "fork", "bounded"),
     # The schedules that need nothing but the number of steps.
     "lr_scheduler": ("linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt"),
 }

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ from grpo_fast.trainer.model import Policy
 from grpo_fast.trainer.rollout import Rollout, completion_logits
 
 T = TypeVar("T")
+# One row without padding; prompts side by side, and their completions; each completion with its prompt.
+Layout = Literal["packed", "shared", "apart"]
 
 
 @dataclass
@@ -26,7 +28,7 @@ class MicroBatch:
 
     Attributes:
         plan: which of them share a prompt; None if the losses come from logits.
-        shares_prompts: they share its forward, too.
+        layout: how they pass through the model.
         old_logps, entropy, ref_logps, importance: (B, T); `Learner` fills them in.
         mismatch: (tokens,) the policy's log-probs minus those of another engine that sampled.
         idle: it has no part in the loss; it keeps processes that share the weights in step.
@@ -35,7 +37,7 @@ class MicroBatch:
     rollout: Rollout
     advantages: Tensor
     plan: Plan | None = None
-    shares_prompts: bool = False
+    layout: Layout = "apart"
     old_logps: Tensor | None = None
     entropy: Tensor | None = None
     ref_logps: Tensor | None = None
@@ -90,12 +92,14 @@ class Forward:
         if choice.route not in self._said and self.route == "auto" and self.shown:
             self._said.add(choice.route)
             print(choice.line)
-        return MicroBatch(rollout, advantages, plan, choice.route != "unshared")
+        return MicroBatch(rollout, advantages, plan, _layout(choice.route))
 
     @property
-    def may_share(self) -> bool:
-        """Tell whether completions may share the forward of their prompt."""
-        return not self.from_logits and self.route != "unshared"
+    def layout(self) -> Layout:
+        """Return the layout with the fewest tokens that a micro-batch may have."""
+        if self.from_logits:
+            return "apart"
+        return "packed" if self.route == "auto" else _layout(self.route)
 
     @torch.no_grad()
     def log_probs(self, model: Any, batch: MicroBatch) -> Tensor:
@@ -168,3 +172,10 @@ class Forward:
         recompute = self.config.gradient_checkpointing
         with self.policy.autocast(), shared_prompt.layers_recomputed(model, recompute):
             return completion_logits(model, rollout)
+
+
+def _layout(route: str) -> Layout:
+    """Return the layout of a route of `grpo_fast.shared_prompt`."""
+    if route == "packed":
+        return "packed"
+    return "apart" if route == "unshared" else "shared"

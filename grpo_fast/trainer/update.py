@@ -5,7 +5,7 @@ import functools
 import math
 from collections.abc import Iterator
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from grpo_fast.loss import fold_statistics, metrics_from
 from grpo_fast.metrics import STATISTICS
 from grpo_fast.trainer import model as models
 from grpo_fast.trainer.config import TrainConfig
-from grpo_fast.trainer.forward import Forward, MicroBatch
+from grpo_fast.trainer.forward import Forward, Layout, MicroBatch
 from grpo_fast.trainer.model import Policy
 from grpo_fast.trainer.parallel import Team, shard
 from grpo_fast.trainer.rollout import Rollout
@@ -220,24 +220,13 @@ class Learner:
         alive = (self.needs_all | (advantages != 0)) & counted
         self.advantages = advantages
 
-        def micro_batch(rows: Tensor) -> MicroBatch:
-            return self.forward.micro_batch(rollout[rows], advantages[rows.to(advantages.device)])
-
         micro_batches = []
-        for rows in micro_batches_of(rollout, alive, config, self.forward.may_share):
-            batch = micro_batch(rows)
-            if self.forward.may_share and not batch.shares_prompts:
-                # Each completion has its prompt for itself, which is more tokens.
-                only = torch.zeros_like(alive)
-                only[rows] = True
-                smaller = micro_batches_of(rollout, only, config, shared=False)
-                if len(smaller) > 1:
-                    micro_batches += [micro_batch(part) for part in smaller]
-                    continue
-            micro_batches.append(batch)
+        for rows in micro_batches_of(rollout, alive, config, self.forward.layout):
+            micro_batches += self.planned(rollout, advantages, rows, self.forward.layout)
         missing = team.most(len(micro_batches)) - len(micro_batches) if self.sharded else 0
         for _ in range(missing):
-            micro_batches.append(micro_batch(torch.zeros(1, dtype=torch.long)))
+            first = torch.zeros(1, dtype=torch.long)
+            micro_batches.append(self.forward.micro_batch(rollout[first], advantages[first]))
             micro_batches[-1].idle = True
         for batch in micro_batches:
             if self.has_reference:
@@ -246,6 +235,25 @@ class Learner:
             if batch.rollout.sampling_logps is not None:
                 self.correct(batch)
         return micro_batches, counts
+
+    def planned(
+        self, rollout: Rollout, advantages: Tensor, rows: Tensor, layout: Layout
+    ) -> list[MicroBatch]:
+        """Plan the forward of some completions, in several micro-batches if they have too many tokens.
+
+        Args:
+            layout: in which they are few enough; the forward may take another one.
+        """
+        batch = self.forward.micro_batch(rollout[rows], advantages[rows.to(advantages.device)])
+        if batch.layout == layout:
+            return [batch]
+        only = torch.zeros(len(advantages), dtype=torch.bool)
+        only[rows] = True
+        parts = micro_batches_of(rollout, only, self.config, batch.layout)
+        if len(parts) == 1:
+            return [batch]
+        smaller = [self.planned(rollout, advantages, part, batch.layout) for part in parts]
+        return [batch for part in smaller for batch in part]
 
     @property
     def needs_all(self) -> bool:
@@ -357,22 +365,53 @@ def _sum_and_count(values: list[Tensor]) -> tuple[float, int]:
 BUSY = 4096  # tokens: the products of a forward are large enough then
 
 
+class Size(NamedTuple):
+    """The completions of a micro-batch so far: how many there are, and how long.
+
+    Attributes:
+        real: tokens, with each prompt once.
+        prompts, widest: the number of prompts, and the length of the longest.
+        completions, longest: the number of completions, and the length of the longest.
+    """
+
+    real: int = 0
+    prompts: int = 0
+    widest: int = 0
+    completions: int = 0
+    longest: int = 0
+
+    def plus(self, width: int, length: int, new_prompt: bool) -> "Size":
+        """Return the size with one more completion."""
+        return Size(
+            self.real + length + new_prompt * width,
+            self.prompts + new_prompt,
+            max(self.widest, width),
+            self.completions + 1,
+            max(self.longest, length),
+        )
+
+    @property
+    def padded(self) -> int:
+        """The number of tokens where prompts side by side have one length, and completions as well."""
+        return self.prompts * self.widest + self.completions * self.longest
+
+
 def micro_batches_of(
-    rollout: Rollout, alive: Tensor, config: TrainConfig, shared: bool
+    rollout: Rollout, alive: Tensor, config: TrainConfig, layout: Layout
 ) -> list[Tensor]:
     """Put completions into micro-batches: lists of their indices.
 
     Completions of one prompt stay together as far as possible, and prompts of like length come together.
-    Where prompts are not shared, completions of like length do. The tokens are counted with padding.
+    Where prompts are not shared, completions of like length do.
 
     Args:
         alive: (B,) bool; the others have no gradient and are left out.
-        shared: completions share the forward of their prompt.
+        layout: how the completions pass through the model. Padding counts as tokens.
     """
     lengths = rollout.mask.sum(1).tolist()
     widths = rollout.prompt_mask.sum(1).tolist()
     some = alive.nonzero()[:, 0].tolist()
-    if shared:
+    if layout != "apart":
         ids = rollout.prompt_ids.tolist()
         groups: dict[tuple[int, ...], list[int]] = {}
         for b in sorted(some, key=lambda b: lengths[b]):
@@ -386,22 +425,20 @@ def micro_batches_of(
                 some, key=lambda b: (round(7 * math.log(max(1, lengths[b]))), widths[b])
             )
         ]
+    limit, most = config.micro_batch_tokens, config.micro_batch_size
     found: list[list[int]] = []
-    state = (0, 0, 0)  # prompts, the longest one, the longest completion
+    size = Size()
     for rows in found_groups:
         for b in rows:
-            prompts, widest, longest = state
-            prompts, widest = prompts + (b == rows[0]), max(widest, widths[b])
-            longest, count = max(longest, lengths[b]), len(found[-1]) + 1 if found else 1
-            tokens = prompts * widest + count * longest
-            full = config.micro_batch_tokens is not None and tokens > config.micro_batch_tokens
-            full = full or (config.micro_batch_size is not None and count > config.micro_batch_size)
+            more = size.plus(widths[b], lengths[b], new_prompt=b == rows[0])
+            full = limit is not None and (more.real if layout == "packed" else more.padded) > limit
+            full = full or (most is not None and more.completions > most)
             # Prompts side by side are padded: not where fewer keep the device busy.
-            busy = b == rows[0] and state[0] * state[1] + (count - 1) * state[2] >= BUSY
-            full = full or (busy and config.micro_batch_tokens is not None)
+            busy = layout != "packed" and b == rows[0] and size.padded >= BUSY
+            full = full or (busy and limit is not None)
             if not found or full:
                 found.append([])
-                prompts, widest, longest = 1, widths[b], lengths[b]
-            state = (prompts, widest, longest)
+                more = Size().plus(widths[b], lengths[b], new_prompt=True)
+            size = more
             found[-1].append(b)
     return [torch.tensor(rows) for rows in found]

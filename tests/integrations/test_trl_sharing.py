@@ -59,7 +59,7 @@ RUNS = {
 
 
 ROUTES = {name: ["auto", "fork"] for name in RUNS}
-ROUTES["plain"].append("mask")
+ROUTES["plain"] += ["packed", "mask"]
 ROUTES["accumulated"].append("bounded")
 ROUTES["checkpointed"].append("bounded")
 
@@ -75,7 +75,7 @@ def test_the_training_is_trls(run, model_path, tokenizer, tmp_path, monkeypatch)
         with monkeypatch.context() as patch:
             routes = shared(patch)
             got, logs = train(GRPOTrainer, model_path, tokenizer, tmp_path, given=own, **RUNS[run])
-        assert {"auto": "mask"}.get(route, route) in routes
+        assert {"packed", "mask"} & set(routes) if route == "auto" else route in routes
         assert got.keys() == want.keys()
         for name, x in got.items():
             torch.testing.assert_close(
@@ -92,7 +92,7 @@ def test_an_adapter(model_path, tokenizer, tmp_path, monkeypatch):
     options |= {"per_device_train_batch_size": 4, "peft_config": adapter}
     given = {"prompts": PROMPTS}
     want, their_logs = train(Stock, model_path, tokenizer, tmp_path, given=given, **options)
-    for route in ("mask", "fork"):
+    for route in ("packed", "mask", "fork"):
         own = given | {"share_prompts": route}
         with monkeypatch.context() as patch:
             routes = shared(patch)
@@ -134,7 +134,7 @@ def test_positions_are_those_that_the_model_counts_by_itself(
     want, _ = train(Stock, path, tokenizer, tmp_path, given=given)
     routes = shared(monkeypatch)
     got, _ = train(GRPOTrainer, path, tokenizer, tmp_path, given=given)
-    assert "mask" in routes
+    assert {"packed", "mask"} & set(routes)
     for name, x in got.items():
         torch.testing.assert_close(x, want[name], rtol=0, atol=1e-6)
 
@@ -150,9 +150,12 @@ def test_what_it_prints(model_path, tokenizer, tmp_path, capsys):
     """One line for each route, not one for each batch."""
     train(GRPOTrainer, model_path, tokenizer, tmp_path, given={"prompts": PROMPTS})
     lines = [x for x in capsys.readouterr().out.splitlines() if x.startswith("grpo_fast: prompts")]
-    assert len(lines) == 1
-    assert lines[0].startswith("grpo_fast: prompts shared, route mask: ")
-    assert "times the work" in lines[0]
+    routes = [
+        line.removeprefix("grpo_fast: prompts shared, route ").split(":")[0] for line in lines
+    ]
+    assert set(routes) <= {"packed", "mask"}
+    assert len(routes) == len(set(routes)) > 0
+    assert all("times the work" in line for line in lines)
 
 
 def test_a_model_with_dropout(tokenizer, tmp_path, model_path, capsys):

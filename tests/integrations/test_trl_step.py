@@ -61,7 +61,7 @@ def test_one_of_them_shares_the_prompt(provider, monkeypatch):
         )
     trainer, inputs = setup(provider, bench.ONE_PROMPT)
     bench._step(trainer, inputs)
-    assert bool({"mask", "fork"} & set(ran)) == (provider == "grpo_fast-shared")
+    assert bool({"packed", "mask", "fork"} & set(ran)) == (provider == "grpo_fast-shared")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])

@@ -15,7 +15,7 @@ from grpo_fast.shared_prompt import choose, forward, plan  # noqa: E402
 from tests.support import models, shared_models  # noqa: E402
 
 SECTIONS = {
-    "llama": "mask and fork",
+    "llama": "packed and mask and fork",
     "gpt_oss": "mask and fork",
     "deepseek_v32": "mask and fork",
     "bloom": "fork",
@@ -74,7 +74,7 @@ def test_a_layer_that_ignores_the_state_of_its_prompt_is_found():
 def test_a_window_that_the_model_does_not_use_is_found_before_a_prompt_is_longer():
     """Moshi has full attention, and a window in its configuration that its cache takes."""
     model = models.build("moshi", sliding_window=50)
-    for route in ("mask", "fork"):
+    for route in ("packed", "mask", "fork"):
         with pytest.raises(ValueError, match="differ from those of its unshared forward"):
             forward(model, small(), route=route)
     assert model.config.sliding_window == 50
@@ -98,6 +98,8 @@ def test_attention_that_is_scaled_by_places_takes_no_mask_of_long_rows():
     forward(model, small(4), route="mask")  # rows of 10 tokens
     with pytest.raises(ValueError, match=r"place in a row from 12 tokens on"):
         forward(model, small(9), route="mask")
+    with pytest.raises(ValueError, match=r"place in a row from 12 tokens on"):
+        forward(model, small(4), route="packed")  # one row of 20 tokens
 
 
 def test_reasons_on_the_page_have_no_class_and_no_number():

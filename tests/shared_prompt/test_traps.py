@@ -330,7 +330,7 @@ class TestRefused:
 
     def test_other_names(self, ragged):
         model = support.build("llama")
-        with pytest.raises(ValueError, match=r"want auto, unshared, mask.*got 'forks'"):
+        with pytest.raises(ValueError, match=r"want auto, unshared, packed, mask.*got 'forks'"):
             forward(model, ragged, route="forks")
         with pytest.raises(TypeError, match="plan: want a Plan, got tuple"):
             forward(model, (ragged,))
@@ -377,9 +377,9 @@ class TestRotations:
         "kind, P, T, possible",
         [
             ("longrope", 5, 7, support.ROUTES),
-            ("longrope", 9, 7, ("mask",)),  # more than 12 tokens with the completion only
+            ("longrope", 9, 7, ("packed", "mask")),  # more than 12 tokens with the completion only
             ("longrope", 9, 4, ()),  # more than 12 with its last token only
-            ("longrope", 12, 4, ("mask",)),
+            ("longrope", 12, 4, ("packed", "mask")),
             ("longrope", 13, 6, support.ROUTES),
             ("dynamic", 5, 7, support.ROUTES),
             ("dynamic", 9, 7, ()),
@@ -414,7 +414,8 @@ class TestRotations:
         for route in ("fork", "bounded"):
             assert "rotary positions of type 'longrope'" in refusal(model, shared, route)
         want = support.graded(model, shared, support.padded(model, given))
-        support.assert_same(support.through(model, shared, "mask"), want, EXACT)
+        for route in ("packed", "mask"):
+            support.assert_same(support.through(model, shared, route), want, EXACT)
         with torch.no_grad():
             found = routes.bounded(Backbone(model, model.model), shared, 2)
             found = found - states(model, shared, "unshared")
@@ -434,11 +435,15 @@ class TestAuto:
         assert choose(support.build("lfm2"), group(P=60)).route == "fork"
 
     def test_batches_that_share_too_little(self):
-        model = support.build("llama")
+        """A row without padding needs less than they do; a mask, or a second pass, is not worth its work."""
+        masked = support.build("llama", attn_implementation="eager")
         for shared in (group(P=4, G=8, T=40), group(G=1)):
-            found = choose(model, shared)
+            found = choose(masked, shared)
             assert found.route == "unshared"
             assert "times the work" in found.reason
+        model = support.build("llama")
+        assert choose(model, group(P=4, G=8, T=40)).route == "packed"
+        assert choose(model, group(G=1)).route == "unshared"
 
     def test_masks_that_are_too_large(self, monkeypatch):
         model, shared = support.build("llama"), group()
@@ -520,16 +525,17 @@ def deaf(masks=False, caches=False, kind=Deaf):
 class TestModelsThatDoItOtherwise:
     """A comparison of a few tokens finds models whose own code is not exact under a route."""
 
-    @pytest.mark.parametrize("route", ["mask", "fork", "bounded", "backward"])
+    @pytest.mark.parametrize("route", support.ROUTES)
     def test_a_route_that_was_asked_for(self, route, ragged):
-        model = deaf(masks=route == "mask", caches=route != "mask")
+        masked = route in ("packed", "mask")
+        model = deaf(masks=masked, caches=not masked)
         name = "shared_prompt.backward|route='fork'" if route == "backward" else f"route={route!r}"
         for _ in range(2):  # also when it is known
             with pytest.raises(
                 ValueError, match=f"({name}).*LlamaForCausalLM differ from.*not exact"
             ):
                 support.through(model, ragged, route)
-        other = "fork" if route == "mask" else "mask"
+        other = "fork" if masked else "mask"
         given = support.batch()
         want = support.graded(model, ragged, support.alone(model, given))
         support.assert_same(support.through(model, ragged, other), want, EXACT)
@@ -553,8 +559,11 @@ class TestModelsThatDoItOtherwise:
 
     def test_code_that_raises(self, ragged):
         model = deaf(kind=Raising)
-        with pytest.raises(ValueError, match="LlamaForCausalLM raises KeyError: 'what is this'"):
-            forward(model, ragged, route="mask")
+        for route in ("packed", "mask"):
+            with pytest.raises(
+                ValueError, match="LlamaForCausalLM raises KeyError: 'what is this'"
+            ):
+                forward(model, ragged, route=route)
         assert choose(model, group()).route == "fork"
 
     def test_it_is_compared_once(self, ragged):
@@ -584,7 +593,7 @@ class TestModelsThatDoItOtherwise:
 
 
 class TestCheck:
-    @pytest.mark.parametrize("route", ["auto", "mask", "fork", "bounded"])
+    @pytest.mark.parametrize("route", ["auto", "packed", "mask", "fork", "bounded"])
     def test_an_exact_model(self, route, capsys):
         model, shared = support.build("mistral"), group()
         for x in model.parameters():

@@ -18,11 +18,11 @@ ITEMS = 16
 BATCHES = {
     # One part of completions, and three.
     "parts": ({"groups": 1}, {"groups": 4, "seed": 2}),
-    # Each process alone would choose another route: both run "fork".
+    # Each process alone would choose another route: both run "packed", or "fork" where that cannot be.
     "choices": ({"short": True, "longest": 9}, {"groups": 2}),
     # Nothing of the second goes on from the cache.
     "no second token": ({"groups": 3}, {"groups": 2, "longest": 1}),
-    # Other choices, and the second cannot fork: both run "unshared".
+    # Other choices, and the second cannot fork: both run "packed", or "unshared".
     "no fork": ({"short": True, "longest": 9}, {"groups": 2, "longest": 12}),
 }
 # Positions that change where a sequence has more than 12 tokens.
@@ -91,7 +91,7 @@ def ddp_on_a_rank():
         model, expected = truth(batches)
         mine = batches[dist.get_rank()]
         wrapped = DistributedDataParallel(model)
-        for route in ("mask", "fork", "bounded", "auto"):
+        for route in ("packed", "mask", "fork", "bounded", "auto"):
             step(wrapped, expected, loss_on(wrapped, mine, route))
     wrapped.train()
     model.gradient_checkpointing_enable()
@@ -115,16 +115,18 @@ def fsdp_on_a_rank():
     fsdp1("parts")
     for kind in BATCHES:
         fsdp2(kind, taken)
+        fsdp2(kind, taken, attention="eager")
     fsdp2("parts", taken, checkpointing=True)
     fsdp2("parts", taken, name="lfm2")
 
 
-def fsdp2(kind, taken, name="qwen3", checkpointing=False):
+def fsdp2(kind, taken, name="qwen3", checkpointing=False, attention="sdpa"):
     import torch.distributed as dist
     from torch.distributed.fsdp import fully_shard
 
     batches = batches_of(kind)
-    model, expected = truth(batches, name, **(LONG if kind == "no fork" else {}))
+    options = LONG if kind == "no fork" else {}
+    model, expected = truth(batches, name, attn_implementation=attention, **options)
     mine = batches[dist.get_rank()]
     if kind in ("choices", "no fork"):
         routes = [choose(model, losses.planned(given)).route for given in batches]
@@ -136,12 +138,14 @@ def fsdp2(kind, taken, name="qwen3", checkpointing=False):
         fully_shard(layer)
     fully_shard(model)
     step(model, expected, loss_on(model, mine, "auto"))
+    packs = attention == "sdpa" and name == "qwen3"
     if kind == "no fork":
-        assert taken[-1] == "unshared"
+        assert taken[-1] == ("packed" if packs else "unshared")
         return
     if kind == "choices":
-        assert taken[-1] == "fork"
-    for route in ("fork", "bounded", *(["mask"] if name == "qwen3" else [])):
+        assert taken[-1] == ("packed" if packs else "fork")
+    masked = ["mask"] if name == "qwen3" else []
+    for route in ("fork", "bounded", *masked, *(["packed"] if packs else [])):
         with torch.no_grad():
             loss_on(model, mine, route)
         assert taken[-1] == route
@@ -163,7 +167,7 @@ def fsdp1(kind):
     wrapped = FullyShardedDataParallel(
         model, auto_wrap_policy=policy, device_id=torch.device("cpu"), use_orig_params=True
     )
-    for route in ("mask", "fork", "auto", "bounded"):
+    for route in ("packed", "mask", "fork", "auto", "bounded"):
         loss_on(wrapped, mine, route).backward()
         with FullyShardedDataParallel.summon_full_params(wrapped, with_grads=True):
             got = Graded(expected.log_probs, whole_gradients(wrapped))
@@ -184,7 +188,7 @@ def accelerated(kind):
     mine = batches[accelerator.process_index]
     wrapped = accelerator.prepare(model)
     assert isinstance(wrapped, DistributedDataParallel) == (number > 1)
-    for route in ("mask", "fork", "bounded"):
+    for route in ("packed", "mask", "fork", "bounded"):
         accelerator.backward(loss_on(wrapped, mine, route))
         assert_same(Graded(expected.log_probs, whole_gradients(wrapped)), expected, 1e-5)
 

@@ -87,14 +87,17 @@ HYBRID: dict[str, dict[str, Any]] = {
     "falcon_h1": MAMBA,
 }
 MODELS = ATTENTION | HYBRID
+EAGER = ("gemma2", "gpt_oss")  # models without attention of kind sdpa
 WINDOWED = ("mistral", "gemma2", "gemma3_text", "gpt_oss")
-ROUTES = ("mask", "fork", "bounded", "backward")
+ROUTES = ("packed", "mask", "fork", "bounded", "backward")
 MICRO_BATCH = 2
 
 
 def routes_of(name: str) -> tuple[str, ...]:
     """The routes that share the prompts of a model, and `backward`."""
-    return ROUTES if name in ATTENTION else ROUTES[1:]
+    if name in HYBRID:
+        return ("fork", "bounded", "backward")
+    return tuple(x for x in ROUTES if x != "packed" or name not in EAGER)
 
 
 def config_of(name: str, **options: Any) -> Any:

@@ -10,7 +10,7 @@ from grpo_fast.ops import linear_logprob
 from grpo_fast.shared_prompt import Plan, plan, with_head
 from tests.support.shared import VOCABULARY, Graded, gradient_of
 
-ROUTES = ("mask", "fork", "bounded")
+ROUTES = ("packed", "mask", "fork", "bounded")
 G, MICRO_BATCH = 2, 3
 # With a KL term, an entropy bonus and an upper clip of its own.
 OBJECTIVE = Objective(beta=0.1, entropy_coef=0.02, epsilon_high=0.28)

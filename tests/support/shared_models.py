@@ -15,7 +15,8 @@ from torch import Tensor
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "shared_prompt_models.md"
 TOLERANCE = 1e-5  # of the largest entry
-ROUTES = ("mask", "fork", "bounded")
+ROUTES = ("packed", "mask", "fork", "bounded")
+LISTED = ROUTES[:-1]  # "bounded" does what "fork" does
 MASKS = ("prompt_mask", "completion_mask")
 WINDOW = 4  # tokens; the prompts are longer
 # What configurations call windows and chunks of attention, and how they are switched on.
@@ -159,7 +160,7 @@ def both_ways(model: Any, given: dict[str, Any], route: str, truths: dict[str, A
     from grpo_fast.shared_prompt import routes
 
     found = []
-    for per_row in (1, 2) if route != "mask" else (1,):
+    for per_row in (1, 2) if route in ("fork", "bounded") else (1,):
         with mock.patch.object(routes, "least_work", lambda *_, per_row=per_row: per_row):
             found.append(route_of(model, given, route, truths))
     return next((x for x in found if x.outcome != "exact"), found[-1])
@@ -234,8 +235,8 @@ def section_of(found: dict[str, Found]) -> str:
         return "wrong"
     if "unpadded" in outcomes.values():
         return "unpadded"
-    exact = {route for route in ("mask", "fork") if outcomes[route] == "exact"}
-    return " and ".join(sorted(exact, reverse=True)) or "none"
+    exact = [route for route in LISTED if outcomes[route] == "exact"]
+    return " and ".join(exact) or "none"
 
 
 HEADER = """\
@@ -249,18 +250,22 @@ and torch {torch}, on a CPU in float32. The {total} model types on which
 [`with_head` is exact](models.md) were built in a tiny size with random weights, with windows of
 {window} tokens where the configuration has windows. The batch had two prompts with two completions
 each, of different lengths; one prompt was longer than the windows. The log-probs and the gradients of
-all parameters by the routes "mask", "fork" and "bounded" were compared with those of the model's own
-logits. A route is listed if the largest error is at most {tolerance} of the largest entry{rounded}.
-"bounded" does what "fork" does, and is exact for the same models. "flex" makes the masks of "mask"
+all parameters by the routes "packed", "mask", "fork" and "bounded" were compared with those of the
+model's own logits. A route is listed if the largest error is at most {tolerance} of the largest
+entry{rounded}. "bounded" does what "fork" does, and is exact for the same models. "flex" makes the masks of "mask"
 in another form; it needs a GPU and was not tried.
 
 `route="auto"` was run on all of them, and chose a route that is listed, or "unshared".
 """
 SECTIONS = {
     "wrong": "Wrong\n\nThe results differ, or the route raises where it should have been refused.\n",
-    "mask and fork": "By a mask, and from a cache\n\nRoutes: mask, fork, bounded.\n",
+    "packed and mask and fork": "In a row without padding, by a mask, and from a cache\n\nRoutes: packed, "
+    "mask, fork, bounded.\n",
+    "mask and fork": "By a mask, and from a cache\n\nRoutes: mask, fork, bounded. These models have no "
+    "attention of kind sdpa in transformers.\n",
     "fork": "From a cache only\n\nRoutes: fork, bounded. Most of these models have recurrent layers. "
     "Llama 4 also takes a mask where\nthe rows have less than `floor_scale` tokens, 8192.\n",
+    "packed and mask": "In a row without padding, and by a mask\n\nRoutes: packed, mask.\n",
     "mask": "By a mask only\n\nRoute: mask.\n",
     "unpadded": "From a cache, for prompts of one length\n\nRoutes: fork, bounded. The own code of these "
     "models counts padding on the left: it changes their results with and\nwithout shared prompts.\n",
@@ -294,7 +299,7 @@ def _by_reason(found: dict[str, dict[str, Found]], section: str) -> str:
     """A list of reasons, with the model types that each is given for."""
     reasons: dict[str, list[str]] = {}
     for name, routes in found.items():
-        shown = [(r, x) for r, x in routes.items() if section == "wrong" or r in ("mask", "fork")]
+        shown = [(r, x) for r, x in routes.items() if section == "wrong" or r in LISTED]
         by_text: dict[str, list[str]] = {}
         for route, x in shown:
             by_text.setdefault(_general(x.why), []).append(route)

@@ -165,7 +165,7 @@ def test_micro_batches_of_the_warm_up_add_up_too(tmp_path):
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("share", ["auto", "off", "mask", "fork", "bounded"])
+@pytest.mark.parametrize("share", ["auto", "off", "packed", "mask", "fork", "bounded"])
 def test_gradients_are_those_of_the_reference(tmp_path, share):
     from grpo_fast import reference
 
@@ -194,7 +194,7 @@ def test_gradients_are_those_of_the_reference(tmp_path, share):
     )
 
 
-@pytest.mark.parametrize("share", ["mask", "fork"])
+@pytest.mark.parametrize("share", ["packed", "mask", "fork"])
 def test_training_with_shared_prompts_is_the_same(tmp_path, share):
     """Weights and metrics of two steps with a reference and two updates each; groups of one prompt."""
     found = []

@@ -9,6 +9,7 @@ import torch
 pytest.importorskip("transformers", reason="the trainer needs grpo-fast[train]")
 
 from grpo_fast import Objective, reference, shared_prompt
+from grpo_fast.shared_prompt.packing import row_of
 from grpo_fast.shared_prompt.routes import least_work
 from grpo_fast.trainer import rollout
 from grpo_fast.trainer.cli import main
@@ -89,20 +90,22 @@ def test_a_step_without_any_signal_is_one_with_gradients_of_zero(tmp_path):
 
 
 @pytest.mark.parametrize("tokens", [None, 1, 30, 60])
-@pytest.mark.parametrize("share", ["off", "auto"])
-def test_micro_batches_have_a_budget_of_tokens(tmp_path, tokens, share):
-    config = tiny(tmp_path, micro_batch_tokens=tokens, share_prompts=share)
+@pytest.mark.parametrize("layout", ["packed", "shared", "apart"])
+def test_micro_batches_have_a_budget_of_tokens(tmp_path, tokens, layout):
+    config = tiny(tmp_path, micro_batch_tokens=tokens)
     task, policy = setup(config)
     answers = answered(config, task, policy)
     alive = torch.ones(16, dtype=torch.bool)
     alive[3] = False
-    parts = micro_batches_of(answers, alive, config, share != "off")
+    parts = micro_batches_of(answers, alive, config, layout)
     assert sorted(torch.cat(parts).tolist()) == [b for b in range(16) if b != 3]
     lengths, widths = answers.mask.sum(1), answers.prompt_mask.sum(1)
     for part in parts:
-        prompts = {tuple(answers.prompt_ids[b].tolist()) for b in part}
-        rows = len(part) if share == "off" else len(prompts)
+        prompts = {tuple(answers.prompt_ids[b].tolist()): int(widths[b]) for b in part}
+        rows = len(part) if layout == "apart" else len(prompts)
         most = rows * int(widths[part].max()) + len(part) * int(lengths[part].max())
+        if layout == "packed":
+            most = sum(prompts.values()) + int(lengths[part].sum())
         assert tokens is None or most <= tokens or len(part) == 1
     if tokens is None:
         assert len(parts) == 1
@@ -133,8 +136,8 @@ def test_the_budget_holds_where_prompts_are_not_shared_after_all(tmp_path, monke
     assert len(together) < len(batches)
 
 
-@pytest.mark.parametrize("shared, most", [(True, 0.05), (False, 0.15)])
-def test_little_is_padded(shared, most):
+@pytest.mark.parametrize("layout, most", [("packed", 0), ("shared", 0.05), ("apart", 0.15)])
+def test_nothing_is_padded_in_one_row_and_little_elsewhere(layout, most):
     """Of 32 prompts with 100 to 600 tokens and eight completions each, with 30 to 1,024 tokens."""
     rng = random.Random(0)
     widths = [min(600, int(rng.lognormvariate(5.1, 0.45))) for _ in range(32)]
@@ -154,7 +157,7 @@ def test_little_is_padded(shared, most):
     )
     config = TrainConfig(model="m", micro_batch_tokens=16384)
     fed = real = 0
-    for rows in micro_batches_of(answers, torch.ones(256, dtype=torch.bool), config, shared):
+    for rows in micro_batches_of(answers, torch.ones(256, dtype=torch.bool), config, layout):
         part = answers[rows]
         plan = shared_prompt.plan(
             part.prompt_ids,
@@ -163,7 +166,12 @@ def test_little_is_padded(shared, most):
             completion_mask=part.mask,
         )
         K, (P, T) = len(plan.prompt_lengths), plan.longest
-        if shared:
+        if layout == "packed":
+            sizes = row_of(plan).sizes
+            fed += sum(sizes) + len(rows)  # and the last tokens, from which nothing is predicted
+            real += int(plan.prompt_lengths.sum() + plan.completion_lengths.sum())
+            assert sum(sizes) <= 16384
+        elif layout == "shared":
             count, length = plan.split_size(least_work(plan, 3584))
             fed += K * P + count * length
             real += int(plan.prompt_lengths.sum() + plan.completion_lengths.sum())
@@ -188,7 +196,7 @@ def test_micro_batch_size_is_a_limit_too(tmp_path, size):
     config = tiny(tmp_path, micro_batch_size=size)
     task, policy = setup(config)
     every = torch.ones(16, dtype=torch.bool)
-    parts = micro_batches_of(answered(config, task, policy), every, config, True)
+    parts = micro_batches_of(answered(config, task, policy), every, config, "packed")
     assert [len(part) for part in parts] == ([16] if size is None else [3, 3, 3, 3, 3, 1])
 
 

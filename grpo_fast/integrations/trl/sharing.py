@@ -20,7 +20,7 @@ from grpo_fast.shared_prompt.passes import is_sharded
 
 T = TypeVar("T")
 OFF = "off"
-OPTIONS = ("auto", OFF, "mask", "flex", "fork", "bounded")
+OPTIONS = ("auto", OFF, "packed", "mask", "flex", "fork", "bounded")
 
 
 class Sharing:

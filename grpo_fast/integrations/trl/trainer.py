@@ -65,8 +65,9 @@ class GRPOTrainer(trl.GRPOTrainer):
 
     Args:
         share_prompts: the completions of a micro-batch that have the same prompt share its forward
-            (`grpo_fast.shared_prompt`). "auto" shares where it is exact and pays; "mask", "flex", "fork" or
-            "bounded" is a route that must be possible; "off" gives each completion its own row, as TRL does.
+            (`grpo_fast.shared_prompt`). "auto" shares where it is exact and pays; "packed", "mask", "flex",
+            "fork" or "bounded" is a route that must be possible; "off" gives each completion its own row, as
+            TRL does.
         args, kwargs: those of TRL's trainer.
 
     Raises:
