@@ -27,7 +27,7 @@ SHORTEST_FLEX = 1024
 SECOND_PASS = {"cpu": 16, "cuda": 512}
 # What an attention of its own costs a prompt or a completion besides its tokens, in tokens of a forward: its
 # launches. Measured on a CPU with a model of 135M weights; on a GPU a guess.
-OWN_ATTENTION = {"cpu": 1, "cuda": 32}
+OWN_ATTENTION = {"cpu": 0.5, "cuda": 32}
 
 
 # Of each model, the routes that a comparison has shown to be wrong, with their attention, and how.

@@ -195,7 +195,7 @@ def _attention(
     parts = [x.split(row.sizes, 2) for x in (query, key, value)]
     found = list(parts[0])
     for prompt, members in row.groups:
-        own = [torch.cat([x[i] for i in members]) for x in parts]
+        own = [_together(x, members) for x in parts]
         before = 0
         if prompt is not None:
             before = row.sizes[prompt]
@@ -214,6 +214,11 @@ def _attention(
     return torch.cat(found, 1), None
 
 
+def _together(parts: tuple[Tensor, ...], members: list[int]) -> Tensor:
+    """Put segments of one length into a batch; one alone is not copied."""
+    return parts[members[0]] if len(members) == 1 else torch.cat([parts[i] for i in members])
+
+
 def _with_mask(
     module: Any,
     inputs: list[Tensor],
@@ -228,12 +233,12 @@ def _with_mask(
     It repeats them for the heads that share them, which PyTorch's kernels on a CPU, and FlashAttention, do
     not need.
     """
-    query = inputs[0]
+    query, key, value = inputs
     shared = getattr(module, "num_key_value_groups", 1) > 1
     if softcap is not None or (query.is_cuda and query.dtype == torch.float32):
         options = {"dropout": dropout, "scaling": scaling, "softcap": softcap}
-        return sdpa_attention_forward(module, *inputs, mask, **options)[0]
+        return sdpa_attention_forward(module, query, key, value, mask, **options)[0]
     found = scaled_dot_product_attention(
-        *inputs, attn_mask=mask, dropout_p=dropout, scale=scaling, enable_gqa=shared
+        query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling, enable_gqa=shared
     )
     return found.transpose(1, 2)
