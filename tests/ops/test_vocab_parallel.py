@@ -15,7 +15,7 @@ from tests.support.cases import in_double
 from tests.support.heads import HEADS, call, graded
 from tests.support.hidden_cases import batch
 from tests.support.objectives import OBJECTIVES
-from tests.support.ranks import join, needs_gloo, needs_interpreter, run, run_each
+from tests.support.ranks import join, needs_gloo, needs_interpreter, run_each
 
 V = 101
 OFF_POLICY = (
@@ -169,21 +169,8 @@ def compare(name, want, got, rows, n, mask):
         close(mine, x, f"{name}: d{key}", 2e-6 if key in ("A", "B") else 1e-6)
 
 
-@needs_gloo
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_processes_agree_with_one(ranks):
-    run_each("tests.ops.test_vocab_parallel:check_ranks", ranks, [[False], [True]], seconds=300)
-
-
-@needs_gloo
-@needs_interpreter
-def test_processes_agree_with_one_in_the_kernels():
-    switches = {"TRITON_INTERPRET": "1", "GRPO_FAST_BACKEND": "triton"}
-    run("tests.ops.test_vocab_parallel:check_ranks", 2, True, 3, seconds=600, **switches)
-
-
-def check_processes_without_rows(sizes):
-    """Run the test below in one of its processes."""
+def check_without_rows(sizes):
+    """Shares of these sizes, in one of the processes."""
     import torch.distributed as dist
 
     join()
@@ -210,19 +197,34 @@ def check_processes_without_rows(sizes):
         linear_logprob(torch.zeros(3, 8), mine, torch.zeros(3).long(), tp_group=group)
 
 
+def check(name, *arguments):
+    """One check in one of the processes: those of a test take seconds to start."""
+    checks = {"ranks": check_ranks, "without rows": check_without_rows}
+    checks[name](*arguments)
+
+
+CHECK = "tests.ops.test_vocab_parallel:check"
+AGREE = [["ranks", False], ["ranks", True]]
+
+
 @needs_gloo
-def test_processes_without_rows():
-    """Few rows in shares of equal size leave none for the last; no rows at all are refused by everyone."""
-    test = "tests.ops.test_vocab_parallel:check_processes_without_rows"
-    run_each(test, 4, [[[2, 2, 1, 0]], [[0, 3, 0, 2]]], seconds=300)
+def test_two_processes_agree_with_one():
+    run_each(CHECK, 2, AGREE, seconds=300)
+
+
+@needs_gloo
+def test_four_processes_agree_with_one_and_without_rows():
+    """Few rows in equal shares leave none for the last; no rows at all are refused by everyone."""
+    few = [["without rows", [2, 2, 1, 0]], ["without rows", [0, 3, 0, 2]]]
+    run_each(CHECK, 4, [*AGREE, *few], seconds=600)
 
 
 @needs_gloo
 @needs_interpreter
-def test_processes_without_rows_in_the_kernels():
+def test_processes_agree_with_one_and_without_rows_in_the_kernels():
     switches = {"TRITON_INTERPRET": "1", "GRPO_FAST_BACKEND": "triton"}
-    test = "tests.ops.test_vocab_parallel:check_processes_without_rows"
-    run(test, 2, [0, 5], seconds=300, **switches)
+    cases = [["ranks", True, 3], ["without rows", [0, 5]]]
+    run_each(CHECK, 2, cases, seconds=900, **switches)
 
 
 def test_combine_keeps_what_little_a_confident_token_leaves():

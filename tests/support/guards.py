@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 BAND = 4096  # elements; the kernels' tiles are not longer in the tests
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 INTEGERS = {torch.int8: 85, torch.int32: -77_777, torch.int64: -77_777, torch.bool: True}
 
 
@@ -30,21 +31,28 @@ class _Guarded:
         first = min(x.storage_offset() * x.element_size() for x in tensors) // size
         last = max((x.storage_offset() + _extent(x)) * x.element_size() for x in tensors)
         length = -(-last // size) - first + 2 * BAND
-        if any(x.dtype != like.dtype for x in tensors):
+        mixed = any(x.dtype != like.dtype for x in tensors)
+        if mixed:
             # Every bit set: NaN, whichever floating dtype it is read in.
             self.buffer = torch.full((length * size,), 255, dtype=torch.uint8).view(like.dtype)
         else:
             self.buffer = torch.full(
                 (length,), INTEGERS.get(like.dtype, torch.nan), dtype=like.dtype
             )
-        self.bytes = self.buffer.view(torch.uint8)
-        self.free = torch.ones_like(self.bytes, dtype=torch.bool)
+        # The bits are compared, in elements where all have one size.
+        self.unit = 1 if mixed else size
+        self.bits = self.buffer.view(BITS[self.unit])
+        self.free = torch.ones_like(self.bits, dtype=torch.bool)
         shift = (BAND - first) * size
         self.inside = [self._at(self.buffer, x, shift) for x in tensors]
         for x, mine in zip(self.tensors, self.inside, strict=True):
             _once(mine).copy_(_once(x))
-            _once(self._bytes_at(self.free, x, shift)).fill_(False)
-        self.outside = self.bytes[self.free].clone()
+            if mixed:
+                _once(self._bytes_at(self.free, x, shift)).fill_(False)
+            else:
+                free = self.free.as_strided(mine.shape, mine.stride(), mine.storage_offset())
+                _once(free).fill_(False)
+        self.before = self.bits.clone()
 
     @staticmethod
     def _at(buffer: Tensor, x: Tensor, shift: int) -> Tensor:
@@ -59,10 +67,9 @@ class _Guarded:
 
     def finish(self, kernel: str) -> None:
         """Check the bands, and hand back what changed."""
-        changed = self.bytes[self.free] != self.outside
+        changed = (self.bits != self.before).logical_and_(self.free)
         if bool(changed.any()):
-            found = int(self.free.nonzero()[changed.nonzero()[0, 0], 0])
-            where = found // self.buffer.element_size()
+            where = int(changed.nonzero()[0, 0]) * self.unit // self.buffer.element_size()
             raise OutOfBoundsError(
                 f"{kernel} wrote {self.buffer[where].item()} to element {where - BAND} of a buffer of "
                 f"{len(self.buffer) - 2 * BAND} that holds {[tuple(x.shape) for x in self.tensors]}"
@@ -88,8 +95,7 @@ def _extent(x: Tensor) -> int:
 
 
 def _bits(x: Tensor) -> Tensor:
-    sizes = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return x.contiguous().view(sizes[x.element_size()])
+    return x.contiguous().view(BITS[x.element_size()])
 
 
 # Rows may be given by a pointer in front of them, and the entries from there to the first row.

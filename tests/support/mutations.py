@@ -7,7 +7,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 TORCH = "not triton and not processes and not forward_mode_is_refused"  # for `pytest -k`
 LAUNCHES = f"({TORCH}) or (triton and every_objective and default)"  # kernels once, too
-SHARED = f"({TORCH}) or ((2-False or without_rows) and not kernels)"  # over two processes, too
+SHARED = f"({TORCH}) or ((two_processes or without_rows) and not kernels)"  # in processes, too
 
 # The test files for each file, the likeliest first, and which of their tests.
 COVERS: dict[str, tuple[str, str]] = {
@@ -55,7 +55,7 @@ COVERS: dict[str, tuple[str, str]] = {
     ),
     "grpo_fast/ops/head/vocab_parallel.py": (
         "vocab_parallel",
-        "combine or whose or sends or ((2-False or without_rows) and not kernels)",
+        "combine or whose or sends or ((two_processes or without_rows) and not kernels)",
     ),
     "grpo_fast/ops/group_advantage.py": (
         "group_advantage rare_options errors advantage_precision shapes",

@@ -1,8 +1,9 @@
-"""Triton's interpreter without work that it does over and over: results are the same, in half the time.
+"""Triton's interpreter without work that it repeats: the same results, in a third of the time.
 
 It prepares `triton.language` for each launch and again for each call of a device function, and looks through
 several modules for what to replace. Here the replacements are remembered, and a device function finds those
-of its kernel in place. And it makes a table of the dtypes for each look into it.
+of its kernel in place. And it makes a table of the dtypes for each look into it. `quick_types.py` has the
+short cuts for types and operators.
 """
 
 import contextlib
@@ -14,6 +15,8 @@ from unittest import mock
 import numpy as np
 from triton import language as tl
 from triton.runtime import interpreter
+
+from tests.support import quick_types
 
 DTYPES = {
     tl.int1: np.dtype(bool),
@@ -27,7 +30,6 @@ DTYPES = {
     },
 }
 POINTER = np.dtype(np.uint64)
-ORIGINAL = {name: getattr(interpreter, name, None) for name in ("_patch_lang", "_get_np_dtype")}
 Modules = tuple[bool, ...]
 
 
@@ -82,13 +84,29 @@ def patch_lang(original: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return patch
 
 
+CHANGES = {
+    (interpreter, "_patch_lang"): patch_lang,
+    (interpreter, "_get_np_dtype"): numpy_dtype,
+    **quick_types.SHORT_CUTS,
+}
+ORIGINAL = {(thing, name): getattr(thing, name, None) for thing, name in CHANGES}
+
+
 @contextlib.contextmanager
 def quick() -> Iterator[None]:
     """The interpreter, quicker within; as it is where its version has other parts than those known here."""
     with contextlib.ExitStack() as stack:
         if hasattr(interpreter, "_LangPatchScope") and all(ORIGINAL.values()):
-            for (name, original), change in zip(
-                ORIGINAL.items(), (patch_lang, numpy_dtype), strict=True
-            ):
-                stack.enter_context(mock.patch.object(interpreter, name, change(original)))
+            for (thing, name), change in CHANGES.items():
+                new = change(ORIGINAL[thing, name])
+                stack.enter_context(mock.patch.object(thing, name, new))
+        yield
+
+
+@contextlib.contextmanager
+def slow() -> Iterator[None]:
+    """The interpreter as it is, also within `quick`."""
+    with contextlib.ExitStack() as stack:
+        for (thing, name), original in ORIGINAL.items():
+            stack.enter_context(mock.patch.object(thing, name, original))
         yield

@@ -32,6 +32,7 @@ CASES = {
     "silent": {**GIVEN, "beta": 0.0, "prompts_per_step": 2, "group_size": 2, "steps": 8},
     "batch": {**GIVEN, "scale_rewards": "batch", "objective": "dapo_zv", "beta": 0.0},
 }
+GOES_ON = "full, shared weights"
 
 
 def make(folder: Path, case: str, *more: str) -> int:
@@ -66,9 +67,9 @@ def kept(folder: Path):
         Run.save = real
 
 
-def in_each(folder: str, case: str) -> None:
-    """All cases, or one, in one of two processes."""
-    for name in [case] if case else CASES:
+def in_each(folder: str) -> None:
+    """All cases in one of two processes; then `GOES_ON` starts again from its last checkpoint but one."""
+    for name in CASES:
         log = (Path(folder) / f"log-{os.environ['RANK']}").open("a")
         with (
             log,
@@ -77,57 +78,30 @@ def in_each(folder: str, case: str) -> None:
             kept(Path(folder) / name),
         ):
             assert make(Path(folder), name) == 0, name
-    if case:
-        run = Path(folder) / case / "run"
-        newest = checkpoints.latest(run)
-        torch.distributed.barrier()
-        if os.environ["RANK"] == "0":
-            newest.rename(run / "taken")
-        torch.distributed.barrier()
-        assert main(["train", "--resume", str(run)]) == 0
+    run = Path(folder) / GOES_ON / "run"
+    newest = checkpoints.latest(run)
+    torch.distributed.barrier()
+    if os.environ["RANK"] == "0":
+        newest.rename(run / "taken")
+    torch.distributed.barrier()
+    assert main(["train", "--resume", str(run)]) == 0
 
 
 @ranks.needs_gloo
-def test_two_processes_train_as_one(tmp_path):
+def test_two_processes_train_as_one(tmp_path, capsys):
     """All cases in one test: a pair of processes takes ten seconds to start."""
     (tmp_path / "two").mkdir()
     given_model(tmp_path)
     for case in CASES:
         assert make(tmp_path / "one", case) == 0
-    ranks.run("tests.trainer.test_parallel:in_each", 2, str(tmp_path / "two"), "", seconds=240)
+    ranks.run("tests.trainer.test_parallel:in_each", 2, str(tmp_path / "two"), seconds=240)
     for case in CASES:
-        one, two = (untimed(tmp_path / number / case / "run") for number in ("one", "two"))
-        assert [row["step"] for row in one] == list(range(CASES[case].get("steps", 4))), case
-        if case == "silent":
-            assert any(row["groups_without_signal"] == 0.5 for row in one)
-        assert any(row["loss"] for row in one), case
-        for row, other in zip(one, two, strict=True):
-            assert row.keys() == other.keys(), case
-            for key, value in row.items():
-                near = value if value is None else pytest.approx(value, rel=1e-5, abs=1e-5)
-                assert other[key] == near, (case, key)
-        first, second = (checkpoints.latest(tmp_path / n / case / "run") for n in ("one", "two"))
-        name = "adapter_model.safetensors" if "adapter" in case else "model.safetensors"
-        torch.testing.assert_close(
-            load_file(first / name), load_file(second / name), rtol=1e-4, atol=1e-5
-        )
-        kept_by = (tmp_path / "two" / case).glob("weights-*.safetensors")
-        states = [load_file(path) for path in (second / name, *kept_by)]
-        assert len(states) == (1 if "shared" in case else 3), case
-        for state in states[1:]:
-            torch.testing.assert_close(state, states[0], rtol=0, atol=0)
+        compare(tmp_path, case)
     logs = [(tmp_path / "two" / f"log-{rank}").read_text() for rank in range(2)]
     assert logs[0].count("after GRPO") == len(CASES)
     assert "GRPO" not in logs[1]
-
-
-@ranks.needs_gloo
-def test_a_run_with_shared_weights_goes_on_bit_for_bit(tmp_path, capsys):
-    given_model(tmp_path)
-    (tmp_path / "two").mkdir()
-    case = "full, shared weights"
-    ranks.run("tests.trainer.test_parallel:in_each", 2, str(tmp_path / "two"), case, seconds=200)
-    run = tmp_path / "two" / case / "run"
+    capsys.readouterr()
+    run = tmp_path / "two" / GOES_ON / "run"
     names = sorted(p.name for p in (run / "taken").glob("*.safetensors"))
     assert names == ["model.safetensors", *(f"training_state-{r:05d}.safetensors" for r in (0, 1))]
     for name in names:
@@ -137,6 +111,30 @@ def test_a_run_with_shared_weights_goes_on_bit_for_bit(tmp_path, capsys):
     assert (
         "was written by 2 processes that share them, and this run has 1" in capsys.readouterr().err
     )
+
+
+def compare(folder: Path, case: str) -> None:
+    """The run of two processes is that of one; what they have at the end is what they saved."""
+    one, two = (untimed(folder / number / case / "run") for number in ("one", "two"))
+    assert [row["step"] for row in one] == list(range(CASES[case].get("steps", 4))), case
+    if case == "silent":
+        assert any(row["groups_without_signal"] == 0.5 for row in one)
+    assert any(row["loss"] for row in one), case
+    for row, other in zip(one, two, strict=True):
+        assert row.keys() == other.keys(), case
+        for key, value in row.items():
+            near = value if value is None else pytest.approx(value, rel=1e-5, abs=1e-5)
+            assert other[key] == near, (case, key)
+    first, second = (checkpoints.latest(folder / n / case / "run") for n in ("one", "two"))
+    name = "adapter_model.safetensors" if "adapter" in case else "model.safetensors"
+    torch.testing.assert_close(
+        load_file(first / name), load_file(second / name), rtol=1e-4, atol=1e-5
+    )
+    kept_by = (folder / "two" / case).glob("weights-*.safetensors")
+    states = [load_file(path) for path in (second / name, *kept_by)]
+    assert len(states) == (1 if "shared" in case else 3), case
+    for state in states[1:]:
+        torch.testing.assert_close(state, states[0], rtol=0, atol=0)
 
 
 def fails_in_one(folder: str) -> None:
@@ -159,12 +157,6 @@ def fails_in_one(folder: str) -> None:
     team.sum_gradients(weights)  # the second one has none
     assert weights[0].grad.tolist() == [3, 3, 3]
     Path(folder, f"ok-{team.rank}").write_text(json.dumps(team.objects(team.rank)))
-
-
-@ranks.needs_gloo
-def test_an_error_in_one_process_is_an_error_in_all(tmp_path):
-    ranks.run("tests.trainer.test_parallel:fails_in_one", 2, str(tmp_path))
-    assert [(tmp_path / f"ok-{r}").read_text() for r in range(2)] == ["[0, 1]"] * 2
 
 
 def with_server(folder: str, url: str, adapter: bool) -> None:
@@ -212,10 +204,17 @@ def fails_alone(folder: str) -> None:
     assert checkpoints.checkpoints(Path(folder) / "nan")
 
 
+def fails(folder: str) -> None:
+    fails_in_one(folder)
+    fails_alone(folder)
+
+
 @ranks.needs_gloo
-def test_nothing_is_deleted_for_a_run_that_one_process_cannot_make(tmp_path):
+def test_an_error_in_one_process_is_an_error_in_all(tmp_path):
+    """Also of a run that one process cannot make: nothing is deleted for it."""
     assert main(["train", *arguments(tmp_path, name="run", steps=1)]) == 0
-    ranks.run("tests.trainer.test_parallel:fails_alone", 2, str(tmp_path))
+    ranks.run("tests.trainer.test_parallel:fails", 2, str(tmp_path))
+    assert [(tmp_path / f"ok-{r}").read_text() for r in range(2)] == ["[0, 1]"] * 2
 
 
 def test_settings_of_accelerate_that_are_not_used_are_refused(tmp_path, monkeypatch, capsys):
