@@ -236,7 +236,7 @@ def _with_mask(
     query, key, value = inputs
     shared = getattr(module, "num_key_value_groups", 1) > 1
     if softcap is not None or (query.is_cuda and query.dtype == torch.float32):
-        options = {"dropout": dropout, "scaling": scaling, "softcap": softcap}
+        options: dict[str, Any] = {"dropout": dropout, "scaling": scaling, "softcap": softcap}
         return sdpa_attention_forward(module, query, key, value, mask, **options)[0]
     found = scaled_dot_product_attention(
         query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling, enable_gqa=shared

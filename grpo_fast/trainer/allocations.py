@@ -35,6 +35,9 @@ BLOCK = 512  # bytes: what the allocator rounds to
 PROCESSORS = 132  # multiprocessors of an H100 or H200: they decide the chunk length
 HALVES = (torch.bfloat16, torch.float16)
 ALIGNED = 16  # elements: to which a GPU's attention pads the rows of a mask
+# References to a gradient that nobody but autograd holds, as a dispatch mode sees them: that of autograd,
+# and three for the call itself.
+SOLE = 4
 
 
 class Allocations(TorchDispatchMode):
@@ -59,15 +62,16 @@ class Allocations(TorchDispatchMode):
         storage = x.untyped_storage()
         if storage._cdata in self._known:
             return
-        nbytes = -(-storage.nbytes() // BLOCK) * BLOCK
+        nbytes = _size(storage)
         self._known.add(storage._cdata)
         self.live += nbytes
         self.peak = max(self.peak, self.live)
         weakref.finalize(storage, self._free, storage._cdata, nbytes).atexit = False
 
     def _free(self, key: int, nbytes: int) -> None:
-        self._known.discard(key)
-        self.live -= nbytes
+        if key in self._known:  # else it was taken over by a sum
+            self._known.discard(key)
+            self.live -= nbytes
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
@@ -78,11 +82,40 @@ class Allocations(TorchDispatchMode):
             with self:
                 out = own(*args, **kwargs)
         else:
+            reused = args[0] if _sum_of_gradients(func, args) else None
             out = func(*args, **kwargs)
+            if reused is not None:
+                storage = reused.untyped_storage()
+                self._free(storage._cdata, _size(storage))
         for x in tree_leaves(out):
             self.hold(x)
         self.trace.append(self.live)
         return out
+
+
+def _size(storage: torch.UntypedStorage) -> int:
+    return -(-storage.nbytes() // BLOCK) * BLOCK
+
+
+def _sum_of_gradients(func: Any, args: tuple) -> bool:
+    """Tell whether autograd adds two gradients of one tensor, which takes no new memory.
+
+    Without a dispatch mode autograd adds the second gradient to the first one, in place, if nobody else
+    has it. Within a mode it makes a third tensor instead: a tied embedding would count three times.
+    """
+    if func is not torch.ops.aten.add.Tensor or torch.is_grad_enabled():
+        return False
+    x, y = args[:2]
+    alike = isinstance(y, Tensor) and x.shape == y.shape and x.dtype == y.dtype
+    # A node's own sums, and gradients that go on elsewhere, have other counts.
+    count: Any = getattr(x, "_use_count", None)  # not in every version of PyTorch
+    inside = torch._C._current_graph_task_id() != -1
+    return bool(alike and inside and count and count() == SOLE and _dense(x))
+
+
+def _dense(x: Tensor) -> bool:
+    """Tell whether a tensor fills its storage."""
+    return x.numel() * x.element_size() == x.untyped_storage().nbytes()
 
 
 def _on_meta(args: tuple) -> bool:

@@ -6,11 +6,13 @@ from typing import Any
 
 import torch
 
-from grpo_fast.trainer.sizing import GIB, predict
-from grpo_fast.trainer.workload import Workload
+from grpo_fast.trainer.sizing import GIB, START, Parts, predict
+from grpo_fast.trainer.workload import UNPADDED, Workload
 
 STEP = 128  # tokens: `longest` looks at multiples of this
 EIGHT_BIT = "adamw_torch_8bit"
+TWICE = ("fork", "bounded")  # routes that run the layers for the prompts, and for the completions
+NEVER = 1 << 62  # bytes
 
 
 def longest(config: Any, workload: Workload, budget_bytes: int) -> int:
@@ -49,8 +51,12 @@ def _changes(w: Workload) -> list[tuple[str, dict[str, Any]]]:
     fewer = max(most // 4, w.prompt_tokens + w.completion_tokens)
     rows = w.sampled * (w.prompt_tokens + w.completion_tokens)
     offer(not w.gradient_checkpointing, "--gradient_checkpointing", gradient_checkpointing=True)
-    offer(not w.share_prompts, "--share_prompts auto", share_prompts=True)
-    offer(w.share_prompts and not w.use_peft, "--share_prompts off", share_prompts=False)
+    offer(not w.share_prompts, "--share_prompts auto", share_prompts=True, route="auto")
+    if w.share_prompts and not w.use_peft:  # these use each weight once
+        if w.route not in UNPADDED:
+            offer(True, "--share_prompts packed", route="packed")
+        offer(w.route != "mask", "--share_prompts mask", route="mask")
+        offer(True, "--share_prompts off", share_prompts=False)
     offer(w.sampled > 1, f"--sampling_tokens {rows // 4}", sampling_tokens=rows // 4)
     offer(fewer < most, f"--micro_batch_tokens {fewer}", micro_batch_tokens=fewer)
     offer(w.optim == "adamw_torch", "--optim adamw_torch_fused", optim="adamw_torch_fused")
@@ -78,7 +84,12 @@ def advice(config: Any, workload: Workload, budget_bytes: int) -> list[str]:
     """
 
     def peak_of(one: Workload) -> int:
-        return predict(config, one, compared=False).peak
+        try:
+            return predict(config, one, compared=False).peak
+        except ValueError:
+            if one == workload:
+                raise
+            return NEVER  # this model has no such route
 
     peak = peak_of(workload)
     lines, alone_fits = [], peak <= budget_bytes
@@ -101,6 +112,28 @@ def advice(config: Any, workload: Workload, budget_bytes: int) -> list[str]:
         if best <= budget_bytes:
             lines.append(f"together {' '.join(chosen)}: peak {_gib(best)} GiB; fits")
             break
+    return lines
+
+
+def notes(parts: Parts, w: Workload) -> list[str]:
+    """Return what is special about the peak of a run, a sentence each."""
+    lines = []
+    if parts.phases.get(START) == parts.peak and w.fsdp:
+        lines += [
+            "The peak is at the start: each process has all weights on its device before they are "
+            "shared. Neither more processes nor shorter completions make it smaller."
+        ]
+    if parts.route in TWICE and not w.use_peft:
+        lines += [
+            f"Route {parts.route} uses each weight twice: its backward holds a second copy of the "
+            "gradients of all layers. Routes packed and mask do not, nor does --share_prompts off."
+        ]
+    if parts.host > parts.weights:
+        processes = f"{w.world_size} processes have" if w.world_size > 1 else "the process has"
+        lines += [
+            f"At the start {processes} all weights in the machine's memory, too: up to "
+            f"{_gib(parts.host)} GiB."
+        ]
     return lines
 
 
@@ -143,6 +176,7 @@ def table(config: Any, workload: Workload, budget_bytes: int) -> str:
         "",
         f"{'Fits' if fits else 'Does not fit'}: the predicted peak is {_gib(parts.peak)} GiB, "
         f"and {_gib(budget_bytes)} GiB can be used; {shared}.",
+        *notes(parts, w),
     ]
     length = longest(config, w, budget_bytes)
     lines += [

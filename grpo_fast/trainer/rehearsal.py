@@ -4,20 +4,24 @@ The real architecture runs at its real size, by the same functions as in trainin
 prompts, recomputed layers, the loss from hidden states. It takes a second or two, whatever the model.
 """
 
+import contextlib
 import copy
 import dataclasses
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeVar
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
 from grpo_fast import shared_prompt
 from grpo_fast.integrations.transformers import backbone_of, causal_lm, head_of
 from grpo_fast.loss import linear_grpo_loss
 from grpo_fast.objective import Objective
+from grpo_fast.shared_prompt import packing
 from grpo_fast.shared_prompt.caches import states
 from grpo_fast.shared_prompt.choice import can_pack
 from grpo_fast.shared_prompt.plans import Plan
@@ -25,6 +29,7 @@ from grpo_fast.shared_prompt.routes import ROUTES, Backbone
 from grpo_fast.trainer.allocations import META, Allocations, on_paper
 
 T = TypeVar("T", bound="Update | Sampling")
+LOWER_RIGHT = object()  # stands for PyTorch's mask of this name, which no dispatch mode can make
 
 
 class Batch(NamedTuple):
@@ -43,17 +48,20 @@ class Setting(NamedTuple):
         device: "cuda" or "cpu".
         autocast: the dtype of autocast, or None.
         recompute: whether the activations of layers are recomputed.
-        share: whether completions share the forward of their prompt, where that pays.
+        route: how completions share the forward of their prompt; "auto": where that pays.
         accumulates: whether gradients stay in `.grad`; else they are taken away at once.
         reference: whether the loss has a KL.
+        fresh: None: gradients of earlier micro-batches are there from the start. Else none is, they are
+            counted as they come, and of those that are taken away so many bytes stay for each element.
     """
 
     device: str
     autocast: torch.dtype | None
     recompute: bool
-    share: bool
+    route: str
     accumulates: bool
     reference: bool
+    fresh: float | None = None
 
 
 class Update(NamedTuple):
@@ -63,7 +71,7 @@ class Update(NamedTuple):
         route: how the prompts were shared.
         saved: what the forward of the layers leaves for the backward, casts of the weights included.
         forward, loss, late, early: the most in use in the forward, in the loss, and in the backward of the
-            last and of the first half of the layers, `saved` included.
+            last and of the first half of the layers, `saved` included, and gradients where they are fresh.
     """
 
     route: str
@@ -179,16 +187,28 @@ def _held(model: nn.Module, setting: Setting) -> tuple[Allocations, list[Any]]:
     for x in (*model.parameters(), *model.buffers()):
         counted.hold(x)
     for p in model.parameters():
-        if p.requires_grad and setting.accumulates:
+        if not p.requires_grad:
+            continue
+        if not setting.accumulates:
+            handles.append(p.register_post_accumulate_grad_hook(_Taken(setting.fresh or 0)))
+        elif setting.fresh is None:
             p.grad = torch.empty_like(p)
             counted.hold(p.grad)
-        elif p.requires_grad:
-            handles.append(p.register_post_accumulate_grad_hook(_drop))
     return counted, handles
 
 
-def _drop(p: Tensor) -> None:
-    p.grad = None
+class _Taken:
+    """Take a gradient away, and keep so many bytes for each element of it."""
+
+    def __init__(self, kept: float) -> None:
+        self.size = kept
+        self.kept: Tensor | None = None
+
+    def __call__(self, p: Tensor) -> None:
+        if self.size:
+            nbytes = int(self.size * p.numel())
+            self.kept = torch.empty(nbytes, dtype=torch.uint8, device=META)
+        p.grad = None
 
 
 def update(model: nn.Module, batch: Batch, setting: Setting) -> Update:
@@ -197,8 +217,8 @@ def update(model: nn.Module, batch: Batch, setting: Setting) -> Update:
     counted, handles = _held(model, setting)
     held = counted.live
     try:
-        with on_paper(setting.device, setting.autocast) as casts, counted:
-            route = shared_prompt.choose(model, plan, "auto" if setting.share else "unshared").route
+        with on_paper(setting.device, setting.autocast) as casts, _packed(), counted:
+            route = shared_prompt.choose(model, plan, setting.route).route
             per_row = None if can_pack(lm) else 1
             backbone = Backbone(lm, backbone_of(lm), setting.recompute, per_row)
             hidden = ROUTES[route](backbone, plan)
@@ -217,6 +237,24 @@ def update(model: nn.Module, batch: Batch, setting: Setting) -> Update:
             handle.remove()
         for p in model.parameters():
             p.grad = None
+
+
+@contextlib.contextmanager
+def _packed() -> Iterator[None]:
+    """Let the attention of packed rows be the one of `on_paper`, too, within that."""
+    attend = functional.scaled_dot_product_attention
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Any = None, **given: Any) -> Tensor:
+        if attn_mask is LOWER_RIGHT:  # no memory, and kernels that know it
+            return attend(q, k, v, is_causal=True)
+        return attend(q, k, v, attn_mask, **given)
+
+    with (
+        mock.patch.object(functional, "scaled_dot_product_attention", attention),
+        mock.patch.object(packing, "scaled_dot_product_attention", attention),
+        mock.patch.object(packing, "causal_lower_right", return_value=LOWER_RIGHT),
+    ):
+        yield
 
 
 def _loss(lm: Any, hidden: Tensor, plan: Plan, setting: Setting) -> Tensor:
@@ -238,7 +276,7 @@ def _loss(lm: Any, hidden: Tensor, plan: Plan, setting: Setting) -> Tensor:
 def sampling(model: nn.Module, P: int, rows: int, setting: Setting) -> Sampling:
     """Rehearse the forward of the prompts in `generate`."""
     lm = causal_lm(model)
-    counted, _ = _held(model, setting._replace(accumulates=True))
+    counted, _ = _held(model, setting._replace(accumulates=True, fresh=None))
     held = counted.live
     ids = torch.empty(rows, P, dtype=torch.int64, device=META)
     try:

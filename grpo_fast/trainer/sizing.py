@@ -4,11 +4,12 @@ Nothing is trained and no GPU is needed. Weights, gradients and optimizer state 
 architecture; activations and the loss are rehearsed on tensors without contents (`rehearsal`). Sizes are in
 bytes, and GiB are 2^30 bytes.
 
-Assumed: two steps or more were taken, so the optimizer has its state and gradients stay until the next
-update. All prompts and completions have their greatest length.
+Assumed: two steps or more were taken, so the optimizer has its state, and the gradients of a step stay until
+the next update begins. All prompts and completions have their greatest length.
 """
 
 import contextlib
+import dataclasses
 import functools
 import json
 import re
@@ -23,7 +24,7 @@ from grpo_fast.integrations.transformers import causal_lm, head_of
 from grpo_fast.trainer import rehearsal
 from grpo_fast.trainer.known_models import describe, known_config, tiny
 from grpo_fast.trainer.rehearsal import Batch, Sampling, Setting, Update
-from grpo_fast.trainer.workload import Workload
+from grpo_fast.trainer.workload import UNPADDED, Workload
 
 __all__ = [
     "Parts", "Workload", "describe", "known_config", "parse_size", "predict", "tiny",
@@ -32,6 +33,7 @@ GIB = 1 << 30
 UNITS = {"GB": GIB, "GIB": GIB, "MB": 1 << 20, "MIB": 1 << 20, "": 1}
 RESERVED, SHARE_RESERVED = GIB, 0.04  # see `parse_size`
 LAYERS = (4, 6)  # of the models that are rehearsed
+START = "start: all weights"  # a phase; with FSDP, before they are shared
 T = TypeVar("T", Update, Sampling)
 # Bytes of optimizer state for each trained element: the first pattern that is found in the name counts.
 # States of 8 and 4 bits have a float32 scale for each block of 256 and 128.
@@ -61,7 +63,9 @@ class Parts:
         loss, eager_loss: for the loss and its gradient: this project's, and with all logits in eager PyTorch.
         unshared: activations and work if each of these completions had its own prompt.
         kv_cache: keys and values of all tokens that are sampled together.
-        phases: the total in each phase of a step, by name.
+        phases: the total at the start and in each phase of a step, by name.
+        host: in the memory of the machine at the start: all weights in each process, before they go to its
+            GPU; 0 where no GPU is used, or weights are quantised as they are read.
     """
 
     parameters: int
@@ -81,6 +85,7 @@ class Parts:
     unshared: int
     kv_cache: int
     phases: dict[str, int]
+    host: int = 0
 
     @property
     def peak(self) -> int:
@@ -128,30 +133,35 @@ def predict(config: Any, workload: Workload, *, compared: bool = True) -> Parts:
         w.device,
         torch.bfloat16 if w.dtype == "bfloat16" else None,
         w.gradient_checkpointing,
-        w.share_prompts,
+        w.route if w.share_prompts else "unshared",
         accumulates=not w.masters and not w.fsdp,
         reference=w.beta > 0,
+        fresh=4 / w.sharers if w.at_once else None,
     )
     batch = Batch(w.prompt_tokens, w.completion_tokens, w.group_size, w.completions)
     sampling, loss, eager, unshared = Sampling(0, 0, 0), 0, 0, 0
     with _explained(config):
         found = _update(spec, batch, setting)
+        padded = _padded(w, found.route)
+        if padded.completions < w.completions:
+            return predict(config, padded, compared=compared)
         if w.sampled:
             sampling = _sampling(spec, w.prompt_tokens, w.sampled, setting)
         if compared:
             loss, eager = rehearsal.losses(model, batch.completions * batch.R, setting)
-            alone = _update(spec, batch, setting._replace(share=False))
-            unshared = int(max(alone.forward, alone.backward))
+            alone = _update(spec, batch, setting._replace(route="unshared"))
+            unshared = _layers(alone, w, model)
     held, extra = _held(model, w), _gathered(model, w)
     static, kv = sum(held.values()), int(sampling.per_token * w.sampled * (batch.P + batch.R))
+    fresh = held["gradients"] if w.at_once else 0  # they come with the backward
     phases = {
-        "forward": static + extra + int(found.forward),
-        "loss": static + extra + int(found.loss),
-        "backward": static + extra + found.backward,
+        START: _at_start(model, w),
+        "sampling": static + _in_sampling(model, config, w, sampling, kv) if w.sampled else 0,
+        "forward": static - fresh + extra + int(found.forward),
+        "loss": static - fresh + extra + int(found.loss),
+        "backward": static - fresh + extra + found.backward,
         "optimizer step": static + _in_step(model, w),
     }
-    if w.sampled:
-        phases = {"sampling": static + _in_sampling(model, config, w, sampling, kv)} | phases
     prompts = (
         batch.completions
         if found.route == "unshared"
@@ -165,13 +175,27 @@ def predict(config: Any, workload: Workload, *, compared: bool = True) -> Parts:
         tokens=prompts * batch.P + batch.completions * batch.R,
         route=found.route,
         activations=int(found.saved),
-        working=int(max(found.forward, found.backward) - found.saved) + extra,
+        working=_layers(found, w, model) - int(found.saved) + extra,
         loss=loss,
         eager_loss=eager,
         unshared=unshared + extra if unshared else 0,
         kv_cache=kv,
-        phases=phases,
+        phases={name: nbytes for name, nbytes in phases.items() if nbytes},
+        host=w.world_size * _whole(model, w) if w.device == "cuda" and not w.quantize else 0,
     )
+
+
+def _padded(w: Workload, route: str) -> Workload:
+    """Return the workload with the route that was found; the trainer cuts a micro-batch that it pads anew."""
+    if route == "unshared":
+        return dataclasses.replace(w, share_prompts=False)
+    return w if route in UNPADDED else dataclasses.replace(w, route=route)
+
+
+def _layers(found: Update, w: Workload, model: nn.Module) -> int:
+    """Return the most that the layers need beyond weights and gradients."""
+    fresh = _held(model, w)["gradients"] if w.at_once else 0
+    return int(max(found.forward, found.backward - fresh))
 
 
 @contextlib.contextmanager
@@ -299,14 +323,45 @@ def _gathered(model: nn.Module, w: Workload) -> int:
     if w.quantize:
         extra = 2 * max(layer.weight.numel() for layer in _frozen_layers(model))
     if w.fsdp:
-        names = set(causal_lm(model)._no_split_modules or ())
-        layers = [m for m in model.modules() if type(m).__name__ in names]
-        inside = [sum(p.numel() for p in layer.parameters()) for layer in layers]
-        root = sum(p.numel() for p in model.parameters()) - sum(inside)
-        largest = max(inside, default=0)
+        root, largest = _units(model)
         # The gradient of a layer is float32 before it is shared out.
         extra += w.base.itemsize * (root + 2 * largest) + 4 * largest
     return extra
+
+
+def _units(model: nn.Module) -> tuple[int, int]:
+    """Return the weights outside the decoder layers, and those of the largest layer: the units of FSDP."""
+    names = set(causal_lm(model)._no_split_modules or ())
+    layers = [m for m in model.modules() if type(m).__name__ in names]
+    inside = [sum(p.numel() for p in layer.parameters()) for layer in layers]
+    return sum(p.numel() for p in model.parameters()) - sum(inside), max(inside, default=0)
+
+
+def _whole(model: nn.Module, w: Workload) -> int:
+    """Return the bytes of all weights as a process loads them; FSDP trains float32 weights."""
+    base, adapter = (_parameters(model, adapter=adapter) for adapter in (False, True))
+    if w.fsdp and (not w.use_peft or w.weights == "float32"):
+        return 4 * sum(p.numel() for p in base) + _nbytes(adapter)
+    return _nbytes(base) + _nbytes(adapter)
+
+
+def _at_start(model: nn.Module, w: Workload) -> int:
+    """Return the most that a device needs before the first step, with no optimizer and no gradient.
+
+    Each process loads all weights on the CPU, looks whether they are finite, and puts them on its device.
+    With FSDP they are shared out there, layer by layer, after the copy for the KL was made.
+    """
+    copies = 2 if w.beta > 0 and not w.use_peft else 1
+    whole = _whole(model, w)
+    before = 0  # less than in a step
+    if w.fsdp:  # the shares of a layer are made before its weights are freed
+        before = copies * whole + 4 * _units(model)[1] // w.sharers
+    if w.device != "cpu":
+        return before
+    base = _parameters(model, adapter=False)
+    # Absolute values and two masks of one byte for each element.
+    check = max(p.numel() for p in base) * (whole // sum(p.numel() for p in base) + 2)
+    return max(before, whole + check)
 
 
 def _in_step(model: nn.Module, w: Workload) -> int:
@@ -316,13 +371,22 @@ def _in_step(model: nn.Module, w: Workload) -> int:
         return 3 * max(sizes)
     if "fused" in w.optim or re.search("bit|bnb|adafactor", w.optim):
         return 0
-    return sum(sizes) // w.sharers if w.device == "cuda" else 2 * max(sizes)
+    if w.device == "cuda":
+        return sum(sizes) // w.sharers
+    # One weight after the other: two temporaries, and the last one of the weight before.
+    before = [0, *sizes[:-1]]
+    return max(2 * size + last for size, last in zip(sizes, before, strict=True)) // w.sharers
 
 
 def _in_sampling(model: nn.Module, config: Any, w: Workload, sampling: Sampling, kv: int) -> int:
     """Return the most that sampling needs: for the prompts, or for the last token."""
     text = config.get_text_config()
-    logits = 4 * 4 * w.sampled * text.vocab_size  # float32: logits, scores, probabilities, sums
+    # The model's logits; in float32 these, the scores of the last token and of this one; in float64
+    # probabilities and their sums.
+    each = (2 if w.dtype == "bfloat16" else 4) + 2 * 4 + 2 * 8
+    logits = each * w.sampled * text.vocab_size
     one_layer = kv // text.num_hidden_layers  # its keys and values are copied for each token
-    whole = _nbytes(list(model.parameters())) if w.fsdp else _gathered(model, w)
+    whole = _gathered(model, w)
+    if w.fsdp:  # all weights are gathered, through buffers for two layers
+        whole = _nbytes(list(model.parameters())) + 2 * w.base.itemsize * _units(model)[1]
     return whole + int(max(sampling.prefill, sampling.casts + kv + one_layer + logits))

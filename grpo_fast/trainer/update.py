@@ -22,6 +22,7 @@ from grpo_fast.trainer.forward import Forward, Layout, MicroBatch
 from grpo_fast.trainer.model import Policy
 from grpo_fast.trainer.parallel import Team, shard
 from grpo_fast.trainer.rollout import Rollout
+from grpo_fast.trainer.workload import BUSY
 
 
 class Masters:
@@ -360,9 +361,6 @@ class Learner:
 
 def _sum_and_count(values: list[Tensor]) -> tuple[float, int]:
     return sum(x.double().sum().item() for x in values), sum(x.numel() for x in values)
-
-
-BUSY = 4096  # tokens: the products of a forward are large enough then
 
 
 class Size(NamedTuple):

@@ -7,6 +7,10 @@ import torch
 
 from grpo_fast.trainer.config import TrainConfig
 
+# Tokens: a padded micro-batch that has so many takes no further prompt. Its products are large enough.
+BUSY = 4096
+UNPADDED = ("auto", "packed")  # routes whose micro-batches are filled up; "auto" tries this first
+
 
 @dataclass(frozen=True)
 class Workload:
@@ -16,6 +20,8 @@ class Workload:
         prompt_tokens, completion_tokens: the greatest lengths.
         group_size: completions of a prompt.
         micro_batch_tokens: most tokens of one forward, shared prompts counted once; None: no limit.
+        share_prompts: whether completions may share the forward of their prompt.
+        route: how they then do; "auto": as `shared_prompt.choose` finds best.
         weights: "float32", "bfloat16" (float32 copies in the optimizer) or "bfloat16_only"; "auto": `dtype`.
         dtype: of the activations, "float32" or "bfloat16".
         optim: the optimizer, by its name in transformers.
@@ -48,6 +54,7 @@ class Workload:
     sampling_tokens: int | None = 65_536
     prompts_per_step: int | None = None
     device: str = "cuda"
+    route: str = "auto"
 
     @property
     def base(self) -> torch.dtype:
@@ -74,9 +81,17 @@ class Workload:
         if most is None:
             return count
         if not self.share_prompts:
-            return min(count, max(1, most // (P + R)))
-        full, left = divmod(most, P + self.group_size * R)
-        return min(count, max(1, full * self.group_size + max(0, (left - P) // R)))
+            return min(count, max(1, most // (P + R)), -(-BUSY // (P + R)))
+        group = P + self.group_size * R
+        full, left = divmod(most, group)
+        fit = min(count, max(1, full * self.group_size + max(0, (left - P) // R)))
+        return fit if self.route in UNPADDED else min(fit, -(-BUSY // group) * self.group_size)
+
+    @property
+    def at_once(self) -> bool:
+        """Whether a step has one micro-batch: no gradient is there before its backward."""
+        prompts = self.prompts_per_step
+        return prompts is not None and self.completions == self.group_size * prompts
 
     @property
     def sampled(self) -> int:
@@ -120,4 +135,5 @@ def of(config: TrainConfig, prompt_tokens: int, processes: int = 1) -> Workload:
         sampling_tokens=0 if config.server else config.sampling_tokens,
         prompts_per_step=max(1, config.prompts_per_step // processes),
         device="cpu" if config.device == "cpu" else "cuda",
+        route="auto" if config.share_prompts == "off" else config.share_prompts,
     )

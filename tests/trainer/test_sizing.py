@@ -1,6 +1,15 @@
-"""The predicted memory of a run: against measured updates, published sizes, and arithmetic."""
+"""The predicted memory of a run: against measured updates and processes, published sizes, and arithmetic.
+
+`pytest tests/trainer/test_sizing.py -k whole_process --slow -s` measures all processes, and prints a row for
+each of them.
+"""
 
 import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -13,9 +22,14 @@ from grpo_fast import Objective, shared_prompt
 from grpo_fast.integrations.transformers import causal_lm
 from grpo_fast.loss import linear_grpo_loss
 from grpo_fast.trainer import fitting, sizing
+from grpo_fast.trainer import workload as workloads
 from grpo_fast.trainer.allocations import Allocations
+from grpo_fast.trainer.config import TrainConfig
 from grpo_fast.trainer.known_models import KNOWN
-from grpo_fast.trainer.sizing import GIB, Workload
+from grpo_fast.trainer.model import character_tokenizer
+from grpo_fast.trainer.rollout import Rollout
+from grpo_fast.trainer.sizing import GIB, START, Workload
+from grpo_fast.trainer.update import micro_batches_of
 
 PUBLISHED = {  # numbers of weights
     "Qwen2.5-0.5B": 494_032_768,
@@ -50,7 +64,10 @@ def small(kind, **sizes):
 CASES = {
     "llama": (small("llama"), {}),
     "llama, recomputed": (small("llama"), {"gradient_checkpointing": True}),
-    "llama, fork": (small("llama"), {"prompt_tokens": 256, "completion_tokens": 32}),
+    "llama, fork": (
+        small("llama"),
+        {"prompt_tokens": 256, "completion_tokens": 32, "route": "fork"},
+    ),
     "qwen2, unshared, tied, large vocabulary": (
         small("qwen2", vocab_size=16_384, tie_word_embeddings=True),
         {"share_prompts": False},
@@ -68,6 +85,11 @@ CASES = {
         small("qwen3", head_dim=64, hidden_size=256, vocab_size=16_384, tie_word_embeddings=True),
         {"prompt_tokens": 8, "completion_tokens": 8},
     ),
+    "llama, one micro-batch": (small("llama"), {"share_prompts": False, "prompts_per_step": 1}),
+    "llama, one micro-batch, many weights": (
+        small("llama", hidden_size=384, intermediate_size=1536),
+        {"completion_tokens": 64, "prompts_per_step": 1},
+    ),
     "llama, many weights": (
         small("llama", hidden_size=384, intermediate_size=1536),
         {"prompt_tokens": 8, "completion_tokens": 8},
@@ -76,7 +98,10 @@ CASES = {
 
 
 def measured_peak(config, workload):
-    """Take two optimizer steps of two micro-batches on real tensors, and return the peak of the second."""
+    """Take two optimizer steps on real tensors, and return the peak of the second.
+
+    Each is of two micro-batches, unless the workload has one in a step.
+    """
     torch.manual_seed(0)
     w = workload
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
@@ -90,12 +115,12 @@ def measured_peak(config, workload):
     prompts, completions = torch.randint(512, (2, P)), torch.randint(512, (2, G, R))
     plans = [
         shared_prompt.plan(prompts[i].repeat(G, 1), completions[i], group_size=G) for i in (0, 1)
-    ]
+    ][: w.prompts_per_step]
     counted = Allocations()
     for x in (*model.parameters(), *model.buffers()):
         counted.hold(x)
     reference = counted.live if w.beta and not w.use_peft else 0
-    route = "auto" if w.share_prompts else "unshared"
+    route = w.route if w.share_prompts else "unshared"
     objective = Objective.preset("grpo", beta=w.beta)
 
     def loss(hidden, head, plan):
@@ -133,6 +158,170 @@ def test_a_prediction_is_the_peak_of_a_real_update(name):
     workload = dataclasses.replace(SHORT, **changed)
     found = sizing.predict(config, workload, compared=False)
     assert found.peak == pytest.approx(measured_peak(config, workload), rel=0.02)
+
+
+def test_a_tied_head_has_two_gradients_at_once_and_no_third_one():
+    # Autograd adds the second one to the first in place, though not within a dispatch mode.
+    weight = torch.nn.Parameter(torch.randn(4096, 256))
+    ids = torch.tensor([3, 5])
+    with Allocations() as counted:
+        counted.hold(weight)
+        hidden = torch.nn.functional.embedding(ids, weight).tanh()
+        loss = torch.nn.functional.linear(hidden, weight).logsumexp(-1).sum()
+        counted.peak = before = counted.live
+        loss.backward()
+    gradient = weight.numel() * 4
+    assert (counted.peak - before) / gradient == pytest.approx(2, abs=0.1)
+    assert (counted.live - before) / gradient == pytest.approx(1, abs=0.1)
+
+
+def test_a_gradient_that_goes_two_ways_is_not_overwritten():
+    x = torch.randn(1024, 1024, requires_grad=True)
+    with Allocations() as counted:
+        loss = ((x + x) * 3).sum()
+        counted.peak = before = counted.live
+        loss.backward()
+    # The gradient of the sum, which both operands have, and their own sum.
+    assert (counted.peak - before) / (x.numel() * 4) == pytest.approx(2, abs=0.1)
+    assert x.grad.eq(6).all()
+
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+END = 1  # never sampled, so that all completions have their greatest length
+MASK, FORK = {"share_prompts": "mask"}, {"share_prompts": "fork"}
+# A model, the length of the prompts, and options of `train`; the phase with the peak differs.
+PROCESSES = {
+    "full, tied, 65,536 entries": (
+        ("qwen2", {"vocab_size": 65_536, "hidden_size": 256, "num_hidden_layers": 2}, True),
+        8,
+        {"max_new_tokens": 8, "prompts_per_step": 2, "micro_batch_tokens": 40, **MASK},
+    ),
+    "full, untied, weights": (
+        ("llama", {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 4}, False),
+        16,
+        {"max_new_tokens": 16, **MASK},
+    ),
+    "full, untied, activations": (
+        ("llama", {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4}, False),
+        64,
+        {"max_new_tokens": 64, "group_size": 8, "share_prompts": "off"},
+    ),
+    "full, recomputed, fork": (
+        ("llama", {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6}, False),
+        256,
+        {"max_new_tokens": 64, "group_size": 8, "gradient_checkpointing": True, **FORK},
+    ),
+    "full, several micro-batches": (
+        ("llama", {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 4}, False),
+        64,
+        {"max_new_tokens": 32, "prompts_per_step": 2, "micro_batch_tokens": 200, **MASK},
+    ),
+    "full, bfloat16, float32 copies": (
+        ("llama", {"hidden_size": 512, "intermediate_size": 2048, "vocab_size": 16_384}, False),
+        32,
+        {"max_new_tokens": 16, "dtype": "bfloat16", "weights": "bfloat16", **MASK},
+    ),
+    "full, KL": (
+        ("qwen3", {"hidden_size": 512, "intermediate_size": 1536, "vocab_size": 8192}, False),
+        32,
+        {"max_new_tokens": 16, "beta": 0.04, **MASK},
+    ),
+    "LoRA, fork": (
+        ("qwen3", {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4}, False),
+        256,
+        {"max_new_tokens": 64, "use_peft": True, **FORK},
+    ),
+    "LoRA, tied, recomputed, 32,768 entries": (
+        ("qwen2", {"hidden_size": 256, "intermediate_size": 1024, "vocab_size": 32_768}, True),
+        256,
+        {"max_new_tokens": 96, "use_peft": True, "gradient_checkpointing": True, **FORK},
+    ),
+    "LoRA, tied, 64 completions sampled": (
+        ("qwen2", {"vocab_size": 65_536, "hidden_size": 64, "num_hidden_layers": 2}, True),
+        8,
+        {"max_new_tokens": 4, "group_size": 64, "use_peft": True, **FORK},
+    ),
+}
+FEW = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+TRAIN = """
+import re, sys
+from grpo_fast.trainer.cli import main
+status = main(["train", *sys.argv[1:]])
+print("peak", re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
+sys.exit(status)
+"""
+REWARD = """
+import itertools
+count = itertools.count()
+def noise(completions, **_):
+    return [float(next(count) % 3) for _ in completions]
+"""
+
+
+def write_model(folder, model):
+    """Write a model with random weights that never samples END, and its tokenizer."""
+    kind, sizes, tied = model
+    tokenizer = character_tokenizer(LETTERS)
+    ends = {"bos_token_id": None, "eos_token_id": END, "pad_token_id": 0}
+    config = small(kind, **sizes, tie_word_embeddings=tied, **ends)
+    written = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        written.get_input_embeddings().weight[:, 0] = 10.0
+        written.get_output_embeddings().weight[END] = 0.0
+        written.get_output_embeddings().weight[END, 0] = -30.0
+    written.generation_config.update(**ends)
+    written.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return config
+
+
+def trained(folder, model, P, options):
+    """Run `train` for two steps in a process; return its peak of resident memory, and the prediction."""
+    folder.mkdir()
+    config = write_model(folder / "model", model)
+    prompts = ["".join(LETTERS[(7 * i + j * j) % 26] for j in range(P)) for i in range(8)]
+    rows = [json.dumps({"prompt": prompt, "answer": ""}) for prompt in prompts]
+    (folder / "data.jsonl").write_text("\n".join(rows))
+    (folder / "noise.py").write_text(REWARD)
+    options = {
+        "model": str(folder / "model"), "dataset": str(folder / "data.jsonl"), "steps": 2,
+        "reward": ["noise:noise"], "reward_dir": str(folder), "output_dir": str(folder / "runs"),
+        "name": "run", "device": "cpu", "dtype": "float32", "threads": 1, "beta": 0.0, "heldout": 1,
+        "samples": 0, "completions_steps": 0, "prompts_per_step": 1, "group_size": 4, **options,
+    }  # fmt: skip
+    given = {name: x[0] if isinstance(x, list) else x for name, x in options.items()}
+    arguments = [f"--{name}" if x is True else f"--{name}={x}" for name, x in given.items()]
+    # Memory that is freed goes back to the system at once.
+    exact = {
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+        "MALLOC_TRIM_THRESHOLD_": "0",
+        "MALLOC_ARENA_MAX": "1",
+    }
+    env = {**os.environ, **exact, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", TRAIN, *arguments], env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    metrics = [json.loads(x) for x in (folder / "runs/run/metrics.jsonl").read_text().splitlines()]
+    assert [row["completion_length"] for row in metrics] == [options["max_new_tokens"]] * 2
+    found = sizing.predict(config, workloads.of(TrainConfig(**options), P), compared=False)
+    return int(re.search(r"peak (\d+)", done.stdout)[1]) << 10, found
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="VmHWM is of Linux")
+@pytest.mark.parametrize("name", PROCESSES)
+def test_a_prediction_is_the_peak_of_a_whole_process(name, tmp_path, request):
+    if name != next(iter(PROCESSES)) and not request.config.getoption("--slow"):
+        pytest.skip("one process of these stands for all without --slow")
+    (kind, sizes, tied), P, options = PROCESSES[name]
+    least, few = trained(tmp_path / "few", (kind, FEW, tied), 4, options | {"max_new_tokens": 4})
+    most, many = trained(tmp_path / "many", (kind, sizes, tied), P, options)
+    predicted, measured = many.peak - few.peak, most - least
+    phase = max(many.phases, key=many.phases.get)
+    share = 100 * (predicted / measured - 1)
+    sizes = f"{predicted / 2**20:.0f} MiB | {measured / 2**20:.0f} MiB | {share:+.1f} %"
+    print(f"\n| {name} | {phase}, {many.route} | {sizes} |")
+    assert predicted == pytest.approx(measured, rel=0.10)
 
 
 def test_many_layers_are_extrapolated_from_a_few(monkeypatch):
@@ -229,6 +418,69 @@ def test_a_batch_is_filled_up_to_its_tokens():
     assert dataclasses.replace(workload, sampling_tokens=112 * 3 + 5).sampled == 3
 
 
+@pytest.mark.parametrize("layout", ["packed", "shared", "apart"])
+@pytest.mark.parametrize("sizes", [(512, 256, 8), (64, 1024, 4), (600, 900, 2), (100, 40, 16)])
+def test_micro_batches_have_as_many_completions_as_those_of_the_trainer(sizes, layout):
+    P, R, G = sizes
+    route = "fork" if layout == "shared" else "auto"
+    planned = Workload(P, R, G, share_prompts=layout != "apart", route=route, prompts_per_step=8)
+    prompts = torch.arange(8).repeat_interleave(G)[:, None].expand(-1, P)
+    ones = torch.ones(8 * G, R, dtype=torch.bool)
+    texts = [""] * len(ones)
+    rollout = Rollout(
+        prompts, torch.ones_like(prompts), ones.long(), ones, ones[:, 0], texts, texts
+    )
+    config = TrainConfig(model="none", group_size=G, micro_batch_tokens=planned.micro_batch_tokens)
+    found = micro_batches_of(rollout, ones[:, 0], config, layout)
+    assert max(map(len, found)) == planned.completions
+    assert (len(found) == 1) == planned.at_once
+
+
+def test_the_start_of_fsdp_takes_all_weights_of_each_process():
+    config = small("llama", num_hidden_layers=24, vocab_size=64)
+    plain = Workload(
+        prompt_tokens=4, completion_tokens=4, world_size=64, fsdp=True, prompts_per_step=1,
+        group_size=2, share_prompts=False,
+    )  # fmt: skip
+    found = sizing.predict(config, plain, compared=False)
+    layer = (found.parameters - 2 * 64 * 128 - 128) // 24
+    assert found.phases[START] == found.peak == 4 * found.parameters + 4 * layer // 64
+    assert found.host == 64 * 4 * found.parameters
+    more = dataclasses.replace(plain, beta=0.04)
+    with_copy = sizing.predict(config, more, compared=False).phases[START]
+    assert with_copy - found.phases[START] == 4 * found.parameters
+    lora = dataclasses.replace(more, use_peft=True)
+    adapted = sizing.predict(config, lora, compared=False)
+    whole = 2 * found.parameters + 4 * adapted.trained
+    assert adapted.phases[START] == pytest.approx(whole, rel=0.03)
+    text = fitting.table(config, more, found.peak)
+    assert "The peak is at the start" in text
+    assert "--beta 0: saves" in text
+    assert "At the start 64 processes have all weights in the machine's memory" in text
+
+
+def test_without_fsdp_a_gpu_needs_least_at_the_start():
+    found = sizing.predict(
+        small("llama"), dataclasses.replace(SHORT, device="cuda", route="fork"), compared=False
+    )
+    assert START not in found.phases
+
+
+def test_advice_names_another_route_than_fork():
+    config = small("llama", hidden_size=512, intermediate_size=2048)
+    fork = dataclasses.replace(SHORT, completion_tokens=16, group_size=2, route="fork")
+    text = "\n".join(fitting.advice(config, fork, GIB))
+    assert "--share_prompts mask: saves" in text
+    assert "--share_prompts off: saves" in text
+
+    def notes(work):
+        return fitting.notes(sizing.predict(config, work, compared=False), work)
+
+    assert "Route fork uses each weight twice" in notes(fork)[0]
+    assert notes(dataclasses.replace(fork, route="mask")) == []
+    assert notes(dataclasses.replace(fork, use_peft=True)) == []
+
+
 def test_longest_is_where_the_peak_meets_the_budget():
     config = small("llama", max_position_embeddings=2048)
     workload = dataclasses.replace(SHORT, prompts_per_step=1)
@@ -245,7 +497,10 @@ def test_longest_is_where_the_peak_meets_the_budget():
 
 def test_the_table_says_whether_it_fits_and_what_helps():
     config = small("llama", hidden_size=256, intermediate_size=1024)
-    workload = dataclasses.replace(SHORT, device="cuda", sampling_tokens=None, prompts_per_step=1)
+    workload = dataclasses.replace(
+        SHORT, device="cuda", sampling_tokens=None, prompts_per_step=1, completion_tokens=512,
+        route="fork",
+    )  # fmt: skip
     peak = sizing.predict(config, workload, compared=False).peak
     text = fitting.table(config, workload, peak)
     assert "Fits: the predicted peak is" in text
