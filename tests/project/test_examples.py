@@ -32,7 +32,7 @@ def test_plain_loop():
 def test_shared_prompts(capsys):
     assert_learnt(load("shared_prompts").main())
     printed = capsys.readouterr().out
-    assert re.match(r"route (mask|fork): .* times the work\n", printed)
+    assert re.match(r"route (packed|mask|fork): .* times the work\n", printed)
     assert "within the tolerance" in printed
 
 

@@ -252,8 +252,8 @@ and torch {torch}, on a CPU in float32. The {total} model types on which
 each, of different lengths; one prompt was longer than the windows. The log-probs and the gradients of
 all parameters by the routes "packed", "mask", "fork" and "bounded" were compared with those of the
 model's own logits. A route is listed if the largest error is at most {tolerance} of the largest
-entry{rounded}. "bounded" does what "fork" does, and is exact for the same models. "flex" makes the masks of "mask"
-in another form; it needs a GPU and was not tried.
+entry{rounded}. "bounded" does what "fork" does, and is exact for the same models. "flex" makes the
+masks of "mask" in another form; it needs a GPU and was not tried.
 
 `route="auto"` was run on all of them, and chose a route that is listed, or "unshared".
 """
