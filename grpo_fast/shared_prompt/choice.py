@@ -10,16 +10,16 @@ from transformers import cache_utils
 from grpo_fast.integrations.transformers import COMPILED, causal_lm, text_config, wrappers
 from grpo_fast.shared_prompt.caches import is_recurrent, new_cache
 from grpo_fast.shared_prompt.masks import BLOCKS, BOOLEAN, FLOAT
-from grpo_fast.shared_prompt.packing import SDPA
+from grpo_fast.shared_prompt.packing import SDPA, pairs_in_masks
 from grpo_fast.shared_prompt.plans import Plan
 from grpo_fast.shared_prompt.recompute import asks_for_recomputation, checkpointed_layers
-from grpo_fast.shared_prompt.routes import ROUTES, least_work, parameters_of, second_pass
+from grpo_fast.shared_prompt.routes import COPY, ROUTES, least_work, parameters_of, second_pass
 
 SHARING = ("packed", "mask", "flex", "fork")  # what "auto" chooses from
 SEVERAL = "several in a row"  # a fork with several completions in a row, in `INEXACT`
 # Below, sharing does not pay for its additional work. That of `packed` is in its estimate.
 LEAST_GAIN = {"packed": 1.05, "mask": 1.3, "flex": 1.3, "fork": 1.3}
-LARGEST_MASK = 2**28  # bytes; a dense mask has one for each pair of tokens in a row
+LARGEST_MASK = 2**28  # pairs of tokens; a dense mask has a byte or more for each
 # FlexAttention is slower than rows without sharing up to about this length (KempnerForge#207).
 SHORTEST_FLEX = 1024
 # What the second pass of a fork costs besides its tokens, in tokens of a forward: launches, and smaller
@@ -93,6 +93,8 @@ def choose(model: nn.Module, plan: Plan, route: str = "auto") -> Choice:
     obstacles = {name: obstacle(model, plan, name) for name in SHARING}
     if not obstacles["mask"] and len(plan.prompt_lengths) * plan.row_length**2 > LARGEST_MASK:
         obstacles["mask"] = "its dense mask would be too large"
+    if not obstacles["packed"] and pairs_in_masks(plan, text_config(lm)) > LARGEST_MASK:
+        obstacles["packed"] = "the masks of its completions would be too large"
     if not obstacles["flex"] and plan.row_length < SHORTEST_FLEX:
         obstacles["flex"] = f"FlexAttention is slow below {SHORTEST_FLEX} tokens in a row"
     possible = [name for name in SHARING if not obstacles[name]]
@@ -142,7 +144,9 @@ def work(plan: Plan, route: str, hidden_size: int, packs: bool = False) -> float
         own = fed * (prompts[plan.prompt_of_here] + fed)
         # Of prompts without the pairs that are masked.
         seen = int(prompts.square().sum()) / 2 + int(own.sum())
-        return tokens(plan) + seen * pair + (K + len(fed)) * OWN_ATTENTION[device]
+        copies = int(prompts[plan.prompt_of_here][fed > 0].sum())  # of keys and values of prompts
+        own_calls = (K + len(fed)) * OWN_ATTENTION[device]
+        return tokens(plan) + seen * pair + copies * COPY + own_calls
     second = second_pass(plan, hidden_size, least_work(plan, hidden_size) if packs else 1)
     return K * P * (1 + P * pair) + second + SECOND_PASS[device]
 
@@ -175,6 +179,8 @@ def obstacle(model: nn.Module, plan: Plan, route: str) -> str | None:
         return known
     if route == "packed" and compiled(model):
         return "the model is compiled: each batch would have other segments, and a graph of its own"
+    if route == "packed" and checkpoints_reentrantly(model):
+        return "reentrant checkpointing copies the arguments of layers: use checkpoint_impl=NO_REENTRANT"
     return (_fork_obstacle if route in ("fork", "bounded") else _mask_obstacle)(lm, plan, route)
 
 
@@ -261,11 +267,18 @@ def _mask_obstacle(lm: Any, plan: Plan, route: str) -> str | None:
 
 def compiled(model: nn.Module) -> bool:
     """Tell whether a model, or a part of it, is compiled by `torch.compile`."""
-    kinds = (
-        vars(x).get("_compiled_call_impl") is not None or COMPILED in x._modules
+    return torch.compiler.is_compiling() or any(
+        vars(x).get("_compiled_call_impl") is not None
+        or COMPILED in x._modules
+        or hasattr(x.forward, "_torchdynamo_orig_callable")
         for x in model.modules()
     )
-    return torch.compiler.is_compiling() or any(kinds)
+
+
+def checkpoints_reentrantly(model: nn.Module) -> bool:
+    """Tell whether PyTorch's own wrapper recomputes a part of a model by reentrant checkpointing."""
+    kinds = (getattr(x, "checkpoint_impl", None) for x in model.modules())
+    return any(getattr(x, "name", None) == "REENTRANT" for x in kinds)
 
 
 def recurrent(lm: Any) -> bool:

@@ -6,12 +6,14 @@ one sequence of tokens.
 """
 
 import functools
+import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
+from torch.backends.cuda import SDPAParams, can_use_flash_attention
+from torch.nn.attention.bias import CausalBias, causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -21,7 +23,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from grpo_fast.shared_prompt.plans import Plan
 
 SDPA = "sdpa"  # the implementation of attention that can take a row apart
-LAYOUT, TAKES_APART = "grpo_fast_layout", "grpo_fast_takes_apart"  # attributes
+# What configurations call windows and chunks of attention, of which transformers makes masks.
+WINDOWS = ("sliding_window", "attention_chunk_size")
+# What code may ask of the mark that stands for a mask.
+HARMLESS = {"__get__", "size", "dim", "numel", "stride", "is_floating_point", "is_complex"}
 
 
 class Group(NamedTuple):
@@ -102,12 +107,11 @@ class Layout:
 
     Args:
         function: tells of two places in a sequence whether the first attends to the second, as the functions
-            of `transformers.masking_utils` do.
+            of `transformers.masking_utils` for causal attention, windows and chunks do.
     """
 
     def __init__(self, row: Row, function: Callable[..., Any]) -> None:
-        self.row = row
-        self.function = None if function is causal_mask_function else function
+        self.row, self.function = row, function
         self._made: dict[Any, Tensor] = {}
         prompts = [row.sizes[x.members[0]] for x in row.groups if x.prompt is None]
         completions = [row.sizes[x.members[0]] for x in row.groups if x.prompt is not None]
@@ -119,7 +123,7 @@ class Layout:
         Args:
             query: of the segment; the mask is on its device, and in its dtype.
         """
-        if self.function is not None:
+        if not self.sees_all(before + length):
             return self._kept((before, length), query, self._of_function)
         if before == 0 or length == 1:
             return None
@@ -129,6 +133,13 @@ class Layout:
         prompt, longest = self.longest
         whole = self._kept((prompt, longest), query, self._causal)
         return whole[..., :length, prompt - before : prompt + length]
+
+    def sees_all(self, length: int) -> bool:
+        """Tell whether the last of so many tokens attends to the first: then no window is shorter."""
+        if self.function is causal_mask_function:
+            return True
+        zero, last = torch.zeros(1, dtype=torch.int64), torch.tensor([length - 1])
+        return bool(torch.as_tensor(self.function(zero, zero, last, zero)).all())
 
     def _kept(self, sizes: tuple[int, int], query: Tensor, make: Callable[..., Tensor]) -> Tensor:
         key = (*sizes, query.dtype, query.device)
@@ -141,7 +152,6 @@ class Layout:
     def _of_function(self, before: int, length: int, device: torch.device) -> Tensor:
         zero = torch.zeros((), dtype=torch.int64, device=device)
         places = torch.arange(before + length, device=device)
-        assert self.function is not None
         seen = self.function(
             zero.view(1, 1, 1, 1), zero, places[None, None, before:, None], places[None, None, None]
         )
@@ -149,49 +159,121 @@ class Layout:
 
     @staticmethod
     def _causal(before: int, length: int, device: torch.device) -> Tensor:
-        return torch.ones(1, 1, length, before + length, dtype=torch.bool, device=device).tril(
-            before
-        )
+        seen = torch.ones(1, 1, length, before + length, dtype=torch.bool, device=device)
+        return seen.tril(before)
 
 
-def marked(row: Row, function: Callable[..., Any]) -> Tensor:
-    """Return what stands for the mask of a row: no token sees another, and the layout is an attribute.
+def pairs_in_masks(plan: Plan, config: Any) -> int:
+    """Return the number of pairs of tokens in the masks of a plan's row.
 
-    It has the shape that models expect, and no memory.
+    Args:
+        config: the configuration of the language model.
     """
+    windows = [getattr(config, name, None) for name in WINDOWS]
+    window = min((x for x in windows if isinstance(x, int)), default=None)
+    prompts, fed = plan.prompt_lengths, plan.fed
+    whole = 0 if plan.prompt_ids.is_cuda else int(prompts.max()) * int(fed.max())
+    whole += 0 if plan.prompt_ids.is_cuda else int(fed.max()) ** 2
+    if window is None:
+        return whole
+    before = prompts[plan.prompt_of_here]
+    apart = torch.stack([before, fed], 1)[before + fed > window].unique(dim=0)
+    alone = prompts[prompts > window].unique()
+    return whole + int((apart[:, 1] * apart.sum(1)).sum()) + int(alone.square().sum())
+
+
+class Mark(Tensor):
+    """Stands for the mask of a row: attention of kind sdpa finds the layout in it, and others an error.
+
+    It has the shape that models expect of a mask, and no memory.
+    """
+
+    of_row: Layout | None = None  # of a copy that torch made: None
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = getattr(func, "__name__", str(func))
+        if name in HARMLESS:
+            return super().__torch_function__(func, types, args, kwargs or {})
+        if name == "to":
+            with torch._C.DisableTorchFunctionSubclass():
+                found = func(*args, **(kwargs or {}))
+            if found is args[0]:
+                return found
+        raise _misused(repr(name))
+
+
+def _misused(what: str) -> RuntimeError:
+    return RuntimeError(
+        f"shared_prompt: route 'packed': {what} was called with what stands for the mask of its row. Only "
+        "transformers' attention of kind sdpa can use that, and not the model's own code, a hook, a "
+        "compiled forward or reentrant checkpointing: take route 'mask' or 'fork'"
+    )
+
+
+def marked(row: Row, function: Callable[..., Any]) -> Mark:
+    """Return what stands for the mask of a row in one kind of layer."""
     take_apart()
     S = row.ids.shape[1]
     found = torch.zeros((), dtype=torch.bool, device=row.ids.device).expand(1, 1, S, S)
-    setattr(found, LAYOUT, Layout(row, function))
-    return found
+    mark = found.as_subclass(Mark)
+    mark.of_row = Layout(row, function)
+    return mark
+
+
+_MADE: "weakref.WeakSet[Callable[..., Any]]" = weakref.WeakSet()  # functions of `take_apart`
 
 
 def take_apart() -> None:
     """Let transformers' attention of kind sdpa take rows apart. Without such a row it does what it did."""
     whole = ALL_ATTENTION_FUNCTIONS[SDPA]
-    if not hasattr(whole, TAKES_APART):
-        function = functools.wraps(whole)(functools.partial(_attention, whole))
-        setattr(function, TAKES_APART, True)
-        AttentionInterface.register(SDPA, function)
+    if whole in _MADE:
+        return
+
+    @functools.wraps(whole)
+    def function(
+        module: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Any,
+        *args: Any,
+        **options: Any,
+    ) -> Any:
+        if isinstance(attention_mask, Mark):
+            own = (query, key, value)
+            return _attention(whole, attention_mask.of_row, module, own, *args, **options)
+        return whole(module, query, key, value, attention_mask, *args, **options)
+
+    _MADE.add(function)
+    AttentionInterface.register(SDPA, function)
+    if ALL_ATTENTION_FUNCTIONS[SDPA] is not function:  # somebody set another one for all models
+        ALL_ATTENTION_FUNCTIONS[SDPA] = function
 
 
 def _attention(
     whole: Callable[..., Any],
+    layout: Layout | None,
     module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
+    given: tuple[Tensor, Tensor, Tensor],
     *args: Any,
     **options: Any,
 ) -> tuple[Tensor, Any]:
     """Compute the attention of a row, one group of segments after the other."""
-    if torch.compiler.is_compiling() or not hasattr(attention_mask, LAYOUT):
-        return whole(module, query, key, value, attention_mask, *args, **options)
-    layout = getattr(attention_mask, LAYOUT)
+    if layout is None or torch.compiler.is_compiling():
+        raise _misused("attention on a copy of it, or a compiled one,")
     if options.get("position_bias") is not None:
         raise ValueError("shared_prompt: a bias for each pair of positions cannot be taken apart")
-    row: Row = layout.row
+    row, kind, lower = layout.row, given[0].device.type, None
+    if torch.is_autocast_enabled(
+        kind
+    ):  # rotations give float32, and PyTorch's masks want one dtype
+        lower = torch.get_autocast_dtype(kind)
+    query, key, value = (
+        x if lower is None or x.dtype == torch.float64 else x.to(lower) for x in given
+    )
     parts = [x.split(row.sizes, 2) for x in (query, key, value)]
     found = list(parts[0])
     for prompt, members in row.groups:
@@ -219,26 +301,25 @@ def _together(parts: tuple[Tensor, ...], members: list[int]) -> Tensor:
     return parts[members[0]] if len(members) == 1 else torch.cat([parts[i] for i in members])
 
 
-def _with_mask(
-    module: Any,
-    inputs: list[Tensor],
-    mask: Tensor,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    softcap: float | None = None,
-    **_: Any,
-) -> Tensor:
+def _with_mask(module: Any, given: list[Tensor], mask: Tensor, **options: Any) -> Tensor:
     """Compute what transformers' function for sdpa does with a mask, without copies of keys and values.
 
-    It repeats them for the heads that share them, which PyTorch's kernels on a CPU, and FlashAttention, do
-    not need.
+    It repeats them for the heads that share them. PyTorch's kernels on a CPU, and FlashAttention, do not need
+    that; others would compute all scores at once.
     """
-    query, key, value = inputs
+    query, key, value = given
+    dropout, scale = options.get("dropout", 0.0), options.get("scaling")
     shared = getattr(module, "num_key_value_groups", 1) > 1
-    if softcap is not None or (query.is_cuda and query.dtype == torch.float32):
-        options: dict[str, Any] = {"dropout": dropout, "scaling": scaling, "softcap": softcap}
+    if options.get("softcap") is not None or not _shares_heads(query, key, value, mask, dropout):
         return sdpa_attention_forward(module, query, key, value, mask, **options)[0]
     found = scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling, enable_gqa=shared
+        query, key, value, attn_mask=mask, dropout_p=dropout, scale=scale, enable_gqa=shared
     )
     return found.transpose(1, 2)
+
+
+def _shares_heads(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, dropout: float) -> bool:
+    """Tell whether PyTorch's kernel for a mask takes fewer heads of keys than of queries."""
+    if query.is_cuda and isinstance(mask, CausalBias):
+        return can_use_flash_attention(SDPAParams(query, key, value, None, dropout, True, True))
+    return query.device.type == "cpu"

@@ -19,7 +19,7 @@ from grpo_fast.integrations.transformers import (
     wrappers,
 )
 from grpo_fast.shared_prompt.caches import states, with_states
-from grpo_fast.shared_prompt.choice import Choice, can_pack, choose, obstacle
+from grpo_fast.shared_prompt.choice import SHARING, Choice, can_pack, choose, obstacle
 from grpo_fast.shared_prompt.plans import Plan
 from grpo_fast.shared_prompt.routes import (
     MICRO_BATCH,
@@ -29,7 +29,7 @@ from grpo_fast.shared_prompt.routes import (
     parts,
     prompts,
 )
-from grpo_fast.shared_prompt.trial import try_out
+from grpo_fast.shared_prompt.trial import small_plan, try_out
 
 T = TypeVar("T")
 log = logging.getLogger("grpo_fast.shared_prompt")
@@ -263,6 +263,24 @@ def _prepared(
         return ROUTES[chosen.route](backbone, plan, **options)
 
     return run
+
+
+def compare(model: nn.Module, recompute: bool | None = None) -> None:
+    """Compare the routes that `auto` may take with the unshared forward, so that `choose` knows the result.
+
+    Each is compared once for each model, at the latest when it is first taken.
+
+    Args:
+        recompute: as in `forward`.
+    """
+    small = small_plan(causal_lm(model))
+
+    def run(lm: Any, /, **_: Any) -> None:
+        for route in SHARING:
+            if obstacle(model, small, route) is None:
+                _tried(Backbone(lm, _call(lm, compiler_of(model)), recompute), route)
+
+    inside_forward(model, run, **_inputs(small))
 
 
 def _tried(backbone: Backbone, route: str) -> tuple[Backbone, str | None]:

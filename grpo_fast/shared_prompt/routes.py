@@ -25,7 +25,11 @@ from grpo_fast.shared_prompt.caches import copied, forked, new_cache
 from grpo_fast.shared_prompt.masks import masks_by, masks_for
 from grpo_fast.shared_prompt.packing import marked, row_of
 from grpo_fast.shared_prompt.plans import LEAST_TAIL, Plan
-from grpo_fast.shared_prompt.recompute import asks_for_recomputation, layers_recomputed
+from grpo_fast.shared_prompt.recompute import (
+    asks_for_recomputation,
+    checkpointed_layers,
+    layers_recomputed,
+)
 
 MICRO_BATCH = 4  # completions at a time in the bounded route
 # What a copy of the keys and values of a prompt token, for one row, costs in tokens of a forward. Measured on
@@ -108,6 +112,9 @@ def packed(backbone: Backbone, plan: Plan) -> Tensor:
         dtype,
         row.ids.shape[1],
     )
+    if backbone.recompute is None and checkpointed_layers(backbone.lm):
+        # transformers' own checkpointing can be reentrant, which copies the masks of layers.
+        backbone = backbone._replace(recompute=asks_for_recomputation(backbone.lm))
     states = backbone.states(row.positions, input_ids=row.ids, attention_mask=masks)
     return states[0].index_select(0, row.predictors)
 

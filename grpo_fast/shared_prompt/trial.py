@@ -12,11 +12,11 @@ from torch import Tensor
 from grpo_fast.integrations.transformers import backbone_of
 from grpo_fast.shared_prompt.choice import INEXACT, SEVERAL, own_states
 from grpo_fast.shared_prompt.masks import BLOCKS, BOOLEAN, FLOAT
+from grpo_fast.shared_prompt.packing import WINDOWS
 from grpo_fast.shared_prompt.plans import Plan, plan
 from grpo_fast.shared_prompt.routes import ROUTES, Backbone, completions, prompts
 
-# The lengths of windows that transformers makes masks and caches of, and one that a few tokens exceed.
-WINDOWS, SHORT = ("sliding_window", "attention_chunk_size"), 3
+SHORT = 3  # a window that a few tokens exceed
 # The routes that were compared with the unshared forward, for each model.
 _TRIED: "weakref.WeakKeyDictionary[Any, set[Any]]" = weakref.WeakKeyDictionary()
 
@@ -42,7 +42,7 @@ def try_out(backbone: Backbone, route: str) -> str | None:
         eager = torch.compiler.set_stance("force_eager")
         with eager, _short_windows(backbone.config), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "flex_attention called without torch.compile")
-            small = _small_plan(lm)
+            small = small_plan(lm)
             want, got = (ROUTES[name](plain, small).double() for name in ("unshared", route))
             ignored = route == "fork" and _ignores_states(plain, small)
     except torch.OutOfMemoryError:
@@ -114,11 +114,14 @@ def _precision(lm: Any) -> float:
     return torch.finfo(dtype).eps
 
 
-def _small_plan(lm: Any) -> Plan:
+def small_plan(lm: Any) -> Plan:
     """Return a plan of two ragged prompts and four completions, of tokens that a model has."""
     embeddings = lm.get_input_embeddings()
     ids = (torch.arange(42).view(6, 7) * 7 + 3) % embeddings.num_embeddings
-    ids = ids.to(embeddings.weight.device)
+    device, hook = embeddings.weight.device, getattr(embeddings, "_hf_hook", None)
+    if hook is not None and device.type == "meta":  # Accelerate has the weights elsewhere
+        device = hook.execution_device
+    ids = ids.to(device)
     return plan(
         ids[:2, :5],
         ids[2:],

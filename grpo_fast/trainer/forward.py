@@ -12,7 +12,7 @@ from grpo_fast.integrations.transformers import Head, check_head
 from grpo_fast.loss import grpo_loss, linear_grpo_loss
 from grpo_fast.objective import Objective
 from grpo_fast.ops.linear_logprob import linear_logprob
-from grpo_fast.shared_prompt import Plan
+from grpo_fast.shared_prompt import Plan, passes
 from grpo_fast.trainer.config import TrainConfig
 from grpo_fast.trainer.model import Policy
 from grpo_fast.trainer.rollout import Rollout, completion_logits
@@ -77,6 +77,12 @@ class Forward:
             self.from_logits = True
             if shown:
                 print(f"losses from logits, and no shared prompts: {error}")
+
+    def compare(self, model: Any) -> None:
+        """Find out which routes are exact for a model, so that micro-batches are planned for those."""
+        if not self.from_logits and self.route == "auto":
+            with self.policy.autocast():
+                passes.compare(model, self.config.gradient_checkpointing)
 
     def micro_batch(self, rollout: Rollout, advantages: Tensor) -> MicroBatch:
         """Plan the forward of some completions."""

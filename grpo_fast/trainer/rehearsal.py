@@ -249,10 +249,14 @@ def _packed() -> Iterator[None]:
             return attend(q, k, v, is_causal=True)
         return attend(q, k, v, attn_mask, **given)
 
+    def shares_heads(q: Tensor, k: Tensor, v: Tensor, mask: Any, dropout: float) -> bool:
+        return mask is LOWER_RIGHT or not q.is_cuda
+
     with (
         mock.patch.object(functional, "scaled_dot_product_attention", attention),
         mock.patch.object(packing, "scaled_dot_product_attention", attention),
         mock.patch.object(packing, "causal_lower_right", return_value=LOWER_RIGHT),
+        mock.patch.object(packing, "_shares_heads", shares_heads),
     ):
         yield
 

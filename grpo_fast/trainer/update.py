@@ -221,6 +221,10 @@ class Learner:
         alive = (self.needs_all | (advantages != 0)) & counted
         self.advantages = advantages
 
+        self.policy.model.eval()  # as in the backward
+        for model in (self.policy.model, self.reference):
+            if model is not None:
+                self.forward.compare(model)
         micro_batches = []
         for rows in micro_batches_of(rollout, alive, config, self.forward.layout):
             micro_batches += self.planned(rollout, advantages, rows, self.forward.layout)

@@ -183,6 +183,26 @@ def positional(call: ast.Call) -> int:
     return count
 
 
+def code_lines(path: Path) -> int:
+    """The lines of a file that are code: no docstring, no comment, no empty line."""
+    text = path.read_text()
+    skipped: set[int] = set()
+    for node in ast.walk(ast.parse(text)):
+        kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
+        if isinstance(node, kinds) and ast.get_docstring(node) is not None:
+            skipped |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    lines = enumerate(text.splitlines(), 1)
+    return sum(
+        bool(x.strip()) and not x.lstrip().startswith("#") and i not in skipped for i, x in lines
+    )
+
+
+def test_the_loop_of_the_trainer_is_short():
+    """People copy it: what is not part of a step has a file of its own."""
+    loop = ("train", "update", "forward", "rollout")
+    assert sum(code_lines(ROOT / f"grpo_fast/trainer/{name}.py") for name in loop) <= 1200
+
+
 @pytest.mark.parametrize("path", CODE, ids=lambda p: p.relative_to(ROOT).as_posix())
 def test_functions_and_calls_stay_readable(path):
     """Functions have at most 80 lines, docstrings apart, and 10 parameters; kernels may have more."""

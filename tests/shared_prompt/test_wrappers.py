@@ -130,7 +130,8 @@ def fsdp2(kind, taken, name="qwen3", checkpointing=False, attention="sdpa"):
     mine = batches[dist.get_rank()]
     if kind in ("choices", "no fork"):
         routes = [choose(model, losses.planned(given)).route for given in batches]
-        assert routes == ["unshared", "mask"], routes
+        assert routes[0] == "unshared"
+        assert routes[1] in ("packed", "mask")
     model.train(checkpointing)
     if checkpointing:
         model.gradient_checkpointing_enable()

@@ -136,6 +136,29 @@ def test_the_budget_holds_where_prompts_are_not_shared_after_all(tmp_path, monke
     assert len(together) < len(batches)
 
 
+def test_the_budget_holds_in_the_first_step_of_a_model_that_cannot_pack(tmp_path):
+    """The routes are compared before the micro-batches are planned, not when the first one runs."""
+    config = tiny(tmp_path, micro_batch_tokens=60)
+    task, policy = setup(config)
+
+    def copied(_, args, kwargs):
+        return args, {k: x.clone() if torch.is_tensor(x) else x for k, x in kwargs.items()}
+
+    answers = answered(config, task, policy)
+    for layer in policy.model.model.layers:
+        layer.register_forward_pre_hook(copied, with_kwargs=True)
+    learner = Learner(policy, config)
+    batches, counts = learner.prepare(answers, REWARDS)
+    ran = {batch.layout for batch in batches}
+    assert ran <= {"shared", "apart"}
+    for batch in batches:
+        K, (P, T) = len(batch.plan.prompt_lengths), batch.plan.longest
+        rows = K if batch.layout == "shared" else len(batch.advantages)
+        assert rows * P + len(batch.advantages) * T <= 60
+    learner.backward(batches, counts)
+    assert {batch.layout for batch in learner.prepare(answers, REWARDS)[0]} == ran
+
+
 @pytest.mark.parametrize("layout, most", [("packed", 0), ("shared", 0.05), ("apart", 0.15)])
 def test_nothing_is_padded_in_one_row_and_little_elsewhere(layout, most):
     """Of 32 prompts with 100 to 600 tokens and eight completions each, with 30 to 1,024 tokens."""
