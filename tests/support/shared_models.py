@@ -262,7 +262,8 @@ SECTIONS = {
     "packed and mask and fork": "In a row without padding, by a mask, and from a cache\n\nRoutes: packed, "
     "mask, fork, bounded.\n",
     "mask and fork": "By a mask, and from a cache\n\nRoutes: mask, fork, bounded. Most of these models have "
-    "no attention of kind sdpa in\ntransformers; the others make masks of their own from what they are given.\n",
+    "no attention of kind sdpa in transformers; the others make masks of their own from what they are "
+    "given.\n",
     "fork": "From a cache only\n\nRoutes: fork, bounded. Most of these models have recurrent layers. "
     "Llama 4 also takes a mask where\nthe rows have less than `floor_scale` tokens, 8192.\n",
     "packed and mask": "In a row without padding, and by a mask\n\nRoutes: packed, mask.\n",
