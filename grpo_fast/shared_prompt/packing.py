@@ -128,7 +128,7 @@ class Layout:
         if before == 0 or length == 1:
             return None
         if query.is_cuda:
-            return causal_lower_right(length, before + length)
+            return lower_right(length, before + length)
         # One mask serves all: of shorter segments it is a part.
         prompt, longest = self.longest
         whole = self._kept((prompt, longest), query, self._causal)
@@ -161,6 +161,16 @@ class Layout:
     def _causal(before: int, length: int, device: torch.device) -> Tensor:
         seen = torch.ones(1, 1, length, before + length, dtype=torch.bool, device=device)
         return seen.tril(before)
+
+
+def lower_right(length: int, seen: int) -> CausalBias:
+    """Return PyTorch's mask of the last `length` of `seen` tokens, for which FlashAttention runs.
+
+    Its own constructor would take memory on the CPU for two numbers of each pair of tokens.
+    """
+    found = causal_lower_right(1, 2)
+    found.seq_len_q, found.seq_len_kv = length, seen
+    return found
 
 
 def pairs_in_masks(plan: Plan, config: Any) -> int:

@@ -255,7 +255,7 @@ def _packed() -> Iterator[None]:
     with (
         mock.patch.object(functional, "scaled_dot_product_attention", attention),
         mock.patch.object(packing, "scaled_dot_product_attention", attention),
-        mock.patch.object(packing, "causal_lower_right", return_value=LOWER_RIGHT),
+        mock.patch.object(packing, "lower_right", return_value=LOWER_RIGHT),
         mock.patch.object(packing, "_shares_heads", shares_heads),
     ):
         yield
