@@ -143,11 +143,14 @@ def steps(results: Path) -> list[dict[str, Any]]:
     return [d for d in newest(results, "step") if d["step"] and d["step"][0]["model"] != "tiny"]
 
 
+BASE = "unshared"  # the provider beside which the others are shown
+
+
 def shared_prompts(results: Path) -> list[dict[str, Any]]:
     """Return what `shared_prompt` measured of each model on each machine, without tiny models.
 
-    Of each case there are the rows of the newest commit that measured it, each with its `commit`. `runs` are
-    the documents that they come from.
+    Of each case and provider there is the row of the newest commit that measured it, with its `commit`, and
+    the unshared update of that commit. `runs` are the documents that they come from.
     """
     found: dict[tuple[str, str], dict[str, Any]] = {}
     mine = [d for d in documents(results) if d.get("shared_prompt")]
@@ -162,13 +165,18 @@ def shared_prompts(results: Path) -> list[dict[str, Any]]:
                 if row["model"] == model
             ]
             known = found.setdefault((info["device"], model), {"shared_prompt": [], "runs": []})
-            again = {_group(row) for row in new}
+            again = {(_group(row), row["provider"]) for row in new}
             old = [
                 row
                 for row in known["shared_prompt"]
-                if _group(row) not in again or row["commit"] == info["commit"]
+                if (_group(row), row["provider"]) not in again
+                or row["commit"] == info["commit"]
+                or row["provider"] == BASE
             ]
-            rows = [*old, *new]
+            beside = {
+                (_group(row), row["commit"]) for row in [*old, *new] if row["provider"] != BASE
+            }
+            rows = [row for row in [*old, *new] if (_group(row), row["commit"]) in beside]
             commits = {row["commit"] for row in rows}
             runs = [d for d in known["runs"] if d["machine_info"]["commit"] in commits]
             found[info["device"], model] = {

@@ -157,12 +157,12 @@ def shared_prompt_section(document: dict[str, Any]) -> Iterator[str]:
         for run in runs
     )
     yield (
-        f"{' '.join(said)} Each case is of the last commit that measured it. One group: a "
-        "prompt of P tokens, and G completions of R tokens. Forward, loss and gradients; what each "
-        "provider is: [shared_prompt](shared_prompt/step.py). `operations` is how many times the "
-        "unshared update has the operations of the shared one, its head included. The memory is the "
-        "peak beyond weights and their gradients. Where the unshared batch was forwarded in parts, "
-        "their number is given, and its memory is that of one of them.\n"
+        f"{' '.join(said)} Each row is of the last commit that measured it, beside the unshared "
+        "update of that commit. One group: a prompt of P tokens, and G completions of R tokens. "
+        "Forward, loss and gradients; what each provider is: [shared_prompt](shared_prompt/step.py). "
+        "`operations` is how many times the unshared update has the operations of the shared one, its "
+        "head included. The memory is the peak beyond weights and their gradients. Where the unshared "
+        "batch was forwarded in parts, their number is given, and its memory is that of one of them.\n"
     )
     head = ["P", "G", "R", "unshared", "memory", "provider", "time", "faster"]
     head += ["operations", "memory", "less", "commit"]
@@ -176,11 +176,11 @@ def shared_prompt_section(document: dict[str, Any]) -> Iterator[str]:
 
 def _shared_row(row: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
     """Write one provider beside the unshared update of its case."""
-    case = ("P", "G", "R")
+    case = ("P", "G", "R", "commit")
     same = (x for x in rows if all(x[k] == row[k] for k in case) and x["provider"] == "unshared")
     base = next(same, None)
     name = row["provider"] + (f" ({row['route']})" if row["route"] else "")
-    sizes = [f"{row[k]:,}" for k in case]
+    sizes = [f"{row[k]:,}" for k in "PGR"]
     own = [time_text(row["median"]), memory_text(row["peak_extra_bytes"])]
     if base is None:
         return [*sizes, "", "", name, own[0], "", "", own[1], "", row["commit"]]
