@@ -68,8 +68,9 @@ def choose(model: nn.Module, plan: Plan, route: str = "auto") -> Choice:
 
     Raises:
         ValueError: there is no such route, or the route that was asked for is not exact for this model and
-            plan; the message says why.
+            plan; or the model has an adapter that no route runs (aLoRA). The message says why.
     """
+    _check_adapter(model)
     if route != "auto":
         if route not in ROUTES:
             raise ValueError(f"shared_prompt: route: want auto, {', '.join(ROUTES)}, got {route!r}")
@@ -108,6 +109,17 @@ def choose(model: nn.Module, plan: Plan, route: str = "auto") -> Choice:
     usual = [name for name in SHARING if name != "flex" or plan.prompt_ids.is_cuda]
     others = [f"not {name}: {obstacles[name]}" for name in usual if obstacles[name]]
     return Choice(best, "; ".join([_gain(plan, gains[best]), *others]))
+
+
+def _check_adapter(model: nn.Module) -> None:
+    """Refuse adapters that look for tokens of their own in each row that the model is given."""
+    for module in wrappers(model):
+        peft = getattr(module, "active_peft_config", None)
+        if getattr(peft, "alora_invocation_tokens", None):
+            raise ValueError(
+                "shared_prompt: model: aLoRA (PEFT) looks for its invocation tokens in each sequence, and "
+                "here prompts are apart from completions: use with_head of grpo_fast.integrations.transformers"
+            )
 
 
 def _gain(plan: Plan, gain: float) -> str:

@@ -276,6 +276,15 @@ class TestRefused:
         model.eval()
         forward(model, ragged, route="mask")
 
+    def test_adapters_that_look_for_tokens(self, ragged):
+        peft = pytest.importorskip("peft", reason="the adapters are PEFT's")
+        options = {"task_type": "CAUSAL_LM", "alora_invocation_tokens": [7]}
+        config = peft.LoraConfig(r=2, target_modules=["q_proj"], **options)
+        model = peft.get_peft_model(support.build("llama"), config).eval()
+        for route in ("auto", "unshared", "packed"):
+            with pytest.raises(ValueError, match=r"aLoRA .* looks for its invocation tokens"):
+                forward(model, ragged, route=route)
+
     @pytest.mark.parametrize("kind", ["PromptTuning", "PrefixTuning"])
     def test_virtual_tokens(self, kind, ragged):
         peft = pytest.importorskip("peft", reason="the adapters are PEFT's")
