@@ -118,7 +118,7 @@ def _check_adapter(model: nn.Module) -> None:
         if getattr(peft, "alora_invocation_tokens", None):
             raise ValueError(
                 "shared_prompt: model: aLoRA (PEFT) looks for its invocation tokens in each sequence, and "
-                "here prompts are apart from completions: use with_head of grpo_fast.integrations.transformers"
+                "here prompts are apart: use with_head of grpo_fast.integrations.transformers"
             )
 
 
