@@ -8,7 +8,7 @@ one sequence of tokens.
 import functools
 import weakref
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,86 +20,13 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from grpo_fast.shared_prompt.plans import Plan
+from grpo_fast.shared_prompt.plans import Plan, Row
 
 SDPA = "sdpa"  # the implementation of attention that can take a row apart
 # What configurations call windows and chunks of attention, of which transformers makes masks.
 WINDOWS = ("sliding_window", "attention_chunk_size")
 # What code may ask of the mark that stands for a mask.
 HARMLESS = {"__get__", "size", "dim", "numel", "stride", "is_floating_point", "is_complex"}
-
-
-class Group(NamedTuple):
-    """Segments of a row whose attention is computed together.
-
-    Attributes:
-        prompt: the segment of the prompt that they follow; None: the group is a prompt.
-        members: the segments, all of one length.
-    """
-
-    prompt: int | None
-    members: list[int]
-
-
-class Row(NamedTuple):
-    """A plan as one row of S tokens, without the last token of each completion.
-
-    Attributes:
-        ids, positions: (1, S).
-        predictors: (N,), the token whose state predicts each target.
-        sizes: the lengths of the segments, which are prompts and completions.
-        groups: the segments whose attention is computed together.
-    """
-
-    ids: Tensor
-    positions: Tensor
-    predictors: Tensor
-    sizes: list[int]
-    groups: list[Group]
-
-
-def row_of(plan: Plan) -> Row:
-    """Lay a plan out as one row. Prompts without completions are left out."""
-    device, (K, P), T = plan.prompt_of.device, plan.prompt_ids.shape, plan.longest[1]
-    lengths, fed = plan.prompt_lengths.tolist(), plan.fed.tolist()
-    members: dict[int, list[int]] = {}
-    for b, k in enumerate(plan.prompt_of_here.tolist()):
-        members.setdefault(k, []).append(b)
-    sizes: list[int] = []
-    groups: list[Group] = []
-    pieces: list[Tensor] = []  # places in all prompts and then all completions, with their padding
-    starts, ends = torch.zeros(2, len(fed), dtype=torch.int64)
-    place = 0
-    for k, rows in members.items():
-        prompt = Group(None, [len(sizes)])
-        followers: dict[int, Group] = {}
-        sizes.append(lengths[k])
-        pieces.append(torch.arange((k + 1) * P - lengths[k], (k + 1) * P))
-        place += lengths[k]
-        ends[rows] = place - 1
-        for b in rows:
-            starts[b] = place
-            if fed[b]:
-                followers.setdefault(fed[b], Group(prompt.members[0], [])).members.append(
-                    len(sizes)
-                )
-                sizes.append(fed[b])
-                pieces.append(torch.arange(K * P + b * T, K * P + b * T + fed[b]))
-                place += fed[b]
-        groups += [prompt, *followers.values()]
-    taken = torch.cat(pieces).to(device)
-
-    def lay(of_prompts: Tensor, of_completions: Tensor) -> Tensor:
-        return torch.cat([of_prompts.flatten(), of_completions.flatten()])[taken][None]
-
-    predictors = torch.cat([ends[:, None], starts[:, None] + torch.arange(T)], 1)[:, :T]
-    return Row(
-        ids=lay(plan.prompt_ids, plan.completion_ids),
-        positions=lay(plan.prompt_positions, plan.completion_positions),
-        predictors=predictors.to(device)[plan.completion_mask],
-        sizes=sizes,
-        groups=groups,
-    )
 
 
 class Layout:
@@ -113,6 +40,7 @@ class Layout:
     def __init__(self, row: Row, function: Callable[..., Any]) -> None:
         self.row, self.function = row, function
         self._made: dict[Any, Tensor] = {}
+        self._seen: dict[int, bool] = {}
         prompts = [row.sizes[x.members[0]] for x in row.groups if x.prompt is None]
         completions = [row.sizes[x.members[0]] for x in row.groups if x.prompt is not None]
         self.longest = max(prompts, default=0), max(completions, default=0)
@@ -138,8 +66,10 @@ class Layout:
         """Tell whether the last of so many tokens attends to the first: then no window is shorter."""
         if self.function is causal_mask_function:
             return True
-        zero, last = torch.zeros(1, dtype=torch.int64), torch.tensor([length - 1])
-        return bool(torch.as_tensor(self.function(zero, zero, last, zero)).all())
+        if length not in self._seen:
+            zero, last = torch.zeros(1, dtype=torch.int64), torch.tensor([length - 1])
+            self._seen[length] = bool(torch.as_tensor(self.function(zero, zero, last, zero)).all())
+        return self._seen[length]
 
     def _kept(self, sizes: tuple[int, int], query: Tensor, make: Callable[..., Tensor]) -> Tensor:
         key = (*sizes, query.dtype, query.device)
@@ -182,8 +112,8 @@ def pairs_in_masks(plan: Plan, config: Any) -> int:
     windows = [getattr(config, name, None) for name in WINDOWS]
     window = min((x for x in windows if isinstance(x, int)), default=None)
     prompts, fed = plan.prompt_lengths, plan.fed
-    whole = 0 if plan.prompt_ids.is_cuda else int(prompts.max()) * int(fed.max())
-    whole += 0 if plan.prompt_ids.is_cuda else int(fed.max()) ** 2
+    longest, most = int(prompts.max()), int(fed.max())
+    whole = 0 if plan.prompt_ids.is_cuda else most * (longest + most)  # PyTorch's own needs none
     if window is None:
         return whole
     before = prompts[plan.prompt_of_here]

@@ -35,6 +35,35 @@ class Rows(NamedTuple):
     predictors: Tensor
 
 
+class Group(NamedTuple):
+    """Segments of a row whose attention is computed together.
+
+    Attributes:
+        prompt: the segment of the prompt that they follow; None: the group is a prompt.
+        members: the segments, all of one length.
+    """
+
+    prompt: int | None
+    members: list[int]
+
+
+class Row(NamedTuple):
+    """A plan as one row of S tokens, without the last token of each completion.
+
+    Attributes:
+        ids, positions: (1, S).
+        predictors: (N,), the token whose state predicts each target.
+        sizes: the lengths of the segments, which are prompts and completions.
+        groups: the segments whose attention is computed together.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    predictors: Tensor
+    sizes: list[int]
+    groups: list[Group]
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Plan:
     """B completions, the K different prompts before them, and the N tokens that are predicted.
@@ -220,6 +249,53 @@ class Plan:
             first=labelled(torch.zeros_like(count)),
             last=labelled(count),
             predictors=predictors[:, :-1][self.completion_mask],
+        )
+
+    @functools.cached_property
+    def one_row(self) -> Row:
+        """Lay the prompts and their completions out as one row without padding.
+
+        Prompts without completions are left out.
+        """
+        device, (K, P), T = self.prompt_of.device, self.prompt_ids.shape, self.longest[1]
+        lengths, fed = self.prompt_lengths.tolist(), self.fed.tolist()
+        members: dict[int, list[int]] = {}
+        for b, k in enumerate(self.prompt_of_here.tolist()):
+            members.setdefault(k, []).append(b)
+        sizes: list[int] = []
+        groups: list[Group] = []
+        pieces: list[Tensor] = []  # places in all prompts and then all completions, with padding
+        starts, ends = torch.zeros(2, len(fed), dtype=torch.int64)
+        place = 0
+        for k, rows in members.items():
+            prompt = Group(None, [len(sizes)])
+            followers: dict[int, Group] = {}
+            sizes.append(lengths[k])
+            pieces.append(torch.arange((k + 1) * P - lengths[k], (k + 1) * P))
+            place += lengths[k]
+            ends[rows] = place - 1
+            for b in rows:
+                starts[b] = place
+                if fed[b]:
+                    group = followers.setdefault(fed[b], Group(prompt.members[0], []))
+                    group.members.append(len(sizes))
+                    sizes.append(fed[b])
+                    pieces.append(torch.arange(K * P + b * T, K * P + b * T + fed[b]))
+                    place += fed[b]
+            groups += [prompt, *followers.values()]
+        taken = torch.cat(pieces).to(device)
+
+        def lay(of_prompts: Tensor, of_completions: Tensor) -> Tensor:
+            return torch.cat([of_prompts.flatten(), of_completions.flatten()])[taken][None]
+
+        steps = torch.arange(T)
+        predictors = torch.cat([ends[:, None], starts[:, None] + steps], 1)[:, :T]
+        return Row(
+            ids=lay(self.prompt_ids, self.completion_ids),
+            positions=lay(self.prompt_positions, self.completion_positions),
+            predictors=predictors[steps < self.completion_lengths[:, None]].to(device),
+            sizes=sizes,
+            groups=groups,
         )
 
     @functools.cached_property

@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from grpo_fast.integrations.transformers import backbone_of, text_config
 from grpo_fast.shared_prompt.caches import copied, forked, new_cache
 from grpo_fast.shared_prompt.masks import masks_by, masks_for
-from grpo_fast.shared_prompt.packing import marked, row_of
+from grpo_fast.shared_prompt.packing import marked
 from grpo_fast.shared_prompt.plans import LEAST_TAIL, Plan
 from grpo_fast.shared_prompt.recompute import (
     asks_for_recomputation,
@@ -103,7 +103,7 @@ def masked(backbone: Backbone, plan: Plan) -> Tensor:
 
 def packed(backbone: Backbone, plan: Plan) -> Tensor:
     """Compute the states from one row for all prompts and completions, without padding."""
-    row, dtype = row_of(plan), backbone.lm.get_input_embeddings().weight.dtype
+    row, dtype = plan.one_row, backbone.lm.get_input_embeddings().weight.dtype
     masks = masks_by(
         lambda function, **_: marked(row, function),
         backbone.config,

@@ -1,5 +1,6 @@
 """Log-probs and losses of completions, from hidden states and shared prompts, or from logits."""
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -20,6 +21,10 @@ from grpo_fast.trainer.rollout import Rollout, completion_logits
 T = TypeVar("T")
 # One row without padding; prompts side by side, and their completions; each completion with its prompt.
 Layout = Literal["packed", "shared", "apart"]
+LAYOUTS: dict[str, Layout] = {
+    "packed": "packed",
+    "unshared": "apart",
+}  # of routes; others: "shared"
 
 
 @dataclass
@@ -69,6 +74,7 @@ class Forward:
         self.from_logits = False
         self.route = "unshared" if config.share_prompts == "off" else config.share_prompts
         self._said: set[str] = set()
+        self._compared: weakref.WeakSet[Any] = weakref.WeakSet()
         try:
             check_head(policy.model)
         except (TypeError, ValueError) as error:
@@ -79,10 +85,12 @@ class Forward:
                 print(f"losses from logits, and no shared prompts: {error}")
 
     def compare(self, model: Any) -> None:
-        """Find out which routes are exact for a model, so that micro-batches are planned for those."""
-        if not self.from_logits and self.route == "auto":
-            with self.policy.autocast():
-                passes.compare(model, self.config.gradient_checkpointing)
+        """Find out which routes are exact for a model, if there is one, before micro-batches are planned."""
+        if model is None or self.from_logits or self.route != "auto" or model in self._compared:
+            return
+        self._compared.add(model)
+        with self.policy.autocast():
+            passes.compare(model, self.config.gradient_checkpointing)
 
     def micro_batch(self, rollout: Rollout, advantages: Tensor) -> MicroBatch:
         """Plan the forward of some completions."""
@@ -98,14 +106,14 @@ class Forward:
         if choice.route not in self._said and self.route == "auto" and self.shown:
             self._said.add(choice.route)
             print(choice.line)
-        return MicroBatch(rollout, advantages, plan, _layout(choice.route))
+        return MicroBatch(rollout, advantages, plan, LAYOUTS.get(choice.route, "shared"))
 
     @property
     def layout(self) -> Layout:
         """Return the layout with the fewest tokens that a micro-batch may have."""
         if self.from_logits:
             return "apart"
-        return "packed" if self.route == "auto" else _layout(self.route)
+        return "packed" if self.route == "auto" else LAYOUTS.get(self.route, "shared")
 
     @torch.no_grad()
     def log_probs(self, model: Any, batch: MicroBatch) -> Tensor:
@@ -178,10 +186,3 @@ class Forward:
         recompute = self.config.gradient_checkpointing
         with self.policy.autocast(), shared_prompt.layers_recomputed(model, recompute):
             return completion_logits(model, rollout)
-
-
-def _layout(route: str) -> Layout:
-    """Return the layout of a route of `grpo_fast.shared_prompt`."""
-    if route == "packed":
-        return "packed"
-    return "apart" if route == "unshared" else "shared"

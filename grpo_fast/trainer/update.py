@@ -222,9 +222,8 @@ class Learner:
         self.advantages = advantages
 
         self.policy.model.eval()  # as in the backward
-        for model in (self.policy.model, self.reference):
-            if model is not None:
-                self.forward.compare(model)
+        self.forward.compare(self.policy.model)
+        self.forward.compare(self.reference)
         micro_batches = []
         for rows in micro_batches_of(rollout, alive, config, self.forward.layout):
             micro_batches += self.planned(rollout, advantages, rows, self.forward.layout)
@@ -257,8 +256,7 @@ class Learner:
         parts = micro_batches_of(rollout, only, self.config, batch.layout)
         if len(parts) == 1:
             return [batch]
-        smaller = [self.planned(rollout, advantages, part, batch.layout) for part in parts]
-        return [batch for part in smaller for batch in part]
+        return [x for part in parts for x in self.planned(rollout, advantages, part, batch.layout)]
 
     @property
     def needs_all(self) -> bool:

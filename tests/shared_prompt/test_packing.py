@@ -23,7 +23,7 @@ from tests.support.shared import assert_same, build, through, truth
 
 @pytest.fixture
 def row():
-    return packing.row_of(plan(**support.batch()))
+    return plan(**support.batch()).one_row
 
 
 def calls_of_attention(monkeypatch):
@@ -63,7 +63,7 @@ def test_prompts_without_completions_are_left_out():
     shared = plan(**support.batch())
     part = shared.completions(torch.tensor([1, 4]))
     assert len(part.prompt_ids) == 4
-    assert packing.row_of(part).sizes == [6, 2, 4]
+    assert part.one_row.sizes == [6, 2, 4]
 
 
 def test_completions_of_one_length_are_computed_together(monkeypatch):

@@ -9,7 +9,6 @@ import torch
 pytest.importorskip("transformers", reason="the trainer needs grpo-fast[train]")
 
 from grpo_fast import Objective, reference, shared_prompt
-from grpo_fast.shared_prompt.packing import row_of
 from grpo_fast.shared_prompt.routes import least_work
 from grpo_fast.trainer import rollout
 from grpo_fast.trainer.cli import main
@@ -190,7 +189,7 @@ def test_nothing_is_padded_in_one_row_and_little_elsewhere(layout, most):
         )
         K, (P, T) = len(plan.prompt_lengths), plan.longest
         if layout == "packed":
-            sizes = row_of(plan).sizes
+            sizes = plan.one_row.sizes
             fed += sum(sizes) + len(rows)  # and the last tokens, from which nothing is predicted
             real += int(plan.prompt_lengths.sum() + plan.completion_lengths.sum())
             assert sum(sizes) <= 16384
