@@ -229,8 +229,7 @@ class Learner:
             micro_batches += self.planned(rollout, advantages, rows, self.forward.layout)
         missing = team.most(len(micro_batches)) - len(micro_batches) if self.sharded else 0
         for _ in range(missing):
-            first = torch.zeros(1, dtype=torch.long)
-            micro_batches.append(self.forward.micro_batch(rollout[first], advantages[first]))
+            micro_batches.append(self.forward.micro_batch(rollout[:1], advantages[:1]))
             micro_batches[-1].idle = True
         for batch in micro_batches:
             if self.has_reference:
