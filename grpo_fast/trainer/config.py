@@ -28,6 +28,8 @@ DEFAULTS: dict[str, tuple[Any, Any]] = {
     "learning_rate": (1e-3, 1e-6),
     "lr_warmup_steps": (10, 0),
 }
+TASKS = ("arithmetic", "countries")  # and reasoning_gym:NAME
+QUESTIONS = ("capital", "continent", "currency")  # of the task countries
 HELDOUT = 150  # held-out problems of the built-in task, and the most of a dataset (else a tenth)
 
 
@@ -55,8 +57,13 @@ class TrainConfig:
     """
 
     # The task
-    task: Literal["arithmetic"] = option(
-        "arithmetic", "the built-in task; used where no dataset is given"
+    task: str = option(
+        "arithmetic",
+        "the task where no dataset is given: arithmetic, countries, or reasoning_gym:NAME",
+    )
+    questions: list[str] = dataclasses.field(
+        default_factory=lambda: ["capital", "continent"],
+        metadata={"help": "countries: kinds of questions: capital, continent, currency"},
     )
     max_operand: int = option(29, "arithmetic: the largest operand; the smallest is 0")
     dataset: str | None = option(
@@ -246,7 +253,7 @@ class TrainConfig:
         for name, defaults in DEFAULTS.items():
             if getattr(self, name) is None:
                 setattr(self, name, defaults[self.model is not None])
-        if self.heldout is None and self.dataset is None:
+        if self.heldout is None and self.dataset is None and self.task == "arithmetic":
             self.heldout = HELDOUT
         for name, low in _AT_LEAST.items():
             value = getattr(self, name)
@@ -280,8 +287,26 @@ class TrainConfig:
             self.name in ("", ".", "..") or Path(self.name).name != self.name
         ):
             raise ValueError(f"name: want the name of a folder in output_dir, got {self.name!r}")
+        self._check_task()
         self._check_together()
         self.to_objective()
+
+    def _check_task(self) -> None:
+        """Check the name of the task."""
+        kind, _, name = self.task.partition(":")
+        if self.task not in TASKS and not (kind == "reasoning_gym" and name):
+            raise ValueError(
+                f"task={self.task!r} is unknown; choose from {', '.join(TASKS)} or reasoning_gym:NAME"
+                f"{did_you_mean(closest(self.task, TASKS)[:1])}"
+            )
+        unknown = [q for q in self.questions if q not in QUESTIONS]
+        if unknown or not self.questions:
+            raise ValueError(
+                f"questions={self.questions}: want some of {', '.join(QUESTIONS)}"
+                f"{did_you_mean(closest(unknown[0], QUESTIONS)[:1]) if unknown else ''}"
+            )
+        if self.dataset is None and self.task != "arithmetic" and self.model is None:
+            raise ValueError(f"task={self.task!r}: it needs a pretrained model; give --model")
 
     def _check_together(self) -> None:
         """Check combinations of options."""
@@ -341,7 +366,6 @@ _POSITIVE = (
     "lora_alpha", "mismatch_cap",
 )  # fmt: skip
 _CHOICES: dict[str, tuple[str | None, ...]] = {
-    "task": ("arithmetic",),
     "dtype": ("auto", "float32", "bfloat16"),
     "weights": ("auto", "float32", "bfloat16", "bfloat16_only"),
     "quantize": (None, "bnb-4bit", "bnb-8bit", "torchao-int8"),
@@ -361,7 +385,7 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
         SystemExit: after --help, or a value of the wrong type (argparse has printed which).
     """
     arguments = list(arguments)
-    for name in ("reward", "reward_weights", "lora_target_modules", "report_to"):
+    for name in ("reward", "reward_weights", "questions", "lora_target_modules", "report_to"):
         if sum(a.split("=")[0] == f"--{name}" for a in arguments) > 1:
             raise ValueError(f"--{name} is given twice; give all after one: --{name} FIRST SECOND")
     if arguments and not arguments[0].startswith("-"):

@@ -11,7 +11,7 @@ import yaml
 pytest.importorskip("transformers", reason="the trainer needs grpo-fast[train]")
 
 from grpo_fast.trainer import config as configs
-from grpo_fast.trainer import tasks
+from grpo_fast.trainer import rewards, tasks
 from grpo_fast.trainer.cli import main
 from grpo_fast.trainer.config import TrainConfig
 from tests.support.tiny_runs import arguments, metrics, setup, tiny, write_rows
@@ -197,7 +197,7 @@ def test_the_documented_reward_and_dataset(tmp_path, monkeypatch):
     (tmp_path / "my_rewards.py").write_text(code)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
-    short = tasks.rewards.load("my_rewards:short")
+    short = rewards.load("my_rewards:short")
     assert short(prompts=["", ""], completions=["ab", "abc"], answer=["xy", "xy"]) == [1.0, 0.0]
     messages = [[{"role": "assistant", "content": c}] for c in ("ab", "abc")]
     assert short(prompts=["", ""], completions=messages, answer=["xy", "xy"]) == [1.0, 0.0]

@@ -1,80 +1,18 @@
-"""Tasks: problems, the rewards of their answers, and demonstrations for the warm-up of a new model."""
+"""Tasks from the user's data: JSON Lines, Parquet, or the library `datasets`."""
 
 import codecs
-import dataclasses
 import functools
 import json
-import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from grpo_fast.trainer import rewards
-from grpo_fast.trainer.config import HELDOUT, TrainConfig
-from grpo_fast.trainer.rewards import Reward
-
-Row = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Task:
-    """Problems and their rewards.
-
-    Attributes:
-        train, heldout: rows with a "prompt" and any other columns; no row is in both.
-        rewards, weights: a completion earns the weighted sum of its rewards.
-        demonstration: returns a completion to imitate in the warm-up of a new model; or None.
-        alphabet: the characters that the tokenizer of a new model needs.
-    """
-
-    train: list[Row]
-    heldout: list[Row]
-    rewards: list[Reward]
-    weights: list[float]
-    demonstration: Callable[[Row, random.Random], str] | None
-    alphabet: str
+from grpo_fast.trainer.config import TrainConfig
+from grpo_fast.trainer.tasks.task import Row, Task, in_chat, split
 
 
 def build(config: TrainConfig) -> Task:
-    """Build the task of a configuration.
-
-    Raises:
-        ValueError: the dataset or a reward function cannot be read, or there are too few problems.
-    """
-    folder = Path(config.reward_dir) if config.reward_dir else None
-    functions = [rewards.load(r, folder, config.device) for r in config.reward]
-    task = from_dataset(config) if config.dataset is not None else arithmetic(config)
-    if not functions:
-        return task
-    weights = config.reward_weights or [1.0] * len(functions)
-    return dataclasses.replace(task, rewards=functions, weights=weights)
-
-
-def arithmetic(config: TrainConfig) -> Task:
-    """Build the task of adding two whole numbers: the answer to `12+34=` is `[46]`.
-
-    The right number earns 0.9, and the right form 0.1. A share `config.warmup_error_rate` of the
-    demonstrations has one wrong digit: as in pretraining text, the form is right, but not every content.
-    """
-    numbers = range(config.max_operand + 1)
-    rows: list[Row] = [
-        {"prompt": f"{a}+{b}=", "answer": str(a + b)} for a in numbers for b in numbers
-    ]
-
-    def demonstration(row: Row, rng: random.Random) -> str:
-        digits = list(row["answer"])
-        if rng.random() < config.warmup_error_rate:
-            where = rng.randrange(len(digits))
-            digits[where] = rng.choice([d for d in "0123456789" if d != digits[where]])
-        return f"[{''.join(digits)}]"
-
-    train, heldout = split(rows, config)
-    functions: list[Reward] = [rewards.correct, rewards.bracketed_number]
-    return Task(train, heldout, functions, [0.9, 0.1], demonstration, "0123456789+=[]")
-
-
-def from_dataset(config: TrainConfig) -> Task:
     """Read the rows of a dataset; `prompt` is a string or a list of chat messages.
 
     Raises:
@@ -195,10 +133,7 @@ def in_columns(row: Any, config: TrainConfig) -> Any:
     names = {config.prompt_column: "prompt", config.answer_column: "answer"}
     row = {names.get(k, k): v for k, v in row.items() if k in names or k not in names.values()}
     if config.chat and isinstance(row.get("prompt"), str):
-        system = (
-            [{"role": "system", "content": config.system_prompt}] if config.system_prompt else []
-        )
-        row["prompt"] = [*system, {"role": "user", "content": row["prompt"]}]
+        row["prompt"] = in_chat(row["prompt"], config.system_prompt)
     return row
 
 
@@ -255,71 +190,3 @@ def check_prompt(prompt: Any) -> None:
                 'prompt: want messages like {"role": "user", "content": "..."}, got '
                 f"{_short(message)}"
             )
-
-
-def count(rows: list[Row]) -> int:
-    """Count the different prompts."""
-    return len(by_prompt(rows))
-
-
-def by_prompt(rows: list[Row]) -> dict[str, list[Row]]:
-    """Group rows by their prompt."""
-    found: dict[str, list[Row]] = {}
-    for row in rows:
-        found.setdefault(json.dumps(row["prompt"]), []).append(row)
-    return found
-
-
-def split(rows: list[Row], config: TrainConfig) -> tuple[list[Row], list[Row]]:
-    """Split rows into those for training and those of `config.heldout` other prompts.
-
-    Raises:
-        ValueError: no row would be left for training.
-    """
-    groups = list(by_prompt(rows).values())
-    random.Random(config.seed).shuffle(groups)
-    count = config.heldout or max(1, min(HELDOUT, len(groups) // 10))
-    heldout, train = groups[:count], groups[count:]
-    if not train:
-        raise ValueError(
-            f"heldout={count}: want fewer than the {len(groups)} different prompts; "
-            + (
-                f"set --heldout to at most {len(groups) - 1}"
-                if len(groups) > 1
-                else "there must be two at least, one to train on and one held out"
-            )
-        )
-    return [r for g in train for r in g], [r for g in heldout for r in g]
-
-
-def batches(rows: list[Row], size: int, rng: random.Random) -> Iterator[list[Row]]:
-    """Yield batches of `size` rows without end; the rows are shuffled again each time all are used."""
-    queue: list[Row] = []
-    while True:
-        while len(queue) < size:
-            queue += rng.sample(rows, len(rows))
-        batch, queue = queue[:size], queue[size:]
-        yield batch
-
-
-class Order:
-    """The rows of the training in their order: all of them, shuffled anew each time.
-
-    It depends on the seed and a position alone, so a run that goes on needs nothing else.
-    """
-
-    def __init__(self, rows: list[Row], seed: int) -> None:
-        self.rows, self.seed = rows, seed
-        self._epoch, self._shuffled = -1, rows
-
-    def at(self, position: int) -> Row:
-        """Return the row of a position: 0, 1, 2, ... without end."""
-        epoch, place = divmod(position, len(self.rows))
-        if epoch != self._epoch:
-            shuffled = random.Random(f"{self.seed}/{epoch}").sample(self.rows, len(self.rows))
-            self._epoch, self._shuffled = epoch, shuffled
-        return self._shuffled[place]
-
-    def take(self, position: int, count: int) -> list[Row]:
-        """Return `count` rows from a position on."""
-        return [self.at(i) for i in range(position, position + count)]
