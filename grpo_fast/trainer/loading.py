@@ -10,6 +10,7 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, O
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TorchAoConfig
 
 from grpo_fast.shared_prompt.recompute import checkpointed_layers
+from grpo_fast.trainer import packaged
 
 OLD_BUFFERS = (".masked_bias",)  # constants that transformers once saved with GPT-2
 
@@ -44,7 +45,7 @@ def load(name: str, dtype: torch.dtype = torch.float32, **options: Any) -> tuple
 
 
 def locate(name: str) -> str:
-    """Return the folder with the model, or the hub id.
+    """Return the folder with the model, or the hub id; some models come in a Python package.
 
     Raises:
         ValueError: `name` can only be a folder, and it does not exist or has no model in it.
@@ -56,7 +57,7 @@ def locate(name: str) -> str:
         # Hub ids are `name` and `owner/name`.
         if name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name or not name:
             raise ValueError("no such folder")
-        return name
+        return str(packaged.folder(name) or name)
     if (folder / "config.json").is_file():
         return str(folder)
     if (folder / "adapter_config.json").is_file():
@@ -76,9 +77,11 @@ def read(kind: Any, where: str, what: str, **options: Any) -> Any:
         cause: BaseException | None = error
         while cause is not None:
             if isinstance(cause, (ConnectionError, LocalEntryNotFoundError, OfflineModeIsEnabled)):
+                command = packaged.install(where)
                 raise ValueError(
                     "no such folder, and the hub cannot be reached; give a folder with the model, or "
                     "check the connection"
+                    + (f", or install the package that has the model: {command}" if command else "")
                 ) from error
             if isinstance(cause, HFValidationError):
                 raise ValueError("no such folder, and not a hub id") from error

@@ -19,6 +19,8 @@ from transformers import (
 from grpo_fast.trainer import known_models, loading
 from grpo_fast.trainer.config import TrainConfig
 
+CHAT = "{% for message in messages %}{{ message.content }}{% endfor %}"  # of a dry run
+
 
 @dataclass
 class Policy:
@@ -86,6 +88,7 @@ def build(config: TrainConfig, alphabet: str, checkpoint: Path | None = None) ->
             model = new_model(config, tokenizer, weights)
         else:
             model = tiny_model(config.model, tokenizer, weights, options)
+            tokenizer.chat_template = CHAT
     else:
         model, tokenizer = loading.load(source, weights, **options)
     if config.use_peft:

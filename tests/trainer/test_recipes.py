@@ -16,9 +16,9 @@ from tests.support.tiny_runs import arguments
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 
 
-def test_there_are_four():
+def test_there_are_five():
     assert [path.stem for path in RECIPES] == [
-        "arithmetic-cpu", "qwen2.5-0.5b-1gpu", "qwen2.5-7b-full-8gpu", "qwen2.5-7b-lora-24gb",
+        "arithmetic-cpu", "qwen2.5-0.5b-1gpu", "qwen2.5-7b-full-8gpu", "qwen2.5-7b-lora-24gb", "smollm2-geo",
     ]  # fmt: skip
 
 

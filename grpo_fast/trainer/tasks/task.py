@@ -21,6 +21,8 @@ class Task:
         rewards, weights: a completion earns the weighted sum of its rewards.
         demonstration: returns a completion to imitate in the warm-up of a new model; or None.
         alphabet: the characters that the tokenizer of a new model needs.
+        cluster: returns a name for a row. Rows of one name depend on each other, so the intervals of an
+            evaluation count them as one; None: rows of the same prompt.
     """
 
     train: list[Row]
@@ -29,12 +31,18 @@ class Task:
     weights: list[float]
     demonstration: Callable[[Row, random.Random], str] | None
     alphabet: str
+    cluster: Callable[[Row], str] | None = None
 
 
 def in_chat(text: str, system_prompt: str | None) -> list[dict[str, str]]:
     """Return a text as a chat message of the user, after a system message if there is one."""
     system = [{"role": "system", "content": system_prompt}] if system_prompt else []
     return [*system, {"role": "user", "content": text}]
+
+
+def alphabet(rows: list[Row]) -> str:
+    """Return the characters of the prompts and answers of rows, sorted."""
+    return "".join(sorted({c for r in rows for c in f"{r['prompt']}{r.get('answer', '')}"}))
 
 
 def count(rows: list[Row]) -> int:
