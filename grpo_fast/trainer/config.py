@@ -63,9 +63,17 @@ class TrainConfig:
     )
     questions: list[str] = dataclasses.field(
         default_factory=lambda: ["capital", "continent"],
-        metadata={"help": "countries: kinds of questions: capital, continent, currency"},
+        metadata={
+            "help": "countries: kinds of questions, of capital, continent, currency; default: the first two"
+        },
     )
     max_operand: int = option(29, "arithmetic: the largest operand; the smallest is 0")
+    problems: int = option(1000, "reasoning_gym: number of problems that are generated")
+    examples: int = option(3, "reasoning_gym: number of solved examples before each question")
+    task_options: str | None = option(
+        None,
+        "reasoning_gym: options of the generator itself, as a YAML mapping such as '{min_words: 3}'",
+    )
     dataset: str | None = option(
         None,
         "JSON Lines or Parquet file of prompts and answers, or the name of a dataset of the library "
@@ -305,6 +313,13 @@ class TrainConfig:
                 f"questions={self.questions}: want some of {', '.join(QUESTIONS)}"
                 f"{did_you_mean(closest(unknown[0], QUESTIONS)[:1]) if unknown else ''}"
             )
+        twice = [q for q in self.questions if self.questions.count(q) > 1]
+        if twice:
+            raise ValueError(f"questions: {twice[0]!r} is given twice")
+        if self.task_options is not None and kind != "reasoning_gym":
+            raise ValueError(
+                f"task_options: task={self.task!r} has none; they are for reasoning_gym"
+            )
         if self.dataset is None and self.task != "arithmetic" and self.model is None:
             raise ValueError(f"task={self.task!r}: it needs a pretrained model; give --model")
 
@@ -354,7 +369,8 @@ class TrainConfig:
 
 
 _AT_LEAST = {
-    "max_operand": 3, "heldout": 1, "hidden_size": 2, "num_layers": 1, "num_heads": 1,
+    "max_operand": 3, "problems": 2, "examples": 0,
+    "heldout": 1, "hidden_size": 2, "num_layers": 1, "num_heads": 1,
     "warmup_steps": 0, "warmup_batch_size": 1, "prompts_per_step": 1, "group_size": 2,
     "max_new_tokens": 1, "steps": 1, "num_iterations": 1, "micro_batch_size": 1,
     "micro_batch_tokens": 1, "sampling_tokens": 1, "resample": 0, "lora_r": 1,

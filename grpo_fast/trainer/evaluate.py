@@ -34,7 +34,8 @@ BATCH = 256
 BASE, TRAINED, DIFFERENCE = "base", "trained", "trained-base"
 # The options that decide on the problems, the models and the answers; the JSON has them.
 OPTIONS = (
-    "task", "questions", "max_operand", "dataset", "dataset_split", "chat", "system_prompt", "heldout",
+    "task", "questions", "max_operand", "problems", "examples", "task_options", "dataset",
+    "dataset_split", "chat", "system_prompt", "heldout",
     "seed", "model", "use_peft", "quantize", "dtype", "weights", "attention", "max_new_tokens",
     "temperature", "reward", "reward_weights", "reward_timeout", "micro_batch_size", "sampling_tokens",
     "threads",

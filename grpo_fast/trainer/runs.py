@@ -82,7 +82,7 @@ def create(config: TrainConfig) -> Path:
         else:
             path.mkdir()
         return path
-    stem = config.task if config.dataset is None else Path(config.dataset).stem
+    stem = Path(config.dataset).stem if config.dataset else config.task.replace(":", "-")
     while True:
         path = parent / files.free_name(parent, stem)
         try:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from grpo_fast.trainer import rewards
 from grpo_fast.trainer.config import TrainConfig
-from grpo_fast.trainer.tasks import arithmetic, countries, dataset
+from grpo_fast.trainer.tasks import arithmetic, countries, dataset, reasoning_gym
 from grpo_fast.trainer.tasks.task import Order, Row, Task, batches, count
 
 __all__ = ["Order", "Row", "Task", "batches", "build", "count"]
@@ -29,4 +29,5 @@ def build(config: TrainConfig) -> Task:
 
 def _maker(name: str) -> Callable[[TrainConfig], Task]:
     """Return the function that makes the task of this name."""
-    return {"arithmetic": arithmetic.build, "countries": countries.build}[name]
+    makers = {"arithmetic": arithmetic.build, "countries": countries.build}
+    return reasoning_gym.build if name.startswith("reasoning_gym:") else makers[name]
