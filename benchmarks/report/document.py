@@ -10,7 +10,7 @@ from benchmarks import FOLDER, ROOT, command_line
 from benchmarks.codegen import saved as compiled
 from benchmarks.measuring import traffic
 from benchmarks.predictions import cost_model, memory_model
-from benchmarks.report import experiments, tables
+from benchmarks.report import experiments, learning, real_model, tables
 from benchmarks.report.committed import (
     ResultError,
     Run,
@@ -81,6 +81,7 @@ The model (`python -m benchmarks.predictions.cost_model`) next to what came out:
 ceilings, as it was written before any run, and with the roofs measured in the run itself, which the
 last column uses.
 """
+LEARNED = ROOT / "docs" / "smollm2.md"
 MARKERS = ("<!-- measured: python -m benchmarks.report -->\n", "<!-- end of measured -->\n")
 
 
@@ -118,6 +119,8 @@ def _device(
         yield from tables.step_section(document, memory_model.load()["step"])
     for document in here(shared_prompts(results)):
         yield from tables.shared_prompt_section(document)
+    real = {kind: here(newest(results, kind)) for kind in real_model.KINDS}
+    yield from real_model.section({kind: found[-1] for kind, found in real.items() if found})
     for run in mine:
         if run not in main:
             yield from tables.run_section(run)
@@ -152,14 +155,14 @@ def _without_gpu() -> Iterator[str]:
 
 
 def with_headline(readme: str, text: str) -> str:
-    """Replace what stands between the README's markers.
+    """Replace what stands between the markers of the README, or of another page.
 
     Raises:
         ResultError: it has no markers.
     """
     first, last = MARKERS
     if readme.count(first) != 1 or readme.count(last) != 1:
-        raise ResultError(f"README.md: want {first.strip()} and {last.strip()} once")
+        raise ResultError(f"the page: want {first.strip()} and {last.strip()} once")
     between = re.escape(first) + r".*?" + re.escape(last)
     return re.sub(between, lambda _: f"{first}\n{text}\n{last}", readme, flags=re.DOTALL)
 
@@ -177,6 +180,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         text = render(options.results)
         if readme:
             readme.write_text(with_headline(readme.read_text(), headline(options.results)))
+        if readme == ROOT / "README.md":
+            LEARNED.write_text(with_headline(LEARNED.read_text(), learning.text(options.results)))
+            LEARNED.with_suffix(".svg").write_bytes(learning.picture(options.results))
     except ResultError as error:
         print(error, file=sys.stderr)
         return 1
