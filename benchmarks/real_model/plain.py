@@ -45,9 +45,15 @@ def loss_of_hidden(
 
 @contextlib.contextmanager
 def in_trainer() -> Iterator[None]:
-    """Let the included trainer compute its loss by `loss_of_hidden`."""
-    with mock.patch.object(forward, "linear_grpo_loss", loss_of_hidden):
+    """Let the included trainer compute its loss by `loss_of_hidden`.
+
+    Raises:
+        RuntimeError: it never did: the model is trained from its logits.
+    """
+    with mock.patch.object(forward, "linear_grpo_loss", wraps=loss_of_hidden) as replaced:
         yield
+    if not replaced.called:
+        raise RuntimeError("the trainer did not compute the plain loss: nothing was compared")
 
 
 def loss_of_logits(

