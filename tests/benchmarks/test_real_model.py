@@ -201,6 +201,30 @@ def test_trajectories(tmp_path, options):
     assert pairs["kernels", "other-seed"]["steps_with_equal_completions"] == 0
 
 
+def test_another_loss_is_noticed(tmp_path, options, monkeypatch):
+    real = plain.loss_of_hidden
+
+    def larger(hidden, weight, ids, **given):
+        out = real(hidden, weight, ids, **given)
+        return out._replace(loss=1.01 * out.loss)
+
+    here = [f"--output_dir={tmp_path / 'runs'}", *options, "--steps=1"]
+    with monkeypatch.context() as patches:
+        patches.setattr(plain, "loss_of_hidden", larger)
+        assert measured(tmp_path, "trajectories", *here)[0] == 1
+
+
+def test_a_plain_loss_that_is_never_computed_is_an_error():
+    with pytest.raises(RuntimeError, match="nothing was compared"), plain.in_trainer():
+        pass
+
+
+def test_a_reference_run_has_no_other_forwards(options, tmp_path):
+    for extra in ("--beta=0.1", "--num_iterations=2"):
+        with pytest.raises(ValueError, match="want 1 and 0"):
+            trajectories.config_of("reference", [*options, extra], tmp_path)
+
+
 def test_means_of_two_runs(tmp_path, monkeypatch):
     """By hand: means of two steps, of which the second pair differs by 0.5."""
     for name, rewards in (("a", (0, 1, 0, 1)), ("b", (1, 0, 1, 1))):
