@@ -22,7 +22,8 @@ FAST := spec/test_advantage_oracles.py spec/test_derivatives.py spec/test_names.
 	integrations/test_skyrl.py integrations/test_slime.py integrations/test_trl_docs.py \
 	integrations/test_trl_loss.py integrations/test_verl.py integrations/test_verl_options.py \
 	integrations/test_xtuner.py \
-	trainer/test_sampling.py trainer/test_trainer_data.py trainer/test_trainer_models.py \
+	trainer/test_countries.py trainer/test_sampling.py trainer/test_trainer_data.py \
+	trainer/test_trainer_models.py \
 	trainer/test_update.py \
 	shared_prompt/test_plans.py shared_prompt/test_traps.py \
 	project/test_docs.py project/test_layout.py project/test_packaging.py project/test_public_api.py \
