@@ -546,7 +546,7 @@ class Run:
         for prompt, answer, value in zip(
             answers.prompts, answers.completions, scores.total.tolist(), strict=True
         ):
-            self.say(f"  {prompt!r} -> {answer!r}  reward {value:.2f}")
+            self.say(f"  {evaluate.short(prompt)} -> {evaluate.short(answer)}  reward {value:.2f}")
 
 
 def memory(device: torch.device) -> float:
