@@ -150,12 +150,13 @@ def described(there: Path, with_answers: bool) -> dict[str, Any]:
     """Return the row of a run: every step, and its held-out accuracy."""
     rows, about = rows_of(there), beside(there, ABOUT)
     config = configs.parse([str(there / "config.yaml")])
-    known = json.loads(about.read_text()) if about.exists() else {"path": "kernels"}
+    known = json.loads(about.read_text()) if about.exists() else {}  # `learning` has one, too
+    origin = {"path": known.get("path", "kernels"), "commit": known.get("commit", "")}
     return {
         "row": "run",
         "name": there.name,
         "seed": config.seed,
-        **known,
+        **origin,
         "steps": len(rows),
         **{name: [_short(row.get(name)) for row in rows] for name in NAMES},
         "heldout": held_out(there) if with_answers and rows else None,

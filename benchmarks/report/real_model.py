@@ -189,7 +189,13 @@ def _run_row(row: dict[str, Any]) -> list[Any]:
     for name in ("reward", "accuracy"):
         ends += [_mean(row[name][:20]), _mean(row[name][-20:])]
     held = row["heldout"] or {"accuracy": None, "answers": ""}
-    about = [row["name"], row["seed"], row["steps"], row["path"], row.get("commit", "")]
+    about = [
+        row["name"],
+        row["seed"],
+        row["steps"],
+        row.get("path", "kernels"),
+        row.get("commit", ""),
+    ]
     return [*about, *ends, _number(held["accuracy"]), held["answers"]]
 
 
