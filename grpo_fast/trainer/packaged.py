@@ -56,15 +56,21 @@ def folder(name: str) -> Path | None:
         return None
     try:
         place = cached_assets_path("grpo_fast", "models", release)
-        with FileLock(place / ".lock"):
-            if not all((place / "model" / file).is_file() for file in FILES):
-                convert(Path(found.submodule_search_locations[0]), place / "model", release)
+        if not complete(place / "model"):  # no lock otherwise: the folder may be read-only
+            with FileLock(place / ".lock"):
+                if not complete(place / "model"):
+                    convert(Path(found.submodule_search_locations[0]), place / "model", release)
     except OSError as error:
         raise ValueError(
             f"{release}: cannot be converted: {files.reason(error)}; HF_ASSETS_CACHE names another folder"
         ) from error
     say(f"model {name}: that of the package {release}, in {place / 'model'}")
     return place / "model"
+
+
+def complete(model: Path) -> bool:
+    """Tell whether a folder has all files of a model."""
+    return all((model / file).is_file() for file in FILES)
 
 
 def say(text: str) -> None:

@@ -164,6 +164,7 @@ def test_a_conversion_that_fails_leaves_no_model(assets, package, monkeypatch):
     (found / "model.safetensors").unlink()  # someone cleaned up
     assert set(os.listdir(packaged.folder(NAME))) == set(packaged.FILES)
     shutil.rmtree(package)  # not read again
+    monkeypatch.setattr(packaged, "FileLock", None)  # nor written to
     assert packaged.folder(NAME) == found
 
 
