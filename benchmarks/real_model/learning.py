@@ -22,7 +22,8 @@ from typing import Any
 from benchmarks import ROOT
 from benchmarks.measuring import machine
 from benchmarks.real_model.sheet import Sheet
-from grpo_fast.trainer.evaluate import BASE, DIFFERENCE, TRAINED, student
+from grpo_fast.trainer.evaluate import BASE, DIFFERENCE, TRAINED
+from grpo_fast.trainer.intervals import student
 from grpo_fast.trainer.tasks.countries import QUESTIONS
 
 KIND = "real_learning"

@@ -19,7 +19,8 @@ from grpo_fast.trainer import checkpoints, evaluate, rollout, tasks
 from grpo_fast.trainer import config as configs
 from grpo_fast.trainer import model as models
 from grpo_fast.trainer.cli import main
-from grpo_fast.trainer.evaluate import Deviations, Evaluation, Results, Wanted, student
+from grpo_fast.trainer.evaluate import Evaluation, Results, Wanted
+from grpo_fast.trainer.intervals import Deviations, student
 from grpo_fast.trainer.tasks import countries
 from grpo_fast.trainer.train import train
 from tests.support.tiny_runs import EVEN, given_model, setup, tiny
