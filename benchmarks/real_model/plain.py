@@ -14,6 +14,7 @@ from torch import Tensor
 
 from grpo_fast import Objective, reference
 from grpo_fast.loss import LossOutput, policy_loss
+from grpo_fast.metrics import STATISTICS
 from grpo_fast.trainer import forward
 
 
@@ -40,7 +41,12 @@ def loss_of_hidden(
         logps = reference.logprob(logits, ids, temperature)
         entropy = reference.entropy(logits, temperature) if return_entropy else None
         metrics = policy_loss(logps, **given)
-    return LossOutput(loss, logps, entropy, metrics.metrics, metrics.statistics)
+        statistics = metrics.statistics.clone()
+        if entropy is not None:
+            mask = given.get("mask")
+            live = entropy if mask is None else entropy[mask.bool()]
+            statistics[STATISTICS.index("entropy")] = live.sum()
+    return LossOutput(loss, logps, entropy, metrics.metrics, statistics)
 
 
 @contextlib.contextmanager

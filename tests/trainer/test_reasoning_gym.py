@@ -191,7 +191,7 @@ def test_a_batch_is_scored_once_although_a_scorer_raises(monkeypatch):
         ({"problems": 1}, "problems: want a finite number >= 2, got 1"),
         ({"examples": -1}, "examples: want a finite number >= 0, got -1"),
         ({"heldout": 40}, "heldout=40: want fewer than the 40 different prompts"),
-        ({"task": "arithmetic", "task_options": "{}"}, "task_options: task='arithmetic' has none"),
+        ({"task": "arithmetic", "task_options": "{}"}, "task='arithmetic' does not use it"),
         (
             {"task": "reasoning_gym:boxnet", "problems": 4, "heldout": 1},
             "examples=3: boxnet generates no answers .* set --examples 0",
