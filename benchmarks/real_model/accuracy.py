@@ -10,7 +10,6 @@ is the project's criterion (`grpo_fast.testing.assert_as_accurate`). Only this p
 """
 
 import contextlib
-import os
 import subprocess
 import sys
 import tempfile
@@ -173,20 +172,6 @@ def rows_of(
     return rows
 
 
-@contextlib.contextmanager
-def backend(name: str) -> Iterator[None]:
-    """Choose the implementation of all operators."""
-    before = os.environ.get("GRPO_FAST_BACKEND")
-    os.environ["GRPO_FAST_BACKEND"] = name
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["GRPO_FAST_BACKEND"]
-        else:
-            os.environ["GRPO_FAST_BACKEND"] = before
-
-
 def interpreted(case: Case) -> Results:
     """Run this project's kernels in Triton's interpreter, in a process of its own.
 
@@ -208,7 +193,7 @@ def interpreted(case: Case) -> Results:
 def measure(config: TrainConfig, sheet: Sheet) -> bool:
     """Measure all providers, and tell whether this project is within its criterion everywhere."""
     given = setup.sampled(config)
-    with backend("torch"):
+    with setup.backend("torch"):
         case = case_of(config, given)
         sheet.document["batch"] = described(case)
         print(sheet.document["batch"], flush=True)

@@ -21,13 +21,13 @@ from typing import Any
 
 from benchmarks import ROOT
 from benchmarks.measuring import machine
+from benchmarks.real_model.setup import RECIPE, beside, rounded
 from benchmarks.real_model.sheet import Sheet
 from grpo_fast.trainer.evaluate import BASE, DIFFERENCE, TRAINED
 from grpo_fast.trainer.intervals import student
 from grpo_fast.trainer.tasks.countries import QUESTIONS
 
 KIND = "real_learning"
-RECIPE = ROOT / "recipes" / "smollm2-geo.yaml"
 SEEDS = (0, 1, 2)
 TEMPERATURES = ("0", "0.7", "1")
 SAMPLES = 4  # answers to each held-out question at each temperature but 0
@@ -73,11 +73,6 @@ def run(seed: int, given: Sequence[str], folder: Path) -> Path:
     return there
 
 
-def beside(there: Path, name: str) -> Path:
-    """Return the path of a file of this benchmark about a run."""
-    return there.with_name(f"{there.name}.{name}")
-
-
 def described(there: Path) -> dict[str, Any]:
     """Return the row of a run: its steps, its evaluation, and some answers before and after."""
     lines = (there / "metrics.jsonl").read_text().splitlines()
@@ -90,7 +85,7 @@ def described(there: Path) -> dict[str, Any]:
         "seed": found["config"]["seed"],
         **about,
         "threads": found["machine"]["threads"],
-        "steps": {name: [_short(step[name]) for step in steps] for name in names},
+        "steps": {name: [rounded(step[name]) for step in steps] for name in names},
         "problems": len(found["problems"]),
         "clusters": found["clusters"],
         "results": found["results"],
@@ -129,11 +124,6 @@ def _answers(problem: dict[str, Any]) -> dict[str, Any]:
         if result["temperature"] == 1
     }
     return {"question": problem["prompt"][-1]["content"], "answer": problem["answer"], **texts}
-
-
-def _short(value: Any) -> Any:
-    """Round a number to five digits."""
-    return None if value is None else float(f"{value:.5g}")
 
 
 def averaged(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

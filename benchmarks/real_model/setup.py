@@ -1,14 +1,17 @@
 """The model, the prompts and the completions that all parts measure on."""
 
+import contextlib
 import copy
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import set_seed
 
-from benchmarks.real_model.learning import RECIPE
+from benchmarks import ROOT
 from grpo_fast import ops
 from grpo_fast.trainer import config as configs
 from grpo_fast.trainer import model as models
@@ -20,6 +23,7 @@ from grpo_fast.trainer.model import Policy
 from grpo_fast.trainer.rollout import Rollout
 from grpo_fast.trainer.tasks import Task
 
+RECIPE = ROOT / "recipes" / "smollm2-geo.yaml"
 # What all parts set beside the recipe, where a part does not say otherwise.
 OPTIONS: dict[str, Any] = {
     "dtype": "float32",
@@ -84,3 +88,27 @@ def perturbed(model: Any, size: float, seed: int) -> Any:
             spread = p.float().std() if p.numel() > 1 else p.new_zeros(())
             p += size * spread * torch.randn(p.shape, generator=generator, dtype=p.dtype)
     return other
+
+
+def beside(there: Path, name: str) -> Path:
+    """Return the path of a file of this benchmark about a run."""
+    return there.with_name(f"{there.name}.{name}")
+
+
+def rounded(value: Any) -> Any:
+    """Round a number to six digits."""
+    return None if value is None else float(f"{value:.6g}")
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Choose the implementation of all operators."""
+    before = os.environ.get("GRPO_FAST_BACKEND")
+    os.environ["GRPO_FAST_BACKEND"] = name
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["GRPO_FAST_BACKEND"]
+        else:
+            os.environ["GRPO_FAST_BACKEND"] = before

@@ -17,7 +17,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ import torch
 
 from benchmarks.measuring import machine
 from benchmarks.real_model import plain, setup
+from benchmarks.real_model.setup import beside, rounded
 from benchmarks.real_model.sheet import Sheet
 from grpo_fast.trainer import checkpoints, evaluate, tasks
 from grpo_fast.trainer import config as configs
@@ -81,21 +81,10 @@ def run(which: str, given: Sequence[str], folder: Path) -> Path:
         allowed = {"steps"}
     else:
         config, allowed = dataclasses.replace(config, overwrite=there.exists()), set()
-    before = os.environ.get("GRPO_FAST_BACKEND")
-    os.environ["GRPO_FAST_BACKEND"] = "torch"
     loss = plain.in_trainer() if which == "reference" else contextlib.nullcontext()
-    try:
-        with loss, noting(beside(there, SEEN)):
-            train(config, allowed)
-    finally:
-        os.environ.pop("GRPO_FAST_BACKEND")
-        os.environ.update({"GRPO_FAST_BACKEND": before} if before is not None else {})
+    with setup.backend("torch"), loss, noting(beside(there, SEEN)):
+        train(config, allowed)
     return there
-
-
-def beside(there: Path, name: str) -> Path:
-    """Return the path of a file of this benchmark about a run."""
-    return there.with_name(f"{there.name}.{name}")
 
 
 @contextlib.contextmanager
@@ -158,14 +147,9 @@ def described(there: Path, with_answers: bool) -> dict[str, Any]:
         "seed": config.seed,
         **origin,
         "steps": len(rows),
-        **{name: [_short(row.get(name)) for row in rows] for name in NAMES},
+        **{name: [rounded(row.get(name)) for row in rows] for name in NAMES},
         "heldout": held_out(there) if with_answers and rows else None,
     }
-
-
-def _short(value: Any) -> Any:
-    """Round a number to six digits."""
-    return None if value is None else float(f"{value:.6g}")
 
 
 def compared(one: Path, other: Path) -> dict[str, Any]:
@@ -193,7 +177,7 @@ def compared(one: Path, other: Path) -> dict[str, Any]:
             for at in range(0, len(rows) - WINDOW + 1, WINDOW)
         ]
         gaps = [a - b for a, b in means]
-        row[f"{name}_means"] = [[_short(x) for x in pair] for pair in means]
+        row[f"{name}_means"] = [[rounded(x) for x in pair] for pair in means]
         row[f"{name}_gap_max"] = max(map(abs, gaps), default=None)
         row[f"{name}_gap_rms"] = math.sqrt(sum(g * g for g in gaps) / len(gaps)) if gaps else None
     return row

@@ -21,6 +21,7 @@ def built(**options):
 
 
 def test_facts_are_right_and_their_questions_do_not_have_the_answer():
+    assert tuple(countries.QUESTIONS) == configs.QUESTIONS
     rows = countries.facts()
     assert len(rows) > 400
     known = {(row["country"], row["kind"]): row["answer"] for row in rows}
