@@ -1,9 +1,14 @@
-"""The test files themselves: lists that name them are right, and none imports another."""
+"""The test files themselves: lists that name them are right, none imports another, and a crash is named."""
 
+import os
 import re
+import signal
 from pathlib import Path
 
+import pytest
+
 from tests import conftest
+from tests.support import ranks
 from tests.support.mutations import COVERS, SAME
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,3 +36,14 @@ def test_what_files_share_is_in_support():
     for path in TESTS:
         found = re.search(r"^from tests\.\S*(test_| import test_).*", path.read_text(), re.M)
         assert found is None, f"{path}: {found[0]}"
+
+
+def crash():
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
+def test_a_crash_in_native_code_is_named():
+    """The mark that runs such a test again looks for these words. The place of the crash is shown."""
+    found = f"(?s){ranks.CRASHED} .signal 11.*Segmentation fault.*test_suite.py.* in crash"
+    with pytest.raises(AssertionError, match=found):
+        ranks.run("tests.project.test_suite:crash", 1)
