@@ -2,7 +2,7 @@
 
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from benchmarks import FOLDER, ROOT, command_line
 from benchmarks.codegen import saved as compiled
 from benchmarks.measuring import traffic
 from benchmarks.predictions import cost_model, memory_model
-from benchmarks.report import experiments, learning, real_model, tables
+from benchmarks.report import experiments, learning, real_model, study, tables
 from benchmarks.report.committed import (
     ResultError,
     Run,
@@ -82,6 +82,12 @@ ceilings, as it was written before any run, and with the roofs measured in the r
 last column uses.
 """
 LEARNED = ROOT / "docs" / "smollm2.md"
+# Pages, with what writes their tables and their pictures.
+PAGES: dict[Path, tuple[Callable[[Path], str], Callable[[Path], bytes]]] = {
+    LEARNED: (learning.text, learning.picture),
+    ROOT / "docs" / "study.md": (study.groups_text, study.groups_picture),
+    ROOT / "docs" / "ppo.md": (study.ppo_text, study.ppo_picture),
+}
 MARKERS = ("<!-- measured: python -m benchmarks.report -->\n", "<!-- end of measured -->\n")
 
 
@@ -182,9 +188,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if readme:
             readme.write_text(with_headline(readme.read_text(), headline(options.results)))
         if readme == ROOT / "README.md":
-            LEARNED.write_text(with_headline(LEARNED.read_text(), learning.text(options.results)))
-            if picture := learning.picture(options.results):
-                LEARNED.with_suffix(".svg").write_bytes(picture)
+            for page, (text_of, picture_of) in PAGES.items():
+                page.write_text(with_headline(page.read_text(), text_of(options.results)))
+                if picture := picture_of(options.results):
+                    page.with_suffix(".svg").write_bytes(picture)
     except ResultError as error:
         print(error, file=sys.stderr)
         return 1

@@ -1,11 +1,11 @@
 """Write what a real model learned: the tables and the picture of docs/smollm2.md."""
 
-import io
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks.report import pictures
 from benchmarks.report.committed import newest
 from benchmarks.report.markdown import table, wrapped
 from grpo_fast.trainer.evaluate import BASE, DIFFERENCE, TRAINED
@@ -125,27 +125,20 @@ def picture(results: Path) -> bytes:
     documents = newest(results, KIND)
     if not documents:
         return b""
-    import matplotlib
-    from matplotlib.figure import Figure
-
     runs = [row for row in documents[-1][KIND] if row["row"] == "run"]
     charts = {
         "reward/names_the_answer": "accuracy of the samples",
         "reward/one_sentence": "one finished sentence",
         "groups_without_signal": "groups without signal",
     }
-    # Text stays text, and the file is the same each time.
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "grpo_fast"}):
-        figure = Figure(figsize=(10, 3), layout="constrained")
+    with pictures.drawing(10, 3) as figure:
         for axis, (name, title) in zip(figure.subplots(1, 3), charts.items(), strict=True):
             for run in runs:
                 axis.plot(smooth(run["steps"][name]), label=f"seed {run['seed']}")
             axis.set(title=title, xlabel="step", ylim=(0, 1))
             axis.grid(alpha=0.3)
         figure.axes[0].legend()
-        target = io.BytesIO()
-        figure.savefig(target, format="svg", metadata={"Date": None})
-    return target.getvalue()
+        return pictures.svg(figure)
 
 
 def smooth(values: list[float]) -> list[float]:

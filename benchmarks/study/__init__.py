@@ -1,0 +1,1 @@
+"""A small study of GRPO on the included trainer's arithmetic task, and a PPO baseline beside it."""

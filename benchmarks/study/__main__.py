@@ -1,0 +1,7 @@
+"""Make the study."""
+
+import sys
+
+from benchmarks.study.command import main
+
+sys.exit(main())
