@@ -1,12 +1,12 @@
 """Argument checks of the ops and losses: errors name the argument and the offending value."""
 
 import math
-import os
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from grpo_fast.notices import switch
 from grpo_fast.operands import LARGEST, SMALLEST, hint, operand
 from grpo_fast.overwritten import check_not_overwritten
 from grpo_fast.records import Targets
@@ -393,4 +393,4 @@ def check_values(x: Tensor) -> bool:
     """
     if torch.compiler.is_compiling():
         return False
-    return x.device.type == "cpu" or os.environ.get("GRPO_FAST_VALIDATE") == "1"
+    return x.device.type == "cpu" or switch("GRPO_FAST_VALIDATE")

@@ -17,7 +17,7 @@ from pathlib import Path
 import grpo_fast
 
 SOURCE = Path(grpo_fast.__file__).parent
-LEFT_OUT = {"integrations", "trainer", "hub.py", "__pycache__"}
+LEFT_OUT = {"doctor", "integrations", "trainer", "hub.py", "__pycache__"}
 VERSION = 1  # of the kernel package, an int: raise it with every publication that breaks callers
 README = """---
 library_name: kernels

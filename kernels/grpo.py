@@ -390,6 +390,15 @@ def new_outputs(logits, with_entropy, with_kl):
     return Outputs(new(), new(), entropy, kl, new(dtype=torch.int8))
 
 
+def schedule_of(logits, dlogits, softcap, out):
+    """How `grpo_fwd_bwd` walks over rows of logits, for the outputs `out`."""
+    V = logits.shape[-1]
+    # With an entropy a thread holds so much that too few programs would be resident.
+    side = 4 if out.entropy is None else 1
+    together = not overlaps(logits, dlogits)
+    return reading(V, logits.element_size(), softcap is not None, side, together)
+
+
 def grpo_fwd_bwd(
     logits,
     targets,
@@ -419,15 +428,13 @@ def grpo_fwd_bwd(
     Returns:
         `Outputs`; entropy and kl are None where they are not computed.
     """
-    B, T_len, V = logits.shape
+    B, T_len, _ = logits.shape
     N = B * T_len
     if out is None:
         has_ref = tokens.ref_logp is not None
         out = new_outputs(logits, return_entropy or objective.entropy_coef, has_ref)
-    # With an entropy a thread holds so much that too few programs would be resident.
-    side = 4 if out.entropy is None else 1
     over = overlaps(logits, dlogits)
-    plan = reading(V, logits.element_size(), softcap is not None, side, together=not over)
+    plan = schedule_of(logits, dlogits, softcap, out)
     write_tile = plan.write_tile
     if over and softcap is not None:  # a longer tile forwards would spill on sm_100
         write_tile = write_tile._replace(K=min(write_tile.K, 2))

@@ -194,6 +194,11 @@ def target_slope(row, target, start, stop, part, cap, ROWS: tl.constexpr):
     return slope
 
 
+def schedule_of(logits, softcap=None):
+    """How `logprob_fwd` walks over rows of logits."""
+    return reading(logits.shape[-1], logits.element_size(), softcap is not None)
+
+
 def logprob_fwd(logits, targets, with_entropy, softcap=None, out=None, arrived=None):
     """Launch the forward kernel.
 
@@ -207,12 +212,12 @@ def logprob_fwd(logits, targets, with_entropy, softcap=None, out=None, arrived=N
     Returns:
         `RowStatistics`; the entropy is None without `with_entropy`.
     """
-    B, T_len, V = logits.shape
+    B, T_len, _ = logits.shape
     N = B * T_len
     if out is None:
         new = functools.partial(torch.empty, N, device=logits.device, dtype=torch.float32)
         out = RowStatistics(new(), new() if with_entropy else None, new(), new())
-    plan = reading(V, logits.element_size(), softcap is not None)
+    plan = schedule_of(logits, softcap)
     if N:
         _logprob_fwd_kernel[(N * plan.parts,)](
             **rows_of("logits", logits),

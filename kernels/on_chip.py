@@ -310,6 +310,11 @@ def plan(V: int, bonus: bool) -> Plan:
     return Plan(ctas, 16, "bits", registers=64) if bonus else Plan(ctas, 8, "e")
 
 
+def schedule_of(logits, dlogits, softcap, out) -> str:
+    """How `grpo_fwd_bwd` holds a row of logits where the loss has no entropy bonus."""
+    return f"a cluster of {plan(logits.shape[-1], bonus=False).ctas} thread blocks holds a row"
+
+
 def unavailable(device: torch.device) -> str:
     """Why no kernel can keep a row on this device, or "". With CPU tensors, the interpreter can."""
     if device.type == "cpu":

@@ -105,6 +105,11 @@ class Schedule:
     T: int
     num_warps: int
 
+    def __str__(self) -> str:
+        if self.parts == 1:
+            return f"1 program a row of {self.columns:,} entries, {self.num_warps} warps"
+        return f"{self.parts} programs a row, {self.columns:,} entries each, {self.num_warps} warps"
+
     def arguments(self) -> dict[str, Any]:
         """The arguments that tell a kernel of this schedule."""
         return {
@@ -128,6 +133,12 @@ class Reading(Schedule):
     side: int = 1
     steps: int = 1
     polls: int = 0  # how often a program looks for the others of its row; 0: the last one writes it
+
+    def __str__(self) -> str:
+        if not self.split:
+            return super().__str__()
+        how = "each waits for the others" if self.polls else "the last one finishes the row"
+        return f"{super().__str__()}; {how}"
 
     @property
     def split(self) -> bool:

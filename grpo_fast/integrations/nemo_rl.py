@@ -22,12 +22,17 @@ from grpo_fast.integrations.shared.options import (
     read,
     read_options,
 )
-from grpo_fast.integrations.shared.packages import found_version, is_between, replace
+from grpo_fast.integrations.shared.packages import (
+    VERSIONS,
+    found_version,
+    is_between,
+    replace,
+)
 from grpo_fast.objective import Objective
 from grpo_fast.weights import importance_weights
 
 HOME = "nemo_rl.algorithms.loss.loss_functions"
-SUPPORTED = ("0.7", "0.8")  # from, and below
+SUPPORTED = VERSIONS["nemo_rl"]
 TRUNCATIONS = ("tis", "icepop", "seq-mask-tis")
 
 # The options of the presets, and which entries of NeMo-RL's `loss_fn` configuration they are.

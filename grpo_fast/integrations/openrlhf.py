@@ -22,10 +22,10 @@ from grpo_fast.integrations.shared.call import (
     token_average,
 )
 from grpo_fast.integrations.shared.options import Entry, entry, objective_of
-from grpo_fast.integrations.shared.packages import require
+from grpo_fast.integrations.shared.packages import VERSIONS, require
 from grpo_fast.weights import binary_divergence
 
-SUPPORTED = ("0.11.2", "0.12")  # from, and below
+SUPPORTED = VERSIONS["openrlhf"]
 ACTOR = "openrlhf.trainer.ray.ppo_actor"
 NAMES: dict[str, Entry] = {
     "epsilon_low": entry("clip_eps_low"),

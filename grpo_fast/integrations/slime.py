@@ -24,6 +24,7 @@ from grpo_fast.integrations.shared.responses import (
     reducer_weights,
 )
 from grpo_fast.loss import LossOutput
+from grpo_fast.notices import fell_back
 from grpo_fast.objective import Objective
 from grpo_fast.sequences import sum_over_sequence
 
@@ -208,6 +209,11 @@ class Slime:
         if objective.needs_sequences:
             given["cu_seqlens"] = boundaries(batch["response_lengths"], logits.device)
         fused = ranks == (1, 1) and self.reads_logits(args)
+        if not fused:
+            why = "its options need its own log-probs"
+            if ranks != (1, 1):
+                why = f"{ranks[0]} tensor-parallel and {ranks[1]} context-parallel ranks share the logits"
+            fell_back("host_log_probs", why, quiet=True)
         out, token = self.evaluate(args, batch, logits, objective, tokens, given, fused)
         with torch.no_grad():
 

@@ -9,7 +9,6 @@ It needs transformers >= 5.17 to build a model, but imports nothing of it. PEFT 
 
 import contextlib
 import functools
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -25,6 +24,7 @@ from grpo_fast.integrations.shared.model_head import (
     read_head,
     uncompiled,
 )
+from grpo_fast.notices import fell_back
 
 __all__ = ["Head", "check_head", "head_of", "hidden_states", "inside_forward", "with_head"]
 
@@ -107,19 +107,9 @@ def compiler_of(model: nn.Module) -> Callable[[Any], Any] | None:
         if COMPILED in module._modules:
             found = module.dynamo_ctx
         elif vars(module).get("_compiled_call_impl") is not None:
-            _warn_of_eager(type(module).__name__)
+            name = type(module).__name__
+            fell_back("compiled_in_place", f"{name} was compiled in place (model.compile())")
     return found
-
-
-@functools.cache
-def _warn_of_eager(name: str) -> None:
-    """Warn, once for each class of model."""
-    warnings.warn(
-        f"grpo_fast: {name} was compiled in place (model.compile()), and runs uncompiled where its forward "
-        "is replaced, in with_head and hidden_states: compile its backbone instead "
-        "(model.base_model.compile()), or the whole as torch.compile(model)",
-        stacklevel=3,
-    )
 
 
 def with_head(

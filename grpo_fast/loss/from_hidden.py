@@ -10,6 +10,7 @@ from grpo_fast import checks
 from grpo_fast.loss.arguments import LossArguments, check_batch, check_objective, to_device
 from grpo_fast.loss.compaction import keep_of
 from grpo_fast.loss.output import LossOutput, loss_output
+from grpo_fast.notices import logged
 from grpo_fast.objective import OPTIONS, Objective
 from grpo_fast.operands import Terms
 from grpo_fast.ops.autograd import anchors_of, once_differentiable
@@ -24,6 +25,7 @@ from grpo_fast.sequences import spread
 from grpo_fast.spelling import keywords_explained
 
 
+@logged("linear_grpo_loss")
 @keywords_explained(OPTIONS)
 def linear_grpo_loss(
     hidden: Tensor,
@@ -126,12 +128,12 @@ def linear_grpo_loss(
             entropy and log-probs of every token that is not masked. The tokens that `compact` left
             out get a pass for their logits, one of the three products, and on a GPU this costs
             another sync.
-        advantages, rewards, group_size, mask, old_logps, ref_logps, importance_weights,
-            token_weights, scores, num_items, loss_scale, cu_seqlens, temperature, objective: as in
-            `grpo_loss`. They are constants; `old_logps` and `ref_logps` may come with a graph,
-            which is detached. A factor on the returned loss costs a pass over the gradients of
-            `hidden` and the parameters; `loss_scale` costs nothing. Where the mask is 0, `hidden`
-            may hold NaN.
+
+    The other arguments are those of `grpo_loss`: advantages, rewards, group_size, mask, old_logps,
+    ref_logps, importance_weights, token_weights, scores, num_items, loss_scale, cu_seqlens,
+    temperature, objective. They are constants; `old_logps` and `ref_logps` may come with a graph,
+    which is detached. A factor on the returned loss costs a pass over the gradients of `hidden` and
+    the parameters; `loss_scale` costs nothing. Where the mask is 0, `hidden` may hold NaN.
 
     Returns:
         `LossOutput`. For tokens that were left out, log-probs and entropy are unspecified (0), and

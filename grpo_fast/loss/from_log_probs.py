@@ -5,6 +5,7 @@ from torch import Tensor
 from grpo_fast import checks
 from grpo_fast.loss.arguments import LossArguments, check_batch, check_objective
 from grpo_fast.loss.output import LossOutput, loss_output
+from grpo_fast.notices import logged
 from grpo_fast.objective import OPTIONS, Objective
 from grpo_fast.ops.autograd import anchors_of, once_differentiable
 from grpo_fast.ops.coefficients import values
@@ -12,6 +13,7 @@ from grpo_fast.records import Outputs
 from grpo_fast.spelling import keywords_explained
 
 
+@logged("policy_loss")
 @keywords_explained(OPTIONS)
 def policy_loss(
     logps: Tensor,
@@ -46,9 +48,10 @@ def policy_loss(
     Args:
         logps: (B, T) padded or (N,) packed log-probs of the completion tokens, any floating dtype.
         entropy: one per token, in nats; needed where `objective.needs_entropy`.
-        advantages, mask, old_logps, ref_logps, importance_weights, token_weights, scores,
-            num_items, loss_scale, cu_seqlens, objective: as in `grpo_loss`. They are constants;
-            `old_logps=logps` is allowed and is detached here.
+
+    The other arguments are those of `grpo_loss`: advantages, mask, old_logps, ref_logps,
+    importance_weights, token_weights, scores, num_items, loss_scale, cu_seqlens, objective. They
+    are constants; `old_logps=logps` is allowed and is detached here.
 
     Returns:
         `LossOutput`; its `entropy` is the given one, detached.

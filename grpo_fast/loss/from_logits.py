@@ -8,6 +8,7 @@ from torch import Tensor
 from grpo_fast import checks, overwritten
 from grpo_fast.loss.arguments import LossArguments, check_batch, check_objective
 from grpo_fast.loss.output import LossOutput, loss_output
+from grpo_fast.notices import fell_back, logged
 from grpo_fast.objective import OPTIONS, Objective
 from grpo_fast.operands import Terms
 from grpo_fast.ops.autograd import anchors_of, once_differentiable
@@ -26,6 +27,7 @@ from grpo_fast.sequences import spread
 from grpo_fast.spelling import keywords_explained
 
 
+@logged("grpo_loss")
 @keywords_explained(OPTIONS)
 def grpo_loss(
     logits: Tensor,
@@ -158,7 +160,10 @@ def grpo_loss(
     )
     batch = check_batch(op, completion_ids, targets.mask, given)
     with_grad = torch.is_grad_enabled() and logits.requires_grad
-    inplace = inplace and with_grad and not torch.compiler.is_compiling()
+    inplace = inplace and with_grad
+    if inplace and torch.compiler.is_compiling():
+        fell_back("inplace", "under torch.compile the memory planner decides", quiet=True)
+        inplace = False
     if inplace:
         overwritten.check_overwritable(op, logits)
     anchors = anchors_of(logits)

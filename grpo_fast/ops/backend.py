@@ -4,15 +4,14 @@ import contextlib
 import functools
 import importlib.util
 import os
-import warnings
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from grpo_fast import notices
 from grpo_fast.records import SoftCap
 
-BACKENDS = ("triton", "torch")
 OLDEST_TORCH, OLDEST_TRITON = (2, 8), (3, 4)  # pyproject.toml asks pip for the same
 
 
@@ -28,6 +27,11 @@ if version_of(torch.__version__) < OLDEST_TORCH:
     )
 
 
+# A wrong value is refused when the operators are imported, and not when something falls back much later.
+for _name in ("GRPO_FAST_LOG", "GRPO_FAST_STRICT"):
+    notices.setting(_name)
+
+
 @functools.cache
 def why_no_triton() -> str:
     """Return why the kernels cannot be compiled, or "" where they can. Triton exists for Linux only."""
@@ -39,38 +43,38 @@ def why_no_triton() -> str:
     return ""
 
 
-@functools.cache
-def _warn_of_slow_path(why: str) -> None:
-    """Warn once that PyTorch's operators run on a GPU in place of the kernels."""
-    warnings.warn(
-        f"grpo_fast: {why}: PyTorch's operators run in place of the kernels. The results are the same, but "
-        "they take longer: pip install 'triton>=3.4'",
-        stacklevel=4,
-    )
+class Path(NamedTuple):
+    """The implementation that an op takes.
+
+    Attributes:
+        kernels: whether it launches the Triton kernels; else PyTorch's operators run.
+        reason: why.
+        fallback: whether the kernels were to run, and cannot.
+    """
+
+    kernels: bool
+    reason: str
+    fallback: bool = False
 
 
-def use_triton(x: Tensor) -> bool:
-    """Whether an op on `x` launches kernels.
+def path_of(x: Tensor) -> Path:
+    """Return the implementation of an op on `x`, and why it is this one.
 
-    By default it does on CUDA (and ROCm) tensors where Triton is installed; all other tensors take
-    the PyTorch path. `GRPO_FAST_BACKEND=triton` or `torch` forces one of them.
+    By default the kernels run on CUDA (and ROCm) tensors where Triton is installed; all other
+    tensors take the PyTorch path. `GRPO_FAST_BACKEND=triton` or `torch` forces one of them.
 
     Raises:
         ValueError: another value of GRPO_FAST_BACKEND.
         RuntimeError: "triton" is forced where it cannot run.
     """
-    forced = os.environ.get("GRPO_FAST_BACKEND", "")
-    if forced and forced not in BACKENDS:
-        raise ValueError(f"GRPO_FAST_BACKEND={forced!r}: want one of {', '.join(BACKENDS)}")
+    forced, device = notices.setting("GRPO_FAST_BACKEND"), x.device.type
     if forced == "torch":
-        return False
-    if not forced and x.device.type != "cuda":
-        return False  # even if Triton is installed
+        return Path(False, "GRPO_FAST_BACKEND=torch")
+    if not forced and device != "cuda":  # even if Triton is installed
+        return Path(False, f"the device is {device}, the kernels need a GPU")
     why = why_no_triton()
     if not forced:
-        if why and not torch.compiler.is_compiling():
-            _warn_of_slow_path(why)
-        return not why
+        return Path(False, why, fallback=True) if why else Path(True, "the device is cuda")
     if why:
         raise RuntimeError(f"GRPO_FAST_BACKEND=triton, but {why}")
     if x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
@@ -78,28 +82,34 @@ def use_triton(x: Tensor) -> bool:
             "GRPO_FAST_BACKEND=triton with CPU tensors runs in Triton's interpreter only: "
             "set TRITON_INTERPRET=1 before Triton is imported"
         )
-    return True
+    return Path(True, "GRPO_FAST_BACKEND=triton")
 
 
-def wants_rows_on_chip() -> bool:
-    """Whether GRPO_FAST_ON_CHIP=1 asks for the kernel `on_chip` in place of `grpo`.
+def implementation(x: Tensor) -> str:
+    """Name the implementation of an op on `x`, with the reason where it is not the kernels on a GPU."""
+    path = path_of(x)
+    if not path.kernels:
+        return f"PyTorch path: {path.reason}"
+    return "Triton kernels" if x.device.type == "cuda" else "Triton's interpreter"
+
+
+def _path_and_reason(x: Tensor) -> str:
+    """Name the implementation of an op on `x`, always with the reason."""
+    name, _, _ = implementation(x).partition(":")
+    return f"{name} ({path_of(x).reason})"
+
+
+def use_triton(x: Tensor) -> bool:
+    """Whether an op on `x` launches kernels: `path_of`, with a warning where it falls back.
 
     Raises:
-        ValueError: a value other than 0 and 1.
+        FallbackError: it falls back, and GRPO_FAST_STRICT=1.
+        ValueError, RuntimeError: as `path_of`.
     """
-    given = os.environ.get("GRPO_FAST_ON_CHIP", "")
-    if given not in ("", "0", "1"):
-        raise ValueError(f"GRPO_FAST_ON_CHIP={given!r}: want 0 or 1")
-    return given == "1"
-
-
-@functools.cache
-def warn_not_on_chip(why: str) -> None:
-    """Warn that GRPO_FAST_ON_CHIP=1 has no effect, once for each reason."""
-    warnings.warn(
-        f"grpo_fast: GRPO_FAST_ON_CHIP=1 has no effect here: {why}. The results are the same without it",
-        stacklevel=4,
-    )
+    path = path_of(x)
+    if path.fallback:
+        notices.fell_back("triton", path.reason)
+    return path.kernels
 
 
 def grpo_kernel(logits: Tensor, dlogits: Tensor, softcap: SoftCap | None) -> str:
@@ -107,14 +117,14 @@ def grpo_kernel(logits: Tensor, dlogits: Tensor, softcap: SoftCap | None) -> str
 
     It is the one on the chip where GRPO_FAST_ON_CHIP=1 asks for it. If that cannot run, a warning says why.
     """
-    if wants_rows_on_chip():
+    if notices.switch("GRPO_FAST_ON_CHIP"):
         why = "PyTorch's operators run in place of the kernels"
         if use_triton(logits):
             on_chip = _module("..kernels.on_chip")
             why = on_chip.unsupported(logits, dlogits, softcap.softcap if softcap else None)
         if not why:
             return "on_chip.grpo_fwd_bwd"
-        warn_not_on_chip(why)
+        notices.fell_back("on_chip", why)
     return "grpo.grpo_fwd_bwd"
 
 
@@ -129,7 +139,11 @@ def run(function: str, like: Tensor, *args: Any, by_pytorch: bool = False, **kwa
         by_pytorch: whether to use PyTorch's operators on any device, for float64 or where there is
             nothing to launch on.
     """
-    if by_pytorch or not use_triton(like):
+    kernels = not by_pytorch and use_triton(like)
+    if notices.noting() and not function.startswith("schedules."):  # a question, no kernel
+        why = "PyTorch path (float64, or no tokens)" if by_pytorch else _path_and_reason(like)
+        notices.note(why, function.rpartition(".")[2])
+    if not kernels:
         twin = _function(f"..torch_kernels.{function}")
         return twin(*(x.vector if isinstance(x, Strided) else x for x in args), **kwargs)
     launcher = _function(f"..kernels.{function}")
@@ -138,6 +152,17 @@ def run(function: str, like: Tensor, *args: Any, by_pytorch: bool = False, **kwa
     # Triton launches on the current GPU.
     with torch.cuda.device(like.device) if like.is_cuda else contextlib.nullcontext():
         return launcher(*args, **kwargs)
+
+
+def note_schedule(function: str, like: Tensor, *args: Any) -> None:
+    """Note how a kernel walks over its rows, for the line of the call that is running.
+
+    Args:
+        function: module and name of a function that says so, such as "logprob.schedule_of".
+    """
+    if notices.noting():
+        home = "kernels" if use_triton(like) else "torch_kernels"
+        notices.note(str(_function(f"..{home}.{function}")(*args)))
 
 
 def _function(path: str) -> Any:

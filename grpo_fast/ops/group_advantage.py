@@ -7,6 +7,7 @@ from torch import Tensor
 
 from grpo_fast import checks, sequences
 from grpo_fast.checks import check_values
+from grpo_fast.notices import logged
 from grpo_fast.operands import LARGEST, hint, operand
 from grpo_fast.ops.backend import run
 from grpo_fast.records import Z_SCORE, Grouping, Standardization, flat, schema, unflatten
@@ -23,6 +24,7 @@ NARROW = {torch.float32, torch.float16, torch.bfloat16}
 NARROW |= {torch.bool, torch.uint8, torch.int8, torch.int16}
 
 
+@logged("operator group_advantage", inner=True)
 def _group_advantage(rewards: Tensor, *arguments: Any) -> Tensor:
     """Return the advantages (B,) fp32 of rewards (B,) fp32 or fp64."""
     grouping, standardization = unflatten(arguments, Grouping, Standardization)
@@ -168,6 +170,7 @@ def check_groups(
     return group_ids.to(torch.int64).contiguous()
 
 
+@logged("group_advantage")
 @keywords_explained()
 def group_advantage(
     rewards: Tensor,

@@ -6,10 +6,11 @@ from typing import Any, NamedTuple, get_type_hints
 import torch
 from torch import Tensor
 
+from grpo_fast.notices import logged
 from grpo_fast.objective import Objective
 from grpo_fast.operands import Terms
 from grpo_fast.ops.autograd import without_graph
-from grpo_fast.ops.backend import grpo_kernel, run
+from grpo_fast.ops.backend import grpo_kernel, note_schedule, run
 from grpo_fast.ops.scaling import scale_rows_
 from grpo_fast.overwritten import DESTROYED, mark_again
 from grpo_fast.records import Outputs, Rewards, SoftCap, Targets, Tokens, schema, unflatten
@@ -77,8 +78,9 @@ def fill(
     )
     # The kernel on the chip takes no soft cap.
     more: dict[str, Any] = {"softcap": softcap} if softcap else {}
+    kernel = grpo_kernel(logits, dlogits, softcap)
     run(
-        grpo_kernel(logits, dlogits, softcap),
+        kernel,
         logits,
         *(logits, targets, a.tokens, a.rewards, a.with_entropy),
         objective=Objective.from_terms(*a.terms),
@@ -87,15 +89,20 @@ def fill(
         arrived=arrived,
         **more,
     )
+    note_schedule(
+        f"{kernel.partition('.')[0]}.schedule_of", logits, logits, dlogits, softcap, written
+    )
     return out
 
 
+@logged("operator grpo", inner=True)
 def _grpo(logits: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     """Return `Outputs`, then dlogits: the gradient of the sum of the losses."""
     dlogits = new_gradient(logits)
     return (*fill(logits, as_records(arguments), dlogits), dlogits)
 
 
+@logged("operator grpo_", inner=True)
 def _grpo_(logits: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     """Return `Outputs`; write the gradient over the logits."""
     return tuple(fill(logits, as_records(arguments), logits))

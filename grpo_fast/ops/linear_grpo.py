@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, get_type_hints
 import torch
 from torch import Tensor
 
+from grpo_fast.notices import logged, note
 from grpo_fast.operands import Terms
 from grpo_fast.ops.autograd import without_graph
 from grpo_fast.ops.coefficients import coefficients_known
@@ -64,6 +65,7 @@ def as_records(arguments: Sequence[Any]) -> LinearArguments:
     return LinearArguments(*unflatten(arguments, *KINDS.values()))
 
 
+@logged("operator linear_grpo", inner=True)
 def _forward(hidden: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     """Return the loss, `Outputs` of every token, and the gradients in the order of `Needs`."""
     call = as_records(arguments)
@@ -80,6 +82,7 @@ def _forward(hidden: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     limit = row_limit(hidden, options)
     known = not modes.by_token and coefficients_known(a.tokens.old_logp, modes)
     way = plan(modes, known, needs, ends, limit, bool(options.tp_group))
+    note(f"gradients: {way}")
     length = 0
     if way == "aligned" and ends is not None:
         length = max((ends[j] - ends[i] for i, j in sequences_together(ends, limit)), default=1)

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from grpo_fast import checks
+from grpo_fast.notices import logged
 from grpo_fast.ops.autograd import anchors_of, once_differentiable, without_graph
 from grpo_fast.ops.head import float64
 from grpo_fast.ops.head.arguments import HeadArguments, Needs, Options, Parameters, check_head
@@ -48,6 +49,7 @@ BACKWARD = {
 five = "(Tensor, Tensor, Tensor, Tensor, Tensor)"
 
 
+@logged("operator linear_logprob", inner=True)
 def _forward(hidden: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return `RowStatistics`, and with `unit` the gradient of each log-prob in its hidden state."""
     given = unflatten(arguments, *FORWARD.values())
@@ -206,6 +208,7 @@ def linear_logprob(
     lora: tuple[Tensor, Tensor, float] | None = ...,
     tp_group: dist.ProcessGroup | None = ...,
 ) -> tuple[Tensor, Tensor]: ...
+@logged("linear_logprob")
 @keywords_explained()
 def linear_logprob(
     hidden: Tensor,

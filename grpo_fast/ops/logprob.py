@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from grpo_fast import checks
+from grpo_fast.notices import logged
 from grpo_fast.ops.autograd import anchors_of, once_differentiable, without_graph
-from grpo_fast.ops.backend import run
+from grpo_fast.ops.backend import note_schedule, run
 from grpo_fast.records import RowStatistics, SoftCap, Targets, flat, schema, unflatten
 from grpo_fast.spelling import keywords_explained
 from grpo_fast.torch_kernels.rows import new_gradient
@@ -39,6 +40,7 @@ def read_rows(
         out = out._replace(entropy=None)
     given = (logits, targets, with_entropy, softcap, out, arrived)
     found = run("logprob.logprob_fwd", logits, *given)
+    note_schedule("logprob.schedule_of", logits, logits, softcap)
     if not with_entropy:
         found = found._replace(entropy=logits.new_empty(0, dtype=torch.float32))
     return found
@@ -66,6 +68,7 @@ def write_rows(
     run("logprob.logprob_bwd", logits, *given)
 
 
+@logged("operator logprob_fwd", inner=True)
 def _logprob_fwd(logits: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     """Call `read_rows` on logits (B, T, V), as an operator."""
     return tuple(read_rows(logits, *unflatten(arguments, *FORWARD.values())))
@@ -148,6 +151,7 @@ def logprob(
     mask: Tensor | None = ...,
     return_entropy: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
+@logged("logprob")
 @keywords_explained()
 def logprob(
     logits: Tensor,

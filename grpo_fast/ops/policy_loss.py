@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from grpo_fast.metrics import METRICS, STATISTICS
+from grpo_fast.notices import logged
 from grpo_fast.objective import Objective
 from grpo_fast.operands import Terms
 from grpo_fast.ops.autograd import without_graph
@@ -16,6 +17,7 @@ ARGUMENTS = {"mask": Tensor | None, "tokens": Tokens, "terms": Terms}
 RESULTS = "(Tensor, Tensor, Tensor, Tensor)"  # the fields of PolicyLoss
 
 
+@logged("operator policy_loss", inner=True)
 def _policy_loss(logp: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     mask, tokens, terms = unflatten(arguments, *ARGUMENTS.values())
     given = (logp, mask, tokens, Objective.from_terms(*terms))

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grpo_fast.notices import logged
 from grpo_fast.objective import Objective
 from grpo_fast.operands import Terms
 from grpo_fast.ops.backend import run
@@ -14,6 +15,7 @@ from grpo_fast.records import PolicyLoss, Sequences, Tokens, flat, schema, unfla
 ARGUMENTS = {"mask": Tensor | None, "tokens": Tokens, "sequences": Sequences, "terms": Terms}
 
 
+@logged("operator sequence_loss", inner=True)
 def _sequence_loss(logp: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     mask, tokens, sequences, terms = unflatten(arguments, *ARGUMENTS.values())
     given = (logp, mask, tokens, sequences, Objective.from_terms(*terms))

@@ -47,6 +47,12 @@ class Choice(NamedTuple):
         return f"prompts {shared}: {self.reason}"
 
 
+class Impossible(Choice):
+    """The choice not to share prompts that several completions have, because no route is exact."""
+
+    __slots__ = ()
+
+
 def choose(model: nn.Module, plan: Plan, route: str = "auto") -> Choice:
     """Return the route that a forward takes.
 
@@ -79,10 +85,11 @@ def choose(model: nn.Module, plan: Plan, route: str = "auto") -> Choice:
             raise ValueError(f"shared_prompt: route={route!r}: {why_not}")
         return Choice(route, "it was asked for")
     why_not = shared_obstacle(model, plan)
+    several = len(plan.prompt_of) > len(plan.prompt_lengths)
     if not len(plan.prompt_of):
         why_not = "there are no completions"
     if why_not:
-        return Choice("unshared", why_not)
+        return (Impossible if several else Choice)("unshared", why_not)
     lm = causal_lm(model)
     D, packs = text_config(lm).hidden_size, can_pack(lm)
     padded = work(plan, "unshared", D)
@@ -101,7 +108,7 @@ def choose(model: nn.Module, plan: Plan, route: str = "auto") -> Choice:
     possible = [name for name in SHARING if not obstacles[name]]
     if not possible:
         reasons = dict.fromkeys(str(why) for why in obstacles.values())
-        return Choice("unshared", "; ".join(reasons))
+        return Impossible("unshared", "; ".join(reasons))
     best = min((x for x in possible if x in paying), key=lambda name: costs[name], default=None)
     if best is None:
         return Choice("unshared", _gain(plan, max(gains[name] for name in possible)))

@@ -18,8 +18,9 @@ from grpo_fast.integrations.transformers import (
     text_config,
     wrappers,
 )
+from grpo_fast.notices import fell_back, logged, note
 from grpo_fast.shared_prompt.caches import states, with_states
-from grpo_fast.shared_prompt.choice import SHARING, Choice, can_pack, choose, obstacle
+from grpo_fast.shared_prompt.choice import SHARING, Choice, Impossible, can_pack, choose, obstacle
 from grpo_fast.shared_prompt.plans import Plan
 from grpo_fast.shared_prompt.routes import (
     MICRO_BATCH,
@@ -49,6 +50,7 @@ class Part(NamedTuple):
     completions: Tensor
 
 
+@logged("shared_prompt.forward")
 def forward(
     model: nn.Module,
     plan: Plan,
@@ -88,6 +90,7 @@ def forward(
     return inside_forward(model, lambda lm, /, **_: run(lm), **_inputs(plan))
 
 
+@logged("shared_prompt.with_head")
 def with_head(
     model: nn.Module,
     plan: Plan,
@@ -126,6 +129,7 @@ def with_head(
     return inside_forward(model, forward, **_inputs(plan))
 
 
+@logged("shared_prompt.backward")
 def backward(
     model: nn.Module,
     plan: Plan,
@@ -255,6 +259,7 @@ def _prepared(
             raise ValueError(f"shared_prompt: route={route!r}: {wrong}")
         if route == "auto":
             say(chosen)
+        note(f"route {chosen.route} ({chosen.reason})")
         options: dict[str, Any] = {}
         if chosen.route == "fork":
             options = {"always": together}
@@ -317,12 +322,18 @@ def _agreed(model: nn.Module, plan: Plan, choice: Choice, parts: int) -> tuple[C
     if most != -least:
         can = [name for name, no in zip(TOGETHER, refused, strict=True) if not no]
         reason = "the processes have different batches, and share the weights"
-        choice = Choice([*can, "unshared"][0], reason)
+        choice = Choice(can[0], reason) if can else Impossible("unshared", reason)
     return choice, count
 
 
 def say(choice: Choice) -> None:
-    """Log a choice, once: a warning where prompts are not shared."""
+    """Log a choice, once: a warning where prompts are not shared.
+
+    Raises:
+        FallbackError: no route can share them, and GRPO_FAST_STRICT=1.
+    """
+    if isinstance(choice, Impossible):
+        fell_back("unshared", choice.reason, quiet=True)  # the line below says it
     line = f"shared prompts: {choice.route}: {choice.reason}"
     # Numbers change from batch to batch.
     key = "".join(c for c in line if not c.isdigit())

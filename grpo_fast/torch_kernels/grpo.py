@@ -20,6 +20,7 @@ from grpo_fast.sequences import spread
 from grpo_fast.torch_kernels.group_advantage import group_advantage_fwd
 from grpo_fast.torch_kernels.rows import (
     apply_soft_cap,
+    block_rows,
     exponentials,
     gradient,
     live_rows,
@@ -29,6 +30,11 @@ from grpo_fast.torch_kernels.rows import (
     store,
 )
 from grpo_fast.torch_kernels.terms import token_policy_terms, weigh
+
+
+def schedule_of(logits: Tensor, dlogits: Tensor, softcap: SoftCap | None, out: Outputs) -> str:
+    """Say how `grpo_fwd_bwd` walks over rows of logits."""
+    return f"blocks of at most {block_rows(logits.shape[-1])} rows"
 
 
 def grpo_fwd_bwd(

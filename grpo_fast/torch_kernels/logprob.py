@@ -8,6 +8,7 @@ from torch import Tensor
 from grpo_fast.records import RowStatistics, SoftCap, Targets
 from grpo_fast.torch_kernels.rows import (
     apply_soft_cap,
+    block_rows,
     exponentials,
     gradient,
     live_rows,
@@ -17,6 +18,11 @@ from grpo_fast.torch_kernels.rows import (
     soft_cap_slope,
     store,
 )
+
+
+def schedule_of(logits: Tensor, softcap: SoftCap | None = None) -> str:
+    """Say how `logprob_fwd` walks over rows of logits."""
+    return f"blocks of at most {block_rows(logits.shape[-1])} rows"
 
 
 def logprob_fwd(

@@ -36,6 +36,11 @@ def row_scale(targets: Targets, rows: slice | Tensor) -> float | Tensor:
     return 1 / targets.temperature[rows]
 
 
+def block_rows(V: int) -> int:
+    """Return how many rows of V entries are computed at a time."""
+    return max(1, BLOCK_ELEMENTS // V)
+
+
 def row_blocks(read: Tensor, *written: Tensor) -> Iterator[tuple[slice, list[Tensor]]]:
     """Yield blocks of the N rows: which rows, and these rows of each (B, T, V) tensor as (R, V).
 
@@ -43,7 +48,7 @@ def row_blocks(read: Tensor, *written: Tensor) -> Iterator[tuple[slice, list[Ten
     view over several sequences: then a block is a copy.
     """
     B, T, V = read.shape
-    step = max(1, BLOCK_ELEMENTS // V)
+    step = block_rows(V)
     try:
         flat = [x.view(B * T, V) for x in (read, *written)]
     except RuntimeError:

@@ -1,4 +1,4 @@
-"""The command line: `grpo-fast train`, `eval`, `report` and `plan`."""
+"""The command line: `grpo-fast train`, `eval`, `report`, `plan`, `explain` and `doctor`."""
 
 import argparse
 import os
@@ -10,6 +10,7 @@ from pathlib import Path
 
 import grpo_fast
 from grpo_fast.integrations.shared.packages import TRANSFORMERS, found_version, require
+from grpo_fast.notices import FallbackError
 from grpo_fast.trainer import console, files
 from grpo_fast.trainer.interruption import Stopped
 from grpo_fast.trainer.rewards import RewardError
@@ -29,7 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="grpo-fast",
         description="GRPO training of a causal language model",
         epilog="train: make or resume a run; eval: accuracy of a run; report: a page about a run; "
-        "plan: does a run fit a GPU",
+        "plan: does a run fit a GPU; explain: one step, stage by stage; "
+        "doctor: what is installed, what runs on this machine, and is it right",
     )
     parser.add_argument("command", choices=list(COMMANDS))
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="see grpo-fast COMMAND --help")
@@ -40,7 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(command: str, arguments: Sequence[str]) -> int:
     """Run one command, and turn its errors into messages and exit statuses."""
-    if found_version("transformers") is not None:  # else its import names the extra
+    if (
+        command != "doctor" and found_version("transformers") is not None
+    ):  # else its import names the extra
         try:
             require("transformers", TRANSFORMERS)
         except ImportError as error:
@@ -54,7 +58,7 @@ def run(command: str, arguments: Sequence[str]) -> int:
     except RewardError as error:
         print(error.details, end="", file=sys.stderr)
         return fail(command, 1, str(error))
-    except FloatingPointError as error:
+    except (FloatingPointError, FallbackError) as error:
         return fail(command, 1, str(error))
     except OSError as error:
         refused = isinstance(error, FileExistsError) and error.errno is None  # a run that exists
@@ -193,7 +197,26 @@ def plan(arguments: Sequence[str]) -> int:
     return 0
 
 
-COMMANDS = {"train": train, "eval": evaluate, "report": report, "plan": plan}
+def explain(arguments: Sequence[str]) -> int:
+    """Run `grpo-fast explain`: show one step, stage by stage."""
+    from grpo_fast.trainer.explain import command
+
+    return command.explain(arguments)
+
+
+def doctor(arguments: Sequence[str]) -> int:
+    """Run `grpo-fast doctor`, which needs torch alone."""
+    try:
+        from grpo_fast.doctor import command
+    except ImportError as error:
+        return fail("doctor", 1, str(error))
+    return command.main(arguments)
+
+
+COMMANDS = {
+    "train": train, "eval": evaluate, "report": report, "plan": plan, "explain": explain,
+    "doctor": doctor,
+}  # fmt: skip
 
 
 def quiet() -> None:

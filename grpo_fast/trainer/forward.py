@@ -11,6 +11,7 @@ from torch import Tensor
 from grpo_fast import ops, shared_prompt
 from grpo_fast.integrations.transformers import Head, check_head
 from grpo_fast.loss import grpo_loss, linear_grpo_loss
+from grpo_fast.notices import fell_back
 from grpo_fast.objective import Objective
 from grpo_fast.ops.linear_logprob import linear_logprob
 from grpo_fast.shared_prompt import Plan, passes
@@ -81,8 +82,7 @@ class Forward:
             if config.share_prompts not in ("auto", "off"):
                 raise ValueError(f"share_prompts={config.share_prompts!r}: {error}") from error
             self.from_logits = True
-            if shown:
-                print(f"losses from logits, and no shared prompts: {error}")
+            fell_back("from_logits", str(error), tell=print, quiet=not shown)
 
     def compare(self, model: Any) -> None:
         """Find out which routes are exact for a model, if there is one, before micro-batches are planned."""

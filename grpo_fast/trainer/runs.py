@@ -13,6 +13,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from matplotlib.figure import Figure
 
+from grpo_fast.notices import fell_back
 from grpo_fast.trainer import checkpoints, files
 from grpo_fast.trainer.config import TrainConfig
 
@@ -103,7 +104,7 @@ def hold(run_dir: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except NotImplementedError:
-        print(f"{run_dir}: its file system has no locks; take care that one process writes to it")
+        fell_back("lock", f"the file system of {run_dir} has no locks", tell=print)
     except Timeout:
         try:
             process = (run_dir / PID).read_text()

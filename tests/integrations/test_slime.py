@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from grpo_fast.integrations import slime
+from grpo_fast.notices import FallbackError
 from tests.support.hosts import agrees, parameters
 from tests.support.slime import (
     ARGS,
@@ -153,6 +154,23 @@ def test_tensor_parallel_log_probs_are_slimes(case, batch, megatron, monkeypatch
             slime.policy_loss(args, batch, batch["logits"], reducer(MASKS))
     else:
         slime.policy_loss(args, batch, batch["logits"], reducer(MASKS))
+
+
+def test_strict_wants_the_fused_pass(batch, megatron, monkeypatch):
+    monkeypatch.setenv("GRPO_FAST_STRICT", "1")
+    host(monkeypatch)
+    args = SimpleNamespace(**ARGS)
+    slime.policy_loss(args, batch, batch["logits"].clone(), reducer(MASKS))
+    megatron.tp = 2
+    for options, why in (
+        ({}, "2 tensor-parallel and 1 context-parallel"),
+        ({"rollout_top_p": 0.9}, "its options"),
+    ):
+        with pytest.raises(FallbackError, match=f"own function computes the log-probs.*: {why}"):
+            slime.policy_loss(
+                SimpleNamespace(**ARGS | options), batch, batch["logits"], reducer(MASKS)
+            )
+        megatron.tp = 1
 
 
 def test_truncated_importance_sampling(batch, megatron, monkeypatch):

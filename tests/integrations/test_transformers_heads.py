@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from grpo_fast.integrations import transformers as adapter
+from grpo_fast import notices
 from grpo_fast.integrations.transformers import check_head, head_of, hidden_states, with_head
 from grpo_fast.ops import linear_logprob
 from grpo_fast.testing import assert_as_accurate
@@ -22,7 +22,7 @@ needs_peft = pytest.mark.skipif(
 @pytest.fixture(autouse=True)
 def fresh_dynamo():
     torch._dynamo.reset()
-    adapter._warn_of_eager.cache_clear()
+    notices.forget()
     yield
     torch._dynamo.reset()
 

@@ -11,9 +11,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from grpo_fast import Objective, reference
+from grpo_fast import Objective, notices, reference
 from grpo_fast.integrations import trl as adapter
-from grpo_fast.integrations.trl import head, objective
+from grpo_fast.integrations.trl import objective
 from grpo_fast.integrations.trl import options as table
 from grpo_fast.integrations.trl.options import BY_ITEMS, LOSS_TYPES
 from grpo_fast.loss import grpo_loss
@@ -283,7 +283,7 @@ class TestPatch:
         from trl.trainer import utils
 
         monkeypatch.setattr(utils, "_ChunkedLogProbFunction", utils._ChunkedLogProbFunction)
-        monkeypatch.setattr(head, "_WARNED", set())
+        notices.forget()
         adapter.patch()
         return utils
 
@@ -365,7 +365,7 @@ class TestPatch:
         weight = torch.randn(9, 4).to(torch.float8_e4m3fn)
         scored = (torch.randn(3, 4), weight, None, torch.tensor([1, 2, 3]))
         arguments = (*scored, 1.0, 9, None, 1.0, ("entropy",))
-        match = r"own log-prob head runs, since .* torch.float8_e4m3fn .*\['lm_head'\]"
+        match = r"own log-prob head runs: .* torch.float8_e4m3fn.*\['lm_head'\]"
         with pytest.warns(UserWarning, match=match):
             got = utils._ChunkedLogProbFunction.apply(*arguments)
         want = ChunkedLogProbFunction.apply(*arguments)
@@ -375,6 +375,6 @@ class TestPatch:
         weight = torch.randn(9, 4)
         weight.ds_id = 0
         arguments = (torch.randn(3, 4), weight, None, torch.tensor([1, 2, 3]), 1.0, 9)
-        with pytest.warns(UserWarning, match="own log-prob head runs, since the head is sharded"):
+        with pytest.warns(UserWarning, match="own log-prob head runs: the head is sharded"):
             out = utils._ChunkedLogProbFunction.apply(*arguments, outputs=("is_top1",))
         assert out[4].dtype == torch.bool

@@ -1,6 +1,7 @@
 """One `_compute_loss` of `GRPOTrainer` and of TRL's own on the same inputs: loss, gradients, metrics."""
 
 import copy
+import logging
 import re
 from collections import defaultdict
 
@@ -17,7 +18,9 @@ import transformers  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM  # noqa: E402
 from trl import GRPOTrainer as Stock  # noqa: E402
 
+from grpo_fast import notices  # noqa: E402
 from grpo_fast.integrations.trl import GRPOTrainer, metrics  # noqa: E402
+from grpo_fast.notices import FallbackError  # noqa: E402
 from tests.support.trl_losses import LOSS_TYPES, SIZES, B, P, T, compute, inputs_of, make  # noqa: E402
 
 
@@ -158,8 +161,38 @@ def test_one_collective_and_one_sync(trainers, monkeypatch):
     assert {name: n for name, n in calls.items() if n} == {"gather": 1, "tolist": 1}
 
 
+def test_a_loss_is_a_line_of_the_log(trainers, caplog):
+    """After those of the calls in it."""
+    caplog.set_level(logging.INFO, logger="grpo_fast")
+    notices.log_calls()
+    try:
+        compute(trainers[1], {}, inputs_of(trainers[0]))
+    finally:
+        notices.log_calls(False)
+    lines = [x.getMessage() for x in caplog.records if x.name == "grpo_fast"]
+    assert lines[-1] == "TRL GRPOTrainer loss: head and loss fused"
+    assert lines[-2].startswith("shared_prompt.with_head: route packed (")
+    assert lines[-3].startswith("linear_grpo_loss: ")
+
+
 class TestNotFused:
     """TRL's own path runs, a line says so once, and the result is TRL's."""
+
+    def test_strict_makes_it_an_error(self, trainers, monkeypatch):
+        """At the start of the training, at each loss, and where old and reference log-probs are computed."""
+        trainer = trainers[1]
+        monkeypatch.setattr(trainer, "aux_loss_enabled", True)
+        monkeypatch.setattr(trainer, "router_aux_loss_coef", 0.001, raising=False)
+        monkeypatch.setenv("GRPO_FAST_STRICT", "1")
+        message = r"GRPO_FAST_STRICT=1: not fused, TRL's own loss runs: router_aux_loss_coef=0.001 "
+        log_probs = trainer._get_per_token_logps_and_entropies
+        for call in (
+            trainer.train,
+            lambda: trainer._compute_loss(trainer.model, {}),
+            lambda: log_probs(trainer.model, None, None, 1),
+        ):
+            with pytest.raises(FallbackError, match=message):
+                call()
 
     def check(self, trainers, options, inputs, match, capsys):
         trainers[1]._said.clear()

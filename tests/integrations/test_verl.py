@@ -13,6 +13,7 @@ from grpo_fast.integrations import verl
 from grpo_fast.integrations.shared import packages
 from grpo_fast.integrations.verl import losses
 from grpo_fast.loss import policy_loss
+from grpo_fast.notices import FallbackError
 from grpo_fast.presets import GUARDED_K3
 from grpo_fast.testing import assert_as_accurate
 from grpo_fast.weights import clip_cov, geometric_mean
@@ -215,6 +216,22 @@ def test_a_verl_that_cannot_be_imported_leaves_the_losses(
     importlib.invalidate_caches()
     assert importlib.reload(verl).POLICY_LOSSES
     assert "nothing is registered with verl: this needs verl >= 0.9.1" in caplog.text
+
+
+def test_strict_wants_what_is_registered(verl_installed, monkeypatch, tmp_path):
+    (tmp_path / "verl").mkdir()
+    (tmp_path / "verl" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "verl")
+    monkeypatch.setenv("GRPO_FAST_STRICT", "1")
+    verl_installed.version.found = "0.7.0"
+    importlib.invalidate_caches()
+    with pytest.raises(
+        FallbackError, match=r"nothing is registered with verl: this needs verl >= 0\.9\.1"
+    ):
+        importlib.reload(verl)
+    monkeypatch.delenv("GRPO_FAST_STRICT")
+    importlib.reload(verl)
 
 
 def test_a_checkout_says_its_version_itself(verl_installed, monkeypatch):

@@ -9,10 +9,9 @@ import torch
 
 pytest.importorskip("triton", reason="the kernels need Triton")
 
-from grpo_fast import Objective, checks, reference
+from grpo_fast import Objective, checks, notices, reference
 from grpo_fast.kernels import on_chip
 from grpo_fast.loss import grpo_loss, linear_grpo_loss
-from grpo_fast.ops import backend
 from grpo_fast.testing import assert_as_accurate
 from tests.support.cases import batch, in_double, loss_and_grad
 
@@ -26,7 +25,7 @@ SIZES = [4096, 50_304, 81_928]
 @pytest.fixture(autouse=True)
 def switched_on(monkeypatch):
     """A fallback would warn, and a warning is an error."""
-    backend.warn_not_on_chip.cache_clear()
+    notices.forget()
     monkeypatch.setenv("GRPO_FAST_BACKEND", "triton")
     monkeypatch.setenv("GRPO_FAST_ON_CHIP", "1")
 

@@ -6,10 +6,10 @@ import warnings
 import pytest
 import torch
 
-from grpo_fast import Objective, reference
+from grpo_fast import Objective, notices, reference
 from grpo_fast.loss import linear_grpo_loss
 from grpo_fast.ops import linear_logprob
-from grpo_fast.ops.head import chunked, products
+from grpo_fast.ops.head import chunk_length, chunked, products
 from grpo_fast.testing import assert_as_accurate
 from tests.support.ranks import run
 
@@ -240,15 +240,15 @@ class TestWithoutMixedProducts:
         for module in (chunked, products):
             monkeypatch.setattr(module, "on_gpu", lambda x: True)
         monkeypatch.setattr(products, "MIXED_MM", False)
-        monkeypatch.setattr(chunked, "processors", lambda x: 4)
+        monkeypatch.setattr(chunk_length, "processors", lambda x: 4)
         monkeypatch.setenv("GRPO_FAST_BACKEND", "torch")
-        products.warn_of_copies.cache_clear()
+        notices.forget()
         yield
-        products.warn_of_copies.cache_clear()
+        notices.forget()
 
     @pytest.mark.parametrize("logits_dtype", ["fp32", "bf16"])
     @pytest.mark.parametrize("dtype", HALVES, ids=name)
-    @pytest.mark.filterwarnings("ignore:grpo_fast. PyTorch")
+    @pytest.mark.filterwarnings("ignore:grpo_fast. the head")
     def test_float32_copies_are_multiplied(self, rocm, dtype, logits_dtype):
         leaves, ids, given = inputs(dtype, dtype, "cpu")
 
@@ -270,7 +270,7 @@ class TestWithoutMixedProducts:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             linear_logprob(hidden, weight, ids)
-            products.warn_of_copies.cache_clear()
+            notices.forget()
             linear_logprob(hidden, weight, ids, logits_dtype="bf16")
             linear_logprob(hidden.float(), weight, ids)
 

@@ -256,7 +256,7 @@ SAME = {
     ),
     ("torch_kernels/rows.py", "BLOCK_ELEMENTS = 1 << 21", ""): "speed and memory",
     ("torch_kernels/rows.py", "together = max(1, step", "2"): "speed alone",
-    ("torch_kernels/rows.py", "step = max(1, BLOCK", "2"): "speed and memory",
+    ("torch_kernels/rows.py", "return max(1, BLOCK", "2"): "speed and memory",
     (
         "torch_kernels/policy_loss.py",
         "x.sum(dtype=torch.float32)",

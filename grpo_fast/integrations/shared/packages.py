@@ -52,3 +52,13 @@ def is_between(version: str, at_least: str, below: str | None = None) -> bool:
 
 # The oldest version that the models are tested with; pyproject.toml asks pip for the same.
 TRANSFORMERS = "5.17"
+
+# From, and below. TRL's trainer overrides private methods: another minor version is another trainer.
+VERSIONS: dict[str, tuple[str, str | None]] = {
+    "transformers": (TRANSFORMERS, None),
+    "trl": ("1.15", "1.17"),
+    "verl": ("0.9.1", "0.10"),
+    "openrlhf": ("0.11.2", "0.12"),
+    "nemo_rl": ("0.7", "0.8"),
+    "accelerate": ("1.0", None),
+}

@@ -6,7 +6,7 @@ a `GRPOConfig` and works without TRL. `patch` replaces the head in TRL's other t
 
 from typing import TYPE_CHECKING, Any
 
-from grpo_fast.integrations.shared.packages import TRANSFORMERS, require
+from grpo_fast.integrations.shared.packages import TRANSFORMERS, VERSIONS, require
 from grpo_fast.integrations.trl.head import FusedLogProb
 from grpo_fast.integrations.trl.options import objective
 
@@ -15,8 +15,7 @@ if TYPE_CHECKING:  # `__getattr__` imports it at run time: the rest works withou
 
 __all__ = ["GRPOTrainer", "objective", "patch"]
 
-# From, and below. The trainer overrides private methods: another minor version is another trainer.
-SUPPORTED = ("1.15", "1.17")
+SUPPORTED = VERSIONS["trl"]
 
 
 def patch() -> None:

@@ -1,13 +1,13 @@
 """The fused language-model head that replaces TRL's."""
 
 import contextlib
-import warnings
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from grpo_fast.integrations.transformers import Head
+from grpo_fast.notices import fell_back
 from grpo_fast.ops import linear_logprob
 from grpo_fast.ops.head.arguments import HEAD_DTYPES
 
@@ -40,17 +40,15 @@ class FusedLogProb:
             options = (temperature, chunk_size, final_logit_softcapping, logit_scale)
             return ChunkedLogProbFunction.apply(*operands, *options, wanted)
 
-        reason = None
+        reason, cure = None, "Up to stage 2 the head is fused"
         if hasattr(weight, "ds_id"):
-            reason = "the head is sharded by ZeRO-3 (up to stage 2 it is fused)"
+            reason = "the head is sharded by ZeRO-3"
         for x in (hidden, weight, bias):
             if x is not None and x.dtype not in HEAD_DTYPES:
-                reason = (
-                    f"the fused one does not take {x.dtype} (it is fused where the head is left out of the "
-                    "quantisation: modules_to_not_convert=['lm_head'])"
-                )
+                reason = f"the fused one does not take {x.dtype}"
+                cure = "Leave the head out of the quantisation: modules_to_not_convert=['lm_head']"
         if reason is not None:
-            warn_once(f"grpo_fast: TRL's own log-prob head runs, since {reason}")
+            fell_back("trl_head", reason, cure=cure)
             return theirs(outputs)
         others: tuple[Tensor | None, ...] = (None, None, None)
         wanted = tuple(name for name in outputs if name not in ("log_probs", "entropy"))
@@ -92,13 +90,3 @@ def without_autocast(hidden: Tensor) -> Iterator[Tensor]:
     dtype = torch.get_autocast_dtype(kind) if cast else hidden.dtype
     with torch.autocast(kind, enabled=False):
         yield hidden.to(dtype)
-
-
-_WARNED: set[str] = set()
-
-
-def warn_once(message: str) -> None:
-    """Warn, unless the same warning has been given before."""
-    if message not in _WARNED:
-        _WARNED.add(message)
-        warnings.warn(message, stacklevel=3)

@@ -15,7 +15,9 @@ from grpo_fast.integrations.transformers import (
     hidden_states,
     with_head,
 )
-from grpo_fast.shared_prompt import Choice, Plan
+from grpo_fast.notices import fell_back
+from grpo_fast.shared_prompt import Plan
+from grpo_fast.shared_prompt.choice import Impossible
 from grpo_fast.shared_prompt.passes import is_sharded
 
 T = TypeVar("T")
@@ -82,7 +84,9 @@ class Sharing:
         except (TypeError, ValueError) as error:
             if self.option != "auto":
                 raise
-            plan, choice = None, Choice("unshared", str(error))
+            plan, choice = None, Impossible("unshared", str(error))
+        if isinstance(choice, Impossible):
+            fell_back("unshared", choice.reason, quiet=True)  # the line below says it
         if choice.route not in self._routes:
             self._routes.add(choice.route)
             self.say(choice.line)

@@ -4,7 +4,6 @@ TRL 1.15 and 1.16 have the same loss, options and metrics; nothing here depends 
 """
 
 import dataclasses
-import os
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any
@@ -20,8 +19,9 @@ from grpo_fast.integrations.trl.metrics import Scored, per_row
 from grpo_fast.integrations.trl.options import BY_ITEMS, DEFAULTS, objective
 from grpo_fast.integrations.trl.sharing import Sharing
 from grpo_fast.loss import linear_grpo_loss, policy_loss
+from grpo_fast.notices import fell_back, logged, note
 from grpo_fast.objective import Objective
-from grpo_fast.ops.backend import use_triton, why_no_triton
+from grpo_fast.ops.backend import implementation
 
 # The inputs of a batch that is not text alone.
 MULTIMODAL = (
@@ -90,7 +90,10 @@ class GRPOTrainer(trl.GRPOTrainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Print one line that says what is fused, and train."""
         reason = self._why_not_fused({})
-        self._say(f"not fused, TRL's own loss runs: {reason}" if reason else self._what_is_fused())
+        if reason:
+            fell_back("trl_loss", reason, tell=self._say)
+        else:
+            self._say(self._what_is_fused())
         return super().train(*args, **kwargs)
 
     def _say(self, line: str, again: bool = True) -> None:
@@ -99,10 +102,15 @@ class GRPOTrainer(trl.GRPOTrainer):
             print(f"grpo_fast: {line}", flush=True)
         self._said.add(line)
 
+    def _say_once(self, line: str) -> None:
+        """Print a line on the main process, unless it has been printed."""
+        self._say(line, again=False)
+
     def _what_is_fused(self) -> str:
         """Return the line that `train` prints where the loss is fused."""
         kind = type(causal_lm(self.model)).__name__
-        fused = f"({kind}, {self.loss_type}, {implementation(self.accelerator.device)})"
+        where = implementation(torch.empty(0, device=self.accelerator.device))
+        fused = f"({kind}, {self.loss_type}, {where})"
         parts = "head and loss"
         if self.top_entropy_quantile < 1:
             parts = "head, then loss (top_entropy_quantile < 1 needs all log-probs first),"
@@ -169,7 +177,9 @@ class GRPOTrainer(trl.GRPOTrainer):
         **inputs: Any,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Compute old and reference log-probs by the operator that also scores the policy."""
-        if self._why_not_fused(inputs) is not None:
+        reason = self._why_not_fused(inputs)
+        if reason is not None:
+            fell_back("trl_loss", reason, tell=self._say_once)
             return super()._get_per_token_logps_and_entropies(
                 model,
                 input_ids,
@@ -220,10 +230,12 @@ class GRPOTrainer(trl.GRPOTrainer):
         """Turn autocast off: the hidden states have its dtype already."""
         return torch.autocast(hidden.device.type, enabled=False)
 
+    @logged("TRL GRPOTrainer loss")
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         reason = self._agreed(self._why_not_fused(inputs))
         if reason is not None:
-            self._say(f"not fused, TRL's own loss runs: {reason}", again=False)
+            fell_back("trl_loss", reason, tell=self._say_once)
+            note("not fused, TRL's own loss")
             return super()._compute_loss(model, inputs)
         if not self._head_is_checked:
             # Only now the model has its final device and its wrappers. A compilation would not pay for four
@@ -251,6 +263,7 @@ class GRPOTrainer(trl.GRPOTrainer):
             "num_items": num_items,
         }
         compute = self._log_probs_first if self._masks_by_log_probs(inputs) else self._at_once
+        note("head, then loss" if compute == self._log_probs_first else "head and loss fused")
         scored = compute(model, inputs, arguments, unit, steps)
         if self.loss_type in BY_ITEMS:  # as TRL reports it
             scored = scored._replace(policy_loss=scored.policy_loss / steps)
@@ -390,17 +403,6 @@ class GRPOTrainer(trl.GRPOTrainer):
         return policy_loss(
             nothing, advantages=nothing, mask=mask, entropy=entropy, objective=bonus
         ).loss
-
-
-def implementation(device: torch.device) -> str:
-    """Name the implementation that runs on a device, with the reason where it is not the kernels."""
-    if use_triton(torch.empty(0, device=device)):
-        return "Triton kernels" if device.type == "cuda" else "Triton's interpreter"
-    if os.environ.get("GRPO_FAST_BACKEND"):
-        return "PyTorch path: GRPO_FAST_BACKEND=torch"
-    if device.type != "cuda":
-        return f"PyTorch path: the device is {device.type}, the kernels need a GPU"
-    return f"PyTorch path: {why_no_triton()}"
 
 
 def _sequences(inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:

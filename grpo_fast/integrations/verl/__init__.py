@@ -11,9 +11,10 @@ import importlib.util
 import logging
 import sys
 
-from grpo_fast.integrations.shared.packages import replace, require
+from grpo_fast.integrations.shared.packages import VERSIONS, replace, require
 from grpo_fast.integrations.verl.log_probs import linear_cross_entropy, logprobs_from_logits
 from grpo_fast.integrations.verl.losses import OPTIONS, POLICY_LOSSES
+from grpo_fast.notices import fell_back
 
 __all__ = [
     "OPTIONS",
@@ -24,7 +25,7 @@ __all__ = [
     "register",
 ]
 
-SUPPORTED = ("0.9.1", "0.10")  # from, and below
+SUPPORTED = VERSIONS["verl"]
 
 
 def register() -> None:
@@ -66,4 +67,4 @@ elif _is_installed():
     try:
         register()
     except ImportError as reason:  # the losses work without verl
-        logging.getLogger(__name__).warning("nothing is registered with verl: %s", reason)
+        fell_back("verl", str(reason), tell=logging.getLogger(__name__).warning)

@@ -16,6 +16,7 @@ from grpo_fast.checks import (
     check_tensor,
     shape_of,
 )
+from grpo_fast.notices import fell_back
 from grpo_fast.operands import LARGEST, hint, operand
 from grpo_fast.ops.head.vocab_parallel import rows_of_all
 from grpo_fast.spelling import check_choice
@@ -79,6 +80,11 @@ class HeadArguments(NamedTuple):
     tp_group: dist.ProcessGroup | None
 
 
+def on_gpu(x: Tensor) -> bool:
+    """Whether PyTorch's CUDA (or ROCm) operators work on x."""
+    return x.is_cuda
+
+
 def check_head(
     op: str, hidden: Tensor, ids: Tensor, ids_name: str, head: HeadArguments
 ) -> tuple[Tensor, Parameters, Options, int]:
@@ -127,6 +133,11 @@ def check_head(
                 f"{op}: tp_group with float64 operands is not supported: convert hidden and the head to "
                 "float32"
             )
+        if on_gpu(hidden):
+            names = ("hidden", "weight", "bias", "lora A", "lora B")
+            given = zip(names, (hidden, *parameters), strict=True)
+            found = [key for key, x in given if x is not None and x.dtype == torch.float64]
+            fell_back("float64", f"{op}: {' and '.join(found)} in float64", quiet=True)
         hidden = hidden.double()
         wide = [None if x is None else x.double() for x in parameters]
         parameters = Parameters(head.weight.double(), *wide[1:])

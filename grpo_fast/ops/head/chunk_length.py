@@ -56,6 +56,17 @@ def chunk_rows(N: int, D: int, most: int, processors: int | None) -> int:
     )
 
 
+def length_of(hidden: Tensor, N: int, options: Options, length: int = 0) -> int:
+    """Return how many of N rows the head processes at a time.
+
+    Args:
+        hidden: (., D), on the device that computes.
+        length: rows of the longest part, where the caller chooses the parts; 0: chosen here.
+    """
+    given = options.chunk_size or length
+    return given or chunk_rows(N, hidden.shape[1], row_limit(hidden, options), processors(hidden))
+
+
 def processors(x: Tensor) -> int | None:
     """Return how many multiprocessors the GPU of x has; None on a CPU."""
     return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else None

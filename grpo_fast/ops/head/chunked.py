@@ -13,16 +13,16 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from grpo_fast.notices import note, noting
 from grpo_fast.ops.backend import run
-from grpo_fast.ops.head.arguments import Needs, Options, Parameters
-from grpo_fast.ops.head.chunk_length import chunk_rows, padded, processors, row_limit
+from grpo_fast.ops.head.arguments import Needs, Options, Parameters, on_gpu
+from grpo_fast.ops.head.chunk_length import length_of, padded
 from grpo_fast.ops.head.products import (
     accumulate,
     early_dtype,
     has_mixed_products,
-    on_gpu,
     product,
-    warn_of_copies,
+    say_copies,
     working_dtypes,
 )
 from grpo_fast.ops.head.vocab_parallel import Shard
@@ -59,7 +59,7 @@ class Head:
         # The dtype of products that the library may split (`product`).
         self.sums = torch.float32 if has_mixed_products(hidden) else self.dtype
         if on_gpu(hidden) and hidden.dtype != self.dtype:
-            warn_of_copies()
+            say_copies()
         self.hidden, self.rows, self.live, self.needs = hidden, rows, live, needs
         self.full = parameters
         self.dhidden_dtype = early_dtype(hidden) if early else hidden.dtype
@@ -74,9 +74,10 @@ class Head:
         if options.softcap is not None:
             self.softcap = SoftCap(options.softcap.item(), options.logit_scale.item())
         self.N = len(hidden) if rows is None else len(rows)
-        most = row_limit(hidden, options)
-        D = hidden.shape[1]
-        self.C = options.chunk_size or length or chunk_rows(self.N, D, most, processors(hidden))
+        self.C = length_of(hidden, self.N, options, length)
+        if noting():
+            count, kind = -(-self.N // self.C), str(self.logits_dtype).removeprefix("torch.")
+            note(f"chunks of {self.C} tokens: {count}, logits in {kind}")
         rows = hidden.new_empty((self.C if self.N else 0, padded(V)), dtype=self.logits_dtype)
         self._work = rows[:, :V]
         # The gradient overwrites the logits from the first byte of each row on. Its elements are

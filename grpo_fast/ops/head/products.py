@@ -1,13 +1,11 @@
 """Matrix products of half precision with float32 results, and the dtypes of the head that follow."""
 
-import functools
-import warnings
-
 import torch
 from torch import Tensor
 
+from grpo_fast.notices import fell_back
 from grpo_fast.ops.backend import version_of
-from grpo_fast.ops.head.arguments import Options
+from grpo_fast.ops.head.arguments import Options, on_gpu
 
 
 def mixed_products_of(version: str, hip: str | None) -> bool:
@@ -39,19 +37,11 @@ def has_mixed_products(x: Tensor) -> bool:
     return on_gpu(x) and MIXED_MM
 
 
-def on_gpu(x: Tensor) -> bool:
-    """Whether PyTorch's CUDA (or ROCm) operators work on x."""
-    return x.is_cuda
-
-
-@functools.cache
-def warn_of_copies() -> None:
-    """Warn once that this GPU multiplies float32 copies in place of halves."""
-    warnings.warn(
-        f"grpo_fast: PyTorch {torch.__version__} cannot multiply half-precision matrices with a float32 "
-        "result under ROCm: the head is multiplied in float32, which is right but slower. PyTorch 2.10 or "
-        'newer can; logits_dtype="bf16" multiplies halves here and rounds the logits',
-        stacklevel=2,
+def say_copies() -> None:
+    """Warn that this GPU multiplies float32 copies in place of halves."""
+    fell_back(
+        "float32_copies",
+        f"PyTorch {torch.__version__} cannot multiply halves with a float32 result under ROCm",
     )
 
 
@@ -91,6 +81,8 @@ def accumulate(out: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0, fresh: boo
     elif MIXED_ADDMM:
         torch.addmm(out, a, b, out_dtype=out.dtype, beta=beta, alpha=alpha, out=out)
     else:
+        why = f"PyTorch {torch.__version__} adds to a sum in the dtype of the operands only"
+        fell_back("slabs", why, quiet=True)
         _accumulate_in_slabs(out, a, b, alpha, fresh)
 
 
