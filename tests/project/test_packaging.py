@@ -32,7 +32,10 @@ def test_wheel_ships_every_module_and_nothing_else(wheel):
         if "kernels" not in p.parts
     }
     kernels = {f"grpo_fast/kernels/{p.name}" for p in (ROOT / "kernels").glob("*.py")}
-    assert wheel == library | kernels | {"grpo_fast/py.typed"}
+    page = {
+        f"grpo_fast/trainer/explain/{x}" for x in ("page.html", "page.css", "page.js", "step.json")
+    }
+    assert wheel == library | kernels | page | {"grpo_fast/py.typed"}
 
 
 def test_kernels_is_never_a_regular_top_level_package():
