@@ -213,8 +213,8 @@ def gradient(record: StepRecord, found: list[Numbers], out: Console) -> None:
 def update(record: StepRecord, found: list[Numbers], out: Console) -> None:
     """Print the losses, and the completions of the same prompt after the first update."""
     made = table(
-        "update", "loss before", "loss after", "by the trainer", "gradient norm", "mean reward"
-    )
+        "update", "loss\nbefore", "loss\nafter", "by the\ntrainer", "gradient\nnorm", "mean\nreward"
+    )  # of two lines: a terminal may have 80 columns
     for k, one in enumerate(found):
         again = record.again[k]
         mean = sum(c.reward for c in again) / len(again)
