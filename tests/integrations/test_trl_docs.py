@@ -28,9 +28,13 @@ BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 
 
 def test_the_example_with_lora(tmp_path, monkeypatch, capsys):
-    """The example runs unchanged, except the model, the number of steps and the option for CPUs."""
+    """The example runs unchanged, except the model, the number of steps and the option for CPUs.
+
+    The README has the same.
+    """
     pytest.importorskip("peft", reason="the adapters are PEFT's")
     (example,) = (block for block in BLOCKS if "LoraConfig" in block)
+    assert f"```python\n{example}```" in (PAGE.parents[1] / "README.md").read_text()
     tokenizer = character_tokenizer("0123456789+= ")
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**SIZES | {"vocab_size": len(tokenizer)}))

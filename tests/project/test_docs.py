@@ -1,12 +1,16 @@
 """The pages in docs/ say what the code does, and their prose wraps."""
 
+import ast
+import contextlib
 import dataclasses
 import importlib
 import re
+import shlex
 from pathlib import Path
 from typing import get_args
 
 import pytest
+import tomllib
 import torch
 
 from grpo_fast import weights
@@ -21,11 +25,14 @@ from grpo_fast.objective import (
     Surrogate,
 )
 from grpo_fast.presets import CALLER, PAPERS, PRESETS, TRAINERS
+from grpo_fast.trainer import cli
+from grpo_fast.trainer.config import TrainConfig
 from grpo_fast.weights import importance
 from tests.support import accuracy
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
-PAGES = [*DOCS.glob("*.md"), *DOCS.parent.glob("*.md"), DOCS.parent / "kernels" / "README.md"]
+PAGES = [*DOCS.glob("**/*.md"), *DOCS.parent.glob("*.md"), DOCS.parent / "kernels" / "README.md"]
+HOSTS = [DOCS / "integrations.md", *DOCS.glob("trainers/*.md")]
 TEXT = (DOCS / "objectives.md").read_text()
 
 
@@ -123,18 +130,96 @@ def test_the_examples_of_the_weights_run():
         assert scope["logps"].grad.isfinite().all()
 
 
+def blocks(path):
+    """The Python code of a page."""
+    return re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL)
+
+
+@pytest.mark.parametrize("name", ["concepts", "install", "numerics", "start", "troubleshooting"])
+def test_the_code_of_a_page_prints_what_it_says(name, capsys):
+    """The blocks run one after the other; the last block of the start is the reader's own file."""
+    code = "".join(blocks(DOCS / f"{name}.md")[: 1 if name == "start" else None])
+    exec(code, {})
+    printed = capsys.readouterr().out.splitlines()
+    said = re.findall(r"^ *print\(.*\)  # (.*)$", code, re.MULTILINE)
+    assert said or name == "install"
+    for text in said:
+        assert text in printed, f"{name}.md: no line is {text!r} in {printed}"
+    if name == "troubleshooting":
+        assert printed.index("True", 4) < printed.index("False"), "the KL, and its clamp"
+
+
+def test_warnings_and_errors_are_quoted_as_they_are():
+    """Each text in the last two tables of the page stands in the code; "..." is what varies."""
+    text = (DOCS / "troubleshooting.md").read_text()
+    tables = text.split("\n## Warnings\n")[1]
+    quoted = re.findall(r"^\| `([^`]+)`", tables, re.MULTILINE)
+    assert len(quoted) > 8
+    constants = set()
+    for path in (DOCS.parent / "grpo_fast").glob("**/*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                constants.add(node.value)
+    of_pytorch = "Trying to backward through the graph a second time"
+    for line in quoted:
+        for part in filter(None, (x.strip(" .():=") for x in line.split("..."))):
+            known = any(part in x for x in constants) or line == of_pytorch
+            assert known, f"nothing says {part!r}"
+
+
+def test_metrics_that_the_page_on_trouble_names_exist():
+    known = set(re.findall(r"^\| `(\S+)` \|", (DOCS / "metrics.md").read_text(), re.MULTILINE))
+    text = (DOCS / "troubleshooting.md").read_text()
+    prefixes = r"ratio|clip_fraction|approx_kl|importance_weight|groups|skipped|effective"
+    named = set(re.findall(rf"[`\"]((?:{prefixes})_\w+)[`\"]", text))
+    assert len(named) > 7
+    assert named <= known | {"importance_weights"}, named - known
+
+
 def test_every_adapter_is_documented_by_names_that_exist():
-    text = (DOCS / "integrations.md").read_text()
+    text = "".join(page.read_text() for page in HOSTS)
     named = set(re.findall(r"grpo_fast\.integrations\.(\w+)(?:\.(\w+))?", text))
+    for page in HOSTS:
+        for code in blocks(page):
+            for module in re.findall(r"from grpo_fast\.integrations import (\w+)", code):
+                named |= {(module, name) for name in re.findall(rf"^{module}\.(\w+)", code, re.M)}
+    own_page = {"transformers"}
     for module, name in named - {("verl_logprobs", "")}:  # importing that one patches verl
         adapter = importlib.import_module(f"grpo_fast.integrations.{module}")
-        assert not name or hasattr(adapter, name), f"{module} has no {name}"
+        assert not name or module == "trl" or hasattr(adapter, name), f"{module} has no {name}"
     folder = DOCS.parent / "grpo_fast" / "integrations"
     files = {path.stem for path in folder.glob("[a-z]*")} - {"shared"}
-    elsewhere = {"trl", "transformers"}  # with pages of their own
-    assert files - elsewhere <= {module for module, _ in named}
-    for losses in (verl.POLICY_LOSSES, skyrl.POLICY_LOSSES):
-        assert all(f"`{name}`" in text for name in losses)
+    assert files - own_page <= {module for module, _ in named}
+    pages = {page.stem for page in HOSTS} | {"trl", "verl_logprobs"}
+    assert files - own_page <= pages, "each trainer has a page"
+    for trainer, losses in (("verl", verl.POLICY_LOSSES), ("skyrl", skyrl.POLICY_LOSSES)):
+        page = (DOCS / "trainers" / f"{trainer}.md").read_text()
+        assert all(f"`{name}`" in page for name in losses)
+
+
+def test_versions_are_those_of_the_project():
+    """The oldest versions are those that pip is asked for; the tests' own are pinned."""
+    project = tomllib.loads((DOCS.parent / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    wanted = " ".join([*project["dependencies"], *extras["train"], *extras["trl"]])
+    pins = (DOCS.parent / "constraints.txt").read_text()
+    rows = re.findall(
+        r"^\| (\w+)(?:, for [\w ]+)? \| ([\d.]+).*? \| ([\d.]+) \|$",
+        (DOCS / "compatibility.md").read_text(),
+        re.MULTILINE,
+    )
+    assert [name for name, *_ in rows] == [
+        "Python",
+        "torch",
+        "triton",
+        "einops",
+        "transformers",
+        "TRL",
+    ]
+    assert project["requires-python"] == f">={rows[0][1]}"
+    for name, oldest, used in rows[1:]:
+        assert re.search(rf"\b{name.lower()}>={re.escape(oldest)}\b", wanted), name
+        assert f"\n{name.lower()}=={used}\n" in pins, name
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.relative_to(DOCS.parent).as_posix())
@@ -143,3 +228,26 @@ def test_prose_wraps(page):
     text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
     lines = [x for x in text.splitlines() if len(x) > 100 and "|" not in x and "http" not in x]
     assert not [x for x in lines if not x.startswith("`")], lines[:3]
+
+
+def command_lines(path):
+    """The lines of a page's code blocks that call `grpo-fast`, without comments, as lists of words."""
+    fences = re.findall(r"^```(\w*)\n(.*?)^```", path.read_text(), re.DOTALL | re.MULTILINE)
+    code = "".join(text for language, text in fences if not language)
+    lines = code.replace("\\\n", " ").splitlines()
+    return [shlex.split(x, comments=True)[1:] for x in lines if x.startswith("grpo-fast ")]
+
+
+def test_commands_have_the_options_that_documents_give_them(capsys):
+    """The help of a command lists them; `train` has those of its configuration, and `plan` takes both."""
+    found = [(page.name, words) for page in PAGES for words in command_lines(page)]
+    assert len(found) > 25
+    known = {"train": {f"--{field.name}" for field in dataclasses.fields(TrainConfig)}}
+    for command in {words[0] for _, words in found} - {"train"}:
+        with contextlib.suppress(SystemExit):  # argparse ends so
+            cli.main([command, "--help"])
+        known[command] = set(re.findall(r"--\w[\w-]*", capsys.readouterr().out))
+    known["plan"] |= known["train"]
+    for page, (command, *words) in found:
+        options = {word.partition("=")[0] for word in words if word.startswith("--")}
+        assert options <= known[command], f"{page}: grpo-fast {command} has no {options}"

@@ -10,7 +10,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
 def documents():
-    for path in [*ROOT.glob("*.md"), *ROOT.glob("*/*.md")]:
+    for path in [*ROOT.glob("*.md"), *ROOT.glob("*/*.md"), *ROOT.glob("docs/*/*.md")]:
         if ".venv" not in path.parts and "site-packages" not in path.parts:
             yield path, path.read_text()
 
@@ -28,6 +28,16 @@ def test_links_to_a_section_lead_to_a_heading():
             headings = re.findall(r"^#+ (.*)$", there, re.MULTILINE)
             anchors = {re.sub(r"[^\w\- ]", "", h).lower().replace(" ", "-") for h in headings}
             assert section in anchors, f"{path.name} links to {target}#{section}"
+
+
+def test_every_page_can_be_reached_from_the_readme():
+    found, new = set(), {ROOT / "README.md"}
+    while new:
+        path = new.pop()
+        found.add(path)
+        for target in re.findall(r"\]\(([^)#:]+\.md)", path.read_text()):
+            new |= {(path.parent / target).resolve()} - found
+    assert set(ROOT.glob("docs/**/*.md")) <= found
 
 
 def test_modules_that_documents_run_exist():
@@ -59,9 +69,9 @@ def test_the_extras_that_documents_name_exist():
             assert not unknown, f"{path.name}: no extra {unknown}"
 
 
-def test_the_readme_names_the_wheel_that_is_built():
+def test_the_page_on_installation_names_the_wheel_that_is_built():
     name = f"{PROJECT['name'].replace('-', '_')}-{PROJECT['version']}-py3-none-any.whl"
-    assert name in (ROOT / "README.md").read_text()
+    assert name in (ROOT / "docs" / "install.md").read_text()
 
 
 def test_times_and_memory_in_the_summary_are_those_of_the_report():
@@ -73,7 +83,7 @@ def test_times_and_memory_in_the_summary_are_those_of_the_report():
 
 
 def test_prose_wraps_at_100_columns():
-    for path in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]:
+    for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]:
         code = False
         for number, line in enumerate(path.read_text().splitlines(), 1):
             code ^= line.lstrip().startswith("```")
