@@ -175,7 +175,7 @@ def head() -> Picture:
     """The head in chunks: one workspace, three matrix products for each chunk."""
     rows, count = chunks()
     picture = Picture(880, 400, "The head works on one chunk of tokens at a time")
-    picture.head(20, 28, f"The head: {N:,} tokens in {count} chunks of {rows:,}")
+    picture.head(20, 28, f"The head: {N:,} tokens in {count} chunks of up to {rows:,}")
     for i in range(count):
         picture.box(40, 60 + 44 * i, 70, 44, MEMORY if i == 1 else "white", f"chunk {i + 1}")
     picture.text(75, 52, "hidden states", "middle")
