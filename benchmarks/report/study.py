@@ -1,13 +1,14 @@
 """Write what the study found: the tables and pictures of docs/study.md and docs/ppo.md."""
 
 import itertools
+import math
 import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.report import pictures
-from benchmarks.report.committed import newest
+from benchmarks.report.committed import documents
 from benchmarks.report.markdown import memory_text, table, wrapped
 from benchmarks.study import summary
 from benchmarks.study.summary import text_of
@@ -33,23 +34,36 @@ NAMES = {
     "ppo-8x8": "PPO, 8 x 8",
     "batch-mean": "batch mean, 64 x 1",
 }
+LEARNED = (
+    *("variant", "reward in training", "minus base", "says"),
+    *("held-out accuracy", "minus base", "says"),
+)
+TRIED = "What was tried on seed 100, which is not among the seeds above:"
 LEVEL = 0.6  # of the reward: how long it takes is in a table
 Row = dict[str, Any]
 
 
 class Found:
-    """The newest file of the study, by kinds of rows."""
+    """What the study has found on a machine: of each kind of rows those of the newest file that has them.
 
-    def __init__(self, document: Row) -> None:
-        self.info, self.date = document["machine_info"], document["datetime"][:10]
-        self.window, self.steps = document["window"], document["steps"]
-        self.rows = document[KIND]
+    So a part that is measured anew needs no new runs of the others.
+    """
+
+    def __init__(self, documents: Sequence[Row]) -> None:
+        self.documents = documents
+        about = self.about("mean")
+        self.window, self.steps = about["window"], about["steps"]
         self.means = {row["variant"]: row for row in self.of("mean")}
         self.cost = {row["provider"]: row for row in self.of("cost")}
 
+    def about(self, kind: str) -> Row:
+        """Return the newest file with rows of a kind; an empty one if there is none."""
+        having = (d for d in self.documents if any(row["row"] == kind for row in d[KIND]))
+        return next(reversed(list(having)), {KIND: []})
+
     def of(self, kind: str) -> list[Row]:
         """Return the rows of a kind."""
-        return [row for row in self.rows if row["row"] == kind]
+        return [row for row in self.about(kind)[KIND] if row["row"] == kind]
 
     def runs(self, variant: str) -> list[Row]:
         """Return the runs of a variant, in the order of their seeds."""
@@ -59,19 +73,28 @@ class Found:
         """Return the variants that have been measured."""
         return [name for name in names if name in self.means]
 
-    @property
-    def origin(self) -> str:
-        """Say where the numbers are from."""
-        info = self.info
+    def origin(self, kind: str) -> str:
+        """Say where the rows of a kind are from."""
+        document = self.about(kind)
+        info = document["machine_info"]
         return (
-            f"{info['device']}, one thread for each run; commit {info['commit']}, {self.date}; "
-            f"`{info['command']}`; torch {info['torch']}."
+            f"{info['device']}, one thread for each run; commit {info['commit']}, "
+            f"{document['datetime'][:10]}; `{info['command']}`; torch {info['torch']}."
         )
+
+    def elsewhere(self, kind: str) -> str:
+        """Say where the rows of a kind are from, if another call has measured them."""
+        same = self.about(kind) is self.about("mean")
+        return "" if same else f" Measured by another call: {self.origin(kind)}"
 
 
 def _found(results: Path) -> Found | None:
-    documents = newest(results, KIND)
-    return Found(documents[-1]) if documents else None
+    mine = [d for d in documents(results) if KIND in d]
+    learned = [d for d in mine if any(row["row"] == "mean" for row in d[KIND])]
+    if not learned:
+        return None
+    device = learned[-1]["machine_info"]["device"]
+    return Found([d for d in mine if d["machine_info"]["device"] == device])
 
 
 def joined(parts: Iterator[str]) -> str:
@@ -94,14 +117,16 @@ def ppo_text(results: Path) -> str:
 
 
 def verdict(row: Row) -> str:
-    """Say whether zero is outside an interval."""
+    """Say whether zero is outside an interval; "" where one seed has no interval."""
+    if not math.isfinite(row["low"]):
+        return ""
     return "better" if row["low"] > 0 else "worse" if row["high"] < 0 else "within the spread"
 
 
 def _groups(found: Found) -> Iterator[str]:
     starts = [row for row in found.of("start") if row["seed"] in found.means[BASE.name]["seeds"]]
     seeds = len(starts)
-    yield found.origin
+    yield found.origin("mean")
     yield (
         f"{seeds} seeds, {found.steps} steps with 64 completions and four updates each. After the warm-up "
         f"the held-out accuracy at temperature 1 is {statistics.fmean(s['accuracy'] for s in starts):.3f} "
@@ -110,16 +135,15 @@ def _groups(found: Found) -> Iterator[str]:
     )
     for names in (GROUPS, (BASE.name, *COMPANY)):
         yield table(
-            ["variant", "reward in training", "held-out accuracy", "minus base", "says"],
+            LEARNED,
             [_learned(found, name) for name in found.having(names)],
-            left=(0, 4),
+            left=(0, 3, 6),
         )
     yield (
         "Reward in training is the mean over all completions of the run: it says how fast the variant "
         "learns. The accuracy is that on 150 held-out sums at temperature 1 after the last step, with four "
-        "answers each. The difference is that of the accuracy, between runs of the same seed. The last "
-        "column says whether 0 is in its interval. With so many comparisons one in twenty would be outside "
-        "by chance."
+        "answers each. Differences are between runs of the same seed, and the column after each says "
+        "whether 0 is in its interval. Of so many comparisons one in twenty would be outside by chance."
     )
     yield table(
         [
@@ -149,18 +173,18 @@ def _groups(found: Found) -> Iterator[str]:
         ],
     )
     if tried := _tried(found, (BASE.name,)):
-        yield "What was tried on seed 100, which is not among the seeds above:"
+        yield f"{TRIED}{found.elsewhere('tuning')}"
         yield tried
 
 
 def _learned(found: Found, name: str) -> list[str]:
     row = found.means[name]
-    text = VARIANTS[name].text
-    cells = [text, text_of(row["reward"]), text_of(row["accuracy"])]
-    if "minus_base" not in row:
-        return [*cells, "", ""]
-    difference = row["minus_base"]["accuracy"]
-    return [*cells, text_of(difference, sign="+"), verdict(difference)]
+    cells = [VARIANTS[name].text]
+    for value in ("reward", "accuracy"):
+        cells.append(text_of(row[value]))
+        difference = row.get("minus_base", {}).get(value)
+        cells += [text_of(difference, sign="+"), verdict(difference)] if difference else ["", ""]
+    return cells
 
 
 def _inside(found: Found, name: str) -> list[str]:
@@ -202,7 +226,7 @@ def _tried(found: Found, methods: Sequence[str]) -> str:
 
 
 def _beside(found: Found) -> Iterator[str]:
-    yield found.origin
+    yield found.origin("mean")
     yield table(["", "GRPO", "PPO"], _row_by_row(found), left=(0, 1, 2))
     yield (
         f"± is half of a 95 % interval over {len(found.means['ppo']['seeds'])} seeds. Memory and time on "
@@ -210,24 +234,25 @@ def _beside(found: Found) -> Iterator[str]:
     )
     if found.cost:
         yield from _costs(found)
-    yield "What lies between the two, on the arithmetic task with the same number of completions:"
+    yield "What lies between the two, with the same number of completions. The base is GRPO."
     yield table(
         [
-            "variant",
-            "reward in training",
-            "held-out accuracy",
-            "minus GRPO",
-            "says",
+            *LEARNED,
             "CPU time of a step",
+            f"steps, CPU time to {LEVEL}",
         ],
         [
-            [*_learned(found, name), f"{1e3 * found.means[name]['cpu_seconds']['mean']:.0f} ms"]
+            [
+                *_learned(found, name),
+                f"{1e3 * found.means[name]['cpu_seconds']['mean']:.0f} ms",
+                _until(found, name),
+            ]
             for name in found.having(BESIDE)
         ],
-        left=(0, 4),
+        left=(0, 3, 6),
     )
     if tried := _tried(found, BESIDE):
-        yield "What was tried on seed 100, which is not among the seeds above:"
+        yield f"{TRIED}{found.elsewhere('tuning')}"
         yield tried
 
 
@@ -327,6 +352,12 @@ def _cost_cells(found: Found) -> Iterator[list[str]]:
         "weights, gradients, AdamW states; SmolLM2, float32",
         *(f"{sum(x['held'].values()) / GIB:.2f} GiB" for x in (grpo, ppo)),
     ]
+    for row in found.of("predicted"):
+        both = row["trained"] + row["reference"], 2 * row["trained"] + row["reference"]
+        yield [
+            f"the same; {row['model'].partition('/')[2]}, bfloat16 with float32 copies, predicted",
+            *(f"{x / GIB:.0f} GiB" for x in both),
+        ]
     yield [
         "peak memory of training, SmolLM2",
         *(memory_text(x["peak_extra_bytes"]) for x in (grpo, ppo)),
@@ -335,12 +366,6 @@ def _cost_cells(found: Found) -> Iterator[list[str]]:
         "CPU time of a step, SmolLM2",
         *(f"{x['cpu_seconds']['median']:.1f} s" for x in (grpo, ppo)),
     ]
-    for row in found.of("predicted"):
-        both = row["trained"] + row["reference"], 2 * row["trained"] + row["reference"]
-        yield [
-            f"the same for {row['model'].partition('/')[2]} in bfloat16 with float32 copies, predicted",
-            *(f"{x / GIB:.0f} GiB" for x in both),
-        ]
 
 
 def _costs(found: Found) -> Iterator[str]:
@@ -374,7 +399,7 @@ def _costs(found: Found) -> Iterator[str]:
         "without the first of each process. One thread, float32, options of recipes/smollm2-geo.yaml, one "
         "update of each model in a step. CPU time is that of the process, so other work on the machine "
         "counts little; sampling and update are on the wall. The peak is the resident memory beyond what "
-        "was resident before the model was loaded."
+        f"was resident before the model was loaded.{found.elsewhere('cost')}"
     )
 
 
@@ -397,14 +422,20 @@ def groups_picture(results: Path) -> bytes:
             for name in found.having(names):
                 _draw(axis, found, name, seconds=False)
             axis.set(title=title, xlabel="step", ylim=(0.2, 1))
-            axis.legend(fontsize="x-small", loc="lower right")
+            axis.legend(fontsize="x-small", loc="upper left")
         others = [n for n in found.having((*GROUPS, *COMPANY)) if n != BASE.name][::-1]
-        rows = [found.means[name]["minus_base"]["accuracy"] for name in others]
-        means = [row["mean"] for row in rows]
-        halves = [(row["high"] - row["low"]) / 2 for row in rows]
-        forest.errorbar(means, range(len(others)), xerr=halves, fmt="o", capsize=3)
+        for value, label, up, mark in (
+            ("reward", "reward in training", 0.15, "s"),
+            ("accuracy", "held-out accuracy", -0.15, "o"),
+        ):
+            rows = [found.means[name]["minus_base"][value] for name in others]
+            means = [row["mean"] for row in rows]
+            halves = [(row["high"] - row["low"]) / 2 for row in rows]
+            places = [i + up for i in range(len(others))]
+            forest.errorbar(means, places, xerr=halves, fmt=mark, markersize=4, label=label)
         forest.axvline(0, color="grey", linewidth=1)
-        forest.set(title="held-out accuracy minus base", xlabel="95 % interval over seeds")
+        forest.set(title="minus base", xlabel="mean and 95 % interval over seeds")
+        forest.legend(fontsize="x-small")
         forest.set_yticks(range(len(others)), [NAMES[name] for name in others])
         return pictures.svg(figure)
 

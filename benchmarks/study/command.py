@@ -147,7 +147,7 @@ def study(options: Any, sheet: Sheet) -> None:
     sheet.rows += (rounded_all(row) for row in summary.means(reported))
     if COST in options.parts:
         try:
-            sheet.rows += cost.all_of()
+            sheet.rows += cost.all_of(options.output_dir)
         except RuntimeError as reason:
             sheet.skip(COST, str(reason))
     sheet.write()

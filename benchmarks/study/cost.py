@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import ROOT
-from benchmarks.measuring import machine, memory
+from benchmarks.measuring import machine, memory, recorder
 from benchmarks.real_model import setup
+from benchmarks.study import runs
 from benchmarks.study.loop import Loop
 from benchmarks.study.variants import Critic, Variant
 from grpo_fast.trainer import sizing
@@ -60,12 +61,17 @@ def measured(provider: str, steps: int) -> dict[str, Any]:
     return found
 
 
-def once(provider: str, steps: int) -> dict[str, Any]:
-    """Measure a provider in a process of its own.
+def once(provider: str, steps: int, path: Path) -> dict[str, Any]:
+    """Measure a provider in a process of its own, unless the file `path` has it; return what it measured.
 
     Raises:
         RuntimeError: it failed; the message has its last line.
+        ValueError: the file is of another commit, or has another number of steps.
     """
+    about = {"commit": machine.commit(), "counted": steps}
+    found = runs.reused(path, about)
+    if found is not None:
+        return found
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "out.json")
         command = [sys.executable, "-m", "benchmarks.study.cost", provider, str(steps), str(out)]
@@ -74,7 +80,11 @@ def once(provider: str, steps: int) -> dict[str, Any]:
         if ran.returncode or not out.exists():
             lines = ran.stderr.strip().splitlines() or ["no message"]
             raise RuntimeError(f"{provider}: {lines[-1]}")
-        return json.loads(out.read_text())
+        found = about | json.loads(out.read_text())
+    recorder.write(path, found)
+    seconds = statistics.median(found["cpu_seconds"][1:])
+    print(f"{provider}: {seconds:.1f} s of CPU time a step", flush=True)
+    return found
 
 
 def row_of(provider: str, found: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -111,15 +121,18 @@ def predicted() -> dict[str, Any]:
     }
 
 
-def all_of(rounds: int = ROUNDS, steps: int = STEPS) -> list[dict[str, Any]]:
-    """Measure all providers in turns, forwards and backwards, and return a row for each."""
+def all_of(folder: Path, rounds: int = ROUNDS, steps: int = STEPS) -> list[dict[str, Any]]:
+    """Measure all providers in turns, forwards and backwards, and return a row for each.
+
+    Args:
+        folder: keeps what each process has measured, so an interrupted call goes on.
+    """
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in PROVIDERS}
     for at in range(rounds):
         for provider in PROVIDERS if at % 2 == 0 else reversed(PROVIDERS):
-            found[provider].append(once(provider, steps + 1))
-            seconds = statistics.median(found[provider][-1]["cpu_seconds"][1:])
-            print(f"{provider}: {seconds:.1f} s of CPU time a step", flush=True)
-    return [*(row_of(provider, runs) for provider, runs in found.items()), predicted()]
+            path = folder / f"cost-{provider}-{at}.json"
+            found[provider].append(once(provider, steps + 1, path))
+    return [*(row_of(provider, rows) for provider, rows in found.items()), predicted()]
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -31,6 +31,26 @@ def options_of(variant: Variant | None, steps: int) -> dict[str, Any]:
     return {} if variant is None else variant.described() | {"steps": steps}
 
 
+def reused(path: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
+    """Return what a file has found, or None if there is none.
+
+    Args:
+        wanted: what the file has to say of its origin.
+
+    Raises:
+        ValueError: it says something else.
+    """
+    if not path.exists():
+        return None
+    found = json.loads(path.read_text())
+    for name, value in wanted.items():
+        if found[name] != value:
+            raise ValueError(
+                f"{path}: made with {name} {found[name]}, not {value}; want another --output_dir"
+            )
+    return found
+
+
 def known(run: Run) -> dict[str, Any] | None:
     """Return what a run has found, or None if it is still to be made.
 
@@ -39,16 +59,8 @@ def known(run: Run) -> dict[str, Any] | None:
     """
     variant, seed, steps, folder = run
     path = place(folder, variant.name if variant else START, seed)
-    if not path.exists():
-        return None
-    found = json.loads(path.read_text())
-    wanted = {"options": options_of(variant, steps), "commit": machine.commit()}
-    for name, value in wanted.items():
-        if found[name] != value:
-            raise ValueError(
-                f"{path}: made with {name} {found[name]}, not {value}; want another --output_dir"
-            )
-    return found
+    options = options_of(variant, steps)
+    return reused(path, {"options": options, "commit": machine.commit()})
 
 
 def make(run: Run) -> dict[str, Any]:

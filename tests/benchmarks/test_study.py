@@ -4,13 +4,15 @@ import json
 import math
 import statistics
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 pytest.importorskip("transformers", reason="the trainer needs it")
 
-from benchmarks.report import study
+from benchmarks.report import document, study
 from benchmarks.study import command, cost, loop, ppo, runs, summary, variants
 from grpo_fast import ops, policy_loss
 from grpo_fast.trainer import rollout as rollouts
@@ -88,7 +90,8 @@ def test_whitened_advantages():
 
 def test_the_clipped_value_loss_and_its_gradient():
     """Token by token: where the clipped error is the larger one, the loss does not depend on the value."""
-    old, returns, mask = ragged(1)[1], ragged(2)[1], ragged()[2]
+    many = (3, 5, 1, 4) * 10
+    old, returns, mask = ragged(1, many)[1], ragged(2, many)[1], ragged(0, many)[2]
     values = (
         old + 0.5 * torch.randn(old.shape, generator=torch.Generator().manual_seed(3))
     ).detach()
@@ -178,6 +181,8 @@ def test_the_gradient_of_ppo_is_that_of_policy_loss_with_an_advantage_for_each_t
     for b, row in enumerate(explicit_gae(rewards, values, lengths, 1.0, 0.95)):
         raw[b, : len(row)] = torch.tensor(row)
     assert raw[mask].std() > 0.05
+    returns = (raw + values)[mask]
+    torch.testing.assert_close(learner.returns[mask], returns, atol=1e-5, rtol=1e-5)
     advantages = torch.zeros_like(raw)
     advantages[mask] = (raw[mask] - raw[mask].mean()) / raw[mask].std(correction=0)
     learner.backward(micro_batches, counts)
@@ -251,6 +256,37 @@ def test_the_file_of_results(folder):
     assert mean["minus_base"]["reward"]["missing"] == 0
 
 
+def test_the_costs_are_measured_in_turns_and_once(tmp_path, monkeypatch):
+    made = []
+
+    def process(words, **options):
+        provider, _, out = words[-3:]
+        made.append(provider)
+        numbers = {name: [9.0, 1.0, 3.0] for name in (*cost.TIMES, "tokens")}
+        size = 100 + len(made)
+        Path(out).write_text(json.dumps(numbers | {"peak_extra_bytes": size, "held": {}}))
+        return SimpleNamespace(returncode=int(fails), stderr="no such model")
+
+    monkeypatch.setenv("GRPO_FAST_COMMIT", "19274bf")
+    monkeypatch.setattr(cost.subprocess, "run", process)
+    monkeypatch.setattr(cost, "predicted", lambda: {"row": "predicted"})
+    monkeypatch.setattr(cost, "PROVIDERS", {n: cost.PROVIDERS[n] for n in ("grpo", "ppo")})
+    fails = False
+    for _ in range(2):
+        grpo, ppo_row, predicted = cost.all_of(tmp_path)
+    assert made == ["grpo", "ppo", "ppo", "grpo"]
+    assert grpo["seconds"] == {"median": 2.0, "min": 1.0, "max": 3.0}  # without the first of each
+    assert (grpo["steps"], grpo["rounds"], grpo["peak_extra_bytes"]) == (4, 2, 102.5)
+    assert grpo["peak_spread"] == 3
+    assert ppo_row["peak_extra_bytes"] == 102.5
+    assert predicted["row"] == "predicted"
+    with pytest.raises(ValueError, match="made with counted 3, not 6"):
+        cost.all_of(tmp_path, steps=5)
+    fails = True
+    with pytest.raises(RuntimeError, match="grpo: no such model"):
+        cost.all_of(tmp_path / "other")
+
+
 def invented(variant, seed, level):
     """A run of 50 steps, all of whose numbers are `level`."""
     names = ("reward", "accuracy", "clip_fraction", "without_signal", "grad_norm")
@@ -291,7 +327,7 @@ def test_each_variant_samples_the_same_number_of_completions():
 @pytest.fixture
 def results(tmp_path):
     """A file of results with invented numbers: PPO is better than GRPO, G = 2 is not told apart."""
-    levels = {"grpo": (0.5, 0.6, 0.7), "ppo": (0.7, 0.8, 0.9), "g2": (0.4, 0.7, 0.7)}
+    levels = {"grpo": (0.5, 0.6, 0.7), "ppo": (0.7, 0.8, 0.9), "g2": (0.45, 0.7, 0.7)}
     made = [invented(v, s, x) for v, xs in levels.items() for s, x in enumerate(xs)]
     rows = [{"row": "start", "seed": seed, "accuracy": 0.25} for seed in range(3)]
     rows += [*map(command.condensed, made), *summary.means(made)]
@@ -308,23 +344,33 @@ def results(tmp_path):
 
 def test_the_pages_say_what_the_numbers_show(results):
     text = study.groups_text(results)
-    assert "| G = 2 | 0.600 ± 0.430 | 0.600 ± 0.430 | +0.000 ± 0.248 | within the spread |" in text
+    assert "| G = 2 | 0.617 ± 0.359 | +0.017 ± 0.190 | within the spread | 0.617 ± 0.359 |" in text
     assert "| grpo" not in text
     text = study.ppo_text(results)
     assert "| +0.200 ± 0.000 | better | 500 ms |" in text
     assert "| weights, gradients, AdamW states; SmolLM2, float32 | 4.00 GiB | 6.00 GiB |" in text
-    assert "copies, predicted | 110 GiB | 210 GiB |" in text
+    assert "7B, bfloat16 with float32 copies, predicted | 110 GiB | 210 GiB |" in text
     assert "| worst seed, best seed | 0.500, 0.700 | 0.700, 0.900 |" in text
     assert "| 5, 2.5 s (2 of 3 seeds) | 5, 2.5 s |" in text
     assert "| PPO, 64 x 1 | `critic.trace=1` | 0.700 |" in text
     assert all(len(line) <= 100 for line in text.splitlines() if not line.startswith("|"))
 
 
+def test_a_part_that_was_measured_anew_replaces_its_rows_alone(results):
+    row = {"row": "predicted", "model": "a/8B", "trained": 120 << 30, "reference": 10 << 30}
+    write(results, "new", None, commit="29274be", date="2026-01-02", study=[row])
+    text = study.ppo_text(results)
+    assert "8B, bfloat16 with float32 copies, predicted | 130 GiB | 250 GiB |" in text
+    assert "7B" not in text
+    assert "commit 19274bf" in " ".join(text.split())
+    assert "| +0.200 ± 0.000 | better | 0.800" in text
+
+
 def test_the_pictures_are_the_same_each_time(results):
-    for draw, words in ((study.groups_picture, b"G = 2"), (study.ppo_picture, b"PPO, 64 x 1")):
-        picture = draw(results)
-        assert picture == draw(results)
-        assert words in picture
+    picture = study.ppo_picture(results)
+    assert picture == study.ppo_picture(results)
+    assert b"PPO, 64 x 1" in picture
+    assert b"minus base" in study.groups_picture(results)
 
 
 def test_without_results_there_is_nothing(tmp_path):
@@ -332,3 +378,13 @@ def test_without_results_there_is_nothing(tmp_path):
         assert make(tmp_path) == ""
     for draw in (study.groups_picture, study.ppo_picture):
         assert draw(tmp_path) == b""
+
+
+@pytest.mark.parametrize("name", ["study", "ppo"])
+def test_the_committed_page_is_the_generated_one(name):
+    path = document.ROOT / "docs" / f"{name}.md"
+    text_of, _ = document.PAGES[path]
+    text = text_of(document.FOLDER / "results")
+    assert text
+    page = path.read_text()
+    assert page == document.with_headline(page, text), "run python -m benchmarks.report"
