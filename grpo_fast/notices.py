@@ -126,7 +126,8 @@ def fell_back(
 ) -> None:
     """Say that something fell back, or raise where GRPO_FAST_STRICT=1.
 
-    Code that `torch.compile` traces says nothing, but raises.
+    Code that `torch.compile` traces says nothing, but raises: with `fullgraph=True` the compiler's error
+    quotes the message, otherwise the error is raised when the code runs.
 
     Args:
         name: a key of `FALLBACKS`.
@@ -144,6 +145,10 @@ def fell_back(
     cure = usual if cure is None else cure
     text = f"{what}: {reason}" + (f". {cure}" if cure else "")
     if switch("GRPO_FAST_STRICT"):
+        if torch.compiler.is_compiling():
+            # An error while the compiler traces would only make it run the caller uncompiled, where
+            # nothing falls back, and then compile parts of that. After a break this call itself raises.
+            torch._dynamo.graph_break(msg=f"FallbackError: GRPO_FAST_STRICT=1: {text}")
         raise FallbackError(f"GRPO_FAST_STRICT=1: {text}")
     if quiet or torch.compiler.is_compiling():
         return
@@ -248,6 +253,9 @@ def _recorded(name: str, function: Callable[..., Any], args: Any, kwargs: Any) -
     _OPEN.calls.append(call)
     try:
         return function(*args, **kwargs)
+    except BaseException as error:
+        call.notes[f"raised {type(error).__name__}"] = {}
+        raise
     finally:
         _OPEN.calls.pop()
         for sink in _SINKS:
@@ -265,14 +273,16 @@ def described(args: Any, kwargs: Any) -> str:
 
 
 def _write(call: Call) -> None:
-    """Log the line of a call; on stderr, if no handler takes it."""
-    if not LOGGER.hasHandlers():
-        handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
-        LOGGER.addHandler(handler)
+    """Log the line of a call; print it on stderr, if there is no handler that could take it.
+
+    A handler of our own would write each line a second time once the program has one.
+    """
     if LOGGER.level == logging.NOTSET:
         LOGGER.setLevel(logging.INFO)
-    LOGGER.info(call.line)
+    if LOGGER.hasHandlers():
+        LOGGER.info(call.line)
+    elif LOGGER.isEnabledFor(logging.INFO) and sys.stderr is not None:
+        print(f"{LOGGER.name}: {call.line}", file=sys.stderr)
 
 
 def log_calls(on: bool = True) -> None:

@@ -1,4 +1,4 @@
 """`grpo-fast doctor`: what is installed, which path each operator takes, and whether it is right.
 
-It needs torch alone. docs/doctor.md explains its output.
+It needs torch and einops alone. docs/doctor.md explains its output.
 """

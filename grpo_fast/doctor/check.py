@@ -14,7 +14,7 @@ from grpo_fast import Objective, reference
 from grpo_fast.doctor.paths import lenient, tiny_model
 from grpo_fast.loss import grpo_loss, linear_grpo_loss, policy_loss
 from grpo_fast.ops import group_advantage, linear_logprob, logprob
-from grpo_fast.ops.backend import path_of
+from grpo_fast.ops.backend import interprets, path_of
 from grpo_fast.testing import compared
 
 SECONDS = 10.0
@@ -68,7 +68,7 @@ def check(device: torch.device, seconds: float = SECONDS) -> list[Checked]:
     with contextlib.suppress(
         RuntimeError, ValueError
     ):  # kernels that cannot run: each case says it
-        interpreted = device.type == "cpu" and path_of(torch.empty(0)).kernels
+        interpreted = interprets() and path_of(torch.empty(0, device=device)).kernels
     # Triton's interpreter truncates to bfloat16 where hardware rounds.
     half = torch.float16 if interpreted else torch.bfloat16
     end, found = time.perf_counter() + seconds, []
@@ -116,7 +116,7 @@ def run(case: Case, dtype: torch.dtype, device: torch.device) -> Checked:
 
 def _share(name: str, got: Tensor, plain: Tensor, truth: Tensor) -> tuple[float, str]:
     """Return the error as a share of what is allowed, and all errors in words."""
-    scale = 0.1 if name == "loss" else 0.0  # its terms are of the size of 1, and cancel
+    scale = 0.0 if truth.ndim else 0.1  # the terms of a sum are of the size of 1, and cancel
     found = compared(got, plain, truth, scale=scale, name=name)
     return found.error / found.allowed if found.allowed else 0.0, f"{name}: {found.words}"
 
@@ -154,20 +154,20 @@ def cases(interpreted: bool = False) -> Iterator[Case]:
         yield from _of_logits(LONG)
 
 
-def _batch(V: int) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
+def _batch(V: int, temperature: float = 1.0) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
     """Return logits, ids, a ragged mask, and the other arguments of a loss: NaN where nothing counts."""
     lengths = torch.tensor([T, 0, 2, 4])
     mask = torch.arange(T) < lengths[:, None]
     logits = 3 * torch.randn(B, T, V, dtype=torch.float64)
     ids = torch.randint(V, (B, T))
-    logp = reference.logprob(logits, ids).float()
+    logp = reference.logprob(logits, ids, temperature).float()
     old, ref = (torch.where(mask, logp + 0.3 * torch.randn(B, T), torch.nan) for _ in range(2))
     given = {"advantages": torch.randn(B), "old_logps": old, "ref_logps": ref}
     return torch.where(mask[..., None], logits, torch.nan), ids, mask, given
 
 
 def _of_logits(V: int) -> Iterator[Case]:
-    logits, ids, mask, given = _batch(V)
+    logits, ids, mask, _ = _batch(V)
     upstream = torch.randn(2, B, T)
 
     def scored(function: Callable[..., tuple[Tensor, Tensor]]) -> Function:
@@ -190,25 +190,36 @@ def _of_logits(V: int) -> Iterator[Case]:
         x = torch.where(live[..., None], x, 0)
         return reference.logprob(x, ids), reference.entropy(x)
 
-    size = f"V = {V:,}"
     yield Case(
-        f"logprob, {size}", {"logits": logits}, {"upstream": upstream}, scored(ours), scored(plain)
-    )
-    for name, objective in OBJECTIVES.items():
+        f"logprob, V = {V:,}", {"logits": logits}, {"upstream": upstream}, scored(ours), scored(plain)
+    )  # fmt: skip
+    yield from _of_grpo_loss(V)
+
+
+def _of_grpo_loss(V: int) -> Iterator[Case]:
+    size = f"V = {V:,}"
+
+    def in_place(logits: Tensor, **more: Any) -> Any:
+        return grpo_loss(logits * 1, inplace=True, **more)
+
+    for name, function, objective, temperature, upstream in (
+        ("token", grpo_loss, OBJECTIVES["token"], 1.0, 1.0),
+        ("sequence", grpo_loss, OBJECTIVES["sequence"], 1.0, 1.0),
+        ("temperature 0.7", grpo_loss, OBJECTIVES["token"], 0.7, 1.0),
+        ("in place, gradient scaled", in_place, OBJECTIVES["sequence"], 1.0, 0.5),
+    ):
+        logits, ids, mask, given = _batch(V, temperature)
         arguments = given | {
             "mask": mask,
             "completion_ids": ids.where(mask, -100),
             "objective": objective,
+            "temperature": temperature,
         }
         yield Case(
             f"grpo_loss, {name}, {size}", {"logits": logits}, arguments,
-            _loss(grpo_loss), _loss(reference.grpo_loss),
+            _loss(function, upstream, return_entropy=True),
+            _specified(reference.grpo_loss, lambda x: x, upstream),
         )  # fmt: skip
-    yield Case(
-        f"grpo_loss, in place, gradient scaled, {size}", {"logits": logits}, arguments,
-        _loss(lambda x, **more: grpo_loss(x * 1, inplace=True, **more), 0.5),
-        _loss(reference.grpo_loss, 0.5),
-    )  # fmt: skip
 
 
 OBJECTIVES = {
@@ -217,12 +228,47 @@ OBJECTIVES = {
 }
 
 
-def _loss(function: Callable[..., Any], upstream: float = 1.0) -> Function:
-    """Return the values of a loss whose first arguments are the leaves, by position."""
+METRICS = ("ratio_mean", "approx_kl_k1", "kl", "entropy")
+
+
+def _loss(function: Callable[..., Any], upstream: float = 1.0, **options: Any) -> Function:
+    """Return what a loss returns; its first arguments are the leaves, by position."""
 
     def values(leaves: Values, **given: Any) -> Values:
-        found = function(*leaves.values(), **given)
-        return {"loss": upstream * getattr(found, "loss", found)}
+        out, live = function(*leaves.values(), **given, **options), given["mask"]
+        found = {"loss": upstream * out.loss, "logps": out.logps[live]}
+        if out.entropy is not None:
+            found["entropy"] = out.entropy[live]
+        return found | {f"metric {x}": out.metrics[x] for x in METRICS if x in out.metrics}
+
+    return values
+
+
+def _specified(
+    function: Callable[..., Tensor], logits_of: Callable[..., Tensor] | None, upstream: float = 1.0
+) -> Function:
+    """Return the same values by the specification.
+
+    Args:
+        logits_of: computes the logits from the leaves; None: the leaves are log-probs.
+    """
+
+    def values(leaves: Values, **given: Any) -> Values:
+        found = {"loss": upstream * function(*leaves.values(), **given)}
+        live, T = given["mask"], given.get("temperature", 1.0)
+        with torch.no_grad():
+            if logits_of is None:
+                (logp,) = (x[live] for x in leaves.values())
+            else:
+                logits = logits_of(*leaves.values())[live]
+                logp = reference.logprob(logits, given["completion_ids"][live], T)
+                found["entropy"] = reference.entropy(logits, T)
+                found["metric entropy"] = found["entropy"].mean()
+            old, ref = given["old_logps"][live], given["ref_logps"][live]
+            ratio = (logp - old).exp()
+            kl = reference.kl_estimate(logp, ref, ratio, given["objective"])
+        found |= {"logps": logp, "metric ratio_mean": ratio.mean()}
+        return found | {"metric approx_kl_k1": (old - logp).mean(), "metric kl": kl.mean()}
 
     return values
 
@@ -232,7 +278,7 @@ def _of_log_probs() -> Iterator[Case]:
     logps = torch.where(mask, reference.logprob(logits, ids), torch.nan)
     for name, objective in (("token", Objective(beta=0.1)), ("sequence", OBJECTIVES["sequence"])):
         arguments = given | {"mask": mask, "objective": objective}
-        ours, plain = _loss(policy_loss), _loss(reference.policy_loss)
+        ours, plain = _loss(policy_loss), _specified(reference.policy_loss, None)
         yield Case(f"policy_loss, {name}", {"logps": logps}, arguments, ours, plain)
 
 
@@ -256,16 +302,37 @@ def _of_hidden_states(V: int) -> Iterator[Case]:
         "linear_logprob", leaves, {"upstream": upstream},
         scored(linear_logprob), scored(reference.linear_logprob),
     )  # fmt: skip
+    arguments = given | {"mask": mask, "completion_ids": ids.where(mask, -100)}
     for name, objective in OBJECTIVES.items():
-        arguments = given | {
-            "mask": mask,
-            "completion_ids": ids.where(mask, -100),
-            "objective": objective,
-        }
         yield Case(
-            f"linear_grpo_loss, {name}", leaves, arguments,
-            _loss(linear_grpo_loss), _loss(reference.linear_grpo),
+            f"linear_grpo_loss, {name}", leaves, arguments | {"objective": objective},
+            _loss(linear_grpo_loss, return_entropy=True),
+            _specified(reference.linear_grpo, reference.head_logits),
         )  # fmt: skip
+    leaves = leaves | {
+        "bias": torch.randn(V, dtype=torch.float64),
+        "lora_a": torch.randn(4, D, dtype=torch.float64) / math.sqrt(D),
+        "lora_b": torch.randn(V, 4, dtype=torch.float64),
+    }
+    yield Case(
+        "linear_grpo_loss, bias, LoRA, soft cap", leaves,
+        arguments | {"objective": OBJECTIVES["token"], "temperature": 0.7},
+        _loss(_with_options(linear_grpo_loss), return_entropy=True),
+        _specified(_with_options(reference.linear_grpo), _with_options(reference.head_logits)),
+    )  # fmt: skip
+
+
+def _with_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function of a head that has everything a head may have."""
+
+    def call(
+        hidden: Tensor, weight: Tensor, bias: Tensor, a: Tensor, b: Tensor, **more: Any
+    ) -> Any:
+        return function(
+            hidden, weight, bias=bias, lora=(a, b, 0.5), softcap=3.0, logit_scale=1.5, **more
+        )
+
+    return call
 
 
 def _advantages(function: Callable[..., Tensor]) -> Function:

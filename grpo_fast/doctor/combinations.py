@@ -74,7 +74,7 @@ def outside(name: str) -> Callable[[Machine], str | None]:
 
 def runs_kernels(machine: Machine) -> bool:
     """Tell whether the kernels are compiled and run on a GPU."""
-    ours = machine.variables.get("GRPO_FAST_BACKEND") != "torch"
+    ours = machine.variables.get("GRPO_FAST_BACKEND") != "torch" and not interprets(machine)
     return bool(machine.gpus) and ours and has_triton(machine)
 
 
@@ -109,7 +109,10 @@ def _old_gpu(m: Machine) -> str | None:
 
 
 def _no_compiler(m: Machine) -> str | None:
-    return "no gcc or clang on the PATH" if runs_kernels(m) and not m.compiler else None
+    if not runs_kernels(m) or m.compiler:
+        return None
+    given = m.variables.get("CC")
+    return "no gcc or clang on the PATH" if given is None else f"CC={given!r} is no program"
 
 
 def _cpu_build(m: Machine) -> str | None:
@@ -117,12 +120,14 @@ def _cpu_build(m: Machine) -> str | None:
 
 
 def _unseen_gpu(m: Machine) -> str | None:
-    if not m.driver or m.gpus or m.build == "CPU":
+    if not m.driver or m.gpus or m.gpu_error or m.build == "CPU":
         return None
-    hidden = m.variables.get("CUDA_VISIBLE_DEVICES")
-    return f"PyTorch for {m.build} sees no GPU" + (
-        "" if hidden is None else f", CUDA_VISIBLE_DEVICES={hidden!r}"
-    )
+    visible = m.variables.get("CUDA_VISIBLE_DEVICES")
+    found = f"PyTorch for {m.build} sees no GPU"
+    if visible is None:
+        return found
+    hides = visible.strip() in ("", "-1")
+    return f"{found}: CUDA_VISIBLE_DEVICES={visible!r}" + (" hides them all" if hides else "")
 
 
 def _forced_without_triton(m: Machine) -> str | None:
@@ -201,7 +206,12 @@ COMBINATIONS = (
     Combination(
         "no-compiler", "error", _no_compiler,
         "Triton raises an error at the first launch: it compiles its launcher with a C compiler.",
-        "Install gcc, or name a compiler in CC.",
+        "Install gcc, or name a compiler in CC. An empty CC names none: unset it.",
+    ),
+    Combination(
+        "gpu-fails", "error", lambda m: m.gpu_error or None,
+        "PyTorch cannot use the GPU; the doctor looks at the CPU instead.",
+        "Start nvidia-smi, and see whether another program or the driver is at fault.",
     ),
     Combination(
         "interpreter-on-a-gpu", "warning", _interpreter_on_a_gpu,
@@ -216,7 +226,8 @@ COMBINATIONS = (
     Combination(
         "gpu-not-seen", "warning", _unseen_gpu,
         "Everything runs on the CPU.",
-        "Check CUDA_VISIBLE_DEVICES, and whether the driver is new enough for this build of PyTorch.",
+        "Unset CUDA_VISIBLE_DEVICES if it hides them. Else see whether the driver is new enough for this "
+        "build of PyTorch.",
     ),
     Combination(
         "gpu-without-triton", "warning", _gpu_without_triton,
@@ -244,6 +255,11 @@ COMBINATIONS = (
         "PyTorch 2.10 or newer.",
     ),
     Combination(
+        "old-einops", "warning", outside("einops"),
+        "The library was not tested with it.",
+        "pip install 'einops>=0.8'",
+    ),
+    Combination(
         "old-transformers", "warning", outside("transformers"),
         "The included trainer and the GRPOTrainer for TRL refuse it. The losses do not need it.",
         "pip install 'transformers>=5.17'",
@@ -262,6 +278,11 @@ COMBINATIONS = (
         "other-openrlhf", "warning", outside("openrlhf"),
         "patch() raises an ImportError.",
         "pip install 'openrlhf>=0.11.2,<0.12'",
+    ),
+    Combination(
+        "other-nemo-rl", "warning", outside("nemo_rl"),
+        "patch() raises an ImportError, except for a checkout that is newer than 0.7.0 and says 0.6.",
+        "Check out NeMo-RL's tag v0.7.0.",
     ),
     Combination(
         "other-accelerate", "warning", outside("accelerate"),

@@ -25,13 +25,14 @@ OTHERS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Examine this machine, print the report, and return the exit status.
 
-    0: all is right. 1: the self-check failed, or there is a known bad combination of severity "error". 2: an
-    argument cannot be used.
+    0: all is right. 1: the self-check or an operator failed, or there is a known bad combination of severity
+    "error". 2: an argument cannot be used.
     """
     parser = argparse.ArgumentParser(
         prog="grpo-fast doctor",
         description="what is installed, which path each operator takes and why, whether it is right",
-        epilog="exit status: 0: right; 1: a check failed, or an error was found; 2: a wrong argument",
+        epilog="exit status: 0: right; 1: something failed, or an error was found; 2: a wrong argument",
+        allow_abbrev=False,
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything to this file")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
@@ -47,6 +48,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--device cuda: PyTorch sees no GPU")
     if chosen.json is not None and not chosen.json.expanduser().absolute().parent.is_dir():
         parser.error(f"--json {chosen.json}: there is no such folder")
+    if chosen.json is not None:
+        try:  # before the work; an old file stays as it is until there is a new report
+            chosen.json.expanduser().open("a").close()
+        except OSError as error:
+            parser.error(f"--json {chosen.json}: {error.strerror or error}")
     found = report(chosen.device, None if chosen.no_check else chosen.seconds)
     print(text(found))
     if chosen.json is not None:
@@ -64,35 +70,48 @@ def report(device: str | None = None, seconds: float | None = check.SECONDS) -> 
     here = machine.examine()
     findings = diagnose(here)
     where = torch.device(device or ("cuda" if here.gpus else "cpu"))
+    ran = paths.paths(where)
     checked = [] if seconds is None else check.check(where, seconds)
     wrong = [x for x in checked if x.right is False]
     errors = [x for x in findings if x.severity == "error"]
     return {
-        "right": not wrong and not errors,
+        "right": not wrong and not errors and not any(x.error for x in ran),
         "version": grpo_fast.__version__,
         "source": here.source,
         "python": machine.python(),
         "system": here.system,
         "torch": f"{torch.__version__}, built for {here.build}",
-        "packages": {name: _package(name, x) for name, x in here.versions.items()},
+        "packages": {
+            name: _package(name, x, here.checkouts.get(name)) for name, x in here.versions.items()
+        },
         "gpus": [
             f"{x.name}, compute capability {x.capability[0]}.{x.capability[1]}, {x.memory / 2**30:.0f} GiB"
             for x in here.gpus
         ],
-        "driver": here.driver,
+        "gpu_error": here.gpu_error,
+        "driver": _driver(here),
         "compiler": here.compiler,
         "variables": {name: _variable(name, x) for name, x in here.variables.items()},
         "device": str(where),
-        "paths": [x._asdict() for x in paths.paths(where)],
+        "paths": [x._asdict() for x in ran],
         "check": [x._asdict() for x in checked],
         "combinations": [x._asdict() for x in findings],
     }
 
 
-def _package(name: str, version: str | None) -> str:
+def _driver(here: machine.Machine) -> str:
+    """Return the version of NVIDIA's driver, or why there is none."""
+    if not here.driver and here.gpus and here.build.startswith("CUDA"):
+        return f"unknown: {machine.DRIVER} does not exist, as in some containers"
+    return here.driver or "no NVIDIA driver"
+
+
+def _package(name: str, version: str | None, checkout: str | None = None) -> str:
     """Return the version of a package, and whether it is supported."""
     at_least, below = machine.RANGES[name]
     wanted = f">={at_least}" + (f",<{below}" if below else "") if at_least else "any version"
+    if version is None and checkout:
+        return f"of an unknown version, from {checkout} (supported: {wanted})"
     if version is None:
         return f"not installed (supported: {wanted})"
     fits = at_least is None or is_between(version, at_least, below)
@@ -112,15 +131,17 @@ def text(found: dict[str, Any]) -> str:
     lines = ["installed", f"  grpo-fast {found['version']}, from {found['source']}"]
     lines += [f"  Python {found['python']}", f"  {found['system']}", f"  torch {found['torch']}"]
     lines += [f"  {name} {x}" for name, x in found["packages"].items() if name != "torch"]
-    lines += [f"  GPU: {x}" for x in found["gpus"]] or ["  GPU: PyTorch sees none"]
-    lines += [f"  driver: {found['driver'] or 'no NVIDIA driver'}"]
+    none = found["gpu_error"] or "PyTorch sees none"
+    lines += [f"  GPU: {x}" for x in found["gpus"]] or _wrapped(f"GPU: {none}")
+    lines += [f"  driver: {found['driver']}"]
     lines += [f"  C compiler: {found['compiler'] or 'none'}"]
     lines += [f"  {name}={x}" for name, x in found["variables"].items()]
     lines += ["", f"paths on {found['device']}"]
     for x in found["paths"]:
         compiled = f"; compiled: {x['compiled']}" if x["compiled"] else ""
         given = f"{x['given']}: " if x["given"] else ""
-        lines += _wrapped(f"{x['operator']}: {given}{x['ran']}{compiled}")
+        failed = f"FAILED: {x['error']}" if x["error"] else ""
+        lines += _wrapped(f"{x['operator']}: {given}{x['ran']}{compiled}{failed}")
         lines += [y for message in x["fallbacks"] for y in _wrapped(f"FALLBACK: {message}", 4)]
     lines += ["", _headline(found["check"])]
     lines += [y for x in found["check"] for y in _result(x)]

@@ -5,6 +5,7 @@ import importlib.util
 import os
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +31,7 @@ class Path(NamedTuple):
         ran: path and reason, kernels, schedules, chunks.
         compiled: by what.
         fallbacks: the messages of what fell back.
+        error: what was raised, "" where the call succeeded; then `ran` is "".
     """
 
     operator: str
@@ -37,6 +39,7 @@ class Path(NamedTuple):
     ran: str
     compiled: str
     fallbacks: list[str]
+    error: str = ""
 
 
 def paths(device: torch.device) -> list[Path]:
@@ -44,7 +47,7 @@ def paths(device: torch.device) -> list[Path]:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     with lenient():
         return [
-            *(_tried(name, call) for name, call in _calls(device, dtype).items()),
+            *(_tried(name, partial(call, _Given(device, dtype))) for name, call in CALLS.items()),
             _tried("chunks of a head", lambda: _chunks(device, torch.bfloat16)),
             _tried("shared prompts", lambda: _shared(device)),
         ]
@@ -65,36 +68,55 @@ def lenient() -> Iterator[None]:
             os.environ["GRPO_FAST_STRICT"] = before
 
 
-def _calls(device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
-    """Return a call of each operator."""
+class _Given(NamedTuple):
+    """The tensors of a call. Each is made when it is asked for: memory may be short."""
 
-    def new(*shape: int, kind: torch.dtype = dtype) -> Tensor:
-        return torch.zeros(*shape, dtype=kind, device=device)
+    device: torch.device
+    dtype: torch.dtype
 
-    ids, ones = new(2, 2, kind=torch.int64), new(2, kind=torch.float32) + 1
-    logps = new(2, 2, kind=torch.float32)
-    sequence = Objective(ratio="sequence")
-    given: dict[str, Any] = {"advantages": ones}
-    hidden, head = new(2, 2, 64), new(V, 64)
+    def new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.zeros(*shape, dtype=dtype or self.dtype, device=self.device)
 
-    def graded(x: Tensor) -> Tensor:
-        return x.requires_grad_()
+    @property
+    def logits(self) -> Tensor:
+        return self.new(2, 2, V).requires_grad_()
 
-    return {
-        "logprob": lambda: logprob(new(2, 2, V), ids),
-        "grpo": lambda: grpo_loss(graded(new(2, 2, V)), ids, **given),
-        "policy_loss": lambda: policy_loss(logps, **given),
-        "sequence_loss": lambda: policy_loss(logps, old_logps=logps, objective=sequence, **given),
-        "group_advantage": lambda: group_advantage(ones, group_size=2),
-        "linear_logprob": lambda: linear_logprob(graded(hidden), head, ids),
-        "linear_grpo": lambda: linear_grpo_loss(graded(hidden), head, ids, **given),
-        "scaling": lambda: _scaled(new(2, 2, V), new(4, kind=torch.float32)),
-    }
+    @property
+    def head(self) -> tuple[Tensor, Tensor]:
+        return self.new(2, 2, 64).requires_grad_(), self.new(V, 64)
+
+    @property
+    def ids(self) -> Tensor:
+        return self.new(2, 2, dtype=torch.int64)
+
+    @property
+    def logps(self) -> Tensor:
+        return self.new(2, 2, dtype=torch.float32)
+
+    @property
+    def ones(self) -> Tensor:
+        return self.new(2, dtype=torch.float32) + 1
 
 
 @notices.logged("scaling")
 def _scaled(x: Tensor, factor: Tensor) -> None:
     scale_rows_(x, factor)
+
+
+SEQUENCE = Objective(ratio="sequence")
+# A call of each operator.
+CALLS: dict[str, Callable[[_Given], Any]] = {
+    "logprob": lambda x: logprob(x.logits.detach(), x.ids),
+    "grpo": lambda x: grpo_loss(x.logits, x.ids, advantages=x.ones),
+    "policy_loss": lambda x: policy_loss(x.logps, advantages=x.ones),
+    "sequence_loss": lambda x: policy_loss(
+        x.logps, old_logps=x.logps, advantages=x.ones, objective=SEQUENCE
+    ),
+    "group_advantage": lambda x: group_advantage(x.ones, group_size=2),
+    "linear_logprob": lambda x: linear_logprob(*x.head, x.ids),
+    "linear_grpo": lambda x: linear_grpo_loss(*x.head, x.ids, advantages=x.ones),
+    "scaling": lambda x: _scaled(x.new(2, 2, V), x.new(4, dtype=torch.float32)),
+}
 
 
 @notices.logged("chunks")
@@ -152,13 +174,14 @@ def tiny_model(device: torch.device, dtype: torch.dtype = torch.float32) -> Any:
 
 
 def _tried(name: str, call: Callable[[], Any]) -> Path:
-    """Make a call, and return what ran; an error takes its place."""
+    """Make a call, and return what ran, or the error."""
     with warnings.catch_warnings(record=True) as said, notices.recorded() as calls:
         warnings.simplefilter("always")
         try:
             call()
         except Exception as error:  # of whatever does not work here; the doctor goes on
-            return Path(name, "", f"{type(error).__name__}: {error}", "", [])
+            found = " ".join(f"{type(error).__name__}: {error}".split())
+            return Path(name, "", "", "", [], found)
     fallbacks = [str(x.message) for x in said if str(x.message).startswith("grpo_fast")]
     outer = calls[-1]
     return Path(name, outer.given, outer.ran, _compiled(outer.ran), fallbacks)

@@ -32,12 +32,28 @@ for _name in ("GRPO_FAST_LOG", "GRPO_FAST_STRICT"):
     notices.setting(_name)
 
 
+def triton_version() -> str | None:
+    """Return the version of Triton, None where it is not installed.
+
+    The package itself says it: its distribution has other names, such as pytorch-triton-rocm.
+    """
+    if importlib.util.find_spec("triton") is None:
+        return None
+    found: str = importlib.import_module("triton").__version__
+    return found
+
+
+def interprets() -> bool:
+    """Tell whether Triton's interpreter runs the kernels, on tensors of any device."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
 @functools.cache
 def why_no_triton() -> str:
     """Return why the kernels cannot be compiled, or "" where they can. Triton exists for Linux only."""
-    if importlib.util.find_spec("triton") is None:
+    found = triton_version()
+    if found is None:
         return "Triton is not installed"
-    found = importlib.import_module("triton").__version__
     if version_of(found) < OLDEST_TRITON:
         return f"Triton {found} is installed, and the kernels need 3.4"
     return ""
@@ -77,7 +93,7 @@ def path_of(x: Tensor) -> Path:
         return Path(False, why, fallback=True) if why else Path(True, "the device is cuda")
     if why:
         raise RuntimeError(f"GRPO_FAST_BACKEND=triton, but {why}")
-    if x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+    if x.device.type == "cpu" and not interprets():
         raise RuntimeError(
             "GRPO_FAST_BACKEND=triton with CPU tensors runs in Triton's interpreter only: "
             "set TRITON_INTERPRET=1 before Triton is imported"
@@ -90,7 +106,8 @@ def implementation(x: Tensor) -> str:
     path = path_of(x)
     if not path.kernels:
         return f"PyTorch path: {path.reason}"
-    return "Triton kernels" if x.device.type == "cuda" else "Triton's interpreter"
+    compiled = x.device.type == "cuda" and not interprets()
+    return "Triton kernels" if compiled else "Triton's interpreter"
 
 
 def _path_and_reason(x: Tensor) -> str:

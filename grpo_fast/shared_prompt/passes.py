@@ -309,20 +309,29 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def _agreed(model: nn.Module, plan: Plan, choice: Choice, parts: int) -> tuple[Choice, int]:
-    """Return one route and one number of parts for all processes, whose plans differ."""
+    """Return one route and one number of parts for all processes, whose plans differ.
+
+    It is `Impossible` on all of them or on none: where that is an error, no process waits for another.
+    """
     if not dist.is_initialized():
         return choice, 0
     names = list(ROUTES)
     mine = names.index(choice.route)
     cannot = [int(obstacle(model, plan, name) is not None) for name in TOGETHER]
     device = plan.prompt_ids.device
-    found = torch.tensor([mine, -mine, parts, *cannot], device=device)
+    several = int(len(plan.prompt_of) > len(plan.prompt_lengths))
+    impossible = int(isinstance(choice, Impossible))
+    found = torch.tensor([mine, -mine, parts, several, impossible, *cannot], device=device)
     dist.all_reduce(found, dist.ReduceOp.MAX)
-    most, least, count, *refused = found.tolist()
+    most, least, count, several, impossible, *refused = found.tolist()
     if most != -least:
         can = [name for name, no in zip(TOGETHER, refused, strict=True) if not no]
         reason = "the processes have different batches, and share the weights"
-        choice = Choice(can[0], reason) if can else Impossible("unshared", reason)
+        if can:
+            return Choice(can[0], reason), count
+        choice, impossible = Choice("unshared", reason), several
+    if impossible and not isinstance(choice, Impossible):
+        choice = Impossible("unshared", f"{choice.reason}; another process has prompts to share")
     return choice, count
 
 

@@ -4,6 +4,7 @@ import copy
 import logging
 import re
 from collections import defaultdict
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -193,6 +194,21 @@ class TestNotFused:
         ):
             with pytest.raises(FallbackError, match=message):
                 call()
+
+    def test_strict_raises_on_every_process(self, trainers, monkeypatch):
+        """Old log-probs of text, while another process has images."""
+        trainer = trainers[1]
+        accelerator = SimpleNamespace(
+            num_processes=2,
+            device=torch.device("cpu"),
+            is_main_process=True,
+            gather=lambda mine: torch.cat([mine, torch.tensor([True])]),
+        )
+        monkeypatch.setattr(trainer, "_is_vlm", True)
+        monkeypatch.setattr(trainer, "accelerator", accelerator)
+        monkeypatch.setenv("GRPO_FAST_STRICT", "1")
+        with pytest.raises(FallbackError, match="the inputs of another process are not text alone"):
+            trainer._get_per_token_logps_and_entropies(trainer.model, None, None, 1)
 
     def check(self, trainers, options, inputs, match, capsys):
         trainers[1]._said.clear()

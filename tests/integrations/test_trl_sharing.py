@@ -16,6 +16,7 @@ from trl import GRPOTrainer as Stock  # noqa: E402
 
 from grpo_fast import shared_prompt  # noqa: E402
 from grpo_fast.integrations.trl import GRPOTrainer, sharing  # noqa: E402
+from grpo_fast.notices import FallbackError  # noqa: E402
 from tests.support import ranks  # noqa: E402
 from tests.support.trl_training import assert_same_logs, train  # noqa: E402
 
@@ -171,6 +172,44 @@ def test_a_model_with_dropout(tokenizer, tmp_path, model_path, capsys):
     assert "grpo_fast: prompts not shared: attention_dropout 0.1 in " in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"route='fork': attention_dropout 0\.1 in "):
         train(GRPOTrainer, *run, given=given | {"share_prompts": "fork"}, max_steps=1)
+
+
+@pytest.mark.parametrize("second, refused", [([0, 5, 6], True), ([0, 5, 7], False)])
+def test_strict_asks_whether_prompts_repeat(second, refused, monkeypatch):
+    """A batch that cannot be planned, as with prefix tuning; the first column is padding."""
+
+    def refuse(self, model, mask):
+        raise ValueError("virtual tokens")
+
+    monkeypatch.setattr(sharing.Sharing, "_positions", refuse)
+    monkeypatch.setenv("GRPO_FAST_STRICT", "1")
+    said = []
+    ours = sharing.Sharing("auto", said.append)
+    ids = torch.tensor([[9, 5, 6, 1], [*second, 2]])
+    mask = torch.tensor([[0, 1, 1, 1]] * 2)
+    if refused:
+        with pytest.raises(FallbackError, match="prompts not shared: virtual tokens"):
+            ours._plan(None, ids, mask, 1)
+    else:
+        assert ours._plan(torch.nn.Linear(1, 1), ids, mask, 1) is None
+        assert said == ["prompts not shared: virtual tokens"]
+
+
+def test_strict_waits_for_the_other_processes(monkeypatch):
+    """Where processes share the weights, `shared_prompt` raises on all of them."""
+    impossible = sharing.Impossible("unshared", "dropout")
+    monkeypatch.setattr(sharing.Sharing, "_positions", lambda self, model, mask: None)
+    monkeypatch.setattr(sharing.shared_prompt, "choose", lambda *_: impossible)
+    monkeypatch.setenv("GRPO_FAST_STRICT", "1")
+    ours = sharing.Sharing("auto", lambda line: None)
+    ids = torch.tensor([[5, 6, 1], [5, 6, 2]])
+    for sharded in (True, False):
+        monkeypatch.setattr(sharing, "is_sharded", lambda model, sharded=sharded: sharded)
+        if sharded:
+            assert len(ours._plan(None, ids, torch.ones_like(ids), 1).prompt_lengths) == 1
+        else:
+            with pytest.raises(FallbackError, match="prompts not shared: dropout"):
+                ours._plan(None, ids, torch.ones_like(ids), 1)
 
 
 def test_a_wrong_option(model_path, tokenizer, tmp_path):

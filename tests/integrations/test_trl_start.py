@@ -60,21 +60,22 @@ def test_fused(capsys, model_path, tokenizer, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "device, why, forced, want",
+    "device, why, forced, interpret, want",
     [
-        ("cuda", "", "", "Triton kernels"),
-        ("cuda", "Triton is not installed", "", "PyTorch path: Triton is not installed"),
-        ("cuda", "", "torch", "PyTorch path: GRPO_FAST_BACKEND=torch"),
-        ("cpu", "", "triton", "Triton's interpreter"),
-        ("mps", "", "", "PyTorch path: the device is mps, the kernels need a GPU"),
+        ("cuda", "", "", "0", "Triton kernels"),
+        ("cuda", "", "", "1", "Triton's interpreter"),
+        ("cuda", "Triton is not installed", "", "0", "PyTorch path: Triton is not installed"),
+        ("cuda", "", "torch", "1", "PyTorch path: GRPO_FAST_BACKEND=torch"),
+        ("cpu", "", "triton", "1", "Triton's interpreter"),
+        ("mps", "", "", "1", "PyTorch path: the device is mps, the kernels need a GPU"),
     ],
 )
-def test_which_implementation(device, why, forced, want, monkeypatch):
+def test_which_implementation(device, why, forced, interpret, want, monkeypatch):
     from grpo_fast.ops import backend
 
     monkeypatch.setattr(backend, "why_no_triton", lambda: why)
     monkeypatch.setenv("GRPO_FAST_BACKEND", forced)
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setenv("TRITON_INTERPRET", interpret)
     assert backend.implementation(SimpleNamespace(device=torch.device(device))) == want
 
 

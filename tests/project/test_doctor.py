@@ -5,13 +5,14 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import tomllib
 import torch
 
-from grpo_fast import reference
+from grpo_fast import grpo_loss, reference
 from grpo_fast.doctor import check, combinations, command, machine, paths
 from grpo_fast.doctor.combinations import COMBINATIONS, OF_BENCHMARKS, diagnose
 from grpo_fast.doctor.machine import RANGES, Gpu, Machine
@@ -44,8 +45,8 @@ def test_every_operator_is_right_on_this_machine(report):
         assert 0 <= x["share"] <= 1
     kinds = {x["dtype"] for x in report["check"]}
     assert kinds == {"float32", "bfloat16"}
-    for name in ("loss", "dlogits"):
-        assert any(x["detail"].startswith(f"{name}:") for x in report["check"]), "gradients count"
+    assert any(x["detail"].startswith("dlogits:") for x in report["check"]), "gradients count"
+    assert "linear_grpo_loss, bias, LoRA, soft cap" in {x["name"] for x in report["check"]}
 
 
 def test_every_operator_has_a_path_with_its_reason(report):
@@ -85,11 +86,14 @@ def test_json_and_exit_status(report, monkeypatch, tmp_path, capsys):
     [
         (["--device", "tpu"], "invalid choice: 'tpu'"),
         (["--json", "no/such/folder/x.json"], "no such folder"),
+        (["--json", str(ROOT)], f"--json {ROOT}: Is a directory"),
         (["--seconds", "0"], "want a positive number"),
         *([] if torch.cuda.is_available() else [(["--device", "cuda"], "sees no GPU")]),
     ],
 )
-def test_wrong_arguments(arguments, message, capsys):
+def test_wrong_arguments(arguments, message, capsys, monkeypatch):
+    """They are found before the work."""
+    monkeypatch.setattr(command, "report", None)
     with pytest.raises(SystemExit) as stopped:
         command.main(arguments)
     assert stopped.value.code == 2
@@ -126,6 +130,66 @@ def test_the_check_finds_wrong_values_and_gradients(ours, right, words):
     assert words in found.detail
 
 
+def scaled(part):
+    """`grpo_loss` with a part of its result, or its gradient, times 1.5."""
+
+    def call(*arguments, **options):
+        out = grpo_loss(*arguments, **options)
+        kind, _, name = part.rpartition(" ")
+        if kind == "metric":
+            return out._replace(metrics=out.metrics | {name: 1.5 * out.metrics[name]})
+        if part == "gradient":
+            return out._replace(loss=1.5 * out.loss - 0.5 * out.loss.detach())
+        return out._replace(**{part: 1.5 * getattr(out, part)})
+
+    return call
+
+
+@pytest.mark.parametrize(
+    "part", ["loss", "logps", "entropy", "gradient", *(f"metric {x}" for x in check.METRICS)]
+)
+def test_the_check_compares_all_that_a_loss_returns(part, monkeypatch):
+    monkeypatch.setattr(check, "grpo_loss", scaled(part))
+    assert check.run(next(check._of_grpo_loss(11)), torch.float32, CPU).right is False
+
+
+@pytest.mark.parametrize(
+    "name, option, neutral",
+    [
+        ("grpo_loss", "temperature", 1.0),
+        ("linear_grpo_loss", "softcap", None),
+        ("linear_grpo_loss", "bias", None),
+        ("linear_grpo_loss", "lora", None),
+        ("linear_grpo_loss", "logit_scale", 1.0),
+        ("linear_grpo_loss", "temperature", 1.0),
+    ],
+)
+def test_the_check_notices_an_option_without_effect(name, option, neutral, monkeypatch):
+    function = getattr(check, name)
+
+    def deaf(*arguments, **options):
+        return function(*arguments, **options | {option: neutral})
+
+    monkeypatch.setattr(check, name, deaf)
+    makers = {"grpo_loss": check._of_grpo_loss, "linear_grpo_loss": check._of_hidden_states}
+    last = {"grpo_loss": "temperature 0.7", "linear_grpo_loss": "bias, LoRA, soft cap"}[name]
+    (case,) = (x for x in makers[name](11) if last in x.name)
+    found = check.run(case, torch.float32, CPU)
+    assert found.right is False
+    assert "error" in found.detail or "Error" in found.detail
+
+
+def test_kernels_are_interpreted_on_any_device(monkeypatch):
+    """The cases are then small, and have no bfloat16."""
+    asked = []
+    monkeypatch.setattr(check, "cases", lambda interpreted: asked.append(interpreted) or ())
+    monkeypatch.setattr(check, "path_of", lambda x: SimpleNamespace(kernels=True))
+    for value in ("1", "0"):
+        monkeypatch.setenv("TRITON_INTERPRET", value)
+        check.check(torch.device("meta"))  # as cuda, which is not here
+    assert asked == [True, False]
+
+
 def test_a_switch_that_forbids_every_call_is_reported(monkeypatch):
     """The operators raise, and the doctor goes on."""
     monkeypatch.setenv("GRPO_FAST_BACKEND", "cuda")
@@ -141,7 +205,7 @@ def test_a_switch_that_forbids_every_call_is_reported(monkeypatch):
         "WRONG -    logprob, V = 11, float32\n        ValueError: GRPO_FAST_BACKEND='cuda': "
         in text
     )
-    assert "grpo: ValueError: GRPO_FAST_BACKEND='cuda': want triton or torch" in text
+    assert "grpo: FAILED: ValueError: GRPO_FAST_BACKEND='cuda': want triton or torch" in text
     assert json.loads(json.dumps(found, allow_nan=False)) == found
 
 
@@ -152,6 +216,108 @@ def test_the_check_stops_in_time(monkeypatch):
     assert (
         command._verdict(shown) == f"nothing wrong was found, but {len(found)} checks did not run"
     )
+
+
+def test_an_operator_that_fails_decides_the_exit_status(monkeypatch):
+    """Even without memory for its tensors, and the others are called."""
+    monkeypatch.setattr(machine, "examine", lambda: Machine(versions=GOOD))
+
+    def full(self, *shape, dtype=None):
+        raise torch.OutOfMemoryError("no memory\nleft")
+
+    calls = {name: paths.CALLS[name] for name in ("grpo", "linear_grpo")}
+    monkeypatch.setattr(paths, "CALLS", calls | {"fine": lambda _: paths._chunks(CPU, torch.half)})
+    monkeypatch.setattr(paths._Given, "new", full)
+    monkeypatch.setattr(paths, "_shared", paths.notices.logged("shared")(lambda _: None))
+    found = command.report("cpu", None)
+    errors = {x["operator"]: x["error"] for x in found["paths"]}
+    message = "OutOfMemoryError: no memory left"
+    assert errors == {"grpo": message, "linear_grpo": message} | dict.fromkeys(
+        ("fine", "chunks of a head", "shared prompts"), ""
+    )
+    assert not found["right"]
+    assert f"\n  grpo: FAILED: {message}\n" in command.text(found)
+    assert command.text(found).endswith("NOT RIGHT: see above")
+
+
+def test_gpus_that_raise(monkeypatch):
+    def properties(i):
+        raise RuntimeError("CUDA error:\nunknown")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
+    assert machine.gpus() == ((), "RuntimeError: CUDA error: unknown")
+
+
+def test_the_file_of_the_driver(monkeypatch, tmp_path):
+    for path, want in ((tmp_path, "of an unknown version (Is a directory)"), (tmp_path / "x", "")):
+        monkeypatch.setattr(machine, "DRIVER", path)
+        assert machine.driver() == want
+    for text, want in (("", "of an unknown version"), ("NVRM 580\nGCC\n", "NVRM 580")):
+        (tmp_path / "x").write_text(text)
+        assert machine.driver() == want
+
+
+def test_no_driver_is_not_said_beside_a_gpu():
+    here = Machine(**LINUX | {"driver": ""})
+    assert command._driver(here).startswith("unknown")
+    assert command._driver(Machine(**LINUX)) == "580"
+    assert command._driver(Machine(versions=GOOD)) == "no NVIDIA driver"
+
+
+def test_triton_says_its_version_itself(monkeypatch):
+    """Its distribution may be pytorch-triton-rocm."""
+    triton = SimpleNamespace(__version__="3.5.1+rocm", __spec__=object())
+    monkeypatch.setitem(sys.modules, "triton", triton)
+    monkeypatch.setattr(machine, "found_version", lambda name: None)
+    assert machine.version_of("triton") == "3.5.1+rocm"
+
+
+def test_a_checkout_is_not_called_missing(monkeypatch, tmp_path):
+    for name in ("verl", "liger_kernel"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").touch()
+    (tmp_path / "openrlhf").mkdir()  # a folder of data
+    monkeypatch.syspath_prepend(tmp_path)
+    found = machine.checkouts(["verl", "liger-kernel", "openrlhf", "deepspeed_"])
+    assert found == {"verl": str(tmp_path / "verl"), "liger-kernel": str(tmp_path / "liger_kernel")}
+    assert "not installed" in command._package("verl", None)
+    assert command._package("verl", None, "here").startswith("of an unknown version, from here (")
+
+
+def test_a_package_that_hides_kernels(monkeypatch, tmp_path):
+    """Only where Hugging Face's is installed, and another one is found."""
+    theirs = SimpleNamespace(
+        files=[PurePosixPath("kernels/__init__.py")], locate_file=lambda x: tmp_path / x
+    )
+    monkeypatch.setattr(machine.importlib.metadata, "distribution", lambda name: theirs)
+    for origin, want in ((str(tmp_path / "kernels/__init__.py"), ""), ("other.py", "other.py")):
+        monkeypatch.setattr(machine, "origin_of", lambda name, origin=origin: origin)
+        assert machine.shadow() == want
+    theirs.files = [PurePosixPath("__editable__.kernels.pth")]
+    assert machine.shadow() == ""
+
+    def missing(name):
+        raise machine.importlib.metadata.PackageNotFoundError
+
+    monkeypatch.setattr(machine.importlib.metadata, "distribution", missing)
+    assert machine.shadow() == ""
+
+
+def test_a_module_without_a_specification(monkeypatch):
+    monkeypatch.setitem(sys.modules, "kernels", ModuleType("kernels"))
+    assert machine.origin_of("kernels") == ""
+
+
+def test_the_compiler_is_the_one_that_triton_calls(monkeypatch):
+    """An empty CC counts."""
+    monkeypatch.setattr(machine.shutil, "which", lambda name: f"/bin/{name}" if name else None)
+    for value, want in (("", ""), ("icx", "/bin/icx"), (None, "/bin/gcc")):
+        monkeypatch.delenv("CC", raising=False)
+        if value is not None:
+            monkeypatch.setenv("CC", value)
+        assert machine.compiler() == want
 
 
 H200 = Gpu("H200", (9, 0), 141 << 30)
@@ -179,7 +345,8 @@ BAD = {
         "variables": {"TRITON_INTERPRET": "1"},
     },
     "no-compiler": {"compiler": ""},
-    "interpreter-on-a-gpu": {"variables": {"TRITON_INTERPRET": "1"}},
+    "gpu-fails": {"gpus": (), "gpu_error": "RuntimeError: unknown"},
+    "interpreter-on-a-gpu": {"compiler": "", "variables": {"TRITON_INTERPRET": "1"}},
     "cpu-torch-on-a-gpu-machine": {"gpus": (), "build": "CPU"},
     "gpu-not-seen": {"gpus": (), "variables": {"CUDA_VISIBLE_DEVICES": ""}},
     "gpu-without-triton": {"versions": GOOD | {"triton": None}},
@@ -187,10 +354,12 @@ BAD = {
     "old-gpu": {"gpus": (Gpu("T4", (7, 5), 16 << 30),)},
     "float32-copies": {"build": "ROCm 6.4", "versions": GOOD | {"torch": "2.9.1"}},
     "sums-in-two-steps": {"versions": GOOD | {"torch": "2.9.1"}},
+    "old-einops": {"versions": GOOD | {"einops": "0.5.0"}},
     "old-transformers": {"versions": GOOD | {"transformers": "5.16.2"}},
     "other-trl": {"versions": GOOD | {"trl": "1.17.0"}},
     "other-verl": {"versions": GOOD | {"verl": "0.9.0"}},
     "other-openrlhf": {"versions": GOOD | {"openrlhf": "0.11.0"}},
+    "other-nemo-rl": {"versions": GOOD | {"nemo_rl": "0.9.0"}},
     "other-accelerate": {"versions": GOOD | {"accelerate": "0.34.0"}},
     "other-kernels-package": {"shadow": "/site-packages/kernels/__init__.py"},
 }
@@ -201,6 +370,29 @@ def test_each_bad_combination_is_found_by_its_name():
     assert diagnose(Machine(**LINUX)) == []
     for name, change in BAD.items():
         assert [x.name for x in diagnose(Machine(**LINUX | change))] == [name]
+
+
+def test_every_supported_range_has_a_combination():
+    """What the report calls NOT SUPPORTED is found by name."""
+    for name, (at_least, _) in RANGES.items():
+        if at_least is not None and name != "torch":  # an older torch ends the command
+            found = diagnose(Machine(**LINUX | {"versions": GOOD | {name: "0.0.1"}}))
+            assert any(x.found == f"{name} 0.0.1" for x in found), name
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (BAD["gpu-not-seen"], "sees no GPU: CUDA_VISIBLE_DEVICES='' hides them all"),
+        ({"gpus": (), "variables": {"CUDA_VISIBLE_DEVICES": "3"}}, "CUDA_VISIBLE_DEVICES='3'"),
+        ({"gpus": ()}, "PyTorch for CUDA 12.8 sees no GPU"),
+        ({"compiler": ""}, "no gcc or clang on the PATH"),
+        ({"compiler": "", "variables": {"CC": ""}}, "CC='' is no program"),
+    ],
+)
+def test_the_cause_is_named(change, words):
+    (found,) = diagnose(Machine(**LINUX | change))
+    assert found.found.endswith(words)
 
 
 @pytest.mark.parametrize(

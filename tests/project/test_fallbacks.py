@@ -215,6 +215,17 @@ def test_strict_under_torch_compile(monkeypatch):
         torch.compile(step, fullgraph=True, backend="eager")(logits)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # the compiler looks at it
+def test_strict_under_torch_compile_without_fullgraph(monkeypatch):
+    """The caller runs uncompiled, and raises as well."""
+    monkeypatch.setenv("GRPO_FAST_STRICT", "1")
+    torch.compiler.reset()
+    compiled = torch.compile(loss, backend="eager")
+    for _ in range(2):  # what the compiler keeps raises again
+        with pytest.raises(FallbackError, match=r"^GRPO_FAST_STRICT=1: .*inplace=True\) has no"):
+            compiled(inplace=True)
+
+
 def test_what_is_asked_for_is_no_fallback(monkeypatch):
     monkeypatch.setenv("GRPO_FAST_STRICT", "1")
     assert loss().isfinite()  # CPU tensors, on the PyTorch path
@@ -234,6 +245,36 @@ def test_one_completion_a_prompt_has_nothing_to_share(monkeypatch):
     plan = shared_prompt.plan(torch.arange(18).view(2, 9), torch.full((2, 3), 6), group_size=1)
     assert shared_prompt.choose(model.train(), plan).route == "unshared"
     shared_prompt.forward(model, plan)
+
+
+@pytest.mark.parametrize(
+    "others, refused",
+    [
+        # Of another process: its route, whether prompts repeat there, whether that is impossible.
+        (("unshared", 0, 0), False),
+        (("packed", 0, 0), False),
+        (("packed", 1, 0), True),  # no route is exact for both
+        (("unshared", 1, 1), True),
+    ],
+)
+def test_processes_that_share_the_weights_refuse_together(others, refused, monkeypatch):
+    """This one has a completion for each prompt; dropout forbids all routes."""
+    model = tiny_model()
+    from grpo_fast import shared_prompt
+    from grpo_fast.shared_prompt import passes
+
+    def reduced(found, _):
+        theirs = list(passes.ROUTES).index(others[0])
+        found[:5] = torch.maximum(found[:5], torch.tensor([theirs, -theirs, 1, *others[1:]]))
+
+    monkeypatch.setattr(passes.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(passes.dist, "all_reduce", reduced)
+    model.model.layers[0].self_attn.attention_dropout = 0.1
+    plan = shared_prompt.plan(torch.arange(18).view(2, 9), torch.full((2, 3), 6))
+    own = shared_prompt.choose(model.train(), plan)
+    choice, parts = passes._agreed(model, plan, own, 1)
+    assert (choice.route, parts) == ("unshared", 1)
+    assert isinstance(choice, passes.Impossible) is refused
 
 
 @pytest.mark.parametrize("value", ["yes", "2", "true"])

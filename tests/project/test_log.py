@@ -1,7 +1,9 @@
 """`GRPO_FAST_LOG=1`: a line for each call, and nothing while it is off."""
 
 import importlib.util
+import io
 import logging
+import sys
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from grpo_fast import (
     notices,
     policy_loss,
 )
+from grpo_fast.ops import backend
 
 B, T, V, D = 2, 3, 50, 8
 
@@ -83,11 +86,24 @@ def test_tensors_are_named(lines):
     )
 
 
-def test_a_call_that_fails_is_a_line_too(lines):
+def test_a_call_that_fails_is_a_line_too(lines, monkeypatch):
     with pytest.raises(ValueError, match="group_size"):
         group_advantage(torch.ones(5), group_size=2)
-    assert lines() == ["group_advantage: (5,) float32 on cpu; nothing to compute"]
+    assert lines() == ["group_advantage: (5,) float32 on cpu; raised ValueError"]
     assert not notices.noting()
+    monkeypatch.setattr(backend, "_function", lambda path: lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        group_advantage(torch.ones(4), group_size=2)
+    assert lines()[1].endswith("): group_advantage_fwd; raised ZeroDivisionError")
+
+
+def test_parts_that_are_whole_sequences_have_no_fixed_length(lines):
+    """Chunks of 4 tokens: the second sequence does not fit beside the first one."""
+    hidden, weight = torch.randn(B, T, D), torch.randn(V, D, requires_grad=True)
+    given = {"advantages": torch.ones(B), "old_logps": torch.zeros(B, T), "chunk_size": 4}
+    objective = Objective(ratio="sequence")
+    linear_grpo_loss(hidden, weight, torch.zeros(B, T, dtype=int), objective=objective, **given)
+    assert "gradients: aligned; chunks of whole sequences, at most 4 tokens each, " in lines()[-1]
 
 
 def test_compiled_calls_log_their_operators_without_a_graph_break(lines):
@@ -137,6 +153,29 @@ def test_lines_go_to_stderr_where_nobody_listens(monkeypatch, capsys):
     notices._write(call)
     assert seen.handlers == [handler]
     assert seen.level == logging.WARNING
+    assert not capsys.readouterr().err
+
+
+def test_a_handler_that_comes_later_takes_over(monkeypatch, capsys):
+    """As of logging.basicConfig after the first call; and stderr may be another one by then."""
+    root, logger = logging.RootLogger(logging.WARNING), logging.Logger("mine")
+    logger.parent = root
+    monkeypatch.setattr(notices, "LOGGER", logger)
+    call = notices.Call("mine", "(4,)", {})
+    notices._write(call)
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    notices._write(call)
+    line = "mine: mine: (4,); nothing to compute\n"
+    assert capsys.readouterr().err == sys.stderr.getvalue() == line
+    handler = logging.StreamHandler(io.StringIO())
+    root.addHandler(handler)
+    notices._write(call)
+    assert handler.stream.getvalue() == "mine: (4,); nothing to compute\n"
+    assert sys.stderr.getvalue() == line
+    logger.disabled = True  # by logging.config.dictConfig
+    root.removeHandler(handler)
+    notices._write(call)
+    assert sys.stderr.getvalue() == line
 
 
 @pytest.mark.parametrize("value, on", [("1", True), ("0", False), ("", False)])

@@ -17,7 +17,7 @@ from grpo_fast.integrations.transformers import (
 )
 from grpo_fast.notices import fell_back
 from grpo_fast.shared_prompt import Plan
-from grpo_fast.shared_prompt.choice import Impossible
+from grpo_fast.shared_prompt.choice import Choice, Impossible
 from grpo_fast.shared_prompt.passes import is_sharded
 
 T = TypeVar("T")
@@ -84,13 +84,16 @@ class Sharing:
         except (TypeError, ValueError) as error:
             if self.option != "auto":
                 raise
-            plan, choice = None, Impossible("unshared", str(error))
-        if isinstance(choice, Impossible):
+            shared = _repeats(input_ids[:, :-last], attention_mask[:, :-last])
+            plan, choice = None, (Impossible if shared else Choice)("unshared", str(error))
+        unshared = choice.route == "unshared"
+        together = unshared and plan is not None and is_sharded(model)
+        if isinstance(choice, Impossible) and not together:
             fell_back("unshared", choice.reason, quiet=True)  # the line below says it
         if choice.route not in self._routes:
             self._routes.add(choice.route)
             self.say(choice.line)
-        if choice.route == "unshared" and not is_sharded(model):
+        if unshared and not together:
             return None  # processes that share the weights have to agree; shared_prompt does that
         return plan
 
@@ -105,6 +108,12 @@ class Sharing:
         if self._with_padding[lm]:
             return torch.arange(mask.shape[1], device=mask.device).expand(mask.shape)
         return (mask.long().cumsum(1) - 1).clamp(min=0)
+
+
+def _repeats(ids: Tensor, mask: Tensor) -> bool:
+    """Tell whether two rows of a batch have the same prompt."""
+    rows = torch.where(mask.bool(), ids, -1)
+    return len(rows.unique(dim=0)) < len(rows)
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from grpo_fast.integrations.trl.metrics import Scored, per_row
 from grpo_fast.integrations.trl.options import BY_ITEMS, DEFAULTS, objective
 from grpo_fast.integrations.trl.sharing import Sharing
 from grpo_fast.loss import linear_grpo_loss, policy_loss
-from grpo_fast.notices import fell_back, logged, note
+from grpo_fast.notices import fell_back, logged, note, switch
 from grpo_fast.objective import Objective
 from grpo_fast.ops.backend import implementation
 
@@ -178,6 +178,8 @@ class GRPOTrainer(trl.GRPOTrainer):
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Compute old and reference log-probs by the operator that also scores the policy."""
         reason = self._why_not_fused(inputs)
+        if switch("GRPO_FAST_STRICT"):  # then all processes raise, and none waits for the others
+            reason = self._agreed(reason)
         if reason is not None:
             fell_back("trl_loss", reason, tell=self._say_once)
             return super()._get_per_token_logps_and_entropies(

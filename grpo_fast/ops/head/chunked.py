@@ -76,8 +76,11 @@ class Head:
         self.N = len(hidden) if rows is None else len(rows)
         self.C = length_of(hidden, self.N, options, length)
         if noting():
-            count, kind = -(-self.N // self.C), str(self.logits_dtype).removeprefix("torch.")
-            note(f"chunks of {self.C} tokens: {count}, logits in {kind}")
+            kind = str(self.logits_dtype).removeprefix("torch.")
+            chunks = f"chunks of {self.C} tokens: {-(-self.N // self.C)}"
+            if length:
+                chunks = f"chunks of whole sequences, at most {self.C} tokens each"
+            note(f"{chunks}, logits in {kind}")
         rows = hidden.new_empty((self.C if self.N else 0, padded(V)), dtype=self.logits_dtype)
         self._work = rows[:, :V]
         # The gradient overwrites the logits from the first byte of each row on. Its elements are
