@@ -42,9 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(command: str, arguments: Sequence[str]) -> int:
     """Run one command, and turn its errors into messages and exit statuses."""
-    if (
-        command != "doctor" and found_version("transformers") is not None
-    ):  # else its import names the extra
+    # The doctor needs no transformers. Where it is missing, its import names the extra.
+    if command != "doctor" and found_version("transformers") is not None:
         try:
             require("transformers", TRANSFORMERS)
         except ImportError as error:
@@ -205,7 +204,7 @@ def explain(arguments: Sequence[str]) -> int:
 
 
 def doctor(arguments: Sequence[str]) -> int:
-    """Run `grpo-fast doctor`, which needs torch alone."""
+    """Run `grpo-fast doctor`, which needs no extra."""
     try:
         from grpo_fast.doctor import command
     except ImportError as error:
