@@ -39,7 +39,9 @@ Edit = tuple[str, str, str]  # file, text, what stands there instead
 # Parts, stages, tiles, threads, cache hints, segments, and strips of tiles were measured: NOTES.md.
 VARIANTS: dict[str, list[Edit]] = {
     "as it is": [],
-    "the last program rewrites a row": [("grpo.py", "together=not over", "together=False")],
+    "the last program rewrites a row": [
+        ("grpo.py", "together = not overlaps(logits, dlogits)", "together = False")
+    ],
     **{
         f"{number} registers": [
             ("grpo.py", "waiting = registers_to_wait(logits.device)", f"waiting = {number}")
