@@ -165,7 +165,8 @@ def summary(report: Report) -> dict[str, Any]:
 
 def save(reports: list[Report], path: Path = compiled.SAVED) -> None:
     rows = ",\n".join(json.dumps(summary(x)) for x in reports)
-    path.write_text(f'{{"triton": "{triton.__version__}", "rows": [\n{rows}\n]}}\n')
+    about = f'"triton": "{triton.__version__}", "sources": "{compiled.digest()}"'
+    path.write_text(f'{{{about}, "rows": [\n{rows}\n]}}\n')
 
 
 def main() -> None:
