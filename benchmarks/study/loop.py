@@ -141,7 +141,7 @@ def held_out(policy: Policy, task: Task, config: TrainConfig) -> dict[str, float
 def loaded(config: TrainConfig, start: Path | None) -> tuple[Task, Policy]:
     """Build the task, and the policy from a folder of weights or with new ones."""
     set_seed(config.seed)
-    torch.set_num_threads(config.threads or 1)
+    torch.set_num_threads(models.threads(config))
     task = tasks.build(config)
     return task, models.build(config, task.alphabet, start)
 

@@ -15,14 +15,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import get_scheduler
 
 from benchmarks.study.variants import Critic
 from grpo_fast.trainer.config import TrainConfig
 from grpo_fast.trainer.forward import Forward, MicroBatch, Scored
 from grpo_fast.trainer.model import Policy
 from grpo_fast.trainer.rollout import Rollout, completion_logits
-from grpo_fast.trainer.update import Learner, micro_batches_of, optimizer_of
+from grpo_fast.trainer.update import Learner, micro_batches_of, optimizer_of, scheduler_of
 
 
 def gae(
@@ -120,12 +119,7 @@ class PPO(Learner):
         self.critic_weights = list(self.critic.parameters())
         own = dataclasses.replace(config, learning_rate=settings.learning_rate)
         self.critic_optimizer = optimizer_of(self.critic_weights, own)
-        self.critic_scheduler = get_scheduler(
-            config.lr_scheduler,
-            self.critic_optimizer,
-            num_warmup_steps=config.lr_warmup_steps * config.num_iterations,
-            num_training_steps=config.steps * config.num_iterations,
-        )
+        self.critic_scheduler = scheduler_of(self.critic_optimizer, config)
         self.rollout: Rollout | None = None  # of this step
         self.old = self.returns = torch.empty(0)  # (B, T) of this step
         self.value_losses: list[float] = []

@@ -124,7 +124,7 @@ def schedules() -> Picture:
 
 
 def moved() -> list[tuple[str, traffic.Traffic, bool]]:
-    """What moves how many bytes; the last says whether the second read misses the cache."""
+    """List operations with the bytes that they move, and whether the second read misses the cache."""
     fused = traffic.grpo(N, N, N, V, HALF)
     return [
         ("grpo: loss and gradient in one launch", fused, False),

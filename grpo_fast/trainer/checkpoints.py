@@ -156,6 +156,17 @@ def latest(run_dir: Path) -> Path:
     return found[-1]
 
 
+def chosen(where: Path) -> Path:
+    """Return a checkpoint, given itself or the folder of a run, whose newest one is meant.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if any((where / f"{kind}config.json").is_file() for kind in ("", "adapter_")):
+        return where
+    return latest(where)
+
+
 def resumable(run_dir: Path) -> list[Path]:
     """Return the checkpoints from which a run can go on, the oldest first."""
     return [path for path in checkpoints(run_dir) if (path / f"{STATE}.json").is_file()]

@@ -486,10 +486,7 @@ def evaluate_run(
     wanted = wanted or Wanted()
     if wanted.path is not None:
         check_writable(wanted.path)
-    run_dir = run_dir.expanduser()
-    checkpoint = run_dir
-    if not any((run_dir / f"{kind}config.json").is_file() for kind in ("", "adapter_")):
-        checkpoint = checkpoints.latest(run_dir)
+    checkpoint = checkpoints.chosen(run_dir.expanduser())
     folder = checkpoint.resolve().parent.parent
     config = dataclasses.replace(configs.parse([str(folder / "config.yaml")]), device=device)
     plan: list[tuple[Path | None, list[str]]] = [(checkpoint.resolve(), [TRAINED])]
@@ -497,9 +494,7 @@ def evaluate_run(
         plan[0][1].insert(0, BASE)
     elif wanted.base:  # it comes first: if it cannot be loaded, no time was lost
         plan.insert(0, (source_of_base(config, folder), [BASE]))
-    # As in training: the bits of a sum depend on the number of threads.
-    usual = torch.get_num_threads() if config.model else 1
-    torch.set_num_threads(config.threads or usual)
+    torch.set_num_threads(models.threads(config))
     task = tasks.build(config)
     temperatures = tuple(wanted.temperatures or (0.0, config.temperature))
     wanted = dataclasses.replace(wanted, temperatures=temperatures)

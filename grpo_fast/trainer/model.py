@@ -134,6 +134,11 @@ def adapted(model: Any, config: TrainConfig, checkpoint: Path | None) -> Any:
         raise ValueError(f"use_peft: {' '.join(str(error).split())}") from error
 
 
+def threads(config: TrainConfig) -> int:
+    """Return how many threads a run computes with, on a CPU; the bits of a sum depend on their number."""
+    return config.threads or (torch.get_num_threads() if config.model else 1)
+
+
 def reference(policy: Policy) -> Any:
     """Return a frozen copy of the model, for the KL; None with an adapter, whose base is the reference."""
     if policy.adapted:

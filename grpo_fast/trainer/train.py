@@ -120,8 +120,7 @@ def _train(config: TrainConfig, given: set[str] | None) -> Summary:
         team.on_main(lambda: runs.check(config))
     set_seed(config.seed)
     # For a model as small as the new one threads gain little, and cost much where cores are shared.
-    usual = torch.get_num_threads() if config.model else 1
-    torch.set_num_threads(config.threads or usual)
+    torch.set_num_threads(models.threads(config))
     # Of several processes each has its own device.
     here = dataclasses.replace(config, device=str(team.device)) if team.size > 1 else config
     checkpoint = checkpoints.resumable(run_dir)[-1:] if run_dir else []

@@ -68,6 +68,13 @@ OPTIMIZERS = (
 )  # fmt: skip
 
 
+def scheduler_of(optimizer: torch.optim.Optimizer, config: TrainConfig) -> Any:
+    """Return the learning rate schedule of a configuration, which takes a step at each update."""
+    per_step = config.num_iterations
+    warmup, steps = config.lr_warmup_steps * per_step, config.steps * per_step
+    return get_scheduler(config.lr_scheduler, optimizer, warmup, steps)
+
+
 def optimizer_of(parameters: list[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
     """Return the optimiser of a configuration, by its name in transformers.
 
@@ -140,12 +147,7 @@ class Learner:
         self.masters = Masters(policy.trained) if policy.masters else None
         self.parameters = self.masters.copies if self.masters else policy.trained
         self.optimizer = optimizer_of(self.parameters, config)
-        self.scheduler = get_scheduler(
-            config.lr_scheduler,
-            self.optimizer,
-            num_warmup_steps=config.lr_warmup_steps * config.num_iterations,
-            num_training_steps=config.steps * config.num_iterations,
-        )
+        self.scheduler = scheduler_of(self.optimizer, config)
 
     @property
     def has_reference(self) -> bool:

@@ -166,10 +166,7 @@ def find(where: Path) -> tuple[Place, TrainConfig]:
     Raises:
         ValueError: there is none.
     """
-    checkpoint = where
-    if not any((where / f"{kind}config.json").is_file() for kind in ("", "adapter_")):
-        checkpoint = checkpoints.latest(where)
-    checkpoint = checkpoint.resolve()
+    checkpoint = checkpoints.chosen(where).resolve()
     folder = checkpoint.parent.parent
     if not (folder / "config.yaml").is_file():
         raise ValueError(f"{where}: not a run or a checkpoint of one: {folder} has no config.yaml")
@@ -186,7 +183,7 @@ def find(where: Path) -> tuple[Place, TrainConfig]:
 def threads(config: TrainConfig) -> Iterator[None]:
     """Compute with the threads of the run, as in training: the bits of a sum depend on their number."""
     usual = torch.get_num_threads()
-    torch.set_num_threads(config.threads or (usual if config.model else 1))
+    torch.set_num_threads(models.threads(config))
     try:
         yield
     finally:
