@@ -133,6 +133,8 @@ def _corrected(
     if name in ("clip_cov", "kl_cov"):  # SkyRL refuses these by name, and our names are others
         raise ValueError(f"{name}: off_policy_correction is not supported with it, got {given}")
     compute = importlib.import_module(CORRECTION).compute_off_policy_correction
+    # SkyRL multiplies by the mask: NaN in the padding would reach its means and reject sequences.
+    old, rollout = old.where(mask != 0, 0), rollout.where(mask != 0, 0)
     weights, metrics, kept = compute(old, rollout, mask, read(config, "off_policy_correction"))
     kept = kept != 0
     return kept.float() if weights is None else weights.where(kept, 0), metrics

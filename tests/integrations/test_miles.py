@@ -12,6 +12,8 @@ from tests.support.slime import (
     ARGS,
     FRACTIONS,
     MASKS,
+    MILES,
+    MILES_CASES,
     PROMPTS,
     RESPONSES,
     TOTALS,
@@ -19,32 +21,6 @@ from tests.support.slime import (
     reducer,
     scored,
 )
-
-MORE = {
-    "qkv_format": "thd",
-    "true_on_policy_mode": False,
-    "skip_actor_forward_only": False,
-    "observe_training_entropy": False,
-    "custom_pg_loss_reducer_function_path": None,
-}
-CASES = {
-    "grpo": {},
-    "dual": {"eps_clip_high": 0.3, "eps_clip_c": 1.5},
-    "gspo": {"advantage_estimator": "gspo"},
-    "entropy": {"entropy_coef": 0.05},
-    "observed entropy": {"observe_training_entropy": True},
-    "gspo dual": {"advantage_estimator": "gspo", "eps_clip_c": 1.5},
-    "opsm": {"use_opsm": True, "opsm_delta": 0.02},
-    "low_var_kl": {"use_kl_loss": True, "kl_loss_type": "low_var_kl"},
-    "k1": {"use_kl_loss": True, "kl_loss_type": "k1"},
-    "k2": {"use_kl_loss": True, "kl_loss_type": "k2", "entropy_coef": 0.05},
-    "k3": {"use_kl_loss": True, "kl_loss_type": "k3"},
-    "unbiased": {"use_kl_loss": True, "kl_loss_type": "k3", "use_unbiased_kl": True},
-    "gspo k2": {"advantage_estimator": "gspo", "use_kl_loss": True, "kl_loss_type": "k2"},
-    "rollout": {"use_rollout_logprobs": True},
-    "own log-probs": {"true_on_policy_mode": True},
-    "padded": {"qkv_format": "bshd"},
-}
 
 
 @pytest.fixture
@@ -152,9 +128,9 @@ def formula(args, x, b):
     return total, metrics | {"loss": total}
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", MILES_CASES)
 def test_loss_and_metrics(case, batch, host, backend):
-    args = SimpleNamespace(**ARGS | MORE | CASES[case])
+    args = SimpleNamespace(**ARGS | MILES | MILES_CASES[case])
     if not args.use_unbiased_kl:  # whose ratio miles does not clamp
         batch["log_probs"][0][2] -= 21  # beyond the clamp, where the advantage may pull
     batch["advantages"][0][2] = -1.0
@@ -181,10 +157,10 @@ LOST = {
 
 
 @pytest.mark.parametrize("lost", LOST)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", MILES_CASES)
 def test_what_is_not_finite_counts_as_0(case, lost, batch, host):
     """miles: a log-ratio (of its sequence, for GSPO), an advantage, a KL; none has a gradient there."""
-    args = SimpleNamespace(**ARGS | MORE | CASES[case])
+    args = SimpleNamespace(**ARGS | MILES | MILES_CASES[case])
     name, value = LOST[lost]
     batch[name][2][1] = value
     results = []
@@ -205,7 +181,7 @@ def test_what_is_not_finite_counts_as_0(case, lost, batch, host):
 
 def test_a_scored_token_that_is_banned(batch, host):
     """The log-prob of such a token is -inf, and its log-ratio counts as 0."""
-    args = SimpleNamespace(**ARGS | MORE)
+    args = SimpleNamespace(**ARGS | MILES)
     row = sum(TOTALS[:2]) + PROMPTS[2] - 1
     batch["logits"][0, row, batch["unconcat_tokens"][2][PROMPTS[2]]] = -torch.inf
     want, want_metrics = formula(args, batch["logits"].double(), batch)
@@ -219,7 +195,7 @@ def test_a_scored_token_that_is_banned(batch, host):
 @pytest.mark.parametrize("value, kept", [(torch.nan, 1), (-torch.inf, 1), (torch.inf, 0)])
 def test_opsm_drops_what_its_mean_says(value, kept, batch, host):
     """A mean that is NaN or -inf is not above the threshold, +inf is: of the whole sequence."""
-    args = SimpleNamespace(**ARGS | MORE | CASES["opsm"] | {"eps_clip": 0.99})
+    args = SimpleNamespace(**ARGS | MILES | MILES_CASES["opsm"] | {"eps_clip": 0.99})
     for x in batch["advantages"]:
         x.fill_(-1.0)
     batch["log_probs"][2][1] = value
@@ -232,7 +208,7 @@ def test_opsm_drops_what_its_mean_says(value, kept, batch, host):
 
 
 def test_parallel_ranks_take_miles_own_log_probs(batch, host):
-    args = SimpleNamespace(**ARGS | MORE)
+    args = SimpleNamespace(**ARGS | MILES)
     want, _ = miles.policy_loss(args, batch, batch["logits"], reducer(MASKS))
     host.state.tp.size = 2
     got, _ = miles.policy_loss(args, batch, batch["logits"], reducer(MASKS))
@@ -253,7 +229,7 @@ def test_importance_sampling_is_miles_own(batch, host):
         return pg_loss * rho, loss_masks, {"tis": rho}
 
     host.corrections.vanilla_tis_function = vanilla_tis_function
-    args = SimpleNamespace(**ARGS | MORE | {"use_tis": True})
+    args = SimpleNamespace(**ARGS | MILES | {"use_tis": True})
     loss, metrics = miles.policy_loss(args, batch, batch["logits"], reducer(MASKS))
     logp, _ = scored(batch["logits"], batch)
     old, A = torch.cat(batch["log_probs"]), torch.cat(batch["advantages"])
@@ -265,7 +241,7 @@ def test_importance_sampling_is_miles_own(batch, host):
 
 def test_without_old_log_probs(batch, host):
     """The loss is on policy if miles skips the pass for them; else their absence is an error."""
-    args = SimpleNamespace(**ARGS | MORE | {"skip_actor_forward_only": True})
+    args = SimpleNamespace(**ARGS | MILES | {"skip_actor_forward_only": True})
     given = batch | {"log_probs": None}
     loss, metrics = miles.policy_loss(args, given, batch["logits"], reducer(MASKS))
     torch.testing.assert_close(loss, reducer(MASKS)(-torch.cat(batch["advantages"])))
@@ -280,7 +256,7 @@ def test_without_old_log_probs(batch, host):
 
 def test_conventions(batch):
     assert parameters(miles.policy_loss) == ["args", "batch", "logits", "sum_of_sample_mean"]
-    args = SimpleNamespace(**ARGS | MORE)
+    args = SimpleNamespace(**ARGS | MILES)
     with pytest.raises(ImportError, match=r"miles of August 2026.*no module miles"):
         miles.policy_loss(args, batch, batch["logits"], reducer(MASKS))
 
@@ -290,7 +266,7 @@ def test_conventions(batch):
 )
 def test_masks_of_fractions_weigh(case, device, host):
     b, reduce = make_batch(device, FRACTIONS), reducer(FRACTIONS, FRACTIONS)
-    args = SimpleNamespace(**ARGS | MORE | CASES[case])
+    args = SimpleNamespace(**ARGS | MILES | MILES_CASES[case])
     (metrics,) = agrees(
         lambda x, _: miles.policy_loss(args, b, 1.0 * x, reduce),
         lambda x, _: formula(args, x, b)[0],

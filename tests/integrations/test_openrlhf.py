@@ -16,6 +16,7 @@ import torch
 
 from grpo_fast.integrations import openrlhf
 from tests.support.hosts import (
+    CORRECTIONS,
     agrees,
     clipped,
     fractional_batch,
@@ -24,24 +25,6 @@ from tests.support.hosts import (
     sequence_mean,
     with_fractions,
 )
-
-CORRECTIONS = [
-    {},
-    {"is_correction_level": "token"},
-    {"is_correction_level": "token", "is_correction_mode": "clip"},
-    {"is_correction_level": "token", "is_correction_threshold": (-1.0, 1.2)},
-    {"is_correction_level": "seq", "is_correction_threshold": (0.9, 1.1)},
-    {
-        "is_correction_level": "token",
-        "is_correction_gating": "tv",
-        "is_correction_threshold": (-1.0, 0.1),
-    },
-    {
-        "is_correction_level": "seq",
-        "is_correction_gating": "binary_kl",
-        "is_correction_threshold": (-1.0, 0.05),
-    },
-]
 
 
 def openrlhf_statistic(options, b):

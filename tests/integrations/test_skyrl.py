@@ -157,6 +157,7 @@ def test_skyrl_corrects_off_policy_with_its_own_code(batch, backend, monkeypatch
 
     def compute(old, rollout, mask, correction):
         assert correction.tis_ratio_type == "token"
+        assert not (old.isnan() | rollout.isnan()).any(), "it is multiplied by the mask"
         keep = torch.ones_like(mask)
         keep[:, 1] = 0
         return (old - rollout).exp().clamp(max=1.2), {"is_ratio_mean": 1.5}, mask * keep

@@ -14,24 +14,11 @@ from tests.support.slime import (
     FRACTIONS,
     MASKS,
     RESPONSES,
+    SLIME_CASES,
     make_batch,
     reducer,
     scored,
 )
-
-CASES = {
-    "grpo": {},
-    "dual": {"eps_clip_high": 0.3, "eps_clip_c": 1.5},
-    "gspo": {"advantage_estimator": "gspo"},
-    "cispo": {"advantage_estimator": "cispo"},
-    "opsm": {"use_opsm": True, "opsm_delta": 0.02},
-    "entropy": {"entropy_coef": 0.05},
-    "k1": {"use_kl_loss": True},
-    "k3": {"use_kl_loss": True, "kl_loss_type": "k3"},
-    "low_var_kl": {"use_kl_loss": True, "kl_loss_type": "low_var_kl"},
-    "unbiased": {"use_kl_loss": True, "kl_loss_type": "k3", "use_unbiased_kl": True},
-    "rollout": {"use_rollout_logprobs": True},
-}
 
 
 @pytest.fixture
@@ -109,9 +96,9 @@ def compare(args, b, until=()):
     return metrics
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", SLIME_CASES)
 def test_loss_and_metrics(case, batch, megatron, backend):
-    args = SimpleNamespace(**ARGS | CASES[case])
+    args = SimpleNamespace(**ARGS | SLIME_CASES[case])
     metrics = compare(args, batch)
     want = formula(args, batch["logits"].double(), batch)[1]
     if args.use_opsm:
@@ -145,7 +132,7 @@ def host(monkeypatch):
 def test_tensor_parallel_log_probs_are_slimes(case, batch, megatron, monkeypatch):
     host(monkeypatch)
     megatron.tp = 2
-    args = SimpleNamespace(**ARGS | CASES[case])
+    args = SimpleNamespace(**ARGS | SLIME_CASES[case])
     metrics = compare(args, batch, until=["CatBackward"])  # of slime's entropies
     assert metrics["entropy_loss"] > 0
     megatron.cp = 2
@@ -240,7 +227,7 @@ def test_on_policy_and_in_place(batch, megatron):
 
 def test_a_ratio_that_is_nan_counts_as_clipped(batch, megatron):
     """cispo: slime counts where the clamp changes the ratio, by an inequality that NaN fulfils."""
-    args = SimpleNamespace(**ARGS | CASES["cispo"])
+    args = SimpleNamespace(**ARGS | SLIME_CASES["cispo"])
     before = slime.policy_loss(args, batch, batch["logits"], reducer(MASKS))[1]["pg_clipfrac"]
     logp, _ = scored(batch["logits"], batch)
     batch["log_probs"][2][1] = logp[-2]  # not clipped
@@ -263,7 +250,7 @@ def test_errors_name_slimes_arguments(batch, megatron):
 )
 def test_masks_of_fractions_weigh(case, device, megatron):
     b, reduce = make_batch(device, FRACTIONS), reducer(FRACTIONS, FRACTIONS)
-    args = SimpleNamespace(**ARGS | CASES[case])
+    args = SimpleNamespace(**ARGS | SLIME_CASES[case])
     (metrics,) = agrees(
         lambda x, _: slime.policy_loss(args, b, 1.0 * x, reduce),
         lambda x, _: formula(args, x, b)[0],

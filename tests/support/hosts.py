@@ -50,9 +50,29 @@ def with_fractions(formula):
     return lambda x, b: formula(x, SimpleNamespace(**vars(b) | {"mask": b.weights}))
 
 
+# Options of OpenRLHF: its corrections of the mismatch between trainer and sampler.
+CORRECTIONS = [
+    {},
+    {"is_correction_level": "token"},
+    {"is_correction_level": "token", "is_correction_mode": "clip"},
+    {"is_correction_level": "token", "is_correction_threshold": (-1.0, 1.2)},
+    {"is_correction_level": "seq", "is_correction_threshold": (0.9, 1.1)},
+    {
+        "is_correction_level": "token",
+        "is_correction_gating": "tv",
+        "is_correction_threshold": (-1.0, 0.1),
+    },
+    {
+        "is_correction_level": "seq",
+        "is_correction_gating": "binary_kl",
+        "is_correction_threshold": (-1.0, 0.05),
+    },
+]
+
 # How autograd's nodes of this library begin, and those of what is linear in one tensor.
 OURS = (
-    "GeneratedBackwardFor_grpo_fast_",
+    "GeneratedBackwardFor_grpo_fast_",  # of the operators where something traces
+    "grpo_fast_",
     "_AnchoredBackward",
     "_OverwriteBackward",
     "SumOfBackward",

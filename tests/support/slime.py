@@ -26,6 +26,48 @@ ARGS = {
     "rollout_temperature": 0.8,
 }
 
+# What miles has besides.
+MILES = {
+    "qkv_format": "thd",
+    "true_on_policy_mode": False,
+    "skip_actor_forward_only": False,
+    "observe_training_entropy": False,
+    "custom_pg_loss_reducer_function_path": None,
+}
+
+# Changes of these arguments, by name.
+SLIME_CASES = {
+    "grpo": {},
+    "dual": {"eps_clip_high": 0.3, "eps_clip_c": 1.5},
+    "gspo": {"advantage_estimator": "gspo"},
+    "cispo": {"advantage_estimator": "cispo"},
+    "opsm": {"use_opsm": True, "opsm_delta": 0.02},
+    "entropy": {"entropy_coef": 0.05},
+    "k1": {"use_kl_loss": True},
+    "k3": {"use_kl_loss": True, "kl_loss_type": "k3"},
+    "low_var_kl": {"use_kl_loss": True, "kl_loss_type": "low_var_kl"},
+    "unbiased": {"use_kl_loss": True, "kl_loss_type": "k3", "use_unbiased_kl": True},
+    "rollout": {"use_rollout_logprobs": True},
+}
+MILES_CASES = {
+    "grpo": {},
+    "dual": {"eps_clip_high": 0.3, "eps_clip_c": 1.5},
+    "gspo": {"advantage_estimator": "gspo"},
+    "entropy": {"entropy_coef": 0.05},
+    "observed entropy": {"observe_training_entropy": True},
+    "gspo dual": {"advantage_estimator": "gspo", "eps_clip_c": 1.5},
+    "opsm": {"use_opsm": True, "opsm_delta": 0.02},
+    "low_var_kl": {"use_kl_loss": True, "kl_loss_type": "low_var_kl"},
+    "k1": {"use_kl_loss": True, "kl_loss_type": "k1"},
+    "k2": {"use_kl_loss": True, "kl_loss_type": "k2", "entropy_coef": 0.05},
+    "k3": {"use_kl_loss": True, "kl_loss_type": "k3"},
+    "unbiased": {"use_kl_loss": True, "kl_loss_type": "k3", "use_unbiased_kl": True},
+    "gspo k2": {"advantage_estimator": "gspo", "use_kl_loss": True, "kl_loss_type": "k2"},
+    "rollout": {"use_rollout_logprobs": True},
+    "own log-probs": {"true_on_policy_mode": True},
+    "padded": {"qkv_format": "bshd"},
+}
+
 MASKS = [torch.tensor([1.0, 0, 1, 1]), torch.tensor([0.0]), torch.tensor([1.0, 1, 1])]
 # Masks of fractions, which trainers multiply with.
 FRACTIONS = [
