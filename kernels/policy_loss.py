@@ -197,8 +197,8 @@ def store_metrics(metrics_ptr, total, column):
     value = tl.where((column == 0) | (column >= 14), total, value)
     of_ratios = (column == 2) | (column == 10) | (column >= 14)
     value = tl.where(of_ratios, tl.where(empty, 1.0, value), value)
-    least = tl.where(count * squares < 1e-30, 1e-30, count * squares)
-    effective = tl.where(squares == 0, tl.where(empty, 1.0, 0.0), tl.div_rn(rho * rho, least))
+    of_equal = tl.where(squares == 0, 1.0, count * squares)
+    effective = tl.where(squares == 0, tl.where(empty, 1.0, 0.0), tl.div_rn(rho * rho, of_equal))
     value = tl.where(column == 12, effective, value)
     # tokens, the ratio's mean and extremes, clip fractions, approximate KLs, the rest.
     place = tl.where(column <= 4, column + 4, tl.where(column <= 7, column - 1, column + 1))

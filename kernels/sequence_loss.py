@@ -96,13 +96,14 @@ def opens(d, advantage, scalars):
     return (advantage != 0) & (held == 0)
 
 
-@triton.jit(do_not_specialize=["T_len"])
+@triton.jit(do_not_specialize=["N", "T_len"])
 def _sequence_loss_kernel(
     logp_ptr,  # (N,)
     mask_ptr,  # (N,) bool, or None
     tokens,  # Tokens, (N,)
     sequences,  # Sequences, without T_len, which is
     out,  # PolicyLoss, (N,)
+    N,
     T_len,
     scalars,  # Scalars
     stale_at,
@@ -118,9 +119,16 @@ def _sequence_loss_kernel(
     start = b * T_len
     stop = start + T_len
     if sequences.boundaries is not None:
-        start = tl.load(sequences.boundaries + b)
-        stop = tl.load(sequences.boundaries + b + 1)
+        # Boundaries are not checked on a GPU. Whatever they are, nothing outside the tensors is touched.
+        start = tl.minimum(tl.maximum(tl.load(sequences.boundaries + b), 0), N)
+        stop = tl.minimum(tl.maximum(tl.load(sequences.boundaries + b + 1), 0), N)
     sequence = sequence_statistics(batch, start, stop, MODES, BLOCK)
+    if sequences.boundaries is not None:
+        # Tokens of no sequence have weights of NaN (`reduction_weights`): so the loss is NaN, too.
+        start = tl.where(b == 0, 0, start)
+        stop = tl.where(b == tl.num_programs(0) - 1, N, stop)
+        _, _, n, drift, taken, log_w = sequence
+        sequence = Sequence(start, stop, n, drift, taken, log_w)
     pull = 0.0  # dL / d (mean d), of the surrogate
     kl_pull = 0.0  # the same of the KL
     for base in range(start, stop, BLOCK):
@@ -248,6 +256,7 @@ def sequence_loss_fwd(logp, mask, tokens, sequences, objective):
             sequences=sequences._replace(T_len=None),
             T_len=sequences.T_len,
             out=out,
+            N=N,
             scalars=scalars_of(objective),
             stale_at=float("inf") if stale_at is None else stale_at,
             MODES=modes_of(objective),

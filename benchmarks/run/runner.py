@@ -1,8 +1,8 @@
 """Run the tests, then every benchmark, within a given time, whatever crashes on the way.
 
 The order: the roofs of this machine; the tests that say most about a device; the benchmarks, the
-first case of each first; the 7B step; shared prompts; a step of TRL's trainer; the other cases; the
-other tests.
+first case of each first; the 7B step; shared prompts; a step of TRL's trainer; the other cases;
+compute-sanitizer over every kernel; the other tests.
 What overruns its part of the time is interrupted, and killed if it does not stop. Results are
 written after every measurement: an end at any time loses one. After a crash a new process goes on
 behind the benchmark that crashed, which the results name.
@@ -21,7 +21,7 @@ from pathlib import Path
 
 from benchmarks import FOLDER, ROOT, command_line, conftest, providers
 from benchmarks.measuring import machine, recorder
-from benchmarks.run import failures, smoke
+from benchmarks.run import failures, sanitize, smoke
 
 OFF_DEVICE = ("test_memory", "test_trl_step")  # they say nothing about a device, as those of:
 OTHER_ROOMS = ("benchmarks", "project")
@@ -39,6 +39,7 @@ FAILED, UNFINISHED = 1, 2  # ours
 STEP = "benchmarks.step_7b"
 SHARED = "benchmarks.shared_prompt"
 WITH_ROWS = (STEP, SHARED)  # programs that take the time they have, and write rows of their own
+SANITIZER, NAMED = sanitize.__name__, "sanitizer"
 OUT_OF_TIME = "out of time"
 
 
@@ -57,7 +58,7 @@ class Piece:
         command = [sys.executable, "-m", self.module]
         if self.module == "pytest":
             command += ["-q", "-p", "no:cacheprovider", "-p", failures.__name__]
-        if self.module in WITH_ROWS:
+        if self.module in (*WITH_ROWS, SANITIZER):
             command += ["--until", f"{time.time() + seconds:.0f}"]  # imports count
         if self.results and self.module == "pytest":
             command += ["--full", f"--results={self.results}"] + ["--resume"] * resume
@@ -75,7 +76,7 @@ def plan(out: Path, commit: str, tests: bool = True) -> list[Piece]:
     """List every piece, in order; the weights of all add up to about 100."""
     kernels = tuple(f"benchmarks/bench_{stem}.py" for stem in STEMS)
     trainer = ("benchmarks/bench_trl_step.py",)
-    everything = Piece("benchmarks", kernels, 42, results=out / f"kernels-{commit}.json")
+    everything = Piece("benchmarks", kernels, 36, results=out / f"kernels-{commit}.json")
     step_file = out / f"step_7b-{commit}.json"
     shared_file = out / f"shared_prompt-{commit}.json"
     prompts = (
@@ -98,7 +99,7 @@ def plan(out: Path, commit: str, tests: bool = True) -> list[Piece]:
         Piece("7B step", (f"--out={step_file}",), 15, STEP, step_file),
         Piece("shared prompts", prompts, 10, SHARED, shared_file),
         Piece("TRL step", trainer, 12, results=out / f"trl_step-{commit}.json"),
-        dataclasses.replace(everything, name="benchmarks, the rest", weight=8, resume=True),
+        dataclasses.replace(everything, name="benchmarks, the rest", weight=6, resume=True),
     ]
     if not tests:
         return measured
@@ -110,7 +111,12 @@ def plan(out: Path, commit: str, tests: bool = True) -> list[Piece]:
         paths = [(stem, str(files[stem].relative_to(ROOT))) for stem in stems if stem in files]
         return [Piece(f"test {stem}", (path,), weight / len(paths)) for stem, path in paths]
 
-    return [*pieces(FIRST_TESTS, 10), *measured, *pieces(rest, 3)]
+    return [*pieces(FIRST_TESTS, 10), *measured, sanitizer(out, commit), *pieces(rest, 3)]
+
+
+def sanitizer(out: Path, commit: str) -> Piece:
+    """Return the piece that watches every kernel; it ends by itself when its time is over."""
+    return Piece(NAMED, ("--out", str(out / f"sanitizer-{commit}.json")), 8, SANITIZER)
 
 
 def run_piece(piece: Piece, seconds: float, environment: dict[str, str]) -> Outcome:
@@ -152,6 +158,8 @@ def _run_once(piece: Piece, seconds: float, environment: dict[str, str], resume:
         return Outcome(f"crashed: {signal.Signals(-code).name}", failed=True)
     if code in (0, NO_TESTS):
         return Outcome("passed")
+    if piece.module == SANITIZER and code == sanitize.UNFINISHED:
+        return Outcome(OUT_OF_TIME, late=True)
     return Outcome("passed, but for other libraries") if others_only else Outcome("failed", True)
 
 
@@ -243,12 +251,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="only the benchmarks, or with --smoke only its checks",
     )
     add("--smoke", action="store_true", help="is every kernel right here? 3 minutes, no times")
+    add(
+        "--sanitize",
+        action="store_true",
+        help="only watch every kernel with compute-sanitizer, with --smoke after its checks",
+    )
     add("--only", action="append", help="pieces whose name holds this; repeatable")
     add("--allow-unknown", action="store_true", help="measure code whose commit is unknown")
     options = parser.parse_args(arguments)
     commit = machine.commit()
     out = (options.out or FOLDER / "results" / machine.slug()).resolve()
     pieces = plan(out, commit, tests=not options.no_tests)
+    if options.sanitize:
+        pieces = [sanitizer(out, commit)]
     if options.only:
         pieces = [p for p in pieces if any(word in p.name for word in options.only)]
     if options.list:
@@ -262,9 +277,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     out.mkdir(parents=True, exist_ok=True)
     print(f"commit {commit}, results in {out}", flush=True)
+    end = time.monotonic() + 60 * options.minutes
+    code = 0
     if options.smoke:
         seconds = min(60 * options.minutes, smoke.SECONDS)
-        return smoke.run(out, commit, seconds, tests=not options.no_tests)
-    outcomes = run(pieces, 60 * options.minutes, commit, out)
+        code = smoke.run(out, commit, seconds, tests=not options.no_tests)
+        if not options.sanitize:
+            return code
+    outcomes = run(pieces, end - time.monotonic(), commit, out)
     print("\n".join(f"{name}: {x.text}" for name, x in outcomes.items()), flush=True)
-    return exit_code(outcomes)
+    return code or exit_code(outcomes)

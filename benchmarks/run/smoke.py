@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,20 +73,12 @@ def run(out: Path, commit: str, seconds: float, tests: bool = True) -> int:
     folder = out / f"smoke-{commit}"
     folder.mkdir(parents=True, exist_ok=True)
     failed = folder / "failures.txt"
-    more = {"PYTHONUNBUFFERED": "1", failures.VARIABLE: str(failed)}
+    more = {failures.VARIABLE: str(failed)}
     running = {}
     for name in (*GROUPS, *["tests"] * tests):
         command = _tests() if name == "tests" else _group(name, folder / f"{name}.json")
-        with open(folder / f"{name}.log", "w") as log:
-            running[name] = subprocess.Popen(
-                command,
-                cwd=ROOT,
-                env=machine.environment() | more,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-    ended = _wait(running, seconds)
+        running[name] = start(command, folder / f"{name}.log", more)
+    ended = wait(running, seconds)
     info = machine.describe(roofs=False) | {"command": COMMAND, "absent": {}}
     groups = {name: _ended(name, folder / f"{name}.json", ended[name]) for name in GROUPS}
     names = failed.read_text().splitlines() if failed.exists() else []
@@ -97,7 +90,22 @@ def run(out: Path, commit: str, seconds: float, tests: bool = True) -> int:
     return int(any(outcome != "right" for outcome in ended.values()))
 
 
-def _wait(running: dict[str, subprocess.Popen], seconds: float) -> dict[str, str]:
+def start(command: Sequence[str], log: Path, variables: dict[str, str]) -> subprocess.Popen:
+    """Start a process that leads its own session, and writes into a log."""
+    with open(log, "w") as file:
+        return subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=machine.environment() | {"PYTHONUNBUFFERED": "1"} | variables,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+
+def wait(
+    running: dict[str, subprocess.Popen], seconds: float, who: str = "smoke"
+) -> dict[str, str]:
     """Say how each process ended; those that are late are interrupted, then killed."""
     start, ended = time.monotonic(), {}
     while running and time.monotonic() - start < seconds:
@@ -105,7 +113,7 @@ def _wait(running: dict[str, subprocess.Popen], seconds: float) -> dict[str, str
             if (code := process.poll()) is not None:
                 crash = code < 0 and f"crashed: {signal.Signals(-code).name}"
                 ended[name] = crash or ("not right" if code else "right")
-                print(f"smoke: {name}: {ended[name]} after {time.monotonic() - start:.0f} s")
+                print(f"{who}: {name}: {ended[name]} after {time.monotonic() - start:.0f} s")
                 del running[name]
         time.sleep(0.2)
     failures.stop(running.values(), GRACE)

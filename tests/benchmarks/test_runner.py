@@ -5,7 +5,9 @@ import json
 import subprocess
 import sys
 import textwrap
+import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -65,39 +67,53 @@ def test_a_crash_loses_one_number(tmp_path, environment):
     assert all(x["stats"]["median"] > 0 for x in document["benchmarks"])
 
 
+# They leave a file when they hang: their time is over then, however long they took to start.
+HANGS = "[open({there!r}, 'w'), __import__('time').sleep(600)]"
 SLOW = """
-import signal, time
+import signal
 
 def test_fails():
     assert {right}
 
 def test_takes_long():
     signal.signal(signal.SIGINT, signal.{signal})
-    time.sleep(600)
+    {hangs}
 """
 
 
 def slow_piece(folder, right, sign):
     folder.mkdir()
     path = folder / "test_slow.py"
-    path.write_text(SLOW.format(right=right, signal=sign))
+    hangs = HANGS.format(there=str(folder / "hangs"))
+    path.write_text(SLOW.format(right=right, signal=sign, hangs=hangs))
     return runner.Piece("slow", ("-c", "/dev/null", "--rootdir", str(folder), str(path)))
 
 
 def test_what_is_out_of_time_counts(tmp_path, environment, monkeypatch):
     """It leaves what it has measured, and what failed before; all at once, as each waits for its end."""
     monkeypatch.setattr(runner, "GRACE", 2.0)
-    text = CRASHING.replace("os.abort()", "__import__('time').sleep(600)")
-    measuring = crashing_piece(tmp_path, text=text)
-    pieces, limits = [measuring], [30]
+    (tmp_path / "measuring").mkdir()
+    text = CRASHING.replace("os.abort()", HANGS.format(there=str(tmp_path / "measuring" / "hangs")))
+    pieces = {"measuring": crashing_piece(tmp_path / "measuring", text=text)}
     # It stops, or has to be killed.
     for right, sign in itertools.product((True, False), ("default_int_handler", "SIG_IGN")):
-        pieces.append(slow_piece(tmp_path / f"{right} {sign}", right, sign))
-        limits.append(15)
+        pieces[f"{right} {sign}"] = slow_piece(tmp_path / f"{right} {sign}", right, sign)
+    wait = runner._wait
+
+    def wait_for_the_hang(process, seconds):
+        there = Path(process.args[-1]).parent / "hangs"
+        until = time.monotonic() + seconds
+        while not there.exists() and process.poll() is None and time.monotonic() < until:
+            time.sleep(0.05)
+        return wait(process, 0.1)
+
+    monkeypatch.setattr(runner, "_wait", wait_for_the_hang)
     with ThreadPoolExecutor(len(pieces)) as pool:
-        first, *outcomes = pool.map(runner.run_piece, pieces, limits, itertools.repeat(environment))
+        limits = itertools.repeat(120)
+        found = pool.map(runner.run_piece, pieces.values(), limits, itertools.repeat(environment))
+        first, *outcomes = found
     assert first == runner.Outcome("out of time", late=True)
-    document = json.loads(measuring.results.read_text())
+    document = json.loads(pieces["measuring"].results.read_text())
     assert [x["extra_info"]["provider"] for x in document["benchmarks"]] == ["eager"]
     for outcome, right in zip(outcomes, (True, True, False, False), strict=True):
         assert outcome.text == ("out of time" if right else "failed, then out of time")

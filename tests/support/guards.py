@@ -3,22 +3,29 @@
 Each buffer is copied into a larger one that is filled with NaN, or with a value that no index, flag or mask
 should have: before it, behind it, and in the gaps between its rows. What a kernel reads there enters its
 results; what it writes there is found afterwards.
+
+Some reads stay unseen: those whose value a kernel drops, and those beyond the bands. `watched` looks at the
+address of every access instead. It takes longer, so that the tests of bounds alone use it.
 """
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import numpy as np
 import torch
 from torch import Tensor
 
-BAND = 4096  # elements; the kernels' tiles are not longer in the tests
+BAND = 4096  # elements
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 INTEGERS = {torch.int8: 85, torch.int32: -77_777, torch.int64: -77_777, torch.bool: True}
 
 
 class OutOfBoundsError(AssertionError):
-    """A kernel wrote outside the tensors that it was given."""
+    """A kernel accessed something outside the tensors that it was given."""
 
 
 class _Guarded:
@@ -71,12 +78,30 @@ class _Guarded:
         if bool(changed.any()):
             where = int(changed.nonzero()[0, 0]) * self.unit // self.buffer.element_size()
             raise OutOfBoundsError(
-                f"{kernel} wrote {self.buffer[where].item()} to element {where - BAND} of a buffer of "
-                f"{len(self.buffer) - 2 * BAND} that holds {[tuple(x.shape) for x in self.tensors]}"
+                f"{kernel} wrote {self.buffer[where].item()} to {self._place(where)}"
             )
         for x, mine in zip(map(_once, self.tensors), map(_once, self.inside), strict=True):
             if bool((_bits(x) != _bits(mine)).any()):
                 x.data.copy_(mine)  # `data`: it does not count as a change of what autograd saved
+
+    def _place(self, where: int) -> str:
+        """Name an element of the buffer."""
+        shapes = [tuple(x.shape) for x in self.tensors]
+        return f"element {where - BAND} of a buffer of {len(self.buffer) - 2 * BAND} that holds {shapes}"
+
+    def holds(self, addresses: np.ndarray) -> np.ndarray:
+        """Say which addresses lie in the buffer, its bands included."""
+        first = self.buffer.data_ptr()
+        return (addresses >= first) & (addresses < first + self.buffer.nbytes)
+
+    def foreign(self, addresses: np.ndarray, width: int) -> str:
+        """Name the first element that belongs to no tensor, of accesses within the buffer; "": none."""
+        start = addresses - self.buffer.data_ptr()
+        free = self.free.numpy()
+        wrong = free[start // self.unit] | free[(start + width - 1) // self.unit]
+        if not wrong.any():
+            return ""
+        return self._place(int(start[wrong][0]) // self.buffer.element_size())
 
 
 def _once(x: Tensor) -> Tensor:
@@ -126,6 +151,78 @@ def unguarded() -> Iterator[None]:
         _off.pop()
 
 
+KERNELS = Path(__file__).resolve().parents[2] / "kernels"
+_watches: list["Watch"] = []
+
+
+class Watch:
+    """Which kernels were launched, and the buffers of the launch that runs."""
+
+    def __init__(self) -> None:
+        self.kernels: list[str] = []
+        self.guards: list[_Guarded] = []
+
+    def look(self, verb: str, pointers: Any, mask: Any = None) -> None:
+        """Raise if an access is outside the tensors of the launch."""
+        addresses = np.atleast_1d(pointers.data)
+        if mask is not None:
+            addresses = addresses[np.broadcast_to(mask.data != 0, addresses.shape)]
+        addresses = addresses.ravel().astype(np.int64)
+        width = max(pointers.get_element_ty().primitive_bitwidth // 8, 1)
+        for guard in self.guards:
+            if not len(addresses):
+                return
+            inside = guard.holds(addresses)
+            if inside.any() and (place := guard.foreign(addresses[inside], width)):
+                raise OutOfBoundsError(f"{self.kernels[-1]} {verb} {place}, at {_line()}")
+            addresses = addresses[~inside]
+        if len(addresses):
+            raise OutOfBoundsError(
+                f"{self.kernels[-1]} {verb} {len(addresses)} elements far from every tensor, at {_line()}"
+            )
+
+
+def _line() -> str:
+    """Name the line of a kernel that is running."""
+    frame = sys._getframe()
+    while frame is not None:
+        path = Path(frame.f_code.co_filename)
+        if path.resolve().parent == KERNELS:
+            return f"{path.name}:{frame.f_lineno}"
+        frame = frame.f_back
+    return "a line outside kernels/"
+
+
+@contextlib.contextmanager
+def watched() -> Iterator[Watch]:
+    """Every load, store and atomic must be within the tensors that its launch was given."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    watch = Watch()
+
+    def looking(name: str, verb: str, place: int | None, at: int = 0) -> Any:
+        """Look at the pointers, argument `at`, and at the mask, argument `place`, before the call."""
+        original = getattr(InterpreterBuilder, name)
+
+        def call(builder: Any, *args: Any) -> Any:
+            watch.look(verb, args[at], None if place is None else args[place])
+            return original(builder, *args)
+
+        return mock.patch.object(InterpreterBuilder, name, call)
+
+    _watches.append(watch)
+    try:
+        with (
+            looking("create_masked_load", "reads", 1),
+            looking("create_masked_store", "writes", 2),
+            looking("create_atomic_rmw", "writes", 3, at=1),
+            looking("create_atomic_cas", "writes", None),
+        ):
+            yield watch
+    finally:
+        _watches.pop()
+
+
 def guarded(run: Callable[..., Any]) -> Callable[..., Any]:
     """`GridExecutor.__call__` with bands around what it is given."""
 
@@ -155,11 +252,20 @@ def guarded(run: Callable[..., Any]) -> Callable[..., Any]:
             mine = inside[id(x)]
             return _moved(mine, -before[name]) if before.get(name) else mine
 
-        result = run(
-            self,
-            *map(guarded_one, args),
-            **{name: guarded_one(x, name) for name, x in kwargs.items()},
-        )
+        for watch in _watches:
+            watch.kernels.append(self.fn.__name__)
+            watch.guards = guards
+        try:
+            result = run(
+                self,
+                *map(guarded_one, args),
+                **{name: guarded_one(x, name) for name, x in kwargs.items()},
+            )
+        except Exception as error:
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, OutOfBoundsError):
+                cause = cause.__cause__  # the interpreter has wrapped it, once per function
+            raise cause or error from None
         for guard in guards:
             guard.finish(self.fn.__name__)
         return result
