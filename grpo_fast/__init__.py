@@ -13,6 +13,7 @@ from grpo_fast.objective import Objective
 if TYPE_CHECKING:
     from grpo_fast import diagnostics, loss, ops, presets, reference, weights
     from grpo_fast.diagnostics import token_diagnostics
+    from grpo_fast.invariance import check_invariance
     from grpo_fast.loss import (
         LossOutput,
         fold_statistics,
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = [
     "LossOutput",
     "Objective",
+    "check_invariance",
     "diagnostics",
     "fold_statistics",
     "group_advantage",
@@ -51,6 +53,7 @@ __version__ = "0.1.0"
 _MODULES = ("diagnostics", "loss", "ops", "presets", "reference", "weights")
 _HOME = {
     "LossOutput": "loss",
+    "check_invariance": "invariance",
     "fold_statistics": "loss",
     "group_advantage": "ops.group_advantage",
     "grpo_loss": "loss",
