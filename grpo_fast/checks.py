@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from grpo_fast.notices import switch
+from grpo_fast.objective import Objective
 from grpo_fast.operands import LARGEST, SMALLEST, hint, operand
 from grpo_fast.overwritten import check_not_overwritten
 from grpo_fast.records import Targets
@@ -190,6 +191,14 @@ def check_constant(op: str, name: str, x: object) -> None:
         raise ValueError(
             f"{op}: {name} requires grad, but it is a constant that no gradient reaches; "
             f"pass {name}.detach(), or compute it under torch.no_grad()"
+        )
+
+
+def check_objective(op: str, objective: object) -> None:
+    """Refuse anything that is no `Objective`, before its options are read."""
+    if not isinstance(objective, Objective):
+        raise TypeError(
+            f"{op}: objective: want an Objective, such as Objective.preset(name), got {objective!r}"
         )
 
 

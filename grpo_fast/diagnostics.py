@@ -115,16 +115,14 @@ def token_diagnostics(
         `TokenDiagnostics`.
 
     Raises:
-        ValueError: a shape that does not fit, with the name of the argument; an objective with a KL
+        ValueError, TypeError: an argument that does not fit, with its name; an objective with a KL
             term and no `ref_logps`.
 
     Sources: the clipped ratio is PPO's, arXiv 1707.06347; for the other objectives see `Objective`.
     """
     op = "token_diagnostics"
+    checks.check_objective(op, objective)
     shape = checks.check_tensor(op, "logps", logps).shape
-    for name, x in {"old_logps": old_logps, "ref_logps": ref_logps}.items():
-        if x is not None and checks.check_tensor(op, name, x).shape != shape:
-            raise ValueError(f"{op}: {name}: want {tuple(shape)}, got {checks.shape_of(x)}")
     if objective.beta and ref_logps is None:
         raise ValueError(f"{op}: ref_logps: needed, since objective.beta={objective.beta}")
     if cu_seqlens is not None:
@@ -135,12 +133,15 @@ def token_diagnostics(
         live = torch.ones(logps.numel(), dtype=torch.bool, device=logps.device)
     share = checks.mask_share(mask, logps)
 
-    def kept(x: Tensor) -> Tensor:
-        return torch.where(live, x.reshape(-1), 0).float()
+    def kept(name: str, x: Tensor | None) -> Tensor | None:
+        values = checks.per_token(op, name, x, logps)
+        return None if values is None else torch.where(live, values, 0)
 
-    logp, A = kept(logps), kept(advantages)
-    old = logp if old_logps is None else kept(old_logps)
-    ref = None if ref_logps is None else kept(ref_logps)
+    logp, A = kept("logps", logps), kept("advantages", advantages)
+    assert logp is not None
+    assert A is not None
+    old, ref = kept("old_logps", old_logps), kept("ref_logps", ref_logps)
+    old = logp if old is None else old
     sequences = Sequences(cu_seqlens, shape[-1], share, None)
     found = ratio_terms(logp - old, A, live, sequences, objective)
     ratio = found.bounded.exp()
@@ -196,16 +197,22 @@ def kl_estimate(
         Float32, of the same shape, detached.
 
     Raises:
-        ValueError: "k3_unbiased", which needs the ratio to the policy that sampled.
+        ValueError, TypeError: an argument that does not fit, with its name; "k3_unbiased", which
+            needs the ratio to the policy that sampled.
 
     Source: J. Schulman, "Approximating KL divergence" (2020).
     """
+    op = "kl_estimate"
+    checks.check_objective(op, objective)
     if objective.kl == "k3_unbiased":
         raise ValueError(
             "kl_estimate: objective.kl='k3_unbiased' needs a ratio: use token_diagnostics"
         )
-    for name, x in (("logps", logps), ("ref_logps", ref_logps)):
-        checks.check_tensor("kl_estimate", name, x)
-    logp = logps.float()
+    checks.check_tensor(op, "logps", logps)
+    logp = checks.per_token(op, "logps", logps, logps)
+    ref = checks.per_token(op, "ref_logps", checks.check_tensor(op, "ref_logps", ref_logps), logps)
+    assert logp is not None
+    assert ref is not None
     one = torch.ones_like(logp)
-    return kl_terms(logp, ref_logps.float(), torch.zeros_like(logp), one, one, objective)[0]
+    kl = kl_terms(logp, ref, torch.zeros_like(logp), one, one, objective)[0]
+    return kl.view(logps.shape)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from grpo_fast.checks import check_tensor, shape_of
+from grpo_fast.checks import check_real, check_tensor, shape_of
 
 # The statistics, in this order: sums over the tokens that count, then the least and the largest ratio.
 STATISTICS = (
@@ -61,13 +61,14 @@ def fold_statistics(gathered: Tensor) -> Tensor:
         (16,), of the dtype of `gathered`.
 
     Raises:
-        ValueError, TypeError: another shape, or no tensor.
+        ValueError, TypeError: another shape, complex numbers, or no tensor.
     """
     check_tensor("fold_statistics", "gathered", gathered)
     if gathered.ndim != 2 or gathered.shape[1] != len(STATISTICS):
         raise ValueError(
             f"fold_statistics: gathered: want (n, {len(STATISTICS)}), got {shape_of(gathered)}"
         )
+    check_real("fold_statistics", "gathered", gathered)
     return torch.cat(
         [gathered[:, :-2].sum(0), gathered[:, -2].amin(0, True), gathered[:, -1].amax(0, True)]
     )
@@ -97,15 +98,24 @@ def metrics_from(statistics: Tensor) -> dict[str, Tensor]:
         entropy: in nats; `LossOutput.metrics` has it only where it was computed
         importance_weight_mean: mean of w
         importance_weight_out_of_range: share of tokens whose w is outside [1/2, 2]
-        effective_sample_size: (sum r w)^2 / (n sum (r w)^2), in (0, 1]; 0 where all r w are 0
+        effective_sample_size: (sum r w)^2 / (n sum (r w)^2), in (0, 1]; 0 where all r w are 0, NaN
+        where a square overflows float32 (r w above 1.8e19)
 
     Args:
         statistics: (16,), from `LossOutput.statistics` or `fold_statistics`.
 
     Returns:
         0-dim tensors, of the dtype of `statistics` and on its device.
+
+    Raises:
+        ValueError, TypeError: another shape, complex numbers, or no tensor.
     """
     check_tensor("metrics_from", "statistics", statistics)
+    if statistics.shape != (len(STATISTICS),):
+        raise ValueError(
+            f"metrics_from: statistics: want ({len(STATISTICS)},), got {shape_of(statistics)}"
+        )
+    check_real("metrics_from", "statistics", statistics)
     s = dict(zip(STATISTICS, statistics.unbind(), strict=True))
     tokens = s["tokens"]
     empty = tokens == 0
@@ -127,6 +137,6 @@ def metrics_from(statistics: Tensor) -> dict[str, Tensor]:
         "effective_sample_size": torch.where(
             s["rho_squared"] == 0,
             empty.to(count.dtype),
-            s["rho"].square() / (count * s["rho_squared"]).clamp(min=1e-30),
+            s["rho"].square() / (count * torch.where(s["rho_squared"] == 0, 1, s["rho_squared"])),
         ),
     }

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from grpo_fast import checks
-from grpo_fast.loss.arguments import LossArguments, check_batch, check_objective, to_device
+from grpo_fast.loss.arguments import LossArguments, check_batch, to_device
 from grpo_fast.loss.compaction import keep_of
 from grpo_fast.loss.output import LossOutput, loss_output
 from grpo_fast.notices import logged
@@ -147,7 +147,7 @@ def linear_grpo_loss(
         NotImplementedError: forward-mode derivatives.
     """
     op = "linear_grpo_loss"
-    check_objective(op, objective)
+    checks.check_objective(op, objective)
     head = HeadArguments(
         weight=weight,
         bias=bias,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from grpo_fast import checks, overwritten
-from grpo_fast.loss.arguments import LossArguments, check_batch, check_objective
+from grpo_fast.loss.arguments import LossArguments, check_batch
 from grpo_fast.loss.output import LossOutput, loss_output
 from grpo_fast.notices import fell_back, logged
 from grpo_fast.objective import OPTIONS, Objective
@@ -140,7 +140,7 @@ def grpo_loss(
     objectives. Online softmax: arXiv 1805.02867.
     """
     op = "grpo_loss"
-    check_objective(op, objective)
+    checks.check_objective(op, objective)
     logits3 = checks.check_logits(op, logits, completion_ids, "completion_ids")
     targets = checks.check_targets(op, "completion_ids", completion_ids, logits, mask, temperature)
     given = LossArguments(

@@ -6,7 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from grpo_fast import Objective, grpo_loss, linear_grpo_loss, metrics_from, policy_loss
+from grpo_fast import (
+    Objective,
+    fold_statistics,
+    grpo_loss,
+    linear_grpo_loss,
+    metrics_from,
+    policy_loss,
+)
 from grpo_fast.diagnostics import TokenDiagnostics
 from grpo_fast.metrics import STATISTICS
 
@@ -95,3 +102,36 @@ def test_statistics_and_diagnostics_have_rows():
     assert STATISTICS.index("loss") == 1
     out = grpo_loss(LOGITS, IDS, advantages=A)
     torch.testing.assert_close(out.statistics[1], out.loss)
+
+
+def test_errors_name_the_statistics():
+    for shape in ((17,), (1, 16), ()):
+        with pytest.raises(ValueError, match=r"metrics_from: statistics: want \(16,\), got"):
+            metrics_from(torch.zeros(shape))
+    with pytest.raises(TypeError, match="metrics_from: statistics: want real numbers"):
+        metrics_from(torch.zeros(16, dtype=torch.complex64))
+    with pytest.raises(TypeError, match="fold_statistics: gathered: want real numbers"):
+        fold_statistics(torch.zeros(2, 16, dtype=torch.complex64))
+
+
+def test_log_probs_that_were_given_come_back_as_they_are():
+    logps = torch.tensor([[-1.0, torch.nan]], dtype=torch.bfloat16)
+    out = policy_loss(logps, advantages=torch.ones(1), mask=torch.tensor([[1, 0]]))
+    torch.testing.assert_close(out.logps, logps.float(), equal_nan=True)
+    assert out.loss.isfinite()
+
+
+def test_the_sample_size_of_small_ratios():
+    """It does not depend on a common factor of the ratios."""
+    d = torch.tensor([[-36.0, -36.0, -37.0]])
+    far, near = (
+        policy_loss(
+            torch.zeros(1, 3) - 40 + x,
+            advantages=torch.ones(1),
+            old_logps=torch.full((1, 3), -40.0),
+        )
+        for x in (d, d + 36)
+    )
+    sizes = [x.metrics["effective_sample_size"] for x in (far, near)]
+    torch.testing.assert_close(*sizes)
+    assert sizes[0] > 0.8

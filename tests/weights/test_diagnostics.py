@@ -174,3 +174,19 @@ def test_errors():
         token_diagnostics(x, x, torch.zeros(3))
     with pytest.raises(ValueError, match=r"ref_logps: needed, since objective\.beta=0\.5"):
         token_diagnostics(x, x, x, objective=Objective(beta=0.5))
+    for wrong in (None, "grpo", {"beta": 0.5}):
+        with pytest.raises(TypeError, match="token_diagnostics: objective: want an Objective"):
+            token_diagnostics(x, x, x, objective=wrong)
+        with pytest.raises(TypeError, match="kl_estimate: objective: want an Objective"):
+            kl_estimate(x, x, wrong)
+    imaginary = x.to(torch.complex64)
+    with pytest.raises(TypeError, match="old_logps: want real numbers"):
+        token_diagnostics(x, imaginary, x)
+    with pytest.raises(ValueError, match="old_logps is on meta"):
+        token_diagnostics(x, x.to("meta"), x)
+    for name, given in (("logps", (imaginary, x)), ("ref_logps", (x, imaginary))):
+        with pytest.raises(TypeError, match=f"kl_estimate: {name}: want real numbers"):
+            kl_estimate(*given)
+    for other in (torch.zeros(3), torch.zeros(1, 2, 3), torch.zeros(3, 3)):  # some would broadcast
+        with pytest.raises(ValueError, match=r"kl_estimate: ref_logps: want \(2, 3\), got"):
+            kl_estimate(x, other)
