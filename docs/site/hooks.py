@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 OUTSIDE = [
     "README.md",
     "CONTRIBUTING.md",
+    "SECURITY.md",
     "CHANGELOG.md",
     "kernels/README.md",
     "benchmarks/README.md",

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -216,7 +217,7 @@ def restore(learner: Learner, checkpoint: Path) -> dict[str, Any]:
             "cannot be dealt out anew. --model starts a new run from the weights"
         )
     rank = team.rank if learner.sharded else 0
-    tensors = load_file(checkpoint / f"{STATE}-{rank:05d}.safetensors")
+    tensors = _read(checkpoint / f"{STATE}-{rank:05d}.safetensors")
     _restore_optimizer(learner, tensors, state["optimizer"])
     schedule: Any = learner.scheduler
     schedule.load_state_dict(state["scheduler"])
@@ -229,6 +230,18 @@ def restore(learner: Learner, checkpoint: Path) -> dict[str, Any]:
     learner.updates = state["updates"]
     restore_random(tensors, state["random"])
     return state
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    """Read a file of tensors.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"resume: {path}: {error}") from error
 
 
 def _optimizer_state(learner: Learner) -> tuple[dict[str, Tensor], dict[str, Any]]:

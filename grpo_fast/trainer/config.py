@@ -530,7 +530,7 @@ def yaml_arguments(path: Path) -> list[str]:
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+        content = files.read_yaml(path.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8: {error}") from error
     except yaml.YAMLError as error:

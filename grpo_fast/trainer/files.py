@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 FULL = {errno.ENOSPC, errno.EDQUOT}
 
@@ -37,6 +38,27 @@ def write(path: Path, content: bytes) -> None:
         with contextlib.suppress(OSError):
             partial.unlink()
         raise named(error, path) from error
+
+
+def read_yaml(text: str | bytes) -> Any:
+    """Return what a text in YAML says, as plain values, lists and mappings.
+
+    Raises:
+        yaml.YAMLError: it is not YAML, or has tags or aliases; the message has the line.
+    """
+    import yaml  # not at the top: commands that read no YAML run without it
+
+    class Plain(yaml.SafeLoader):
+        """A reader of YAML without objects of Python and without aliases, which can fill the memory."""
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):
+                event = self.peek_event()
+                where = event.start_mark
+                raise yaml.composer.ComposerError(None, None, "aliases are not read", where)
+            return super().compose_node(parent, index)
+
+    return yaml.load(text, Plain)  # noqa: S506  # a SafeLoader
 
 
 def publish(partial: Path, final: Path) -> None:

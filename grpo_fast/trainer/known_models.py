@@ -11,6 +11,8 @@ from typing import Any
 
 from transformers import AutoConfig
 
+from grpo_fast.trainer.loading import refusal
+
 _QWEN2 = {
     "model_type": "qwen2",
     "vocab_size": 151_936,
@@ -120,10 +122,12 @@ def describe(model: str) -> Any:
     if not path.exists() and (known := known_config(model)) is not None:
         return known
     try:
-        return AutoConfig.from_pretrained(str(path) if path.exists() else model)
+        where = str(path) if path.exists() else model
+        return AutoConfig.from_pretrained(where, trust_remote_code=False)
     except Exception as error:  # of whatever the hub's client raises
         why = "cannot be read" if path.exists() else "no such folder, and not found on the hub"
-        detail = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        lines = str(error).strip().splitlines()
+        detail = refusal(error) or (lines or [type(error).__name__])[0]
         names = ", ".join(KNOWN)
         raise ValueError(f"model={model!r}: {why} ({detail}); known without it: {names}") from error
 

@@ -120,6 +120,9 @@ def adapted(model: Any, config: TrainConfig, checkpoint: Path | None) -> Any:
     except ImportError as error:
         raise ValueError("use_peft: peft is not installed; pip install peft") from error
     if checkpoint is not None:
+        # Without this file peft reads a pickle, or asks the hub.
+        if not (checkpoint / "adapter_model.safetensors").is_file():
+            raise ValueError(f"resume: {checkpoint} has no adapter_model.safetensors")
         return PeftModel.from_pretrained(model, str(checkpoint), is_trainable=True)
     settings = LoraConfig(
         r=config.lora_r,

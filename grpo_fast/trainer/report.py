@@ -176,7 +176,7 @@ def write(run_dir: Path, out: Path | None = None) -> Path:
     names = dict.fromkeys(name for step in sorted(rows) for name in rows[step])
     columns = {name: [_number(rows[s].get(name)) for s in sorted(rows)] for name in names}
     try:
-        options = yaml.safe_load((run_dir / "config.yaml").read_bytes())
+        options = files.read_yaml((run_dir / "config.yaml").read_bytes())
     except (FileNotFoundError, yaml.YAMLError):
         options = None
     config = options if isinstance(options, dict) else {}

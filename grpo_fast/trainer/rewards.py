@@ -113,14 +113,18 @@ class RewardModel:
     def __init__(self, name: str, device: str = "auto") -> None:
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+        from grpo_fast.trainer.loading import refusal
+
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(name)
-            self.model: Any = AutoModelForSequenceClassification.from_pretrained(name, dtype=dtype)
+            self.tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+            self.model: Any = AutoModelForSequenceClassification.from_pretrained(
+                name, dtype=dtype, use_safetensors=True, trust_remote_code=False
+            )
         except Exception as error:  # of whatever the files' readers raise
-            text = " ".join(str(error).split())
+            text = refusal(error) or " ".join(str(error).split())
             raise ValueError(f"reward={name!r}: no reward model can be loaded: {text}") from error
         if self.model.config.num_labels != 1:
             raise ValueError(

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from grpo_fast.spelling import closest, did_you_mean
+from grpo_fast.trainer import files
 from grpo_fast.trainer.config import TrainConfig
 from grpo_fast.trainer.rewards import Reward, Text, text_of
 from grpo_fast.trainer.tasks.task import Row, Task, alphabet, in_chat, split
@@ -93,7 +94,7 @@ def options(text: str | None) -> dict[str, Any]:
         ValueError: it is no mapping, or has one of the options that are set here.
     """
     try:
-        found = yaml.safe_load(text or "{}")
+        found = files.read_yaml(text or "{}")
     except yaml.YAMLError as error:
         raise ValueError(f"not YAML: {error}") from error
     if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
