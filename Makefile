@@ -2,7 +2,10 @@
 # make train MODEL=smollm2: the same with a pretrained model, which comes in a package.
 # make study: group size, clipping, KL and PPO on a small task, several seeds (docs/study.md); ARGS="--jobs 2".
 # make docs: the site, in build/site. It needs no network: open build/site/index.html.
+# make audit: known vulnerabilities of the pinned versions (SECURITY.md). It needs a network.
+# make versions: the tests with other versions (docs/compatibility.md); ARGS="--only oldest", ARGS=--save.
 # make check: lint, types, the fast tests in PyTorch.  make mutants: do the tests notice changed code?
+# make fuzz: random calls of all public functions against an oracle (docs/fuzzing.md); ARGS="--seed 1000".
 # VENV=system uses the python on PATH and keeps the torch it has.
 VENV ?= .venv
 PYTHON ?= python3
@@ -30,7 +33,8 @@ FAST := spec/test_advantage_oracles.py spec/test_derivatives.py spec/test_names.
 	shared_prompt/test_plans.py shared_prompt/test_traps.py \
 	project/test_docs.py project/test_doctor.py project/test_fallbacks.py project/test_layout.py \
 	project/test_log.py project/test_packaging.py project/test_public_api.py project/test_readme.py \
-	project/test_site.py project/test_suite.py
+	project/test_security.py project/test_site.py project/test_suite.py \
+	versions/test_versions.py
 
 ifeq ($(VENV),system)
 PY := $(PYTHON)
@@ -40,7 +44,7 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 endif
 
-.PHONY: setup system train test check mutants lint bench docs study clean
+.PHONY: setup system train test check mutants fuzz lint bench docs study audit versions clean
 setup: $(READY)
 
 # A pretrained model by a short name: its recipe, and the package that has it. The requirements of that package
@@ -58,8 +62,9 @@ system:
 
 # torch first and alone, at the pinned version: other packages would pull the newest CUDA build.
 # Then what is installed beside the environment, off its path:
-# - verl, for its sources, which tests/integrations/test_verl.py runs. Its requirements exclude our
-#   transformers, and its wheel brings a top-level `tests`: hence without dependencies.
+# - verl, SkyRL, OpenRLHF and AReaL, for their sources, which the tests of the adapters run. Their
+#   requirements exclude our transformers, and their wheels bring a top-level `tests`: hence without
+#   dependencies. Nothing of them is compiled, so OpenRLHF's wheel for one version of Python serves all.
 # - Hugging Face's kernels, which loads our hub package in tests/project/test_hub.py. transformers
 #   behaves otherwise if it can import it.
 # - the older TRL that is supported, for tests/integrations/test_trl_versions.py.
@@ -71,6 +76,8 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt torch setuptools
 	$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[test]'
 	$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt --no-deps --upgrade --target $(VENV)/oracles verl kernels
+	$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt --no-deps --upgrade --target $(VENV)/oracles \
+		--python-version 3.11 --platform manylinux1_x86_64 --only-binary :all: skyrl openrlhf areal
 	$(PY) -m pip install -q --disable-pip-version-check --no-deps --upgrade --target $(VENV)/trl-1.15 trl==1.15.0
 	$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt --no-deps --upgrade --target $(VENV)/quantisers torchao bitsandbytes
 	touch $@
@@ -97,6 +104,10 @@ check: $(READY) lint
 mutants: $(READY)
 	$(PY) -m tests.support.mutants --jobs $(JOBS) $(ARGS)
 
+fuzz: $(READY)
+	OMP_NUM_THREADS=1 $(PY) -m tests.fuzz --cases 20000 --jobs $(JOBS) $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m tests.fuzz --cases 1000 --backend triton --jobs $(JOBS) $(ARGS)
+
 bench: $(READY)
 	$(PY) -m pytest benchmarks $(ARGS)
 
@@ -107,6 +118,19 @@ docs: EXTRA := docs
 docs: $(READY)
 	$(PY) docs/site/llms.py
 	$(PY) -m mkdocs build
+
+# The tool comes into an environment of its own: its requirements are none of ours.
+build/audit/bin/pip-audit:
+	$(PYTHON) -m venv build/audit
+	build/audit/bin/python -m pip install -q --disable-pip-version-check pip-audit
+
+# --strict: a package that could not be looked up is an error. `pip check` is reported, but ends nothing.
+audit: $(READY) build/audit/bin/pip-audit
+	-$(PY) -m pip check
+	build/audit/bin/pip-audit -r constraints.txt --no-deps --disable-pip --strict
+
+versions: $(READY)
+	$(PY) -m tests.versions $(ARGS)
 
 clean:
 	rm -rf $(VENV) build *.egg-info
