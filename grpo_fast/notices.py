@@ -27,6 +27,10 @@ VARIABLES = {
         ("triton", "torch"),
         "forces the Triton kernels (triton) or PyTorch's operators (torch)",
     ),
+    "GRPO_FAST_COMPILE": (
+        ("0", "1"),
+        "0: nothing on a CPU is compiled; 1: calls of any size are",
+    ),
     "GRPO_FAST_LOG": (("0", "1"), "1: logs a line for each call"),
     "GRPO_FAST_ON_CHIP": (("0", "1"), "1: grpo_loss uses the kernel that reads each row once"),
     "GRPO_FAST_STRICT": (("0", "1"), "1: a fallback is an error"),
@@ -84,6 +88,10 @@ FALLBACKS = {
         "the head is multiplied in float32, which is right but slower",
         "PyTorch 2.10 or newer multiplies halves with a float32 result; logits_dtype='bf16' multiplies "
         "halves here and rounds the logits",
+    ),
+    "uncompiled": Fallback(
+        "the CPU path runs by PyTorch's operators, uncompiled",
+        "The results are the same, but they take longer; GRPO_FAST_COMPILE=0 asks for this",
     ),
     "slabs": Fallback(
         "gradients of the head are multiplied and added in two steps",

@@ -35,7 +35,8 @@ def _move_rows_kernel(
     offs = (pid % blocks) * BLOCK + tl.arange(0, BLOCK)
     keep = offs < D
     if outgoing.stage is not None:
-        leaves = keep & (i < n_out)
+        # Not `keep & (i < n_out)`: Triton 3.9's interpreter has no mask of a row and a scalar.
+        leaves = offs < tl.where(i < n_out, D, 0)
         row = i
         if outgoing.rows is not None:
             row = tl.load(outgoing.rows + i, mask=i < n_out, other=0)

@@ -7,6 +7,8 @@ import torch
 if not torch.cuda.is_available():  # before anything imports triton
     os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or deterministic mode warns of cuBLAS
+# Compiling takes seconds; tests of compiled code ask for it.
+os.environ.setdefault("GRPO_FAST_COMPILE", "0")
 
 
 def pytest_configure(config):

@@ -14,6 +14,7 @@ from grpo_fast.doctor import check, machine, paths
 from grpo_fast.doctor.combinations import OF_BENCHMARKS, Finding, diagnose
 from grpo_fast.integrations.shared.packages import is_between
 from grpo_fast.notices import VARIABLES
+from grpo_fast.torch_kernels import compiled
 
 OTHERS = {
     "CC": "the C compiler that Triton calls",
@@ -91,6 +92,7 @@ def report(device: str | None = None, seconds: float | None = check.SECONDS) -> 
         "gpu_error": here.gpu_error,
         "driver": _driver(here),
         "compiler": here.compiler,
+        "compiled_on_a_cpu": compiled.summary(),
         "variables": {name: _variable(name, x) for name, x in here.variables.items()},
         "device": str(where),
         "paths": [x._asdict() for x in ran],
@@ -135,6 +137,7 @@ def text(found: dict[str, Any]) -> str:
     lines += [f"  GPU: {x}" for x in found["gpus"]] or _wrapped(f"GPU: {none}")
     lines += [f"  driver: {found['driver']}"]
     lines += [f"  C compiler: {found['compiler'] or 'none'}"]
+    lines += _wrapped(f"compiled on a CPU: {found['compiled_on_a_cpu']}")
     lines += [f"  {name}={x}" for name, x in found["variables"].items()]
     lines += ["", f"paths on {found['device']}"]
     for x in found["paths"]:

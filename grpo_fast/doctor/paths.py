@@ -191,6 +191,8 @@ def _compiled(ran: str) -> str:
     """Say what compiles a path."""
     if "Triton kernels" in ran:
         return "by Triton, at the first launch"
+    if "compiled, blocks" in ran:
+        return "by inductor, at the first call"
     if "Triton's interpreter" in ran:
         return "no, interpreted"
     return "no, eager" if "PyTorch path" in ran else ""

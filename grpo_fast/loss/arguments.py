@@ -10,10 +10,10 @@ from grpo_fast import checks
 from grpo_fast.checks import check_constant, check_held, check_values, per_token
 from grpo_fast.objective import Objective
 from grpo_fast.operands import LARGEST, SMALLEST, hint, operand
-from grpo_fast.ops.coefficients import Batch
+from grpo_fast.ops.coefficients import Batch, PerToken
 from grpo_fast.ops.group_advantage import check_rewards
 from grpo_fast.ops.reduction_weights import weights_of
-from grpo_fast.records import Rewards, Sequences, Tokens, Weighing
+from grpo_fast.records import Rewards, Sequences, Tokens, Weighing, Weights
 from grpo_fast.sequences import first_of_sequence, one_per_sequence, spread_argument
 from grpo_fast.surrogates import SURROGATES
 
@@ -61,71 +61,115 @@ def check_batch(
         mask: (N,) bool, from `checks.check_mask`.
         dtype: the dtype of the tensors per token, float32 or float64.
     """
-    objective, cu_seqlens = given.objective, given.cu_seqlens
-    if cu_seqlens is not None:
-        cu_seqlens = checks.check_cu_seqlens(op, cu_seqlens, like)
+    objective = given.objective
+    rewards, weighing = _check_weighing(op, like, mask, given, dtype)
+    boundaries = weighing.boundaries
     # Packed tokens without boundaries are one sequence.
-    rows = like[None] if like.ndim == 1 and cu_seqlens is None else like
-    rewards = _check_rewards(
-        op, like, given, len(rows) if cu_seqlens is None else len(cu_seqlens) - 1
-    )
-    _check_needed(op, given)
-    _check_constants(op, like, given)
+    rows = like[None] if like.ndim == 1 and boundaries is None else like
     found = weights_of(
         torch.empty_like(like, dtype=dtype) if dtype == torch.float64 else like.detach(),
-        Weighing(
-            mask,
-            checks.floating_mask(given.mask, like),
-            per_token(op, "token_weights", given.token_weights, like, dtype),
-            cu_seqlens,
-            _check_num_items(op, given.num_items, objective),
-            _check_loss_scale(op, given.loss_scale),
-        ),
+        weighing,
         objective,
     )
-
-    def spread(name: str, x: Tensor | None) -> Tensor | None:
-        """Return an argument that is given per sequence or per token as (N,)."""
-        if x is None:
-            return None
-        x = spread_argument(op, name, x, like, cu_seqlens, found.sequence)
-        return per_token(op, name, x, like, dtype)
-
-    scores = given.scores
-    if rewards is not None and scores is None and SURROGATES[objective.surrogate].takes_scores:
-        scores = rewards[:, None]  # (B, 1) is per sequence even where B equals the number of tokens
-    importance = spread("importance_weights", given.importance_weights)
-    log_importance = None
+    takes_scores = SURROGATES[objective.surrogate].takes_scores
+    if rewards is not None and given.scores is None and takes_scores:
+        # (B, 1) is per sequence even where B equals the number of tokens
+        given = given._replace(scores=rewards[:, None])
+    each = _check_per_token(op, like, given, weighing, found.sequence, dtype)
+    importance, log_importance = each.importance, None
     if objective.surrogate == "vespo" and importance is not None:
-        # VESPO adds it to the log of the sequence weight. A value per sequence counts once, at the
-        # first token of the sequence.
-        live = torch.ones_like(importance, dtype=torch.bool) if mask is None else mask
-        counts, weighs = live, live if found.share is None else found.share
-        weights = given.importance_weights
-        if weights is not None and weights.shape != like.shape:
-            counts = first_of_sequence(rows, found.sequence)
-            weighs = counts
-        logs = weighs * importance.log().clamp(math.log(1e-8), 20)
-        log_importance, importance = torch.where(counts, logs, 0), None
+        by_sequence = given.importance_weights.shape != like.shape  # type: ignore[union-attr]
+        first = first_of_sequence(rows, found.sequence) if by_sequence else None
+        log_importance = _log_importance(importance, mask, found, first)
+        importance = None
     tokens = Tokens(
         weight=found.weight,
-        advantages=spread("advantages", given.advantages),
-        old_logp=per_token(op, "old_logps", given.old_logps, like, dtype),
-        ref_logp=per_token(op, "ref_logps", given.ref_logps, like, dtype),
+        advantages=each.advantages,
+        old_logp=each.old_logp,
+        ref_logp=each.ref_logp,
         importance=importance,
-        score=spread("scores", scores),
+        score=each.score,
         entropy_weight=found.entropy_weight,
         coefficient=None,
     )
-    boundaries = None
-    if cu_seqlens is not None and objective.needs_sequences:
-        boundaries = cu_seqlens.long().contiguous()
+    if boundaries is not None:
+        boundaries = boundaries.long().contiguous() if objective.needs_sequences else None
     return Batch(
         mask,
         tokens,
         Rewards(rewards, given.group_size or 1, found.sequence),
         Sequences(boundaries, rows.shape[-1], found.share, log_importance),
     )
+
+
+def check_unweighed(
+    op: str, like: Tensor, mask: Tensor | None, given: LossArguments
+) -> tuple[Weighing, PerToken]:
+    """Check the arguments as `check_batch` does, of padded tokens; leave the weights to the caller."""
+    _, weighing = _check_weighing(op, like, mask, given, torch.float32)
+    return weighing, _check_per_token(op, like, given, weighing, None, torch.float32)
+
+
+def _check_weighing(
+    op: str, like: Tensor, mask: Tensor | None, given: LossArguments, dtype: torch.dtype
+) -> tuple[Tensor | None, Weighing]:
+    """Check the arguments, except the values of `PerToken`; return the rewards, and what weighs tokens."""
+    cu_seqlens, sequences = given.cu_seqlens, len(like) if like.ndim == 2 else 1
+    if cu_seqlens is not None:
+        cu_seqlens = checks.check_cu_seqlens(op, cu_seqlens, like)
+        sequences = len(cu_seqlens) - 1
+    rewards = _check_rewards(op, like, given, sequences)
+    _check_needed(op, given)
+    _check_constants(op, like, given)
+    return rewards, Weighing(
+        mask,
+        checks.floating_mask(given.mask, like),
+        per_token(op, "token_weights", given.token_weights, like, dtype),
+        cu_seqlens,
+        _check_num_items(op, given.num_items, given.objective),
+        _check_loss_scale(op, given.loss_scale),
+    )
+
+
+def _check_per_token(
+    op: str,
+    like: Tensor,
+    given: LossArguments,
+    weighing: Weighing,
+    sequence: Tensor | None,
+    dtype: torch.dtype,
+) -> PerToken:
+    """Check the values of tokens and of sequences; return them per token."""
+
+    def spread(name: str, x: Tensor | None) -> Tensor | None:
+        """Return an argument that is given per sequence or per token as (N,)."""
+        if x is None:
+            return None
+        x = spread_argument(op, name, x, like, weighing.boundaries, sequence)
+        return per_token(op, name, x, like, dtype)
+
+    importance = spread("importance_weights", given.importance_weights)
+    return PerToken(
+        advantages=spread("advantages", given.advantages),
+        old_logp=per_token(op, "old_logps", given.old_logps, like, dtype),
+        ref_logp=per_token(op, "ref_logps", given.ref_logps, like, dtype),
+        importance=importance,
+        score=spread("scores", given.scores),
+    )
+
+
+def _log_importance(
+    importance: Tensor, mask: Tensor | None, weights: Weights, first: Tensor | None
+) -> Tensor:
+    """Return what VESPO adds to the log of the sequence weight, (N,).
+
+    A value per sequence counts once, at the `first` token of the sequence; None: one per token.
+    """
+    live = torch.ones_like(importance, dtype=torch.bool) if mask is None else mask
+    counts, weighs = live, live if weights.share is None else weights.share
+    if first is not None:
+        counts = weighs = first
+    return torch.where(counts, weighs * importance.log().clamp(math.log(1e-8), 20), 0)
 
 
 def _check_rewards(
@@ -158,14 +202,6 @@ def _check_constants(op: str, like: Tensor, given: LossArguments) -> None:
     for name in ("num_items", "loss_scale"):
         check_constant(op, name, getattr(given, name))
         check_held(op, name, getattr(given, name), like)
-
-
-def check_objective(op: str, objective: object) -> None:
-    """Refuse anything that is no `Objective`, before its options are read."""
-    if not isinstance(objective, Objective):
-        raise TypeError(
-            f"{op}: objective: want an Objective, such as Objective.preset(name), got {objective!r}"
-        )
 
 
 def _check_needed(op: str, given: LossArguments) -> None:

@@ -3,12 +3,12 @@
 from torch import Tensor
 
 from grpo_fast import checks
-from grpo_fast.loss.arguments import LossArguments, check_batch, check_objective
-from grpo_fast.loss.output import LossOutput, loss_output
+from grpo_fast.loss.arguments import LossArguments, check_batch, check_unweighed
+from grpo_fast.loss.output import LossOutput, loss_output, metrics_of
 from grpo_fast.notices import logged
 from grpo_fast.objective import OPTIONS, Objective
 from grpo_fast.ops.autograd import anchors_of, once_differentiable
-from grpo_fast.ops.coefficients import values
+from grpo_fast.ops.coefficients import in_one_call, padded_loss, values
 from grpo_fast.records import Outputs
 from grpo_fast.spelling import keywords_explained
 
@@ -54,13 +54,14 @@ def policy_loss(
     are constants; `old_logps=logps` is allowed and is detached here.
 
     Returns:
-        `LossOutput`; its `entropy` is the given one, detached.
+        `LossOutput`; its `logps` and `entropy` are the given ones, detached, in float32. Where
+        masked they hold what was given.
 
     Raises:
         ValueError, TypeError: as in `grpo_loss`.
     """
     op = "policy_loss"
-    check_objective(op, objective)
+    checks.check_objective(op, objective)
     checks.check_tensor(op, "logps", logps)
     checks.check_no_tangent(op, "logps", logps)
     if not logps.is_floating_point():
@@ -81,14 +82,34 @@ def policy_loss(
         loss_scale=loss_scale,
         cu_seqlens=cu_seqlens,
     )
+    live = checks.check_mask(op, mask, logps)
+    if in_one_call(logps, objective, importance_weights, entropy, *given):
+        at_once = _of_padded(op, logps, live, entropy, given)
+        if at_once is not None:
+            return at_once
     logp = logps.float()
-    batch = check_batch(op, logp, checks.check_mask(op, mask, logps), given)
+    batch = check_batch(op, logp, live, given)
     flat = logp.reshape(-1).contiguous()
     flat_entropy = None if entropy is None else entropy.reshape(-1).float().contiguous()
     found = values(flat, flat_entropy, batch, objective.terms)
     loss = once_differentiable(op, found.loss, anchors_of(logps, entropy))
     out = Outputs(loss, flat.detach(), flat_entropy, found.kl, found.clip)
     return loss_output(logps, out, batch)
+
+
+def _of_padded(
+    op: str, logps: Tensor, mask: Tensor | None, entropy: Tensor | None, given: LossArguments
+) -> LossOutput | None:
+    """Return the loss of padded tokens, computed in one call; None if nothing can compile it."""
+    logp = logps.detach().float().contiguous()
+    if entropy is not None:
+        entropy = entropy.detach().float().contiguous()
+    weighing, each = check_unweighed(op, logp, mask, given)
+    found = padded_loss(op, logps, logp, entropy, weighing, each, given.objective)
+    if found is None:
+        return None
+    metrics = metrics_of(found.metrics, each.ref_logp is not None, entropy is not None)
+    return LossOutput(found.loss, logp, entropy, metrics, found.statistics)
 
 
 def _check_entropy(op: str, entropy: Tensor | None, logps: Tensor, objective: Objective) -> None:

@@ -22,9 +22,9 @@ class LossOutput(NamedTuple):
     Attributes:
         loss: 0-dim, differentiable.
         logps: the log-probs, of the shape of the ids, detached; finite but unspecified where
-            masked.
+            masked. `policy_loss` returns those that it got, in float32, also where masked.
         entropy: the entropies in nats, of the shape of the ids, detached; finite but unspecified
-            where masked. None where they were not computed.
+            where masked. None where they were not computed. `policy_loss` as for `logps`.
         metrics: 0-dim tensors on the device of the loss; `metrics_from` lists them.
         statistics: (16,) float32, the sums and extremes from which the metrics are computed, and the
             sum of the losses. Gather them across ranks (one collective); then
@@ -57,14 +57,20 @@ def loss_output(like: Tensor, outputs: Outputs, batch: Batch) -> LossOutput:
         tokens.old_logp,
         tokens.importance,
     )
-    metrics = dict(zip(METRICS, values.unbind(), strict=True))
-    if not has_ref:
-        del metrics["kl"]
-    if entropy is None:
-        del metrics["entropy"]
+    metrics = metrics_of(values, has_ref, entropy is not None)
     shaped = None if entropy is None else entropy.view(like.shape)
     total = SumOf.apply(loss, total) if loss.requires_grad else total
     return LossOutput(total, outputs.logp.view(like.shape), shaped, metrics, statistics)
+
+
+def metrics_of(values: Tensor, has_ref: bool, has_entropy: bool) -> dict[str, Tensor]:
+    """Return the metrics (14,) of a step by name, without those that were not computed."""
+    metrics = dict(zip(METRICS, values.unbind(), strict=True))
+    if not has_ref:
+        del metrics["kl"]
+    if not has_entropy:
+        del metrics["entropy"]
+    return metrics
 
 
 class SumOf(torch.autograd.Function):

@@ -26,19 +26,6 @@ class _Constant(torch.autograd.Function):
         )
 
 
-class _Anchor(torch.autograd.Function):
-    """Return a tensor without elements that has the graph of x and does not keep the memory of x."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.set_materialize_grads(False)  # otherwise each backward makes zeros that nobody uses
-        return x.new_empty(0)
-
-    @staticmethod
-    def backward(ctx: Any, _: Tensor | None) -> None:
-        return None
-
-
 class _Anchored(torch.autograd.Function):
     """Return y unchanged, and connect its upstream gradient with the anchors."""
 
@@ -63,7 +50,9 @@ def anchors_of(*inputs: Tensor | None) -> list[Tensor]:
     """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return []
-    return [_Anchor.apply(x) for x in inputs if x is not None and x.requires_grad]
+    wanted = [x if x.ndim else x[None] for x in inputs if x is not None and x.requires_grad]
+    # Without elements: they have the graph of an input and do not keep its memory.
+    return [x[:0].clone() for x in wanted]
 
 
 def once_differentiable(op: str, y: Tensor, anchors: list[Tensor]) -> Tensor:
@@ -74,6 +63,32 @@ def once_differentiable(op: str, y: Tensor, anchors: list[Tensor]) -> Tensor:
     lacks a part.
     """
     return _Anchored.apply(op, y, *anchors) if anchors and y.requires_grad else y
+
+
+class _WithGradient(torch.autograd.Function):
+    """Return y with the gradient dx in x; second derivatives raise as in `once_differentiable`."""
+
+    @staticmethod
+    def forward(ctx: Any, op: str, x: Tensor, anchor: Tensor, y: Tensor, dx: Tensor) -> Tensor:
+        ctx.op, ctx.dtype = op, x.dtype
+        ctx.save_for_backward(dx, anchor)
+        return y.detach()
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple:
+        dx, anchor = ctx.saved_tensors
+        with torch.no_grad():
+            found = (dy * dx).to(ctx.dtype)
+        if torch.is_grad_enabled():
+            found = _Constant.apply(ctx.op, found, dy, anchor)
+        return None, found, None, None, None
+
+
+def with_gradient(op: str, x: Tensor, y: Tensor, dx: Tensor) -> Tensor:
+    """Return y (), a function of x whose gradient dx is known, as an output of `op` that has a graph."""
+    for anchor in anchors_of(x):
+        return _WithGradient.apply(op, x, anchor, y, dx)
+    return y
 
 
 def without_graph(op: str) -> Callable[[Backward], Backward]:

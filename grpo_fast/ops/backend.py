@@ -110,7 +110,7 @@ def implementation(x: Tensor) -> str:
     return "Triton kernels" if compiled else "Triton's interpreter"
 
 
-def _path_and_reason(x: Tensor) -> str:
+def path_and_reason(x: Tensor) -> str:
     """Name the implementation of an op on `x`, always with the reason."""
     name, _, _ = implementation(x).partition(":")
     return f"{name} ({path_of(x).reason})"
@@ -158,7 +158,7 @@ def run(function: str, like: Tensor, *args: Any, by_pytorch: bool = False, **kwa
     """
     kernels = not by_pytorch and use_triton(like)
     if notices.noting() and not function.startswith("schedules."):  # a question, no kernel
-        why = "PyTorch path (float64, or no tokens)" if by_pytorch else _path_and_reason(like)
+        why = "PyTorch path (float64, or no tokens)" if by_pytorch else path_and_reason(like)
         notices.note(why, function.rpartition(".")[2])
     if not kernels:
         twin = _function(f"..torch_kernels.{function}")

@@ -11,11 +11,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from grpo_fast.notices import note, noting
+from grpo_fast.objective import Objective
 from grpo_fast.operands import Modes, Terms
+from grpo_fast.ops.autograd import with_gradient
+from grpo_fast.ops.backend import implementation, use_triton
+from grpo_fast.ops.operator import watched
 from grpo_fast.ops.policy_loss import policy_loss_fwd
 from grpo_fast.ops.sequence_loss import sequence_loss_fwd
 from grpo_fast.ops.top_entropy import top_entropy_mask
-from grpo_fast.records import Rewards, Sequences, Tokens
+from grpo_fast.records import Rewards, Sequences, Tokens, Weighing
+from grpo_fast.torch_kernels import policy_loss as twin
 from grpo_fast.torch_kernels.reduction_weights import total_of
 from grpo_fast.torch_kernels.terms import weigh
 
@@ -27,6 +33,16 @@ class Batch(NamedTuple):
     tokens: Tokens
     rewards: Rewards
     sequences: Sequences
+
+
+class PerToken(NamedTuple):
+    """The arguments of an objective for each token, as in `Tokens`, while the weights are not known."""
+
+    advantages: Tensor | None
+    old_logp: Tensor | None
+    ref_logp: Tensor | None
+    importance: Tensor | None
+    score: Tensor | None
 
 
 class Values(NamedTuple):
@@ -118,6 +134,60 @@ def with_coefficients(tokens: Tokens, c: Tensor, terms: Terms) -> tuple[Tokens, 
         coefficient=c,
     )
     return tokens, terms._replace(modes=terms.modes.without_surrogate())
+
+
+def in_one_call(
+    logps: Tensor, objective: Objective, importance: Tensor | None, *given: Any
+) -> bool:
+    """Tell whether `padded_loss` computes a loss: of many padded tokens on a CPU that nothing traces.
+
+    Args:
+        importance: the importance weights.
+        given: the other arguments.
+    """
+    weighs_sequences = objective.surrogate == "vespo" and importance is not None
+    return not (
+        objective.needs_entropy
+        or weighs_sequences
+        or watched(logps, importance, *given)
+        or not twin.pays_off(logps)
+        or use_triton(logps)
+    )
+
+
+class PaddedLoss(NamedTuple):
+    """The loss of padded tokens, and what is computed on the way."""
+
+    loss: Tensor  # (), differentiable in the log-probs
+    statistics: Tensor  # (16,) fp32
+    metrics: Tensor  # (14,) fp32
+
+
+def padded_loss(
+    op: str,
+    logps: Tensor,
+    logp: Tensor,
+    entropy: Tensor | None,
+    weighing: Weighing,
+    each: PerToken,
+    objective: Objective,
+) -> PaddedLoss | None:
+    """Compute the loss of padded tokens where `in_one_call` tells so; None if compiling fails.
+
+    Args:
+        logps: (B, T), any floating dtype: the loss is differentiable in them.
+        logp: the same values, fp32 and contiguous, without a graph.
+        entropy: (B, T) fp32, contiguous, without a graph; or None.
+        weighing: of padded tokens.
+        each: the values of tokens.
+    """
+    found = twin.padded_loss(logp, entropy, weighing, each, objective)
+    if found is None:
+        return None
+    if noting():
+        note(implementation(logp), "padded_loss")
+    dlogp, statistics, metrics, total = found
+    return PaddedLoss(with_gradient(op, logps, total, dlogp), statistics, metrics)
 
 
 class WithGradientOf(torch.autograd.Function):

@@ -1,5 +1,6 @@
 """Advantages of rewards relative to their group, as operators and as the public function."""
 
+import math
 from typing import Any
 
 import torch
@@ -7,12 +8,13 @@ from torch import Tensor
 
 from grpo_fast import checks, sequences
 from grpo_fast.checks import check_values
-from grpo_fast.notices import logged
+from grpo_fast.notices import logged, note, noting, setting
 from grpo_fast.operands import LARGEST, hint, operand
-from grpo_fast.ops.backend import run
+from grpo_fast.ops.backend import path_and_reason, run
+from grpo_fast.ops.operator import operator, watched
 from grpo_fast.records import Z_SCORE, Grouping, Standardization, flat, schema, unflatten
 from grpo_fast.spelling import check_choice, keywords_explained
-from grpo_fast.torch_kernels.group_advantage import wide
+from grpo_fast.torch_kernels.group_advantage import plain_scores, wide
 
 SCALES = ("group", "batch", "none")
 BASELINES = ("mean", "leave_one_out")
@@ -24,31 +26,36 @@ NARROW = {torch.float32, torch.float16, torch.bfloat16}
 NARROW |= {torch.bool, torch.uint8, torch.int8, torch.int16}
 
 
+FORWARD = "group_advantage.group_advantage_fwd"
+
+
 @logged("operator group_advantage", inner=True)
 def _group_advantage(rewards: Tensor, *arguments: Any) -> Tensor:
     """Return the advantages (B,) fp32 of rewards (B,) fp32 or fp64."""
     grouping, standardization = unflatten(arguments, Grouping, Standardization)
     standardization = standardization._replace(eps=standardization.eps.item())
-    return run("group_advantage.group_advantage_fwd", rewards, rewards, grouping, standardization)
+    return run(FORWARD, rewards, rewards, grouping, standardization)
 
 
-group_advantage_op = torch.library.custom_op(
-    "grpo_fast::group_advantage",
-    _group_advantage,
-    mutates_args=(),
-    schema=f"(Tensor rewards, {schema(grouping=Grouping, standardization=Standardization)}) -> Tensor",
-)
-
-
-@group_advantage_op.register_fake
-def _(rewards: Tensor, *arguments: Any) -> Tensor:
+def _fake_advantage(rewards: Tensor, *arguments: Any) -> Tensor:
     return torch.empty_like(rewards, dtype=torch.float32)
+
+
+group_advantage_op = operator(
+    "group_advantage",
+    _group_advantage,
+    f"(Tensor rewards, {schema(grouping=Grouping, standardization=Standardization)}) -> Tensor",
+    fake=_fake_advantage,
+)
 
 
 def group_advantage_fwd(
     rewards: Tensor, grouping: Grouping, standardization: Standardization
 ) -> Tensor:
-    """Call the operator on rewards (B,); `standardization.eps` is a number."""
+    """Return the advantages (B,) fp32 of rewards (B,) fp32 or fp64; `standardization.eps` is a number."""
+    if not watched(rewards, grouping.labels):
+        # The operator takes eps as a tensor, which costs as much as two operations on a few rewards.
+        return run(FORWARD, rewards, rewards, grouping, standardization)
     return group_advantage_op(
         rewards, *flat(grouping, standardization._replace(eps=operand(standardization.eps)))
     )
@@ -81,17 +88,18 @@ def _combine_rewards(rewards: Tensor, weights: Tensor | None, *arguments: Any) -
 
 
 _COMBINE = schema(grouping=Grouping, normalize=bool, standardization=Standardization)
-combine_rewards_op = torch.library.custom_op(
-    "grpo_fast::combine_rewards",
-    _combine_rewards,
-    mutates_args=(),
-    schema=f"(Tensor rewards, Tensor? weights, {_COMBINE}) -> Tensor",
-)
 
 
-@combine_rewards_op.register_fake
-def _(rewards: Tensor, weights: Tensor | None, *arguments: Any) -> Tensor:
+def _fake_combined(rewards: Tensor, weights: Tensor | None, *arguments: Any) -> Tensor:
     return rewards.new_empty(len(rewards), dtype=wide(rewards))
+
+
+combine_rewards_op = operator(
+    "combine_rewards",
+    _combine_rewards,
+    f"(Tensor rewards, Tensor? weights, {_COMBINE}) -> Tensor",
+    fake=_fake_combined,
+)
 
 
 def check_rewards(
@@ -132,14 +140,19 @@ def check_rewards(
                 "are)"
             )
     if check_values(rewards):
-        bad = rewards.isinf() if skip_nan else ~rewards.isfinite()
-        if bool(bad.any()):
+        # A finite sum has finite terms, and costs a third of the rest.
+        bad = None if math.isfinite(rewards.sum().item()) else _not_finite(rewards, skip_nan)
+        if bad is not None and bool(bad.any()):
             where = bad.nonzero()[0].tolist()
             value = rewards[tuple(where)].item()
             hint = " (nan='skip' leaves missing ones out)" if columns and value != value else ""
             place = where[0] if rewards.ndim == 1 else tuple(where)
             raise ValueError(f"{op}: rewards: {value} at {place}, want finite rewards{hint}")
     return without_rounding(rewards)
+
+
+def _not_finite(rewards: Tensor, skip_nan: bool) -> Tensor:
+    return rewards.isinf() if skip_nan else ~rewards.isfinite()
 
 
 def without_rounding(rewards: Tensor) -> Tensor:
@@ -168,6 +181,37 @@ def check_groups(
         raise TypeError(f"{op}: group_ids: want integers, got {group_ids.dtype}")
     checks.check_device(op, "group_ids", group_ids, rewards)
     return group_ids.to(torch.int64).contiguous()
+
+
+# The options of `group_advantage` unless they are given, in the order of its signature.
+DEFAULTS = ("group", Z_SCORE.eps, True, "mean", None, "sum_then_normalize", "error", "zero")
+
+
+def _of_few(rewards: Tensor, group_size: int | None) -> Tensor | None:
+    """Return the z-scores of a usual call on the CPU; None: the call has to be looked at more closely.
+
+    A batch has few rewards, so that the checks take longer than the arithmetic. Here are as few as
+    show that all of them would pass.
+    """
+    if (
+        type(rewards) is not Tensor
+        or rewards.layout != torch.strided
+        or rewards.is_nested
+        or type(group_size) is not int
+        or rewards.ndim != 1
+        or rewards.dtype != torch.float32
+        or not rewards.is_cpu
+        or group_size < 2
+        or not len(rewards)
+        or len(rewards) % group_size
+        or watched(rewards)
+        or setting("GRPO_FAST_BACKEND") == "triton"
+        or not math.isfinite(rewards.sum().item())
+    ):
+        return None
+    if noting():
+        note(path_and_reason(rewards), "group_advantage_fwd")
+    return plain_scores(rewards.detach(), group_size, Z_SCORE)
 
 
 @logged("group_advantage")
@@ -228,6 +272,11 @@ def group_advantage(
             divide B, an unknown choice, a choice without effect on these rewards, a negative eps.
     """
     op = "group_advantage"
+    options = scale, eps, unbiased, baseline, weights, aggregation, nan, singleton
+    if type(eps) is float and options == DEFAULTS and group_ids is None:
+        scores = _of_few(rewards, group_size)
+        if scores is not None:
+            return scores
     for name, value, choices in (
         ("scale", scale, SCALES),
         ("baseline", baseline, BASELINES),

@@ -11,6 +11,7 @@ from grpo_fast.objective import Objective
 from grpo_fast.operands import Terms
 from grpo_fast.ops.autograd import without_graph
 from grpo_fast.ops.backend import grpo_kernel, note_schedule, run
+from grpo_fast.ops.operator import operator
 from grpo_fast.ops.scaling import scale_rows_
 from grpo_fast.overwritten import DESTROYED, mark_again
 from grpo_fast.records import Outputs, Rewards, SoftCap, Targets, Tokens, schema, unflatten
@@ -109,9 +110,6 @@ def _grpo_(logits: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
 
 
 five, six = (f"({', '.join(['Tensor'] * n)})" for n in (5, 6))
-grpo = torch.library.custom_op(
-    "grpo_fast::grpo", _grpo, mutates_args=(), schema=f"(Tensor logits, {SCHEMA}) -> {six}"
-)
 grpo_ = torch.library.custom_op(
     "grpo_fast::grpo_",
     _grpo_,
@@ -125,8 +123,7 @@ def _(logits: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     return tuple(new_outputs(as_records(arguments)))
 
 
-@grpo.register_fake
-def _(logits: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+def _fake(logits: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     return (*new_outputs(as_records(arguments)), new_gradient(logits))
 
 
@@ -152,7 +149,14 @@ def _backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple:
     return (None if dloss is None else _hand_over(ctx, dloss), *(None,) * NUM_ARGUMENTS)
 
 
-grpo.register_autograd(_backward, setup_context=_setup_context)
+grpo = operator(
+    "grpo",
+    _grpo,
+    f"(Tensor logits, {SCHEMA}) -> {six}",
+    fake=_fake,
+    backward=_backward,
+    setup_context=_setup_context,
+)
 
 
 class _Overwrite(torch.autograd.Function):

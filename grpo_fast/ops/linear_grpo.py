@@ -28,6 +28,7 @@ from grpo_fast.ops.head.passes import (
     scatter_rows,
 )
 from grpo_fast.ops.head.products import early_dtype, working_dtypes
+from grpo_fast.ops.operator import operator
 from grpo_fast.ops.scaling import scale_, scaled_to
 from grpo_fast.records import Rewards, Sequences, Targets, Tokens, schema, unflatten
 
@@ -105,16 +106,7 @@ def _forward(hidden: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     return (out.loss.sum(), *outputs, *gradients)
 
 
-linear_grpo = torch.library.custom_op(
-    "grpo_fast::linear_grpo",
-    _forward,
-    mutates_args=(),
-    schema=f"(Tensor hidden, {schema(**KINDS)}) -> ({', '.join(['Tensor'] * 11)})",
-)
-
-
-@linear_grpo.register_fake
-def _(hidden: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+def _fake(hidden: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     call = as_records(arguments)
     outputs = new_outputs(call.arguments)
     gradients = empty_gradients(hidden, call.parameters, call.needs, early_dtype(hidden))
@@ -161,4 +153,11 @@ def _backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple:
     return (*result, *none[5:])
 
 
-linear_grpo.register_autograd(_backward, setup_context=_setup_context)
+linear_grpo = operator(
+    "linear_grpo",
+    _forward,
+    f"(Tensor hidden, {schema(**KINDS)}) -> ({', '.join(['Tensor'] * 11)})",
+    fake=_fake,
+    backward=_backward,
+    setup_context=_setup_context,
+)

@@ -25,6 +25,7 @@ from grpo_fast.ops.head.passes import (
     scatter_rows,
     write_all,
 )
+from grpo_fast.ops.operator import operator
 from grpo_fast.ops.scaling import weigh_rows
 from grpo_fast.records import RowStatistics, Targets, flat, schema, select, unflatten
 from grpo_fast.spelling import keywords_explained
@@ -75,16 +76,7 @@ def _forward(hidden: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, T
     )
 
 
-linear_logprob_fwd = torch.library.custom_op(
-    "grpo_fast::linear_logprob_fwd",
-    _forward,
-    mutates_args=(),
-    schema=f"(Tensor hidden, {schema(**FORWARD)}) -> {five}",
-)
-
-
-@linear_logprob_fwd.register_fake
-def _(hidden: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+def _fake_forward(hidden: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     _, targets, _, with_entropy, unit, _ = unflatten(arguments, *FORWARD.values())
     N = targets.ids.shape[0]
     kept = N * (not unit)
@@ -112,18 +104,19 @@ def _backward_pass(
     return head.gradients()
 
 
-linear_logprob_bwd = torch.library.custom_op(
-    "grpo_fast::linear_logprob_bwd",
-    _backward_pass,
-    mutates_args=(),
-    schema=f"(Tensor dlogp, Tensor? dentropy, Tensor hidden, {schema(**BACKWARD)}) -> {five}",
-)
-
-
-@linear_logprob_bwd.register_fake
-def _(dlogp: Tensor, dentropy: Tensor | None, hidden: Tensor, *arguments: Any) -> tuple:
+def _fake_backward(
+    dlogp: Tensor, dentropy: Tensor | None, hidden: Tensor, *arguments: Any
+) -> tuple:
     parameters, *_, needs, _ = unflatten(arguments, *BACKWARD.values())
     return empty_gradients(hidden, parameters, needs)
+
+
+linear_logprob_bwd = operator(
+    "linear_logprob_bwd",
+    _backward_pass,
+    f"(Tensor dlogp, Tensor? dentropy, Tensor hidden, {schema(**BACKWARD)}) -> {five}",
+    fake=_fake_backward,
+)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -167,7 +160,14 @@ def _backward(ctx: Any, dlogp: Tensor | None, dentropy: Tensor | None, *_: Any) 
     return (*wanted, *none[5:])
 
 
-linear_logprob_fwd.register_autograd(_backward, setup_context=_setup_context)
+linear_logprob_fwd = operator(
+    "linear_logprob_fwd",
+    _forward,
+    f"(Tensor hidden, {schema(**FORWARD)}) -> {five}",
+    fake=_fake_forward,
+    backward=_backward,
+    setup_context=_setup_context,
+)
 
 
 @overload

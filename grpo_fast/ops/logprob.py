@@ -9,6 +9,7 @@ from grpo_fast import checks
 from grpo_fast.notices import logged
 from grpo_fast.ops.autograd import anchors_of, once_differentiable, without_graph
 from grpo_fast.ops.backend import note_schedule, run
+from grpo_fast.ops.operator import operator
 from grpo_fast.records import RowStatistics, SoftCap, Targets, flat, schema, unflatten
 from grpo_fast.spelling import keywords_explained
 from grpo_fast.torch_kernels.rows import new_gradient
@@ -74,16 +75,7 @@ def _logprob_fwd(logits: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     return tuple(read_rows(logits, *unflatten(arguments, *FORWARD.values())))
 
 
-logprob_fwd = torch.library.custom_op(
-    "grpo_fast::logprob_fwd",
-    _logprob_fwd,
-    mutates_args=(),
-    schema=f"(Tensor logits, {schema(**FORWARD)}) -> (Tensor, Tensor, Tensor, Tensor)",
-)
-
-
-@logprob_fwd.register_fake
-def _(logits: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+def _fake_fwd(logits: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     targets, with_entropy = unflatten(arguments, *FORWARD.values())
     N = targets.ids.shape[0]
     return tuple(logits.new_empty(n, dtype=torch.float32) for n in (N, N * with_entropy, N, N))
@@ -97,17 +89,16 @@ def _logprob_bwd(dlogp: Tensor, dentropy: Tensor | None, logits: Tensor, *argume
     return dlogits
 
 
-logprob_bwd = torch.library.custom_op(
-    "grpo_fast::logprob_bwd",
-    _logprob_bwd,
-    mutates_args=(),
-    schema=f"(Tensor dlogp, Tensor? dentropy, Tensor logits, {schema(**BACKWARD)}) -> Tensor",
-)
-
-
-@logprob_bwd.register_fake
-def _(dlogp: Tensor, dentropy: Tensor | None, logits: Tensor, *rest: Any) -> Tensor:
+def _fake_bwd(dlogp: Tensor, dentropy: Tensor | None, logits: Tensor, *rest: Any) -> Tensor:
     return new_gradient(logits)
+
+
+logprob_bwd = operator(
+    "logprob_bwd",
+    _logprob_bwd,
+    f"(Tensor dlogp, Tensor? dentropy, Tensor logits, {schema(**BACKWARD)}) -> Tensor",
+    fake=_fake_bwd,
+)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -130,7 +121,14 @@ def _backward(ctx: Any, dlogp: Tensor | None, dentropy: Tensor | None, *_: Any) 
     return logprob_bwd(dlogp, dentropy, logits, *flat(targets, statistics)), *none[1:]
 
 
-logprob_fwd.register_autograd(_backward, setup_context=_setup_context)
+logprob_fwd = operator(
+    "logprob_fwd",
+    _logprob_fwd,
+    f"(Tensor logits, {schema(**FORWARD)}) -> (Tensor, Tensor, Tensor, Tensor)",
+    fake=_fake_fwd,
+    backward=_backward,
+    setup_context=_setup_context,
+)
 
 
 @overload

@@ -11,6 +11,7 @@ from grpo_fast.objective import Objective
 from grpo_fast.operands import Terms
 from grpo_fast.ops.autograd import without_graph
 from grpo_fast.ops.backend import run
+from grpo_fast.ops.operator import operator
 from grpo_fast.records import Outputs, PolicyLoss, Tokens, flat, schema, unflatten
 
 ARGUMENTS = {"mask": Tensor | None, "tokens": Tokens, "terms": Terms}
@@ -30,23 +31,12 @@ def none_to_empty(found: PolicyLoss, logp: Tensor) -> tuple[Tensor, ...]:
     return tuple(logp.new_empty(0) if x is None else x for x in found)
 
 
-policy_loss_op = torch.library.custom_op(
-    "grpo_fast::policy_loss",
-    _policy_loss,
-    mutates_args=(),
-    schema=f"(Tensor logp, {schema(**ARGUMENTS)}) -> {RESULTS}",
-)
-
-
 def fake(logp: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     """Return tensors like the results of an operator that returns `PolicyLoss`, without values."""
     _, tokens = unflatten(arguments[: 1 + len(Tokens._fields)], Tensor | None, Tokens)
     kl = logp.new_empty(0) if tokens.ref_logp is None else torch.empty_like(logp)
     clip = logp.new_empty(logp.shape, dtype=torch.int8)
     return torch.empty_like(logp), torch.empty_like(logp), kl, clip
-
-
-policy_loss_op.register_fake(fake)
 
 
 def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -64,7 +54,14 @@ def backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple:
     return (None if dloss is None else dloss * dlogp, *(None,) * (ctx.arguments - 1))
 
 
-policy_loss_op.register_autograd(backward, setup_context=setup_context)
+policy_loss_op = operator(
+    "policy_loss",
+    _policy_loss,
+    f"(Tensor logp, {schema(**ARGUMENTS)}) -> {RESULTS}",
+    fake=fake,
+    backward=backward,
+    setup_context=setup_context,
+)
 
 
 def policy_loss_fwd(logp: Tensor, mask: Tensor | None, tokens: Tokens, terms: Terms) -> PolicyLoss:
@@ -87,19 +84,18 @@ def _token_statistics(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     return run(function, outputs.logp, outputs, *given, by_pytorch=empty)
 
 
-token_statistics_op = torch.library.custom_op(
-    "grpo_fast::token_statistics",
-    _token_statistics,
-    mutates_args=(),
-    schema=f"({schema(**STATISTICS_OF)}) -> (Tensor, Tensor, Tensor)",
-)
-
-
-@token_statistics_op.register_fake
-def _(loss: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+def _fake_statistics(loss: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     return tuple(
         loss.new_empty(n, dtype=torch.float32) for n in ((len(STATISTICS),), (len(METRICS),), ())
     )
+
+
+token_statistics_op = operator(
+    "token_statistics",
+    _token_statistics,
+    f"({schema(**STATISTICS_OF)}) -> (Tensor, Tensor, Tensor)",
+    fake=_fake_statistics,
+)
 
 
 def token_statistics(

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from grpo_fast.objective import Objective
 from grpo_fast.ops.backend import run
+from grpo_fast.ops.operator import operator
 from grpo_fast.records import SymInt, Weighing, Weights, flat, schema, unflatten
 
 ARGUMENTS = {"weighing": Weighing, "reduction": str, "max_length": SymInt, "by_tokens": bool}
@@ -40,16 +41,7 @@ def _number(x: Tensor | None, like: Tensor) -> Any:
     return float(x.item())  # Triton would compile another kernel for an int
 
 
-reduction_weights_op = torch.library.custom_op(
-    "grpo_fast::reduction_weights",
-    _reduction_weights,
-    mutates_args=(),
-    schema=f"(Tensor like, {schema(**ARGUMENTS)}) -> (Tensor, Tensor, Tensor, Tensor)",
-)
-
-
-@reduction_weights_op.register_fake
-def _(like: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+def _fake(like: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     weighing, _, _, by_tokens = unflatten(arguments, *ARGUMENTS.values())
     N = like.numel()
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
@@ -60,6 +52,14 @@ def _(like: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
         new(N if by_tokens else 0, dtype=dtype),
         new(0 if weighing.boundaries is None else N, dtype=torch.int64),
     )
+
+
+reduction_weights_op = operator(
+    "reduction_weights",
+    _reduction_weights,
+    f"(Tensor like, {schema(**ARGUMENTS)}) -> (Tensor, Tensor, Tensor, Tensor)",
+    fake=_fake,
+)
 
 
 def weights_of(like: Tensor, weighing: Weighing, objective: Objective) -> Weights:

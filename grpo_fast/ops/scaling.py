@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from grpo_fast.ops.backend import Strided, run
+from grpo_fast.ops.operator import operator
 
 
 @torch.library.custom_op("grpo_fast::scale_rows_", mutates_args=("x",))
@@ -15,17 +16,18 @@ def scale_rows_(x: Tensor, factor: Tensor) -> None:
     run("scaling.scale_rows", x, Strided(factor), x)
 
 
-@torch.library.custom_op("grpo_fast::weigh_rows", mutates_args=())
-def weigh_rows(x: Tensor, c: Tensor) -> Tensor:
+def _weigh_rows(x: Tensor, c: Tensor) -> Tensor:
     """Compute `c[:, None] * x`, zeros where c is 0; x (N, D), c (N,)."""
     y = torch.empty_like(x)
     run("scaling.weigh_rows", x, x, c, y)
     return y
 
 
-@weigh_rows.register_fake
-def _(x: Tensor, c: Tensor) -> Tensor:
+def _like(x: Tensor, c: Tensor) -> Tensor:
     return torch.empty_like(x)
+
+
+weigh_rows = operator("weigh_rows", _weigh_rows, fake=_like)
 
 
 @torch.library.custom_op("grpo_fast::scale_", mutates_args=("x",))
@@ -34,14 +36,15 @@ def scale_(x: Tensor, factor: Tensor) -> None:
     run("scaling.scale", x, x, factor, x)
 
 
-@torch.library.custom_op("grpo_fast::scaled_to", mutates_args=())
-def scaled_to(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+def _scaled_to(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """Compute `(x * factor).to(dtype)`; x is contiguous, factor 0-dim."""
     y = torch.empty(x.shape, dtype=dtype, device=x.device)
     run("scaling.scale", x, x, factor, y)
     return y
 
 
-@scaled_to.register_fake
-def _(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+def _like_in(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty(x.shape, dtype=dtype, device=x.device)
+
+
+scaled_to = operator("scaled_to", _scaled_to, fake=_like_in)

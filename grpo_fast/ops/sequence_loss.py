@@ -9,6 +9,7 @@ from grpo_fast.notices import logged
 from grpo_fast.objective import Objective
 from grpo_fast.operands import Terms
 from grpo_fast.ops.backend import run
+from grpo_fast.ops.operator import operator
 from grpo_fast.ops.policy_loss import RESULTS, backward, fake, none_to_empty, setup_context
 from grpo_fast.records import PolicyLoss, Sequences, Tokens, flat, schema, unflatten
 
@@ -25,14 +26,14 @@ def _sequence_loss(logp: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     )
 
 
-sequence_loss_op = torch.library.custom_op(
-    "grpo_fast::sequence_loss",
+sequence_loss_op = operator(
+    "sequence_loss",
     _sequence_loss,
-    mutates_args=(),
-    schema=f"(Tensor logp, {schema(**ARGUMENTS)}) -> {RESULTS}",
+    f"(Tensor logp, {schema(**ARGUMENTS)}) -> {RESULTS}",
+    fake=fake,
+    backward=backward,
+    setup_context=setup_context,
 )
-sequence_loss_op.register_fake(fake)
-sequence_loss_op.register_autograd(backward, setup_context=setup_context)
 
 
 def sequence_loss_fwd(

@@ -12,7 +12,33 @@ def group_advantage_fwd(
     rewards: Tensor, grouping: Grouping, standardization: Standardization
 ) -> Tensor:
     """Return the advantages (B,) fp32 of rewards (B,) fp32 or fp64."""
+    if _is_plain(rewards, grouping, standardization):
+        return plain_scores(rewards, grouping.group_size, standardization)
     return group_scores(rewards, grouping, standardization).float()
+
+
+def _is_plain(rewards: Tensor, grouping: Grouping, how: Standardization) -> bool:
+    """Tell whether `plain_scores` is exact: float32 rewards in groups of one size, none missing.
+
+    Squares of float32 do not overflow in float64, and its rounding errors are far below those of
+    float32, whatever offset the rewards have in common.
+    """
+    narrow = rewards.dtype == torch.float32 and wide(rewards) == torch.float64
+    several = grouping.labels is None and grouping.group_size > 1 and len(rewards) > 0
+    rare = how.scale != "group" or how.skip_nan or how.leave_one_out
+    return narrow and several and not rare
+
+
+def plain_scores(rewards: Tensor, group_size: int, how: Standardization) -> Tensor:
+    """Compute the z-scores in few operators: each costs 1 to 5 us, and the rewards are few."""
+    grouped = rewards.reshape(-1, group_size).double()
+    std, mean = torch.std_mean(grouped, 1, correction=int(how.unbiased), keepdim=True)
+    # Equal rewards have this mean without rounding. With eps = 0 their 0 / 0 is 0, too.
+    centred = grouped.sub_(mean)
+    scores = centred.div_(std.add_(how.eps))
+    if how.eps == 0:
+        scores = torch.where(std == 0, 0, scores)
+    return scores.float().view(-1)
 
 
 def combine_rewards_fwd(

@@ -19,22 +19,20 @@ from grpo_fast.records import (
 from grpo_fast.sequences import spread
 from grpo_fast.torch_kernels.group_advantage import group_advantage_fwd
 from grpo_fast.torch_kernels.rows import (
-    apply_soft_cap,
-    block_rows,
-    exponentials,
-    gradient,
+    Block,
     live_rows,
+    read_block,
     row_blocks,
     row_scale,
-    soft_cap_slope,
-    store,
+    schedule,
+    write_block,
 )
 from grpo_fast.torch_kernels.terms import token_policy_terms, weigh
 
 
 def schedule_of(logits: Tensor, dlogits: Tensor, softcap: SoftCap | None, out: Outputs) -> str:
     """Say how `grpo_fwd_bwd` walks over rows of logits."""
-    return f"blocks of at most {block_rows(logits.shape[-1])} rows"
+    return schedule(logits)
 
 
 def grpo_fwd_bwd(
@@ -73,17 +71,12 @@ def grpo_fwd_bwd(
         live = live_rows(targets.mask, rows)
         where = rows if live is None else live + rows.start
         z = block if live is None else block[live]
-        direct = live is None and dblock.dtype == torch.float32
-        work = dblock if direct else torch.empty(z.shape, dtype=torch.float32, device=z.device)
-        if softcap is not None:
-            z = apply_soft_cap(z, softcap)
-        ids, scale = targets.ids[where].long(), row_scale(targets, where)
-        e, statistics, u = exponentials(z, ids, scale, work, return_entropy)
+        read = Block(z, targets.ids[where].long(), row_scale(targets, where), softcap)
+        work = dblock if live is None and dblock.dtype == torch.float32 else None
+        statistics, kept = read_block(read, return_entropy, work)
         mine = Tokens(*(None if x is None else x[where] for x in tokens))  # type: ignore[arg-type]
         dlogp, dentropy = _coefficients(mine, statistics, objective, out, where)
-        slope = None if softcap is None else soft_cap_slope(z, softcap)
-        dz = gradient(e, u, ids, dlogp, dentropy, statistics, scale, slope)
-        store(dblock, live, dz)
+        write_block(read, dlogp, dentropy, statistics, dblock, live, kept)
     return out
 
 

@@ -7,22 +7,19 @@ from torch import Tensor
 
 from grpo_fast.records import RowStatistics, SoftCap, Targets
 from grpo_fast.torch_kernels.rows import (
-    apply_soft_cap,
-    block_rows,
-    exponentials,
-    gradient,
+    Block,
     live_rows,
+    read_block,
     row_blocks,
     row_scale,
-    scaled_difference,
-    soft_cap_slope,
-    store,
+    schedule,
+    write_block,
 )
 
 
 def schedule_of(logits: Tensor, softcap: SoftCap | None = None) -> str:
     """Say how `logprob_fwd` walks over rows of logits."""
-    return f"blocks of at most {block_rows(logits.shape[-1])} rows"
+    return schedule(logits)
 
 
 def logprob_fwd(
@@ -53,11 +50,8 @@ def logprob_fwd(
         live = live_rows(mask, rows)
         z = block if live is None else block[live]
         where = rows if live is None else live + rows.start
-        work = torch.empty(z.shape, dtype=torch.float32, device=z.device)
-        if softcap is not None:
-            z = apply_soft_cap(z, softcap)
-        scale = row_scale(targets, where)
-        _, found, _ = exponentials(z, ids[where].long(), scale, work, with_entropy)
+        read = Block(z, ids[where].long(), row_scale(targets, where), softcap)
+        found, _ = read_block(read, with_entropy)
         out.logp[where], out.top[where], out.total[where] = found.logp, found.top, found.total
         if with_entropy:
             out.entropy[where] = found.entropy
@@ -83,13 +77,6 @@ def logprob_bwd(
         live = live_rows(targets.mask, rows)
         where = rows if live is None else live + rows.start
         z = block if live is None else block[live]
-        if softcap is not None:
-            z = apply_soft_cap(z, softcap)
-        direct = live is None and dblock.dtype == torch.float32
-        out = dblock if direct else torch.empty(z.shape, dtype=torch.float32, device=z.device)
-        scale = row_scale(targets, where)
-        u = scaled_difference(z, statistics.top[where][:, None], scale, out)
-        e = u.exp() if dentropy is not None else u.exp_()
         with_entropy = dentropy is not None
         of_rows = RowStatistics(
             statistics.logp[where],
@@ -97,17 +84,9 @@ def logprob_bwd(
             statistics.top[where],
             statistics.total[where],
         )
-        dz = gradient(
-            e,
-            u if with_entropy else None,
-            targets.ids[where].long(),
-            dlogp[where],
-            None if dentropy is None else dentropy[where],
-            of_rows,
-            scale,
-            None if softcap is None else soft_cap_slope(z, softcap),
-        )
-        store(dblock, live, dz)
+        of_logits = Block(z, targets.ids[where].long(), row_scale(targets, where), softcap)
+        dh = None if dentropy is None else dentropy[where]
+        write_block(of_logits, dlogp[where], dh, of_rows, dblock, live)
 
 
 def unit_of_tops(inv_temperature: Tensor, total: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Objectives on whole sequences: the twin of `kernels/sequence_loss.py`."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -8,6 +9,7 @@ from torch import Tensor
 from grpo_fast.objective import Objective
 from grpo_fast.records import PolicyLoss, Sequences, Tokens
 from grpo_fast.sequences import sequence_sums
+from grpo_fast.torch_kernels.compiled import TOKENS, call, compiles
 from grpo_fast.torch_kernels.terms import Ratio, bounded_log_ratio, masked, policy_terms, weigh
 
 
@@ -15,6 +17,27 @@ def sequence_loss_fwd(
     logp: Tensor, mask: Tensor | None, tokens: Tokens, sequences: Sequences, objective: Objective
 ) -> PolicyLoss:
     """Compute `policy_loss_fwd` for objectives in which a token's loss depends on its whole sequence."""
+    # Inductor would add up packed sequences in any order.
+    padded, T_len = sequences.boundaries is None, sequences.T_len
+    if padded and T_len > 1 and compiles(logp, len(logp), TOKENS):
+        given = logp, mask, *tokens, sequences.share, sequences.log_importance
+        found = call(_of_padded, (objective,), *given, T_len=T_len)
+        if found is not None:
+            return PolicyLoss(*found)
+    return of_sequences(logp, mask, tokens, sequences, objective)
+
+
+def _of_padded(logp: Tensor, mask: Tensor | None, *given: Any) -> PolicyLoss:
+    """Compute `sequence_loss_fwd` from the fields of the records, with the length at the end."""
+    *fields, share, log_importance, objective, T_len = given
+    sequences = Sequences(None, T_len, share, log_importance)
+    return of_sequences(logp, mask, Tokens(*fields), sequences, objective)
+
+
+def of_sequences(
+    logp: Tensor, mask: Tensor | None, tokens: Tokens, sequences: Sequences, objective: Objective
+) -> PolicyLoss:
+    """Compute `sequence_loss_fwd` by PyTorch's operators; padded tokens may also be (B, T)."""
     live = torch.ones_like(logp, dtype=torch.bool) if mask is None else mask
     tokens, logp = masked(tokens, mask), torch.where(live, logp, 0)
     assert tokens.advantages is not None
@@ -31,7 +54,7 @@ def sequence_loss_fwd(
     )
     through = weigh(weight, torch.where(found.free, terms.by_ratio, 0))
     if through_mean:
-        total = sequence_sums(sequences.boundaries, sequences.T_len, len(logp))
+        total = _sums(sequences, logp)
         through = total(through)
         if objective.beta and objective.kl == "k3_unbiased":
             assert terms.kl is not None
@@ -41,8 +64,14 @@ def sequence_loss_fwd(
             through = through + torch.where(mine.isinf(), 0, total(mine) - mine)
         through = torch.where(found.opened, through * found.part, 0)
     dlogp = weigh(weight, terms.by_logp) + through
-    clip = torch.where(live, terms.clip, 0)
-    return PolicyLoss(weigh(weight, terms.loss), dlogp, terms.kl, clip)
+    return PolicyLoss(weigh(weight, terms.loss), dlogp, terms.kl, terms.clip)
+
+
+def _sums(sequences: Sequences, like: Tensor) -> Callable[[Tensor], Tensor]:
+    """Return a function that sums values over sequences: (N,), or of padded tokens (B, T) as (B, 1)."""
+    if like.ndim == 1:
+        return sequence_sums(sequences.boundaries, sequences.T_len, len(like))
+    return lambda x: x.sum(-1, keepdim=True, dtype=torch.float64).to(x.dtype)
 
 
 class Ratios(NamedTuple):
@@ -75,7 +104,7 @@ def ratio_terms(
 ) -> Ratios:
     """Compute the ratio of each token from the tokens' own log-ratios, which are 0 where masked."""
     share, log_importance = sequences.share, sequences.log_importance
-    total = sequence_sums(sequences.boundaries, sequences.T_len, len(own))
+    total = _sums(sequences, own)
     weighs = live.to(own.dtype) if share is None else share
     count = total(weighs)
     part = weighs / count.where(count != 0, 1)

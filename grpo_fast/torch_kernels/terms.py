@@ -46,6 +46,8 @@ def token_policy_terms(logp: Tensor, tokens: Tokens, objective: Objective) -> Po
 def bounded_log_ratio(d: Tensor, objective: Objective) -> tuple[Tensor, Tensor]:
     """Return the log-ratio d after its clamp, and whether the clamp lets a gradient through."""
     low, high = objective.log_ratio_bounds
+    if low is None and high is None:
+        return d, torch.ones_like(d, dtype=torch.bool)
     low, high = -math.inf if low is None else low, math.inf if high is None else high
     return d.clamp(low, high), ~((d < low) | (d > high))
 
@@ -59,6 +61,7 @@ def policy_terms(logp: Tensor, tokens: Tokens, given: Ratio, objective: Objectiv
     loss, by_ratio, by_logp, clip = surrogate_terms(
         logp, old, ratio, given.log_w, advantage, tokens.score, objective
     )
+    clip = clip.to(torch.int8)
     none = given.dropped
     if none is None:
         none = torch.zeros_like(advantage, dtype=torch.bool)
@@ -96,7 +99,7 @@ def surrogate_terms(
     flags = _flags(below, above, advantage)
     if surrogate == "clip":
         loss, by_ratio, dual = clip_surrogate(ratio, advantage, objective)
-        return loss, by_ratio, zero, flags + CLIP_DUAL * dual
+        return loss, by_ratio, zero, torch.where(dual, flags + CLIP_DUAL, flags)
     if surrogate == "sapo":
         tau = either(advantage > 0, objective.tau_pos, objective.tau_neg, ratio)
         x = tau * (ratio - 1)
@@ -183,11 +186,11 @@ def vespo_weight(log_w: Tensor, advantage: Tensor, objective: Objective) -> Tens
 
 
 def _flags(below: Tensor | None, above: Tensor | None, advantage: Tensor) -> Tensor:
-    flags = torch.zeros_like(advantage, dtype=torch.int8)
+    flags = torch.zeros_like(advantage)  # inductor does arithmetic on int8 one by one
     if below is not None:
-        flags += CLIP_LOW * (below & (advantage < 0))
+        flags = torch.where(below & (advantage < 0), flags + CLIP_LOW, flags)
     if above is not None:
-        flags += CLIP_HIGH * (above & (advantage > 0))
+        flags = torch.where(above & (advantage > 0), flags + CLIP_HIGH, flags)
     return flags
 
 
@@ -212,7 +215,7 @@ def clip_surrogate(
     # Select, not multiply: the ratio may be inf where no gradient passes.
     by_ratio = torch.where(cut | dual, 0, -ratio * advantage)
     bound = objective.delta or objective.dual_clip or math.inf
-    return loss, by_ratio, ((ratio > bound) & (advantage < 0)).to(torch.int8)
+    return loss, by_ratio, (ratio > bound) & (advantage < 0)
 
 
 def divergence_drops(logp: Tensor, old: Tensor, advantage: Tensor, objective: Objective) -> Tensor:
@@ -229,18 +232,22 @@ def divergence_drops(logp: Tensor, old: Tensor, advantage: Tensor, objective: Ob
 
 def binary_kl(old: Tensor, logp: Tensor) -> Tensor:
     """Return KL(old || new) of the two outcomes "this token" and "any other token"."""
-    rest = -old.expm1() * ((1e-8 - old.expm1()) / (1e-8 - logp.expm1())).log()
-    return old.exp() * (old - logp) + rest
+    other_old, other = -exp_remainders(old)[0], -exp_remainders(logp)[0]
+    return old.exp() * (old - logp) + other_old * ((1e-8 + other_old) / (1e-8 + other)).log()
 
 
 def exp_remainders(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return e^x - 1 and e^x - x - 1, by a series where the terms would cancel."""
+    """Return e^x - 1 and e^x - x - 1, by a series where the terms would cancel.
+
+    Inductor writes expm1 as exp(x) - 1 on a CPU (torch 2.13), which has no digits left for a small x.
+    """
     last = 18 if x.dtype == torch.float64 else 10  # the rest is below the dtype's precision
     series = x / math.factorial(last)
     for n in range(last - 1, 2, -1):
         series = (series + 1 / math.factorial(n)) * x
-    first = x.expm1()
-    return first, torch.where(x.abs() <= 1, x * x * (series + 0.5), first - x)
+    near, first = x.abs() <= 1, x.exp() - 1
+    second = torch.where(near, x * x * (series + 0.5), first - x)
+    return torch.where(near, x + second, first), second
 
 
 def kl_terms(
@@ -262,11 +269,15 @@ def kl_terms(
         return gap.square() / 2, -gap
     reach = math.inf if objective.kl_gap_clip is None else objective.kl_gap_clip
     most = math.inf if objective.kl_value_clip is None else objective.kl_value_clip
-    far, gap = gap.abs() > reach, gap.clamp(-reach, reach)
+    far = torch.zeros_like(gap, dtype=torch.bool)
+    if reach < math.inf:
+        far, gap = gap.abs() > reach, gap.clamp(-reach, reach)
     slope, k3 = exp_remainders(gap)
-    capped = k3 > most
-    far = far | capped  # no gradient through a clamp
-    k3 = k3.clamp(max=most)
+    capped = torch.zeros_like(far)
+    if most < math.inf:
+        capped = k3 > most
+        far = far | capped  # no gradient through a clamp
+        k3 = k3.clamp(max=most)
     if kl == "k3_unbiased":
         # r (e^q - q - 1) is computed with one exponential: r may underflow where e^q overflows.
         whole = (log_ratio + gap).exp() - ratio * (gap + 1)

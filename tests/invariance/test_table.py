@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from grpo_fast.torch_kernels import compiled
 from tests.support import invariance
 from tests.support.cases import in_other_company
 from tests.support.invariance import Found, computed
@@ -21,13 +22,19 @@ BY_SEQUENCE = {name for name in invariance.FUNCTIONS if name.endswith("by sequen
 HEAD = [name for name in invariance.FUNCTIONS if name.startswith("linear")]
 
 
+RUN = {
+    "triton": [name for name in invariance.FUNCTIONS if name not in BY_SEQUENCE],
+    "compiled": ["logprob", "grpo_loss"],
+}
+
+
 def cases(*names):
-    """Every path with these functions; the interpreter, which is slow, without the longest ones."""
+    """Every path with these functions, except those that take long to interpret or to compile."""
     found = [
         pytest.param(path, name, id=f"{path}-{name}")
         for path in invariance.PATHS
         for name in names
-        if path == "torch" or name not in BY_SEQUENCE
+        if path == "torch" or name in RUN.get(path, ())
     ]
     return pytest.mark.parametrize("path, name", found, indirect=["path"])
 
@@ -41,6 +48,8 @@ CHUNK = {"chunk_size": 4}
 def path(request, monkeypatch):
     if request.param == "triton":
         pytest.importorskip("triton", reason="the kernels need Triton")
+    if request.param == "compiled" and (DEVICE != "cpu" or compiled.why_not()):
+        pytest.skip("nothing is compiled here")
     for name, value in invariance.PATHS[request.param].items():
         monkeypatch.setenv(name, value)
     return request.param

@@ -30,10 +30,11 @@ LOOPS = {
 ELSEWHERE = {
     "README.md": 2,  # below, and test_trl_docs
     "docs/start.md": 2,  # test_docs; below, the reward
-    "docs/install.md": 1,  # test_docs, as the next three
+    "docs/install.md": 1,  # test_docs, as the next four
     "docs/concepts.md": 7,
     "docs/numerics.md": 3,
     "docs/troubleshooting.md": 10,
+    "docs/invariance.md": 1,
     "docs/loop.md": 1,  # below, the one that samples
     "docs/weights.md": 6,  # test_docs
     "docs/integrations.md": 2,  # test_diagnostics, test_hub

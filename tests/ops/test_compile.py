@@ -213,7 +213,7 @@ def test_opcheck(backend, device):
     autograd = (*tests, "test_autograd_registration")
 
     def check(op, x, *records, tests=tests):
-        torch.library.opcheck(op, (x, *flat(*records)), test_utils=tests)
+        torch.library.opcheck(getattr(op, "traced", op), (x, *flat(*records)), test_utils=tests)
 
     graded = logits.clone().requires_grad_()
     check(logprob_fwd, graded, targets, True, tests=autograd)
@@ -272,7 +272,7 @@ def test_opcheck_of_the_linear_head(backend, device):
     autograd = (*tests, "test_autograd_registration")
 
     def check(op, x, *records, tests=tests):
-        torch.library.opcheck(op, (x, *flat(*records)), test_utils=tests)
+        torch.library.opcheck(getattr(op, "traced", op), (x, *flat(*records)), test_utils=tests)
 
     graded = hidden.clone().requires_grad_()
     head = Parameters(weight.clone().requires_grad_(), bias, None, None)

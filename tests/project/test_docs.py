@@ -135,7 +135,9 @@ def blocks(path):
     return re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL)
 
 
-@pytest.mark.parametrize("name", ["concepts", "install", "numerics", "start", "troubleshooting"])
+@pytest.mark.parametrize(
+    "name", ["concepts", "install", "invariance", "numerics", "start", "troubleshooting"]
+)
 def test_the_code_of_a_page_prints_what_it_says(name, capsys):
     """The blocks run one after the other; the last block of the start is the reader's own file."""
     code = "".join(blocks(DOCS / f"{name}.md")[: 1 if name == "start" else None])

@@ -24,6 +24,7 @@ ELSEWHERE = {
     "trl_loss": "integrations/test_trl_loss.py",
     "host_log_probs": "integrations/test_slime.py",
     "verl": "integrations/test_verl.py",
+    "uncompiled": "ops/test_compiled_rows.py",
 }
 
 

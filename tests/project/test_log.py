@@ -93,7 +93,7 @@ def test_a_call_that_fails_is_a_line_too(lines, monkeypatch):
     assert not notices.noting()
     monkeypatch.setattr(backend, "_function", lambda path: lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        group_advantage(torch.ones(4), group_size=2)
+        group_advantage(torch.ones(4), group_size=2, unbiased=False)
     assert lines()[1].endswith("): group_advantage_fwd; raised ZeroDivisionError")
 
 

@@ -89,7 +89,8 @@ def test_signatures(function):
 
 
 TOP_LEVEL = [
-    *("LossOutput", "Objective", "diagnostics", "fold_statistics", "group_advantage", "grpo_loss"),
+    *("LossOutput", "Objective", "check_invariance", "diagnostics", "fold_statistics"),
+    *("group_advantage", "grpo_loss"),
     *("linear_grpo_loss", "linear_logprob", "logprob", "loss", "metrics_from", "ops"),
     *("policy_loss", "presets", "reference", "token_diagnostics", "weights"),
 ]
@@ -117,6 +118,7 @@ MODULES = {
     "grpo_fast.integrations.trl": ["objective", "patch"],  # and GRPOTrainer, with TRL
     "grpo_fast.integrations.verl": ["POLICY_LOSSES", "patch_logprobs", "register"],
     "grpo_fast.integrations.xtuner": ["policy_loss"],
+    "grpo_fast.invariance": ["InvarianceReport", "Operator", "check_invariance"],
     "grpo_fast.objective": ["KL", "Objective", "Surrogate"],
     "grpo_fast.presets": ["PRESETS"],
     "grpo_fast.reference": [

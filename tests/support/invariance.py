@@ -24,6 +24,7 @@ from grpo_fast import (
 PATHS = {
     "torch": {"GRPO_FAST_BACKEND": "torch", "GRPO_FAST_COMPILE": "0"},
     "triton": {"GRPO_FAST_BACKEND": "triton"},
+    "compiled": {"GRPO_FAST_BACKEND": "torch", "GRPO_FAST_COMPILE": "1"},
 }
 
 B, T, D, V, G = 4, 3, 8, 24, 2

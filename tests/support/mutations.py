@@ -256,11 +256,12 @@ SAME = {
     ),
     ("torch_kernels/rows.py", "BLOCK_ELEMENTS = 1 << 21", ""): "speed and memory",
     ("torch_kernels/rows.py", "together = max(1, step", "2"): "speed alone",
-    ("torch_kernels/rows.py", "return max(1, BLOCK", "2"): "speed and memory",
+    ("torch_kernels/rows.py", "return max(1, (COMPILED_ELEMENTS", "2"): "speed and memory",
+    ("torch_kernels/rows.py", "COMPILED_ELEMENTS = 1 << 23", ""): "speed and memory",
     (
         "torch_kernels/policy_loss.py",
-        "x.sum(dtype=torch.float32)",
-        "x.sum()",
+        "x.sum(-1, dtype=torch.float32 if counts else precision)",
+        "x.sum(-1)",
     ): "of numbers that are float32",
     (
         "ops/head/chunk_length.py",

@@ -13,6 +13,7 @@ LIBRARY = [
     "ops/test_group_advantage.py",
     "weights/test_weights.py",
     "ops/test_compile.py",
+    "ops/test_compiled_rows.py",
 ]
 KERNELS = [
     "loss/test_loss.py",
