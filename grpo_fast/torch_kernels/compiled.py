@@ -163,6 +163,7 @@ def _compiled_padded(
         fixed = [x for x in sizes_left if isinstance(x, int) or x.node.maybe_as_int() is not None]
         if fixed:  # a branch on a size, such as len(x)
             raise RuntimeError(f"{function.__name__} is for tensors of a size {fixed} alone")
+        vars(graph).pop("shape_env", None)  # torch 2.8 keeps no code on disk with it
         # Without the guards of `torch.compile`, which take as long as 2,000 tokens.
         compiled: Callable[..., Any] = torch._inductor.compile(graph, values, options=IN_ONE_LOOP)
     return compiled

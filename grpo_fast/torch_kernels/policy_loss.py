@@ -1,5 +1,6 @@
 """The objective on log-probs, and the statistics of a step: the twin of `kernels/policy_loss.py`."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -41,7 +42,9 @@ def _of_tokens(logp: Tensor, mask: Tensor | None, *given: Any) -> PolicyLoss:
     logp = logp if mask is None else torch.where(mask, logp, 0)
     found = token_policy_terms(logp, tokens, objective)
     weight = tokens.weight
-    return found._replace(loss=weigh(weight, found.loss), dlogp=weigh(weight, found.dlogp))
+    # Not `_replace`, which torch 2.8 does not trace.
+    loss, dlogp = weigh(weight, found.loss), weigh(weight, found.dlogp)
+    return PolicyLoss(loss, dlogp, found.kl, found.clip)
 
 
 def pays_off(logp: Tensor) -> bool:
@@ -120,6 +123,13 @@ def token_statistics_fwd(
     return _statistics(*given, torch.float32)
 
 
+def _chosen(mask: Tensor | None, like: Tensor, x: Tensor | None, default: float) -> Tensor:
+    """Return x in float32, with `default` where masked or where there is no x."""
+    if x is None:
+        return like.new_full((), default)
+    return x.float() if mask is None else torch.where(mask, x, default).float()
+
+
 def _statistics(
     loss: Tensor,
     logp: Tensor,
@@ -133,11 +143,7 @@ def _statistics(
     precision: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute `token_statistics_fwd`; inductor adds term by term, for which `precision` is float64."""
-
-    def chosen(x: Tensor | None, default: float) -> Tensor:
-        if x is None:
-            return logp.new_full((), default)
-        return x.float() if mask is None else torch.where(mask, x, default).float()
+    chosen = functools.partial(_chosen, mask, logp)
 
     def total(x: Tensor) -> Tensor:
         """Return the sum of each row: compiled code makes one loop of these sums."""

@@ -48,7 +48,16 @@ def of_sequences(
     own = found.free.to(logp.dtype)
     if through_mean:
         own = torch.where(found.opened, own * found.part, 0)
-    tokens = tokens._replace(importance=nan_where_undecided(tokens.importance, found))
+    tokens = Tokens(  # not `_replace`, which torch 2.8 does not trace
+        weight=weight,
+        advantages=tokens.advantages,
+        old_logp=tokens.old_logp,
+        ref_logp=tokens.ref_logp,
+        importance=nan_where_undecided(tokens.importance, found),
+        score=tokens.score,
+        entropy_weight=tokens.entropy_weight,
+        coefficient=tokens.coefficient,
+    )
     terms = policy_terms(
         logp, tokens, Ratio(found.bounded, own, found.log_w, found.dropped), objective
     )
