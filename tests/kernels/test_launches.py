@@ -67,8 +67,9 @@ class Dispatches(TorchDispatchMode):
         out = operator(*args, **kwargs)
         tensors = [x for x in (*args, *kwargs.values(), out) if isinstance(x, torch.Tensor)]
         numbers = bool(tensors) and all(x.dtype == NUMBERS for x in tensors)
+        empty = isinstance(out, torch.Tensor) and not out.numel()  # nothing to launch
         name = operator.overloadpacket.__name__
-        if not (self.paused or numbers or name in FREE):
+        if not (self.paused or numbers or empty or name in FREE):
             self.found[name] += 1
         return out
 
