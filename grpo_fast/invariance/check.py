@@ -36,7 +36,7 @@ def check_invariance(
     input_ids: Tensor | Sequence[Sequence[int]] | None = None,
     *,
     batch_sizes: Sequence[int] = (2, 8),
-    padding: int = 5,
+    padding: int | None = None,
     packed: bool = False,
     seed: int = 0,
     verbose: bool = True,
@@ -68,7 +68,7 @@ def check_invariance(
         input_ids: (n, T), two sequences or more of equal length; the first one is compared, the
             others are its company. None: random tokens.
         batch_sizes: each 2 or more.
-        padding: in columns, less than T.
+        padding: in columns, less than T. Default: 5, or T - 1 if that is less.
         packed: also put the sequence behind another one in the same row, with positions that start
             again. The model must tell the two apart by the positions alone, as those of transformers
             with attn_implementation "sdpa" or "flash_attention_2" do.
@@ -88,6 +88,8 @@ def check_invariance(
     """
     ids = _checked_ids(_checked_model(model), input_ids, seed)
     sizes = _checked_sizes(batch_sizes)
+    if padding is None:
+        padding = max(1, min(5, ids.shape[1] - 1))
     if isinstance(padding, bool) or not isinstance(padding, int) or not 0 < padding < ids.shape[1]:
         raise ValueError(
             f"{OP}: padding: want an integer in [1, {ids.shape[1] - 1}], as a sequence has "

@@ -267,6 +267,12 @@ def test_errors_name_the_argument(arguments, message):
         check_invariance(**arguments)
 
 
+def test_a_short_sequence_has_less_padding():
+    """The default fits any sequence of two tokens or more."""
+    report = check_invariance(Model(Rows()), torch.tensor([[1, 2, 3]] * 4), verbose=False)
+    assert "right padding of 2" in report.forwards
+
+
 def test_places():
     """Where the part of a sequence is: rows, columns, tokens, and heads of rows."""
     x = torch.arange(3 * 7).view(3, 7)
