@@ -1,7 +1,7 @@
 """The parts of the PyTorch path that inductor compiles on a CPU: when, and by what.
 
-PyTorch's operators pass over a block of logits five to eight times. Compiled code passes over a row
-twice for its statistics, and once for its gradient. Compiling takes some seconds, once for each
+PyTorch's operators pass over a block of logits five to eight times. Compiled code reads a row once
+for its statistics, and once for its gradient. Compiling takes some seconds, once for each
 machine (inductor keeps the result on disk), and less in each process after that. So only large
 calls are compiled.
 

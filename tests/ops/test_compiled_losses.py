@@ -11,6 +11,7 @@ from grpo_fast.testing import assert_as_accurate
 from grpo_fast.torch_kernels import compiled
 from grpo_fast.torch_kernels import policy_loss as twin
 from tests.support.cases import in_double, loss_and_grad
+from tests.support.compiling import compile_every_call
 from tests.support.objectives import OBJECTIVES
 
 B, T = 5, 37  # two blocks of 16 tokens and a rest
@@ -22,10 +23,7 @@ ON_POLICY = Objective(surrogate="reinforce", reduction="fixed_length", max_lengt
 @pytest.fixture
 def one_call(monkeypatch, device):
     """Ask for compiled code, and return the calls of it; the fallback to single parts is an error."""
-    if device != "cpu" or compiled.why_not():
-        pytest.skip(f"nothing is compiled: {compiled.why_not() or 'the kernels run'}")
-    monkeypatch.setenv("GRPO_FAST_BACKEND", "torch")
-    monkeypatch.setenv("GRPO_FAST_COMPILE", "1")
+    compile_every_call(monkeypatch, device)
     calls = []
 
     def call(function, static, *tensors):

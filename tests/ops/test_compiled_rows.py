@@ -7,16 +7,14 @@ from grpo_fast import Objective, grpo_loss, linear_logprob, logprob, policy_loss
 from grpo_fast.notices import FallbackError, forget, recorded
 from grpo_fast.testing import assert_as_accurate
 from grpo_fast.torch_kernels import compiled, rows
+from tests.support.compiling import compile_every_call
 
 V = 611  # two parts of a row and a rest; odd
 
 
 @pytest.fixture
 def compiling(monkeypatch, device):
-    if device != "cpu" or compiled.why_not():
-        pytest.skip(f"nothing is compiled: {compiled.why_not() or 'the kernels run'}")
-    monkeypatch.setenv("GRPO_FAST_BACKEND", "torch")
-    monkeypatch.setenv("GRPO_FAST_COMPILE", "1")
+    compile_every_call(monkeypatch, device)
 
 
 def batch(R, dtype=torch.float32):
