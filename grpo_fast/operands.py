@@ -8,7 +8,7 @@ reads them without waiting.
 
 import numbers
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,19 @@ from grpo_fast.surrogates import OPTIONS, SURROGATES
 # Kernels compute in float32. A number outside of this range, or its reciprocal, would become inf or
 # 0 there.
 SMALLEST, LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+
+Record = TypeVar("Record", bound=NamedTuple)
+
+
+def replaced(record: Record, **fields: Any) -> Record:
+    """Return a named tuple with new values of some fields, as `_replace` does.
+
+    torch 2.8 and 2.9 cannot trace `_replace`, so code that `torch.compile` traces calls this.
+    """
+    kind = type(record)
+    found = kind(*map(fields.pop, kind._fields, record))
+    assert not fields, f"{kind.__name__} has no fields {', '.join(fields)}"
+    return found
 
 
 def hint(name: str, x: object) -> str:
@@ -117,15 +130,16 @@ class Modes(NamedTuple):
 
     def without_kl(self) -> "Modes":
         """Return the modes without the KL term."""
-        return self._replace(has_kl=False)
+        return replaced(self, has_kl=False)
 
     def surrogate_alone(self) -> "Modes":
         """Return the modes without KL term and entropy bonus."""
-        return self._replace(has_kl=False, has_bonus=False, entropy_reduction="same")
+        return replaced(self, has_kl=False, has_bonus=False, entropy_reduction="same")
 
     def without_surrogate(self) -> "Modes":
         """Return the modes of KL term and entropy bonus alone, for tokens whose advantage is 0."""
-        return self._replace(
+        return replaced(
+            self,
             surrogate="reinforce",
             ratio="token",
             dppo_value="logp",

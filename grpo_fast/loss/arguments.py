@@ -9,7 +9,7 @@ from torch import Tensor
 from grpo_fast import checks
 from grpo_fast.checks import check_constant, check_held, check_values, per_token
 from grpo_fast.objective import Objective
-from grpo_fast.operands import LARGEST, SMALLEST, hint, operand
+from grpo_fast.operands import LARGEST, SMALLEST, hint, operand, replaced
 from grpo_fast.ops.coefficients import Batch, PerToken
 from grpo_fast.ops.group_advantage import check_rewards
 from grpo_fast.ops.reduction_weights import weights_of
@@ -39,7 +39,7 @@ class LossArguments(NamedTuple):
         """Move the arguments that may be on the CPU to `device`, without a host sync."""
         names = ("advantages", "rewards", "token_weights", "scores", "cu_seqlens")
         moved = {name: to_device(getattr(self, name), device) for name in names}
-        return self._replace(**moved)
+        return replaced(self, **moved)
 
 
 def to_device(x: Any, device: torch.device) -> Any:
@@ -74,7 +74,7 @@ def check_batch(
     takes_scores = SURROGATES[objective.surrogate].takes_scores
     if rewards is not None and given.scores is None and takes_scores:
         # (B, 1) is per sequence even where B equals the number of tokens
-        given = given._replace(scores=rewards[:, None])
+        given = replaced(given, scores=rewards[:, None])
     each = _check_per_token(op, like, given, weighing, found.sequence, dtype)
     importance, log_importance = each.importance, None
     if objective.surrogate == "vespo" and importance is not None:
@@ -140,22 +140,34 @@ def _check_per_token(
     dtype: torch.dtype,
 ) -> PerToken:
     """Check the values of tokens and of sequences; return them per token."""
-
-    def spread(name: str, x: Tensor | None) -> Tensor | None:
-        """Return an argument that is given per sequence or per token as (N,)."""
-        if x is None:
-            return None
-        x = spread_argument(op, name, x, like, weighing.boundaries, sequence)
-        return per_token(op, name, x, like, dtype)
-
-    importance = spread("importance_weights", given.importance_weights)
+    places = weighing.boundaries, sequence
+    importance = _spread(op, "importance_weights", given.importance_weights, like, places, dtype)
     return PerToken(
-        advantages=spread("advantages", given.advantages),
+        advantages=_spread(op, "advantages", given.advantages, like, places, dtype),
         old_logp=per_token(op, "old_logps", given.old_logps, like, dtype),
         ref_logp=per_token(op, "ref_logps", given.ref_logps, like, dtype),
         importance=importance,
-        score=spread("scores", given.scores),
+        score=_spread(op, "scores", given.scores, like, places, dtype),
     )
+
+
+# Not inside `_check_per_token`: torch 2.8 cannot trace a definition that is annotated with `|`.
+def _spread(
+    op: str,
+    name: str,
+    x: Tensor | None,
+    like: Tensor,
+    places: tuple[Tensor | None, Tensor | None],
+    dtype: torch.dtype,
+) -> Tensor | None:
+    """Return an argument that is given per sequence or per token as (N,).
+
+    Args:
+        places: the boundaries of packed sequences, and the sequence of each packed token.
+    """
+    if x is None:
+        return None
+    return per_token(op, name, spread_argument(op, name, x, like, *places), like, dtype)
 
 
 def _log_importance(

@@ -12,7 +12,7 @@ from grpo_fast.loss.compaction import keep_of
 from grpo_fast.loss.output import LossOutput, loss_output
 from grpo_fast.notices import logged
 from grpo_fast.objective import OPTIONS, Objective
-from grpo_fast.operands import Terms
+from grpo_fast.operands import Terms, replaced
 from grpo_fast.ops.autograd import anchors_of, once_differentiable
 from grpo_fast.ops.coefficients import Batch, coefficients_known, values
 from grpo_fast.ops.group_advantage import z_scores
@@ -191,7 +191,7 @@ class _HiddenCall(NamedTuple):
 
     def log_probs(self, mask: Tensor | None, keep: Tensor | None) -> tuple[Tensor, Tensor]:
         """Compute the log-probs and entropies of the tokens in `keep`; the others get 0."""
-        targets = self.targets._replace(mask=mask)
+        targets = replaced(self.targets, mask=mask)
         rest = flat(self.parameters, targets, keep, self.with_entropy, False, self.options)
         logp, entropy, *_ = linear_logprob_fwd(self.hidden, *rest)
         return logp, entropy
@@ -226,7 +226,7 @@ def _loss(
         result = _in_float64(ids, exact, _with_advantages(batch, ids), objective, with_entropy)
         # The derivative of the objective by a log-prob is a constant to autograd.
         anchors = anchors_of(hidden, *parameters)
-        return result._replace(loss=once_differentiable(op, result.loss, anchors))
+        return replaced(result, loss=once_differentiable(op, result.loss, anchors))
     batch = _with_advantages(batch, ids)
     keep = keep_of(ids, (mask, given), (live, here)) if compact else None
     call = _HiddenCall(
@@ -245,19 +245,19 @@ def _loss(
         loss, out = _with_gradients(call, needs, dw_out, packed)
     else:
         logp, entropy = call.log_probs(live, keep)
-        found = values(logp, entropy, batch._replace(mask=covered), call.terms)
+        found = values(logp, entropy, replaced(batch, mask=covered), call.terms)
         loss = found.loss.sum()
         out = Outputs(found.loss, logp, entropy, found.kl, found.clip)
     if return_entropy and keep is not None:
         out, covered = _with_others(call, mask, out), live
     if not with_entropy:
-        out = out._replace(entropy=None)
-    result = loss_output(ids, out, batch._replace(mask=covered))
+        out = replaced(out, entropy=None)
+    result = loss_output(ids, out, replaced(batch, mask=covered))
     skipped = torch.zeros((), dtype=torch.float32, device=device)
     if keep is not None and keep.numel():
         skipped = 1 - kept.float().mean()
     loss = once_differentiable(op, loss, anchors_of(hidden, *parameters))
-    return result._replace(loss=loss, metrics={**result.metrics, "skipped_fraction": skipped})
+    return replaced(result, loss=loss, metrics={**result.metrics, "skipped_fraction": skipped})
 
 
 def _with_advantages(batch: Batch, ids: Tensor) -> Batch:
@@ -268,8 +268,8 @@ def _with_advantages(batch: Batch, ids: Tensor) -> Batch:
     double = batch.tokens.weight.dtype == torch.float64
     score = (float64.z_scores if double else z_scores)(rewards.values, rewards.group_size)
     rows = ids[None] if ids.ndim == 1 else ids
-    tokens = batch.tokens._replace(advantages=spread(score, rows.shape, rewards.sequence))
-    return batch._replace(tokens=tokens, rewards=Rewards())
+    tokens = replaced(batch.tokens, advantages=spread(score, rows.shape, rewards.sequence))
+    return replaced(batch, tokens=tokens, rewards=Rewards())
 
 
 def _with_gradients(
@@ -320,19 +320,21 @@ def _in_float64(
     logp, entropy = scored
     found = values(logp, entropy, batch, objective.terms)
     share = batch.sequences.share
-    rounded = batch._replace(
+    rounded = replaced(
+        batch,
         tokens=Tokens(*(None if x is None else x.float() for x in batch.tokens)),  # type: ignore[arg-type]
-        sequences=batch.sequences._replace(share=None if share is None else share.float()),
+        sequences=replaced(batch.sequences, share=None if share is None else share.float()),
     )
     logp, entropy = logp.detach(), entropy.detach()
     out = Outputs(
         found.loss.detach().float(), logp.float(), entropy.float(), found.kl.float(), found.clip
     )
     if not with_entropy:
-        out = out._replace(entropy=None)
+        out = replaced(out, entropy=None)
     result = loss_output(like, out, rounded)
     skipped = torch.zeros((), dtype=torch.float32, device=like.device)
-    return result._replace(
+    return replaced(
+        result,
         loss=found.loss.sum(),
         logps=logp.view(like.shape),
         entropy=entropy.view(like.shape) if with_entropy else None,

@@ -10,7 +10,7 @@ from grpo_fast.loss.arguments import LossArguments, check_batch
 from grpo_fast.loss.output import LossOutput, loss_output
 from grpo_fast.notices import fell_back, logged
 from grpo_fast.objective import OPTIONS, Objective
-from grpo_fast.operands import Terms
+from grpo_fast.operands import Terms, replaced
 from grpo_fast.ops.autograd import anchors_of, once_differentiable
 from grpo_fast.ops.coefficients import (
     Batch,
@@ -170,11 +170,11 @@ def grpo_loss(
     return_entropy = return_entropy or objective.needs_entropy
     call = _LogitsCall(logits3, targets, batch, objective.terms, return_entropy, inplace)
     out = _by_launch(call) if objective.by_token and with_grad else _by_phases(call)
-    out = out._replace(loss=once_differentiable(op, out.loss, anchors))
+    out = replaced(out, loss=once_differentiable(op, out.loss, anchors))
     if inplace:
         overwritten.mark(logits)
     if not return_entropy:
-        out = out._replace(entropy=None)
+        out = replaced(out, entropy=None)
     return loss_output(completion_ids, out, batch)
 
 
@@ -198,8 +198,8 @@ def _by_launch(call: _LogitsCall) -> Outputs:
 def _by_launch_with(call: _LogitsCall, coefficient: Tensor) -> Outputs:
     """Compute loss and gradient in one launch, given the surrogate's part of dloss/dlogp, (N,)."""
     tokens, terms = with_coefficients(call.batch.tokens, coefficient, call.terms)
-    batch = call.batch._replace(tokens=tokens, rewards=Rewards())
-    return _by_launch(call._replace(batch=batch, terms=terms))
+    batch = replaced(call.batch, tokens=tokens, rewards=Rewards())
+    return _by_launch(replaced(call, batch=batch, terms=terms))
 
 
 def _by_phases(call: _LogitsCall) -> Outputs:
@@ -214,8 +214,8 @@ def _by_phases(call: _LogitsCall) -> Outputs:
     if rewards.values is not None:
         score = z_scores(rewards.values, rewards.group_size)
         advantages = spread(score, logits.shape[:2], rewards.sequence)
-        batch = batch._replace(tokens=batch.tokens._replace(advantages=advantages))
-        call = call._replace(batch=batch)
+        batch = replaced(batch, tokens=replaced(batch.tokens, advantages=advantages))
+        call = replaced(call, batch=batch)
     with_grad = torch.is_grad_enabled() and logits.requires_grad
     coefficient = coefficient_on_policy(batch, terms) if with_grad else None
     if coefficient is not None:
@@ -229,10 +229,11 @@ def _by_phases(call: _LogitsCall) -> Outputs:
         found = values(logp, entropy, batch, terms)
     loss = found.loss
     if with_grad and call.inplace:
-        tokens = batch.tokens._replace(ref_logp=None, entropy_weight=found.entropy_weight)
-        left = call._replace(
-            batch=batch._replace(tokens=tokens),
-            terms=terms._replace(modes=terms.modes.without_kl()),
+        tokens = replaced(batch.tokens, ref_logp=None, entropy_weight=found.entropy_weight)
+        left = replaced(
+            call,
+            batch=replaced(batch, tokens=tokens),
+            terms=replaced(terms, modes=terms.modes.without_kl()),
             with_entropy=terms.modes.has_bonus,
         )
         loss = WithGradientOf.apply(_by_launch_with(left, found.dlogp).loss, loss)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from grpo_fast.notices import note, noting
 from grpo_fast.objective import Objective
-from grpo_fast.operands import Modes, Terms
+from grpo_fast.operands import Modes, Terms, replaced
 from grpo_fast.ops.autograd import with_gradient
 from grpo_fast.ops.backend import implementation, use_triton
 from grpo_fast.ops.operator import watched
@@ -70,7 +70,7 @@ def values(logp: Tensor, entropy: Tensor | None, batch: Batch, terms: Terms) -> 
         assert entropy is not None
         weight = tokens.weight if tokens.entropy_weight is None else tokens.entropy_weight
         loss = loss - terms.number("entropy_coef") * weigh(weight, entropy)
-    return Values(loss, *found[1:], tokens.entropy_weight)
+    return Values(loss, found.dlogp, found.kl, found.clip, tokens.entropy_weight)
 
 
 def _keep_top_entropy(batch: Batch, entropy: Tensor, terms: Terms) -> Tokens:
@@ -88,7 +88,7 @@ def _keep_top_entropy(batch: Batch, entropy: Tensor, terms: Terms) -> Tokens:
         weighs = live if share is None else share
         total, rest = (total_of(x, weight.dtype) for x in (weighs, weighs * kept))
         weight = tokens.entropy_weight * (total / rest)
-    return tokens._replace(importance=importance, entropy_weight=torch.where(kept, weight, 0))
+    return replaced(tokens, importance=importance, entropy_weight=torch.where(kept, weight, 0))
 
 
 def entropy_gradient(tokens: Tokens, terms: Terms, found: Values) -> Tensor | None:
@@ -116,8 +116,8 @@ def coefficient_on_policy(batch: Batch, terms: Terms) -> Tensor | None:
     if not coefficients_known(tokens.old_logp, terms.modes):
         return None
     logp = torch.zeros_like(tokens.weight)
-    alone = terms._replace(modes=terms.modes.surrogate_alone())
-    known = tokens._replace(ref_logp=None)
+    alone = replaced(terms, modes=terms.modes.surrogate_alone())
+    known = replaced(tokens, ref_logp=None)
     return sequence_loss_fwd(logp, batch.mask, known, batch.sequences, alone).dlogp
 
 
@@ -126,14 +126,15 @@ def with_coefficients(tokens: Tokens, c: Tensor, terms: Terms) -> tuple[Tokens, 
 
     The launch itself computes only KL and entropy bonus.
     """
-    tokens = tokens._replace(
+    tokens = replaced(
+        tokens,
         advantages=torch.zeros_like(tokens.weight),
         old_logp=None,
         importance=None,
         score=None,
         coefficient=c,
     )
-    return tokens, terms._replace(modes=terms.modes.without_surrogate())
+    return tokens, replaced(terms, modes=terms.modes.without_surrogate())
 
 
 def in_one_call(

@@ -79,8 +79,8 @@ def _forward(hidden: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, T
 def _fake_forward(hidden: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     _, targets, _, with_entropy, unit, _ = unflatten(arguments, *FORWARD.values())
     N = targets.ids.shape[0]
-    kept = N * (not unit)
-    vectors = [hidden.new_empty(n, dtype=torch.float32) for n in (N, N * with_entropy, kept, kept)]
+    scored, kept = N if with_entropy else 0, 0 if unit else N
+    vectors = [hidden.new_empty(n, dtype=torch.float32) for n in (N, scored, kept, kept)]
     return (*vectors, hidden.new_empty(hidden.shape if unit else 0))
 
 
@@ -230,12 +230,11 @@ def linear_logprob(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Return the log-prob of each id under the head's distribution, without all logits in memory.
 
-        With `cap(x) = softcap * tanh(x / softcap)` its values and gradients are those of
+    With `cap(x) = softcap * tanh(x / softcap)` its values and gradients are those of
 
         logprob(cap(logit_scale * (hidden @ weight.T + bias)), ids, ...)
 
     For example:
-
 
         >>> hidden, weight = torch.randn(2, 3, 4), torch.randn(7, 4, requires_grad=True)
         >>> ids, bias = torch.randint(7, (2, 3)), torch.randn(7)

@@ -78,7 +78,9 @@ def _logprob_fwd(logits: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
 def _fake_fwd(logits: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     targets, with_entropy = unflatten(arguments, *FORWARD.values())
     N = targets.ids.shape[0]
-    return tuple(logits.new_empty(n, dtype=torch.float32) for n in (N, N * with_entropy, N, N))
+    return tuple(
+        logits.new_empty(n, dtype=torch.float32) for n in (N, N if with_entropy else 0, N, N)
+    )
 
 
 def _logprob_bwd(dlogp: Tensor, dentropy: Tensor | None, logits: Tensor, *arguments: Any) -> Tensor:

@@ -188,7 +188,7 @@ def linear_in_groups(x, size):
 
 SIZES = {
     "group_advantage": lambda x, size: group_advantage(x[:, 0], group_size=size),
-    "columns of rewards": lambda x, size: group_advantage(x, group_size=size),
+    "columns of rewards": lambda x, size: group_advantage(x, group_size=size, weights=x[0]),
     "linear_grpo_loss": linear_in_groups,
     "max_length": policy_of_length,
 }

@@ -1,7 +1,8 @@
 """Try the versions that the project supports: `python -m tests.versions`, or `make versions`.
 
 Each environment of `environments.py` is made in a temporary folder, with pip as it is set up on this machine,
-and deleted before the next: the CUDA build of PyTorch takes 7 GB. In each of them the installed wheel is
+and deleted before the next: the CUDA build of PyTorch takes 7 GB. With `--folder` the environments stay
+there, and the next run installs only the wheel and what is missing. In each of them the installed wheel is
 imported, `grpo-fast doctor` and a part of the tests run, and one launch of each kernel is compiled for a GPU
 that need not be there. One that cannot be made is a row with the reason.
 """
@@ -32,10 +33,13 @@ def main() -> int:
     parser.add_argument(
         "--one-in", type=int, default=10, metavar="N", help="cases of which one runs (default: 10)"
     )
-    parser.add_argument("--keep", action="store_true", help="keep the environments")
-    parser.add_argument("--folder", help="where to make them (default: a temporary folder)")
+    parser.add_argument(
+        "--folder", type=Path, help="make them there, keep them, and use those that are there"
+    )
     options = parser.parse_args()
-    folder = Path(tempfile.mkdtemp(prefix="versions-", dir=options.folder))
+    keep = options.folder is not None
+    folder = options.folder.resolve() if keep else Path(tempfile.mkdtemp(prefix="versions-"))
+    folder.mkdir(parents=True, exist_ok=True)
     rows, about = [], {"commit": commit(), "one in": options.one_in}
     try:
         tree, wheel = running.snapshot(folder)
@@ -54,12 +58,10 @@ def main() -> int:
             if options.save:
                 page.save([rows[-1]], names)
                 page.PAGE.write_text(page.written(page.PAGE.read_text(), page.load()))
-            if not options.keep:
+            if not keep:
                 shutil.rmtree(folder / environment.name, ignore_errors=True)
     finally:
-        if options.keep:
-            print(f"the environments are in {folder}")
-        else:
+        if not keep:
             shutil.rmtree(folder, ignore_errors=True)
     return int(any("reason" in row or row["tests"]["failed"] for row in rows))
 

@@ -104,6 +104,7 @@ def snapshot(folder: Path) -> tuple[Path, Path]:
     Returns the copy and the wheel.
     """
     tree = folder / "tree"
+    shutil.rmtree(tree, ignore_errors=True)
     shutil.copytree(ROOT, tree, ignore=IGNORED, symlinks=True)
     build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "-w", "dist", "."]
     call("wheel", *build, cwd=tree)
@@ -126,14 +127,19 @@ def run(environment: Environment, folder: Path, tree: Path, wheel: Path, about: 
     }
     home = folder / environment.name
     try:
-        call("venv", str(interpreter(environment.python)), "-m", "venv", str(home), cwd=folder)
         python = str(home / "bin" / "python")
+        pip = python, "-m", "pip"
+        if Path(python).exists():
+            # pip would keep an installed wheel of the same version.
+            call("pip", *pip, "uninstall", "-q", "-y", "grpo-fast", cwd=folder)
+        else:
+            call("venv", str(interpreter(environment.python)), "-m", "venv", str(home), cwd=folder)
         extras = f"[{','.join(environment.extras)}]" if environment.extras else ""
         wanted = [f"{wheel}{extras}", *environment.pins]
         row["requirements"] = [x for x in wanted if not x.startswith("/")]
-        call("pip", python, "-m", "pip", "install", "-q", *wanted, *TOOLS, cwd=folder)
+        call("pip", *pip, "install", "-q", *wanted, *TOOLS, cwd=folder)
         row["versions"] = json.loads(call("import torch", python, "-c", VERSIONS, cwd=folder))
-        call("pip check", python, "-m", "pip", "check", cwd=folder, codes=(0, 1))
+        call("pip check", *pip, "check", cwd=folder, codes=(0, 1))
         row |= checks(environment, python, folder, tree, about["one in"])
     except StepError as error:
         row["reason"] = str(error)

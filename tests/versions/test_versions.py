@@ -103,6 +103,29 @@ def test_an_environment_that_cannot_be_made_is_a_row(tmp_path):
     assert "not finished. Python 3.99 is not on this machine" in page.table([row])
 
 
+@pytest.mark.parametrize("there", [False, True])
+def test_an_environment_that_is_there_gets_the_new_wheel(there, tmp_path, monkeypatch):
+    """pip leaves an installed wheel of the same version in its place."""
+    if there:
+        (tmp_path / "one" / "bin").mkdir(parents=True)
+        (tmp_path / "one" / "bin" / "python").touch()
+    steps = []
+
+    def call(step, *command, **_):
+        steps.append(command[2:4])
+        if step == "import torch":
+            raise running.StepError(step)
+
+    monkeypatch.setattr(running, "call", call)
+    version = ".".join(map(str, sys.version_info[:2]))
+    row = running.run(
+        Environment("one", version, ()), tmp_path, tmp_path, tmp_path, {"commit": "c", "one in": 1}
+    )
+    first = ("pip", "uninstall") if there else ("venv", str(tmp_path / "one"))
+    assert row["reason"] == "import torch"
+    assert [x for x in steps if len(x) > 1][:2] == [first, ("pip", "install")]
+
+
 def test_reasons_name_no_address():
     text = "WARNING: x\nERROR: no torch==1 at https://a.example/simple/torch or /a/b/c\nhint"
     assert running.reason(text) == "ERROR: no torch==1 at ... or ..."

@@ -96,7 +96,7 @@ def check_head(
     D = _check_hidden(op, hidden, ids, ids_name, head)
     V, rows, shards = _check_rows(op, hidden, head)
     starts = [0, *itertools.accumulate(shards)]
-    sizes = [max(0, min(V - start, n)) for start, n in zip(starts, shards, strict=False)]
+    sizes = [max(0, min(V - start, n)) for start, n in zip(starts[:-1], shards, strict=True)]
     rank = 0 if head.tp_group is None else head.tp_group.rank()
     a, b, scaling = check_lora(op, head.lora, rows, D)
     parameters = Parameters(head.weight, check_bias(op, head.bias, rows), a, b)
