@@ -38,6 +38,7 @@ class Cap(NamedTuple):
     softcap: float
     logit_scale: float
     rate: float  # -2 logit_scale / (softcap ln 2); from the host, so that no program holds it in a register
+    near: float | None  # the r above which a series replaces the exponential; None: nowhere
 
 
 class RowGradient(NamedTuple):
@@ -59,7 +60,11 @@ def cap_of(softcap):
     """
     if softcap is None:
         return None
-    return Cap(*softcap, -2.8853900817779268 * softcap.logit_scale / softcap.softcap)  # -2 / ln 2
+    rate = -2.8853900817779268 * softcap.logit_scale / softcap.softcap  # -2 / ln 2
+    # The exponential costs a capped logit softcap 2^-23. The logits have errors of that size, unless the cap
+    # is far above them. The series takes a third more instructions.
+    near = -1.0098865286222745 if softcap.softcap > 64 else None  # |x| < 0.35
+    return Cap(*softcap, rate, near)
 
 
 @triton.jit
@@ -80,9 +85,15 @@ def soft_cap(z, cap):
 
     The derivative is logit_scale (1 - tanh^2). It is computed in a form that does not cancel.
     """
-    t = tl.exp2(tl.abs(z) * cap.rate)  # e^(-2 |x|)
+    r = tl.abs(z) * cap.rate
+    t = tl.exp2(r)  # e^(-2 |x|)
     half = 1.0 / (1.0 + t)
     capped = cap.softcap * (1.0 - t) * half
+    if cap.near is not None:  # 1 - t cancels where x is small
+        # tanh(x) / x - 1 for |x| <= 0.35 is w times a polynomial in w = (2 x / ln 2)^2, fitted to 4e-8
+        w = r * r
+        series = -0.0400369465 + w * (0.00191879156 + w * -8.51692967e-5)
+        capped = tl.where(r > cap.near, cap.logit_scale * tl.abs(z) * (1.0 + w * series), capped)
     twice = half + half
     return tl.where(z < 0, -capped, capped), cap.logit_scale * t * twice * twice
 

@@ -7,8 +7,9 @@ gradient is `e * factor`. On a CPU large vocabularies run compiled (`compiled.py
 """
 
 import functools
+import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,22 +18,30 @@ from grpo_fast.records import RowStatistics, SoftCap, Targets
 from grpo_fast.torch_kernels.compiled import VOCABULARY, call, compiles
 
 BLOCK_ELEMENTS = 1 << 21  # 8 MB of float32
-# Compiled code needs memory of that size only where rows are left out; a call of it takes 0.1 ms.
+# Compiled code needs memory of that size only where rows are left out.
 COMPILED_ELEMENTS = 1 << 23
 UNIT = 8  # as in kernels/edges.py
 PART = 256  # of compiled rows: how many entries are added up at once
+LOG2_E = math.log2(math.e)
 
 
-def apply_soft_cap(z: Tensor, cap: SoftCap) -> Tensor:
-    """Return the capped logits, in float32."""
-    capped = z.float().mul(cap.logit_scale / cap.softcap)
-    return capped.tanh_().mul_(cap.softcap)
+def soft_cap_argument(z: Tensor, cap: SoftCap) -> Tensor:
+    """Return x = logit_scale z / softcap in float32: the logits become softcap tanh(x)."""
+    return z.float().mul(cap.logit_scale / cap.softcap)
 
 
-def soft_cap_slope(capped: Tensor, cap: SoftCap) -> Tensor:
-    """Return the derivative of `apply_soft_cap` in z, written over its result."""
-    capped.div_(cap.softcap).square_().neg_().add_(1)
-    return capped.mul_(cap.logit_scale)
+def apply_soft_cap(x: Tensor, cap: SoftCap, out: Tensor) -> Tensor:
+    """Write the capped logits into `out` and return it; x is from `soft_cap_argument`."""
+    return torch.tanh(x, out=out).mul_(cap.softcap)
+
+
+def soft_cap_slope(x: Tensor, cap: SoftCap) -> Tensor:
+    """Return the derivative of the capped logits in z, written over x.
+
+    It is logit_scale / cosh(x)^2. The same number 1 - tanh(x)^2 would lose its digits where the cap
+    is nearly reached.
+    """
+    return x.cosh_().square_().reciprocal_().mul_(cap.logit_scale)
 
 
 def row_scale(targets: Targets, rows: slice | Tensor) -> float | Tensor:
@@ -59,11 +68,16 @@ def schedule(logits: Tensor) -> str:
     return f"{how}blocks of at most {block_rows(logits)} rows"
 
 
-def row_blocks(read: Tensor, *written: Tensor) -> Iterator[tuple[slice, list[Tensor]]]:
+def row_blocks(
+    read: Tensor, *written: Tensor, at_once: bool = False
+) -> Iterator[tuple[slice, list[Tensor]]]:
     """Yield blocks of the N rows: which rows, and these rows of each (B, T, V) tensor as (R, V).
 
     The blocks of `written` are views. So are those of `read`, unless its strides do not allow a
     view over several sequences: then a block is a copy.
+
+    Args:
+        at_once: one block, if the rows are compiled and their strides allow it.
     """
     B, T, V = read.shape
     step = block_rows(read)
@@ -72,6 +86,8 @@ def row_blocks(read: Tensor, *written: Tensor) -> Iterator[tuple[slice, list[Ten
     except RuntimeError:
         yield from _sequence_blocks(read, written, step)
         return
+    if at_once and compiles_rows(read):
+        step = max(B * T, 1)
     for start in range(0, B * T, step):
         yield slice(start, start + step), [x[start : start + step] for x in flat]
 
@@ -133,7 +149,7 @@ class Kept(NamedTuple):
 
     e: Tensor  # (R, V) float32; 0 at the scored entry
     u: Tensor | None
-    z: Tensor  # the logits, after the soft cap
+    x: Tensor | None  # from `soft_cap_argument`; None without a soft cap
 
 
 def read_block(
@@ -146,14 +162,15 @@ def read_block(
     """
     z, ids, inv_temperature, softcap = block
     if compiles_rows(z):
-        scale = _scale_operand(inv_temperature)
-        found = call(_statistics, (with_entropy,), z, ids, scale, *_cap_operands(softcap))
+        found = _read_compiled(block, with_entropy)
         if found is not None:
-            return RowStatistics(*found), None
+            return found, None
     if out is None:
         out = torch.empty(z.shape, dtype=torch.float32, device=z.device)
+    x = None
     if softcap is not None:
-        z = apply_soft_cap(z, softcap)
+        x = soft_cap_argument(z, softcap)
+        z = apply_soft_cap(x, softcap, out)
     ids = ids[:, None]
     z_y = z.gather(1, ids).float()
     top = _top(z, 1)[:, None]
@@ -166,58 +183,95 @@ def read_block(
     products = None
     if kept_u is not None:
         products = row_sum(torch.where(kept_u == -torch.inf, 0, kept_u).mul_(e))
-    return _row_statistics(row_sum(e), products, u_y, top), Kept(e, kept_u, z)
+    return _row_statistics(row_sum(e), products, u_y, top), Kept(e, kept_u, x)
 
 
-def _statistics(
+def _read_compiled(block: Block, with_entropy: bool) -> RowStatistics | None:
+    """Return what `read_block` returns, by code of inductor; None if compiling fails.
+
+    The logits are read once. Each part of a row has a maximum and sums of its own, and is short:
+    inductor adds term by term, and float32 is too short for many terms. The part of the scored
+    entry is computed a second time, without it.
+    """
+    z, ids, inv_temperature, softcap = block
+    options = _scale_operand(inv_temperature), *_cap_operands(softcap)[:2]
+    parts = call(_read_parts, (with_entropy,), z, *options)
+    # A function of its own. In one function with the parts, inductor gives each of their sums a
+    # loop over all rows, and reads the logits from memory twice.
+    if parts is None:
+        return None
+    found = call(_join_parts, (with_entropy,), z, ids, *options, *parts)
+    return None if found is None else RowStatistics(*found)
+
+
+def _read_parts(
+    z: Tensor,
+    inv_temperature: Tensor | None,
+    cap_in: Tensor | None,
+    cap_out: Tensor | None,
+    with_entropy: bool,
+) -> list[Tensor]:
+    """Return the maxima, the sums of e and, if wanted, those of u e, (R, K) each, of parts of rows.
+
+    First those of the K whole parts, then those of what is left, K = 1.
+    """
+    whole = z.shape[1] // PART * PART
+    parts = [z[:, :whole].unflatten(1, (-1, PART))] if whole else []
+    if whole < z.shape[1]:
+        parts.append(z[:, None, whole:])
+    found = []
+    for part in parts:
+        part = _capped(part, cap_in, cap_out)
+        top = _top(part, -1)
+        u = _scaled(part - top[:, :, None], inv_temperature)
+        e = (u * LOG2_E).exp2()  # faster than exp
+        found += [top, e.sum(-1)]
+        if with_entropy:
+            found.append(_times(u, e).sum(-1))
+    return found
+
+
+def _join_parts(
     z: Tensor,
     ids: Tensor,
     inv_temperature: Tensor | None,
     cap_in: Tensor | None,
     cap_out: Tensor | None,
-    logit_scale: Tensor | None,
-    with_entropy: bool,
+    *given: Any,
 ) -> RowStatistics:
-    """Compute what `read_block` returns in a form that inductor turns into one read of a row.
-
-    Each part of a row is relative to its own maximum, and short: inductor adds term by term, and
-    float32 is too short for many terms. The part of the scored entry is computed a second time,
-    without it.
-    """
-
-    def difference(x: Tensor, top: Tensor) -> Tensor:
-        u = x - top
-        if inv_temperature is None:
-            return u
-        return u * inv_temperature.view(-1, *(1,) * (u.ndim - 1))
-
-    V, ids = z.shape[1], ids[:, None]
-    whole = V // PART * PART
-    parts = [z[:, :whole].unflatten(1, (-1, PART))] if whole else []
-    if whole < V:
-        parts.append(z[:, None, whole:])
-    tops, sums, products = [], [], []
-    for part in parts:
-        part = _capped(part, cap_in, cap_out)
-        tops.append(_top(part, -1))
-        u = difference(part, tops[-1][:, :, None])
-        sums.append(u.exp().sum(-1))
-        if with_entropy:
-            products.append(_times(u, u.exp()).sum(-1))
-    top_k, e_k = torch.cat(tops, 1), torch.cat(sums, 1)
+    """Return the statistics of rows from those of their parts, with the option at the end."""
+    *parts, with_entropy = given
+    each = 3 if with_entropy else 2
+    top_k, e_k = (torch.cat(parts[i::each], 1) for i in range(2))
     top = top_k.amax(1, keepdim=True)
-    shift, k = difference(top_k, top), torch.arange(e_k.shape[1], device=z.device)
-    factor = torch.where(k == ids // PART, 0, shift.exp())
-    column = ids // PART * PART + torch.arange(PART, device=z.device)
-    u = difference(_capped(z.gather(1, column.clamp(max=V - 1)), cap_in, cap_out), top)
-    e = torch.where((column < V) & (column != ids), u.exp(), 0)
+    shift = _scaled(top_k - top, inv_temperature)
+    mine = ids // PART
+    factor = torch.where(
+        torch.arange(e_k.shape[1], device=z.device) == mine[:, None], 0, shift.exp()
+    )
+    # A window as long as a part that contains the part of the scored entry.
+    V, length = z.shape[1], min(PART, z.shape[1])
+    first = (mine * PART)[:, None]
+    start = first.clamp(max=V - length)
+    row = torch.arange(z.shape[0], device=z.device)[:, None]
+    window = _capped(z.unfold(1, length, 1)[row, start].squeeze(1), cap_in, cap_out)
+    column = start + torch.arange(length, device=z.device)
+    u = _scaled(window - top, inv_temperature)
+    e = torch.where((column >= first) & (column != ids[:, None]), u.exp(), 0)
     rest = (e_k * factor).sum(1, keepdim=True) + e.sum(1, keepdim=True)
     weighted = None
     if with_entropy:
-        of_parts = (torch.cat(products, 1) + _times(shift, e_k)) * factor
+        of_parts = (torch.cat(parts[2::each], 1) + _times(shift, e_k)) * factor
         weighted = of_parts.sum(1, keepdim=True) + _times(u, e).sum(1, keepdim=True)
-    u_y = difference(_capped(z.gather(1, ids), cap_in, cap_out), top)
+    u_y = _scaled(_capped(z.gather(1, ids[:, None]), cap_in, cap_out) - top, inv_temperature)
     return _row_statistics(rest, weighted, u_y, top)
+
+
+def _scaled(u: Tensor, inv_temperature: Tensor | None) -> Tensor:
+    """Return u / temperature, with a temperature for each row, for all rows, or none."""
+    if inv_temperature is None:
+        return u
+    return u * inv_temperature.view(-1, *(1,) * (u.ndim - 1))
 
 
 def _times(u: Tensor, e: Tensor) -> Tensor:
@@ -380,12 +434,14 @@ def _gradient_by_operators(
     """Return the gradient of the rows of a block, in float32; it may be in `dblock`."""
     top, a, b, c, still = factors
     if kept is None:
-        z = block.z
+        z, x = block.z, None
         direct = live is None and dblock.dtype == torch.float32
         out = dblock if direct else torch.empty(z.shape, dtype=torch.float32, device=z.device)
-        z = z if block.softcap is None else apply_soft_cap(z, block.softcap)
+        if block.softcap is not None:
+            x = soft_cap_argument(z, block.softcap)
+            z = apply_soft_cap(x, block.softcap, out)
         u = scaled_difference(z, top[:, None], block.inv_temperature, out)
-        kept = Kept(u.exp_(), None, z) if b is None else Kept(u.exp(), u, z)
+        kept = Kept(u.exp_(), None, x) if b is None else Kept(u.exp(), u, x)
     e = kept.e
     if b is None:
         e.mul_(a[:, None])
@@ -396,7 +452,8 @@ def _gradient_by_operators(
     at = ids.clamp(min=0)
     e.scatter_(1, at, torch.where(ids < 0, e.gather(1, at), c[:, None]))
     if block.softcap is not None:
-        e.mul_(soft_cap_slope(kept.z, block.softcap))
+        assert kept.x is not None
+        e.mul_(soft_cap_slope(kept.x, block.softcap))
     if bool(still.any()):
         e[still] = 0
     return e
@@ -413,15 +470,16 @@ def _gradient(*given: Tensor | None) -> tuple[()]:
     top, a, b, c, still = RowFactors(*factors)  # type: ignore[arg-type]
     assert z is not None
     assert ids is not None
-    capped = _capped(z, cap_in, cap_out)
-    u = capped - top[:, None]
+    u = _capped(z, cap_in, cap_out) - top[:, None]
     if inv_temperature is not None:
         u = u * _column(inv_temperature)
     e = u.exp()
     e = e * a[:, None] if b is None else e * (u.clamp(min=LOWEST_U) * b[:, None] + a[:, None])
     e = torch.where(torch.arange(z.shape[1], device=z.device) == ids[:, None], c[:, None], e)
-    if cap_out is not None and logit_scale is not None:
-        e = e * ((1 - (capped / cap_out).square()) * logit_scale)
+    if cap_in is not None and logit_scale is not None:
+        # `soft_cap_slope` by an exponential, which inductor computes faster than cosh
+        t = (-2 * (z.float() * cap_in).abs()).exp()
+        e = e * (4 * logit_scale * t / (1 + t).square())
     (z if out is None else out).copy_(torch.where(still[:, None], 0, e))
     return ()
 

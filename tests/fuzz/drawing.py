@@ -84,6 +84,7 @@ def compare(
     floor: float = FLOOR,
     scale: float = 0.0,
     by_rows: bool = False,
+    rounding: Tensor | None = None,
 ) -> None:
     """Assert that each element is right: error(got) <= 2 error(plain PyTorch) + 3 sensitivities + floor.
 
@@ -94,6 +95,7 @@ def compare(
         scale: the size of the terms that the result is a sum of.
         by_rows: the largest error and the largest entry are those of the element's own row, so that one huge
             row does not excuse the others.
+        rounding: a bound of what roundings by design change in each element; None: there are none.
     """
     if tuple(got.shape) != tuple(truth.shape):
         raise AssertionError(f"{name}: shape {tuple(got.shape)}, want {tuple(truth.shape)}")
@@ -117,6 +119,8 @@ def compare(
     allowed = (2 * error_of_plain).expand_as(truth).clone()
     for other in near:
         allowed += 3 * (other - truth).abs().nan_to_num(0, 0, 0)
+    if rounding is not None:
+        allowed += rounding.nan_to_num(0, 0, 0)
     # Below 1e-18 a confident token has digits that float64 has not; the last is for subnormals.
     unit = torch.finfo(dtype)
     allowed += floor * largest.clamp(min=scale) + 1e-18 + 2 * unit.smallest_normal * unit.eps

@@ -170,12 +170,19 @@ class Evaluations:
         compare(name, got, truth, plain, tuple(near), floor, *sizes)
 
     def check(
-        self, out: Any, grads: dict[int, Tensor], names: list[str], floor: float, steep: float = 1.0
+        self,
+        out: Any,
+        grads: dict[int, Tensor],
+        names: list[str],
+        floor: float,
+        steep: float = 1.0,
+        roundings: list[Tensor] | None = None,
     ) -> None:
         """Compare the loss of a result and its gradients, by the place of their leaf.
 
         Args:
             steep: the largest derivative of a scaled logit in a leaf.
+            roundings: from `rounded_gradients`, for each leaf.
         """
         found = self.truth["found"]
         self.compare("loss", out.loss, lambda x: x["loss"], floor, found.size)
@@ -186,7 +193,8 @@ class Evaluations:
             unit = torch.finfo(grad.dtype).eps
             key, rows = lambda x, i=i: x["grads"][i], names[i] in ("logits", "logps", "entropy")
             own = floor + unit if not rows else 3 * floor + unit
-            self.compare(f"gradient of {names[i]}", grad, key, own, scale, rows)
+            rounding = None if roundings is None else roundings[i]
+            self.compare(f"gradient of {names[i]}", grad, key, own, scale, rows, rounding)
 
     def check_values(self, out: Any, live: Tensor, floor: float, computed: bool = True) -> None:
         """Compare log-probs, entropies and metrics, which are of all live tokens.
@@ -228,8 +236,12 @@ def reach(x: Tensor, live: Tensor) -> Tensor:
     return torch.where(live, finite.amax(1) if finite.shape[1] else finite.sum(1), 0.0)
 
 
-def one_of_logits(p: Draws) -> dict[str, Any]:
-    """Draw logits, ids, temperature, and the arguments of a loss."""
+def one_of_logits(p: Draws, exact: bool = True) -> dict[str, Any]:
+    """Draw logits, ids, temperature, and the arguments of a loss.
+
+    Args:
+        exact: the log-probs in float64 are the exact ones of `oracle.log_probs`.
+    """
     b = batch(p)
     halves = (torch.float16,) if p.backend == "triton" else (torch.float16, torch.bfloat16)
     dtype = p.pick("dtype", torch.float32, torch.float32, *halves)
@@ -240,7 +252,7 @@ def one_of_logits(p: Draws) -> dict[str, Any]:
 
     def score(leaves: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         z = view(leaves[0]).flatten(0, -2).to(dtype)
-        return oracle.log_probs(z, ids, live, heats)
+        return oracle.log_probs(z, ids, live, heats, exact and dtype == torch.float64)
 
     z = view(leaf).detach().double().flatten(0, -2)
     logp, entropy = oracle.log_probs(z, ids, live, heats)
@@ -264,6 +276,10 @@ def grpo_loss_case(p: Draws) -> None:
     upstream = p.pick("upstream", 1.0, -0.5, 3.0)
     words |= {"temperature": x["heat"], "return_entropy": p.flag("return_entropy", often=True)}
     want = Evaluations([leaf], x["score"], x["call"].given, x["off"], upstream)
+    truth = want.truth["grads"][0]
+    # The forward has written the gradient for an upstream gradient of 1, which may overflow float16.
+    if bool((truth.to(leaf.dtype).isinf() != (truth / upstream).to(leaf.dtype).isinf()).any()):
+        raise UndecidedError
     own = leaf.detach().clone().requires_grad_(not p.flag("no gradient"))
     given = x["view"](own)
     overlaps = 0 in given.stride() and given.numel() > given.untyped_storage().nbytes() // (
@@ -285,7 +301,7 @@ def grpo_loss_case(p: Draws) -> None:
 
 def reference_grpo_loss_case(p: Draws) -> None:
     """The specification, in float64, which is compared without the oracle's tolerance for float32."""
-    x = one_of_logits(p)
+    x = one_of_logits(p, exact=False)
     leaf, words = x["leaf"].double(), x["words"] | {"temperature": x["heat"]}
     if isinstance(words["temperature"], Tensor):
         words["temperature"] = words["temperature"].double()
@@ -421,7 +437,7 @@ def head(p: Draws, b: Batch) -> dict[str, Any]:
         leaves |= {"A": p.randn(2, D).to(other), "B": p.randn(V + extra, 2).to(other)}
     # Where a cap saturates, rounded logits have no digit of its derivative.
     if p.flag("softcap") and (size <= 1 or unit_of(list(leaves.values())) < 1e-6):
-        words["softcap"] = p.pick("cap", 5.0, 30)
+        words["softcap"] = p.pick("cap", 5.0, 30, 1e5)
     if p.flag("logit_scale"):
         words["logit_scale"] = p.pick("scale of logits", 0.5, 4)
     if p.flag("chunks", often=True):
@@ -429,7 +445,7 @@ def head(p: Draws, b: Batch) -> dict[str, Any]:
     if p.flag("bf16 logits"):
         words["logits_dtype"] = "bf16"
 
-    def make(leaves: list[Tensor]) -> Tensor:
+    def product(leaves: list[Tensor], scaling: float = scaling) -> Tensor:
         found = dict(zip(x, leaves, strict=True))
         h = view(found["hidden"]).reshape(b.n, D)
         h = torch.where(b.live[:, None], h, torch.zeros_like(h))
@@ -439,12 +455,18 @@ def head(p: Draws, b: Batch) -> dict[str, Any]:
             z = z + found["bias"].to(h.dtype)
         if "A" in found:
             z = z + scaling * (h @ found["A"].to(h.dtype).t()) @ found["B"].to(h.dtype).t()
-        z = words.get("logit_scale", 1.0) * z[:, :V]
-        cap = words.get("softcap")
+        return z[:, :V]
+
+    def finish(z: Tensor) -> Tensor:
+        z, cap = words.get("logit_scale", 1.0) * z, words.get("softcap")
         return z if cap is None else cap * torch.tanh(z / cap)
 
+    def make(leaves: list[Tensor]) -> Tensor:
+        return finish(product(leaves))
+
     x = dict(leaves)
-    return {"leaves": x, "words": words, "make": make, "view": view, "V": V, "scaling": scaling}
+    found = {"leaves": x, "words": words, "make": make, "view": view, "V": V, "scaling": scaling}
+    return found | {"product": product, "finish": finish}
 
 
 def wide(leaves: list[Tensor]) -> bool:
@@ -463,10 +485,39 @@ def scoring(b: Batch, h: dict[str, Any], ids: Tensor, heats: Tensor) -> Any:
 
     def score(leaves: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         z = h["make"](leaves)
-        z = z.to(torch.float64) if z.dtype == torch.float64 else z.float()
-        return oracle.log_probs(z, ids, b.live, heats)
+        z = z if z.dtype == torch.float64 else z.float()
+        return oracle.log_probs(z, ids, b.live, heats, z.dtype == torch.float64)
 
     return score
+
+
+def rounded_gradients(
+    h: dict[str, Any], leaves: list[Tensor], ids: Tensor, heats: Tensor, of: Evaluations
+) -> list[Tensor] | None:
+    """Bounds of what roundings of dL/dlogits change in the gradients of a head's leaves; None for float32.
+
+    Half-precision hidden states: dL/dlogits is rounded to their dtype (docs/linear.md). float64: the
+    probabilities p are rounded, and dlogp/dlogits is computed as 1 - p, or -p. Whatever the signs of these
+    errors, they change a gradient by at most the sum of their magnitudes, each times the magnitude of its
+    factor.
+    """
+    dtype, x = leaves[0].dtype, [y.detach().double() for y in leaves]
+    if not wide(leaves) and dtype == torch.float32:
+        return None
+    z = h["product"](x).requires_grad_()
+    scaled = h["finish"](z) / heats[:, None]
+    live = of.given.mask > 0
+    logp, entropy = oracle.log_probs(h["finish"](z), ids, live, heats)
+    loss = of.upstream * oracle.loss(logp, entropy, of.given.to(torch.float64)).loss
+    if wide(leaves):
+        (of_logp,) = torch.autograd.grad(loss, [logp], retain_graph=True)
+        (slope,) = torch.autograd.grad(scaled.sum(), [z])
+        off = (of_logp * of.off)[:, None] * scaled.detach().softmax(1) * slope
+    else:
+        off = torch.finfo(dtype).eps / 2 * torch.autograd.grad(loss, [z])[0]
+    sizes = [y.nan_to_num(0).abs().requires_grad_() for y in x]
+    product = h["product"](sizes, abs(h["scaling"]))
+    return list(torch.autograd.grad(product, sizes, off.abs()))
 
 
 def linear_grpo_loss_case(p: Draws) -> None:
@@ -512,10 +563,15 @@ def linear_grpo_loss_case(p: Draws) -> None:
     floor = 1e-9 if wide(leaves) else FLOOR + 4 * unit * float(most.amax() if b.n else 0.0)
     steep = float((1 / heats).amax() if b.n else 1.0) * max(h["words"].get("logit_scale", 1.0), 1.0)
     steep *= max([1.0, *(float(x.nan_to_num(0).abs().sum()) for x in leaves if x.numel())])
-    want.check(out, grads, list(own), floor, steep)
+    roundings = rounded_gradients(h, leaves, ids, heats, want)
+    want.check(out, grads, list(own), floor, steep, roundings)
     if not words["compact"] or words["return_entropy"]:
-        if wide(leaves):  # its sums are float32, and may overflow
-            del out.metrics["effective_sample_size"]
+        if wide(leaves):  # their sums are float32, and may overflow where the mean does not
+            sums = want.truth["found"].metrics
+            for name in out.metrics.keys() & sums.keys():
+                total = (sums[name] * sums["tokens"]).float()
+                if name == "effective_sample_size" or total.isinf():
+                    del out.metrics[name]
         rounding = 4 * UNIT * float(logp.abs().amax() if b.n else 0.0)  # metrics are float32
         want.check_values(out, b.live, max(floor, FLOOR + rounding))
 

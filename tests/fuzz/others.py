@@ -38,7 +38,9 @@ def logprob_case(p: Draws) -> None:
 
     def at(dtype: torch.dtype) -> list[Tensor]:
         own = (leaf.double() if dtype == torch.float64 else leaf.clone()).requires_grad_()
-        found = oracle.log_probs(view(own).flatten(0, -2).to(dtype), ids, b.live, heats)[: len(up)]
+        found = oracle.log_probs(
+            view(own).flatten(0, -2).to(dtype), ids, b.live, heats, dtype == torch.float64
+        )[: len(up)]
         total = sum((x * u).sum() for x, u in zip(found, up, strict=True))
         return [*found, *torch.autograd.grad(total, [own])]
 

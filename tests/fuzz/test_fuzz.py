@@ -1,6 +1,7 @@
 """The fuzzer: a fixed subset of its cases, and whether it knows all public functions."""
 
 import importlib
+import math
 import re
 from pathlib import Path
 
@@ -89,6 +90,22 @@ def test_the_oracle_by_hand():
     assert H.exp().item() == pytest.approx(4.0)
 
 
+def test_the_exact_oracle_has_1_minus_p_of_a_confident_token():
+    """With a gap of 50 nats, where float64 rounds p to 1; and it is the usual one for other tokens."""
+    z = torch.tensor([[50.0, 0.0], [0.0, 1.0]], dtype=torch.float64, requires_grad=True)
+    given = (
+        torch.zeros(2, dtype=torch.long),
+        torch.ones(2, dtype=torch.bool),
+        torch.ones(2).double(),
+    )
+    logp, _ = oracle.log_probs(z, *given, exact=True)
+    (grad,) = torch.autograd.grad(logp.sum(), z)
+    rest, p = math.exp(-50), 1 / (1 + math.e)
+    assert logp.tolist() == pytest.approx([-rest, math.log(p)], rel=1e-12)
+    assert grad[0].tolist() == pytest.approx([rest, -rest], rel=1e-12)
+    assert grad[1].tolist() == pytest.approx([1 - p, p - 1], rel=1e-12)
+
+
 def test_a_wrong_result_is_a_failure(monkeypatch):
     """It is found, is made simpler, says how to repeat it, and the other cases go on."""
     monkeypatch.setitem(CASES, "reference.logprob", wrong_by_mask)
@@ -130,6 +147,22 @@ def test_a_huge_row_does_not_excuse_another():
     compare("x", got, truth.double(), truth)
     with pytest.raises(AssertionError, match=r"x: 1\.00999999 at \[1, 0\]"):
         compare("x", got, truth.double(), truth, by_rows=True)
+
+
+def test_a_rounding_is_allowed_in_its_own_element():
+    one, got = torch.ones(2), torch.tensor([1.0, 1.01])
+    compare("x", got, one.double(), one, rounding=torch.tensor([0.0, 0.011]))
+    for bound in ([0.0, 0.009], [0.011, 0.0], [torch.nan, torch.inf]):
+        with pytest.raises(AssertionError, match=r"x: 1\.0"):
+            compare("x", got, one.double(), one, rounding=torch.tensor(bound))
+
+
+@pytest.mark.parametrize("seed", [1386, 2354], ids=["float64", "bfloat16"])
+def test_roundings_of_the_gradient_of_logits(seed):
+    """A confident token in float64; a gradient of bfloat16 whose roundings add up."""
+    with prepared("torch"):
+        found = chunk("linear_grpo_loss", range(seed, seed + 1))
+    assert not found.failures, said(found.failures[0])
 
 
 def test_an_error_has_to_name_the_argument():
