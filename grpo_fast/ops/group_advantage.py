@@ -9,7 +9,7 @@ from torch import Tensor
 from grpo_fast import checks, sequences
 from grpo_fast.checks import check_values
 from grpo_fast.notices import logged, note, noting, setting
-from grpo_fast.operands import LARGEST, hint, operand
+from grpo_fast.operands import LARGEST, hint, operand, replaced
 from grpo_fast.ops.backend import path_and_reason, run
 from grpo_fast.ops.operator import operator, watched
 from grpo_fast.records import Z_SCORE, Grouping, Standardization, flat, schema, unflatten
@@ -57,7 +57,7 @@ def group_advantage_fwd(
         # The operator takes eps as a tensor, which costs as much as two operations on a few rewards.
         return run(FORWARD, rewards, rewards, grouping, standardization)
     return group_advantage_op(
-        rewards, *flat(grouping, standardization._replace(eps=operand(standardization.eps)))
+        rewards, *flat(grouping, replaced(standardization, eps=operand(standardization.eps)))
     )
 
 
@@ -184,7 +184,7 @@ def check_groups(
 
 
 # The options of `group_advantage` unless they are given, in the order of its signature.
-DEFAULTS = ("group", Z_SCORE.eps, True, "mean", None, "sum_then_normalize", "error", "zero")
+DEFAULTS = ("group", Z_SCORE.eps, True, "mean", "sum_then_normalize", "error", "zero")
 
 
 def _of_few(rewards: Tensor, group_size: int | None) -> Tensor | None:
@@ -206,12 +206,12 @@ def _of_few(rewards: Tensor, group_size: int | None) -> Tensor | None:
         or len(rewards) % group_size
         or watched(rewards)
         or setting("GRPO_FAST_BACKEND") == "triton"
-        or not math.isfinite(rewards.sum().item())
+        or not math.isfinite(rewards.dot(rewards))  # or their squares are too large for it
     ):
         return None
     if noting():
         note(path_and_reason(rewards), "group_advantage_fwd")
-    return plain_scores(rewards.detach(), group_size, Z_SCORE)
+    return plain_scores(rewards.detach() if rewards.requires_grad else rewards, group_size, Z_SCORE)
 
 
 @logged("group_advantage")
@@ -272,8 +272,10 @@ def group_advantage(
             divide B, an unknown choice, a choice without effect on these rewards, a negative eps.
     """
     op = "group_advantage"
-    options = scale, eps, unbiased, baseline, weights, aggregation, nan, singleton
-    if type(eps) is float and options == DEFAULTS and group_ids is None:
+    # Without tensors, whose comparison torch 2.8 cannot trace.
+    options = scale, eps, unbiased, baseline, aggregation, nan, singleton
+    plain = weights is None and group_ids is None
+    if type(eps) is float and options == DEFAULTS and plain:
         scores = _of_few(rewards, group_size)
         if scores is not None:
             return scores
@@ -302,7 +304,7 @@ def group_advantage(
         rewards, whole = _combined(op, rewards, weights, aggregation, grouping, standardization)
         if whole:
             grouping = Grouping(max(len(rewards), 1), None)
-            standardization = standardization._replace(scale="group", raw_singletons=False)
+            standardization = replaced(standardization, scale="group", raw_singletons=False)
     elif weights is not None:
         raise ValueError(f"{op}: weights: has no effect with rewards (B,), want rewards (B, K)")
     elif aggregation != "sum_then_normalize":
@@ -332,8 +334,8 @@ def _combined(
             f"{op}: baseline='leave_one_out' has no effect with aggregation='normalize_then_sum'"
         )
     weights = _check_weights(op, weights, rewards)
-    standardization = standardization._replace(
-        eps=operand(standardization.eps), leave_one_out=False
+    standardization = replaced(
+        standardization, eps=operand(standardization.eps), leave_one_out=False
     )
     return combine_rewards_op(
         rewards, weights, *flat(grouping, normalize, standardization)

@@ -12,9 +12,9 @@ import functools
 import os
 import shutil
 import sys
-import types
 from collections.abc import Callable
-from typing import Any
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,8 +26,8 @@ VOCABULARY, TOKENS = 1 << 14, 1 << 13
 # The number of rows for which code is generated; it runs for any number. A row has to be the work of
 # one thread, or its bits would depend on the number of threads: hence four rows or more per thread.
 ROWS = 64
-# The same for losses of tokens: sequences of one length.
-LENGTH, EACH = 128, 512
+# The same for losses of tokens: sequences, and their length. Equal sizes would be one symbol.
+EACH, LENGTH = 512, 128
 # Compute a value where it is used, and not in a loop of its own.
 IN_ONE_LOOP = {
     "compile_threads": 1,
@@ -85,88 +85,41 @@ def compiles(x: Tensor, size: int, least: int) -> bool:
 
 
 def call(
-    function: Callable[..., Any], static: tuple, *tensors: Tensor | None, T_len: int | None = None
+    function: Callable[..., Any], static: tuple, *tensors: Tensor | None, moving: int = 1
 ) -> Any:
-    """Return `function(*tensors, *static)` of tensors on a CPU, compiled; None if compiling fails.
+    """Return `tuple(function(*tensors, *static))` of tensors on a CPU, compiled; None if compiling fails.
 
     Args:
         function: it has no branches on values. It may write into one of the tensors, which must
             then overlap none of the others.
         static: hashable; each combination is compiled, up to `MOST_OBJECTIVES` of them.
-        tensors: the first has R > 0 rows. The others are None, have R rows, or are 0-dim.
-        T_len: a length, at least 2, of which R is a multiple, and which may change from call to
-            call; `function` takes it as its last argument.
+        tensors: each is None, 0-dim, or has the same first `moving` sizes as the others. These may
+            differ from call to call, and are not 0. With two of them the second is at least 2.
     """
     if not _worth_it(function, static):
         return None
-    given = [None if x is None else x.detach() for x in tensors]
-    given = [x.contiguous() if x is not None and x.ndim == 1 else x for x in given]
-    kinds = tuple(None if x is None else (x.dtype, x.shape[1:], x.stride()) for x in given)
-    length = () if T_len is None else (T_len,)
+    given = [x if x is None or x.ndim > moving else x.contiguous() for x in tensors]
+    kinds = tuple([None if x is None else _kind(x, moving) for x in given])
     try:
-        compiled = _compiled(function, static, kinds, bool(length), torch.get_num_threads())
+        compiled = _compiled(function, static, kinds, moving, torch.get_num_threads())
     except Exception as error:  # whatever a compiler may raise
         _give_up(f"inductor failed: {type(error).__name__}: {str(error)[:200]}")
         return None
     with torch.no_grad():
-        if len(given[0]) > 1:  # type: ignore[arg-type]
-            return compiled(*given, *length)
-        # The compiler would make code of its own for one row, with other bits.
-        twice = [x if x is None or not x.ndim else torch.cat([x, x]) for x in given]
-        found = compiled(*twice, *length)
-    for x, both in zip(given, twice, strict=True):
-        if x is not None and both is not None and x.ndim and x.is_floating_point():
-            x.copy_(both[:1])
-    return found and tuple(x if x is None else x[:1] for x in found)
+        return compiled(*[x for x in given if x is not None])
 
 
-def call_padded(function: Callable[..., Any], static: tuple, *tensors: Tensor | None) -> Any:
-    """Return `function(*tensors, *static)` of padded tensors on a CPU, compiled; None if compiling fails.
+class Kind(NamedTuple):
+    """The properties of a tensor for which code is generated."""
 
-    It is `call` for any number of rows and any length of them, and takes half the time to start.
-
-    Args:
-        function: as in `call`; it writes into no tensor.
-        static: as in `call`.
-        tensors: each is None, (B, T) contiguous with T at least 2, or 0-dim.
-    """
-    if not _worth_it(function, static):
-        return None
-    kinds = tuple([None if x is None else (x.dtype, x.ndim) for x in tensors])
-    try:
-        compiled = _compiled_padded(function, static, kinds, torch.get_num_threads())
-    except Exception as error:  # whatever a compiler may raise
-        _give_up(f"inductor failed: {type(error).__name__}: {str(error)[:200]}")
-        return None
-    with torch.no_grad():
-        return compiled(*[x for x in tensors if x is not None])
+    dtype: torch.dtype
+    ndim: int
+    row: tuple[int, ...]  # the sizes that do not change
+    stride: tuple[int, ...]  # () where it follows from the sizes
 
 
-@functools.lru_cache(maxsize=64)
-def _compiled_padded(
-    function: Callable[..., Any], static: tuple, kinds: tuple, threads: int
-) -> Callable[..., Any]:
-    """Return the function compiled for tensors of these dtypes and numbers of dimensions."""
-
-    from torch.fx.experimental.proxy_tensor import make_fx  # takes 0.1 s to import
-
-    def of_given(*given: Tensor) -> Any:
-        left = iter(given)
-        return function(*(None if kind is None else next(left) for kind in kinds), *static)
-
-    sizes = {0: (), 2: (EACH, LENGTH)}  # two sizes: equal ones would be taken for the same
-    examples = [torch.zeros(sizes[kind[1]], dtype=kind[0]) for kind in kinds if kind is not None]
-    with torch.no_grad():
-        graph = make_fx(of_given, tracing_mode="symbolic")(*examples)
-        values = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
-        sizes_left = [x for value in values for x in value.shape]
-        fixed = [x for x in sizes_left if isinstance(x, int) or x.node.maybe_as_int() is not None]
-        if fixed:  # a branch on a size, such as len(x)
-            raise RuntimeError(f"{function.__name__} is for tensors of a size {fixed} alone")
-        vars(graph).pop("shape_env", None)  # torch 2.8 keeps no code on disk with it
-        # Without the guards of `torch.compile`, which take as long as 2,000 tokens.
-        compiled: Callable[..., Any] = torch._inductor.compile(graph, values, options=IN_ONE_LOOP)
-    return compiled
+def _kind(x: Tensor, moving: int) -> Kind:
+    return Kind(x.dtype, x.ndim, x.shape[moving:], x.stride() if x.ndim > moving else ())
 
 
 _seen: dict[Callable[..., Any], set[tuple]] = {}
@@ -192,40 +145,63 @@ def _give_up(reason: str) -> None:
 
 @functools.lru_cache(maxsize=64)
 def _compiled(
-    function: Callable[..., Any], static: tuple, kinds: tuple, with_length: bool, threads: int
+    function: Callable[..., Any],
+    static: tuple,
+    kinds: tuple[Kind | None, ...],
+    moving: int,
+    threads: int,
 ) -> Callable[..., Any]:
-    """Return the compiled function for tensors of these dtypes, row shapes and strides."""
+    """Return the compiled function for tensors of these kinds.
 
-    def flat(*given: Any) -> Any:
-        tensors, length = given[: len(kinds)], given[len(kinds) :]
-        return function(*tensors, *static, *length)
+    It has none of the guards of `torch.compile`, which take as long as 2,000 tokens of a loss.
+    """
+    from torch.fx.experimental.proxy_tensor import make_fx  # takes 0.1 s to import
 
-    # `torch.compile` keeps what it made, and a limit of 8, for each code object: this one is new.
-    code = flat.__code__.replace()
-    fresh = types.FunctionType(code, flat.__globals__, function.__name__, None, flat.__closure__)
-    compiled = torch.compile(
-        fresh,
-        fullgraph=True,
-        dynamic=True if with_length else None,
-        options={"compile_threads": 1},
-    )
-    length = (LENGTH,) if with_length else ()
-    flat_ones = all(kind is None or not kind[1] for kind in kinds)
-    rows = LENGTH * EACH if flat_ones else max(ROWS, 4 * threads)
-    examples = [
-        None if kind is None else _example(kind[0], kind[1], kind[2], rows) for kind in kinds
-    ]
-    # A number that differs from that of another objective would become an input of the graph, and
-    # inductor keeps its first value (torch 2.13).
-    with torch.no_grad(), torch._dynamo.config.patch(specialize_float=True):
-        compiled(*examples, *length)
+    def of_given(*given: Tensor) -> Any:
+        left = iter(given)
+        found = function(*(None if kind is None else next(left) for kind in kinds), *static)
+        return tuple(found)  # a record is not taken
+
+    mode, examples = _examples(kinds, moving, threads)
+    with torch.no_grad():
+        with mode:
+            graph = make_fx(of_given)(*examples)
+        values = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
+        free = [size for value in values for size in value.shape[:moving]]
+        fixed = [x for x in free if isinstance(x, int) or x.node.maybe_as_int() is not None]
+        if fixed:  # a branch on a size, such as len(x)
+            raise RuntimeError(f"{function.__name__} is for tensors of a size {fixed} alone")
+        vars(graph).pop("shape_env", None)  # torch 2.8 keeps no code on disk with it
+        compiled: Callable[..., Any] = torch._inductor.compile(graph, values, options=IN_ONE_LOOP)
     return compiled
 
 
-def _example(dtype: torch.dtype, row: torch.Size, stride: tuple[int, ...], rows: int) -> Tensor:
-    """Return zeros with a number of rows that the compiler is not to rely on."""
-    if not stride:
-        return torch.zeros((), dtype=dtype)
-    x = torch.empty_strided((rows, *row), stride, dtype=dtype).zero_()
-    torch._dynamo.mark_dynamic(x, 0)
-    return x
+def _examples(
+    kinds: tuple[Kind | None, ...], moving: int, threads: int
+) -> tuple[AbstractContextManager[Any], list[Tensor]]:
+    """Return tensors of these kinds with symbols for the sizes that move, and the mode to trace in."""
+    from torch._dynamo.source import ConstantSource
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import (
+        DimDynamic,
+        ShapeEnv,
+        StatelessSymbolicContext,
+    )
+
+    sizes = (EACH, LENGTH) if moving == 2 else (EACH * LENGTH,)
+    if any(kind is not None and kind.row for kind in kinds):
+        sizes = (max(ROWS, 4 * threads),)
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    examples: list[Tensor] = []
+    for i, kind in enumerate(kinds):
+        if kind is None:
+            continue
+        shape = (*sizes, *kind.row)[: kind.ndim]
+        example = torch.empty(shape, dtype=kind.dtype)
+        if kind.stride:
+            example = torch.empty_strided(shape, kind.stride, dtype=kind.dtype)
+        how = [DimDynamic.DUCK] * moving + [DimDynamic.STATIC] * len(kind.row)  # equal: one symbol
+        context: Any = StatelessSymbolicContext(dynamic_sizes=how[: kind.ndim])
+        source = ConstantSource(f"input{i}")
+        examples.append(mode.from_tensor(example, symbolic_context=context, source=source))
+    return mode, examples

@@ -46,7 +46,7 @@ def logprob_fwd(
         for x, default in zip(out, (0, 0, 0, 1), strict=True):
             if x is not None:
                 x.fill_(default)  # the values of rows that do not count
-    for rows, (block,) in row_blocks(logits):
+    for rows, (block,) in row_blocks(logits, at_once=mask is None):
         live = live_rows(mask, rows)
         z = block if live is None else block[live]
         where = rows if live is None else live + rows.start
@@ -73,7 +73,7 @@ def logprob_bwd(
         targets: an id of -1 says that no column of this row is scored.
         statistics: what `logprob_fwd` returned.
     """
-    for rows, (block, dblock) in row_blocks(logits, dlogits):
+    for rows, (block, dblock) in row_blocks(logits, dlogits, at_once=targets.mask is None):
         live = live_rows(targets.mask, rows)
         where = rows if live is None else live + rows.start
         z = block if live is None else block[live]

@@ -10,7 +10,7 @@ from torch import Tensor
 from grpo_fast.metrics import LOSS, metrics_from
 from grpo_fast.objective import Objective
 from grpo_fast.records import Outputs, PolicyLoss, Sequences, Tokens, Weighing
-from grpo_fast.torch_kernels.compiled import TOKENS, call, call_padded, compiles
+from grpo_fast.torch_kernels.compiled import TOKENS, call, compiles
 from grpo_fast.torch_kernels.reduction_weights import weights_of_rows
 from grpo_fast.torch_kernels.sequence_loss import of_sequences
 from grpo_fast.torch_kernels.terms import (
@@ -77,8 +77,9 @@ def padded_loss(
     rows = [None if x is None else x.view(logp.shape) for x in tokens]
     # A graph takes any values of tensors, and each dtype by itself; float64 would be a constant of it.
     numbers = [None if x is None else x.to("cpu", torch.float32) for x in factors]
-    found: tuple[Tensor, Tensor, Tensor, Tensor] | None = call_padded(
-        _of_padded_batch, (objective,), logp, entropy, *numbers, *rows
+    given = logp, entropy, *numbers, *rows
+    found: tuple[Tensor, Tensor, Tensor, Tensor] | None = call(
+        _of_padded_batch, (objective,), *given, moving=2
     )
     return found
 

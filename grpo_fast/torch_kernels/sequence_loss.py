@@ -21,16 +21,19 @@ def sequence_loss_fwd(
     padded, T_len = sequences.boundaries is None, sequences.T_len
     if padded and T_len > 1 and compiles(logp, len(logp), TOKENS):
         given = logp, mask, *tokens, sequences.share, sequences.log_importance
-        found = call(_of_padded, (objective,), *given, T_len=T_len)
+        rows = [None if x is None else x.reshape(-1, T_len) for x in given]
+        found = call(_of_padded, (objective,), *rows, moving=2)
         if found is not None:
-            return PolicyLoss(*found)
+            loss, dlogp, kl, clip = found
+            kl = None if kl is None else kl.flatten()
+            return PolicyLoss(loss.flatten(), dlogp.flatten(), kl, clip.flatten())
     return of_sequences(logp, mask, tokens, sequences, objective)
 
 
 def _of_padded(logp: Tensor, mask: Tensor | None, *given: Any) -> PolicyLoss:
-    """Compute `sequence_loss_fwd` from the fields of the records, with the length at the end."""
-    *fields, share, log_importance, objective, T_len = given
-    sequences = Sequences(None, T_len, share, log_importance)
+    """Compute `sequence_loss_fwd` of (B, T) tensors, the fields of the records."""
+    *fields, share, log_importance, objective = given
+    sequences = Sequences(None, logp.shape[1], share, log_importance)
     return of_sequences(logp, mask, Tokens(*fields), sequences, objective)
 
 

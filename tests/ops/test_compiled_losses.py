@@ -26,11 +26,11 @@ def one_call(monkeypatch, device):
     compile_every_call(monkeypatch, device)
     calls = []
 
-    def call(function, static, *tensors):
+    def call(function, static, *tensors, moving=1):
         calls.append(function)
-        return compiled.call_padded(function, static, *tensors)
+        return compiled.call(function, static, *tensors, moving=moving)
 
-    monkeypatch.setattr(twin, "call_padded", call)
+    monkeypatch.setattr(twin, "call", call)
     return calls
 
 
@@ -41,12 +41,12 @@ def uncompiled(monkeypatch, device):
         pytest.skip("the kernels run")
     calls = []
 
-    def call(function, static, *tensors):
+    def call(function, static, *tensors, moving):
         calls.append(function)
         return function(*tensors, *static)
 
     monkeypatch.setenv("GRPO_FAST_BACKEND", "torch")
-    monkeypatch.setattr(twin, "call_padded", call)
+    monkeypatch.setattr(twin, "call", call)
     monkeypatch.setattr(twin, "pays_off", lambda logp: True)
     return calls
 
@@ -125,13 +125,13 @@ def test_the_function_that_is_compiled(name, uncompiled, monkeypatch):
 
 def test_objectives_of_tokens(one_call, monkeypatch):
     """Any shape and any numbers run the same compiled code."""
-    compiled._compiled_padded.cache_clear()
+    compiled._compiled.cache_clear()
     for rows, length, items in ((B, T, 100), (1, 60, 7.5), (3, 2, torch.tensor(11))):
         logps, arguments = batch(rows, length)
         arguments |= {"objective": BY_TOKEN, "num_items": items, "loss_scale": 1 / length}
         same(monkeypatch, logps, arguments)
     assert set(one_call) == {twin._of_padded_batch}
-    assert compiled._compiled_padded.cache_info().misses == 1
+    assert compiled._compiled.cache_info().misses == 1
 
 
 def test_objectives_of_sequences(one_call, monkeypatch):
@@ -229,7 +229,7 @@ def test_what_cannot_be_compiled_is_computed_in_parts(one_call, monkeypatch):
     def refuse(*_, **__):
         raise OSError("no space left")
 
-    monkeypatch.setattr(compiled, "_compiled_padded", refuse)
+    monkeypatch.setattr(compiled, "_compiled", refuse)
     monkeypatch.setattr(compiled, "_failure", "")
     forget()
     logps, arguments = batch()
@@ -246,7 +246,7 @@ def test_a_function_for_one_size_is_refused():
         pytest.skip("nothing is compiled")
 
     def fixed(x):
-        return x / len(x)
+        return (x / len(x),)
 
     with pytest.raises(RuntimeError, match="fixed is for tensors of a size"):
-        compiled._compiled_padded(fixed, (), ((torch.float32, 2),), 1)
+        compiled._compiled(fixed, (), (compiled._kind(torch.ones(3), 1),), 1, 1)
