@@ -17,7 +17,9 @@ from pathlib import Path
 import grpo_fast
 
 SOURCE = Path(grpo_fast.__file__).parent
-LEFT_OUT = {"doctor", "integrations", "trainer", "hub.py", "__pycache__"}
+LEFT_OUT = {"doctor", "trainer", "hub.py", "__pycache__"}
+# Of `integrations`: what `check_invariance` and `shared_prompt` need. The others are adapters of trainers.
+NEEDED = {"__init__.py", "shared", "transformers.py"}
 VERSION = 1  # of the kernel package, an int: raise it with every publication that breaks callers
 README = """---
 library_name: kernels
@@ -43,9 +45,15 @@ def modules() -> dict[Path, str]:
     # In a checkout `kernels` is a link, which rglob does not follow.
     for path in sorted({*SOURCE.rglob("*.py"), *(SOURCE / "kernels").glob("*.py")}):
         relative = path.relative_to(SOURCE)
-        if not LEFT_OUT & set(relative.parts) and relative.name != "__main__.py":
+        if _is_kept(relative):
             found[relative] = path.read_text()
     return found
+
+
+def _is_kept(path: Path) -> bool:
+    """Tell whether a module of this path in the package is part of the kernel package."""
+    adapter = path.parts[0] == "integrations" and path.parts[1] not in NEEDED
+    return not (adapter or LEFT_OUT & set(path.parts) or path.name == "__main__.py")
 
 
 def relocated(text: str, depth: int, namespace: str) -> str:
@@ -65,7 +73,7 @@ def relocated(text: str, depth: int, namespace: str) -> str:
 def build(folder: Path) -> Path:
     """Write the kernel package into `folder`, and return the folder of its one variant.
 
-    If the folder exists, it is deleted first.
+    A variant that is there already is deleted first.
     """
     found = modules()
     digest = hashlib.sha256("".join(f"{k}{v}" for k, v in found.items()).encode()).hexdigest()[:8]

@@ -1,6 +1,5 @@
 """Known bad combinations of versions, hardware and switches, each with a name."""
 
-import re
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
@@ -12,7 +11,7 @@ from grpo_fast.notices import VARIABLES
 OF_BENCHMARKS = {
     f"GRPO_FAST_{name}" for name in ("CALIBRATION", "COMMAND", "COMMIT", "FAILURES", "LIMIT")
 }
-MIXED = (2, 10)  # PyTorch multiplies and adds halves into float32 from here on, under ROCm, too
+MIXED = "2.10"  # PyTorch multiplies and adds halves into float32 from here on, under ROCm, too
 
 
 class Combination(NamedTuple):
@@ -52,12 +51,6 @@ def diagnose(machine: Machine) -> list[Finding]:
     return sorted(findings, key=lambda x: x.severity != "error")
 
 
-def numbers(version: str | None) -> tuple[int, int]:
-    """Return major and minor of a version, (0, 0) without one."""
-    found = [*(int(n) for n in re.findall(r"\d+", version or "")[:2]), 0, 0]
-    return found[0], found[1]
-
-
 def outside(name: str) -> Callable[[Machine], str | None]:
     """Return a condition: a distribution is installed in a version that is not supported."""
     at_least, below = RANGES[name]
@@ -90,7 +83,8 @@ def interprets(machine: Machine) -> bool:
 
 def _interpreter_and_numpy(m: Machine) -> str | None:
     triton, numpy = m.versions.get("triton"), m.versions.get("numpy")
-    if interprets(m) and triton and numpy and numbers(triton) < (3, 7) and numbers(numpy) >= (2, 4):
+    old = triton and numpy and not is_between(triton, "3.7") and is_between(numpy, "2.4")
+    if interprets(m) and old:
         return f"TRITON_INTERPRET=1 with triton {triton} and numpy {numpy}"
     return None
 
@@ -148,13 +142,14 @@ def _interpreter_on_a_gpu(m: Machine) -> str | None:
 
 
 def _copies(m: Machine) -> str | None:
-    if m.build.startswith("ROCm") and numbers(m.versions.get("torch")) < MIXED:
+    if m.build.startswith("ROCm") and not is_between(m.versions.get("torch") or "0", MIXED):
         return f"torch {m.versions['torch']} for {m.build}"
     return None
 
 
 def _slabs(m: Machine) -> str | None:
-    if m.gpus and not m.build.startswith("ROCm") and numbers(m.versions.get("torch")) < MIXED:
+    old = not is_between(m.versions.get("torch") or "0", MIXED)
+    if m.gpus and old and not m.build.startswith("ROCm"):
         return f"torch {m.versions['torch']} on a GPU"
     return None
 

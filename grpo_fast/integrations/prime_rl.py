@@ -51,7 +51,8 @@ def ipo_loss(
 def loss(inputs: Any, preset: str = "dapo", adv_tau: float = 1.0, **options: Any) -> Any:
     """Compute the loss of any objective: a preset, and options of `Objective` that override it.
 
-    The metrics are those of `grpo_fast.loss`, per sequence. The reduction is ignored: prime-rl wants a sum.
+    The metrics are those of `grpo_fast.loss`, per sequence. The reduction of the preset is left out:
+    prime-rl wants a sum.
     """
     call = _call(inputs, preset, adv_tau, options)
     return _outputs(inputs, call, call.out.metrics)

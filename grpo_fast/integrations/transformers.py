@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from grpo_fast.checks import is_dtensor
 from grpo_fast.integrations.shared.model_head import (
     COMPILED,
     Head,
@@ -217,6 +218,13 @@ def wrappers(model: nn.Module) -> list[Any]:
                 f"got {type(outer).__name__}"
             )
         path.append(inner)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Tell whether processes share the weights (FSDP, ZeRO-3), so that all have to run the same layers."""
+    return any(is_dtensor(x) or hasattr(x, "ds_id") for x in model.parameters()) or any(
+        type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()
+    )
 
 
 @torch.no_grad()

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grpo_fast.checks import is_dtensor, shape_of
-from grpo_fast.integrations.transformers import evaluating
+from grpo_fast.checks import shape_of
+from grpo_fast.integrations.transformers import evaluating, is_sharded
 from grpo_fast.invariance.places import Place, same_bits
 from grpo_fast.invariance.report import InvarianceReport, advice, operators_of
 from grpo_fast.invariance.tracing import Trace
@@ -100,7 +100,13 @@ def check_invariance(
         forwards = _forwards(ids, sizes, padding, packed, accepted)
         recorded = Trace(model, forwards[0].place)
         with recorded.watching(model):
-            _logits(model, forwards[0], accepted)
+            try:
+                _logits(model, forwards[0], accepted)
+            except IndexError as error:
+                raise ValueError(
+                    f"{OP}: input_ids: want ids that the model has, got [{int(ids.min())}, "
+                    f"{int(ids.max())}]: {error}"
+                ) from error
         findings = {}
         for forward in forwards[1:]:
             trace = Trace(model, forward.place, recorded)
@@ -225,7 +231,7 @@ def _own_logits(model: nn.Module, forward: Forward, accepted: set[str]) -> Tenso
 def _checked_model(model: nn.Module) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"{OP}: model: want a torch.nn.Module, got {type(model).__name__}")
-    if any(is_dtensor(x) or hasattr(x, "ds_id") for x in model.parameters()):
+    if is_sharded(model):
         raise TypeError(f"{OP}: model: its weights are sharded: check it before they are")
     return model
 

@@ -14,8 +14,9 @@ require("transformers", TRANSFORMERS)
 
 from grpo_fast.shared_prompt.checking import Report, check  # noqa: E402
 from grpo_fast.shared_prompt.choice import Choice, choose  # noqa: E402
+from grpo_fast.shared_prompt.grouping import plan  # noqa: E402
 from grpo_fast.shared_prompt.passes import Part, backward, forward, with_head  # noqa: E402
-from grpo_fast.shared_prompt.plans import Plan, Rows, plan  # noqa: E402
+from grpo_fast.shared_prompt.plans import Plan, Rows  # noqa: E402
 from grpo_fast.shared_prompt.recompute import layers_recomputed  # noqa: E402
 
 __all__ = [

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from grpo_fast.integrations.shared.model_head import Head
-from grpo_fast.integrations.transformers import causal_lm, text_config
+from grpo_fast.integrations.transformers import causal_lm, is_sharded, text_config
 from grpo_fast.ops.linear_logprob import linear_logprob
 from grpo_fast.shared_prompt.choice import active_dropout, choose
 from grpo_fast.shared_prompt.passes import with_head
 from grpo_fast.shared_prompt.plans import Plan
+from grpo_fast.shared_prompt.trial import precision
 
 TOLERANCE = 1e-5  # in float32
 
@@ -80,7 +81,7 @@ def check(model: nn.Module, plan: Plan, *, route: str = "auto", verbose: bool = 
         ValueError: as in `forward`; or the plan has no targets.
     """
     lm = causal_lm(model)
-    if any(hasattr(x, "placements") or hasattr(x, "ds_id") for x in lm.parameters()):
+    if is_sharded(model):
         raise TypeError("shared_prompt.check: the weights are sharded: compare before they are")
     if not plan.targets.numel():
         raise ValueError("shared_prompt.check: plan: it has no targets")
@@ -90,7 +91,7 @@ def check(model: nn.Module, plan: Plan, *, route: str = "auto", verbose: bool = 
     norm = sum(float(x.double().square().sum()) for x in whole) ** 0.5
     other = sum(float((x - y).double().square().sum()) for x, y in zip(whole, shared, strict=True))
     alone = torch.cat([_alone(lm, plan, b) for b in range(len(plan.completion_lengths))])
-    tolerance = _tolerance(lm)
+    tolerance = TOLERANCE * max(1.0, precision(lm) / torch.finfo(torch.float32).eps)
     report = Report(
         route=choice.route,
         reason=choice.reason,
@@ -105,12 +106,6 @@ def check(model: nn.Module, plan: Plan, *, route: str = "auto", verbose: bool = 
     if verbose:
         print(report)
     return report
-
-
-def _tolerance(lm: Any) -> float:
-    kind = lm.get_input_embeddings().weight.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else lm.dtype
-    return TOLERANCE * max(1.0, torch.finfo(dtype).eps / torch.finfo(torch.float32).eps)
 
 
 def _score(plan: Plan) -> Callable[[Tensor, Head], Tensor]:

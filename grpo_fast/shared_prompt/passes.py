@@ -15,6 +15,7 @@ from grpo_fast.integrations.transformers import (
     causal_lm,
     compiler_of,
     inside_forward,
+    is_sharded,
     text_config,
     wrappers,
 )
@@ -299,13 +300,6 @@ def _tried(backbone: Backbone, route: str) -> tuple[Backbone, str | None]:
         packs = can_pack(backbone.lm) and not try_out(several, route)
         backbone = backbone._replace(per_row=None if packs else 1)
     return backbone, try_out(backbone, route)
-
-
-def is_sharded(model: nn.Module) -> bool:
-    """Tell whether processes share the weights, so that all of them have to run the same layers."""
-    return any(is_dtensor(x) or hasattr(x, "ds_id") for x in model.parameters()) or any(
-        type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()
-    )
 
 
 def _agreed(model: nn.Module, plan: Plan, choice: Choice, parts: int) -> tuple[Choice, int]:

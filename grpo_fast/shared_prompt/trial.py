@@ -11,9 +11,10 @@ from torch import Tensor
 
 from grpo_fast.integrations.transformers import backbone_of
 from grpo_fast.shared_prompt.choice import INEXACT, SEVERAL, own_states
+from grpo_fast.shared_prompt.grouping import plan
 from grpo_fast.shared_prompt.masks import BLOCKS, BOOLEAN, FLOAT
 from grpo_fast.shared_prompt.packing import WINDOWS
-from grpo_fast.shared_prompt.plans import Plan, plan
+from grpo_fast.shared_prompt.plans import Plan
 from grpo_fast.shared_prompt.routes import ROUTES, Backbone, completions, prompts
 
 SHORT = 3  # a window that a few tokens exceed
@@ -57,7 +58,7 @@ def try_out(backbone: Backbone, route: str) -> str | None:
                 f"recurrent layers of {type(lm).__name__} ignore the state of the prompt if more than one "
                 "token follows"
             )
-        elif error <= max(1e-4, 16 * _precision(lm)):
+        elif error <= max(1e-4, 16 * precision(lm)):
             return None
         else:
             wrong = (
@@ -107,7 +108,7 @@ def _ignores_states(backbone: Backbone, plan: Plan) -> bool:
     return bool((after - before).norm() <= 10 * (again - before).norm())
 
 
-def _precision(lm: Any) -> float:
+def precision(lm: Any) -> float:
     """Return the rounding of a model's activations."""
     kind = lm.get_input_embeddings().weight.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else lm.dtype

@@ -157,15 +157,21 @@ def latest(run_dir: Path) -> Path:
     return found[-1]
 
 
-def chosen(where: Path) -> Path:
-    """Return a checkpoint, given itself or the folder of a run, whose newest one is meant.
+def chosen(where: Path) -> tuple[Path, Path]:
+    """Return a checkpoint, and the folder of its run, which has the options of the run.
+
+    Args:
+        where: the checkpoint itself, or the folder of the run, whose newest one is meant.
 
     Raises:
         ValueError: it is neither.
     """
-    if any((where / f"{kind}config.json").is_file() for kind in ("", "adapter_")):
-        return where
-    return latest(where)
+    given = any((where / f"{kind}config.json").is_file() for kind in ("", "adapter_"))
+    checkpoint = where if given else latest(where)
+    folder = checkpoint.resolve().parent.parent
+    if not (folder / "config.yaml").is_file():
+        raise ValueError(f"{where}: not a run or a checkpoint of one: {folder} has no config.yaml")
+    return checkpoint, folder
 
 
 def resumable(run_dir: Path) -> list[Path]:

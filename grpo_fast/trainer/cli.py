@@ -5,6 +5,7 @@ import os
 import shlex
 import signal
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,6 +20,15 @@ EXTRA = (
     "transformers", "tokenizers", "matplotlib", "yaml", "filelock", "accelerate", "rich", "plotly",
 )  # fmt: skip
 
+OVERVIEW = """\
+commands:
+  train    make a run, or go on with one
+  eval     measure the accuracy of a run
+  report   write a page about a run
+  plan     predict whether a run fits a GPU
+  explain  show one training step, stage by stage
+  doctor   say what is installed, what runs on this machine, and whether it is right"""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status.
@@ -29,11 +39,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="grpo-fast",
         description="GRPO training of a causal language model",
-        epilog="train: make or resume a run; eval: accuracy of a run; report: a page about a run; "
-        "plan: does a run fit a GPU; explain: one step, stage by stage; "
-        "doctor: what is installed, what runs on this machine, and is it right",
+        epilog=OVERVIEW,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("command", choices=list(COMMANDS))
+    parser.add_argument("--version", action="version", version=f"grpo_fast {grpo_fast.__version__}")
+    parser.add_argument("command", choices=list(COMMANDS), help="what to do, see below")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="see grpo-fast COMMAND --help")
     chosen = parser.parse_args(arguments)
     with console.lasting():
@@ -74,7 +84,7 @@ def how_to_install() -> str:
     root = Path(grpo_fast.__file__).parents[1]
     if (root / "pyproject.toml").is_file():
         return f"pip install '{root}[train]' (or `make train` there, in an environment of its own)"
-    return "pip install 'grpo-fast[train]'"
+    return "pip install '.[train]' in a checkout of grpo_fast"
 
 
 def fail(command: str, status: int, message: str) -> int:
@@ -85,20 +95,23 @@ def fail(command: str, status: int, message: str) -> int:
 
 def train(arguments: Sequence[str]) -> int:
     """Run `grpo-fast train` and print how the run ended."""
-    from grpo_fast.trainer import config
+    from grpo_fast.trainer import parsing
     from grpo_fast.trainer import train as training
 
-    settings = config.parse(arguments)
+    settings = parsing.parse(arguments)
     if not settings.resume:
-        settings = config.renamed(settings, arguments)
+        settings = parsing.renamed(settings, arguments)
     quiet()
-    end = training.train(settings, config.given_in(arguments))
+    end = training.train(settings, parsing.given_in(arguments))
     if os.environ.get("RANK", "0") != "0":  # of several processes one speaks
         return 0 if end.signal is None else 128 + end.signal
     print(
         f"reward {end.first_reward:.3f} -> {end.last_reward:.3f} in {end.steps} GRPO steps, "
         f"{end.seconds:.0f} s in all"
     )
+    if settings.dry_run:  # its folder is gone
+        print("dry run: the options can be used; nothing was kept")
+        return 0 if end.signal is None else 128 + end.signal
     print(f"checkpoint: {end.checkpoint}\ncurve: {end.run_dir / 'curve.png'}")
     if end.signal is not None:
         print(f"interrupted after step {end.steps}; the weights are in {end.checkpoint}")
@@ -111,7 +124,7 @@ def evaluate(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="grpo-fast eval",
         usage="grpo-fast eval RUN [--option value]...",
-        description="accuracy and rewards of a run on its held-out problems, with 95 %% intervals",
+        description="accuracy and rewards of a run on its held-out problems, with 95 % intervals",
         allow_abbrev=False,
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run or a checkpoint")
@@ -142,7 +155,8 @@ def evaluate(arguments: Sequence[str]) -> int:
         "--device", default="auto", help="cpu, cuda, ...; auto: cuda if there is one"
     )
     chosen = parser.parse_args(arguments)
-    from grpo_fast.trainer.evaluate import Wanted, evaluate_run
+    from grpo_fast.trainer.evaluate import evaluate_run
+    from grpo_fast.trainer.results import Wanted
 
     quiet()
     wanted = Wanted(
@@ -177,17 +191,22 @@ def plan(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="grpo-fast plan",
         usage="grpo-fast plan [CONFIG.yaml] --gpu 24GB [--option value]...",
-        description="whether a run fits a GPU, and what to change; all options of grpo-fast train",
+        description="whether a run fits a GPU, and what to change; takes the options of grpo-fast train, too",
         allow_abbrev=False,
     )
     parser.add_argument("--gpu", required=True, help="memory of a GPU, such as 24GB")
-    parser.add_argument("--prompt_tokens", type=int, default=512, help="longest prompt, in tokens")
-    parser.add_argument("--processes", type=int, default=1, help="number of GPUs")
+    parser.add_argument(
+        "--prompt_tokens", "--prompt-tokens", type=int, default=512, metavar="N",
+        help="longest prompt, in tokens (default: 512)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--processes", type=int, default=1, metavar="N", help="number of GPUs (default: 1)"
+    )
     chosen, rest = parser.parse_known_args(arguments)
-    from grpo_fast.trainer import config, fitting, known_models, sizing, workload
+    from grpo_fast.trainer import fitting, known_models, parsing, sizing, workload
 
     quiet()
-    settings = config.parse(rest)
+    settings = parsing.parse(rest)
     if settings.model is None:
         raise ValueError("plan: want --model, the name or folder of a model, or its config.json")
     budget = sizing.parse_size(chosen.gpu)
@@ -223,6 +242,10 @@ def quiet() -> None:
     from huggingface_hub.utils import logging as hub
     from transformers.utils import logging
 
+    # peft asks transformers for it; nobody who trains can do anything about it.
+    warnings.filterwarnings(
+        "ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning
+    )
     hub.set_verbosity_error()
     logging.disable_progress_bar()
     logging.set_verbosity_error()

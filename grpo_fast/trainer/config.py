@@ -1,22 +1,16 @@
-"""`TrainConfig`: the options of a training run, read from the command line and from YAML."""
+"""`TrainConfig`: the options of a training run, and what their values may be."""
 
-import argparse
 import dataclasses
 import math
 import threading
-from collections.abc import Sequence
 from dataclasses import dataclass
-from decimal import Decimal
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin
 
-import yaml
-from transformers import HfArgumentParser
-
+from grpo_fast.integrations.shared.sharing import SharePrompts
 from grpo_fast.objective import Objective
 from grpo_fast.presets import PRESETS
 from grpo_fast.spelling import closest, did_you_mean
-from grpo_fast.trainer import files
 
 # The defaults that depend on the model: of a new model, and with --model.
 DEFAULTS: dict[str, tuple[Any, Any]] = {
@@ -31,6 +25,7 @@ DEFAULTS: dict[str, tuple[Any, Any]] = {
 TASKS = ("arithmetic", "countries")  # and reasoning_gym:NAME
 QUESTIONS = ("capital", "continent", "currency")  # of the task countries
 HELDOUT = 150  # held-out problems of the built-in task, and the most of a dataset (else a tenth)
+Quantisation = Literal["bnb-4bit", "bnb-8bit", "torchao-int8"]
 
 
 def default_text(name: str) -> str | None:
@@ -50,7 +45,7 @@ def option(default: Any, text: str) -> Any:
 
 @dataclass(kw_only=True)
 class TrainConfig:
-    """The options of `grpo-fast train`; `--help` and docs/trainer.md describe each.
+    """The options of `grpo-fast train`; `--help` and docs/trainer_options.md describe each.
 
     Raises:
         ValueError: a value is out of range, or a combination has no meaning; the message names the option.
@@ -134,7 +129,7 @@ class TrainConfig:
             "help": "LoRA: layers that get an adapter; default: all linear ones but the head"
         },
     )
-    quantize: Literal["bnb-4bit", "bnb-8bit", "torchao-int8"] | None = option(
+    quantize: Quantisation | None = option(  # noqa: RUF009  # it returns a field
         None, "LoRA: load the weights in this format of bitsandbytes or torchao"
     )
     gradient_checkpointing: bool = option(
@@ -178,7 +173,7 @@ class TrainConfig:
     micro_batch_size: int | None = option(
         None, "largest number of completions in one forward pass, also in sampling"
     )
-    share_prompts: Literal["auto", "off", "packed", "mask", "flex", "fork", "bounded"] = option(
+    share_prompts: SharePrompts = option(  # noqa: RUF009  # it returns a field
         "auto",
         "how completions share the forward of their prompt; auto: where it is exact and pays",
     )
@@ -406,241 +401,12 @@ _POSITIVE = (
     "lora_alpha", "mismatch_cap",
 )  # fmt: skip
 _CHOICES: dict[str, tuple[str | None, ...]] = {
-    "dtype": ("auto", "float32", "bfloat16"),
-    "weights": ("auto", "float32", "bfloat16", "bfloat16_only"),
-    "quantize": (None, "bnb-4bit", "bnb-8bit", "torchao-int8"),
-    "mismatch": ("truncate", "mask", "none"),
-    "scale_rewards": ("group", "batch", "none"),
-    "share_prompts": ("auto", "off", "packed", "mask", "flex", "fork", "bounded"),
+    **{
+        f.name: get_args(f.type)
+        for f in dataclasses.fields(TrainConfig)
+        if get_origin(f.type) is Literal
+    },
+    "quantize": (None, *get_args(Quantisation)),
     # The schedules that need nothing but the number of steps.
     "lr_scheduler": ("linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt"),
-}
-
-
-def parse(arguments: Sequence[str]) -> TrainConfig:
-    """Parse `[CONFIG.yaml] [--option value]...`; options override the file.
-
-    Raises:
-        ValueError: an option or key is unknown, a value is bad, or the file cannot be read.
-        SystemExit: after --help, or a value of the wrong type (argparse has printed which).
-    """
-    arguments = list(arguments)
-    for name in ("reward", "reward_weights", "questions", "lora_target_modules", "report_to"):
-        if sum(a.split("=")[0] == f"--{name}" for a in arguments) > 1:
-            raise ValueError(f"--{name} is given twice; give all after one: --{name} FIRST SECOND")
-    if arguments and not arguments[0].startswith("-"):
-        arguments = [*yaml_arguments(Path(arguments[0]).expanduser()), *arguments[1:]]
-    parser = HfArgumentParser(
-        TrainConfig,  # type: ignore[arg-type]  # any dataclass type
-        prog="grpo-fast train",
-        usage="grpo-fast train [CONFIG.yaml] [--option value]...",
-        formatter_class=_Help,
-        allow_abbrev=False,
-    )
-    config, rest = parser.parse_args_into_dataclasses(
-        arguments, return_remaining_strings=True, look_for_args_file=False
-    )
-    if rest:
-        raise ValueError(f"unknown argument {rest[0]!r}{_suggestion(rest[0].strip('-'))}")
-    return config
-
-
-class _Help(argparse.ArgumentDefaultsHelpFormatter):
-    """A formatter that adds defaults to help texts, also those that depend on other options."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        if text := default_text(action.dest):
-            return f"{action.help} (default: {text.replace('`', '')})"
-        if action.default in (None, []):
-            return action.help
-        return super()._get_help_string(action)
-
-
-def renamed(config: TrainConfig, arguments: Sequence[str]) -> TrainConfig:
-    """Give a run that repeats another, from its config.yaml, a free name.
-
-    So `grpo-fast train runs/x/config.yaml` repeats the run in a new folder. With --name or --overwrite among
-    the arguments the name is kept.
-    """
-    path = Path(arguments[0]) if arguments else Path()
-    if config.name is None or path.name != "config.yaml" or not path.is_file():
-        return config
-    if any(a.split("=")[0] in ("--name", "--overwrite") for a in arguments):
-        return config
-    parent = Path(config.output_dir)
-    if path.resolve().parent != (parent / config.name).resolve():
-        return config
-    return dataclasses.replace(config, name=files.free_name(parent, config.name))
-
-
-# What may change when a run goes on. The others would make it another run.
-CHANGEABLE = {
-    "steps", "save_steps", "keep_checkpoints", "samples", "completions_steps", "report_to", "threads",
-    "device", "reward_timeout", "sampling_tokens", "micro_batch_tokens", "micro_batch_size", "server",
-    "gradient_checkpointing", "share_prompts", "attention",
-}  # fmt: skip
-
-
-def resumed(config: TrainConfig, run_dir: Path, given: set[str] | None = None) -> TrainConfig:
-    """Return the options of a run that goes on: its own, and what may change of `config`.
-
-    Args:
-        given: the names of the options that were given; None: those that differ from their defaults.
-
-    Raises:
-        ValueError: an option is given that would make it another run.
-    """
-    saved = parse([str(run_dir / "config.yaml")])
-    new = to_dict(config)
-    if given is None:
-        usual = to_dict(TrainConfig(model=config.model))
-        given = {name for name in new if new[name] != usual[name]}
-    changes = {}
-    for name in sorted(given - {"resume", "name", "output_dir", "overwrite"}):
-        old = getattr(saved, name)
-        if new[name] == old:
-            continue
-        if name not in CHANGEABLE:
-            raise ValueError(
-                f"resume: {name}={new[name]!r} was {old!r}; this would be another run: give it another "
-                "--name, and --model with a checkpoint to start from its weights"
-            )
-        changes[name] = new[name]
-    place = run_dir.resolve()
-    return dataclasses.replace(
-        saved, **changes, resume=str(place), name=place.name, output_dir=str(place.parent)
-    )
-
-
-def given_in(arguments: Sequence[str]) -> set[str]:
-    """Return the names of the options of a command line and of its YAML file."""
-    arguments = list(arguments)
-    if arguments and not arguments[0].startswith("-"):
-        arguments += yaml_arguments(Path(arguments[0]).expanduser())
-    names = (a.split("=")[0].removeprefix("--") for a in arguments if a.startswith("--"))
-    return {name.replace("-", "_").removeprefix("no_") for name in names}
-
-
-def yaml_arguments(path: Path) -> list[str]:
-    """Return the keys of a YAML file as command-line arguments, so that both get the same checks.
-
-    Raises:
-        ValueError: it is no file or no mapping, a key is unknown, or null is given where there is a default.
-    """
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
-    try:
-        content = files.read_yaml(path.read_text(encoding="utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8: {error}") from error
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not YAML: {error}") from error
-    if not isinstance(content, (dict, type(None))):
-        raise ValueError(f"{path}: want `option: value` lines, got {type(content).__name__}")
-    defaults = {f.name: f.default for f in dataclasses.fields(TrainConfig)}
-    arguments = []
-    for key, value in (content or {}).items():
-        if key not in defaults:
-            raise ValueError(f"{path}: unknown key {key!r}{_suggestion(str(key))}")
-        if isinstance(value, list):
-            arguments += [f"--{key}", *map(_plain, value)] if value else []
-        elif value is not None:
-            arguments.append(f"--{key}={value}")
-        elif defaults[key] is not None:
-            raise ValueError(f"{path}: {key}: want a value, got null")
-    return arguments
-
-
-def _plain(value: Any) -> str:
-    """Format a value without an exponent: argparse would take -1e-05 for an option."""
-    if isinstance(value, float) and math.isfinite(value):
-        return format(Decimal(repr(value)), "f")
-    return str(value)
-
-
-def to_dict(config: TrainConfig) -> dict[str, Any]:
-    """Return all options, with absolute paths, as they are saved.
-
-    `overwrite` and `resume` are permissions for one run, and not for a repetition.
-    """
-    options = dataclasses.asdict(config) | {"overwrite": False, "resume": None}
-    for name in ("dataset", "model", "output_dir", "reward_dir"):
-        if options[name] is not None and (there := Path(options[name]).expanduser()).exists():
-            options[name] = str(there.resolve())
-    options["reward"] = [str(Path(r).resolve()) if Path(r).is_dir() else r for r in config.reward]
-    if config.reward and config.reward_dir is None:
-        options["reward_dir"] = str(Path.cwd())
-    return options
-
-
-def save(config: TrainConfig, path: Path) -> None:
-    """Write all options as YAML that `parse` reads back, in any working directory."""
-    files.write(path, yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True).encode())
-
-
-# The names of our options in other trainers.
-_ELSEWHERE = {
-    "group_size": "num_generations n rollout_n num_samples",
-    "max_new_tokens": "max_completion_length max_response_length max_length",
-    "steps": "num_train_epochs max_steps epochs num_epochs total_epochs",
-    "micro_batch_size": "per_device_train_batch_size train_batch_size",
-    "prompts_per_step": "batch_size generation_batch_size gradient_accumulation_steps",
-    "objective": "loss_type algorithm",
-    "learning_rate": "lr",
-    "lr_scheduler": "lr_scheduler_type",
-    "lr_warmup_steps": "warmup_ratio num_warmup_steps",
-    "model": "model_name_or_path model_path",
-    "dataset": "dataset_name train_file train_dataset data",
-    "heldout": "eval_dataset test_size",
-    "reward": "reward_funcs reward_functions reward_func",
-    "epsilon_low": "epsilon clip_range cliprange",
-    "beta": "kl_coef kl_beta init_kl_coef",
-    "entropy_coef": "entropy_coeff",
-    "name": "run_name experiment_name",
-    "resume": "resume_from_checkpoint",
-    "use_peft": "lora use_lora",
-    "lora_r": "lora_rank",
-    "server": "vllm_server_base_url use_vllm",
-    "micro_batch_tokens": "ppo_max_token_len_per_gpu max_tokens_per_gpu max_tokens_per_mb",
-    "optim": "optimizer",
-    "attention": "attn_implementation",
-    "resample": "filter_groups dynamic_sampling",
-    "completions_steps": "log_completions",
-    "dtype": "bf16 fp16 torch_dtype precision",
-    "keep_checkpoints": "save_total_limit",
-    "threads": "num_threads",
-    "samples": "num_completions_to_print",
-    "max_grad_norm": "clip_grad grad_clip",
-}
-# Names without a counterpart here.
-_NONE_HERE = {
-    "logging_steps": "every step is a line of metrics.jsonl",
-    "save_strategy": "save_steps sets when checkpoints are written",
-    "max_prompt_length": "prompts are never cut",
-    "top_p": "what is sampled must be what is scored, so nothing is cut off",
-    "top_k": "what is sampled must be what is scored, so nothing is cut off",
-}
-
-
-def _suggestion(option: str) -> str:
-    """Suggest what to write instead of an unknown option."""
-    name = option.split("=")[0].replace("-", "_")
-    for ours, theirs in _ELSEWHERE.items():
-        if name in theirs.split():
-            return f"; here it is {ours!r}{_NOTES.get(name, '')}"
-    if name in _NONE_HERE:
-        return f"; there is none: {_NONE_HERE[name]}"
-    names = [f.name for f in dataclasses.fields(TrainConfig)]
-    return did_you_mean(closest(name, names)[:1])
-
-
-_NOTES = {
-    "num_train_epochs": ", in GRPO steps (an epoch is rows / prompts_per_step of them)",
-    "per_device_train_batch_size": ", the completions of a forward pass; prompts_per_step and "
-    "group_size set those of a GRPO step",
-    "gradient_accumulation_steps": "; micro_batch_tokens sets how it is cut into forward passes",
-    "batch_size": ", with micro_batch_size completions in a forward pass",
-    "warmup_ratio": ", in steps; warmup_steps is the supervised warm-up of a new model",
-    "bf16": ", e.g. --dtype bfloat16",
-    "epsilon": " and 'epsilon_high'",
 }

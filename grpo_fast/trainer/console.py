@@ -35,7 +35,9 @@ class _Stream:
     def _let_go(self) -> None:
         """Send the rest of the output to the null device, as Python's documentation advises."""
         with contextlib.suppress(OSError, ValueError, AttributeError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+            place, nowhere = self._stream.fileno(), os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, place)
+            os.close(nowhere)
 
 
 @contextlib.contextmanager

@@ -118,7 +118,11 @@ def advice(config: Any, workload: Workload, budget_bytes: int) -> list[str]:
 def notes(parts: Parts, w: Workload) -> list[str]:
     """Return what is special about the peak of a run, a sentence each."""
     lines = []
-    if parts.phases.get(START) == parts.peak and w.fsdp:
+    if w.fsdp and w.world_size == 1:
+        lines += [
+            "With one process --fsdp shares no weights: give the number of processes, as in --processes 8."
+        ]
+    if parts.phases.get(START) == parts.peak and w.fsdp and w.world_size > 1:
         lines += [
             "The peak is at the start: each process has all weights on its device before they are "
             "shared. Neither more processes nor shorter completions make it smaller."
@@ -145,7 +149,8 @@ def table(config: Any, workload: Workload, budget_bytes: int) -> str:
     """Return the plan as text: the parts and phases in GiB, the verdict, the longest completion, advice."""
     w, parts = workload, predict(config, workload)
     name = str(w.base).removeprefix("torch.")
-    stored = w.quantize or ("float32, shared" if w.fsdp else name)
+    among = ", shared" if w.world_size > 1 else ""
+    stored = w.quantize or (f"float32{among}" if w.fsdp else name)
     rows = [
         (f"weights ({parts.parameters:,}, {stored})", parts.weights),
         (f"gradients ({parts.trained:,} trained)", parts.gradients),

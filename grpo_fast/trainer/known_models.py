@@ -108,6 +108,8 @@ def known_config(name: str) -> Any:
     for known, sizes in KNOWN.items():
         if known.lower() == short:
             given = copy.deepcopy(sizes)
+            if given["model_type"] == "qwen2" and name.lower().endswith("-instruct"):
+                given["max_position_embeddings"] = 32_768  # also where the base model has more
             return AutoConfig.for_model(given.pop("model_type"), **given)
     return None
 

@@ -19,10 +19,10 @@ import yaml
 from plotly.offline import get_plotlyjs
 
 from grpo_fast.trainer import files
+from grpo_fast.trainer.smoothing import WINDOW, known, moving_means
 
 Item = TypeVar("Item")
 Columns = dict[str, list[float | None]]
-WINDOW = 10  # steps of a mean
 POINTS = 1000  # about the most points of a curve
 STEPS, PROMPTS, COMPLETIONS, CHARACTERS = 30, 4, 8, 2000  # the most that is shown of the samples
 COLOURS = ("#3b82d6", "#e0781e", "#2fa36b", "#cf4a7d", "#8d6bd6", "#8a8a8a", "#b8960c", "#18a0a8")
@@ -165,7 +165,7 @@ def write(run_dir: Path, out: Path | None = None) -> Path:
 
     Raises:
         ValueError: `run_dir` is not a run, or has made no step yet.
-        OSError: something could not be read or written; names it.
+        OSError: something could not be read or written; the message names it.
     """
     metrics = run_dir / "metrics.jsonl"
     if not metrics.is_file():
@@ -191,8 +191,8 @@ def write(run_dir: Path, out: Path | None = None) -> Path:
 def observations(columns: Columns, config: dict[str, Any]) -> list[str]:
     """Say in plain words what is unusual about the metrics of a run."""
     found, steps = [], min(WINDOW, len(columns["step"]))
-    measured = {name: _known(values) for name, values in columns.items()}
-    means = {name: _known(_means(values)) for name, values in measured.items() if values}
+    measured = {name: known(values) for name, values in columns.items()}
+    means = {name: known(moving_means(values)) for name, values in measured.items() if values}
     for name, (limit, text) in LIMITS.items():
         if name in means and means[name][-1] > limit:
             found.append(text.format(value=means[name][-1], steps=steps))
@@ -221,7 +221,7 @@ def _about_reward(rewards: list[float]) -> list[str]:
     """Say whether the reward fell or never rose; differences within the noise do not count."""
     if len(rewards) < 3 * WINDOW:
         return []
-    means = _known(_means(rewards))[WINDOW - 1 :]
+    means = known(moving_means(rewards))[WINDOW - 1 :]
     # The noise of a step, and the standard error of the difference of two means.
     noise = statistics.pstdev(b - a for a, b in pairwise(rewards)) / math.sqrt(2)
     error = noise * math.sqrt(2 / WINDOW)
@@ -273,12 +273,12 @@ double-click to go back; a click on a name in a legend hides its curve.</p>
 
 def _state(columns: Columns, config: dict[str, Any]) -> str:
     """Return how far the run is, as HTML."""
-    last = {k: _known(_means(x))[-1:] for k, x in columns.items()}
+    last = {k: known(moving_means(x))[-1:] for k, x in columns.items()}
     steps = (columns["step"][-1] or 0) + 1  # steps are numbered from 0
     state = {f"of {config.get('steps', '?')} steps": f"{steps:.0f}"}
     for value in last.get("reward", []):
         state[f"reward, mean of the last {min(WINDOW, len(columns['step']))} steps"] = _short(value)
-    for value in _known(columns.get("seconds", []))[-1:]:
+    for value in known(columns.get("seconds", []))[-1:]:
         state["elapsed"] = str(datetime.timedelta(seconds=round(value)))
     for value in last.get("tokens_per_second", []):
         state["tokens per second"] = _short(value)
@@ -292,10 +292,13 @@ def _plots(columns: Columns) -> list[tuple[Chart, str, dict[str, Any]]]:
         names = dict(chart.names)
         if chart.title == "Reward":
             names |= {k: k.partition("/")[2][:40] for k in columns if k.startswith("reward/")}
-        names = {k: v for k, v in names.items() if _known(columns.get(k, []))}
+        names = {k: v for k, v in names.items() if known(columns.get(k, []))}
         if names:
             share = "%" in chart.axis.get("tickformat", "")
-            now = (f"{_text(v)} {_short(_means(columns[k])[-1], share)}" for k, v in names.items())
+            now = (
+                f"{_text(v)} {_short(moving_means(columns[k])[-1], share)}"
+                for k, v in names.items()
+            )
             text = f"Mean of the last {steps} steps: {', '.join(now)}"
             plots.append((chart, text, _figure(names, chart.axis, columns)))
     return plots
@@ -306,8 +309,8 @@ def _figure(names: dict[str, str], axis: dict[str, Any], columns: Columns) -> di
     data: list[dict[str, Any]] = []
     for i, (name, label) in enumerate(names.items()):
         values, colour = columns[name], COLOURS[i % len(COLOURS)]
-        few = len(_known(values)) < 2 * WINDOW  # a line needs two points
-        for kind, curve in (("raw", values), ("mean", _means(values))):
+        few = len(known(values)) < 2 * WINDOW  # a line needs two points
+        for kind, curve in (("raw", values), ("mean", moving_means(values))):
             shown = _thinned(curve)
             data.append(
                 {
@@ -353,8 +356,8 @@ def _samples(path: Path) -> str:
         f'<p class="soft">{len(groups)} of the {len(steps)} saved steps, the newest first.</p>'
     ]
     for step, prompts in reversed(groups.items()):
-        known = _known([_number(r.get("reward")) for rows in prompts.values() for r in rows])
-        mean = f": mean reward {_short(statistics.fmean(known))}" if known else ""
+        rewards = known([_number(r.get("reward")) for rows in prompts.values() for r in rows])
+        mean = f": mean reward {_short(statistics.fmean(rewards))}" if rewards else ""
         shown = _spread(list(prompts.values()), PROMPTS)
         opened = " open" if step == steps[-1] else ""
         parts.append(
@@ -408,19 +411,6 @@ def _number(value: object) -> float | None:
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
-def _known(values: Sequence[float | None]) -> list[float]:
-    return [value for value in values if value is not None]
-
-
-def _means(values: Sequence[float | None]) -> list[float | None]:
-    """Return the moving means over the last steps, of the values that were measured."""
-    means: list[float | None] = []
-    for i in range(len(values)):
-        known = _known(values[max(0, i - WINDOW + 1) : i + 1])
-        means.append(sum(known) / len(known) if known else None)
-    return means
-
-
 def _thinned(values: Sequence[float | None]) -> list[int]:
     """Return the places of a curve that are drawn: of a long one the extremes of each stretch."""
     size, places = math.ceil(len(values) / POINTS * 2), list(range(len(values)))
@@ -428,8 +418,8 @@ def _thinned(values: Sequence[float | None]) -> list[int]:
         return places
     kept = set()
     for i in range(0, len(values), size):
-        known = [j for j in places[i : i + size] if values[j] is not None] or [i]
-        kept |= {min(known, key=lambda j: values[j] or 0), max(known, key=lambda j: values[j] or 0)}
+        some = [j for j in places[i : i + size] if values[j] is not None] or [i]
+        kept |= {min(some, key=lambda j: values[j] or 0), max(some, key=lambda j: values[j] or 0)}
     return sorted({*kept, len(values) - 1})
 
 

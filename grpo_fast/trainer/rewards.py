@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from grpo_fast.operands import LARGEST
+from grpo_fast.trainer.quoting import quoted
 
 Reward = Callable[..., list[float | None]]
 Text = str | list[dict[str, str]]
@@ -382,15 +383,20 @@ def at_most(seconds: float) -> Iterator[None]:
     previous = signal.signal(signal.SIGUSR2, stop)
     timer = threading.Timer(seconds, lambda: signal.pthread_kill(main.ident or 0, signal.SIGUSR2))
     timer.daemon = True
-    timer.start()
-    faulthandler.dump_traceback_later(seconds + STUBBORN, exit=True, file=sys.__stderr__ or 2)
-    try:
-        yield
+    try:  # around the other one, which the signal may end at any place: it comes once
+        try:
+            faulthandler.dump_traceback_later(
+                seconds + STUBBORN, exit=True, file=sys.__stderr__ or 2
+            )
+            timer.start()
+            yield
+        finally:
+            running = False
     finally:
-        running = False
         faulthandler.cancel_dump_traceback_later()
         timer.cancel()
-        timer.join()
+        if timer.ident is not None:  # it was started
+            timer.join()
         signal.signal(signal.SIGUSR2, previous or signal.SIG_DFL)
 
 
@@ -437,9 +443,8 @@ def _numbers(returned: Any, count: int) -> tuple[Tensor, Tensor] | None:
 
 def _shown(returned: Any) -> str:
     """Describe the value that a function returned, in about one line."""
-    kind, text = type(returned).__name__, repr(returned)
     size = f" of {len(returned)}" if isinstance(returned, (list, tuple)) else ""
-    return f"{kind}{size}: {text if len(text) <= 200 else text[:200] + '...'}"
+    return f"{type(returned).__name__}{size}: {quoted(returned, 200)}"
 
 
 def _ours(file: str) -> bool:

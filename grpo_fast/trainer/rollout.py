@@ -16,6 +16,7 @@ from grpo_fast.trainer import rewards
 from grpo_fast.trainer.config import TrainConfig
 from grpo_fast.trainer.model import Policy
 from grpo_fast.trainer.parallel import Team, whole
+from grpo_fast.trainer.quoting import quoted
 from grpo_fast.trainer.rewards import Text
 from grpo_fast.trainer.server import Server
 from grpo_fast.trainer.tasks import Row, Task
@@ -319,15 +320,15 @@ def check_prompts(policy: Policy, rows: Sequence[Row], max_new_tokens: int) -> N
         )
     for prompt, ids in zip(prompts, _token_ids(tokenizer, prompts), strict=True):
         if not ids:
-            raise ValueError(f"prompt {_short(prompt)}: no tokens are left of it")
+            raise ValueError(f"prompt {quoted(prompt)}: no tokens are left of it")
         if max(ids) >= size:
             raise ValueError(
-                f"prompt {_short(prompt)}: token {max(ids)} of the tokenizer is not among the model's "
+                f"prompt {quoted(prompt)}: token {max(ids)} of the tokenizer is not among the model's "
                 f"{size}"
             )
         if places is not None and len(ids) + max_new_tokens > places:
             raise ValueError(
-                f"prompt {_short(prompt)}: {len(ids)} tokens and max_new_tokens={max_new_tokens} are "
+                f"prompt {quoted(prompt)}: {len(ids)} tokens and max_new_tokens={max_new_tokens} are "
                 f"more than the model's {places} positions; set a smaller --max_new_tokens, or leave the "
                 "prompt out"
             )
@@ -341,14 +342,9 @@ def _token_ids(tokenizer: Any, prompts: list[Text]) -> Iterator[list[int]]:
             yield from encode(tokenizer, some, padding=False)["input_ids"]
         except Exception as error:  # of a chat template: it wants another role first, say
             if len(prompts) == 1:
-                raise ValueError(f"prompt {_short(some[0])}: {error}") from error
+                raise ValueError(f"prompt {quoted(some[0])}: {error}") from error
             for prompt in some:
                 yield from _token_ids(tokenizer, [prompt])
-
-
-def _short(prompt: Text) -> str:
-    text = repr(prompt)
-    return text if len(text) <= 80 else text[:80] + "..."
 
 
 def encode(tokenizer: Any, prompts: Sequence[Text], padding: bool = True) -> Any:

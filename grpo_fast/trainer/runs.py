@@ -16,8 +16,8 @@ from matplotlib.figure import Figure
 from grpo_fast.notices import fell_back
 from grpo_fast.trainer import checkpoints, files
 from grpo_fast.trainer.config import TrainConfig
+from grpo_fast.trainer.smoothing import WINDOW, moving_means
 
-SMOOTHING = 10  # steps of the moving mean
 LOCK, PID = ".lock", ".pid"
 # The names that a run writes, with the hidden names of files.py.
 MADE = re.compile(
@@ -98,7 +98,7 @@ def hold(run_dir: Path) -> Iterator[None]:
     """Keep other processes from writing to a run; the lock ends with this process, however it ends.
 
     Raises:
-        FileExistsError: a process holds the run; names it.
+        FileExistsError: a process holds the run; the message has its number.
     """
     lock = FileLock(run_dir / LOCK, thread_local=False)
     try:
@@ -229,7 +229,8 @@ class Lines:
         """Append rows. NaN stands for a value that was not measured, and becomes null: JSON has no NaN.
 
         Raises:
-            OSError: naming the file, which then ends with the row before, as `rows` does.
+            OSError: it cannot be written; the message names the file, which then ends with the row
+                before, as `rows` does.
         """
         clean = [
             {
@@ -254,32 +255,26 @@ class Lines:
         if self.remember:
             self.rows += clean
 
-    def recent(self, name: str, steps: int = SMOOTHING) -> float:
-        """Return the mean of a metric over the last steps, without those where it is null."""
-        values = [row[name] for row in self.rows[-steps:] if row[name] is not None]
-        return sum(values) / len(values) if values else math.nan
+    def recent(self, name: str) -> float:
+        """Return the mean of a metric over the last steps, without those where it is null; else NaN."""
+        means = moving_means([row[name] for row in self.rows[-WINDOW:]])
+        return math.nan if not means or means[-1] is None else means[-1]
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """Draw reward, KL and entropy over the steps.
 
     Raises:
-        OSError: naming `path`; the picture that was there is unchanged.
+        OSError: it cannot be written; the message names `path`, and the picture that was there stays.
     """
     figure = Figure(figsize=(7, 6), layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True)
     steps = [row["step"] for row in rows]
-    curves = {
-        name: [math.nan if row[name] is None else row[name] for row in rows]
-        for name in ("reward", "entropy", "kl")
-    }
-    reward = curves.pop("reward")
-    smooth = []
-    for i in range(len(reward)):
-        known = [r for r in reward[max(0, i - SMOOTHING + 1) : i + 1] if not math.isnan(r)]
-        smooth.append(sum(known) / len(known) if known else math.nan)
-    top.plot(steps, reward, color="C0", alpha=0.35, label="batch")
-    top.plot(steps, smooth, color="C0", label=f"mean of {SMOOTHING} steps")
+    curves = {name: [row[name] for row in rows] for name in ("reward", "entropy", "kl")}
+    curves["mean"] = moving_means(curves["reward"])
+    curves = {k: [math.nan if x is None else x for x in v] for k, v in curves.items()}
+    top.plot(steps, curves.pop("reward"), color="C0", alpha=0.35, label="batch")
+    top.plot(steps, curves.pop("mean"), color="C0", label=f"mean of {WINDOW} steps")
     top.set(ylabel="reward")
     top.legend(loc="lower right")
     for (name, values), colour in zip(curves.items(), ("C1", "C2"), strict=True):

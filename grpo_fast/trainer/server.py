@@ -29,6 +29,8 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
+from grpo_fast.trainer.quoting import quoted
+
 FIRST_DELAY, LONGEST_DELAY = 2.0, 60.0  # seconds between the first two tries; between any two
 
 # The whole distribution, whatever the generation_config.json of the model says.
@@ -375,10 +377,8 @@ class Server:
             print(text, file=sys.stderr, flush=True)
 
     def _malformed(self, path: str, field: str, value: object) -> ServerError:
-        text = repr(value)
-        shown = text if len(text) <= 100 else f"{text[:100]}..."
         return ServerError(
-            f"server {self.url}: {path}: cannot use {field}: {shown}; want vLLM 0.28 or later"
+            f"server {self.url}: {path}: cannot use {field}: {quoted(value, 100)}; want vLLM 0.28 or later"
         )
 
 

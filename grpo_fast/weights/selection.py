@@ -7,7 +7,7 @@ from torch import Tensor
 
 from grpo_fast.checks import check_number
 from grpo_fast.operands import bound
-from grpo_fast.ops.group_advantage import check_groups, check_rewards
+from grpo_fast.ops.group_advantage import MISSING, check_groups, check_rewards
 from grpo_fast.ops.top_entropy import top_entropy_mask
 from grpo_fast.sequences import per_token_advantages
 from grpo_fast.spelling import check_choice
@@ -18,8 +18,6 @@ from grpo_fast.weights.live_tokens import (
     mask_weights,
     rank_of,
 )
-
-MISSING = ("error", "skip")
 
 
 @torch.no_grad()
@@ -141,11 +139,11 @@ def clip_cov(
     check_number(op, "high", high, minimum=low)
     check_number(op, "epsilon_low", epsilon_low)
     check_number(op, "epsilon_high", epsilon_high)
+    advantages = per_token_advantages(op, advantages, logps, cu_seqlens)
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"{op}: generator: want a torch.Generator, got {generator!r}")
     if generator is not None and generator.device.type != logps.device.type:
         raise ValueError(f"{op}: generator is on {generator.device}, logps on {logps.device}")
-    advantages = per_token_advantages(op, advantages, logps, cu_seqlens)
     live, logp, old, A = live_tokens(
         op, mask, logps=logps, old_logps=old_logps, advantages=advantages
     )
@@ -182,7 +180,8 @@ def kl_cov(
         >>> torch.testing.assert_close(kl_cov(logps, A, fraction=0.4), cov == cov.max())
 
     Args:
-        logps, advantages, mask, cu_seqlens, fraction: as in `clip_cov`.
+        logps, advantages, mask, cu_seqlens, fraction: as in `clip_cov`, but the values of a
+            floating mask do not weigh: a token counts, or does not.
 
     Returns:
         Bool, of the shape of `logps`; False where masked.

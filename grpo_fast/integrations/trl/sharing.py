@@ -2,27 +2,28 @@
 
 import weakref
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
 
 from grpo_fast import shared_prompt
+from grpo_fast.integrations.shared.sharing import SharePrompts
 from grpo_fast.integrations.transformers import (
     Head,
     causal_lm,
     evaluating,
     hidden_states,
+    is_sharded,
     with_head,
 )
 from grpo_fast.notices import fell_back
 from grpo_fast.shared_prompt import Plan
 from grpo_fast.shared_prompt.choice import Choice, Impossible
-from grpo_fast.shared_prompt.passes import is_sharded
 
 T = TypeVar("T")
 OFF = "off"
-OPTIONS = ("auto", OFF, "packed", "mask", "flex", "fork", "bounded")
+OPTIONS = get_args(SharePrompts)
 
 
 class Sharing:

@@ -17,8 +17,7 @@ import transformers
 from torch import Tensor
 
 import grpo_fast
-from grpo_fast.trainer import checkpoints, evaluate, rollout, tasks
-from grpo_fast.trainer import config as configs
+from grpo_fast.trainer import checkpoints, evaluate, parsing, rollout, tasks
 from grpo_fast.trainer import model as models
 from grpo_fast.trainer.config import TrainConfig
 from grpo_fast.trainer.explain import numbers
@@ -31,11 +30,11 @@ from grpo_fast.trainer.explain.record import (
     Update,
 )
 from grpo_fast.trainer.forward import MicroBatch
+from grpo_fast.trainer.loop import silent
 from grpo_fast.trainer.model import Policy
 from grpo_fast.trainer.rewards import Scores, names, text_of
 from grpo_fast.trainer.rollout import Rollout
 from grpo_fast.trainer.tasks import Row, Task
-from grpo_fast.trainer.train import silent
 from grpo_fast.trainer.update import Learner
 
 UPDATES = 3  # optimiser steps on the completions: in the first one every ratio is 1
@@ -166,11 +165,9 @@ def find(where: Path) -> tuple[Place, TrainConfig]:
     Raises:
         ValueError: there is none.
     """
-    checkpoint = checkpoints.chosen(where).resolve()
-    folder = checkpoint.parent.parent
-    if not (folder / "config.yaml").is_file():
-        raise ValueError(f"{where}: not a run or a checkpoint of one: {folder} has no config.yaml")
-    config = configs.parse([str(folder / "config.yaml")])
+    checkpoint, folder = checkpoints.chosen(where)
+    checkpoint = checkpoint.resolve()
+    config = parsing.parse([str(folder / "config.yaml")])
     step = int("".join(filter(str.isdigit, checkpoint.name)) or 0)
     state: dict[str, Any] = {"position": step * config.prompts_per_step, "processes": 1}
     if (path := checkpoint / f"{checkpoints.STATE}.json").is_file():

@@ -11,6 +11,7 @@ from typing import Any
 
 from grpo_fast.objective import Objective
 from grpo_fast.trainer import files
+from grpo_fast.trainer.quoting import quoted
 
 FORMAT = "grpo-fast explain 1"
 SHIPPED = Path(__file__).parent / "step.json"
@@ -192,7 +193,7 @@ def checked(kind: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(kind):
         hints = typing.get_type_hints(kind)
         if not isinstance(value, dict):
-            raise ValueError(f"{place}want an object, got {short(value)}")
+            raise ValueError(f"{place}want an object, got {quoted(value, 40)}")
         if value.keys() != hints.keys():
             name = min(value.keys() ^ hints.keys())
             raise ValueError(f"{place}{name!r} is {'missing' if name in hints else 'unknown'}")
@@ -217,10 +218,4 @@ def checked(kind: Any, value: Any, where: str) -> Any:
     elif origin is None and type(value) is kind:
         return value
     name = getattr(kind, "__name__", str(kind)) if origin is None else origin.__name__
-    raise ValueError(f"{place}want {name}, got {short(value)}")
-
-
-def short(value: Any) -> str:
-    """Quote a value, or its beginning."""
-    text = repr(value)
-    return text if len(text) <= 40 else f"{text[:40]}..."
+    raise ValueError(f"{place}want {name}, got {quoted(value, 40)}")

@@ -69,7 +69,7 @@ def generated(name: str, config: TrainConfig, part: str, size: int) -> tuple[Any
     except ImportError as error:
         raise ValueError(
             f"task='reasoning_gym:{name}': reasoning-gym is not installed: {error}; "
-            "pip install 'grpo-fast[reasoning-gym]'"
+            "pip install reasoning-gym"
         ) from error
     if name not in DATASETS:
         raise ValueError(
