@@ -1,3 +1,4 @@
+# make help: this text.  make: set up .venv, as all others do where it is missing.
 # make train: set up and run the included trainer.  make test: set up, lint, check types, run the tests.
 # make train MODEL=smollm2: the same with a pretrained model, which comes in a package.
 # make study: group size, clipping, KL and PPO on a small task, several seeds (docs/study.md); ARGS="--jobs 2".
@@ -5,6 +6,7 @@
 # make audit: known vulnerabilities of the pinned versions (SECURITY.md). It needs a network.
 # make versions: the tests with other versions (docs/compatibility.md); ARGS="--only oldest", ARGS=--save.
 # make check: lint, types, the fast tests in PyTorch.  make mutants: do the tests notice changed code?
+# make lint: ruff and mypy alone.  make bench: pytest benchmarks.  make clean: deletes .venv and build.
 # make fuzz: random calls of all public functions against an oracle (docs/fuzzing.md); ARGS="--seed 1000".
 # VENV=system uses the python on PATH and keeps the torch it has.
 VENV ?= .venv
@@ -30,7 +32,8 @@ FAST := spec/test_advantage_oracles.py spec/test_derivatives.py spec/test_names.
 	trainer/test_countries.py trainer/test_sampling.py trainer/test_trainer_data.py \
 	trainer/test_trainer_models.py \
 	trainer/test_update.py \
-	shared_prompt/test_plans.py shared_prompt/test_traps.py \
+	shared_prompt/test_choice.py shared_prompt/test_plans.py shared_prompt/test_refusals.py \
+	shared_prompt/test_traps.py \
 	project/test_docs.py project/test_doctor.py project/test_fallbacks.py project/test_layout.py \
 	project/test_log.py project/test_packaging.py project/test_public_api.py project/test_readme.py \
 	project/test_security.py project/test_site.py project/test_suite.py \
@@ -44,8 +47,11 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 endif
 
-.PHONY: setup system train test check mutants fuzz lint bench docs study audit versions clean
+.PHONY: setup help system train test check mutants fuzz lint bench docs study audit versions clean
 setup: $(READY)
+
+help:
+	@sed -e '/^[^#]/,$$d' -e 's/^# //' $(firstword $(MAKEFILE_LIST))
 
 # A pretrained model by a short name: its recipe, and the package that has it. The requirements of that package
 # include an inference engine, which is not used: hence without dependencies.

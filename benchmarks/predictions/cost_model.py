@@ -236,7 +236,7 @@ def comparison_table(runs: Iterable[Run]) -> str:
     """Write the comparison of all runs as a table; "" where there is none."""
     rows = [row for run in runs for row in comparison(run)]
     head = ["launch", "provider", "case", "predicted by the data sheet, ms"]
-    head += ["by the measured roofs, ms", "measured, ms", "measured / lower"]
+    head += ["by the measured rates, ms", "measured, ms", "measured / lower"]
     return markdown.table(head, rows, left=(0, 1, 2)) if rows else ""
 
 

@@ -23,8 +23,8 @@ from benchmarks import ROOT
 from benchmarks.measuring import machine
 from benchmarks.real_model.setup import RECIPE, beside, rounded
 from benchmarks.real_model.sheet import Sheet
-from grpo_fast.trainer.evaluate import BASE, DIFFERENCE, TRAINED
 from grpo_fast.trainer.intervals import student
+from grpo_fast.trainer.results import BASE, DIFFERENCE, TRAINED
 from grpo_fast.trainer.tasks.countries import QUESTIONS
 
 KIND = "real_learning"

@@ -13,10 +13,9 @@ from transformers import set_seed
 
 from benchmarks import ROOT
 from grpo_fast import ops
-from grpo_fast.trainer import config as configs
 from grpo_fast.trainer import model as models
+from grpo_fast.trainer import parsing, tasks
 from grpo_fast.trainer import rollout as rollouts
-from grpo_fast.trainer import tasks
 from grpo_fast.trainer.config import TrainConfig
 from grpo_fast.trainer.forward import Forward, MicroBatch
 from grpo_fast.trainer.model import Policy
@@ -40,7 +39,7 @@ def config_of(given: Sequence[str], **options: Any) -> TrainConfig:
         ValueError: an option is unknown, or its value is bad.
     """
     chosen = (f"--{name}={value}" for name, value in (OPTIONS | options).items())
-    return configs.parse([str(RECIPE), *chosen, *given])
+    return parsing.parse([str(RECIPE), *chosen, *given])
 
 
 class Sampled(NamedTuple):

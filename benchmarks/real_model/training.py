@@ -17,7 +17,8 @@ from benchmarks.measuring import memory
 from benchmarks.real_model import setup
 from grpo_fast.trainer import tasks
 from grpo_fast.trainer.config import TrainConfig
-from grpo_fast.trainer.train import Run, train
+from grpo_fast.trainer.loop import Run
+from grpo_fast.trainer.train import train
 
 
 def by_included(config: TrainConfig, folder: Path) -> dict[str, Any]:

@@ -28,11 +28,11 @@ from benchmarks.measuring import machine
 from benchmarks.real_model import plain, setup
 from benchmarks.real_model.setup import beside, rounded
 from benchmarks.real_model.sheet import Sheet
-from grpo_fast.trainer import checkpoints, evaluate, tasks
-from grpo_fast.trainer import config as configs
+from grpo_fast.trainer import checkpoints, evaluate, parsing, tasks
 from grpo_fast.trainer import model as models
 from grpo_fast.trainer.config import TrainConfig
-from grpo_fast.trainer.train import Run, train
+from grpo_fast.trainer.loop import Run
+from grpo_fast.trainer.train import train
 
 KIND = "real_trajectories"
 WHICH = ("kernels", "reference", "apart", "other-seed")
@@ -126,7 +126,7 @@ def rows_of(there: Path) -> list[dict[str, Any]]:
 
 def held_out(there: Path) -> dict[str, Any]:
     """Return accuracy and reward of the newest checkpoint on held-out problems, `SAMPLES` answers each."""
-    config, checkpoint = configs.parse([str(there / "config.yaml")]), checkpoints.latest(there)
+    config, checkpoint = parsing.parse([str(there / "config.yaml")]), checkpoints.latest(there)
     torch.set_num_threads(config.threads or 1)
     task = tasks.build(config)
     policy = models.build(config, task.alphabet, checkpoint.resolve())
@@ -138,7 +138,7 @@ def held_out(there: Path) -> dict[str, Any]:
 def described(there: Path, with_answers: bool) -> dict[str, Any]:
     """Return the row of a run: every step, and its held-out accuracy."""
     rows, about = rows_of(there), beside(there, ABOUT)
-    config = configs.parse([str(there / "config.yaml")])
+    config = parsing.parse([str(there / "config.yaml")])
     known = json.loads(about.read_text()) if about.exists() else {}  # `learning` has one, too
     origin = {"path": known.get("path", "kernels"), "commit": known.get("commit", "")}
     return {

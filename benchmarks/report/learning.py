@@ -8,7 +8,7 @@ from typing import Any
 from benchmarks.report import pictures
 from benchmarks.report.committed import newest
 from benchmarks.report.markdown import table, wrapped
-from grpo_fast.trainer.evaluate import BASE, DIFFERENCE, TRAINED
+from grpo_fast.trainer.results import BASE, DIFFERENCE, TRAINED
 
 KIND = "real_learning"
 WINDOW = 10  # steps of a mean in the picture

@@ -37,7 +37,7 @@ def case_table(entries: list[dict[str, Any]]) -> str:
     eager = eager_of(entries)
     head = ["provider", "time", "±", "vs eager"]
     head += ["TFLOP/s" if heads else "GB/s", f"of {first['roof']}"] if rated else []
-    head += [*["x bare GEMMs"] * heads, "extra memory", "vs eager", "error"]
+    head += [*["x bare GEMMs"] * heads, "extra memory", "of eager's", "error"]
     rows = [
         [
             e["provider"],

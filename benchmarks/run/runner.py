@@ -1,6 +1,6 @@
 """Run the tests, then every benchmark, within a given time, whatever crashes on the way.
 
-The order: the roofs of this machine; the tests that say most about a device; the benchmarks, the
+The order: the rates of this machine; the tests that say most about a device; the benchmarks, the
 first case of each first; the 7B step; shared prompts; a step of TRL's trainer; the other cases;
 compute-sanitizer over every kernel; the other tests.
 What overruns its part of the time is interrupted, and killed if it does not stop. Results are

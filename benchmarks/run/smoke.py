@@ -3,7 +3,7 @@
     benchmarks/run_all --smoke
     python -m benchmarks.run.smoke bfloat16 --out smoke.json     # one group, in this process
 
-Each group of `smoke_checks` is a process of its own. All run at the same time: nothing is timed. A
+Each group of `smoke_groups` is a process of its own. All run at the same time: nothing is timed. A
 check that raises, or is wrong, costs its own line. A check that hangs, or takes the process down,
 is named by the file that the process leaves behind.
 """
@@ -26,7 +26,7 @@ import torch
 from benchmarks import ROOT, command_line
 from benchmarks.measuring import machine, recorder
 from benchmarks.run import failures
-from benchmarks.run.smoke_checks import GROUPS
+from benchmarks.run.smoke_groups import GROUPS
 
 COMMAND = "benchmarks/run_all --smoke"
 TESTS = (

@@ -1,4 +1,4 @@
-"""Make the study: group size and its company, and PPO beside GRPO, on arithmetic, with several seeds.
+"""Make the study: options of GRPO, and PPO beside GRPO, on arithmetic, with several seeds.
 
     make study                                          # all of it
     python -m benchmarks.study --parts groups --seeds 0 1 --steps 50

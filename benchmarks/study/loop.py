@@ -15,11 +15,11 @@ from grpo_fast.trainer import checkpoints, evaluate, files, tasks
 from grpo_fast.trainer import model as models
 from grpo_fast.trainer import rollout as rollouts
 from grpo_fast.trainer.config import TrainConfig
+from grpo_fast.trainer.loop import silent
 from grpo_fast.trainer.model import Policy
 from grpo_fast.trainer.parallel import Team
 from grpo_fast.trainer.rollout import Rollout, Sampler, completion_logits
 from grpo_fast.trainer.tasks import Task
-from grpo_fast.trainer.train import silent
 from grpo_fast.trainer.update import Learner
 from grpo_fast.trainer.warmup import warm_up
 

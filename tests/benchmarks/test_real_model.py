@@ -350,7 +350,7 @@ def test_the_report(tmp_path, options, monkeypatch):
     assert f"{row} 3,072 MiB | 2 |" in text
 
 
-def test_the_command_is_written_without_places(tmp_path):
+def test_the_command_is_written_without_places():
     words = ["trajectories", "--output_dir", "/a/b", "--which", "kernels", "--runs", "/c", "/d"]
     want = "python -m benchmarks.real_model trajectories --which kernels"
     assert command.written([*words, "--out=/e"]) == want

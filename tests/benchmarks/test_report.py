@@ -91,7 +91,7 @@ def test_the_step_has_its_tables(gpu_results):
 def test_predictions_stand_next_to_measurements(gpu_results):
     text = report.render(gpu_results).split("### Prediction and measurement")[1].split("## CPU")[0]
     assert "| grpo, forward + backward | grpo_fast | `qwen2.5-7b-16k`, full |" in text
-    assert "predicted by the data sheet, ms | by the measured roofs, ms" in text
+    assert "predicted by the data sheet, ms | by the measured rates, ms" in text
     assert "eager" not in text
 
 

@@ -13,12 +13,13 @@ import torch
 pytest.importorskip("transformers", reason="the trainer needs it")
 
 from benchmarks.report import document, study
+from benchmarks.report import ppo as ppo_report
 from benchmarks.study import command, cost, loop, ppo, runs, summary, variants
 from grpo_fast import ops, policy_loss
 from grpo_fast.trainer import rollout as rollouts
+from grpo_fast.trainer.loop import Run
 from grpo_fast.trainer.parallel import Team
 from grpo_fast.trainer.rollout import completion_logits
-from grpo_fast.trainer.train import Run
 from grpo_fast.trainer.update import Learner
 from tests.support.results import write
 
@@ -343,10 +344,10 @@ def results(tmp_path):
 
 
 def test_the_pages_say_what_the_numbers_show(results):
-    text = study.groups_text(results)
+    text = study.text(results)
     assert "| G = 2 | 0.617 ± 0.359 | +0.017 ± 0.190 | within the spread | 0.617 ± 0.359 |" in text
     assert "| grpo" not in text
-    text = study.ppo_text(results)
+    text = ppo_report.text(results)
     assert "| +0.200 ± 0.000 | better | 500 ms |" in text
     assert "| weights, gradients, AdamW states; SmolLM2, float32 | 4.00 GiB | 6.00 GiB |" in text
     assert "7B, bfloat16 with float32 copies, predicted | 110 GiB | 210 GiB |" in text
@@ -359,7 +360,7 @@ def test_the_pages_say_what_the_numbers_show(results):
 def test_a_part_that_was_measured_anew_replaces_its_rows_alone(results):
     row = {"row": "predicted", "model": "a/8B", "trained": 120 << 30, "reference": 10 << 30}
     write(results, "new", None, commit="29274be", date="2026-01-02", study=[row])
-    text = study.ppo_text(results)
+    text = ppo_report.text(results)
     assert "8B, bfloat16 with float32 copies, predicted | 130 GiB | 250 GiB |" in text
     assert "7B" not in text
     assert "commit 19274bf" in " ".join(text.split())
@@ -367,16 +368,16 @@ def test_a_part_that_was_measured_anew_replaces_its_rows_alone(results):
 
 
 def test_the_pictures_are_the_same_each_time(results):
-    picture = study.ppo_picture(results)
-    assert picture == study.ppo_picture(results)
+    picture = ppo_report.picture(results)
+    assert picture == ppo_report.picture(results)
     assert b"PPO, 64 x 1" in picture
-    assert b"minus base" in study.groups_picture(results)
+    assert b"minus base" in study.picture(results)
 
 
 def test_without_results_there_is_nothing(tmp_path):
-    for make in (study.groups_text, study.ppo_text):
+    for make in (study.text, ppo_report.text):
         assert make(tmp_path) == ""
-    for draw in (study.groups_picture, study.ppo_picture):
+    for draw in (study.picture, ppo_report.picture):
         assert draw(tmp_path) == b""
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from grpo_fast.integrations import areal
 from tests.support import host_cases, host_matrix, host_sources
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -76,7 +77,7 @@ def test_a_wrong_loss_is_noticed(monkeypatch):
 
         @classmethod
         def ppo_actor_loss_fn(cls, **options):
-            loss, stat = host_cases.areal.ppo_actor_loss_fn(**options)
+            loss, stat = areal.ppo_actor_loss_fn(**options)
             return cls.factor * loss, stat | {"approx_kl": stat["approx_kl"] + cls.extra}
 
     def run():

@@ -20,23 +20,14 @@ from trl import GRPOTrainer as Stock  # noqa: E402
 
 from grpo_fast.integrations.trl import GRPOTrainer, trainer  # noqa: E402
 from tests.support import ranks  # noqa: E402
-from tests.support.trl_training import PROMPTS, assert_same_logs, config, reward, train  # noqa: E402
-
-
-def as_fsdp2(trainer):
-    """Accelerate takes FSDP from a configuration on GPUs alone: here it is told on CPUs."""
-    from accelerate.state import AcceleratorState
-    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-
-    plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=2,
-        auto_wrap_policy="transformer_based_wrap",
-        transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
-        cpu_ram_efficient_loading=False,
-    )
-    state = AcceleratorState()._shared_state
-    state |= {"distributed_type": DistributedType.FSDP, "fsdp_plugin": plugin}
-    trainer.is_fsdp_enabled = True
+from tests.support.trl_training import (  # noqa: E402
+    PROMPTS,
+    as_fsdp2,
+    assert_same_logs,
+    config,
+    reward,
+    train,
+)
 
 
 def sharded_on_a_rank(path, output, lora):

@@ -18,7 +18,7 @@ from grpo_fast import shared_prompt  # noqa: E402
 from grpo_fast.integrations.trl import GRPOTrainer, sharing  # noqa: E402
 from grpo_fast.notices import FallbackError  # noqa: E402
 from tests.support import ranks  # noqa: E402
-from tests.support.trl_training import assert_same_logs, train  # noqa: E402
+from tests.support.trl_training import as_fsdp2, assert_same_logs, train  # noqa: E402
 
 PROMPTS = [
     "abcdeabcdeabcdeabcdeabcde",
@@ -220,8 +220,6 @@ def test_a_wrong_option(model_path, tokenizer, tmp_path):
 def train_on_a_rank(path, output, sharded):
     from torch.distributed.tensor import DTensor
     from transformers import AutoTokenizer
-
-    from tests.integrations.test_trl_runs import as_fsdp2
 
     options = {"beta": 0.04, "num_iterations": 2, "max_steps": 2, "per_device_train_batch_size": 4}
     if sharded:

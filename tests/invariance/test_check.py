@@ -233,6 +233,7 @@ def test_what_it_leaves_behind():
 
 
 LARGE = nn.Sequential(nn.Embedding(99, 9))  # more ids than logits
+SHARDED = type("FullyShardedDataParallel", (nn.Sequential,), {})(nn.Embedding(V, 4))
 
 
 @pytest.mark.parametrize(
@@ -255,6 +256,8 @@ LARGE = nn.Sequential(nn.Embedding(99, 9))  # more ids than logits
             {"input_ids": [[1, 77]] * 2, "padding": 1, "model": LARGE},
             r"input_ids: want ids in \[0, 9",
         ),
+        ({"input_ids": [[1, 2, -1]] * 2}, r"input_ids: want ids that the model has, got \[-1, 2\]"),
+        ({"model": SHARDED}, "model: its weights are sharded"),
         ({"batch_sizes": (1, 2)}, r"batch_sizes: want .*got \(1, 2\)"),
         ({"padding": 24}, r"padding: want an integer in \[1, 23\].* got 24"),
         ({"model": nn.Sequential(nn.Embedding(V, 4)), "packed": True}, "packed: want False"),

@@ -12,7 +12,7 @@ import torch
 
 pytest.importorskip("triton", reason="the kernels need Triton")
 
-from benchmarks.run import bounds
+from benchmarks.run import bounds, launch_inputs, launches_of_tokens
 from grpo_fast.kernels import group_advantage, scaling, sequence_loss
 from grpo_fast.records import Sequences
 from tests.support.guards import OutOfBoundsError, watched
@@ -43,7 +43,9 @@ def test_every_access_is_within_the_tensors(kernel, monkeypatch):
     """Of all launches of a kernel; a new kernel needs launches in `bounds.KERNELS`."""
     monkeypatch.setattr(group_advantage, "MAX_BLOCK", 16)  # as many programs as rewards
     monkeypatch.setattr(scaling, "MANY_ROWS", 8)
-    for case, launch in bounds.KERNELS[kernel]():
+    launches = list(bounds.KERNELS[kernel]())
+    assert launches or kernel == "_on_chip_kernel"  # which some versions of Triton cannot run
+    for case, launch in launches:
         with watched() as watch:
             try:
                 launch()
@@ -54,10 +56,10 @@ def test_every_access_is_within_the_tensors(kernel, monkeypatch):
 
 def test_tokens_of_no_sequence_get_results_too():
     """Where boundaries are wrong, their weights are NaN. Flags that nobody wrote would not be 0 in tests."""
-    N = 6
+    N, GSPO = 6, launches_of_tokens.GSPO
     sequences = Sequences(torch.tensor([2, 4]), 0)
-    given = bounds.tokens(N, extras=False)._replace(weight=torch.full((N,), torch.nan))
+    given = launch_inputs.tokens(N, extras=False)._replace(weight=torch.full((N,), torch.nan))
     given.weight[2:4] = 1.0
-    out = sequence_loss.sequence_loss_fwd(torch.zeros(N), None, given, sequences, bounds.GSPO)
+    out = sequence_loss.sequence_loss_fwd(torch.zeros(N), None, given, sequences, GSPO)
     assert out.loss.isnan().tolist() == [True, True, False, False, True, True]
     assert out.clip.eq(0).all()

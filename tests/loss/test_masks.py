@@ -12,13 +12,13 @@ from grpo_fast.weights import importance_weights
 from tests.support.cases import batch, in_double, loss_and_grad, packed
 from tests.support.objectives import OBJECTIVES, by_objective
 
-# In the interpreter, what tells the kernels apart; the losses on log-probs run all objectives there, too.
+# On the kernels, what tells them apart; the losses on log-probs run all objectives there, too.
 SOME = ["default", "entropy by tokens", "gspo", "gmpo", "vespo", "everything"]
-
-
-def skip_most(backend, objective):
-    if backend == "triton" and objective not in [OBJECTIVES[name] for name in SOME]:
-        pytest.skip("the PyTorch path runs this objective; the kernels of log-probs do as well")
+PAIRS = {f"torch-{name}": ("torch", x) for name, x in OBJECTIVES.items()}
+PAIRS |= {f"triton-{name}": ("triton", OBJECTIVES[name]) for name in SOME}
+by_backend_and_objective = pytest.mark.parametrize(
+    ("backend", "objective"), PAIRS.values(), ids=PAIRS, indirect=["backend"]
+)
 
 
 def weighed(B, T, V, device):
@@ -31,7 +31,7 @@ def weighed(B, T, V, device):
 
 
 def of_objective(objective, arguments):
-    if not (objective.beta or "ref_logps" not in arguments):
+    if not objective.beta:
         arguments = {name: x for name, x in arguments.items() if name != "ref_logps"}
     return {**arguments, "objective": objective}
 
@@ -48,9 +48,15 @@ def compare(function, x, *rest, **arguments):
         assert_as_accurate(a, b, t, name=what)
 
 
-@by_objective
+def loss_metrics_and_grad(function, x, *rest, **arguments):
+    x = x.detach().clone().requires_grad_()
+    out = function(x, *rest, **arguments)
+    (grad,) = torch.autograd.grad(out.loss, x)
+    return out.loss.detach(), out.metrics, grad
+
+
+@by_backend_and_objective
 def test_losses_on_logits(objective, backend, device):
-    skip_most(backend, objective)
     logits, ids, arguments = weighed(5, 6, 60, device)
     compare(grpo_loss, logits, ids, **of_objective(objective, arguments))
 
@@ -90,9 +96,8 @@ def test_top_entropy_of_the_tokens_that_take_part(device):
     test_losses_on_hidden_states(True, objective, None, device)
 
 
-@by_objective
+@by_backend_and_objective
 def test_packed_is_padded(objective, backend, device):
-    skip_most(backend, objective)
     _, _, arguments = weighed(5, 6, 60, device)
     weights, live = arguments["mask"], arguments["mask"] != 0
     logps = -torch.rand(5, 6, device=device) - 0.1
@@ -101,27 +106,25 @@ def test_packed_is_padded(objective, backend, device):
     if objective.needs_entropy:
         given["entropy"] = entropy
     names = [name for name, x in given.items() if getattr(x, "ndim", 0) == 2 and name != "mask"]
-    want = policy_loss(logps, **given)
-    boundaries, _, flat, share, *rest = packed(
-        live, logps, weights, *(given[name] for name in names)
+    *want, grad = loss_metrics_and_grad(policy_loss, logps, **given)
+    boundaries, _, flat, share, grad, *rest = packed(
+        live, logps, weights, grad, *(given[name] for name in names)
     )
     given |= {"mask": share, "cu_seqlens": boundaries, **dict(zip(names, rest, strict=True))}
-    got = policy_loss(flat, **given)
-    torch.testing.assert_close(got.loss, want.loss, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(got.metrics, want.metrics, rtol=1e-5, atol=1e-6)
+    got = loss_metrics_and_grad(policy_loss, flat, **given)
+    torch.testing.assert_close(got, (*want, grad), rtol=1e-5, atol=1e-6)
 
 
-@by_objective
+@by_backend_and_objective
 @pytest.mark.parametrize("dtype", [torch.float64, torch.uint8], ids=str)
 def test_ones_and_integers_are_bools(dtype, objective, backend, device):
-    skip_most(backend, objective)
     logits, ids, arguments = batch(4, 5, 30, device)
-    want = grpo_loss(logits, ids, **of_objective(objective, arguments))
+    given = of_objective(objective, arguments)
+    want = loss_metrics_and_grad(grpo_loss, logits, ids, **given)
     factor = 1 if dtype.is_floating_point else 3
-    arguments["mask"] = factor * arguments["mask"].to(dtype)
-    got = grpo_loss(logits, ids, **of_objective(objective, arguments))
-    torch.testing.assert_close(got.loss, want.loss, rtol=1e-6, atol=1e-8)
-    torch.testing.assert_close(got.metrics, want.metrics, rtol=1e-6, atol=1e-8)
+    given["mask"] = factor * arguments["mask"].to(dtype)
+    got = loss_metrics_and_grad(grpo_loss, logits, ids, **given)
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-8)
 
 
 def test_metrics_are_weighted_means(backend, device):

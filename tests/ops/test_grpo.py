@@ -133,13 +133,15 @@ def test_inplace_of_every_objective(objective, policy, backend, device):
     logits, ids, arguments = batch(4, 6, 60, device)
     arguments["objective"] = objective
     if policy == "on":
+        del arguments["old_logps"]
         if (
             objective.off_policy_threshold is not None
             or objective.quadratic_coef
             or objective.surrogate == "rollout_is"
         ):
-            pytest.skip("needs old log-probs")
-        del arguments["old_logps"]
+            with pytest.raises(ValueError, match="old_logps: needed"):
+                grpo_loss(logits, ids, **arguments)
+            return
     loss, grad = loss_and_grad(
         lambda x, ids, **a: grpo_loss(x * 1, ids, inplace=True, **a),
         logits,

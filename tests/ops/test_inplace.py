@@ -88,15 +88,18 @@ def test_rows_that_were_not_overwritten_can_be_read(backend, device):
 
 
 def test_a_buffer_with_new_logits_can_be_used(backend, device):
+    new = torch.randn(3, 4, 60, device=device)
     _, work, ids, arguments, _ = overwritten(device)
+    want = grpo_loss(new, ids, **arguments).loss
     with torch.no_grad():
-        work.copy_(torch.randn(3, 4, 60))
-    grpo_loss(work.detach(), ids, **arguments)
-    grpo_loss(work.data, ids, **arguments)
+        work.copy_(new)
+    for x in (work.detach(), work.data):
+        torch.testing.assert_close(grpo_loss(x, ids, **arguments).loss, want, rtol=0, atol=0)
     _, work, ids, arguments, _ = overwritten(device)
+    want = grpo_loss(new, ids, **arguments).loss
     data = work.data
-    data.copy_(torch.randn(3, 4, 60))
-    grpo_loss(data, ids, **arguments)
+    data.copy_(new)
+    torch.testing.assert_close(grpo_loss(data, ids, **arguments).loss, want, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(

@@ -132,14 +132,23 @@ def assert_close(got, want, rounding):
         assert abs(x - y) <= rounding * abs(y) + 1e-30, (x, float(y))
 
 
+@pytest.fixture(params=["torch", "triton", "reference"])
+def implementation(request, monkeypatch):
+    """The loss on each set of kernels and that of the specification, with the dtype of its numbers."""
+    if request.param == "reference":
+        return reference.policy_loss, torch.float64
+    monkeypatch.setenv("GRPO_FAST_BACKEND", request.param)
+    if request.param == "triton":
+        pytest.importorskip("triton", reason="the kernels need Triton")
+    return policy_loss, torch.float32
+
+
 @pytest.mark.parametrize("options", EVERY_RATIO, ids=str)
-@pytest.mark.parametrize("implementation", ["ours", "reference"])
-def test_unbiased_k3_of_single_tokens(options, implementation, backend, device):
+def test_unbiased_k3_of_single_tokens(options, implementation, device):
     """Sequences of one token: whatever the ratio is of, the gradient is -r q, at every gap."""
     objective = objective_of(options)
-    fn, dtype, rounding = policy_loss, torch.float32, 1e-5
-    if implementation == "reference":
-        fn, dtype, rounding = reference.policy_loss, torch.float64, 1e-9
+    fn, dtype = implementation
+    rounding = 1e-5 if dtype == torch.float32 else 1e-9
     for gap in GAPS:
         for drift in (0.0, 0.03125, -0.125):
             x = [y.to(device, dtype) for y in sequence([gap], [drift])]
@@ -152,16 +161,14 @@ def test_unbiased_k3_of_single_tokens(options, implementation, backend, device):
 
 
 @pytest.mark.parametrize("options", EVERY_RATIO, ids=str)
-@pytest.mark.parametrize("implementation", ["ours", "reference"])
 @pytest.mark.parametrize(
     "gaps", [[18.0, 0.5], [0.25, -0.5, 30.0, 29.5, 1.0], [1e-4, 2e-4, -1e-3]], ids=str
 )
-def test_unbiased_k3_of_sequences(options, gaps, implementation, backend, device):
+def test_unbiased_k3_of_sequences(options, gaps, implementation, device):
     """The parts through the token and through the mean of its sequence go different ways."""
     objective = objective_of(options)
-    fn, dtype, rounding = policy_loss, torch.float32, 1e-5
-    if implementation == "reference":
-        fn, dtype, rounding = reference.policy_loss, torch.float64, 1e-9
+    fn, dtype = implementation
+    rounding = 1e-5 if dtype == torch.float32 else 1e-9
     x = [y.to(device, dtype) for y in sequence(gaps, [0.03125, -0.125, 0.0, 0.5, -0.5])]
     advantages = torch.ones(1, len(gaps), device=device, dtype=dtype)
     loss, grad = kl_and_grad(fn, *x, objective, advantages)
@@ -212,12 +219,9 @@ def test_infinite_tokens_beside_finite_ones(backend, device):
     assert grad.tolist() == [[-math.inf, math.inf]]
 
 
-@pytest.mark.parametrize("implementation", ["ours", "reference"])
-def test_k3_of_small_gaps(implementation, backend, device):
+def test_k3_of_small_gaps(implementation, device):
     """The value is q^2 / 2, the gradient -q, however small q is."""
-    fn, dtype = policy_loss, torch.float32
-    if implementation == "reference":
-        fn, dtype = reference.policy_loss, torch.float64
+    fn, dtype = implementation
     for gap in GAPS:
         logps, old, refs = (y.to(device, dtype) for y in sequence([gap], [0.0]))
         q = exact(refs.item()) - exact(logps.item())
@@ -227,7 +231,7 @@ def test_k3_of_small_gaps(implementation, backend, device):
             beta = mpmath.mpf(0.1)
             assert_close(loss, [beta * (mpmath.expm1(q) - q)], 2e-6)
             assert_close(grad, [-beta * mpmath.expm1(q)], 2e-6)
-            if implementation == "ours":
+            if fn is policy_loss:
                 value = kl_estimate(logps, refs)
                 assert_close(value, [mpmath.expm1(q) - q], 2e-6)
 

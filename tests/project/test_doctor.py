@@ -16,6 +16,7 @@ from grpo_fast import grpo_loss, reference
 from grpo_fast.doctor import check, combinations, command, machine, paths
 from grpo_fast.doctor.combinations import COMBINATIONS, OF_BENCHMARKS, diagnose
 from grpo_fast.doctor.machine import RANGES, Gpu, Machine
+from grpo_fast.integrations.shared.packages import is_between
 from grpo_fast.notices import VARIABLES, FallbackError
 from grpo_fast.trainer import cli
 
@@ -476,10 +477,11 @@ def test_a_fallback_ends_a_command_with_its_message(monkeypatch, capsys):
     assert capsys.readouterr().err == "grpo-fast train: error: GRPO_FAST_STRICT=1: a test\n"
 
 
-def test_numbers_of_versions():
-    assert combinations.numbers("2.13.0+cpu") == (2, 13)
-    assert combinations.numbers("3") == (3, 0)
-    assert combinations.numbers(None) == (0, 0)
+def test_versions_are_compared_by_their_numbers():
+    assert is_between("2.13.0+cpu", "2.9", "2.14")
+    assert is_between("3", "3.0")
+    assert not is_between("2.9.1", combinations.MIXED)
+    assert not is_between("0", combinations.MIXED)
 
 
 WITHOUT_EXTRAS = """

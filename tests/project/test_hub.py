@@ -1,5 +1,6 @@
 """The kernel-hub package: loaded by Hugging Face's own loader, beside an installed grpo_fast."""
 
+import ast
 import importlib.util
 import os
 import re
@@ -76,9 +77,20 @@ def test_nothing_refers_to_an_installed_package(folder):
         assert '"grpo_fast::' not in text, path
 
 
+def test_every_import_is_in_the_package(folder):
+    for path in folder.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                place = path.parents[node.level - 1].joinpath(*(node.module or "").split("."))
+                assert place.is_dir() or place.with_suffix(".py").is_file(), (
+                    f"{path}: {node.module}"
+                )
+
+
 def test_the_package_works_by_itself(folder):
     hidden = "import sys\nsys.modules['grpo_fast'] = None  # not importable\n"
-    run(hidden + BY_HAND + USE, folder)
+    every = "\nfor name in kernel.__all__:\n    getattr(kernel, name)\n"
+    run(hidden + BY_HAND + USE + every, folder)
 
 
 @pytest.mark.skipif(not LOADER, reason="Hugging Face's kernels is not installed")

@@ -16,7 +16,8 @@ pytest.importorskip("transformers", reason="the trainer needs grpo-fast[train]")
 from grpo_fast.doctor import machine
 from grpo_fast.doctor.combinations import diagnose
 from grpo_fast.trainer import checkpoints, cli, known_models, loading, model, report, rewards
-from grpo_fast.trainer.config import TrainConfig, parse
+from grpo_fast.trainer.config import TrainConfig
+from grpo_fast.trainer.parsing import parse
 from tests.support.tiny_runs import EVEN, arguments, given_model
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -19,6 +19,7 @@ from grpo_fast.shared_prompt import choose, forward, packing, plan
 from grpo_fast.shared_prompt.choice import work
 from tests.support import shared as support
 from tests.support.shared import assert_same, build, through, truth
+from tests.support.traps import most_memory
 
 
 @pytest.fixture
@@ -328,8 +329,6 @@ def test_compiled_models_take_another_route(part):
 @pytest.mark.parametrize("recompute", [False, True], ids=["", "recomputed"])
 def test_memory_of_a_ragged_batch(recompute):
     """It is less than that of a mask for all pairs of tokens, and than that of a fork, which pads."""
-    from tests.shared_prompt.test_traps import most_memory
-
     draw = torch.Generator().manual_seed(2)
     shared = plan(
         torch.randint(3, 60, (2, 40), generator=draw),

@@ -70,7 +70,8 @@ def packed(tensors, ids, arguments):
     return {**tensors, "hidden": tensors["hidden"][mask]}, ids[mask], flat
 
 
-def ways_taken(monkeypatch, limit=None):
+def ways_taken(monkeypatch):
+    """A list that gets the way of each head's gradients that is planned from here on."""
     taken = []
     plan = linear_grpo.plan
 

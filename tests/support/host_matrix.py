@@ -63,7 +63,8 @@ def table(rows: Sequence[str]) -> str:
     """The generated part of the page."""
     today = datetime.datetime.now(datetime.timezone.utc).date()
     head = (
-        f"Run on {today} at commit {machine.commit()}, with PyTorch on a CPU. All cases agree.\n\n"
+        f"Run on {today} at commit {machine.commit()}, with PyTorch on a CPU. All cases that a release can\n"
+        "run agree.\n\n"
         "| trainer | release or commit | its code | cases | what they compare |\n|---|---|---|--:|---|"
     )
     versions = " and ".join((VERSIONS["trl"][0], importlib.metadata.version("trl")))

@@ -69,6 +69,22 @@ def train(
     return parameters, trainer.state.log_history
 
 
+def as_fsdp2(trainer):
+    """Accelerate takes FSDP from a configuration on GPUs alone: here it is told on CPUs."""
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
+        cpu_ram_efficient_loading=False,
+    )
+    state = AcceleratorState()._shared_state
+    state |= {"distributed_type": DistributedType.FSDP, "fsdp_plugin": plugin}
+    trainer.is_fsdp_enabled = True
+
+
 TIMES = ("step_time", "_runtime", "per_second", "total_flos", "epoch")
 
 

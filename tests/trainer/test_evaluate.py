@@ -15,12 +15,11 @@ import torch
 
 pytest.importorskip("transformers", reason="the trainer needs grpo-fast[train]")
 
-from grpo_fast.trainer import checkpoints, evaluate, rollout, tasks
-from grpo_fast.trainer import config as configs
+from grpo_fast.trainer import checkpoints, evaluate, parsing, rollout, tasks
 from grpo_fast.trainer import model as models
 from grpo_fast.trainer.cli import main
-from grpo_fast.trainer.evaluate import Evaluation, Results, Wanted
 from grpo_fast.trainer.intervals import Deviations, student
+from grpo_fast.trainer.results import Evaluation, Results, Wanted
 from grpo_fast.trainer.tasks import countries
 from grpo_fast.trainer.train import train
 from tests.support.tiny_runs import EVEN, given_model, setup, tiny
@@ -179,7 +178,7 @@ def test_rows_of_a_prompt_are_one_cluster(tmp_path):
 
 
 def test_the_line_of_the_training_has_the_numbers_of_eval(given, tmp_path, capsys):
-    config = dataclasses.replace(configs.parse([str(given / "config.yaml")]), device="cpu")
+    config = dataclasses.replace(parsing.parse([str(given / "config.yaml")]), device="cpu")
     task = tasks.build(config)
     policy = models.build(config, task.alphabet, checkpoints.latest(given))
     torch.manual_seed(7)  # it must not matter
@@ -258,7 +257,7 @@ def test_means_are_those_of_the_completions(given, tmp_path):
 
 def untrained(run_dir: Path, source: Path | None) -> list[list[str]]:
     """The greedy answers of a model that the run did not train, and those of seed 0."""
-    config = dataclasses.replace(configs.parse([str(run_dir / "config.yaml")]), device="cpu")
+    config = dataclasses.replace(parsing.parse([str(run_dir / "config.yaml")]), device="cpu")
     task = tasks.build(config)
     policy = models.build(dataclasses.replace(config, use_peft=False), task.alphabet, source)
     n = len(task.heldout)

@@ -373,7 +373,7 @@ def test_printing_it_from_the_command_line(capsys, shipped):
     assert shipped.completions[0].text in found
 
 
-def test_a_page_refuses_what_it_cannot_compute(shipped, tmp_path):
+def test_a_page_refuses_what_it_cannot_compute(shipped):
     gspo = dataclasses.asdict(Objective.preset("gspo"))
     source = dataclasses.replace(shipped.source, preset="gspo")
     one = dataclasses.replace(shipped, objective=gspo, source=source)

@@ -45,7 +45,7 @@ def make(folder: Path, case: str, *more: str) -> int:
 @contextlib.contextmanager
 def kept(folder: Path):
     """Save what each process has at the end: all of them must have the same weights."""
-    from grpo_fast.trainer.train import Run
+    from grpo_fast.trainer.loop import Run
 
     real, rank = Run.save, os.environ["RANK"]
 
@@ -225,7 +225,7 @@ def test_settings_of_accelerate_that_are_not_used_are_refused(tmp_path, monkeypa
     )
 
 
-def test_prompts_must_be_dealt_out_evenly(tmp_path):
+def test_prompts_must_be_dealt_out_evenly():
     from grpo_fast.trainer.config import TrainConfig
     from grpo_fast.trainer.train import check_team
 

@@ -13,7 +13,8 @@ pytest.importorskip("reasoning_gym", reason="these tasks need reasoning-gym")
 
 from grpo_fast.trainer import rewards, tasks
 from grpo_fast.trainer.cli import main
-from grpo_fast.trainer.config import TrainConfig, parse
+from grpo_fast.trainer.config import TrainConfig
+from grpo_fast.trainer.parsing import parse
 from grpo_fast.trainer.tasks import reasoning_gym as gym
 from tests.support.tiny_runs import arguments, given_model, metrics
 

@@ -9,7 +9,7 @@ import yaml
 
 pytest.importorskip("transformers", reason="the trainer needs grpo-fast[train]")
 
-from grpo_fast.trainer import config as configs
+from grpo_fast.trainer import parsing
 from grpo_fast.trainer.cli import main
 from tests.support.tiny_runs import arguments
 
@@ -30,6 +30,10 @@ def test_a_recipe_takes_two_steps(path, tmp_path, monkeypatch, capsys):
     shown = capsys.readouterr()
     assert "dry run: two steps" in shown.out
     assert "in 2 GRPO steps" in shown.out
+    assert shown.out.endswith("dry run: the options can be used; nothing was kept\n")
+    assert "checkpoint:" not in shown.out  # no path of what is gone
+    alone = "fsdp: there is one process, so no weights are shared"
+    assert (alone in shown.out) == ("full-8gpu" in path.stem)
     assert "GRPO 2/2" in shown.err
     if "dataset" in yaml.safe_load(path.read_text()):
         assert "the built-in task takes the place of the dataset" in shown.out
@@ -58,7 +62,7 @@ def test_the_commands_of_the_readme_are_those_of_the_recipe():
     run = f"runs/{yaml.safe_load(recipe.read_text())['name']}"
     assert {command for command, rest in commands if run in rest} == {"report", "train", "eval"}
     for words in named[1:]:
-        configs.parse([str(recipe), *words[1:]])
+        parsing.parse([str(recipe), *words[1:]])
 
 
 def test_a_report_of_a_run(tmp_path, capsys):

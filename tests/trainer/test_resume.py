@@ -15,8 +15,7 @@ pytest.importorskip("transformers", reason="the trainer needs grpo-fast[train]")
 
 from safetensors.torch import load_file
 
-from grpo_fast.trainer import checkpoints, runs, warmup
-from grpo_fast.trainer import config as configs
+from grpo_fast.trainer import checkpoints, parsing, runs, warmup
 from grpo_fast.trainer.cli import main
 from grpo_fast.trainer.config import TrainConfig
 from grpo_fast.trainer.train import train
@@ -95,7 +94,7 @@ def test_a_finished_run_can_be_made_longer_and_only_what_may_change_changes(tmp_
 def test_an_option_that_is_given_counts_though_it_is_the_default(tmp_path):
     run = train(tiny(tmp_path, name="run", steps=1, save_steps=1, samples=1)).run_dir
     assert main(["train", "--resume", str(run), "--save_steps", "100", "--samples=4"]) == 0
-    saved = configs.parse([str(run / "config.yaml")])
+    saved = parsing.parse([str(run / "config.yaml")])
     assert (saved.save_steps, saved.samples, saved.steps) == (100, 4, 1)
 
 

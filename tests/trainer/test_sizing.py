@@ -335,6 +335,12 @@ def test_many_layers_are_extrapolated_from_a_few(monkeypatch):
     assert found.peak == pytest.approx(whole.peak, rel=0.01)
 
 
+def test_an_instruct_model_may_have_fewer_positions_than_its_base():
+    names = ("Qwen/Qwen2.5-7B", "Qwen/Qwen2.5-7B-Instruct", "Qwen/Qwen3-0.6B")
+    positions = [sizing.known_config(name).max_position_embeddings for name in names]
+    assert positions == [131_072, 32_768, 40_960]
+
+
 def test_known_models_have_the_published_numbers_of_weights():
     assert PUBLISHED.keys() == KNOWN.keys()
     for name, count in PUBLISHED.items():
@@ -479,6 +485,9 @@ def test_advice_names_another_route_than_fork():
     assert "Route fork uses each weight twice" in notes(fork)[0]
     assert notes(dataclasses.replace(fork, route="mask")) == []
     assert notes(dataclasses.replace(fork, use_peft=True)) == []
+    alone = dataclasses.replace(fork, route="mask", fsdp=True)
+    assert "give the number of processes" in notes(alone)[0]
+    assert "give the number" not in "".join(notes(dataclasses.replace(alone, world_size=2)))
 
 
 def test_longest_is_where_the_peak_meets_the_budget():

@@ -15,8 +15,7 @@ pytest.importorskip("transformers", reason="the trainer needs grpo-fast[train]")
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from grpo_fast.trainer import checkpoints, evaluate, rollout, tasks, warmup
-from grpo_fast.trainer import config as configs
+from grpo_fast.trainer import checkpoints, evaluate, parsing, rollout, tasks, warmup
 from grpo_fast.trainer import model as models
 from grpo_fast.trainer.cli import main
 from grpo_fast.trainer.config import TrainConfig
@@ -59,7 +58,7 @@ def test_command_line_run_leaves_its_artefacts_and_eval_reads_them(tmp_path, cap
     assert (run_dir / "curve.png").read_bytes().startswith(b"\x89PNG")
     written = yaml.safe_load((run_dir / "config.yaml").read_text())
     assert written["learning_rate"] == 1e-4
-    assert configs.parse([str(run_dir / "config.yaml")]) == TrainConfig(**written)
+    assert parsing.parse([str(run_dir / "config.yaml")]) == TrainConfig(**written)
 
     checkpoint = run_dir / "checkpoints" / "step-000002"
     model = AutoModelForCausalLM.from_pretrained(checkpoint)

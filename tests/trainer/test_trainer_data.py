@@ -1,5 +1,6 @@
 """Datasets of the included trainer: JSON Lines are read unchanged, and errors name the line."""
 
+import dataclasses
 import json
 import re
 import sys
@@ -11,7 +12,7 @@ import yaml
 pytest.importorskip("transformers", reason="the trainer needs grpo-fast[train]")
 
 from grpo_fast.trainer import config as configs
-from grpo_fast.trainer import rewards, tasks
+from grpo_fast.trainer import elsewhere, rewards, tasks
 from grpo_fast.trainer.cli import main
 from grpo_fast.trainer.config import TrainConfig
 from tests.support.tiny_runs import arguments, metrics, setup, tiny, write_rows
@@ -179,11 +180,11 @@ def test_names_of_other_trainers_lead_to_ours(tmp_path, capsys, theirs, ours):
 
 
 def test_every_name_led_to_is_an_option_and_none_leads_away_from_one():
-    options = {field.name for field in configs.dataclasses.fields(TrainConfig)}
-    assert options >= set(configs._ELSEWHERE)
-    theirs = {name for names in configs._ELSEWHERE.values() for name in names.split()}
-    assert not options & (theirs | set(configs._NONE_HERE))
-    assert set(configs._NOTES) <= theirs
+    options = {field.name for field in dataclasses.fields(TrainConfig)}
+    assert options >= set(elsewhere.ELSEWHERE)
+    theirs = {name for names in elsewhere.ELSEWHERE.values() for name in names.split()}
+    assert not options & (theirs | set(elsewhere.NONE_HERE))
+    assert set(elsewhere.NOTES) <= theirs
 
 
 def test_the_documented_reward_and_dataset(tmp_path, monkeypatch):
@@ -252,7 +253,7 @@ def test_parquet_and_datasets_are_read_as_json_lines_are(tmp_path):
         tasks.build(TrainConfig(dataset=str(tmp_path / "bad.parquet")))
 
 
-def test_a_dataset_that_is_nowhere_is_named(tmp_path, monkeypatch):
+def test_a_dataset_that_is_nowhere_is_named(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match="dataset='nobody/none': no such file, and no dataset: "):

@@ -7,6 +7,8 @@ import os
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -15,8 +17,7 @@ pytest.importorskip("transformers", reason="the trainer needs grpo-fast[train]")
 
 from transformers import AutoModelForCausalLM
 
-from grpo_fast.trainer import checkpoints, console, files, runs
-from grpo_fast.trainer import config as configs
+from grpo_fast.trainer import checkpoints, console, files, parsing, runs
 from grpo_fast.trainer.cli import main
 from grpo_fast.trainer.train import train
 from tests.support.tiny_runs import arguments, metrics, setup, start, tiny, untimed
@@ -313,11 +314,24 @@ def test_config_yaml_repeats_the_run_under_a_free_name(tmp_path, capsys):
     options = arguments(tmp_path, name="run", steps=1)
     assert main(["train", *options, "--overwrite"]) == 0
     written = tmp_path / "run" / "config.yaml"
-    assert configs.parse([str(written)]).overwrite is False
+    assert parsing.parse([str(written)]).overwrite is False
     assert main(["train", str(written)]) == 0
     assert untimed(tmp_path / "run") == untimed(tmp_path / "run-2")
     assert main(["train", str(written), "--name", "run"]) == 2  # asked for by name
     assert json.loads(json.dumps(metrics(tmp_path / "run")))  # and still there
+
+
+def test_a_closed_terminal_costs_no_file(monkeypatch):
+    """Whether the stream has a descriptor that the null device can replace, or none."""
+    opened = []
+    monkeypatch.setattr(os, "open", lambda *_: opened.append(os.dup(0)) or opened[-1])
+    with open(os.devnull) as place:
+        for fileno in (place.fileno, lambda: (_ for _ in ()).throw(ValueError("no descriptor"))):
+            stream = SimpleNamespace(write=Mock(side_effect=BrokenPipeError), fileno=fileno)
+            assert console._Stream(stream).write("text") == 4
+    for descriptor in opened:
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(descriptor)
 
 
 def test_a_terminal_without_a_character_shows_its_number(tmp_path):

@@ -6,13 +6,16 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 
 pytest.importorskip("transformers", reason="the trainer needs grpo-fast[train]")
 
-from grpo_fast.trainer import cli, rewards, runs, tasks
+from grpo_fast.integrations.shared.sharing import SharePrompts
+from grpo_fast.shared_prompt.routes import ROUTES
+from grpo_fast.trainer import cli, parsing, rewards, runs, tasks
 from grpo_fast.trainer import config as configs
 from grpo_fast.trainer.cli import main
 from grpo_fast.trainer.config import TrainConfig
@@ -138,7 +141,7 @@ def test_runs_are_never_overwritten_silently(tmp_path):
     with pytest.raises(FileExistsError, match="not a run"):
         runs.create(replacing)
     assert (tmp_path / "mine" / "notes.txt").exists()
-    configs.save(named, tmp_path / "mine" / "config.yaml")
+    parsing.save(named, tmp_path / "mine" / "config.yaml")
     with pytest.raises(FileExistsError, match=r"what no run has made: notes\.txt"):
         runs.create(replacing)
     (tmp_path / "mine" / "notes.txt").unlink()
@@ -163,13 +166,25 @@ def test_a_path_that_is_not_utf8_is_refused_before_training(tmp_path):
 
 def test_a_list_is_given_once():
     with pytest.raises(ValueError, match="--reward is given twice; give all after one"):
-        configs.parse(["--reward", "a:f", "--reward=b:g"])
+        parsing.parse(["--reward", "a:f", "--reward=b:g"])
+    with pytest.raises(ValueError, match="--reward_weights is given twice"):
+        parsing.parse(["--reward-weights", "1", "--reward_weights=2"])
+
+
+def test_prompts_are_shared_by_each_route_there_is():
+    routes = set(ROUTES) - {"unshared"}  # that is "off"
+    assert set(get_args(SharePrompts)) == {"auto", "off"} | routes
+    TrainConfig(share_prompts="bounded")
+    with pytest.raises(
+        ValueError, match=r"share_prompts='unshared' is unknown; choose from auto, off"
+    ):
+        TrainConfig(share_prompts="unshared")
 
 
 def test_small_negative_weights_are_read_back(tmp_path):
     config = TrainConfig(reward=["a:f", "b:g"], reward_weights=[-1e-7, 2.0])
-    configs.save(config, tmp_path / "config.yaml")
-    assert configs.parse([str(tmp_path / "config.yaml")]).reward_weights == [-1e-7, 2.0]
+    parsing.save(config, tmp_path / "config.yaml")
+    assert parsing.parse([str(tmp_path / "config.yaml")]).reward_weights == [-1e-7, 2.0]
 
 
 def test_a_transformers_that_is_too_old_is_named(monkeypatch, capsys):
@@ -196,7 +211,16 @@ def test_a_package_that_is_missing_is_named_with_what_installs_it(monkeypatch):
     assert done.stderr.endswith(f": {cli.how_to_install()}\n")
     assert cli.how_to_install().startswith(f"pip install '{root}[train]'")
     monkeypatch.setattr(cli.grpo_fast, "__file__", "/x/site-packages/grpo_fast/__init__.py")
-    assert cli.how_to_install() == "pip install 'grpo-fast[train]'"
+    assert cli.how_to_install() == "pip install '.[train]' in a checkout of grpo_fast"
+
+
+def test_the_help_names_each_command(capsys):
+    for command in ("", *cli.COMMANDS):
+        with pytest.raises(SystemExit):
+            cli.main([command, "--help"] if command else ["--help"])
+        text = capsys.readouterr().out
+        assert "%" not in text.replace("95 % intervals", "")  # argparse leaves %% in a description
+        assert all(f"\n  {name} " in text for name in cli.COMMANDS) or command
 
 
 def test_importing_the_library_leaves_transformers_alone():
@@ -206,7 +230,7 @@ def test_importing_the_library_leaves_transformers_alone():
 
 
 def test_documentation_lists_every_option_with_its_default():
-    text = (Path(__file__).parents[2] / "docs" / "trainer.md").read_text()
+    text = (Path(__file__).parents[2] / "docs" / "trainer_options.md").read_text()
     for field in dataclasses.fields(TrainConfig):
         shown = configs.default_text(field.name) or field.default
         if shown is dataclasses.MISSING or shown is None:

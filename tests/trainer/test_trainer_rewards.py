@@ -8,6 +8,7 @@ import pkgutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -149,6 +150,23 @@ def test_a_function_may_use_the_alarm_itself():
 
     scores = rewards.score([alarmed], [1.0], ["p"], ["c"], {}, timeout=0.3)
     assert scores.failures == 1
+
+
+def test_a_time_that_is_up_at_once_leaves_nothing_behind(monkeypatch):
+    class Timer:
+        ident = None
+
+        def __init__(self, *_):
+            self.cancel = self.join = lambda: None
+
+        def start(self):
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGUSR2)
+
+    before = signal.getsignal(signal.SIGUSR2)
+    monkeypatch.setattr(threading, "Timer", Timer)
+    with pytest.raises(rewards.TimeIsUp), rewards.at_most(5):
+        pass
+    assert signal.getsignal(signal.SIGUSR2) is before
 
 
 def test_a_library_that_reacts_to_nothing_ends_the_process_with_its_traceback():

@@ -222,7 +222,7 @@ def test_micro_batch_size_is_a_limit_too(tmp_path, size):
     assert [len(part) for part in parts] == ([16] if size is None else [3, 3, 3, 3, 3, 1])
 
 
-def test_masters_update_bf16_weights_as_float32_ones(tmp_path):
+def test_masters_update_bf16_weights_as_float32_ones():
     """With a learning rate whose steps bf16 alone would lose: weights are rounded float32 copies."""
     torch.manual_seed(0)
     weight = torch.nn.Parameter(torch.ones(64, 8, dtype=torch.bfloat16))

@@ -184,6 +184,8 @@ def test_errors():
         token_diagnostics(x, imaginary, x)
     with pytest.raises(ValueError, match="old_logps is on meta"):
         token_diagnostics(x, x.to("meta"), x)
+    with pytest.raises(TypeError, match="token_diagnostics: ref_logps: want real numbers"):
+        token_diagnostics(x, x, x, ref_logps=imaginary, objective=Objective(beta=0.5))
     for name, given in (("logps", (imaginary, x)), ("ref_logps", (x, imaginary))):
         with pytest.raises(TypeError, match=f"kl_estimate: {name}: want real numbers"):
             kl_estimate(*given)

@@ -190,9 +190,9 @@ def test_kpop(device):
 @pytest.mark.parametrize("floor", [0.0, 1e-2])
 def test_binary_divergence(floor, device):
     x, y, mask = tokens(device)
-    p, q = (z.double().clamp(max=-0.01).exp() for z in (x, y))
-    p, q = p.clamp(floor, 1 - floor), q.clamp(floor, 1 - floor)
     x, y = (z.clamp(max=-0.01) for z in (x, y))
+    x[0, :2] = y[0, 1:3] = -1e-3  # above 1 - floor, in one or in both
+    p, q = (z.double().exp().clamp(floor, 1 - floor) for z in (x, y))
     wants = {"tv": (p - q).abs(), "kl": binary_kl(p.log(), q.log())}
     for kind, want in wants.items():
         ours = weights.binary_divergence(x, y, kind=kind, mask=mask, floor=floor)
@@ -338,6 +338,7 @@ ERRORS = {
     ),
     "cov order": ("clip_cov", (X, X, X), {"low": 2.0, "high": 1.0}, "high: want .*got 1.0"),
     "cov fraction": ("kl_cov", (X, X), {"fraction": -1}, "fraction: want .*got -1"),
+    "cov generator": ("clip_cov", (1.0, X, X), {"generator": torch.Generator()}, "logps: want"),
     "groups": ("varied_groups", (X[0],), {}, "either group_size or group_ids"),
     "rewards": ("varied_groups", (X[0] + torch.nan,), {"group_size": 3}, "rewards: nan at 0"),
     "nan": ("varied_groups", (X[0],), {"group_size": 3, "nan": "drop"}, "nan='drop' is unknown"),
