@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -16,8 +17,9 @@ from grpo_fast.loss import grpo_loss, linear_grpo_loss, policy_loss
 from grpo_fast.ops import group_advantage, linear_logprob, logprob
 from grpo_fast.ops.backend import interprets, path_of
 from grpo_fast.testing import compared
+from grpo_fast.torch_kernels.rows import compiles_rows
 
-SECONDS = 10.0
+SECONDS = 30.0
 B, T, D = 4, 5, 24
 # Entries of a row: for Triton's interpreter, for one program, and for several on a GPU; all odd.
 FEW, SHORT, LONG = 203, 2003, 33_001
@@ -64,17 +66,18 @@ class Checked(NamedTuple):
 
 def check(device: torch.device, seconds: float = SECONDS) -> list[Checked]:
     """Check every operator on a device, in float32 and half precision, within a time limit."""
-    interpreted = False
+    interpreted = compiled = False
     with contextlib.suppress(
         RuntimeError, ValueError
     ):  # kernels that cannot run: each case says it
         interpreted = interprets() and path_of(torch.empty(0, device=device)).kernels
+        compiled = compiles_rows(torch.empty(1, 1, LONG, device=device))
     # Triton's interpreter truncates to bfloat16 where hardware rounds.
     half = torch.float16 if interpreted else torch.bfloat16
     end, found = time.perf_counter() + seconds, []
     with lenient(), one_thread(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        for case in cases(interpreted):
+        for case in cases(interpreted, compiled):
             for dtype in (torch.float32, half) if case.halves else (torch.float32,):
                 kind = str(dtype).removeprefix("torch.")
                 if time.perf_counter() > end:
@@ -139,8 +142,13 @@ def _values(function: Function, leaves: Values, given: dict[str, Any]) -> Values
     return found
 
 
-def cases(interpreted: bool = False) -> Iterator[Case]:
-    """Yield the cases, those of long rows last. The interpreter of kernels gets few entries."""
+def cases(interpreted: bool = False, compiled: bool = False) -> Iterator[Case]:
+    """Yield the cases, those of long rows last.
+
+    Args:
+        interpreted: Triton's interpreter runs the kernels, which then get few entries.
+        compiled: inductor compiles long rows, some seconds for each way to call it.
+    """
     V = FEW if interpreted else SHORT
     yield from _of_logits(V)
     yield from _of_log_probs()
@@ -151,7 +159,7 @@ def cases(interpreted: bool = False) -> Iterator[Case]:
     if importlib.util.find_spec("transformers") is not None:
         yield _of_shared_prompts()
     if not interpreted:
-        yield from _of_logits(LONG)
+        yield from itertools.islice(_of_logits(LONG), 2 if compiled else None)
 
 
 def _batch(V: int, temperature: float = 1.0) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:

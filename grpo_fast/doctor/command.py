@@ -92,13 +92,21 @@ def report(device: str | None = None, seconds: float | None = check.SECONDS) -> 
         "gpu_error": here.gpu_error,
         "driver": _driver(here),
         "compiler": here.compiler,
-        "compiled_on_a_cpu": compiled.summary(),
+        "compiled_on_a_cpu": _compiled(),
         "variables": {name: _variable(name, x) for name, x in here.variables.items()},
         "device": str(where),
         "paths": [x._asdict() for x in ran],
         "check": [x._asdict() for x in checked],
         "combinations": [x._asdict() for x in findings],
     }
+
+
+def _compiled() -> str:
+    """Return which calls are compiled on a CPU; with a wrong switch, none runs at all."""
+    try:
+        return compiled.summary()
+    except ValueError as error:
+        return f"nothing ({error})"
 
 
 def _driver(here: machine.Machine) -> str:

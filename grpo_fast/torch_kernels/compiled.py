@@ -155,7 +155,8 @@ def _compiled(
 
     It has none of the guards of `torch.compile`, which take as long as 2,000 tokens of a loss.
     """
-    from torch.fx.experimental.proxy_tensor import make_fx  # takes 0.1 s to import
+    from torch._dispatch.python import enable_python_dispatcher  # these take 0.1 s to import
+    from torch.fx.experimental.proxy_tensor import make_fx
 
     def of_given(*given: Tensor) -> Any:
         left = iter(given)
@@ -164,7 +165,7 @@ def _compiled(
 
     mode, examples = _examples(kinds, moving, threads)
     with torch.no_grad():
-        with mode:
+        with mode, enable_python_dispatcher():  # for views with symbols, in torch 2.8
             graph = make_fx(of_given)(*examples)
         values = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
         free = [size for value in values for size in value.shape[:moving]]

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from grpo_fast.packages import is_between
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from grpo_fast import Objective
@@ -119,6 +120,10 @@ CASES = [
 @pytest.mark.filterwarnings("ignore")  # of the compiler itself
 def test_two_graphs_for_any_schedule(step, compiler, schedule, device, monkeypatch):
     """The first step's graph, and one for every other number; values and gradients are those of eager."""
+    if step is made_inside and not is_between(torch.__version__, "2.10"):
+        pytest.skip(
+            "torch 2.8 and 2.9 trace no property of a named tuple that is made in the graph"
+        )
     monkeypatch.setenv("GRPO_FAST_BACKEND", "torch")
     hidden = torch.randn(4, 3, D, device=device)
     weight = torch.randn(V, D, device=device, requires_grad=True)
