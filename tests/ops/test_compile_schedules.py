@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from grpo_fast.packages import is_between
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from grpo_fast import Objective
+from grpo_fast.integrations.shared.packages import is_between
 from grpo_fast.loss import grpo_loss, linear_grpo_loss, policy_loss
 from grpo_fast.ops import group_advantage, linear_logprob, logprob
 from grpo_fast.weights import (

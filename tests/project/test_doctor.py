@@ -183,12 +183,25 @@ def test_the_check_notices_an_option_without_effect(name, option, neutral, monke
 def test_kernels_are_interpreted_on_any_device(monkeypatch):
     """The cases are then small, and have no bfloat16."""
     asked = []
-    monkeypatch.setattr(check, "cases", lambda interpreted: asked.append(interpreted) or ())
+    monkeypatch.setattr(check, "cases", lambda interpreted, _: asked.append(interpreted) or ())
     monkeypatch.setattr(check, "path_of", lambda x: SimpleNamespace(kernels=True))
     for value in ("1", "0"):
         monkeypatch.setenv("TRITON_INTERPRET", value)
         check.check(torch.device("meta"))  # as cuda, which is not here
     assert asked == [True, False]
+
+
+def test_few_long_rows_are_checked_where_they_are_compiled():
+    names = [[x.name for x in check.cases(compiled=way)] for way in (False, True)]
+    assert names[1] == names[0][:-3]
+    assert [name.split(", V")[0] for name in names[1][-2:]] == ["logprob", "grpo_loss, token"]
+
+
+def test_a_wrong_switch_for_compiled_code_is_reported(monkeypatch):
+    monkeypatch.setenv("GRPO_FAST_COMPILE", "yes")
+    found = command.report("cpu", None)
+    assert found["compiled_on_a_cpu"] == "nothing (GRPO_FAST_COMPILE='yes': want 0 or 1)"
+    assert [x["name"] for x in found["combinations"]] == ["wrong-value"]
 
 
 def test_a_switch_that_forbids_every_call_is_reported(monkeypatch):
