@@ -206,12 +206,15 @@ def _of_few(rewards: Tensor, group_size: int | None) -> Tensor | None:
         or len(rewards) % group_size
         or watched(rewards)
         or setting("GRPO_FAST_BACKEND") == "triton"
-        or not math.isfinite(rewards.dot(rewards))  # or their squares are too large for it
     ):
+        return None
+    if rewards.requires_grad:
+        rewards = rewards.detach()
+    if not math.isfinite(rewards.dot(rewards)):  # or their squares are too large for it
         return None
     if noting():
         note(path_and_reason(rewards), "group_advantage_fwd")
-    return plain_scores(rewards.detach() if rewards.requires_grad else rewards, group_size, Z_SCORE)
+    return plain_scores(rewards, group_size, Z_SCORE)
 
 
 @logged("group_advantage")

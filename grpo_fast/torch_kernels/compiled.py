@@ -12,6 +12,7 @@ import functools
 import os
 import shutil
 import sys
+import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
@@ -37,6 +38,7 @@ IN_ONE_LOOP = {
 # Each objective is compiled by itself. One whose numbers change in every step is not worth it.
 MOST_OBJECTIVES = 8
 
+_LOCK = threading.Lock()
 _failure = ""  # why compiling has failed; then it is not tried again
 
 
@@ -76,7 +78,7 @@ def compiles(x: Tensor, size: int, least: int) -> bool:
         RuntimeError: GRPO_FAST_COMPILE=1, and nothing can be compiled.
         ValueError: another value of GRPO_FAST_COMPILE.
     """
-    if x.device.type != "cpu" or not x.numel():
+    if x.device.type != "cpu" or not x.numel() or x.is_neg():
         return False
     asked = notices.setting("GRPO_FAST_COMPILE")
     if asked == "1" and why_not():
@@ -98,10 +100,12 @@ def call(
     """
     if not _worth_it(function, static):
         return None
-    given = [x if x is None or x.ndim > moving else x.contiguous() for x in tensors]
+    given = [None if x is None else x.resolve_neg() for x in tensors]
+    given = [x if x is None or x.ndim > moving else x.contiguous() for x in given]
     kinds = tuple([None if x is None else _kind(x, moving) for x in given])
     try:
-        compiled = _compiled(function, static, kinds, moving, torch.get_num_threads())
+        with _LOCK:  # inductor compiles in one thread
+            compiled = _compiled(function, static, kinds, moving, torch.get_num_threads())
     except Exception as error:  # whatever a compiler may raise
         _give_up(f"inductor failed: {type(error).__name__}: {str(error)[:200]}")
         return None
@@ -198,9 +202,9 @@ def _examples(
         if kind is None:
             continue
         shape = (*sizes, *kind.row)[: kind.ndim]
-        example = torch.empty(shape, dtype=kind.dtype)
+        example = torch.empty(shape, dtype=kind.dtype, device="cpu")
         if kind.stride:
-            example = torch.empty_strided(shape, kind.stride, dtype=kind.dtype)
+            example = torch.empty_strided(shape, kind.stride, dtype=kind.dtype, device="cpu")
         how = [DimDynamic.DUCK] * moving + [DimDynamic.STATIC] * len(kind.row)  # equal: one symbol
         context: Any = StatelessSymbolicContext(dynamic_sizes=how[: kind.ndim])
         source = ConstantSource(f"input{i}")

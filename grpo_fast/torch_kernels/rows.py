@@ -86,7 +86,7 @@ def row_blocks(
     except RuntimeError:
         yield from _sequence_blocks(read, written, step)
         return
-    if at_once and compiles_rows(read):
+    if at_once and compiles_rows(read) and all(_close(x) for x in flat):
         step = max(B * T, 1)
     for start in range(0, B * T, step):
         yield slice(start, start + step), [x[start : start + step] for x in flat]
@@ -165,6 +165,9 @@ def read_block(
         found = _read_compiled(block, with_entropy)
         if found is not None:
             return found, None
+        if len(z) > (step := block_rows(z)):  # compiling has failed just now
+            parts = [read_block(_rows(block, s), with_entropy)[0] for s in _steps(len(z), step)]
+            return _joined(parts), None
     if out is None:
         out = torch.empty(z.shape, dtype=torch.float32, device=z.device)
     x = None
@@ -194,6 +197,7 @@ def _read_compiled(block: Block, with_entropy: bool) -> RowStatistics | None:
     entry is computed a second time, without it.
     """
     z, ids, inv_temperature, softcap = block
+    z = z if _close(z) else z.contiguous()
     options = _scale_operand(inv_temperature), *_cap_operands(softcap)[:2]
     parts = call(_read_parts, (with_entropy,), z, *options)
     # A function of its own. In one function with the parts, inductor gives each of their sums a
@@ -261,7 +265,9 @@ def _join_parts(
     rest = (e_k * factor).sum(1, keepdim=True) + e.sum(1, keepdim=True)
     weighted = None
     if with_entropy:
-        of_parts = (torch.cat(parts[2::each], 1) + _times(shift, e_k)) * factor
+        # With a bound: a part of the lowest numbers is -1e38 e, times a factor of 0.
+        of_shift = _times(shift.clamp(min=LOWEST_U), e_k)
+        of_parts = (torch.cat(parts[2::each], 1) + of_shift) * factor
         weighted = of_parts.sum(1, keepdim=True) + _times(u, e).sum(1, keepdim=True)
     u_y = _scaled(_capped(z.gather(1, ids[:, None]), cap_in, cap_out) - top, inv_temperature)
     return _row_statistics(rest, weighted, u_y, top)
@@ -297,14 +303,14 @@ def _scale_operand(x: float | Tensor) -> Tensor | None:
     """Return the reciprocal temperature as compiled code takes it: (R,), 0-dim, or None for 1."""
     if isinstance(x, Tensor):
         return x
-    return None if x == 1 else torch.tensor(x, dtype=torch.float32)
+    return None if x == 1 else torch.tensor(x, dtype=torch.float32, device="cpu")
 
 
 def _cap_operands(cap: SoftCap | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Return the factors of a soft cap before and after the tanh, and of the slope, 0-dim."""
     if cap is None:
         return None, None, None
-    number = functools.partial(torch.tensor, dtype=torch.float32)
+    number = functools.partial(torch.tensor, dtype=torch.float32, device="cpu")
     return number(cap.logit_scale / cap.softcap), number(cap.softcap), number(cap.logit_scale)
 
 
@@ -394,6 +400,8 @@ def write_block(
     factors, z = _row_factors(block, dlogp, dentropy, statistics), block.z
     if kept is None and compiles_rows(z):
         direct = live is None and (_same(z, dblock) or not _overlap(z, dblock))
+        direct = direct and _close(dblock)
+        z = z if _close(z) else z.contiguous()
         out = dblock if direct else torch.empty_like(z, dtype=dblock.dtype)
         other = None if _same(z, out) else out
         scale = _scale_operand(block.inv_temperature)
@@ -401,6 +409,11 @@ def write_block(
         if call(_gradient, (), *given) is not None:
             if not direct:
                 store(dblock, live, out)
+            return
+        if live is None and len(z) > (step := block_rows(z)):  # compiling has failed just now
+            for s in _steps(len(z), step):
+                dh, of_rows = None if dentropy is None else dentropy[s], _rows(statistics, s)
+                write_block(_rows(block, s), dlogp[s], dh, of_rows, dblock[s], None)
             return
     store(dblock, live, _gradient_by_operators(block, factors, dblock, live, kept))
 
@@ -482,6 +495,36 @@ def _gradient(*given: Tensor | None) -> tuple[()]:
         e = e * (4 * logit_scale * t / (1 + t).square())
     (z if out is None else out).copy_(torch.where(still[:, None], 0, e))
     return ()
+
+
+def _close(x: Tensor) -> bool:
+    """Tell whether rows (R, V) are close together.
+
+    Code is compiled for a stride. The last rows of sequences have another one for each length.
+    """
+    return x.stride(0) <= 2 * x.shape[1]
+
+
+def _steps(R: int, step: int) -> list[slice]:
+    """Return R rows in steps."""
+    return [slice(start, start + step) for start in range(0, R, step)]
+
+
+def _rows(record: Any, some: slice) -> Any:
+    """Return some rows of a record; what it has for all rows stays."""
+    kept = (x[some] if isinstance(x, Tensor) and x.ndim else x for x in record)
+    return type(record)(*kept)
+
+
+def _joined(found: list[RowStatistics]) -> RowStatistics:
+    """Return the statistics of rows that were computed in steps."""
+    entropies = [x.entropy for x in found if x.entropy is not None]
+    return RowStatistics(
+        torch.cat([x.logp for x in found]),
+        torch.cat(entropies) if entropies else None,
+        torch.cat([x.top for x in found]),
+        torch.cat([x.total for x in found]),
+    )
 
 
 def _same(x: Tensor, y: Tensor) -> bool:

@@ -199,6 +199,19 @@ def test_a_wrong_argument_is_named(one_call):
     assert not one_call
 
 
+def test_log_probs_with_a_sign_to_come(one_call, monkeypatch):
+    """The imaginary part of a conjugate is stored without its sign."""
+    logps, arguments = batch()
+    arguments |= {"objective": BY_TOKEN, "num_items": 50.0, "loss_scale": 1.0}
+    want = policy_loss(logps, **arguments)
+    for name in ("logps", "old_logps"):
+        given = {"logps": logps, **arguments}
+        x = torch.complex(torch.zeros(logps.shape), -given[name].clone()).conj().imag
+        assert x.is_neg()
+        found = policy_loss(**(given | {name: x}))
+        torch.testing.assert_close(found.loss, want.loss)
+
+
 def test_a_log_names_the_call(one_call):
     logps, arguments = batch()
     arguments |= {"objective": BY_TOKEN, "num_items": 50.0, "loss_scale": 1.0}

@@ -1,5 +1,7 @@
 """Rows of logits compiled by inductor: exact, with the same bits in any batch, and said by everybody."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -160,6 +162,92 @@ def test_without_a_compiler(monkeypatch):
             compiled.compiles(torch.ones(3), 20, 20)
     finally:
         compiled.why_not.cache_clear()
+
+
+def test_a_part_of_the_lowest_numbers(compiling):
+    """Padded vocabularies are masked with them; their u e is 0, not -inf times 0."""
+    logits, ids = batch(5)
+    logits[1, :300], logits[:, rows.PART :] = 0, torch.finfo(torch.float32).min
+    ids = ids % rows.PART
+    ours = graded(logprob, logits, ids, return_entropy=True)
+    truth = graded(plain, logits.double(), ids, return_entropy=True)
+    usual = graded(plain, logits, ids, return_entropy=True)
+    for mine, exact, theirs in zip(ours, truth, usual, strict=True):
+        assert_as_accurate(mine, theirs, exact)
+
+
+def test_rows_far_apart_need_no_code_of_their_own(compiling):
+    """The last rows of sequences have a stride for each length."""
+    made, even = [], V + 5  # the gradient of odd vocabularies has one of eight strides
+    for T in (3, 4, 7):
+        logits, ids = torch.randn(2, T, even), torch.randint(even, (2, 1))
+        found = []
+        for inplace in (False, True):
+            leaf = logits.clone().requires_grad_()
+            given = {"advantages": torch.tensor([1.0, -2.0]), "inplace": inplace}
+            out = grpo_loss((leaf * 1)[:, -1:], ids, **given)
+            out.loss.backward()
+            found.append((out.logps, leaf.grad))
+        leaf = logits.clone().requires_grad_()
+        logp = logprob(leaf[:, -1:], ids)
+        (logp.flatten() * torch.tensor([-0.5, 1.0])).sum().backward()
+        for got in found:
+            torch.testing.assert_close(got, (logp.detach(), leaf.grad))
+        torch.testing.assert_close(logp.flatten(), plain(leaf[:, -1], ids[:, 0]))
+        made.append(compiled._compiled.cache_info().misses)
+    assert made[0] == made[2]
+
+
+def test_the_device_of_new_tensors_does_not_matter(compiling):
+    logits, ids = batch(3)
+    want = logprob(logits, ids, temperature=0.5)
+    compiled._compiled.cache_clear()
+    with torch.device("meta"):
+        found = logprob(logits, ids, temperature=0.5)
+    torch.testing.assert_close(found, want, rtol=0, atol=0)
+
+
+def test_threads_may_compile_at_once(compiling):
+    sizes = (V + 2, V + 4)
+    inputs = [(torch.randn(3, n), torch.randint(n, (3,))) for n in sizes]
+    compiled._compiled.cache_clear()
+    with ThreadPoolExecutor(len(sizes)) as pool:
+        for got, given in zip(pool.map(lambda x: logprob(*x), inputs), inputs, strict=True):
+            torch.testing.assert_close(got, plain(*given))
+    assert not compiled._failure
+
+
+def test_rows_are_computed_in_blocks_if_compiling_fails(compiling, monkeypatch):
+    """All rows are one block until then."""
+    monkeypatch.setattr(compiled, "_failure", "")
+    monkeypatch.setattr(rows, "BLOCK_ELEMENTS", 2 * V)
+    logits, ids = batch(5)
+    sizes = []
+
+    def difference(z, *rest):
+        sizes.append(len(z))
+        return scaled_difference(z, *rest)
+
+    scaled_difference = rows.scaled_difference
+    monkeypatch.setattr(rows, "scaled_difference", difference)
+    for name in ("_read_parts", "_gradient"):
+        monkeypatch.setattr(compiled, "_failure", "")
+        usually = compiled._compiled
+
+        def compile_others(function, *rest, name=name, usually=usually):
+            if function.__name__ == name:
+                raise OSError("no space left")
+            return usually(function, *rest)
+
+        monkeypatch.setattr(compiled, "_compiled", compile_others)
+        forget()
+        with pytest.warns(UserWarning, match="no space left"):
+            ours = graded(logprob, logits, ids, return_entropy=True)
+        usual = graded(plain, logits.double(), ids, return_entropy=True)
+        for mine, theirs in zip(ours, usual, strict=True):
+            torch.testing.assert_close(mine.double(), theirs, rtol=1e-4, atol=1e-5)
+        monkeypatch.setattr(compiled, "_compiled", usually)
+    assert sizes == [2, 2, 1] * 3  # forwards and backwards, then backwards
 
 
 def test_a_compiler_that_fails_is_a_fallback(compiling, monkeypatch):

@@ -187,6 +187,15 @@ def test_any_real_dtype(dtype, backend, device):
     torch.testing.assert_close(group_advantage(rewards, group_size=3), want, rtol=0, atol=0)
 
 
+@pytest.mark.filterwarnings("error")
+def test_rewards_that_ask_for_gradients(backend, device):
+    """They get none, and no warning."""
+    rewards = torch.tensor([0.0, 1.0, 3.0, 3.0], device=device)
+    found = group_advantage(rewards.requires_grad_(), group_size=2)
+    assert not found.requires_grad
+    torch.testing.assert_close(found, group_advantage(rewards.detach(), group_size=2))
+
+
 def test_empty(backend, device):
     assert group_advantage(torch.zeros(0, device=device), group_size=4).shape == (0,)
     for aggregation in ("sum_then_normalize", "normalize_then_sum"):
