@@ -100,9 +100,9 @@ def call(
     """
     if not _worth_it(function, static):
         return None
-    given = [None if x is None else x.resolve_neg() for x in tensors]
-    given = [x if x is None or x.ndim > moving else x.contiguous() for x in given]
-    kinds = tuple([None if x is None else _kind(x, moving) for x in given])
+    given = [x.resolve_neg() for x in tensors if x is not None]
+    given = [x if x.ndim > moving else x.contiguous() for x in given]
+    kinds = tuple([None if x is None else _kind(x, moving) for x in tensors])
     try:
         with _LOCK:  # inductor compiles in one thread
             compiled = _compiled(function, static, kinds, moving, torch.get_num_threads())
@@ -110,7 +110,7 @@ def call(
         _give_up(f"inductor failed: {type(error).__name__}: {str(error)[:200]}")
         return None
     with torch.no_grad():
-        return compiled(*[x for x in given if x is not None])
+        return compiled(*given)
 
 
 class Kind(NamedTuple):
@@ -123,7 +123,14 @@ class Kind(NamedTuple):
 
 
 def _kind(x: Tensor, moving: int) -> Kind:
-    return Kind(x.dtype, x.ndim, x.shape[moving:], x.stride() if x.ndim > moving else ())
+    if x.ndim > moving:
+        return Kind(x.dtype, x.ndim, x.shape[moving:], x.stride())
+    return _contiguous(x.dtype, x.ndim)
+
+
+@functools.cache
+def _contiguous(dtype: torch.dtype, ndim: int) -> Kind:
+    return Kind(dtype, ndim, (), ())
 
 
 _seen: dict[Callable[..., Any], set[tuple]] = {}
