@@ -69,26 +69,28 @@ class _WithGradient(torch.autograd.Function):
     """Return y with the gradient dx in x; second derivatives raise as in `once_differentiable`."""
 
     @staticmethod
-    def forward(ctx: Any, op: str, x: Tensor, anchor: Tensor, y: Tensor, dx: Tensor) -> Tensor:
-        ctx.op, ctx.dtype = op, x.dtype
-        ctx.save_for_backward(dx, anchor)
+    def forward(
+        ctx: Any, op: str, x: Tensor, anchors: list[Tensor], y: Tensor, dx: Tensor
+    ) -> Tensor:
+        # The anchors are no inputs: the engine would go on to them, without a gradient.
+        ctx.op, ctx.dtype, ctx.anchors = op, x.dtype, anchors
+        ctx.save_for_backward(dx)
         return y.detach()
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple:
-        dx, anchor = ctx.saved_tensors
+        (dx,) = ctx.saved_tensors
         with torch.no_grad():
             found = (dy * dx).to(ctx.dtype)
         if torch.is_grad_enabled():
-            found = _Constant.apply(ctx.op, found, dy, anchor)
+            found = _Constant.apply(ctx.op, found, dy, *ctx.anchors)
         return None, found, None, None, None
 
 
 def with_gradient(op: str, x: Tensor, y: Tensor, dx: Tensor) -> Tensor:
     """Return y (), a function of x whose gradient dx is known, as an output of `op` that has a graph."""
-    for anchor in anchors_of(x):
-        return _WithGradient.apply(op, x, anchor, y, dx)
-    return y
+    anchors = anchors_of(x)
+    return _WithGradient.apply(op, x, anchors, y, dx) if anchors else y
 
 
 def without_graph(op: str) -> Callable[[Backward], Backward]:

@@ -189,5 +189,14 @@ def _statistics(
     rows = torch.stack([total(x) for x in sums])
     totals = (rows.sum(-1) if rows.ndim == 2 else rows).float()
     statistics = torch.cat([totals, torch.stack([least.float(), most.float()])])
-    metrics = torch.stack(list(metrics_from(statistics).values()))
+    found = list(metrics_from(statistics).values())
+    metrics = torch.stack(found) if precision == torch.float32 else _by_index(found)
     return statistics, metrics, statistics[LOSS].clone()
+
+
+def _by_index(values: list[Tensor]) -> Tensor:
+    """Return `torch.stack(values)` of 0-dim tensors, without the view that inductor makes of each."""
+    index, found = torch.arange(len(values), device=values[0].device), values[0]
+    for i, x in enumerate(values[1:], 1):
+        found = torch.where(index == i, x, found)
+    return found
