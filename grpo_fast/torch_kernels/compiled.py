@@ -209,9 +209,11 @@ def _examples(
         if kind is None:
             continue
         shape = (*sizes, *kind.row)[: kind.ndim]
-        example = torch.empty(shape, dtype=kind.dtype, device="cpu")
-        if kind.stride:
-            example = torch.empty_strided(shape, kind.stride, dtype=kind.dtype, device="cpu")
+        example = (
+            torch.empty_strided(shape, kind.stride, dtype=kind.dtype, device="cpu")
+            if kind.stride
+            else torch.empty(shape, dtype=kind.dtype, device="cpu")
+        )
         how = [DimDynamic.DUCK] * moving + [DimDynamic.STATIC] * len(kind.row)  # equal: one symbol
         context: Any = StatelessSymbolicContext(dynamic_sizes=how[: kind.ndim])
         source = ConstantSource(f"input{i}")
