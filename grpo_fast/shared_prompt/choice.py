@@ -13,7 +13,14 @@ from grpo_fast.shared_prompt.masks import BLOCKS, BOOLEAN, FLOAT
 from grpo_fast.shared_prompt.packing import SDPA, pairs_in_masks
 from grpo_fast.shared_prompt.plans import Plan
 from grpo_fast.shared_prompt.recompute import asks_for_recomputation, checkpointed_layers
-from grpo_fast.shared_prompt.routes import COPY, ROUTES, least_work, parameters_of, second_pass
+from grpo_fast.shared_prompt.routes import (
+    COPY,
+    ROUTES,
+    cache_argument,
+    least_work,
+    parameters_of,
+    second_pass,
+)
 
 SHARING = ("packed", "mask", "flex", "fork")  # what "auto" chooses from
 SEVERAL = "several in a row"  # a fork with several completions in a row, in `INEXACT`
@@ -176,7 +183,8 @@ def can_pack(lm: Any) -> bool:
     attention = config._attn_implementation
     return (
         attention in BOOLEAN + FLOAT
-        and {"attention_mask", "position_ids", "past_key_values"} <= parameters_of(lm)
+        and {"attention_mask", "position_ids"} <= parameters_of(lm)
+        and cache_argument(lm) is not None
         and not getattr(config, "attn_temperature_tuning", False)  # by the place in a row (Llama 4)
         and not recurrent(lm)
         and not own_states(lm)
@@ -313,7 +321,7 @@ def own_states(lm: Any) -> str | None:
 
 def _fork_obstacle(lm: Any, plan: Plan, route: str) -> str | None:
     config, name = text_config(lm), type(lm).__name__
-    if "past_key_values" not in parameters_of(lm):
+    if cache_argument(lm) is None:
         return f"the backbone of {name} takes no cache (past_key_values)"
     own = own_states(lm)
     if own and (plan.prompt_lengths != plan.longest[0]).any():

@@ -60,6 +60,8 @@ class Backbone(NamedTuple):
         if "position_ids" in parameters_of(self.lm):
             inputs["position_ids"] = positions
         inputs.setdefault("use_cache", False)
+        if "past_key_values" in inputs:
+            inputs[cache_argument(self.lm) or "past_key_values"] = inputs.pop("past_key_values")
         recompute = self.recompute
         if recompute is None and inputs["use_cache"]:  # transformers' own would drop the cache
             recompute = asks_for_recomputation(self.lm)
@@ -75,6 +77,15 @@ class Backbone(NamedTuple):
 def parameters_of(lm: Any) -> set[str]:
     """Return the names of the arguments of a causal LM's backbone."""
     return set(inspect.signature(backbone_of(lm).forward).parameters)
+
+
+def cache_argument(lm: Any) -> str | None:
+    """Return the name under which a causal LM's backbone takes a cache; None if it takes none.
+
+    transformers 5.24 renamed `past_key_values` to `cache`.
+    """
+    names = parameters_of(lm)
+    return next((name for name in ("past_key_values", "cache") if name in names), None)
 
 
 def unshared(backbone: Backbone, plan: Plan) -> Tensor:

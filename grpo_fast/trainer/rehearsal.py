@@ -286,7 +286,8 @@ def sampling(model: nn.Module, P: int, rows: int, setting: Setting) -> Sampling:
     try:
         with on_paper(setting.device, setting.autocast) as casts, torch.no_grad(), counted:
             out = lm(input_ids=ids, use_cache=True, logits_to_keep=1)
-            cache = out.past_key_values
+            # transformers 5.24 renamed it.
+            cache = out.cache if "cache" in out else out.past_key_values
             size = sum(x.untyped_storage().nbytes() for x in states(cache))
             del out
             left = counted.live - held - size

@@ -93,6 +93,32 @@ class Deaf(transformers.LlamaModel):
         )
 
 
+class Renamed(transformers.LlamaModel):
+    """A backbone of transformers 5.24 or newer, where the argument `past_key_values` is `cache`."""
+
+    def forward(
+        self, input_ids=None, attention_mask=None, position_ids=None, cache=None, **options
+    ):
+        options.pop("past_key_values", None)  # a LlamaForCausalLM before 5.24 passes None
+        return super().forward(
+            input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=cache,
+            **options,
+        )
+
+
+@pytest.mark.parametrize("route", support.ROUTES)
+def test_the_cache_may_have_its_new_name(route, ragged):
+    torch.manual_seed(1)
+    model = transformers.LlamaForCausalLM(support.config_of("llama")).eval()
+    model.model = Renamed(model.config).eval()
+    assert routes.cache_argument(model) == "cache"
+    want = support.graded(model, ragged, support.alone(model, support.batch()))
+    support.assert_same(support.through(model, ragged, route), want, EXACT)
+
+
 def deaf(masks=False, caches=False, raises=False):
     torch.manual_seed(1)
     model = transformers.LlamaForCausalLM(support.config_of("llama")).eval()
