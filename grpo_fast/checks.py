@@ -147,13 +147,25 @@ def per_token(
     """Check `x`, one value per token; return it as (N,) in `dtype`, contiguous."""
     if x is None:
         return None
+    return shaped_as_tokens(op, name, x, like, dtype).reshape(-1)
+
+
+def shaped_as_tokens(
+    op: str, name: str, x: Tensor, like: Tensor, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Check `x`, one value per token; return it in the shape of `like` in `dtype`, contiguous."""
     check_tensor(op, name, x)
     if x.shape != like.shape:
         hint = "" if name.endswith("logps") else _expanded(name, x, like)
         raise ValueError(f"{op}: {name}: want {tuple(like.shape)}, got {shape_of(x)}{hint}")
+    return constant(op, name, x, like, dtype)
+
+
+def constant(op: str, name: str, x: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """Check a tensor with any number of values, on the device of `like`; return it in `dtype`, dense."""
     check_device(op, name, x, like)
     check_real(op, name, x)
-    return x.detach().reshape(-1).to(dtype).contiguous()  # after reshape the stride may be 0
+    return x.detach().to(dtype).contiguous()
 
 
 def _expanded(name: str, x: Tensor, like: Tensor) -> str:

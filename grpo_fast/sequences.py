@@ -114,13 +114,28 @@ def spread_argument(
     cu_seqlens: Tensor | None,
     sequence: Tensor | None = None,
 ) -> Tensor:
-    """Check an argument with one value per sequence, (B,) or (B, 1), or per token; return it per token.
+    """Check an argument as `check_spread` does; return it per token.
+
+    Args:
+        sequence: (N,) the sequence of each packed token, where it is known.
+    """
+    check_spread(op, name, x, like, cu_seqlens)
+    if x.shape == like.shape:
+        return x
+    check_device(op, name, x, like)
+    x = x.reshape(-1)
+    if cu_seqlens is None:
+        return (x[:, None] if like.ndim == 2 else x).expand(like.shape)
+    return x[sequence_of_token(cu_seqlens, len(like)) if sequence is None else sequence]
+
+
+def check_spread(op: str, name: str, x: Tensor, like: Tensor, cu_seqlens: Tensor | None) -> None:
+    """Check an argument with one value per sequence, (B,) or (B, 1), or per token.
 
     Args:
         like: one entry per token, (B, T) or packed (N,); packed without boundaries it is one
             sequence.
         cu_seqlens: checked boundaries.
-        sequence: (N,) the sequence of each packed token, where it is known.
     """
     check_tensor(op, name, x)
     if cu_seqlens is not None:
@@ -129,13 +144,6 @@ def spread_argument(
         num_sequences = len(like) if like.ndim == 2 else 1
     check_shape(op, name, x, ((num_sequences,), (num_sequences, 1), tuple(like.shape)))
     check_told_apart(op, name, x, cu_seqlens, like)
-    if x.shape == like.shape:
-        return x
-    check_device(op, name, x, like)
-    x = x.reshape(-1)
-    if cu_seqlens is None:
-        return (x[:, None] if like.ndim == 2 else x).expand(like.shape)
-    return x[sequence_of_token(cu_seqlens, len(like)) if sequence is None else sequence]
 
 
 def check_told_apart(

@@ -1,20 +1,34 @@
 """The arguments that all losses share: their checks, and their values per token."""
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from grpo_fast import checks
-from grpo_fast.checks import check_constant, check_held, check_values, per_token
+from grpo_fast.checks import (
+    check_constant,
+    check_held,
+    check_values,
+    constant,
+    per_token,
+    shaped_as_tokens,
+)
 from grpo_fast.objective import Objective
 from grpo_fast.operands import LARGEST, SMALLEST, hint, operand, replaced
 from grpo_fast.ops.coefficients import Batch, PerToken
 from grpo_fast.ops.group_advantage import check_rewards
 from grpo_fast.ops.reduction_weights import weights_of
 from grpo_fast.records import Rewards, Sequences, Tokens, Weighing, Weights
-from grpo_fast.sequences import first_of_sequence, one_per_sequence, spread_argument
+from grpo_fast.sequences import (
+    check_spread,
+    first_of_sequence,
+    one_per_sequence,
+    spread_argument,
+)
 from grpo_fast.surrogates import SURROGATES
 
 
@@ -75,7 +89,10 @@ def check_batch(
     if rewards is not None and given.scores is None and takes_scores:
         # (B, 1) is per sequence even where B equals the number of tokens
         given = replaced(given, scores=rewards[:, None])
-    each = _check_per_token(op, like, given, weighing, found.sequence, dtype)
+    check = functools.partial(per_token, op, like=like, dtype=dtype)
+    places = boundaries, found.sequence
+    spread = functools.partial(_spread, op, like=like, places=places, dtype=dtype)
+    each = _check_per_token(given, check, spread)
     importance, log_importance = each.importance, None
     if objective.surrogate == "vespo" and importance is not None:
         by_sequence = given.importance_weights.shape != like.shape  # type: ignore[union-attr]
@@ -105,9 +122,26 @@ def check_batch(
 def check_unweighed(
     op: str, like: Tensor, mask: Tensor | None, given: LossArguments
 ) -> tuple[Weighing, PerToken]:
-    """Check the arguments as `check_batch` does, of padded tokens; leave the weights to the caller."""
+    """Check the arguments as `check_batch` does, of padded tokens; leave the weights to the caller.
+
+    Values are fp32: per token (B, T), and per sequence (B,), where copying them to (B, T) would take
+    as long as a tenth of the loss.
+    """
     _, weighing = _check_weighing(op, like, mask, given, torch.float32)
-    return weighing, _check_per_token(op, like, given, weighing, None, torch.float32)
+    each = functools.partial(_each, op, like=like)
+    spread = functools.partial(_each_or_per_sequence, op, like=like)
+    return weighing, _check_per_token(given, each, spread)
+
+
+def _each(op: str, name: str, x: Tensor | None, like: Tensor) -> Tensor | None:
+    return None if x is None else shaped_as_tokens(op, name, x, like)
+
+
+def _each_or_per_sequence(op: str, name: str, x: Tensor | None, like: Tensor) -> Tensor | None:
+    if x is None or x.shape == like.shape:
+        return _each(op, name, x, like)
+    check_spread(op, name, x, like, None)
+    return constant(op, name, x, like, torch.float32).reshape(-1)
 
 
 def _check_weighing(
@@ -132,26 +166,24 @@ def _check_weighing(
 
 
 def _check_per_token(
-    op: str,
-    like: Tensor,
-    given: LossArguments,
-    weighing: Weighing,
-    sequence: Tensor | None,
-    dtype: torch.dtype,
+    given: LossArguments, each: Callable[..., Any], spread: Callable[..., Any]
 ) -> PerToken:
-    """Check the values of tokens and of sequences; return them per token."""
-    places = weighing.boundaries, sequence
-    importance = _spread(op, "importance_weights", given.importance_weights, like, places, dtype)
+    """Check the values of tokens and of sequences; return them per token.
+
+    Args:
+        each: checks an argument per token, given its name; returns what it becomes.
+        spread: the same for an argument that may also be per sequence.
+    """
+    importance = spread("importance_weights", given.importance_weights)
     return PerToken(
-        advantages=_spread(op, "advantages", given.advantages, like, places, dtype),
-        old_logp=per_token(op, "old_logps", given.old_logps, like, dtype),
-        ref_logp=per_token(op, "ref_logps", given.ref_logps, like, dtype),
+        advantages=spread("advantages", given.advantages),
+        old_logp=each("old_logps", given.old_logps),
+        ref_logp=each("ref_logps", given.ref_logps),
         importance=importance,
-        score=_spread(op, "scores", given.scores, like, places, dtype),
+        score=spread("scores", given.scores),
     )
 
 
-# Not inside `_check_per_token`: torch 2.8 cannot trace a definition that is annotated with `|`.
 def _spread(
     op: str,
     name: str,

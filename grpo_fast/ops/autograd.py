@@ -70,10 +70,10 @@ class _WithGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, op: str, x: Tensor, anchors: list[Tensor], y: Tensor, dx: Tensor
+        ctx: Any, op: str, x: Tensor, anchor: list[Tensor], y: Tensor, dx: Tensor
     ) -> Tensor:
-        # The anchors are no inputs: the engine would go on to them, without a gradient.
-        ctx.op, ctx.dtype, ctx.anchors = op, x.dtype, anchors
+        # In a list, the anchor is no input: the engine would go on to it, without a gradient.
+        ctx.op, ctx.dtype, ctx.anchor = op, x.dtype, anchor
         ctx.save_for_backward(dx)
         return y.detach()
 
@@ -83,14 +83,17 @@ class _WithGradient(torch.autograd.Function):
         with torch.no_grad():
             found = (dy * dx).to(ctx.dtype)
         if torch.is_grad_enabled():
-            found = _Constant.apply(ctx.op, found, dy, *ctx.anchors)
+            found = _Constant.apply(ctx.op, found, dy, *ctx.anchor)
         return None, found, None, None, None
 
 
 def with_gradient(op: str, x: Tensor, y: Tensor, dx: Tensor) -> Tensor:
-    """Return y (), a function of x whose gradient dx is known, as an output of `op` that has a graph."""
-    anchors = anchors_of(x)
-    return _WithGradient.apply(op, x, anchors, y, dx) if anchors else y
+    """Return y (), a function of x whose gradient dx is known, as an output of `op` that has a graph.
+
+    x has as many elements as dx, so that it may be kept, which is less work than `anchors_of`.
+    """
+    graph = x.requires_grad and torch.is_grad_enabled()
+    return _WithGradient.apply(op, x, [x], y, dx) if graph else y
 
 
 def without_graph(op: str) -> Callable[[Backward], Backward]:

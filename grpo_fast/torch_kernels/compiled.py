@@ -35,6 +35,9 @@ IN_ONE_LOOP = {
     "realize_opcount_threshold": 1 << 20,
     "realize_reads_threshold": 1 << 20,
 }
+# Losses of fewer tokens are computed by one thread: waking others takes longer, and each loop waits for
+# the last of them, which another process may hold up.
+ALONE = 1 << 17
 # Each objective is compiled by itself. One whose numbers change in every step is not worth it.
 MOST_OBJECTIVES = 8
 
@@ -103,9 +106,11 @@ def call(
     given = [x.resolve_neg() for x in tensors if x is not None]
     given = [x if x.ndim > moving else x.contiguous() for x in given]
     kinds = tuple([None if x is None else _kind(x, moving) for x in tensors])
+    alone = given[0].ndim == moving and given[0].numel() < ALONE
+    threads = 1 if alone else torch.get_num_threads()
     try:
         with _LOCK:  # inductor compiles in one thread
-            compiled = _compiled(function, static, kinds, moving, torch.get_num_threads())
+            compiled = _compiled(function, static, kinds, moving, threads)
     except Exception as error:  # whatever a compiler may raise
         _give_up(f"inductor failed: {type(error).__name__}: {str(error)[:200]}")
         return None
@@ -184,7 +189,8 @@ def _compiled(
         if fixed:  # a branch on a size, such as len(x)
             raise RuntimeError(f"{function.__name__} is for tensors of a size {fixed} alone")
         vars(graph).pop("shape_env", None)  # torch 2.8 keeps no code on disk with it
-        compiled: Callable[..., Any] = torch._inductor.compile(graph, values, options=IN_ONE_LOOP)
+        options = {**IN_ONE_LOOP, "cpp.threads": threads}
+        compiled: Callable[..., Any] = torch._inductor.compile(graph, values, options=options)
     return compiled
 
 

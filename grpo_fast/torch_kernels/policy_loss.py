@@ -65,19 +65,18 @@ def padded_loss(
     Args:
         logp, entropy: (B, T) fp32, contiguous; no bonus and no choice of tokens by the entropy.
         weighing: `boundaries` is None.
-        each: advantages, old_logp, ref_logp, importance and score, (N,) fp32 or None. With VESPO
-            importance is None.
+        each: advantages, old_logp, ref_logp, importance and score, fp32 or None: (B, T), or (B,)
+            with one value per sequence. With VESPO importance is None.
 
     Returns:
         dloss/dlogp (B, T), the statistics (16,), the metrics (14,), and the loss (); None if
         compiling fails.
     """
     mask, floating, token_weights, _, *factors = weighing
-    tokens = mask, floating, token_weights, *each
-    rows = [None if x is None else x.view(logp.shape) for x in tokens]
+    rows = [None if x is None else x.view(logp.shape) for x in (mask, floating, token_weights)]
     # A graph takes any values of tensors, and each dtype by itself; float64 would be a constant of it.
     numbers = [None if x is None else x.to("cpu", torch.float32) for x in factors]
-    given = logp, entropy, *numbers, *rows
+    given = logp, entropy, *numbers, *rows, *each
     found: tuple[Tensor, Tensor, Tensor, Tensor] | None = call(
         _of_padded_batch, (objective,), *given, moving=2
     )
@@ -89,6 +88,7 @@ def _of_padded_batch(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Compute `padded_loss` of (B, T) tensors, with the objective at the end."""
     num_items, loss_scale, mask, floating, token_weights, *each, objective = given
+    each = [x if x is None or x.ndim == 2 else x[:, None].expand(logp.shape) for x in each]
     weighing = Weighing(mask, floating, token_weights, None, num_items, loss_scale)
     most = objective.max_length or 0
     weights = weights_of_rows(logp, weighing, objective.reduction, most, False)
