@@ -155,19 +155,18 @@ def _statistics(
 
     live = logp.new_ones(()) if mask is None else mask.float()
     d = chosen(logp, 0) - chosen(old_logp, 0) if old_logp is not None else logp.new_zeros(())
-    ratio, weight = d.exp(), chosen(importance, 1)
+    weight = chosen(importance, 1)
     clipped, flags = [], chosen(clip.float(), 0)  # compiled code takes int8 one by one
     for bit in (CLIP_DUAL, CLIP_HIGH, CLIP_LOW):
         has = flags >= bit
         flags = flags - bit * has.float()
         clipped.append(has)
-    rho = ratio * weight * live
     outside = (weight < 0.5) | (weight > 2)
     counted = live if mask is None else mask
     sums = [
         counted,
         chosen(loss, 0),
-        ratio * live,
+        d.exp() * live,
         -d,
         exp_remainders(d)[1],
         *reversed(clipped),
@@ -175,14 +174,14 @@ def _statistics(
         chosen(entropy, 0),
         counted if importance is None else weight * live,
         outside if mask is None else outside & mask,
-        rho,
-        rho.square(),
+        d.exp() * weight * live,
+        (d.exp() * weight * live).square(),
     ]
     least, most = logp.new_full((), torch.inf), logp.new_full((), -torch.inf)
     if logp.numel():
         everywhere = torch.ones_like(logp, dtype=torch.bool) if mask is None else mask
-        least = torch.where(everywhere, ratio, least).amin(-1).amin()
-        most = torch.where(everywhere, ratio, most).amax(-1).amax()
+        least = torch.where(everywhere, d, least).amin(-1).amin().exp()
+        most = torch.where(everywhere, d, most).amax(-1).amax().exp()
     if share is not None:
         weighs = chosen(share, 0)
         sums = [x if i == LOSS else weighs * x for i, x in enumerate(sums)]

@@ -54,6 +54,8 @@ def weights_of_rows(
         each = 1 / items
     elif reduction == "sequence_mean":
         length = _lengths(weighs, boundaries, sequence, dtype)
+        if mask is None and boundaries is None:
+            length = torch.full((), like.shape[-1], dtype=dtype, device=device)
         each = 1 / (length.where(length != 0, 1) * max(sequences, 1))
     else:
         most = max_length if reduction == "fixed_length" else 1

@@ -41,12 +41,12 @@ def of_sequences(
     logp: Tensor, mask: Tensor | None, tokens: Tokens, sequences: Sequences, objective: Objective
 ) -> PolicyLoss:
     """Compute `sequence_loss_fwd` by PyTorch's operators; padded tokens may also be (B, T)."""
-    live = torch.ones_like(logp, dtype=torch.bool) if mask is None else mask
-    tokens, logp = masked(tokens, mask), torch.where(live, logp, 0)
+    if mask is not None:
+        tokens, logp = masked(tokens, mask), torch.where(mask, logp, 0)
     assert tokens.advantages is not None
     weight = tokens.weight
     old = logp if tokens.old_logp is None else tokens.old_logp
-    found = ratio_terms(logp - old, tokens.advantages, live, sequences, objective)
+    found = ratio_terms(logp - old, tokens.advantages, mask, sequences, objective)
     through_mean = objective.ratio == "sequence" or objective.surrogate == "gmpo"
     own = found.free.to(logp.dtype)
     if through_mean:
@@ -110,15 +110,17 @@ def nan_where_undecided(importance: Tensor | None, found: Ratios) -> Tensor | No
 def ratio_terms(
     own: Tensor,
     advantage: Tensor,
-    live: Tensor,
+    mask: Tensor | None,
     sequences: Sequences,
     objective: Objective,
 ) -> Ratios:
     """Compute the ratio of each token from the tokens' own log-ratios, which are 0 where masked."""
     share, log_importance = sequences.share, sequences.log_importance
     total = _sums(sequences, own)
+    live = torch.ones_like(own, dtype=torch.bool) if mask is None else mask
     weighs = live.to(own.dtype) if share is None else share
-    count = total(weighs)
+    padded = own.ndim == 2
+    count = own.new_full((), own.shape[1]) if padded and mask is None else total(weighs)
     part = weighs / count.where(count != 0, 1)
     d, opened = own, live
 
