@@ -148,8 +148,6 @@ def _statistics(
 
     def total(x: Tensor) -> Tensor:
         """Return the sum of each row: compiled code makes one loop of these sums."""
-        if not x.ndim:
-            return (x * logp.shape[-1]).to(precision).expand(logp.shape[:-1])
         counts = x.dtype == torch.bool and share is None  # exact in float32
         return x.sum(-1, dtype=torch.float32 if counts else precision).to(precision)
 
@@ -161,12 +159,17 @@ def _statistics(
         has = flags >= bit
         flags = flags - bit * has.float()
         clipped.append(has)
-    outside = (weight < 0.5) | (weight > 2)
+
+    def ratio() -> Tensor:
+        # Anew for each use: compiled code would store values of exp that are used twice.
+        return d.exp() * live
+
+    outside, weighted = (weight < 0.5) | (weight > 2), ratio()
     counted = live if mask is None else mask
     sums = [
         counted,
         chosen(loss, 0),
-        d.exp() * live,
+        weighted,
         -d,
         exp_remainders(d)[1],
         *reversed(clipped),
@@ -174,8 +177,8 @@ def _statistics(
         chosen(entropy, 0),
         counted if importance is None else weight * live,
         outside if mask is None else outside & mask,
-        d.exp() * weight * live,
-        (d.exp() * weight * live).square(),
+        weighted if importance is None else ratio() * weight,
+        (ratio() * weight).square(),
     ]
     least, most = logp.new_full((), torch.inf), logp.new_full((), -torch.inf)
     if logp.numel():
@@ -185,11 +188,13 @@ def _statistics(
     if share is not None:
         weighs = chosen(share, 0)
         sums = [x if i == LOSS else weighs * x for i, x in enumerate(sums)]
-    rows = torch.stack([total(x) for x in sums])
-    totals = (rows.sum(-1) if rows.ndim == 2 else rows).float()
-    statistics = torch.cat([totals, torch.stack([least.float(), most.float()])])
-    found = list(metrics_from(statistics).values())
-    metrics = torch.stack(found) if precision == torch.float32 else _by_index(found)
+    varying = {id(x): x for x in sums if x.ndim}  # each once; the others are the same for all tokens
+    rows = torch.stack([total(x) for x in varying.values()])
+    totals = dict(zip(varying, (rows.sum(-1) if rows.ndim == 2 else rows).unbind(), strict=True))
+    whole = [totals[id(x)] if x.ndim else x.to(precision) * logp.numel() for x in sums]
+    joined = torch.stack if precision == torch.float32 else _by_index
+    statistics = joined([x.float() for x in (*whole, least, most)])
+    metrics = joined(list(metrics_from(statistics).values()))
     return statistics, metrics, statistics[LOSS].clone()
 
 
