@@ -165,7 +165,8 @@ def constant(op: str, name: str, x: Tensor, like: Tensor, dtype: torch.dtype) ->
     """Check a tensor with any number of values, on the device of `like`; return it in `dtype`, dense."""
     check_device(op, name, x, like)
     check_real(op, name, x)
-    return x.detach().to(dtype).contiguous()
+    x = x.detach() if x.dtype == dtype else x.detach().to(dtype)
+    return x.contiguous()
 
 
 def _expanded(name: str, x: Tensor, like: Tensor) -> str:
@@ -196,10 +197,11 @@ def check_constant(op: str, name: str, x: object) -> None:
     This check is not for log-probs of other policies: every trainer holds them constant, and a
     reference that was scored with a graph, or `old_logps=logps`, is common.
     """
-    if isinstance(x, Tensor):
-        check_tensor(op, name, x)
-        check_no_tangent(op, name, x)
-    if isinstance(x, Tensor) and x.requires_grad:
+    if not isinstance(x, Tensor):
+        return
+    check_tensor(op, name, x)
+    check_no_tangent(op, name, x)
+    if x.requires_grad:
         raise ValueError(
             f"{op}: {name} requires grad, but it is a constant that no gradient reaches; "
             f"pass {name}.detach(), or compute it under torch.no_grad()"

@@ -242,7 +242,7 @@ def exp_remainders(x: Tensor) -> tuple[Tensor, Tensor]:
     Inductor writes expm1 as exp(x) - 1 on a CPU (torch 2.13), which has no digits left for a small x.
     """
     last = 18 if x.dtype == torch.float64 else 10  # the rest is below the dtype's precision
-    series = x / math.factorial(last)
+    series = x * (1 / math.factorial(last))
     for n in range(last - 1, 2, -1):
         series = (series + 1 / math.factorial(n)) * x
     near, first = x.abs() <= 1, x.exp() - 1
