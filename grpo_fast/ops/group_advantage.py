@@ -210,7 +210,7 @@ def _of_few(rewards: Tensor, group_size: int | None) -> Tensor | None:
         return None
     if rewards.requires_grad:
         rewards = rewards.detach()
-    if not math.isfinite(rewards.dot(rewards)):  # or their squares are too large for it
+    if not math.isfinite(rewards.dot(rewards).item()):  # or their squares are too large for it
         return None
     if noting():
         note(path_and_reason(rewards), "group_advantage_fwd")
