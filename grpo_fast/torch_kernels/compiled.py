@@ -106,7 +106,8 @@ def call(
     given = [x.resolve_neg() for x in tensors if x is not None]
     given = [x if x.ndim > moving else x.contiguous() for x in given]
     kinds = tuple([None if x is None else _kind(x, moving) for x in tensors])
-    alone = given[0].ndim == moving and given[0].numel() < ALONE
+    of_rows = any(x.ndim > moving for x in given)
+    alone = not of_rows and max(x.numel() for x in given) < ALONE
     threads = 1 if alone else torch.get_num_threads()
     try:
         with _LOCK:  # inductor compiles in one thread

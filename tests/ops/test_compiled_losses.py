@@ -154,6 +154,48 @@ def test_objectives_of_sequences(one_call, monkeypatch):
     assert one_call
 
 
+def test_small_losses_are_computed_by_one_thread(one_call, monkeypatch):
+    """The gradient of a token has the same bits by several threads."""
+    seen, usually = [], compiled._compiled
+
+    def watch(*key):
+        seen.append(key[-1])
+        return usually(*key)
+
+    monkeypatch.setattr(compiled, "_compiled", watch)
+    logps, arguments = batch()
+    found, threads = [], torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        for least in (logps.numel() + 1, logps.numel()):
+            monkeypatch.setattr(compiled, "ALONE", least)
+            x = logps.clone().requires_grad_()
+            out = policy_loss(x, **arguments, objective=BY_SEQUENCE)
+            found.append((*torch.autograd.grad(out.loss, x), out.metrics))
+        policy_loss(logps, **arguments | {"old_logps": None}, objective=BY_SEQUENCE)
+    finally:
+        torch.set_num_threads(threads)
+    assert seen == [1, 3, 3]
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=0, atol=0)
+    torch.testing.assert_close(found[0][1], found[1][1])
+
+
+def test_values_of_sequences_are_those_of_their_tokens(one_call):
+    logps, arguments = batch()
+    arguments |= {"importance_weights": torch.rand(B) + 0.5, "scores": torch.randn(B)}
+    arguments["objective"] = Objective.preset("topr", beta=0.1)
+    want = policy_loss(logps, **arguments)
+    for name in ("advantages", "importance_weights", "scores"):
+        for shape in ((B, 1), (B, T)):
+            x = arguments[name][:, None].expand(shape)
+            found = policy_loss(logps, **arguments | {name: x})
+            torch.testing.assert_close(found.statistics, want.statistics, rtol=1e-6, atol=1e-6)
+            wrong = x[:-1]
+            with pytest.raises(ValueError, match=f"policy_loss: {name}: want"):
+                policy_loss(logps, **arguments | {name: wrong})
+    assert one_call
+
+
 def test_on_policy_in_half_precision(one_call, monkeypatch):
     """Without mask, old and reference log-probs; the log-probs are a slice."""
     logps = -torch.rand(T, B).bfloat16().T
