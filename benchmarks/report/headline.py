@@ -18,8 +18,8 @@ sm_80, sm_90, sm_100 and gfx942 and from counting the bytes it moves; times, and
 are predicted in [RESULTS.md](benchmarks/RESULTS.md#what-is-known-without-a-gpu)."""
 CPUS = """\
 **On CPUs** PyTorch's operators run, not the kernels, and these times say little about a GPU. One row for
-each operation, in the first shape that was measured. In {slower} of the {total} cases that were measured
-beside eager PyTorch, grpo_fast is slower than it; all of them are in
+each operation, in the first shape that was measured. {total} cases were measured beside eager PyTorch, and
+grpo_fast is slower in {slower} of them; all are in
 [RESULTS.md](benchmarks/RESULTS.md#cpu)."""
 OTHERS = """\
 The other operations on the same device, with their default options. Below 1.00x grpo_fast is slower."""
