@@ -36,7 +36,10 @@ class Batch(NamedTuple):
 
 
 class PerToken(NamedTuple):
-    """The arguments of an objective for each token, as in `Tokens`, while the weights are not known."""
+    """The arguments of an objective for each token, as in `Tokens`, while the weights are not known.
+
+    (N,) each; for `padded_loss` (B, T), or (B,) with one value per sequence.
+    """
 
     advantages: Tensor | None
     old_logp: Tensor | None
@@ -180,7 +183,7 @@ def padded_loss(
         logp: the same values, fp32 and contiguous, without a graph.
         entropy: (B, T) fp32, contiguous, without a graph; or None.
         weighing: of padded tokens.
-        each: the values of tokens.
+        each: the values of tokens, (B, T), or of sequences, (B,); fp32.
     """
     found = twin.padded_loss(logp, entropy, weighing, each, objective)
     if found is None:

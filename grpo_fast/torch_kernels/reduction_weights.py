@@ -53,9 +53,10 @@ def weights_of_rows(
             items = torch.as_tensor(num_items, dtype=dtype, device=device).clamp(min=1)
         each = 1 / items
     elif reduction == "sequence_mean":
-        length = _lengths(weighs, boundaries, sequence, dtype)
         if mask is None and boundaries is None:
             length = torch.full((), like.shape[-1], dtype=dtype, device=device)
+        else:
+            length = _lengths(weighs, boundaries, sequence, dtype)
         each = 1 / (length.where(length != 0, 1) * max(sequences, 1))
     else:
         most = max_length if reduction == "fixed_length" else 1
