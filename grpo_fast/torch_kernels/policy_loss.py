@@ -188,12 +188,14 @@ def _statistics(
     if share is not None:
         weighs = chosen(share, 0)
         sums = [x if i == LOSS else weighs * x for i, x in enumerate(sums)]
-    varying = {
-        id(x): x for x in sums if x.ndim
-    }  # each once; the others are the same for all tokens
+    # Each once; the others are the same for all tokens.
+    varying = {id(x): x for x in sums if x.ndim}
     rows = torch.stack([total(x) for x in varying.values()])
     totals = dict(zip(varying, (rows.sum(-1) if rows.ndim == 2 else rows).unbind(), strict=True))
     whole = [totals[id(x)] if x.ndim else x.to(precision) * logp.numel() for x in sums]
+    most = torch.where(
+        whole[0] == 0, -torch.inf, most
+    )  # the largest of no ratios, which is not e^-inf
     joined = torch.stack if precision == torch.float32 else _by_index
     statistics = joined([x.float() for x in (*whole, least, most)])
     metrics = joined(list(metrics_from(statistics).values()))

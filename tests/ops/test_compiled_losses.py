@@ -196,6 +196,20 @@ def test_values_of_sequences_are_those_of_their_tokens(one_call):
     assert one_call
 
 
+@pytest.mark.parametrize("way", ["compiled", "in parts"])
+def test_extremes_without_a_token(way, request, backend, device):
+    """Those of other ranks remain, when the statistics are folded."""
+    one_call = request.getfixturevalue("one_call") if way == "compiled" else None
+    logps, arguments = batch()
+    arguments |= {"objective": BY_TOKEN, "num_items": 50.0, "loss_scale": 1.0}
+    arguments |= {"mask": torch.zeros(B, T, dtype=torch.bool, device=device)}
+    given = {key: x.to(device) if torch.is_tensor(x) else x for key, x in arguments.items()}
+    out = policy_loss(logps.to(device), **given)
+    assert out.statistics[-2:].tolist() == [torch.inf, -torch.inf]
+    assert out.metrics["ratio_max"] == out.metrics["ratio_min"] == 1
+    assert one_call is None or one_call
+
+
 def test_on_policy_in_half_precision(one_call, monkeypatch):
     """Without mask, old and reference log-probs; the log-probs are a slice."""
     logps = -torch.rand(T, B).bfloat16().T
