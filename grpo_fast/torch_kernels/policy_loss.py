@@ -160,10 +160,11 @@ def _statistics(
         flags = flags - bit * has.float()
         clipped.append(has)
 
-    def ratio() -> Tensor:
-        # Anew for each use: compiled code would store values of exp that are used twice.
+    def anew() -> Tensor:
         return d.exp() * live
 
+    # Compiled code would store values of exp that are used twice.
+    ratio = functools.cache(anew) if precision == torch.float32 else anew
     outside, weighted = (weight < 0.5) | (weight > 2), ratio()
     counted = live if mask is None else mask
     sums = [
@@ -193,9 +194,8 @@ def _statistics(
     rows = torch.stack([total(x) for x in varying.values()])
     totals = dict(zip(varying, (rows.sum(-1) if rows.ndim == 2 else rows).unbind(), strict=True))
     whole = [totals[id(x)] if x.ndim else x.to(precision) * logp.numel() for x in sums]
-    most = torch.where(
-        whole[0] == 0, -torch.inf, most
-    )  # the largest of no ratios, which is not e^-inf
+    # The largest of no ratios, which is not e^-inf.
+    most = torch.where(whole[0] == 0, -torch.inf, most)
     joined = torch.stack if precision == torch.float32 else _by_index
     statistics = joined([x.float() for x in (*whole, least, most)])
     metrics = joined(list(metrics_from(statistics).values()))
