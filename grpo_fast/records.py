@@ -12,6 +12,7 @@ import types
 from collections.abc import Sequence
 from typing import Annotated, Any, NamedTuple, get_type_hints
 
+import torch
 from torch import Tensor
 
 from grpo_fast.operands import Modes, Terms
@@ -175,6 +176,7 @@ KINDS = {
     Missing: "Tensor?",
     bool: "bool",
     str: "str",
+    torch.dtype: "ScalarType",
 }
 
 

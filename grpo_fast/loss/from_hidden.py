@@ -20,7 +20,7 @@ from grpo_fast.ops.head import float64
 from grpo_fast.ops.head.arguments import HeadArguments, Needs, Options, Parameters, check_head
 from grpo_fast.ops.linear_grpo import linear_grpo
 from grpo_fast.ops.linear_logprob import linear_logprob_fwd
-from grpo_fast.records import Outputs, Rewards, Targets, Tokens, flat
+from grpo_fast.records import Outputs, Rewards, Targets, Tokens
 from grpo_fast.sequences import spread
 from grpo_fast.spelling import keywords_explained
 
@@ -192,7 +192,7 @@ class _HiddenCall(NamedTuple):
     def log_probs(self, mask: Tensor | None, keep: Tensor | None) -> tuple[Tensor, Tensor]:
         """Compute the log-probs and entropies of the tokens in `keep`; the others get 0."""
         targets = replaced(self.targets, mask=mask)
-        rest = flat(self.parameters, targets, keep, self.with_entropy, False, self.options)
+        rest = (self.parameters, targets, keep, self.with_entropy, False, self.options)
         logp, entropy, *_ = linear_logprob_fwd(self.hidden, *rest)
         return logp, entropy
 
@@ -286,9 +286,9 @@ def _with_gradients(
         # phase.
         everyone = torch.ones(call.targets.ids.numel(), dtype=torch.bool)
     loss, *found = linear_grpo(
-        call.hidden,
-        *flat(call.parameters, call.targets, call.batch.tokens, call.with_entropy, call.terms),
-        *flat(everyone, call.batch.sequences, call.options, needs, dw_out),
+        *(call.hidden, call.parameters, call.targets, call.batch.tokens),
+        *(call.with_entropy, call.terms, everyone, call.batch.sequences),
+        *(call.options, needs, dw_out),
     )
     return loss, Outputs(*found[:5])
 

@@ -22,7 +22,7 @@ from grpo_fast.ops.coefficients import (
 from grpo_fast.ops.group_advantage import z_scores
 from grpo_fast.ops.grpo import grpo, grpo_inplace
 from grpo_fast.ops.logprob import logprob_fwd
-from grpo_fast.records import Outputs, Rewards, Targets, flat
+from grpo_fast.records import Outputs, Rewards, Targets
 from grpo_fast.sequences import spread
 from grpo_fast.spelling import keywords_explained
 
@@ -191,7 +191,13 @@ class _LogitsCall(NamedTuple):
 
 def _by_launch(call: _LogitsCall) -> Outputs:
     """Compute the loss of each token and the gradient in one launch."""
-    given = flat(call.targets, call.batch.tokens, call.batch.rewards, call.with_entropy, call.terms)
+    given = (
+        call.targets,
+        call.batch.tokens,
+        call.batch.rewards,
+        call.with_entropy,
+        call.terms,
+    )
     return Outputs(*(grpo_inplace if call.inplace else grpo)(call.logits, *given)[:5])
 
 
@@ -225,7 +231,7 @@ def _by_phases(call: _LogitsCall) -> Outputs:
         loss = WithGradientOf.apply(out.loss, found.loss)
         return Outputs(loss, out.logp, out.entropy, found.kl, found.clip)
     with torch.set_grad_enabled(with_grad and not call.inplace):
-        logp, entropy, _, _ = logprob_fwd(logits, *flat(targets, call.with_entropy))
+        logp, entropy, _, _ = logprob_fwd(logits, targets, call.with_entropy)
         found = values(logp, entropy, batch, terms)
     loss = found.loss
     if with_grad and call.inplace:

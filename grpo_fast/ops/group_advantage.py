@@ -12,7 +12,7 @@ from grpo_fast.notices import logged, note, noting, setting
 from grpo_fast.operands import LARGEST, hint, operand, replaced
 from grpo_fast.ops.backend import path_and_reason, run
 from grpo_fast.ops.operator import operator, watched
-from grpo_fast.records import Z_SCORE, Grouping, Standardization, flat, schema, unflatten
+from grpo_fast.records import Z_SCORE, Grouping, Standardization
 from grpo_fast.spelling import check_choice, keywords_explained
 from grpo_fast.torch_kernels.group_advantage import plain_scores, wide
 
@@ -30,11 +30,13 @@ FORWARD = "group_advantage.group_advantage_fwd"
 
 
 @logged("operator group_advantage", inner=True)
-def _group_advantage(rewards: Tensor, *arguments: Any) -> Tensor:
+def _group_advantage(
+    rewards: Tensor, grouping: Grouping, standardization: Standardization
+) -> Tensor:
     """Return the advantages (B,) fp32 of rewards (B,) fp32 or fp64."""
-    grouping, standardization = unflatten(arguments, Grouping, Standardization)
     standardization = standardization._replace(eps=standardization.eps.item())
-    return run(FORWARD, rewards, rewards, grouping, standardization)
+    found: Tensor = run(FORWARD, rewards, rewards, grouping, standardization)
+    return found
 
 
 def _fake_advantage(rewards: Tensor, *arguments: Any) -> Tensor:
@@ -44,7 +46,8 @@ def _fake_advantage(rewards: Tensor, *arguments: Any) -> Tensor:
 group_advantage_op = operator(
     "group_advantage",
     _group_advantage,
-    f"(Tensor rewards, {schema(grouping=Grouping, standardization=Standardization)}) -> Tensor",
+    {"rewards": Tensor, "grouping": Grouping, "standardization": Standardization},
+    "Tensor",
     fake=_fake_advantage,
 )
 
@@ -57,7 +60,7 @@ def group_advantage_fwd(
         # The operator takes eps as a tensor, which costs as much as two operations on a few rewards.
         return run(FORWARD, rewards, rewards, grouping, standardization)
     return group_advantage_op(
-        rewards, *flat(grouping, replaced(standardization, eps=operand(standardization.eps)))
+        rewards, grouping, replaced(standardization, eps=operand(standardization.eps))
     )
 
 
@@ -69,14 +72,19 @@ def z_scores(rewards: Tensor, group_size: int) -> Tensor:
     return group_advantage_fwd(rewards, Grouping(group_size, None), Z_SCORE)
 
 
-def _combine_rewards(rewards: Tensor, weights: Tensor | None, *arguments: Any) -> Tensor:
+def _combine_rewards(
+    rewards: Tensor,
+    weights: Tensor | None,
+    grouping: Grouping,
+    normalize: bool,
+    standardization: Standardization,
+) -> Tensor:
     """Return one reward per sequence, (B,) in the dtype `wide`, from rewards (B, K) fp32 or fp64.
 
     It is the weighted sum of the K rewards, or with `normalize` of their scores.
     """
-    grouping, normalize, standardization = unflatten(arguments, Grouping, bool, Standardization)
     standardization = standardization._replace(eps=standardization.eps.item())
-    return run(
+    found: Tensor = run(
         "group_advantage.combine_rewards_fwd",
         rewards,
         rewards,
@@ -85,9 +93,7 @@ def _combine_rewards(rewards: Tensor, weights: Tensor | None, *arguments: Any) -
         normalize,
         standardization,
     )
-
-
-_COMBINE = schema(grouping=Grouping, normalize=bool, standardization=Standardization)
+    return found
 
 
 def _fake_combined(rewards: Tensor, weights: Tensor | None, *arguments: Any) -> Tensor:
@@ -97,7 +103,14 @@ def _fake_combined(rewards: Tensor, weights: Tensor | None, *arguments: Any) -> 
 combine_rewards_op = operator(
     "combine_rewards",
     _combine_rewards,
-    f"(Tensor rewards, Tensor? weights, {_COMBINE}) -> Tensor",
+    {
+        "rewards": Tensor,
+        "weights": Tensor | None,
+        "grouping": Grouping,
+        "normalize": bool,
+        "standardization": Standardization,
+    },
+    "Tensor",
     fake=_fake_combined,
 )
 
@@ -340,9 +353,7 @@ def _combined(
     standardization = replaced(
         standardization, eps=operand(standardization.eps), leave_one_out=False
     )
-    return combine_rewards_op(
-        rewards, weights, *flat(grouping, normalize, standardization)
-    ), normalize
+    return combine_rewards_op(rewards, weights, grouping, normalize, standardization), normalize
 
 
 def _check_weights(op: str, weights: Tensor | None, rewards: Tensor) -> Tensor | None:

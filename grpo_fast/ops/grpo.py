@@ -1,6 +1,5 @@
 """The GRPO loss of logits and its gradient in one pass, as operators."""
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple, get_type_hints
 
 import torch
@@ -14,7 +13,7 @@ from grpo_fast.ops.backend import grpo_kernel, note_schedule, run
 from grpo_fast.ops.operator import operator
 from grpo_fast.ops.scaling import scale_rows_
 from grpo_fast.overwritten import DESTROYED, mark_again
-from grpo_fast.records import Outputs, Rewards, SoftCap, Targets, Tokens, schema, unflatten
+from grpo_fast.records import Outputs, Rewards, SoftCap, Targets, Tokens
 from grpo_fast.torch_kernels.rows import new_gradient
 
 USED_TWICE = (
@@ -33,14 +32,7 @@ class Arguments(NamedTuple):
     terms: Terms
 
 
-KINDS = get_type_hints(Arguments)
-SCHEMA = schema(**KINDS)
-NUM_ARGUMENTS = SCHEMA.count(",") + 1
-
-
-def as_records(arguments: Sequence[Any]) -> Arguments:
-    """Return the operators' flat arguments as records."""
-    return Arguments(*unflatten(arguments, *KINDS.values()))
+KINDS = {"logits": Tensor, **get_type_hints(Arguments)}
 
 
 def new_outputs(a: Arguments, empty: bool = False) -> Outputs:
@@ -100,31 +92,25 @@ def fill(
 def _grpo(logits: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     """Return `Outputs`, then dlogits: the gradient of the sum of the losses."""
     dlogits = new_gradient(logits)
-    return (*fill(logits, as_records(arguments), dlogits), dlogits)
+    return (*fill(logits, Arguments(*arguments), dlogits), dlogits)
 
 
 @logged("operator grpo_", inner=True)
 def _grpo_(logits: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     """Return `Outputs`; write the gradient over the logits."""
-    return tuple(fill(logits, as_records(arguments), logits))
+    return tuple(fill(logits, Arguments(*arguments), logits))
+
+
+def _fake_(logits: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    return tuple(new_outputs(Arguments(*arguments)))
 
 
 five, six = (f"({', '.join(['Tensor'] * n)})" for n in (5, 6))
-grpo_ = torch.library.custom_op(
-    "grpo_fast::grpo_",
-    _grpo_,
-    mutates_args=("logits",),
-    schema=f"(Tensor(a!) logits, {SCHEMA}) -> {five}",
-)
-
-
-@grpo_.register_fake
-def _(logits: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    return tuple(new_outputs(as_records(arguments)))
+grpo_ = operator("grpo_", _grpo_, KINDS, five, fake=_fake_, mutates=True)
 
 
 def _fake(logits: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    return (*new_outputs(as_records(arguments)), new_gradient(logits))
+    return (*new_outputs(Arguments(*arguments)), new_gradient(logits))
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -146,13 +132,14 @@ def _hand_over(ctx: Any, dloss: Tensor) -> Tensor:
 
 @without_graph("grpo_loss")
 def _backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple:
-    return (None if dloss is None else _hand_over(ctx, dloss), *(None,) * NUM_ARGUMENTS)
+    return (None if dloss is None else _hand_over(ctx, dloss),)
 
 
 grpo = operator(
     "grpo",
     _grpo,
-    f"(Tensor logits, {SCHEMA}) -> {six}",
+    KINDS,
+    six,
     fake=_fake,
     backward=_backward,
     setup_context=_setup_context,
@@ -166,7 +153,7 @@ class _Overwrite(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, logits: Tensor, arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:
         ctx.dlogits = logits.detach()
         outputs = grpo_(ctx.dlogits, *arguments)
         ctx.mark_non_differentiable(*outputs[1:])
@@ -177,10 +164,10 @@ class _Overwrite(torch.autograd.Function):
     @without_graph("grpo_loss")
     def backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple:
         if dloss is None:
-            return (None,) * (1 + NUM_ARGUMENTS)
+            return None, None
         dlogits = _hand_over(ctx, dloss)
         mark_again(dlogits)
-        return (dlogits, *(None,) * NUM_ARGUMENTS)
+        return dlogits, None
 
 
 class _Destroyed(torch.autograd.Function):
@@ -202,6 +189,6 @@ class _Destroyed(torch.autograd.Function):
 
 def grpo_inplace(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Call `grpo` with the gradient in the place of the logits; it is differentiable in them, once."""
-    outputs = _Overwrite.apply(logits, *arguments)
+    outputs = _Overwrite.apply(logits, arguments)
     _Destroyed.apply(logits)
     return outputs

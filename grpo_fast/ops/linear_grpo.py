@@ -5,7 +5,6 @@ turned into its gradient in place. `grpo_fast.ops.head.gradients` says how often
 computed.
 """
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple, get_type_hints
 
 import torch
@@ -30,7 +29,7 @@ from grpo_fast.ops.head.passes import (
 from grpo_fast.ops.head.products import early_dtype, working_dtypes
 from grpo_fast.ops.operator import operator
 from grpo_fast.ops.scaling import scale_, scaled_to
-from grpo_fast.records import Rewards, Sequences, Targets, Tokens, schema, unflatten
+from grpo_fast.records import Rewards, Sequences, Targets, Tokens
 
 USED_TWICE = (
     "linear_grpo_loss: backward ran a second time. The gradients are computed once, in the forward, and "
@@ -58,18 +57,13 @@ class LinearArguments(NamedTuple):
         return Arguments(self.targets, self.tokens, Rewards(), self.with_entropy, self.terms)
 
 
-KINDS = get_type_hints(LinearArguments)
-
-
-def as_records(arguments: Sequence[Any]) -> LinearArguments:
-    """Return the operator's flat arguments as records."""
-    return LinearArguments(*unflatten(arguments, *KINDS.values()))
+KINDS = {"hidden": Tensor, **get_type_hints(LinearArguments)}
 
 
 @logged("operator linear_grpo", inner=True)
 def _forward(hidden: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     """Return the loss, `Outputs` of every token, and the gradients in the order of `Needs`."""
-    call = as_records(arguments)
+    call = LinearArguments(*arguments)
     options, needs, modes = call.options, call.needs, call.terms.modes
     given = rows_that_take_part(
         call.arguments, call.sequences, call.keep, hidden, modes.needs_sequences
@@ -107,15 +101,15 @@ def _forward(hidden: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _fake(hidden: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    call = as_records(arguments)
+    call = LinearArguments(*arguments)
     outputs = new_outputs(call.arguments)
     gradients = empty_gradients(hidden, call.parameters, call.needs, early_dtype(hidden))
     return (call.tokens.weight.new_empty(()), *outputs, *gradients)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    call = as_records(inputs[1:])
-    ctx.inputs, ctx.used = len(inputs), False
+    call = LinearArguments(*inputs[1:])
+    ctx.used = False
     ctx.dtypes = [None if x is None else x.dtype for x in (inputs[0], *call.parameters)]
     ctx.given = list(call.needs)
     # They are saved in the graph, so that activation checkpointing can drop them and compute them
@@ -129,9 +123,8 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 @without_graph("linear_grpo_loss")
 def _backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple:
-    none = (None,) * ctx.inputs
     if dloss is None:
-        return none
+        return ()
     if ctx.used:
         raise RuntimeError(USED_TWICE)
     ctx.used = True
@@ -150,14 +143,16 @@ def _backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple:
             result.append(x)
         else:
             result.append(scaled_to(x, factor, dtype))
-    return (*result, *none[5:])
+    return tuple(result)
 
 
 linear_grpo = operator(
     "linear_grpo",
     _forward,
-    f"(Tensor hidden, {schema(**KINDS)}) -> ({', '.join(['Tensor'] * 11)})",
+    KINDS,
+    f"({', '.join(['Tensor'] * 11)})",
     fake=_fake,
     backward=_backward,
     setup_context=_setup_context,
+    differentiable=2,
 )

@@ -27,11 +27,12 @@ from grpo_fast.ops.head.passes import (
 )
 from grpo_fast.ops.operator import operator
 from grpo_fast.ops.scaling import weigh_rows
-from grpo_fast.records import RowStatistics, Targets, flat, schema, select, unflatten
+from grpo_fast.records import RowStatistics, Targets, flat, select, unflatten
 from grpo_fast.spelling import keywords_explained
 
-# The arguments of the two operators after the hidden states.
+# The arguments of the two operators.
 FORWARD = {
+    "hidden": Tensor,
     "parameters": Parameters,
     "targets": Targets,
     "keep": Tensor | None,  # (N,) bool, on any device: the rows that take part
@@ -40,6 +41,9 @@ FORWARD = {
     "options": Options,
 }
 BACKWARD = {
+    "dlogp": Tensor,
+    "dentropy": Tensor | None,
+    "hidden": Tensor,
     "parameters": Parameters,
     "targets": Targets,
     "keep": Tensor | None,
@@ -51,10 +55,16 @@ five = "(Tensor, Tensor, Tensor, Tensor, Tensor)"
 
 
 @logged("operator linear_logprob", inner=True)
-def _forward(hidden: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _forward(
+    hidden: Tensor,
+    parameters: Parameters,
+    targets: Targets,
+    keep: Tensor | None,
+    with_entropy: bool,
+    unit: bool,
+    options: Options,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return `RowStatistics`, and with `unit` the gradient of each log-prob in its hidden state."""
-    given = unflatten(arguments, *FORWARD.values())
-    parameters, targets, keep, with_entropy, unit, options = given
     rows = kept_rows(keep, hidden)
     if keep is not None:  # `keep` holds no masked row
         targets = targets._replace(mask=None)
@@ -76,8 +86,15 @@ def _forward(hidden: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, T
     )
 
 
-def _fake_forward(hidden: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    _, targets, _, with_entropy, unit, _ = unflatten(arguments, *FORWARD.values())
+def _fake_forward(
+    hidden: Tensor,
+    parameters: Parameters,
+    targets: Targets,
+    keep: Tensor | None,
+    with_entropy: bool,
+    unit: bool,
+    options: Options,
+) -> tuple[Tensor, ...]:
     N = targets.ids.shape[0]
     scored, kept = N if with_entropy else 0, 0 if unit else N
     vectors = [hidden.new_empty(n, dtype=torch.float32) for n in (N, scored, kept, kept)]
@@ -85,11 +102,17 @@ def _fake_forward(hidden: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _backward_pass(
-    dlogp: Tensor, dentropy: Tensor | None, hidden: Tensor, *arguments: Any
+    dlogp: Tensor,
+    dentropy: Tensor | None,
+    hidden: Tensor,
+    parameters: Parameters,
+    targets: Targets,
+    keep: Tensor | None,
+    statistics: RowStatistics,
+    needs: Needs,
+    options: Options,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients in the order of `Needs`, (0,) where not wanted."""
-    given = unflatten(arguments, *BACKWARD.values())
-    parameters, targets, keep, statistics, needs, options = given
     rows = kept_rows(keep, hidden)
     if keep is not None:
         targets = targets._replace(mask=None)
@@ -107,22 +130,21 @@ def _backward_pass(
 def _fake_backward(
     dlogp: Tensor, dentropy: Tensor | None, hidden: Tensor, *arguments: Any
 ) -> tuple:
-    parameters, *_, needs, _ = unflatten(arguments, *BACKWARD.values())
+    parameters, *_, needs, _ = arguments
     return empty_gradients(hidden, parameters, needs)
 
 
 linear_logprob_bwd = operator(
     "linear_logprob_bwd",
     _backward_pass,
-    f"(Tensor dlogp, Tensor? dentropy, Tensor hidden, {schema(**BACKWARD)}) -> {five}",
+    BACKWARD,
+    five,
     fake=_fake_backward,
 )
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    hidden, *rest = inputs
-    parameters, targets, keep, _, ctx.unit, options = unflatten(rest, *FORWARD.values())
-    ctx.inputs = len(inputs)
+    hidden, parameters, targets, keep, _, ctx.unit, options = inputs
     if ctx.unit:  # the hidden states themselves are not needed any more
         ctx.save_for_backward(output[4])
     else:
@@ -136,10 +158,9 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 @without_graph("linear_logprob")
 def _backward(ctx: Any, dlogp: Tensor | None, dentropy: Tensor | None, *_: Any) -> tuple:
-    none = (None,) * ctx.inputs
     if ctx.unit:
         (dhidden,) = ctx.saved_tensors
-        return none if dlogp is None else (weigh_rows(dhidden, dlogp), *none[1:])
+        return () if dlogp is None else (weigh_rows(dhidden, dlogp),)
     kinds = [Tensor, Parameters, Targets, Tensor, RowStatistics, Options]
     saved = unflatten([*ctx.saved_tensors, *ctx.others], *kinds)
     hidden, parameters, targets, keep, statistics, options = saved
@@ -147,26 +168,27 @@ def _backward(ctx: Any, dlogp: Tensor | None, dentropy: Tensor | None, *_: Any) 
         dentropy = None
     needs = Needs(*ctx.needs_input_grad[:5])
     if (dlogp is None and dentropy is None) or not any(needs):
-        return none
+        return ()
     if dlogp is None:
         dlogp = torch.zeros_like(statistics.logp)
     gradients = linear_logprob_bwd(
-        dlogp, dentropy, hidden, *flat(parameters, targets, keep, statistics, needs, options)
+        dlogp, dentropy, hidden, parameters, targets, keep, statistics, needs, options
     )
-    wanted = [
+    return tuple(
         g.to(x.dtype) if n and x is not None else None
         for g, x, n in zip(gradients, (hidden, *parameters), needs, strict=True)
-    ]
-    return (*wanted, *none[5:])
+    )
 
 
 linear_logprob_fwd = operator(
     "linear_logprob_fwd",
     _forward,
-    f"(Tensor hidden, {schema(**FORWARD)}) -> {five}",
+    FORWARD,
+    five,
     fake=_fake_forward,
     backward=_backward,
     setup_context=_setup_context,
+    differentiable=2,
 )
 
 
@@ -319,7 +341,7 @@ def linear_logprob(
     unit = torch.is_grad_enabled() and hidden.requires_grad and frozen
     unit = unit and not (return_entropy or tp_group)
     logp, entropy, *_ = linear_logprob_fwd(
-        flat_hidden, *flat(parameters, targets, keep, return_entropy, unit, options)
+        flat_hidden, parameters, targets, keep, return_entropy, unit, options
     )
     anchors = anchors_of(hidden, *parameters)
     logp = once_differentiable(op, logp, anchors)

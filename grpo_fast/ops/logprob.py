@@ -10,12 +10,18 @@ from grpo_fast.notices import logged
 from grpo_fast.ops.autograd import anchors_of, once_differentiable, without_graph
 from grpo_fast.ops.backend import note_schedule, run
 from grpo_fast.ops.operator import operator
-from grpo_fast.records import RowStatistics, SoftCap, Targets, flat, schema, unflatten
+from grpo_fast.records import RowStatistics, SoftCap, Targets, unflatten
 from grpo_fast.spelling import keywords_explained
 from grpo_fast.torch_kernels.rows import new_gradient
 
-FORWARD = {"targets": Targets, "with_entropy": bool}
-BACKWARD = {"targets": Targets, "statistics": RowStatistics}
+FORWARD = {"logits": Tensor, "targets": Targets, "with_entropy": bool}
+BACKWARD = {
+    "dlogp": Tensor,
+    "dentropy": Tensor | None,
+    "logits": Tensor,
+    "targets": Targets,
+    "statistics": RowStatistics,
+}
 
 
 def read_rows(
@@ -70,22 +76,26 @@ def write_rows(
 
 
 @logged("operator logprob_fwd", inner=True)
-def _logprob_fwd(logits: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+def _logprob_fwd(logits: Tensor, targets: Targets, with_entropy: bool) -> tuple[Tensor, ...]:
     """Call `read_rows` on logits (B, T, V), as an operator."""
-    return tuple(read_rows(logits, *unflatten(arguments, *FORWARD.values())))
+    return tuple(read_rows(logits, targets, with_entropy))
 
 
-def _fake_fwd(logits: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    targets, with_entropy = unflatten(arguments, *FORWARD.values())
+def _fake_fwd(logits: Tensor, targets: Targets, with_entropy: bool) -> tuple[Tensor, ...]:
     N = targets.ids.shape[0]
     return tuple(
         logits.new_empty(n, dtype=torch.float32) for n in (N, N if with_entropy else 0, N, N)
     )
 
 
-def _logprob_bwd(dlogp: Tensor, dentropy: Tensor | None, logits: Tensor, *arguments: Any) -> Tensor:
+def _logprob_bwd(
+    dlogp: Tensor,
+    dentropy: Tensor | None,
+    logits: Tensor,
+    targets: Targets,
+    statistics: RowStatistics,
+) -> Tensor:
     """Return the gradient of logits (B, T, V), in their dtype."""
-    targets, statistics = unflatten(arguments, *BACKWARD.values())
     dlogits = new_gradient(logits)
     write_rows(dlogp.contiguous(), dentropy, logits, targets, statistics, dlogits)
     return dlogits
@@ -98,35 +108,36 @@ def _fake_bwd(dlogp: Tensor, dentropy: Tensor | None, logits: Tensor, *rest: Any
 logprob_bwd = operator(
     "logprob_bwd",
     _logprob_bwd,
-    f"(Tensor dlogp, Tensor? dentropy, Tensor logits, {schema(**BACKWARD)}) -> Tensor",
+    BACKWARD,
+    "Tensor",
     fake=_fake_bwd,
 )
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    *tensors, ctx.with_entropy = inputs
-    ctx.save_for_backward(*tensors, *output)
+    logits, targets, ctx.with_entropy = inputs
+    ctx.save_for_backward(logits, *targets, *output)
     ctx.set_materialize_grads(False)
 
 
 @without_graph("logprob")
 def _backward(ctx: Any, dlogp: Tensor | None, dentropy: Tensor | None, *_: Any) -> tuple:
     logits, *rest = ctx.saved_tensors
-    targets, statistics = unflatten(rest, *BACKWARD.values())
+    targets, statistics = unflatten(rest, Targets, RowStatistics)
     if not ctx.with_entropy:
         dentropy = None
-    none = (None,) * (2 + len(Targets._fields))
     if dlogp is None and dentropy is None:
-        return none
+        return (None,)
     if dlogp is None:
         dlogp = torch.zeros_like(statistics.logp)
-    return logprob_bwd(dlogp, dentropy, logits, *flat(targets, statistics)), *none[1:]
+    return (logprob_bwd(dlogp, dentropy, logits, targets, statistics),)
 
 
 logprob_fwd = operator(
     "logprob_fwd",
     _logprob_fwd,
-    f"(Tensor logits, {schema(**FORWARD)}) -> (Tensor, Tensor, Tensor, Tensor)",
+    FORWARD,
+    "(Tensor, Tensor, Tensor, Tensor)",
     fake=_fake_fwd,
     backward=_backward,
     setup_context=_setup_context,
@@ -196,7 +207,7 @@ def logprob(
     """
     logits3 = checks.check_logits("logprob", logits, ids, "ids")
     targets = checks.check_targets("logprob", "ids", ids, logits, mask, temperature)
-    logp, entropy, _, _ = logprob_fwd(logits3, *flat(targets, return_entropy))
+    logp, entropy, _, _ = logprob_fwd(logits3, targets, return_entropy)
     anchors = anchors_of(logits)
     logp = once_differentiable("logprob", logp, anchors)
     if return_entropy:

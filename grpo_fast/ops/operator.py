@@ -1,11 +1,13 @@
 """Functions on tensors as operators of PyTorch, without the cost of an operator where nothing looks at it."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from grpo_fast.records import flat, schema, unflatten
 
 PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -13,69 +15,171 @@ PLAIN = (Tensor, torch.nn.Parameter)
 def operator(
     name: str,
     function: Callable[..., Any],
-    schema: str | None = None,
+    arguments: dict[str, Any],
+    results: str,
     *,
     fake: Callable[..., Any],
     backward: Callable[..., tuple] | None = None,
     setup_context: Callable[..., None] | None = None,
+    differentiable: int = 1,
+    mutates: bool = False,
 ) -> Callable[..., Any]:
     """Return `function` as the operator `grpo_fast::<name>`.
 
     What traces a program needs the operator: `torch.compile`, `torch.func`, and every mode or
     subclass of tensors that sees operators. Else the function is called directly, because the
-    layers of an operator written in Python take 40 to 80 us a call (torch 2.13, on a CPU).
+    layers of an operator written in Python take 40 to 80 us a call (torch 2.13, on a CPU). An
+    operator takes the fields of records one by one; a direct call takes the records themselves.
 
     Args:
-        function: takes and returns tensors, changes none of them, and returns none of them.
-        schema: as `torch.library.custom_op` takes it; None: from the annotations of `function`.
+        function: takes tensors and records, returns tensors, and returns none of what it takes. A
+            result may be None; the operator returns a tensor without elements in its place.
+        arguments: the names of its arguments and their types, as `records.schema` takes them.
+        results: the types of its results, as schemas write them: "(Tensor, Tensor)".
         fake: the function on tensors without values.
         backward, setup_context: of its gradient, as in `torch.autograd.Function`; None: the results
-            have none.
+            have none. `setup_context` gets the records, and `backward` returns the gradients of the
+            first tensors.
+        differentiable: how many of the first arguments gradients flow to.
+        mutates: whether the function changes its first argument, a tensor. It changes no other.
 
     Returns:
-        A function of positional arguments. Its attribute `traced` is the operator itself.
+        A function of positional arguments, the same as those of `function`. Its attribute `traced`
+        is the operator itself, and `by_fields` the function that this calls.
     """
-    traced = torch.library.custom_op(f"grpo_fast::{name}", function, mutates_args=(), schema=schema)
-    traced.register_fake(fake)
+    kinds = tuple(arguments.values())
+    by_fields = _taking_fields(function, kinds)
+    declared = f"({schema(**arguments)}) -> {results}"
+    changed: tuple[str, ...] = ()
+    if mutates:
+        declared, changed = declared.replace("Tensor ", "Tensor(a!) ", 1), (next(iter(arguments)),)
+    traced = torch.library.custom_op(
+        f"grpo_fast::{name}", by_fields, mutates_args=changed, schema=declared
+    )
+    traced.register_fake(_taking_fields(fake, kinds))
+    direct: Callable[..., Any]
     if backward is None:
-        direct = torch.no_grad()(function)
+        direct = _changing_first(function) if mutates else torch.no_grad()(function)
     else:
-        traced.register_autograd(backward, setup_context=setup_context)
-        members = {"forward": _forward_of(function, setup_context), "backward": backward}
-        statics = {key: staticmethod(value) for key, value in members.items()}
-        kind: Any = type(f"grpo_fast_{name}", (torch.autograd.Function,), statics)
-        direct = kind.apply
+        keep = setup_context or _nothing
+        total = len(traced._opoverload._schema.arguments)
+        traced.register_autograd(_padded(backward, total), setup_context=_of_fields(keep, kinds))
+        direct = _differentiable(name, function, backward, keep, kinds[:differentiable])
 
     @functools.wraps(function)
     def call(*args: Any) -> Any:
         if watched(*args):
-            return traced(*args)
+            return traced(*flat(*args))
         if torch.autograd._profiler_enabled():
             with torch.profiler.record_function(f"grpo_fast::{name}"):
                 return direct(*args)
         return direct(*args)
 
-    call.traced = traced  # type: ignore[attr-defined]
+    call.traced, call.by_fields = traced, by_fields  # type: ignore[attr-defined]
     return call
 
 
-def _forward_of(function: Callable[..., Any], setup_context: Any) -> Callable[..., Any]:
-    """Return the forward of a Function; with one of two parts PyTorch looks at the signature each time."""
+def _nothing(*_: Any) -> None:
+    return None
 
-    def forward(ctx: Any, *args: Any) -> Any:
-        found = function(*args)
-        if setup_context is not None:
-            setup_context(ctx, args, found)
+
+def _taking_fields(function: Callable[..., Any], kinds: tuple[Any, ...]) -> Callable[..., Any]:
+    """Return `function` as operators call it: with the fields of its records, and results without None."""
+
+    def by_fields(*given: Any) -> Any:
+        found = function(*unflatten(given, *kinds))
+        if not isinstance(found, tuple):
+            return found
+        like = given[0]
+        return tuple(
+            torch.empty(0, dtype=torch.float32, device=like.device) if x is None else x
+            for x in found
+        )
+
+    return by_fields
+
+
+def _of_fields(setup_context: Callable[..., None], kinds: tuple[Any, ...]) -> Callable[..., None]:
+    """Return `setup_context` for an operator, whose inputs are the fields of records."""
+
+    def of_fields(ctx: Any, inputs: tuple, output: Any) -> None:
+        setup_context(ctx, tuple(unflatten(inputs, *kinds)), output)
+
+    return of_fields
+
+
+def _padded(backward: Callable[..., tuple], total: int) -> Callable[..., tuple]:
+    """Return `backward` with a gradient of None for the inputs after those it returns, `total` in all."""
+
+    @functools.wraps(backward)
+    def padded(ctx: Any, *upstream: Any) -> tuple:
+        found = backward(ctx, *upstream)
+        return (*found, *(None,) * (total - len(found)))
+
+    return padded
+
+
+def _differentiable(
+    name: str,
+    function: Callable[..., Any],
+    backward: Callable[..., tuple],
+    setup_context: Callable[..., None],
+    leading: tuple[Any, ...],
+) -> Callable[..., Any]:
+    """Return a function that calls `function` as an `torch.autograd.Function`.
+
+    That looks at each of its inputs. So only the tensors that gradients may flow to are inputs of
+    their own; all others come in one tuple.
+
+    Args:
+        leading: the types of the arguments that gradients flow to; they come first.
+    """
+    count = len(leading)
+
+    def forward(ctx: Any, *given: Any) -> Any:
+        *tensors, rest = given
+        inputs = (*unflatten(tensors, *leading), *rest)
+        found = function(*inputs)
+        setup_context(ctx, inputs, found)
         return found
 
-    return forward
+    total = schema(**{str(i): kind for i, kind in enumerate(leading)}).count(",") + 2
+    members = {"forward": forward, "backward": _padded(backward, total)}
+    statics = {key: staticmethod(value) for key, value in members.items()}
+    kind: Any = type(f"grpo_fast_{name}", (torch.autograd.Function,), statics)
+
+    def direct(*args: Any) -> Any:
+        return kind.apply(*flat(*args[:count]), args[count:])
+
+    return direct
+
+
+def _changing_first(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a direct call of a function that changes its first argument, as autograd has to know."""
+
+    def direct(x: Tensor, *rest: Any) -> Any:
+        with torch.no_grad():
+            found = function(x, *rest)
+        if not x.is_inference():
+            torch.autograd.graph.increment_version(x)
+        return found
+
+    return direct
 
 
 def watched(*args: Any) -> bool:
     """Tell whether something sees operators: a tracer, a mode, a transform, or a tensor without values."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return True
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        return True
-    tensors = [x for x in args if isinstance(x, Tensor)]
-    return bool([x for x in tensors if type(x) not in PLAIN or x.is_meta])
+    return torch._C._functorch.peek_interpreter_stack() is not None or _has_special(args)
+
+
+def _has_special(args: Sequence[Any]) -> bool:
+    """Tell whether there is a subclass of tensors or a tensor without values, also within records."""
+    for x in args:
+        if type(x) in PLAIN:
+            if x.is_meta:
+                return True
+        elif isinstance(x, Tensor) or (isinstance(x, tuple) and _has_special(x)):
+            return True
+    return False

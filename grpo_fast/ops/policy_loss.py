@@ -12,15 +12,16 @@ from grpo_fast.operands import Terms
 from grpo_fast.ops.autograd import without_graph
 from grpo_fast.ops.backend import run
 from grpo_fast.ops.operator import operator
-from grpo_fast.records import Outputs, PolicyLoss, Tokens, flat, schema, unflatten
+from grpo_fast.records import Outputs, PolicyLoss, Tokens
 
-ARGUMENTS = {"mask": Tensor | None, "tokens": Tokens, "terms": Terms}
+ARGUMENTS = {"logp": Tensor, "mask": Tensor | None, "tokens": Tokens, "terms": Terms}
 RESULTS = "(Tensor, Tensor, Tensor, Tensor)"  # the fields of PolicyLoss
 
 
 @logged("operator policy_loss", inner=True)
-def _policy_loss(logp: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    mask, tokens, terms = unflatten(arguments, *ARGUMENTS.values())
+def _policy_loss(
+    logp: Tensor, mask: Tensor | None, tokens: Tokens, terms: Terms
+) -> tuple[Tensor, ...]:
     given = (logp, mask, tokens, Objective.from_terms(*terms))
     exact = logp.dtype == torch.float64
     return none_to_empty(run("policy_loss.policy_loss_fwd", logp, *given, by_pytorch=exact), logp)
@@ -31,9 +32,8 @@ def none_to_empty(found: PolicyLoss, logp: Tensor) -> tuple[Tensor, ...]:
     return tuple(logp.new_empty(0) if x is None else x for x in found)
 
 
-def fake(logp: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+def fake(logp: Tensor, mask: Tensor | None, tokens: Tokens, *_: Any) -> tuple[Tensor, ...]:
     """Return tensors like the results of an operator that returns `PolicyLoss`, without values."""
-    _, tokens = unflatten(arguments[: 1 + len(Tokens._fields)], Tensor | None, Tokens)
     kl = logp.new_empty(0) if tokens.ref_logp is None else torch.empty_like(logp)
     clip = logp.new_empty(logp.shape, dtype=torch.int8)
     return torch.empty_like(logp), torch.empty_like(logp), kl, clip
@@ -44,20 +44,20 @@ def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.save_for_backward(output[1])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.arguments = len(inputs)
 
 
 @without_graph("policy_loss")
 def backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple:
     """Return the gradient in the first argument of such an operator, the log-probs."""
     (dlogp,) = ctx.saved_tensors
-    return (None if dloss is None else dloss * dlogp, *(None,) * (ctx.arguments - 1))
+    return (None if dloss is None else dloss * dlogp,)
 
 
 policy_loss_op = operator(
     "policy_loss",
     _policy_loss,
-    f"(Tensor logp, {schema(**ARGUMENTS)}) -> {RESULTS}",
+    ARGUMENTS,
+    RESULTS,
     fake=fake,
     backward=backward,
     setup_context=setup_context,
@@ -66,7 +66,7 @@ policy_loss_op = operator(
 
 def policy_loss_fwd(logp: Tensor, mask: Tensor | None, tokens: Tokens, terms: Terms) -> PolicyLoss:
     """Compute an objective on log-probs (N,); `loss` is differentiable in them."""
-    return PolicyLoss(*policy_loss_op(logp, *flat(mask, tokens, terms)))
+    return PolicyLoss(*policy_loss_op(logp, mask, tokens, terms))
 
 
 STATISTICS_OF = {
@@ -78,22 +78,23 @@ STATISTICS_OF = {
 }
 
 
-def _token_statistics(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    outputs, *given = unflatten(arguments, *STATISTICS_OF.values())
+def _token_statistics(outputs: Outputs, *given: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     function, empty = "policy_loss.token_statistics_fwd", not outputs.logp.numel()
     return run(function, outputs.logp, outputs, *given, by_pytorch=empty)
 
 
-def _fake_statistics(loss: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+def _fake_statistics(outputs: Outputs, *_: Any) -> tuple[Tensor, ...]:
     return tuple(
-        loss.new_empty(n, dtype=torch.float32) for n in ((len(STATISTICS),), (len(METRICS),), ())
+        outputs.loss.new_empty(n, dtype=torch.float32)
+        for n in ((len(STATISTICS),), (len(METRICS),), ())
     )
 
 
 token_statistics_op = operator(
     "token_statistics",
     _token_statistics,
-    f"({schema(**STATISTICS_OF)}) -> (Tensor, Tensor, Tensor)",
+    STATISTICS_OF,
+    "(Tensor, Tensor, Tensor)",
     fake=_fake_statistics,
 )
 
@@ -110,4 +111,4 @@ def token_statistics(
     Masked tokens do not enter. `share` is the weight of a token in the sums, None for 1; the losses
     are weighted already. In `outputs`, entropy and kl are None where there are none.
     """
-    return token_statistics_op(*flat(outputs, mask, share, old_logp, importance))
+    return token_statistics_op(outputs, mask, share, old_logp, importance)

@@ -9,26 +9,27 @@ from torch import Tensor
 from grpo_fast.objective import Objective
 from grpo_fast.ops.backend import run
 from grpo_fast.ops.operator import operator
-from grpo_fast.records import SymInt, Weighing, Weights, flat, schema, unflatten
+from grpo_fast.records import SymInt, Weighing, Weights
 
-ARGUMENTS = {"weighing": Weighing, "reduction": str, "max_length": SymInt, "by_tokens": bool}
+ARGUMENTS = {
+    "like": Tensor,
+    "weighing": Weighing,
+    "reduction": str,
+    "max_length": SymInt,
+    "by_tokens": bool,
+}
 
 
-def _reduction_weights(like: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    """Return the fields of `Weights`, (0,) where they are None."""
-    weighing, *how = unflatten(arguments, *ARGUMENTS.values())
+def _reduction_weights(like: Tensor, weighing: Weighing, *how: Any) -> tuple[Tensor | None, ...]:
+    """Return the fields of `Weights`."""
     weighing = weighing._replace(
         num_items=_number(weighing.num_items, like), loss_scale=_number(weighing.loss_scale, like)
     )
     by_pytorch = like.dtype == torch.float64 or not like.numel()
-    found = run(
+    found: tuple[Tensor | None, ...] = run(
         "reduction_weights.reduction_weights_fwd", like, like, weighing, *how, by_pytorch=by_pytorch
     )
-    dtypes = (*[torch.float32] * 3, torch.int64)
-    return tuple(
-        torch.empty(0, dtype=dtype, device=like.device) if x is None else x
-        for x, dtype in zip(found, dtypes, strict=True)
-    )
+    return found
 
 
 def _number(x: Tensor | None, like: Tensor) -> Any:
@@ -41,23 +42,24 @@ def _number(x: Tensor | None, like: Tensor) -> Any:
     return float(x.item())  # Triton would compile another kernel for an int
 
 
-def _fake(like: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    weighing, _, _, by_tokens = unflatten(arguments, *ARGUMENTS.values())
-    N = like.numel()
+def _fake(
+    like: Tensor, weighing: Weighing, reduction: str, max_length: int, by_tokens: bool
+) -> tuple[Tensor | None, ...]:
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-    new = functools.partial(torch.empty, device=like.device)
+    new = functools.partial(torch.empty, like.numel(), device=like.device)
     return (
-        new(N, dtype=dtype),
-        new(0 if weighing.floating is None else N, dtype=dtype),
-        new(N if by_tokens else 0, dtype=dtype),
-        new(0 if weighing.boundaries is None else N, dtype=torch.int64),
+        new(dtype=dtype),
+        None if weighing.floating is None else new(dtype=dtype),
+        new(dtype=dtype) if by_tokens else None,
+        None if weighing.boundaries is None else new(dtype=torch.int64),
     )
 
 
 reduction_weights_op = operator(
     "reduction_weights",
     _reduction_weights,
-    f"(Tensor like, {schema(**ARGUMENTS)}) -> (Tensor, Tensor, Tensor, Tensor)",
+    ARGUMENTS,
+    "(Tensor, Tensor, Tensor, Tensor)",
     fake=_fake,
 )
 
@@ -71,7 +73,7 @@ def weights_of(like: Tensor, weighing: Weighing, objective: Objective) -> Weight
     """
     by_tokens = objective.entropy_reduction == "token_mean"
     weight, share, entropy_weight, sequence = reduction_weights_op(
-        like, *flat(weighing, objective.reduction, objective.max_length or 0, by_tokens)
+        like, weighing, objective.reduction, objective.max_length or 0, by_tokens
     )
     return Weights(
         weight,

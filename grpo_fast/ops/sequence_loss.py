@@ -1,7 +1,5 @@
 """The objective on log-probs for objectives that look at whole sequences, as an operator."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -11,14 +9,21 @@ from grpo_fast.operands import Terms
 from grpo_fast.ops.backend import run
 from grpo_fast.ops.operator import operator
 from grpo_fast.ops.policy_loss import RESULTS, backward, fake, none_to_empty, setup_context
-from grpo_fast.records import PolicyLoss, Sequences, Tokens, flat, schema, unflatten
+from grpo_fast.records import PolicyLoss, Sequences, Tokens
 
-ARGUMENTS = {"mask": Tensor | None, "tokens": Tokens, "sequences": Sequences, "terms": Terms}
+ARGUMENTS = {
+    "logp": Tensor,
+    "mask": Tensor | None,
+    "tokens": Tokens,
+    "sequences": Sequences,
+    "terms": Terms,
+}
 
 
 @logged("operator sequence_loss", inner=True)
-def _sequence_loss(logp: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    mask, tokens, sequences, terms = unflatten(arguments, *ARGUMENTS.values())
+def _sequence_loss(
+    logp: Tensor, mask: Tensor | None, tokens: Tokens, sequences: Sequences, terms: Terms
+) -> tuple[Tensor, ...]:
     given = (logp, mask, tokens, sequences, Objective.from_terms(*terms))
     by_pytorch = logp.dtype == torch.float64
     return none_to_empty(
@@ -29,7 +34,8 @@ def _sequence_loss(logp: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
 sequence_loss_op = operator(
     "sequence_loss",
     _sequence_loss,
-    f"(Tensor logp, {schema(**ARGUMENTS)}) -> {RESULTS}",
+    ARGUMENTS,
+    RESULTS,
     fake=fake,
     backward=backward,
     setup_context=setup_context,
@@ -40,4 +46,4 @@ def sequence_loss_fwd(
     logp: Tensor, mask: Tensor | None, tokens: Tokens, sequences: Sequences, terms: Terms
 ) -> PolicyLoss:
     """Compute an objective on log-probs (N,) of whole sequences; `loss` is differentiable in them."""
-    return PolicyLoss(*sequence_loss_op(logp, *flat(mask, tokens, sequences, terms)))
+    return PolicyLoss(*sequence_loss_op(logp, mask, tokens, sequences, terms))

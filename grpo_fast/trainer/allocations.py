@@ -129,9 +129,9 @@ def _into_out(*args: Any, out: Tensor, **_: Any) -> Tensor:
 
 # Operators of this project: what they allocate inside is counted, too.
 INSIDE: dict[str, Callable[..., Any]] = {
-    "grpo_fast.linear_grpo.default": linear_grpo._forward,
-    "grpo_fast.linear_logprob_fwd.default": linear_logprob._forward,
-    "grpo_fast.linear_logprob_bwd.default": linear_logprob._backward_pass,
+    "grpo_fast.linear_grpo.default": linear_grpo.linear_grpo.by_fields,
+    "grpo_fast.linear_logprob_fwd.default": linear_logprob.linear_logprob_fwd.by_fields,
+    "grpo_fast.linear_logprob_bwd.default": linear_logprob.linear_logprob_bwd.by_fields,
 }
 # What takes the place of operators that device "meta" has not.
 STAND_INS: dict[str, Callable[..., Any]] = {
