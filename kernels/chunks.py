@@ -12,7 +12,7 @@ A program owns BLOCK columns of one row of the chunk.
 import triton
 import triton.language as tl
 
-from grpo_fast.kernels.schedules import compiled_with
+from grpo_fast.kernels.schedules import compiled_with, parts_of
 from grpo_fast.records import Incoming, Outgoing
 
 BLOCK = 2048
@@ -75,7 +75,7 @@ def move_rows(outgoing, incoming):
         C, D = incoming.h.shape
         n_in, given_in = incoming.n, incoming._replace(n=None)
         stride_n, stride_d = incoming.hidden.stride()
-    blocks = triton.cdiv(D, BLOCK)
+    blocks = parts_of(D, BLOCK)
     _move_rows_kernel[(C * blocks,)](
         outgoing=given_out,
         incoming=given_in,

@@ -30,7 +30,7 @@ MAX_BLOCK = 1024
 
 def block_size(n: int) -> int:
     """How many rewards are read at once."""
-    return min(triton.next_power_of_2(max(n, 1)), MAX_BLOCK)
+    return min(1 << (max(n, 1) - 1).bit_length(), MAX_BLOCK)
 
 
 class Moments(NamedTuple):

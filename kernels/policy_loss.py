@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from grpo_fast.kernels.scalars import modes_of, scalars_of
-from grpo_fast.kernels.schedules import compiled_with
+from grpo_fast.kernels.schedules import compiled_with, parts_of
 from grpo_fast.kernels.terms import (
     CLIP_DUAL,
     CLIP_HIGH,
@@ -226,7 +226,7 @@ def policy_loss_fwd(logp, mask, tokens, objective):
     N = len(logp)
     out = new_policy_loss(logp, tokens.ref_logp is not None)
     if N:
-        _policy_loss_kernel[(triton.cdiv(N, BLOCK),)](
+        _policy_loss_kernel[(parts_of(N, BLOCK),)](
             logp_ptr=logp,
             mask_ptr=mask,
             tokens=tokens._replace(entropy_weight=None, coefficient=None),
@@ -252,7 +252,7 @@ def token_statistics_fwd(outputs, mask, share, old_logp, importance):
     """
     logp = outputs.logp
     N = len(logp)
-    programs = triton.cdiv(N, BLOCK)
+    programs = parts_of(N, BLOCK)
     new = functools.partial(torch.empty, device=logp.device, dtype=torch.float32)
     statistics, metrics, total = new(NUM_STATISTICS), new(NUM_METRICS), new(())
     arrived = None

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from grpo_fast.kernels.policy_loss import load_tokens
-from grpo_fast.kernels.schedules import compiled_with
+from grpo_fast.kernels.schedules import compiled_with, parts_of
 
 COUNTED = 4096  # tokens that a program counts at a time
 BLOCK = 2048  # tokens that it writes at a time
@@ -163,9 +163,9 @@ def reduction_weights_fwd(like, weighing, reduction, max_length, by_tokens):
     if boundaries is not None:
         rows, parts, columns = sequences, 1, N
     elif reduction == "sequence_mean":
-        rows, parts, columns = sequences, triton.cdiv(T_len, BLOCK), BLOCK
+        rows, parts, columns = sequences, parts_of(T_len, BLOCK), BLOCK
     else:  # no sequence has a number of its own
-        rows, parts, columns, T_len = 1, triton.cdiv(N, BLOCK), BLOCK, N
+        rows, parts, columns, T_len = 1, parts_of(N, BLOCK), BLOCK, N
     items_ptr, num_items = on_device_or_not(weighing.num_items)
     scale_ptr, loss_scale = on_device_or_not(weighing.loss_scale)
     _reduction_weights_kernel[(rows * parts,)](

@@ -107,6 +107,7 @@ class Modes(NamedTuple):
     QUADRATIC: bool  # the surrogate has a term in d^2
 
 
+@functools.lru_cache(maxsize=256)
 def scalars_of(objective) -> Scalars:
     """The numbers of a `grpo_fast.Objective`."""
     lowest, highest = objective.log_ratio_bounds
@@ -121,6 +122,7 @@ def scalars_of(objective) -> Scalars:
     )
 
 
+@functools.lru_cache(maxsize=256)
 def modes_of(objective) -> Modes:
     """The modes of a `grpo_fast.Objective`."""
     return Modes(

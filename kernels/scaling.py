@@ -15,13 +15,11 @@ A program of `scale_rows` owns a row, or a part of one (`schedules`); one of `sc
 of `weigh_rows` a block of columns of a row.
 """
 
-import dataclasses
-
 import triton
 import triton.language as tl
 
 from grpo_fast.kernels.edges import Rows, edge_columns, place_row, rows_of
-from grpo_fast.kernels.schedules import compiled_with, schedule
+from grpo_fast.kernels.schedules import compiled_with, parts_of, schedule
 
 MANY_ROWS = 1024
 ELEMENTS = 4096  # of a program of `scale`
@@ -89,7 +87,7 @@ def scale_rows(factor, x):
     B, T_len, V = x.shape
     plan = schedule(V)
     if B * T_len >= MANY_ROWS:  # most programs only read a factor of 1: one for each row is enough
-        plan = dataclasses.replace(plan, parts=1, columns=V)
+        plan = plan.of_whole_rows(V)
     if x.numel():
         _scale_rows_kernel[(B * T_len * plan.parts,)](
             factor_ptr=factor,
@@ -130,7 +128,7 @@ def scale(x, factor, y):
     """
     n = x.numel()
     if n:
-        _scale_kernel[(triton.cdiv(n, ELEMENTS),)](
+        _scale_kernel[(parts_of(n, ELEMENTS),)](
             x_ptr=x,
             factor_ptr=factor,
             y_ptr=y,
@@ -170,7 +168,7 @@ def weigh_rows(x, c, y):
         c: (N,), any stride.
     """
     N, D = x.shape
-    blocks = triton.cdiv(D, COLUMNS)
+    blocks = parts_of(D, COLUMNS)
     if x.numel():
         _weigh_rows_kernel[(N * blocks,)](
             c_ptr=c,

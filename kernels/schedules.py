@@ -27,6 +27,11 @@ SEGMENTS = 4  # of a long row of float32, how many a program reads
 STATISTICS = 3  # m, s, t
 
 
+def parts_of(n: int, size: int) -> int:
+    """How many parts of `size` elements hold n elements. `triton.cdiv` takes 2 us on the host."""
+    return -(-n // size)
+
+
 def compiled_with(num_warps: int, registers: int | None = None) -> dict[str, int | bool]:
     """The compiler options of a launch.
 
@@ -110,6 +115,10 @@ class Schedule:
             return f"1 program a row of {self.columns:,} entries, {self.num_warps} warps"
         return f"{self.parts} programs a row, {self.columns:,} entries each, {self.num_warps} warps"
 
+    def of_whole_rows(self, V: int) -> "Schedule":
+        """The schedule with one program for each row of V entries."""
+        return dataclasses.replace(self, parts=1, columns=V)
+
     def arguments(self) -> dict[str, Any]:
         """The arguments that tell a kernel of this schedule."""
         return {
@@ -151,33 +160,12 @@ class Reading(Schedule):
         return Tile(self.K if self.T == T else 2, T)
 
     def arguments(self, with_entropy: bool = False, waiting: int | None = None) -> dict[str, Any]:
-        """The arguments that tell a kernel of this schedule.
+        """The arguments that tell a kernel of this schedule; they are not to be changed.
 
         Args:
             waiting: the limit of registers of programs that wait for each other (`registers_to_wait`).
         """
-        registers = None
-        if self.groups > 1:  # four programs of 256 threads a multiprocessor, or three
-            registers = 80 if with_entropy else 64
-        elif self.polls and self.num_warps == 4:
-            registers = 88  # a soft cap's programs would spill two on a B200 without a limit
-        elif self.polls and waiting and not with_entropy:
-            # For rows of float32, 64 were measured.
-            registers = waiting if self.steps == 1 else max(waiting, 64)
-        tiles = ReadTiles(
-            K=self.K,
-            T=self.T,
-            STEPS=self.steps,
-            SIDE=self.side,
-            GROUPS=self.groups,
-            BLOCK_SEGMENTS=triton.next_power_of_2(self.segments),
-            SPLIT=self.split,
-        )
-        return {
-            "split": Split(self.parts, self.columns, self.segments),
-            "TILES": tiles,
-            **compiled_with(self.num_warps, registers),
-        }
+        return _arguments_of(self, with_entropy, waiting)
 
     def meeting_point(self, N, device, arrived=None) -> Meeting:
         """Where the programs of N rows leave the statistics of segments, and count themselves.
@@ -193,6 +181,33 @@ class Reading(Schedule):
         return Meeting(partial, arrived)
 
 
+@functools.lru_cache(maxsize=256)
+def _arguments_of(plan: Reading, with_entropy: bool, waiting: int | None) -> dict[str, Any]:
+    registers = None
+    if plan.groups > 1:  # four programs of 256 threads a multiprocessor, or three
+        registers = 80 if with_entropy else 64
+    elif plan.polls and plan.num_warps == 4:
+        registers = 88  # a soft cap's programs would spill two on a B200 without a limit
+    elif plan.polls and waiting and not with_entropy:
+        # For rows of float32, 64 were measured.
+        registers = waiting if plan.steps == 1 else max(waiting, 64)
+    tiles = ReadTiles(
+        K=plan.K,
+        T=plan.T,
+        STEPS=plan.steps,
+        SIDE=plan.side,
+        GROUPS=plan.groups,
+        BLOCK_SEGMENTS=triton.next_power_of_2(plan.segments),
+        SPLIT=plan.split,
+    )
+    return {
+        "split": Split(plan.parts, plan.columns, plan.segments),
+        "TILES": tiles,
+        **compiled_with(plan.num_warps, registers),
+    }
+
+
+@functools.lru_cache(maxsize=256)
 def schedule(V: int, capped: bool = False) -> Schedule:
     """The schedule for rows of V entries that need no statistics, or that one program owns.
 
@@ -204,9 +219,9 @@ def schedule(V: int, capped: bool = False) -> Schedule:
     K, T, warps = 4, 8 * threads, threads // WARP_SIZE
     if V <= MAX_V_PER_PROGRAM:
         return Schedule(parts=1, columns=V, K=K, T=T, num_warps=warps)
-    tiles = triton.cdiv(V, K * T)
-    columns = max(triton.cdiv(tiles, PARTS), FEWEST_TILES) * K * T
-    return Schedule(parts=triton.cdiv(V, columns), columns=columns, K=K, T=T, num_warps=warps)
+    tiles = parts_of(V, K * T)
+    columns = max(parts_of(tiles, PARTS), FEWEST_TILES) * K * T
+    return Schedule(parts=parts_of(V, columns), columns=columns, K=K, T=T, num_warps=warps)
 
 
 def reading(
@@ -221,13 +236,18 @@ def reading(
         together: whether the programs of a row wait for each other (`rows.meet`). Each then reads one segment
             at a time, and `side` has no effect. AMD's GPUs were not measured: there no program waits.
     """
-    plan = schedule(V, capped)
-    if plan.parts == 1:
-        return Reading(**dataclasses.asdict(plan))
     together = together and WARP_SIZE == 32
     polls = 0
     if together:
         polls = INTERPRETED_POLLS if triton.knobs.runtime.interpret else POLLS
+    return _reading(V, itemsize, capped, side, together, polls)
+
+
+@functools.lru_cache(maxsize=256)
+def _reading(V: int, itemsize: int, capped: bool, side: int, together: bool, polls: int) -> Reading:
+    plan = schedule(V, capped)
+    if plan.parts == 1:
+        return Reading(**dataclasses.asdict(plan))
     if capped or itemsize < 4 or WARP_SIZE != 32:  # AMD's GPUs: not measured
         return Reading(**dataclasses.asdict(plan), segments=plan.parts, polls=polls)
     # Each lane holds 16 bytes, once in a row of the tile: else the order of additions would change.
@@ -237,16 +257,16 @@ def reading(
     groups = SEGMENTS
     if together:
         side = 1
-        groups = triton.cdiv(triton.cdiv(V, segment), MOST_TOGETHER)
+        groups = parts_of(parts_of(V, segment), MOST_TOGETHER)
     columns = groups * segment
     groups //= side
     return Reading(
-        parts=triton.cdiv(V, columns),
+        parts=parts_of(V, columns),
         columns=columns,
         K=plan.K,
         T=T,
         num_warps=side * plan.num_warps,
-        segments=triton.cdiv(V, segment),
+        segments=parts_of(V, segment),
         groups=groups,
         side=side,
         steps=steps,
@@ -268,6 +288,8 @@ def overlaps(logits, dlogits) -> bool:
     Raises:
         ValueError: the two share memory in any other way, but for being the same elements.
     """
+    if logits is dlogits:
+        return False
     if logits.untyped_storage()._cdata != dlogits.untyped_storage()._cdata:
         return False
     (first, stop), (dfirst, dstop) = _bytes_of(logits), _bytes_of(dlogits)

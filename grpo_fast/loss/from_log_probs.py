@@ -7,7 +7,7 @@ from grpo_fast.loss.arguments import LossArguments, check_batch, check_unweighed
 from grpo_fast.loss.output import LossOutput, loss_output, metrics_of
 from grpo_fast.notices import logged
 from grpo_fast.objective import OPTIONS, Objective
-from grpo_fast.ops.autograd import anchors_of, once_differentiable
+from grpo_fast.ops.autograd import anchors_of
 from grpo_fast.ops.coefficients import in_one_call, padded_loss, values
 from grpo_fast.records import Outputs
 from grpo_fast.spelling import keywords_explained
@@ -92,9 +92,8 @@ def policy_loss(
     flat = logp.reshape(-1).contiguous()
     flat_entropy = None if entropy is None else entropy.reshape(-1).float().contiguous()
     found = values(flat, flat_entropy, batch, objective.terms)
-    loss = once_differentiable(op, found.loss, anchors_of(logps, entropy))
-    out = Outputs(loss, flat.detach(), flat_entropy, found.kl, found.clip)
-    return loss_output(logps, out, batch)
+    out = Outputs(found.loss, flat.detach(), flat_entropy, found.kl, found.clip)
+    return loss_output(logps, out, batch, op, anchors_of(logps, entropy))
 
 
 def _of_padded(

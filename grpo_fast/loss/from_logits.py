@@ -11,7 +11,7 @@ from grpo_fast.loss.output import LossOutput, loss_output
 from grpo_fast.notices import fell_back, logged
 from grpo_fast.objective import OPTIONS, Objective
 from grpo_fast.operands import Terms, replaced
-from grpo_fast.ops.autograd import anchors_of, once_differentiable
+from grpo_fast.ops.autograd import anchors_of
 from grpo_fast.ops.coefficients import (
     Batch,
     WithGradientOf,
@@ -170,12 +170,11 @@ def grpo_loss(
     return_entropy = return_entropy or objective.needs_entropy
     call = _LogitsCall(logits3, targets, batch, objective.terms, return_entropy, inplace)
     out = _by_launch(call) if objective.by_token and with_grad else _by_phases(call)
-    out = replaced(out, loss=once_differentiable(op, out.loss, anchors))
     if inplace:
         overwritten.mark(logits)
     if not return_entropy:
         out = replaced(out, entropy=None)
-    return loss_output(completion_ids, out, batch)
+    return loss_output(completion_ids, out, batch, op, anchors)
 
 
 class _LogitsCall(NamedTuple):

@@ -1,11 +1,12 @@
 """The output of the losses: `LossOutput` and how it is made."""
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from grpo_fast.metrics import METRICS
+from grpo_fast.ops.autograd import sum_once_differentiable
 from grpo_fast.ops.coefficients import Batch
 from grpo_fast.ops.policy_loss import token_statistics
 from grpo_fast.records import Outputs
@@ -38,12 +39,15 @@ class LossOutput(NamedTuple):
     statistics: Tensor
 
 
-def loss_output(like: Tensor, outputs: Outputs, batch: Batch) -> LossOutput:
+def loss_output(
+    like: Tensor, outputs: Outputs, batch: Batch, op: str = "", anchors: Sequence[Tensor] = ()
+) -> LossOutput:
     """Make the output of a loss from the values of (N,) tokens.
 
     Args:
         like: a tensor of the shape that the caller knows, (B, T) or (N,).
         outputs: `entropy` is None where it was not computed; `kl` is ignored without a reference.
+        op, anchors: of a loss that has a graph, as in `sum_once_differentiable`.
     """
     loss, tokens = outputs.loss, batch.tokens
     entropy = None if outputs.entropy is None else outputs.entropy.detach()
@@ -59,7 +63,7 @@ def loss_output(like: Tensor, outputs: Outputs, batch: Batch) -> LossOutput:
     )
     metrics = metrics_of(values, has_ref, entropy is not None)
     shaped = None if entropy is None else entropy.view(like.shape)
-    total = SumOf.apply(loss, total) if loss.requires_grad else total
+    total = sum_once_differentiable(op, loss, total, anchors)
     return LossOutput(total, outputs.logp.view(like.shape), shaped, metrics, statistics)
 
 
@@ -71,16 +75,3 @@ def metrics_of(values: Tensor, has_ref: bool, has_entropy: bool) -> dict[str, Te
     if not has_entropy:
         del metrics["entropy"]
     return metrics
-
-
-class SumOf(torch.autograd.Function):
-    """`SumOf.apply(x, total)` returns the sum of x, which is known already, with its gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, total: Tensor) -> Tensor:
-        ctx.shape = x.shape
-        return total.detach()
-
-    @staticmethod
-    def backward(ctx: Any, dtotal: Tensor) -> tuple[Tensor, None]:
-        return dtotal.expand(ctx.shape), None

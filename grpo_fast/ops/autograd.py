@@ -1,7 +1,7 @@
 """Steps that all backwards share: a second derivative must raise."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -63,6 +63,32 @@ def once_differentiable(op: str, y: Tensor, anchors: list[Tensor]) -> Tensor:
     lacks a part.
     """
     return _Anchored.apply(op, y, *anchors) if anchors and y.requires_grad else y
+
+
+class _SumOf(torch.autograd.Function):
+    """Return `total`, the sum of x that is known already, and connect its gradient with the anchors."""
+
+    @staticmethod
+    def forward(ctx: Any, op: str, x: Tensor, total: Tensor, *anchors: Tensor) -> Tensor:
+        ctx.op, ctx.shape = op, x.shape
+        ctx.save_for_backward(*anchors)
+        return total.detach()
+
+    @staticmethod
+    def backward(ctx: Any, dtotal: Tensor) -> tuple:
+        anchors = ctx.saved_tensors
+        dx = dtotal.expand(ctx.shape)
+        if anchors and torch.is_grad_enabled():
+            dx = _Constant.apply(ctx.op, dx, *anchors)
+        return None, dx, None, *(None,) * len(anchors)
+
+
+def sum_once_differentiable(op: str, x: Tensor, total: Tensor, anchors: Sequence[Tensor]) -> Tensor:
+    """Return `total`, the sum of x, an output of `op`, with the gradient of a sum.
+
+    Second derivatives with respect to the inputs raise, as in `once_differentiable`.
+    """
+    return _SumOf.apply(op, x, total, *anchors) if x.requires_grad else total
 
 
 class _WithGradient(torch.autograd.Function):

@@ -164,7 +164,7 @@ def run(function: str, like: Tensor, *args: Any, by_pytorch: bool = False, **kwa
         twin = _function(f"..torch_kernels.{function}")
         return twin(*(x.vector if isinstance(x, Strided) else x for x in args), **kwargs)
     launcher = _function(f"..kernels.{function}")
-    args = tuple(_dense(value) for value in args)
+    args = tuple(map(_dense, args))
     kwargs = {key: _dense(value) for key, value in kwargs.items()}
     # Triton launches on the current GPU.
     with torch.cuda.device(like.device) if like.is_cuda else contextlib.nullcontext():
@@ -205,8 +205,10 @@ def _dense(value: Any) -> Any:
     A vector with another stride is copied, an expanded one too: a vector that a launcher is to write
     (`out`) must be contiguous. Launchers handle the strides of everything else.
     """
+    if isinstance(value, Tensor):
+        return value.contiguous() if value.ndim == 1 else value
+    if not isinstance(value, tuple):
+        return value
     if isinstance(value, Strided):
         return value.vector
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_dense(x) for x in value))
-    return value.contiguous() if isinstance(value, Tensor) and value.ndim == 1 else value
+    return value._make(map(_dense, value)) if hasattr(value, "_make") else value

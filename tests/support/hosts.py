@@ -75,7 +75,7 @@ OURS = (
     "grpo_fast_",
     "_AnchoredBackward",
     "_OverwriteBackward",
-    "SumOfBackward",
+    "_SumOfBackward",
     "WithGradientOfBackward",
 )
 LINEAR = ("Sum", "View", "Where", "Mul", "Div")
