@@ -1,5 +1,6 @@
 """Argument checks of the ops and losses: errors name the argument and the offending value."""
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from grpo_fast.notices import switch
 from grpo_fast.objective import Objective
-from grpo_fast.operands import LARGEST, SMALLEST, hint, operand
+from grpo_fast.operands import LARGEST, SMALLEST, hint, operand, traced
 from grpo_fast.overwritten import check_not_overwritten
 from grpo_fast.records import Targets
 
@@ -332,7 +333,16 @@ def check_temperature(
         )
     if not SMALLEST <= temperature <= LARGEST:
         raise ValueError(f"{op}: temperature: want {POSITIVE}, got {temperature}")
-    return None, operand(temperature).reciprocal()
+    if traced():
+        return None, operand(temperature).reciprocal()
+    return None, _reciprocal(float(temperature))
+
+
+@functools.lru_cache(maxsize=64)
+def _reciprocal(x: float) -> Tensor:
+    """Return 1 / x as an operand, made once: a step has the temperature of the step before."""
+    with torch.inference_mode(False):  # autograd may save it
+        return operand(x).reciprocal()
 
 
 def check_targets(

@@ -40,6 +40,15 @@ def hint(name: str, x: object) -> str:
     )
 
 
+def traced() -> bool:
+    """Tell whether operations are seen by something: a compiler, a mode of operators, a transform."""
+    return bool(
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
+
+
 def operand(x: float) -> Tensor:
     """Return a number as a 0-dim float64 tensor on the CPU; it works in a compiled graph as well."""
     if torch.compiler.is_compiling():

@@ -72,7 +72,7 @@ def spread(x: Tensor, shape: torch.Size | tuple[int, ...], sequence: Tensor | No
     if sequence is not None:
         return x[sequence]
     # `contiguous`, because with one sequence `reshape` returns a view of one element with stride 0.
-    return x[:, None].expand(shape).reshape(-1).contiguous()
+    return x.unsqueeze(1).expand(shape).reshape(-1).contiguous()
 
 
 def first_of_sequence(rows: Tensor, sequence: Tensor | None) -> Tensor:
@@ -125,7 +125,7 @@ def spread_argument(
     check_device(op, name, x, like)
     x = x.reshape(-1)
     if cu_seqlens is None:
-        return (x[:, None] if like.ndim == 2 else x).expand(like.shape)
+        return (x.unsqueeze(1) if like.ndim == 2 else x).expand(like.shape)
     return x[sequence_of_token(cu_seqlens, len(like)) if sequence is None else sequence]
 
 

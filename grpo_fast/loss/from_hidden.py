@@ -18,7 +18,7 @@ from grpo_fast.ops.coefficients import Batch, coefficients_known, values
 from grpo_fast.ops.group_advantage import z_scores
 from grpo_fast.ops.head import float64
 from grpo_fast.ops.head.arguments import HeadArguments, Needs, Options, Parameters, check_head
-from grpo_fast.ops.linear_grpo import linear_grpo
+from grpo_fast.ops.linear_grpo import LinearArguments, linear_grpo
 from grpo_fast.ops.linear_logprob import linear_logprob_fwd
 from grpo_fast.records import Outputs, Rewards, Targets, Tokens
 from grpo_fast.sequences import spread
@@ -285,11 +285,19 @@ def _with_gradients(
         # With a mask the operator may wait for the boundaries of sequences, which saves the second
         # phase.
         everyone = torch.ones(call.targets.ids.numel(), dtype=torch.bool)
-    loss, *found = linear_grpo(
-        *(call.hidden, call.parameters, call.targets, call.batch.tokens),
-        *(call.with_entropy, call.terms, everyone, call.batch.sequences),
-        *(call.options, needs, dw_out),
+    arguments = LinearArguments(
+        parameters=call.parameters,
+        targets=call.targets,
+        tokens=call.batch.tokens,
+        with_entropy=call.with_entropy,
+        terms=call.terms,
+        keep=everyone,
+        sequences=call.batch.sequences,
+        options=call.options,
+        needs=needs,
+        dw_out=dw_out,
     )
+    loss, *found = linear_grpo(call.hidden, *arguments)
     return loss, Outputs(*found[:5])
 
 

@@ -166,10 +166,12 @@ def grpo_loss(
         inplace = False
     if inplace:
         overwritten.check_overwritable(op, logits)
-    anchors = anchors_of(logits)
+    anchors = anchors_of(logits) if inplace else None
     return_entropy = return_entropy or objective.needs_entropy
     call = _LogitsCall(logits3, targets, batch, objective.terms, return_entropy, inplace)
     out = _by_launch(call) if objective.by_token and with_grad else _by_phases(call)
+    if anchors is None:  # after the launch, which need not wait for it
+        anchors = anchors_of(logits)
     if inplace:
         overwritten.mark(logits)
     if not return_entropy:

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple, get_type_hints
 import torch
 from torch import Tensor
 
-from grpo_fast.notices import logged
+from grpo_fast.notices import logged, noting
 from grpo_fast.objective import Objective
 from grpo_fast.operands import Terms
 from grpo_fast.ops.autograd import without_graph
@@ -82,9 +82,9 @@ def fill(
         arrived=arrived,
         **more,
     )
-    note_schedule(
-        f"{kernel.partition('.')[0]}.schedule_of", logits, logits, dlogits, softcap, written
-    )
+    if noting():
+        function = f"{kernel.partition('.')[0]}.schedule_of"
+        note_schedule(function, logits, logits, dlogits, softcap, written)
     return out
 
 

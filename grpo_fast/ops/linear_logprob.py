@@ -102,17 +102,10 @@ def _fake_forward(
 
 
 def _backward_pass(
-    dlogp: Tensor,
-    dentropy: Tensor | None,
-    hidden: Tensor,
-    parameters: Parameters,
-    targets: Targets,
-    keep: Tensor | None,
-    statistics: RowStatistics,
-    needs: Needs,
-    options: Options,
+    dlogp: Tensor, dentropy: Tensor | None, hidden: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients in the order of `Needs`, (0,) where not wanted."""
+    parameters, targets, keep, statistics, needs, options = arguments
     rows = kept_rows(keep, hidden)
     if keep is not None:
         targets = targets._replace(mask=None)
@@ -171,9 +164,8 @@ def _backward(ctx: Any, dlogp: Tensor | None, dentropy: Tensor | None, *_: Any) 
         return ()
     if dlogp is None:
         dlogp = torch.zeros_like(statistics.logp)
-    gradients = linear_logprob_bwd(
-        dlogp, dentropy, hidden, parameters, targets, keep, statistics, needs, options
-    )
+    rest = (parameters, targets, keep, statistics, needs, options)
+    gradients = linear_logprob_bwd(dlogp, dentropy, hidden, *rest)
     return tuple(
         g.to(x.dtype) if n and x is not None else None
         for g, x, n in zip(gradients, (hidden, *parameters), needs, strict=True)

@@ -6,10 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
+from grpo_fast.operands import Modes, traced
 from grpo_fast.records import flat, schema, unflatten
 
-PLAIN = (Tensor, torch.nn.Parameter)
+NO_TENSORS = {bool, int, float, str, torch.dtype, Modes}
 
 
 def operator(
@@ -53,29 +55,31 @@ def operator(
     changed: tuple[str, ...] = ()
     if mutates:
         declared, changed = declared.replace("Tensor ", "Tensor(a!) ", 1), (next(iter(arguments)),)
-    traced = torch.library.custom_op(
+    as_operator = torch.library.custom_op(
         f"grpo_fast::{name}", by_fields, mutates_args=changed, schema=declared
     )
-    traced.register_fake(_taking_fields(fake, kinds))
+    as_operator.register_fake(_taking_fields(fake, kinds))
     direct: Callable[..., Any]
     if backward is None:
         direct = _changing_first(function) if mutates else torch.no_grad()(function)
     else:
         keep = setup_context or _nothing
-        total = len(traced._opoverload._schema.arguments)
-        traced.register_autograd(_padded(backward, total), setup_context=_of_fields(keep, kinds))
+        total = len(as_operator._opoverload._schema.arguments)
+        as_operator.register_autograd(
+            _padded(backward, total), setup_context=_of_fields(keep, kinds)
+        )
         direct = _differentiable(name, function, backward, keep, kinds[:differentiable])
 
     @functools.wraps(function)
     def call(*args: Any) -> Any:
         if watched(*args):
-            return traced(*flat(*args))
+            return as_operator(*flat(*args))
         if torch.autograd._profiler_enabled():
             with torch.profiler.record_function(f"grpo_fast::{name}"):
                 return direct(*args)
         return direct(*args)
 
-    call.traced, call.by_fields = traced, by_fields  # type: ignore[attr-defined]
+    call.traced, call.by_fields = as_operator, by_fields  # type: ignore[attr-defined]
     return call
 
 
@@ -169,17 +173,18 @@ def _changing_first(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def watched(*args: Any) -> bool:
     """Tell whether something sees operators: a tracer, a mode, a transform, or a tensor without values."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
-        return True
-    return torch._C._functorch.peek_interpreter_stack() is not None or _has_special(args)
+    return traced() or _has_special(args)
 
 
 def _has_special(args: Sequence[Any]) -> bool:
     """Tell whether there is a subclass of tensors or a tensor without values, also within records."""
     for x in args:
-        if type(x) in PLAIN:
+        kind = type(x)
+        if kind is Tensor or kind is Parameter:
             if x.is_meta:
                 return True
+        elif x is None or kind in NO_TENSORS:
+            continue
         elif isinstance(x, Tensor) or (isinstance(x, tuple) and _has_special(x)):
             return True
     return False

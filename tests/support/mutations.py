@@ -213,12 +213,6 @@ SAME = {
         "",
     ): "another schedule, the same numbers",
     ("kernels/grpo.py", "reading(V", "softcap is None"): "another schedule, the same numbers",
-    ("kernels/scaling.py", "replace(plan, parts=1, columns=V)", "plan, columns"): (
-        "programs that find no columns of theirs cost time alone"
-    ),
-    ("kernels/scaling.py", "replace(plan, parts=1, columns=V)", "2"): (
-        "programs that find no columns of theirs cost time alone"
-    ),
     ("kernels/edges.py", '    if ROWS == "units"', ""): "a hint to the compiler, true of all rows",
     ("kernels/edges.py", 'body = V // UNIT * UNIT if ROWS == "units"', "units"): (
         "a hint to the compiler: UNIT divides V there"
