@@ -31,7 +31,7 @@ class Counted(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if str(func) == "grpo_fast.linear_grpo.default":
             with self:
-                return linear_grpo._forward(*args, **(kwargs or {}))
+                return linear_grpo.linear_grpo.by_fields(*args, **(kwargs or {}))
         out = func(*args, **(kwargs or {}))
         made = [x for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
         # float64: numbers, which stay on the host.
