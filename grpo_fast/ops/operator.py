@@ -164,8 +164,7 @@ def _changing_first(function: Callable[..., Any]) -> Callable[..., Any]:
     def direct(x: Tensor, *rest: Any) -> Any:
         with torch.no_grad():
             found = function(x, *rest)
-        if not x.is_inference():
-            torch.autograd.graph.increment_version(x)
+        torch.autograd.graph.increment_version(x)
         return found
 
     return direct
