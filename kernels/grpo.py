@@ -132,7 +132,7 @@ def _grpo_kernel(
     scalars,  # Scalars
     entropy_coef,
     score_eps,
-    cap,  # Cap, or None
+    cap,  # Cap, HighCap, or None
     MODES: tl.constexpr,  # Modes
     TILES: tl.constexpr,  # ReadTiles
     WRITE_TILE: tl.constexpr,  # Tile

@@ -71,7 +71,7 @@ def _logprob_fwd_kernel(
     V,
     split,  # Split
     inv_temperature,
-    cap,  # Cap, or None
+    cap,  # Cap, HighCap, or None
     TILES: tl.constexpr,  # ReadTiles
     ROWS: tl.constexpr,
 ):
@@ -135,7 +135,7 @@ def _logprob_bwd_kernel(
     parts,
     columns,
     inv_temperature,
-    cap,  # Cap, or None
+    cap,  # Cap, HighCap, or None
     TILE: tl.constexpr,  # Tile
     ROWS: tl.constexpr,
     SAME_ROWS: tl.constexpr,

@@ -97,7 +97,7 @@ def read_statistics(row_ptr, target, scale, start, stop, READER: tl.constexpr, c
 
     Args:
         READER: `Reader`.
-        cap: `tiles.Cap`; what is read goes through `soft_cap`. None: there is no soft cap.
+        cap: `tiles.Cap` or `tiles.HighCap`; what is read goes through `soft_cap`. None: there is no soft cap.
     """
     K: tl.constexpr = READER.TILES.K
     T: tl.constexpr = READER.TILES.T

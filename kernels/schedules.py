@@ -187,7 +187,7 @@ def _arguments_of(plan: Reading, with_entropy: bool, waiting: int | None) -> dic
     if plan.groups > 1:  # four programs of 256 threads a multiprocessor, or three
         registers = 80 if with_entropy else 64
     elif plan.polls and plan.num_warps == 4:
-        registers = 88  # a soft cap's programs would spill two on a B200 without a limit
+        registers = 96  # a soft cap's programs would spill two on a B200 without a limit
     elif plan.polls and waiting and not with_entropy:
         # For rows of float32, 64 were measured.
         registers = waiting if plan.steps == 1 else max(waiting, 64)
@@ -207,16 +207,20 @@ def _arguments_of(plan: Reading, with_entropy: bool, waiting: int | None) -> dic
     }
 
 
-@functools.lru_cache(maxsize=256)
 def schedule(V: int, capped: bool = False) -> Schedule:
     """The schedule for rows of V entries that need no statistics, or that one program owns.
 
     A soft cap takes registers. With half the threads a program spills none, and as many threads are resident.
     """
+    return _schedule(V, capped, WARP_SIZE)
+
+
+@functools.lru_cache(maxsize=256)
+def _schedule(V: int, capped: bool, warp_size: int) -> Schedule:
     if V <= 1024:
-        return Schedule(parts=1, columns=V, K=1, T=1024, num_warps=128 // WARP_SIZE)
+        return Schedule(parts=1, columns=V, K=1, T=1024, num_warps=128 // warp_size)
     threads = 128 if capped else 256
-    K, T, warps = 4, 8 * threads, threads // WARP_SIZE
+    K, T, warps = 4, 8 * threads, threads // warp_size
     if V <= MAX_V_PER_PROGRAM:
         return Schedule(parts=1, columns=V, K=K, T=T, num_warps=warps)
     tiles = parts_of(V, K * T)
@@ -240,18 +244,20 @@ def reading(
     polls = 0
     if together:
         polls = INTERPRETED_POLLS if triton.knobs.runtime.interpret else POLLS
-    return _reading(V, itemsize, capped, side, together, polls)
+    return _reading(V, itemsize, capped, side, together, polls, WARP_SIZE)
 
 
 @functools.lru_cache(maxsize=256)
-def _reading(V: int, itemsize: int, capped: bool, side: int, together: bool, polls: int) -> Reading:
-    plan = schedule(V, capped)
+def _reading(
+    V: int, itemsize: int, capped: bool, side: int, together: bool, polls: int, warp_size: int
+) -> Reading:
+    plan = _schedule(V, capped, warp_size)
     if plan.parts == 1:
         return Reading(**dataclasses.asdict(plan))
-    if capped or itemsize < 4 or WARP_SIZE != 32:  # AMD's GPUs: not measured
+    if capped or itemsize < 4 or warp_size != 32:  # AMD's GPUs: not measured
         return Reading(**dataclasses.asdict(plan), segments=plan.parts, polls=polls)
     # Each lane holds 16 bytes, once in a row of the tile: else the order of additions would change.
-    threads = plan.num_warps * WARP_SIZE
+    threads = plan.num_warps * warp_size
     T, steps = 16 // itemsize * threads, 2
     segment = steps * plan.K * T
     groups = SEGMENTS

@@ -38,7 +38,16 @@ class Cap(NamedTuple):
     softcap: float
     logit_scale: float
     rate: float  # -2 logit_scale / (softcap ln 2); from the host, so that no program holds it in a register
-    near: float | None  # the r above which a series replaces the exponential; None: nowhere
+
+
+class HighCap(NamedTuple):
+    """A soft cap so high that small logits need a series. A record of its own, and no field that may be None:
+    Triton 3.6 cannot ask whether a tuple that holds None is None."""
+
+    softcap: float
+    logit_scale: float
+    rate: float
+    near: float  # the r above which the series replaces the exponential
 
 
 class RowGradient(NamedTuple):
@@ -53,7 +62,7 @@ class RowGradient(NamedTuple):
 
 
 def cap_of(softcap):
-    """The soft cap that a kernel takes; None without one.
+    """The soft cap that a kernel takes, `Cap` or `HighCap`; None without one.
 
     Args:
         softcap: a `grpo_fast.records.SoftCap`, or None.
@@ -63,8 +72,9 @@ def cap_of(softcap):
     rate = -2.8853900817779268 * softcap.logit_scale / softcap.softcap  # -2 / ln 2
     # The exponential costs a capped logit softcap 2^-23. The logits have errors of that size, unless the cap
     # is far above them. The series takes a third more instructions.
-    near = -1.0098865286222745 if softcap.softcap > 64 else None  # |x| < 0.35
-    return Cap(*softcap, rate, near)
+    if softcap.softcap > 64:
+        return HighCap(*softcap, rate, near=-1.0098865286222745)  # |x| < 0.35
+    return Cap(*softcap, rate)
 
 
 @triton.jit
@@ -89,7 +99,7 @@ def soft_cap(z, cap):
     t = tl.exp2(r)  # e^(-2 |x|)
     half = 1.0 / (1.0 + t)
     capped = cap.softcap * (1.0 - t) * half
-    if cap.near is not None:  # 1 - t cancels where x is small
+    if len(cap) == 4:  # a `HighCap`: 1 - t cancels where x is small
         # tanh(x) / x - 1 for |x| <= 0.35 is w times a polynomial in w = (2 x / ln 2)^2, fitted to 4e-8
         w = r * r
         series = -0.0400369465 + w * (0.00191879156 + w * -8.51692967e-5)

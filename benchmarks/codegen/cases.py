@@ -39,7 +39,7 @@ from grpo_fast.records import (
 B, T_LEN = 4, 16
 N = B * T_LEN
 V_SMALL, V_ROW, V_SPLIT = 1024, 32_768, 152_064  # one per schedule
-CAP = SoftCap(30.0, 0.5)
+CAP, HIGH_CAP = SoftCap(30.0, 0.5), SoftCap(100.0, 0.5)
 
 
 def tensor(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -247,7 +247,8 @@ TO_BF16: Options = {**SPLIT, **FP32, "out": torch.bfloat16}
 WORDS: dict[str, Options] = {
     **{word: {word: True} for word in ("entropy", "extras", "rewards", "packed", "labels")},
     **{scale: {"scale": scale} for scale in ("batch", "none")},
-    **{"split": SPLIT, "fp32": FP32, "overlap": OVER, "capped": {"cap": CAP}},
+    **{"split": SPLIT, "fp32": FP32, "overlap": OVER},
+    **{"capped": {"cap": CAP}, "high": {"cap": HIGH_CAP}},
     **{"small": {"V": V_SMALL}, "padded": {"V": 50_257}, "151665": {"V": 151_665}},
     "variants": {"leave_one_out": True, "skip_nan": True, "raw_singletons": True},
     "bare": {"extras": False},
@@ -301,6 +302,9 @@ CASES: dict[str, Callable[[], None]] = {
     **cases("logprob_bwd", launch_logprob_bwd, *OVERLAPS),
     **cases("grpo", launch_grpo, capped=TO_BF16),
     **cases("grpo", launch_grpo, "capped entropy"),
+    **cases("grpo", launch_grpo, "high", "split high", "high entropy", "overlap high"),
+    **cases("logprob_fwd", launch_logprob_fwd, "high"),
+    **cases("logprob_bwd", launch_logprob_bwd, "high"),
     **cases("logprob_fwd", launch_logprob_fwd, capped=SPLIT | FP32),
     **cases("logprob_bwd", launch_logprob_bwd, capped=SPLIT | {"entropy": True}),
     **cases("grpo", launch_grpo, **BY_TOKEN),

@@ -3,8 +3,8 @@
 Each environment of `environments.py` is made in a temporary folder, with pip as it is set up on this machine,
 and deleted before the next: the CUDA build of PyTorch takes 7 GB. With `--folder` the environments stay
 there, and the next run installs only the wheel and what is missing. In each of them the installed wheel is
-imported, `grpo-fast doctor` and a part of the tests run, and one launch of each kernel is compiled for a GPU
-that need not be there. One that cannot be made is a row with the reason.
+imported, `grpo-fast doctor` and a part of the tests run, and every launch of the benchmarks' `codegen` is
+compiled for a GPU that need not be there. One that cannot be made is a row with the reason.
 """
 
 import argparse

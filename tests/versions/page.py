@@ -11,7 +11,7 @@ SAVED = ROOT / "docs" / "data" / "versions.json"
 PAGE = ROOT / "docs" / "compatibility.md"
 BEGIN, END = "<!-- versions: python -m tests.versions --save -->", "<!-- end of versions -->"
 HEAD = ("environment", "Python", "torch", "triton", "transformers", "TRL", "NumPy", "tests")
-HEAD += ("kernels compiled", "deprecations", "commit, date")
+HEAD += ("launches compiled", "deprecations", "commit, date")
 
 
 def load(path: Path = SAVED) -> list[dict]:
@@ -39,7 +39,7 @@ def cells(row: dict) -> list[str]:
     spills = f", spills in {len(built['spilled'])}" if built["spilled"] else ""
     old = str(len(tests["deprecations"]) or "none")
     result = f"1 in {row['one in']}: {', '.join(counted)}"
-    return [row["name"], *shown, result, f"{built['kernels']}{spills}", old, when]
+    return [row["name"], *shown, result, f"{built['launches']}{spills}", old, when]
 
 
 def table(rows: list[dict]) -> str:
