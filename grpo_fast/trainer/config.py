@@ -175,7 +175,8 @@ class TrainConfig:
     )
     share_prompts: SharePrompts = option(  # noqa: RUF009  # it returns a field
         "auto",
-        "how completions share the forward of their prompt; auto: where it is exact and pays",
+        "how completions share the forward of their prompt (unless off, in sampling, too); "
+        "auto: where it is exact and pays",
     )
     optim: str = option(
         "adamw_torch",

@@ -16,6 +16,7 @@ from grpo_fast.trainer import rewards
 from grpo_fast.trainer.config import TrainConfig
 from grpo_fast.trainer.model import Policy
 from grpo_fast.trainer.parallel import Team, whole
+from grpo_fast.trainer.prefill import prefilled
 from grpo_fast.trainer.quoting import quoted
 from grpo_fast.trainer.rewards import Text
 from grpo_fast.trainer.server import Server
@@ -140,6 +141,7 @@ def sample(
     *,
     batch_tokens: int | None = None,
     seeds: Sequence[int] | None = None,
+    share: bool = True,
 ) -> Rollout:
     """Sample one completion per prompt; a temperature of 0 is greedy.
 
@@ -149,6 +151,7 @@ def sample(
         batch_tokens: the largest number of tokens of these, prompts and padding included.
         seeds: one for each completion, which then depends on nothing else; None: drawn from PyTorch's
             generator.
+        share: forward a prompt once for all its completions in a batch, where that is exact (`prefill`).
     """
     tokens = encode(policy.tokenizer, prompts).to(policy.device)
     ids, attention = tokens["input_ids"], tokens["attention_mask"]
@@ -168,9 +171,11 @@ def sample(
                 numbers = numbers.to(policy.device, exact)
                 draw = Draw(numbers, P, temperature)
                 settings["logits_processor"] = LogitsProcessorList([draw])
-            out = policy.model.generate(
-                input_ids=ids[rows, -P:], attention_mask=attention[rows, -P:], **settings
-            )
+            given = ids[rows, -P:], attention[rows, -P:]
+            cache = prefilled(policy.model, *given) if share else None
+            if cache is not None:
+                settings["past_key_values"] = cache
+            out = policy.model.generate(input_ids=given[0], attention_mask=given[1], **settings)
             for b, row in zip(rows, out[:, P:].tolist(), strict=True):
                 found[b] = _until_end(row, policy.eos_ids)
     return packed(policy, prompts, found, (ids, attention))
@@ -258,6 +263,7 @@ class Sampler:
             config.micro_batch_size,
             batch_tokens=config.sampling_tokens,
             seeds=seeds,
+            share=config.share_prompts != "off",
         )
 
     def update(self, write: Callable[[Path], None], team: Team) -> None:
