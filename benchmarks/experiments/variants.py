@@ -48,6 +48,24 @@ VARIANTS: dict[str, list[Edit]] = {
         ]
         for number in (48, 64)
     },
+    # The polls of a row's programs are atomic additions to one address, one after the other.
+    "waits by plain loads": [
+        (
+            "rows.py",
+            'seen = tl.atomic_add(place, 0, sem="acquire", scope="gpu")\n',
+            "seen = tl.load(place, volatile=True)\n",
+        ),
+        (
+            "rows.py",
+            "        if (seen & ARRIVED) < parts:\n",
+            '        seen = tl.atomic_add(place, 0, sem="acquire", scope="gpu")\n'
+            "        if (seen & ARRIVED) < parts:\n",
+        ),
+    ],
+    # A program has just read its last tile when it begins to rewrite its part.
+    "rewrites backwards": [
+        ("grpo.py", "((not TILES.SPLIT and TILES.K > 1) or cap is not None)", "(TILES.K > 1)")
+    ],
 }
 ON_CHIP = "on chip"  # what GRPO_FAST_ON_CHIP=1 runs, where it can
 LOGPROB: dict[str, list[Edit]] = {"as it is": []}
