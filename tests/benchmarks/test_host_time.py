@@ -18,16 +18,23 @@ COMPILER = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
 pytestmark = pytest.mark.skipif(not COMPILER, reason="no C compiler")
 
 
+def run(*command):
+    """What a module of the benchmarks prints, run as by a user: nothing is interpreted."""
+    mine = ("TRITON_INTERPRET", "GRPO_FAST_")
+    settings = {name: x for name, x in os.environ.items() if not name.startswith(mine)}
+    found = subprocess.run(
+        [sys.executable, "-m", *command], cwd=ROOT, env=settings, capture_output=True, text=True
+    )
+    assert not found.returncode, found.stdout + found.stderr
+    return found.stdout
+
+
 @pytest.fixture(scope="module")
 def document(tmp_path_factory):
     """What a run wrote."""
     out = tmp_path_factory.mktemp("host_time") / "host.json"
-    mine = ("TRITON_INTERPRET", "GRPO_FAST_")
-    settings = {name: x for name, x in os.environ.items() if not name.startswith(mine)}
-    command = [sys.executable, "-m", "benchmarks.host_time", "--rounds", "5", "--out", str(out)]
-    command += ["--only", "policy_loss", "--only", "logprob"]
-    found = subprocess.run(command, cwd=ROOT, env=settings, capture_output=True, text=True)
-    assert not found.returncode, found.stderr
+    only = ("--only", "policy_loss", "--only", "logprob")
+    run("benchmarks.host_time", "--rounds", "5", "--out", str(out), *only)
     return json.loads(out.read_text())
 
 
@@ -50,3 +57,9 @@ def test_the_report_shows_the_rows(document):
     assert "**time on the host**" in text
     assert "until logits are read" in text
     assert "| policy_loss, GSPO |" in text
+
+
+def test_launches_of_all_sizes_compile():
+    """Of one kernel here; the program compiles them all."""
+    lines = run("benchmarks.run.bounds", "--compile", "token_statistics").splitlines()
+    assert int(lines[-1].removesuffix(" launches")) == len(lines) - 1 > 2
