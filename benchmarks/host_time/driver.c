@@ -69,6 +69,8 @@ CUresult cuCtxGetCurrent(CUcontext *context) {
 
 CUresult cuCtxSetCurrent(CUcontext context) { return CUDA_SUCCESS; }
 
+CUresult cuCtxGetDevice(CUdevice *device) { return cuDeviceGet(device, 0); }
+
 CUresult cuDevicePrimaryCtxRetain(CUcontext *context, CUdevice device) {
   return cuCtxGetCurrent(context);
 }
@@ -84,6 +86,8 @@ CUresult cuModuleLoadData(CUmodule *module, const void *image) {
   *module = (CUmodule)&something;
   return CUDA_SUCCESS;
 }
+
+CUresult cuModuleUnload(CUmodule module) { return CUDA_SUCCESS; }
 
 CUresult cuModuleGetFunction(CUfunction *function, CUmodule module, const char *name) {
   *function = (CUfunction)strdup(name);
@@ -108,6 +112,11 @@ CUresult cuOccupancyMaxActiveClusters(int *count, CUfunction function, const CUl
 
 CUresult cuPointerGetAttribute(void *data, CUpointer_attribute attribute, CUdeviceptr pointer) {
   *(CUdeviceptr *)data = pointer;
+  return CUDA_SUCCESS;
+}
+
+CUresult cuStreamIsCapturing(CUstream stream, CUstreamCaptureStatus *status) {
+  *status = CU_STREAM_CAPTURE_STATUS_NONE;
   return CUDA_SUCCESS;
 }
 

@@ -57,6 +57,7 @@ def build(folder: Path) -> Path:
     library = folder / LIBRARY
     options = ["-shared", "-fPIC", "-O2", f"-I{include}", f"-Wl,-soname,{LIBRARY}"]
     subprocess.run([compiler, *options, str(SOURCE), "-o", str(library)], check=True)
+    (folder / "libcuda.so").symlink_to(LIBRARY)  # before 3.6, Triton links with -lcuda
     return library
 
 
@@ -101,8 +102,15 @@ def start(folder: Path) -> Driver:
 
 def _look_like_a_gpu() -> None:
     """Let the library take CPU tensors as those of a GPU."""
+    import triton
+
     import grpo_fast
+    from grpo_fast.kernels import on_chip
     from grpo_fast.ops import backend
+
+    if backend.version_of(triton.__version__) < on_chip.OLDEST_TRITON:
+        why = f"Triton {triton.__version__} is installed, and it needs 3.8"
+        on_chip.unavailable = lambda device: why
 
     looked = backend.path_of
     found = backend.Path(True, "a GPU is pretended")
