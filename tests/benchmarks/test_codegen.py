@@ -137,7 +137,9 @@ def test_row_loops_only_stream(streaming):
             barriers = int("overlap" in case and loop.kind == "write")
             assert (loop.barriers, loop.shuffles) == (barriers, 0), (case, loop)
             # One scalar for a tile of some thousand elements; the capped kernels on gfx942 alone need it.
-            assert loop.reloads <= ("capped" in case), (case, loop)
+            # The series of a cap above 64 has more numbers than gfx942 has scalar registers: 3 % of the loop.
+            most = loop.instructions // 28 if "high" in case else "capped" in case
+            assert loop.reloads <= most, (case, loop)
 
 
 @by_target
