@@ -187,7 +187,8 @@ def _arguments_of(plan: Reading, with_entropy: bool, waiting: int | None) -> dic
     if plan.groups > 1:  # four programs of 256 threads a multiprocessor, or three
         registers = 80 if with_entropy else 64
     elif plan.polls and plan.num_warps == 4:
-        registers = 96  # five programs; without a limit, a B200 would spill two values under a soft cap
+        # Five programs. Without a limit, a B200 would spill two values under a soft cap.
+        registers = 96
     elif plan.polls and waiting and not with_entropy:
         # For rows of float32, 64 were measured.
         registers = waiting if plan.steps == 1 else max(waiting, 64)

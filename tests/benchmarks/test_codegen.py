@@ -10,11 +10,14 @@ import pytest
 pytest.importorskip("triton", reason="the kernels need Triton")
 
 import triton
+import triton.language as tl
 
+from benchmarks import ROOT
 from benchmarks.codegen import cases as codegen_cases
 from benchmarks.codegen import reports as codegen
 from benchmarks.codegen import saved as compiled
 from benchmarks.codegen.assembly import Instruction, offsets_of, read_loops
+from tests.support import older_triton
 
 # Of the main loops of the common path: instructions per element, as measured and 5 % more. A barrier, a
 # narrow load or a conversion that comes back costs more. (gfx942 has none that rounds to bfloat16.)
@@ -98,6 +101,25 @@ def test_published_numbers_are_those_of_the_code(all_reports):
     here = {(x.target, x.case) for x in all_reports}
     known = [row for row in published["rows"] if (row["target"], row["case"]) in here]
     assert known == rows, "run python -m benchmarks.codegen --save, then benchmarks.report"
+
+
+def test_triton_before_3_7_could_translate_every_launch():
+    settings = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.support.older_triton"]
+    found = subprocess.run(command, cwd=ROOT, env=settings, capture_output=True, text=True)
+    assert not found.returncode, found.stdout + found.stderr
+    assert found.stdout == f"{len(codegen_cases.CASES)} launches\n"
+
+
+@pytest.mark.parametrize(
+    "members, holds",
+    [([None, 1.0], True), ([tl.constexpr(None)], True), ([tl.constexpr(0), 1.0], False)],
+)
+def test_tuples_that_hold_none(members, holds):
+    value = tl.tuple([tl.constexpr(1)])
+    value.values = members
+    assert older_triton.holds_none(value) == holds
+    assert not older_triton.holds_none(members)
 
 
 def test_the_digest_sees_code_and_no_comments(tmp_path):
