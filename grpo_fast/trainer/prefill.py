@@ -11,7 +11,7 @@ from grpo_fast.notices import fell_back
 from grpo_fast.shared_prompt.caches import forked
 from grpo_fast.shared_prompt.trial import precision
 
-# Whether a model goes on from the cache of a prompt as it does from the prompt; found out once.
+# Whether a model goes on from the cache of a prompt, and as it does from the prompt; found out once.
 _EXACT: "weakref.WeakKeyDictionary[Any, bool]" = weakref.WeakKeyDictionary()
 
 
@@ -31,6 +31,7 @@ def prefilled(model: Any, ids: Tensor, attention: Tensor) -> DynamicCache | None
         return None
     cache = _cache_of(model, ids[first], attention[first])
     if cache is None:
+        _EXACT[model] = False  # the next batch need not try
         return None
     if model not in _EXACT:
         _EXACT[model] = _is_exact(model, ids[first], attention[first], cache)

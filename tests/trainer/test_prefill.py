@@ -107,6 +107,8 @@ def test_models_of_other_kinds(name, shares):
     cache = prefill.prefilled(model, ids, attention)
     assert (cache is not None) == shares
     if not shares:
+        model.generate = None  # nor is it tried again
+        assert prefill.prefilled(model, ids, attention) is None
         return
     given = {"input_ids": ids, "attention_mask": attention, "do_sample": False}
     given |= {"max_new_tokens": 5, "output_logits": True, "return_dict_in_generate": True}
