@@ -246,6 +246,11 @@ def _terms(modes: str, numbers: Tensor) -> Terms:
     return Terms(Modes.of(modes), numbers)
 
 
+def number_of_fields(*kinds: Any) -> int:
+    """Return how many arguments of an operator records of these types are."""
+    return _layout(kinds)[1]
+
+
 def _itself(x: Any) -> Any:
     return x
 

@@ -85,9 +85,8 @@ def scale_rows(factor, x):
         x: (B, T, V), the last dimension contiguous, N = B T.
     """
     B, T_len, V = x.shape
-    plan = schedule(V)
-    if B * T_len >= MANY_ROWS:  # most programs only read a factor of 1: one for each row is enough
-        plan = plan.of_whole_rows(V)
+    # Most programs only read a factor of 1: of many rows, one for each row is enough.
+    plan = schedule(V, shared=B * T_len < MANY_ROWS)
     if x.numel():
         _scale_rows_kernel[(B * T_len * plan.parts,)](
             factor_ptr=factor,

@@ -115,10 +115,6 @@ class Schedule:
             return f"1 program a row of {self.columns:,} entries, {self.num_warps} warps"
         return f"{self.parts} programs a row, {self.columns:,} entries each, {self.num_warps} warps"
 
-    def of_whole_rows(self, V: int) -> "Schedule":
-        """The schedule with one program for each row of V entries."""
-        return dataclasses.replace(self, parts=1, columns=V)
-
     def arguments(self) -> dict[str, Any]:
         """The arguments that tell a kernel of this schedule."""
         return {
@@ -208,21 +204,24 @@ def _arguments_of(plan: Reading, with_entropy: bool, waiting: int | None) -> dic
     }
 
 
-def schedule(V: int, capped: bool = False) -> Schedule:
+def schedule(V: int, capped: bool = False, shared: bool = True) -> Schedule:
     """The schedule for rows of V entries that need no statistics, or that one program owns.
 
     A soft cap takes registers. With half the threads a program spills none, and as many threads are resident.
+
+    Args:
+        shared: whether several programs may share a long row.
     """
-    return _schedule(V, capped, WARP_SIZE)
+    return _schedule(V, capped, shared, WARP_SIZE)
 
 
 @functools.lru_cache(maxsize=256)
-def _schedule(V: int, capped: bool, warp_size: int) -> Schedule:
+def _schedule(V: int, capped: bool, shared: bool, warp_size: int) -> Schedule:
     if V <= 1024:
         return Schedule(parts=1, columns=V, K=1, T=1024, num_warps=128 // warp_size)
     threads = 128 if capped else 256
     K, T, warps = 4, 8 * threads, threads // warp_size
-    if V <= MAX_V_PER_PROGRAM:
+    if V <= MAX_V_PER_PROGRAM or not shared:
         return Schedule(parts=1, columns=V, K=K, T=T, num_warps=warps)
     tiles = parts_of(V, K * T)
     columns = max(parts_of(tiles, PARTS), FEWEST_TILES) * K * T
@@ -252,7 +251,7 @@ def reading(
 def _reading(
     V: int, itemsize: int, capped: bool, side: int, together: bool, polls: int, warp_size: int
 ) -> Reading:
-    plan = _schedule(V, capped, warp_size)
+    plan = _schedule(V, capped, True, warp_size)
     if plan.parts == 1:
         return Reading(**dataclasses.asdict(plan))
     if capped or itemsize < 4 or warp_size != 32:  # AMD's GPUs: not measured

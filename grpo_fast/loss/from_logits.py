@@ -20,7 +20,7 @@ from grpo_fast.ops.coefficients import (
     with_coefficients,
 )
 from grpo_fast.ops.group_advantage import z_scores
-from grpo_fast.ops.grpo import grpo, grpo_inplace
+from grpo_fast.ops.grpo import Arguments, grpo, grpo_inplace
 from grpo_fast.ops.logprob import logprob_fwd
 from grpo_fast.records import Outputs, Rewards, Targets
 from grpo_fast.sequences import spread
@@ -192,13 +192,8 @@ class _LogitsCall(NamedTuple):
 
 def _by_launch(call: _LogitsCall) -> Outputs:
     """Compute the loss of each token and the gradient in one launch."""
-    given = (
-        call.targets,
-        call.batch.tokens,
-        call.batch.rewards,
-        call.with_entropy,
-        call.terms,
-    )
+    batch = call.batch
+    given = Arguments(call.targets, batch.tokens, batch.rewards, call.with_entropy, call.terms)
     return Outputs(*(grpo_inplace if call.inplace else grpo)(call.logits, *given)[:5])
 
 

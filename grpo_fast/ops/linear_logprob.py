@@ -86,15 +86,8 @@ def _forward(
     )
 
 
-def _fake_forward(
-    hidden: Tensor,
-    parameters: Parameters,
-    targets: Targets,
-    keep: Tensor | None,
-    with_entropy: bool,
-    unit: bool,
-    options: Options,
-) -> tuple[Tensor, ...]:
+def _fake_forward(hidden: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    _, targets, _, with_entropy, unit, _ = arguments
     N = targets.ids.shape[0]
     scored, kept = N if with_entropy else 0, 0 if unit else N
     vectors = [hidden.new_empty(n, dtype=torch.float32) for n in (N, scored, kept, kept)]

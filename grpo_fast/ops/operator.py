@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from grpo_fast.operands import Modes, traced
-from grpo_fast.records import flat, schema, unflatten
+from grpo_fast.records import flat, number_of_fields, schema, unflatten
 
 NO_TENSORS = {bool, int, float, str, torch.dtype, Modes}
 
@@ -60,15 +60,15 @@ def operator(
     )
     as_operator.register_fake(_taking_fields(fake, kinds))
     direct: Callable[..., Any]
-    if backward is None:
+    if backward is None or setup_context is None:
         direct = _changing_first(function) if mutates else torch.no_grad()(function)
     else:
-        keep = setup_context or _nothing
-        total = len(as_operator._opoverload._schema.arguments)
         as_operator.register_autograd(
-            _padded(backward, total), setup_context=_of_fields(keep, kinds)
+            _padded(backward, number_of_fields(*kinds)),
+            setup_context=_of_fields(setup_context, kinds),
         )
-        direct = _differentiable(name, function, backward, keep, kinds[:differentiable])
+        leading = kinds[:differentiable]
+        direct = _differentiable(name, function, backward, setup_context, leading)
 
     @functools.wraps(function)
     def call(*args: Any) -> Any:
@@ -81,10 +81,6 @@ def operator(
 
     call.traced, call.by_fields = as_operator, by_fields  # type: ignore[attr-defined]
     return call
-
-
-def _nothing(*_: Any) -> None:
-    return None
 
 
 def _taking_fields(function: Callable[..., Any], kinds: tuple[Any, ...]) -> Callable[..., Any]:
@@ -147,8 +143,10 @@ def _differentiable(
         setup_context(ctx, inputs, found)
         return found
 
-    total = schema(**{str(i): kind for i, kind in enumerate(leading)}).count(",") + 2
-    members = {"forward": forward, "backward": _padded(backward, total)}
+    members = {
+        "forward": forward,
+        "backward": _padded(backward, number_of_fields(*leading) + 1),
+    }
     statics = {key: staticmethod(value) for key, value in members.items()}
     kind: Any = type(f"grpo_fast_{name}", (torch.autograd.Function,), statics)
 

@@ -42,6 +42,7 @@ def answered(
         min(BATCH, config.micro_batch_size or BATCH),
         batch_tokens=config.sampling_tokens,
         seeds=seeds,
+        share=config.share_prompts != "off",
     )
     return answers, rollout.reward(task, answers, rows, config.reward_timeout)
 

@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("transformers", reason="the trainer needs grpo-fast[train]")
 
 from grpo_fast.notices import FallbackError, forget
-from grpo_fast.trainer import prefill, rollout
+from grpo_fast.trainer import evaluate, prefill, rollout
 from tests.support import models
 from tests.support.tiny_runs import setup, tiny
 
@@ -125,3 +125,14 @@ def test_the_option_switches_it_off(policy, fed, tmp_path):
     fed.clear()
     rollout.Sampler(policy, tiny(tmp_path, max_new_tokens=4)).sample(PROMPTS, SEEDS)
     assert fed[0] == (3, 7)
+
+
+@pytest.mark.parametrize("given, shares", [("off", False), ("auto", True)])
+def test_the_option_holds_for_an_evaluation(fed, policy, tmp_path, given, shares):
+    """Where it takes several samples of a problem."""
+    config = tiny(tmp_path, share_prompts=given, max_new_tokens=4)
+    task = setup(config)[0]
+    rows = [task.heldout[0]] * 3
+    evaluate.answered(policy, task, rows, config, 1.0, SEEDS[:3])
+    length = len(rows[0]["prompt"])
+    assert fed[0] == ((1, length - 1) if shares else (3, length))
